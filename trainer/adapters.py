@@ -1,0 +1,168 @@
+"""Adapters on a built model: injected with PEFT for training, read back, or merged into weights for generation."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .config import TrainSettings
+from .errors import AdapterError, SettingsError
+from .families.base import DiffusionModel
+from .kohya import Adapter, LoraLayer, module_name
+from .randomness import generator
+
+logger = logging.getLogger("dreambooth_lora")
+
+_PEFT_NAME = "subject"
+
+
+@dataclass(frozen=True)
+class TrainedLayer:
+    """The trained tensors of one module: the parameters themselves, float32."""
+
+    down: nn.Parameter
+    up: nn.Parameter
+    alpha: float
+
+
+class TrainedLora:
+    """A LoRA being trained: PEFT layers inside a model's UNet, seen under kohya's names."""
+
+    def __init__(self, model: DiffusionModel, settings: TrainSettings) -> None:
+        """Inject the adapter.
+
+        The start depends on the seed and each module's name alone: `down` is Kaiming-uniform as PEFT's default
+        (a = √5), `up` is zero, so that the model predicts at first as without an adapter.
+
+        Raises:
+            SettingsError: The rank is larger than the smallest adapted layer.
+        """
+        from peft import LoraConfig, inject_adapter_in_model
+
+        alpha = settings.scale * settings.rank
+        targets = model.family.targets[settings.targets]
+        config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True)
+        _require_rank_fits(model.unet, targets, settings.rank)
+        with torch.random.fork_rng(devices=[]):
+            inject_adapter_in_model(config, model.unet, adapter_name=_PEFT_NAME)
+        self.layers: dict[str, TrainedLayer] = {}
+        for path, module in model.unet.named_modules():
+            if not hasattr(module, "lora_A"):
+                continue
+            down, up = module.lora_A[_PEFT_NAME], module.lora_B[_PEFT_NAME]
+            for part in (down, up):
+                part.to(torch.float32)
+                part.requires_grad_(True)
+            name = module_name("unet", path)
+            start = torch.empty(down.weight.shape)
+            bound = math.sqrt(6 / ((1 + 5) * start[0].numel()))
+            start.uniform_(-bound, bound, generator=generator(settings.seed, "start", name))
+            with torch.no_grad():
+                down.weight.copy_(start)
+                up.weight.zero_()
+            self.layers[name] = TrainedLayer(down.weight, up.weight, alpha)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The trained parameters, in an order that depends on the module names alone."""
+        return [p for name in sorted(self.layers) for p in (self.layers[name].down, self.layers[name].up)]
+
+    def adapter(self, metadata: Mapping[str, str] | None = None) -> Adapter:
+        """A copy of the current state on the CPU, float32."""
+        layers = {
+            name: LoraLayer(layer.down.detach().cpu().clone(), layer.up.detach().cpu().clone(), layer.alpha)
+            for name, layer in self.layers.items()
+        }
+        return Adapter(layers, metadata or {})
+
+    def load(self, adapter: Adapter) -> None:
+        """Set the parameters to a saved state of the same run.
+
+        Raises:
+            AdapterError: Its modules or shapes differ.
+        """
+        if set(adapter.layers) != set(self.layers):
+            raise AdapterError(
+                "The checkpoint adapts other modules than this run.", "Start anew with --resume never or another name."
+            )
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                layer.down.copy_(adapter.layers[name].down)
+                layer.up.copy_(adapter.layers[name].up)
+
+    def is_finite(self) -> bool:
+        """Whether every trained number is finite."""
+        return all(bool(torch.isfinite(p).all()) for p in self.parameters())
+
+
+def _require_rank_fits(unet: nn.Module, targets: str, rank: int) -> None:
+    import re
+
+    sizes = {
+        path: min(module.weight.shape[:2])
+        for path, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d) and re.fullmatch(targets, path)
+    }
+    smallest = min(sizes, key=lambda path: sizes[path])
+    if rank > sizes[smallest]:
+        raise SettingsError(
+            f"rank {rank} is above the size of the layer {smallest} ({sizes[smallest]}).",
+            f"Set the rank to at most {sizes[smallest]}; 4 to 32 are usual.",
+        )
+
+
+def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None:
+    """Add an adapter to a model's weights; the touched weights become private copies, all others stay as they are.
+
+    Args:
+        model: A built model; its UNet and text encoders are changed.
+        adapter: What to add.
+        strength: Factor; 1 is as trained.
+
+    Raises:
+        AdapterError: The adapter was made for another family, or none of its modules fits.
+    """
+    made_for = adapter.metadata.get("modelspec.architecture", "").split("/")[0]
+    if made_for and made_for != model.family.architecture:
+        raise AdapterError(
+            f"The adapter was made for {made_for}, but the base model is {model.family.title}.",
+            "Use a base model of the adapter's family, or an adapter of the base model's family.",
+        )
+    modules = _adaptable_modules(model)
+    unknown = [name for name in adapter.layers if name not in modules]
+    if len(unknown) == len(adapter.layers):
+        raise AdapterError(
+            f"None of the adapter's {len(unknown)} modules exists in this {model.family.title} model (e.g. {unknown[0]}).",
+            "Use an adapter that was made for the base model's family.",
+        )
+    if unknown:
+        logger.warning("%d of the adapter's %d modules don't exist in this model and are left out, e.g. %s", len(unknown), len(adapter.layers), unknown[0])
+    for name, layer in adapter.layers.items():
+        if name in modules:
+            _add(name, modules[name], layer, strength)
+
+
+def _add(name: str, module: nn.Linear | nn.Conv2d, layer: LoraLayer, strength: float) -> None:
+    weight = module.weight
+    delta = layer.delta()
+    if delta.numel() != weight.numel():
+        raise AdapterError(
+            f"The adapter's module {name} has the shape {tuple(delta.shape)}, the model's {tuple(weight.shape)}.",
+            "Use an adapter that was made for a model of this shape.",
+        )
+    changed = weight.detach().float() + strength * delta.to(weight.device).reshape(weight.shape)
+    module.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+
+
+def _adaptable_modules(model: DiffusionModel) -> dict[str, nn.Linear | nn.Conv2d]:
+    networks = {"unet": model.unet, **model.text_encoders}
+    return {
+        module_name(component, path): module
+        for component, network in networks.items()
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }

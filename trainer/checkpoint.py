@@ -1,0 +1,175 @@
+"""Run state on disk: written whole or not at all, found by fingerprint, exact to the bit. No pickle.
+
+A run's folder `<name>-<first digits of its fingerprint>` holds `run.json` (the fingerprint and the settings),
+`cache.safetensors` and checkpoints `step-00000100/` with
+    adapter.safetensors    a complete adapter file in float32, which every program loads
+    optimizer.safetensors  the optimiser's tensors, "<parameter>.<name>"
+    state.json             step, losses, and what of the optimiser is not a tensor
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import AdapterError, StorageError
+from .files import explained_os_errors, folder_written_atomically, remove_leftovers, write_atomic
+from .kohya import Adapter, read_adapter, write_adapter
+
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A saved state.
+
+    Attributes:
+        step: Steps completed.
+        adapter: The adapter, float32.
+        optimizer: The optimiser's `state_dict()`.
+        extra: Whatever else the recipe saved; JSON values.
+    """
+
+    step: int
+    adapter: Adapter
+    optimizer: dict[str, Any]
+    extra: dict[str, Any]
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Look at `path`, which exists."""
+        self.path = path
+
+    @classmethod
+    def open(cls, root: Path, name: str, fingerprint: str, settings: Mapping[str, Any], *, anew: bool = False) -> RunFolder:
+        """Find the run with this fingerprint below `root`, or begin a folder for it.
+
+        Args:
+            root: Folder of all runs.
+            name: The run's name, part of a new folder's name.
+            fingerprint: Digest of all that the result depends on.
+            settings: Written into a new folder for people to read.
+            anew: Begin a new folder even if there is one.
+
+        Raises:
+            StorageError: The folder can't be made.
+        """
+        found = [] if anew else [path for path in root.glob(f"*-{fingerprint[:_DIGITS]}*") if _belongs(path, fingerprint)]
+        if found:
+            run = cls(max(found, key=lambda path: path.stat().st_mtime))
+            remove_leftovers(run.path)
+            return run
+        path, number = root / f"{name}-{fingerprint[:_DIGITS]}", 2
+        while path.exists():
+            path, number = root / f"{name}-{fingerprint[:_DIGITS]}-{number}", number + 1
+        record = {"fingerprint": fingerprint, "name": name, "started_at": time.time(), "settings": dict(settings)}
+        write_atomic(path / "run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+        return cls(path)
+
+    @property
+    def started_at(self) -> float:
+        """Unix time at which the run began."""
+        return float(_read_json(self.path / "run.json").get("started_at", 0.0))
+
+    @property
+    def cache_path(self) -> Path:
+        """Where the run's encoded pictures and captions lie."""
+        return self.path / "cache.safetensors"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Folder of the checkpoint of that step."""
+        return self.path / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(int(path.name[5:]) for path in self.path.glob("step-*") if path.name[5:].isdecimal())
+
+    def save(self, checkpoint: Checkpoint, keep: int) -> Path:
+        """Write a checkpoint, then delete the oldest of those up to its step, but for `keep`.
+
+        Raises:
+            StorageError: It can't be written; what was there before is untouched.
+        """
+        from safetensors.torch import save_file
+
+        path = self.checkpoint_path(checkpoint.step)
+        tensors, rest = _split_optimizer(checkpoint.optimizer)
+        with folder_written_atomically(path) as folder:
+            write_adapter(folder / "adapter.safetensors", checkpoint.adapter, torch.float32)
+            try:
+                save_file(tensors, folder / "optimizer.safetensors")
+            except Exception as error:  # safetensors reports a full disk as an error of its own
+                raise StorageError(f"{path} can't be written: {error}.", "Free some space on the disk and start again: the run resumes.") from error
+            state = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra}
+            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        old = [step for step in self.steps() if step <= checkpoint.step]
+        for step in old[:-keep]:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.checkpoint_path(step))
+        return path
+
+    def load(self, step: int) -> Checkpoint:
+        """Read a checkpoint.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        path = self.checkpoint_path(step)
+        try:
+            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+            tensors = load((path / "optimizer.safetensors").read_bytes())
+            adapter = read_adapter(path / "adapter.safetensors")
+            return Checkpoint(step, adapter, _join_optimizer(tensors, state["optimizer"]), state["extra"])
+        except (OSError, ValueError, KeyError, SafetensorError, AdapterError) as error:
+            raise StorageError(
+                f"The checkpoint {path} is damaged: {error}.", "Delete that folder: the run goes on from the checkpoint before it."
+            ) from error
+
+
+def _belongs(path: Path, fingerprint: str) -> bool:
+    return _read_json(path / "run.json").get("fingerprint") == fingerprint
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with explained_os_errors(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (StorageError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state dict as tensors for safetensors and a rest for JSON."""
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entry in state["state"].items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+            else:
+                values.setdefault(str(index), {})[name] = value
+    return tensors, {"values": values, "param_groups": state["param_groups"]}
+
+
+def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
+    state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in rest["values"].items()}
+    for key, tensor in tensors.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = tensor
+    return {"state": state, "param_groups": rest["param_groups"]}

@@ -1,0 +1,394 @@
+"""Every setting, once: type, range, default, unit and help.
+
+Command-line flags, TOML keys, node widgets and tooltips, and the metadata of adapter files derive from the
+fields below. A field that does not change what is learned is marked `affects_result=False` and stays out of
+the run's fingerprint.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from typing_extensions import Self
+
+from .errors import SettingsError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SchedulerName = Literal["ddim", "pndm", "euler", "dpm++"]
+MAX_SEED = 2**64 - 1
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    unit: str = "",
+    group: str = "Training",
+    advanced: bool = False,
+    affects_result: bool = True,
+    **constraints: Any,
+) -> Any:
+    extra = {"unit": unit, "group": group, "advanced": advanced, "affects_result": affects_result}
+    return Field(default, description=help, json_schema_extra=extra, **constraints)
+
+
+class Settings(BaseModel):
+    """A set of settings; unknown names are refused, values are checked, nothing can be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> Self:
+        """Build from plain values.
+
+        Raises:
+            SettingsError: Names every setting that is unknown or out of range, and what to change.
+        """
+        unknown = [name for name in values if name not in cls.model_fields]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], cls.model_fields, n=1, cutoff=0.4)
+            raise SettingsError(
+                f"Unknown setting: {', '.join(sorted(unknown))}.",
+                f"Did you mean '{near[0]}'?" if near else "See --help for the settings that exist.",
+            )
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise _explained(error) from None
+
+
+def _explained(error: ValidationError) -> SettingsError:
+    problems = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        problems.append(f"{name}: {message} (given: {item['input']!r})" if name else message)
+    return SettingsError("; ".join(problems) + ".", "Change the settings named above and start again.")
+
+
+def _no_nul(path: Path | None) -> Path | None:
+    """Tidy a path a person typed: blanks and quotes around it, `~`."""
+    if path is None:
+        return None
+    text = str(path).strip().strip("\"'")
+    if "\0" in text:
+        raise ValueError("contains a NUL character; type the path again")
+    return Path(text).expanduser()
+
+
+class BaseSettings(Settings):
+    """Where the base model comes from and where it runs."""
+
+    base: Path = _setting(
+        ...,
+        "Base model: a single-file checkpoint (.safetensors or .ckpt) or a folder in diffusers' layout.",
+        group="Base model",
+    )
+    tokenizer: Path | None = _setting(
+        None,
+        "Folder with the CLIP tokenizer (vocab.json, merges.txt). Needed only for a single-file checkpoint that "
+        "lies outside a ComfyUI installation; found by itself otherwise.",
+        group="Base model",
+        advanced=True,
+        affects_result=False,
+    )
+    device: str = _setting(
+        "auto",
+        "Device to run on: auto, cpu, cuda, cuda:N or mps.",
+        group="Base model",
+        advanced=True,
+        affects_result=False,
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+    )
+
+    _tidy = field_validator("base", "tokenizer")(_no_nul)
+
+
+class SubjectSettings(Settings):
+    """The subject's pictures and what they show."""
+
+    images: Path = _setting(
+        ..., "Pictures of the subject: a folder or a zip file. 3 to 20 pictures are right.", group="Subject"
+    )
+    instance_prompt: str = _setting(
+        "a photo of sks dog",
+        "Caption of every picture that has no .txt file of its own: a rare word and the class of the subject.",
+        group="Subject",
+        min_length=1,
+    )
+
+    _tidy = field_validator("images")(_no_nul)
+
+
+class PriorSettings(Settings):
+    """Class pictures, made by the base model itself, that keep the class from turning into the subject."""
+
+    class_prompt: str = _setting(
+        "", "Prompt of the class pictures, without the rare word: a photo of a dog.", group="Class pictures"
+    )
+    prior_count: int = _setting(
+        0,
+        "Class pictures to make (0: train without). 100 to 200 are usual.",
+        unit="pictures",
+        group="Class pictures",
+        ge=0,
+        le=10_000,
+    )
+    prior_scheduler: SchedulerName = _setting("ddim", "Sampler of the class pictures.", group="Class pictures")
+    prior_steps: int = _setting(
+        30, "Denoising steps per class picture.", unit="steps", group="Class pictures", ge=1, le=1000
+    )
+    prior_guidance: float = _setting(
+        7.5, "Classifier-free guidance of the class pictures; 1 is none.", group="Class pictures", ge=0.0, le=100.0
+    )
+    prior_seed: int = _setting(0, "Seed of the first class picture.", group="Class pictures", ge=0, le=MAX_SEED)
+    prior_batch_size: int = _setting(
+        4,
+        "Class pictures made at once; lower it if the memory does not suffice.",
+        unit="pictures",
+        group="Class pictures",
+        advanced=True,
+        affects_result=False,
+        ge=1,
+        le=64,
+    )
+
+    @model_validator(mode="after")
+    def _class_prompt_is_given(self) -> Self:
+        if self.prior_count and not self.class_prompt.strip():
+            raise ValueError(
+                "prior_count asks for class pictures but class_prompt is empty: "
+                "give class_prompt, such as 'a photo of a dog', or set prior_count to 0"
+            )
+        return self
+
+
+class TrainSettings(Settings):
+    """What and how to learn: the recipe's own settings."""
+
+    name: str = _setting(
+        "my-subject",
+        "Name of the adapter file, without ending.",
+        affects_result=False,
+        min_length=1,
+        max_length=100,
+        pattern=r'^[^<>:"/\\|?*\x00-\x1f]+$',
+    )
+    steps: int = _setting(800, "Optimiser steps of the whole run.", unit="steps", ge=1, le=1_000_000)
+    learning_rate: float = _setting(1e-4, "Peak learning rate.", gt=0.0, le=1.0)
+    rank: int = _setting(16, "Rank of the LoRA: how much it can hold.", group="Adapter", ge=1, le=1024)
+    alpha: float | None = _setting(
+        None, "LoRA alpha; the adapter is scaled by alpha / rank. Empty: equal to the rank.", group="Adapter", gt=0.0
+    )
+    targets: Literal["attention", "attention-mlp"] = _setting(
+        "attention-mlp",
+        "Layers that get an adapter: the attention projections (diffusers' choice), or every Linear and "
+        "1×1 convolution of the attention blocks (kohya's choice).",
+        group="Adapter",
+    )
+    resolution: int = _setting(
+        512, "Side of the training pictures; a multiple of 8.", unit="pixels", ge=32, le=4096, multiple_of=8
+    )
+    seed: int = _setting(0, "Seed of the run: order, timesteps, noise and start of the adapter.", ge=0, le=MAX_SEED)
+    batch_size: int = _setting(1, "Subject pictures per forward pass.", unit="pictures", ge=1, le=256, advanced=True)
+    gradient_accumulation: int = _setting(
+        1, "Forward passes per optimiser step.", unit="passes", ge=1, le=1024, advanced=True
+    )
+    prior_weight: float = _setting(
+        1.0, "Weight λ of the class pictures' loss (prior preservation).", ge=0.0, le=100.0, advanced=True
+    )
+    flip: bool = _setting(
+        False, "Mirror half of the samples. Not for faces, text or anything asymmetric.", advanced=True
+    )
+    lr_schedule: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = _setting("constant", "How the learning rate develops (diffusers' schedules).", advanced=True)
+    lr_warmup_steps: int = _setting(
+        0, "Steps over which the learning rate rises to its peak.", unit="steps", ge=0, advanced=True
+    )
+    max_grad_norm: float = _setting(
+        1.0, "Gradients are clipped to this norm; 0: not clipped.", ge=0.0, le=1000.0, advanced=True
+    )
+    weight_decay: float = _setting(0.01, "AdamW's weight decay.", ge=0.0, le=1.0, advanced=True)
+    precision: Precision = _setting(
+        "auto",
+        "Precision of the base model while training: auto takes bf16 where the GPU has it, else fp16 on CUDA "
+        "and fp32 elsewhere. The adapter itself is always trained in fp32.",
+        advanced=True,
+    )
+    gradient_checkpointing: bool = _setting(
+        False,
+        "Recompute activations in the backward pass: about half the memory, about a third slower.",
+        advanced=True,
+        affects_result=False,
+    )
+    checkpoint_every: int = _setting(
+        100,
+        "Steps between checkpoints; 0: only at the end.",
+        unit="steps",
+        group="Saving",
+        ge=0,
+        advanced=True,
+        affects_result=False,
+    )
+    keep_checkpoints: int = _setting(
+        3, "How many checkpoints are kept.", group="Saving", ge=1, le=1000, advanced=True, affects_result=False
+    )
+    resume: Literal["auto", "never"] = _setting(
+        "auto",
+        "auto: go on with the same run where it stopped, and return it if it is finished. never: start anew.",
+        group="Saving",
+        advanced=True,
+        affects_result=False,
+    )
+    save_precision: Literal["fp16", "bf16", "fp32"] = _setting(
+        "fp16", "Precision of the adapter file.", group="Saving", advanced=True, affects_result=False
+    )
+
+    @field_validator("name")
+    @classmethod
+    def _name_is_a_file_name(cls, name: str) -> str:
+        reserved = {"con", "prn", "aux", "nul"} | {f"{kind}{digit}" for kind in ("com", "lpt") for digit in range(10)}
+        if name.strip(" .") != name or name.split(".")[0].lower() in reserved:
+            raise ValueError("can't be a file name on every system; choose letters, digits, '-' and '_'")
+        return name
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> Self:
+        if self.lr_warmup_steps >= self.steps:
+            raise ValueError(
+                f"lr_warmup_steps ({self.lr_warmup_steps}) must be less than steps ({self.steps}): lower it or train longer"
+            )
+        if self.lr_schedule == "constant" and self.lr_warmup_steps:
+            raise ValueError("lr_schedule 'constant' has no warm-up: choose 'constant_with_warmup' or set lr_warmup_steps to 0")
+        return self
+
+    @property
+    def scale(self) -> float:
+        """What the adapter's output is multiplied by: alpha / rank."""
+        return (self.rank if self.alpha is None else self.alpha) / self.rank
+
+    @property
+    def length_changes_the_course(self) -> bool:
+        """Whether a longer run takes other steps from the start, because the rate depends on the length."""
+        return self.lr_schedule not in ("constant", "constant_with_warmup")
+
+    def result_settings(self) -> dict[str, Any]:
+        """The settings on which the trained weights depend; with a steady rate, not the run's length."""
+        values = {
+            name: getattr(self, name) for name in TrainSettings.model_fields if field_extra(TrainSettings, name)["affects_result"]
+        }
+        if not self.length_changes_the_course:
+            del values["steps"]
+        values["alpha"] = self.scale * self.rank
+        return values
+
+
+class OutputSettings(Settings):
+    """Where the command line writes."""
+
+    output_dir: Path = _setting(
+        Path("output"),
+        "Folder for the adapter file, and for run state and class pictures in the folders runs/ and class-pictures/ in it.",
+        group="Saving",
+        affects_result=False,
+    )
+
+    _tidy = field_validator("output_dir")(_no_nul)
+
+
+class TrainCommand(TrainSettings, BaseSettings, SubjectSettings, PriorSettings, OutputSettings):
+    """Everything that `train` takes."""
+
+    @model_validator(mode="after")
+    def _prompts_differ(self) -> Self:
+        if self.prior_count and self.class_prompt.strip() == self.instance_prompt.strip():
+            raise ValueError(
+                "class_prompt equals instance_prompt: leave the rare word out of class_prompt ('a photo of a dog')"
+            )
+        return self
+
+
+class PriorsCommand(BaseSettings, PriorSettings, OutputSettings):
+    """Everything that `priors` takes."""
+
+    resolution: int = TrainSettings.model_fields["resolution"]  # type: ignore[assignment]
+    precision: Precision = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
+
+    @model_validator(mode="after")
+    def _something_to_make(self) -> Self:
+        if not self.prior_count:
+            raise ValueError("prior_count is 0, so there is nothing to make: give --prior-count 100")
+        return self
+
+
+class GenerateSettings(BaseSettings):
+    """Everything that `generate` takes."""
+
+    lora: tuple[str, ...] = _setting(
+        (), "Adapter file, with an optional strength: FILE or FILE:0.8. May be given several times.", group="Picture"
+    )
+    prompt: str = _setting(..., "What to draw.", group="Picture")
+    negative_prompt: str = _setting("", "What not to draw.", group="Picture")
+    steps: int = _setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=1000)
+    scheduler: SchedulerName = _setting("ddim", "Sampler.", group="Picture")
+    guidance: float = _setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
+    seed: int = _setting(0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED)
+    count: int = _setting(1, "Pictures to make.", unit="pictures", group="Picture", ge=1, le=10_000)
+    size: str = _setting("512", "Size: SIDE or WIDTHxHEIGHT, multiples of 8.", unit="pixels", group="Picture")
+    output: Path = _setting(
+        Path("picture.png"), "File to write; with several pictures a number is added.", group="Picture"
+    )
+    precision: Precision = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
+
+    _tidy = field_validator("output")(_no_nul)
+
+    @field_validator("size")
+    @classmethod
+    def _size_is_two_numbers(cls, size: str) -> str:
+        sides = size.lower().split("x")
+        if len(sides) > 2 or not all(side.isdecimal() and int(side) % 8 == 0 and 32 <= int(side) <= 4096 for side in sides):
+            raise ValueError("must be SIDE or WIDTHxHEIGHT in pixels, multiples of 8 from 32 to 4096, e.g. 512x768")
+        return size
+
+    @property
+    def width_height(self) -> tuple[int, int]:
+        """Width and height in pixels."""
+        sides = [int(side) for side in self.size.lower().split("x")]
+        return sides[0], sides[-1]
+
+
+def field_extra(settings: type[Settings], name: str) -> dict[str, Any]:
+    """Unit, group, advanced and affects_result of a field."""
+    extra = settings.model_fields[name].json_schema_extra
+    assert isinstance(extra, dict)
+    return dict(extra)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read settings from a TOML file with one key per setting; dashes in keys count as underscores.
+
+    Raises:
+        SettingsError: The file is missing or is no TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            content = tomllib.load(file)
+    except OSError as error:
+        raise SettingsError(f"{path} can't be read: {error.strerror}.", "Check the path of the settings file.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"{path} is not valid TOML: {error}.",
+            'Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: base = \'C:\\models\\x.safetensors\'.',
+        ) from error
+    return {key.replace("-", "_"): value for key, value in content.items()}

@@ -1,0 +1,93 @@
+"""What happens during long work, told to whoever listens.
+
+The engine tells a `Listener` what it does and asks it whether to stop; it never prints and knows
+nothing of progress bars. Telling must be cheap: it happens once a step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from .errors import CancelledError
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Progress of work other than training steps.
+
+    Attributes:
+        name: What is being done, e.g. "reading pictures", "class pictures".
+        done: Units finished.
+        total: Units in all; at least 1.
+    """
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished optimiser step.
+
+    Attributes:
+        step: Number of steps completed, from 1.
+        steps: Steps of the whole run.
+        loss: Loss of this step (instance + prior_weight · prior), averaged over its micro-batches.
+        learning_rate: Learning rate used in this step.
+        rate: Steps per second, smoothed; 0.0 while unknown.
+        seconds_left: Estimated seconds to the end of the run; 0.0 while unknown.
+        memory: Peak memory of the device in bytes; of the process on the CPU.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    learning_rate: float
+    rate: float
+    seconds_left: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something the user should read.
+
+    Attributes:
+        text: One or two sentences.
+        warning: Whether it says that something may be wrong.
+    """
+
+    text: str
+    warning: bool = False
+
+
+Event = Phase | Step | Note
+
+
+class Listener(Protocol):
+    """Whoever is told what happens, and may ask to stop."""
+
+    def tell(self, event: Event) -> None:
+        """Take note of an event. Must return quickly."""
+
+    def should_stop(self) -> bool:
+        """Whether the work should stop at the next safe moment."""
+
+
+class SilentListener:
+    """Listens to nothing and never stops the work."""
+
+    def tell(self, event: Event) -> None:
+        """Ignore the event."""
+
+    def should_stop(self) -> bool:
+        """Never."""
+        return False
+
+
+def stop_if_asked(listener: Listener, step: int = 0, steps: int = 0) -> None:
+    """Raise `CancelledError` if the listener asks to stop."""
+    if listener.should_stop():
+        raise CancelledError(step, steps)

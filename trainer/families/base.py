@@ -1,0 +1,142 @@
+"""What a model family is: the contract between the recipe and the models it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..objective import Objective
+
+Conditioning = dict[str, Tensor]
+"""What a denoiser is told beside latents and timesteps: named tensors, batch first."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """Tensors of one network under diffusers'/transformers' names, and the configuration they fit.
+
+    Attributes:
+        tensors: Name → tensor; may be borrowed, memory-mapped or on any device. Never written to.
+        config: Keyword arguments for the network's class.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """A base model, opened but not built.
+
+    Attributes:
+        family: The family it belongs to.
+        unet: The denoiser.
+        vae: The autoencoder.
+        text_encoders: Text encoders in the family's order.
+        tokenizers: Hugging Face tokenizers, one for each text encoder.
+        scheduler: The noise schedule's configuration as diffusers writes it; empty where unknown.
+        prediction_type: What the denoiser predicts, in diffusers' words.
+        title: Name for people, e.g. the file's.
+        fingerprint: Hexadecimal digest of the weights.
+    """
+
+    family: Family
+    unet: Component
+    vae: Component
+    text_encoders: Sequence[Component]
+    tokenizers: Sequence[Any]
+    scheduler: Mapping[str, Any]
+    prediction_type: str
+    title: str
+    fingerprint: str
+
+
+class DiffusionModel(Protocol):
+    """A built model: networks that may share storage with a host's, and what is known about them.
+
+    Attributes:
+        family: Its family.
+        unet: The denoiser, a diffusers `UNet2DConditionModel`.
+        vae: The autoencoder, a diffusers `AutoencoderKL`.
+        text_encoders: Component name ("text_encoder") → text encoder.
+        objective: Noise schedule and prediction type.
+    """
+
+    family: Family
+    unet: nn.Module
+    vae: nn.Module
+    text_encoders: dict[str, nn.Module]
+    objective: Objective
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts; every tensor has one row a prompt, on the text encoder's device."""
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run the denoiser: latents (batch, channels, height, width), timesteps (batch,) → same shape as latents."""
+
+    def overlong(self, prompt: str) -> bool:
+        """Whether the text encoder would cut the prompt."""
+
+
+class Family(Protocol):
+    """A family of models: what is true of all of its members.
+
+    Attributes:
+        title: Name for people.
+        architecture: Value of `modelspec.architecture` without the `/lora`.
+        base_version: Value of `ss_base_model_version`.
+        targets: Preset name → suffixes of the denoiser's modules that get an adapter, as PEFT takes them.
+    """
+
+    title: str
+    architecture: str
+    base_version: str
+    targets: Mapping[str, str]
+
+    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+        """Whether a denoiser of this configuration (diffusers' keys) belongs to the family."""
+
+    def build(self, weights: BaseWeights) -> DiffusionModel:
+        """Build the networks around the tensors, without a copy."""
+
+
+def build_around(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """Put `tensors` into a network built on the meta device; the network shares their storage.
+
+    Args:
+        network: Built under `torch.device("meta")`.
+        tensors: Every parameter and persistent buffer of the network. Each is wrapped anew, so that a later
+            change of the network's device or dtype leaves the given tensors alone.
+
+    Raises:
+        KeyError: A tensor is missing; its name is the argument.
+        ValueError: A tensor has another shape than the network expects.
+    """
+    expected = network.state_dict()
+    borrowed = {}
+    for name, place in expected.items():
+        tensor = tensors[name]
+        if tensor.shape != place.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(place.shape)}")
+        borrowed[name] = as_ordinary(tensor)
+    network.load_state_dict(borrowed, assign=True, strict=True)
+    for module in network.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta and name == "position_ids":
+                positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+                module.register_buffer(name, positions, persistent=False)
+    return network.requires_grad_(False).eval()
+
+
+def as_ordinary(tensor: Tensor) -> Tensor:
+    """A tensor over the same storage that autograd accepts, also if `tensor` was made in inference mode."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    ordinary = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    with torch.no_grad():
+        ordinary.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return ordinary

@@ -1,0 +1,160 @@
+"""The original ("LDM") layout of Stable Diffusion checkpoints: configuration from shapes, names to diffusers'.
+
+Nothing here copies a tensor. The renaming itself is diffusers' own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import WeightsError
+from .base import Component
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+_REMEDY = "Use a complete checkpoint; if it was downloaded, download it again and compare its size."
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers stand in the group of `pattern` among the names."""
+    matches = (re.match(pattern, name) for name in tensors)
+    return len({match[1] for match in matches if match})
+
+
+def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Infer a diffusers `UNet2DConditionModel` configuration from the shapes of an original UNet.
+
+    Args:
+        tensors: Original names without prefix ("input_blocks.0.0.weight" …).
+
+    Returns:
+        Keyword arguments. `attention_head_dim` is left out: shapes do not show the number of heads.
+
+    Raises:
+        WeightsError: Blocks are missing or uneven.
+    """
+    channels: list[int] = []
+    attention: list[bool] = []
+    layers: list[int] = []
+    count = 0
+    for index in range(1, _count(tensors, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{index}.0.op.weight" in tensors:
+            layers.append(count)
+            count = 0
+            continue
+        out = tensors.get(f"input_blocks.{index}.0.out_layers.3.weight")
+        if out is None:
+            raise WeightsError(f"The UNet lacks input_blocks.{index}.", _REMEDY)
+        if count == 0:
+            channels.append(out.shape[0])
+            attention.append(f"input_blocks.{index}.1.proj_in.weight" in tensors)
+        count += 1
+    layers.append(count)
+    if not channels or len(set(layers)) != 1:
+        raise WeightsError("The UNet's levels differ in their number of layers; that shape is not known.", _REMEDY)
+    conv_in = tensors["input_blocks.0.0.weight"]
+    context = next((t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), None)
+    projection = next((t for name, t in tensors.items() if name.endswith("1.proj_in.weight")), None)
+    if context is None or projection is None:
+        raise WeightsError("The UNet has no cross-attention, so no prompt can steer it.", _REMEDY)
+    down = tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention)
+    up = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention))
+    return {
+        "in_channels": conv_in.shape[1],
+        "out_channels": tensors["out.2.weight"].shape[0],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": layers[0],
+        "down_block_types": down,
+        "up_block_types": up,
+        "cross_attention_dim": context,
+        "use_linear_projection": projection.ndim == 2,
+        "addition_embed_type": "text_time" if "label_emb.0.0.weight" in tensors else None,
+    }
+
+
+def unet_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+    """Rename an original UNet's tensors to diffusers' names; they stay where they are."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    prefixed = {UNET_PREFIX + name: tensor for name, tensor in tensors.items()}
+    return Component(convert_ldm_unet_checkpoint(prefixed, dict(config)), config)
+
+
+def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
+    """Infer a diffusers `AutoencoderKL` configuration from an original VAE and rename its tensors.
+
+    Args:
+        tensors: Original names without prefix ("encoder.conv_in.weight" …).
+        scaling_factor: What latents are multiplied with, a fact of the family.
+
+    Raises:
+        WeightsError: It is no KL autoencoder of this layout.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    if "encoder.conv_in.weight" not in tensors or "quant_conv.weight" not in tensors:
+        raise WeightsError(
+            "The VAE has no encoder of Stable Diffusion's kind, so pictures can't be turned into latents.",
+            "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD or a decoder alone).",
+        )
+    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    config = {
+        "block_out_channels": tuple(
+            tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)
+        ),
+        "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        "latent_channels": tensors["quant_conv.weight"].shape[0] // 2,
+        "scaling_factor": scaling_factor,
+    }
+    prefixed = {VAE_PREFIX + name: tensor for name, tensor in tensors.items()}
+    renamed = convert_ldm_vae_checkpoint(prefixed, config)
+    linear = re.compile(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
+    flat = {
+        name: tensor[:, :, 0, 0] if tensor.ndim == 4 and linear.search(name) else tensor
+        for name, tensor in renamed.items()
+    }
+    return Component(flat, config)
+
+
+def clip_component(tensors: Mapping[str, Tensor]) -> Component:
+    """Infer a transformers `CLIPTextConfig` from a CLIP-L-like text encoder in Hugging Face's layout.
+
+    Args:
+        tensors: Names with or without the leading "text_model."; other tensors are ignored.
+
+    Raises:
+        WeightsError: The token embedding is missing.
+    """
+    named = {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix("text_model.")
+        if inner.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and not inner.endswith("position_ids"):
+            named[f"text_model.{inner}"] = tensor
+    embedding = named.get("text_model.embeddings.token_embedding.weight")
+    if embedding is None:
+        raise WeightsError(
+            "The checkpoint holds no CLIP text encoder.", "Use a full checkpoint (UNet, VAE and text encoder)."
+        )
+    width = embedding.shape[1]
+    config = {
+        "vocab_size": embedding.shape[0],
+        "hidden_size": width,
+        "intermediate_size": named["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "num_hidden_layers": _count(named, r"text_model\.encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": named["text_model.embeddings.position_embedding.weight"].shape[0],
+        "hidden_act": "quick_gelu",
+        "projection_dim": width,
+    }
+    return Component(named, config)

@@ -1,0 +1,106 @@
+"""Stable Diffusion 1.x: one CLIP-L text encoder, 1×1 convolutions around the attention, epsilon prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..objective import Objective, epsilon_objective, scaled_linear_alphas_cumprod
+from .base import BaseWeights, Component, Conditioning, build_around
+
+SCALING_FACTOR = 0.18215
+HEADS = 8
+TEXT_PREFIX = "cond_stage_model.transformer."
+
+
+class StableDiffusion1:
+    """The family: SD 1.1 to 1.5, their fine-tunes, and slim relatives with fewer blocks."""
+
+    title = "Stable Diffusion 1.x"
+    architecture = "stable-diffusion-v1"
+    base_version = "sd_v1"
+    targets: Mapping[str, str] = {
+        "attention": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
+        "attention-mlp": r".*\.attentions\.\d+\.(proj_in|proj_out"
+        r"|transformer_blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ff\.net\.(0\.proj|2)))",
+    }
+
+    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+        """Four latent channels, convolutional projections and no conditioning beside the text."""
+        return (
+            unet_config.get("in_channels", 4) == 4
+            and not unet_config.get("use_linear_projection")
+            and unet_config.get("addition_embed_type") is None
+            and unet_config.get("class_embed_type") is None
+        )
+
+    def build(self, weights: BaseWeights) -> StableDiffusion1Model:
+        """Build the networks around the tensors, without a copy."""
+        return StableDiffusion1Model(self, weights)
+
+
+FAMILY = StableDiffusion1()
+
+
+class StableDiffusion1Model:
+    """A built Stable Diffusion 1.x model; see `DiffusionModel`."""
+
+    def __init__(self, family: StableDiffusion1, weights: BaseWeights) -> None:
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        self.family = family
+        with torch.device("meta"):
+            unet = UNet2DConditionModel(**weights.unet.config)
+            vae = AutoencoderKL(**weights.vae.config)
+        self.unet = build_around(unet, weights.unet.tensors)
+        self.vae = build_around(vae, weights.vae.tensors)
+        self.text_encoders = {"text_encoder": _build_text_encoder(weights.text_encoders[0])}
+        self.objective = _objective(weights.scheduler)
+        self._tokenizer = weights.tokenizers[0]
+        self._max_tokens: int = weights.text_encoders[0].config["max_position_embeddings"]
+
+    def _tokens(self, prompt: str) -> list[int]:
+        return list(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+    def overlong(self, prompt: str) -> bool:
+        """Whether the text encoder would cut the prompt."""
+        return len(self._tokens(prompt)) > self._max_tokens
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts as the last hidden state of CLIP: {"text": (prompts, tokens, width)}, float32."""
+        rows = []
+        for prompt in prompts:
+            ids = self._tokens(prompt)
+            end = self._tokenizer.eos_token_id
+            if len(ids) > self._max_tokens:
+                ids = [*ids[: self._max_tokens - 1], end]
+            rows.append(ids + [end] * (self._max_tokens - len(ids)))
+        encoder = self.text_encoders["text_encoder"]
+        device = next(encoder.parameters()).device
+        states = encoder(torch.tensor(rows, device=device)).last_hidden_state
+        return {"text": states}
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run the UNet."""
+        output: Tensor = self.unet(latents, timesteps, conditioning["text"], return_dict=False)[0]
+        return output
+
+
+def _build_text_encoder(component: Component) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        encoder = CLIPTextModel(CLIPTextConfig(**component.config))
+    tensors = component.tensors
+    if not any(name.startswith("text_model.") for name in encoder.state_dict()):  # transformers 5
+        tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+    return build_around(encoder, tensors)
+
+
+def _objective(scheduler: Mapping[str, Any]) -> Objective:
+    keys = {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
+    known = {ours: scheduler[theirs] for theirs, ours in keys.items() if theirs in scheduler}
+    return epsilon_objective(scaled_linear_alphas_cumprod(**known))

@@ -1,0 +1,137 @@
+"""Writing so that nothing is ever half there: temporary name, fsync, atomic rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from .errors import StorageError
+
+_TEMPORARY = ".tmp-"
+
+
+@contextlib.contextmanager
+def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Turn operating-system errors about `path` into `StorageError`s that say what to do.
+
+    Raises:
+        StorageError: The disk is full, the place is read-only, a part of the path is not a folder,
+            the file is held open by another program, or any other `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = f" (about {needed_bytes / 1e6:.0f} MB are needed)" if needed_bytes else ""
+            raise StorageError(
+                f"No space left on the disk that holds {path}{size}.",
+                "Free some space or choose another output folder; everything written before is intact.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(
+                f"{path} can't be written: {error.strerror}.",
+                "Choose another output folder, give yourself the right to write there, "
+                "or close the program that holds the file open.",
+            ) from error
+        raise StorageError(
+            f"{path} can't be used: {error.strerror or error}.", "Check the path and that its folders exist."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle to a folder that can be flushed
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    Raises:
+        StorageError: The file can't be written.
+    """
+    with explained_os_errors(path, len(content)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}"[:200])
+        try:
+            with open(temporary, "xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
+
+    An existing folder of that name is replaced.
+
+    Raises:
+        StorageError: Something can't be written.
+    """
+    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    try:
+        with explained_os_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            if path.exists():
+                shutil.rmtree(path)
+            os.replace(temporary, path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_writable(folder: Path, needed_bytes: int) -> None:
+    """Make `folder` and check, before any long work, that it can be written and has room.
+
+    Args:
+        folder: The folder to write to; made if missing.
+        needed_bytes: Bytes that will be written at least.
+
+    Raises:
+        StorageError: It can't be made or written, or the disk has less room than needed.
+    """
+    with explained_os_errors(folder, needed_bytes):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}"
+        probe.write_bytes(b"")
+        probe.unlink()
+        if shutil.disk_usage(folder).free < needed_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files and folders that a killed process left in `folder`."""
+    if not folder.is_dir():
+        return
+    for entry in folder.glob(f"{_TEMPORARY}*"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or if it is taken the first of `name-2`, `name-3` … beside it that is not."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return candidate

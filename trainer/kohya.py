@@ -1,0 +1,246 @@
+"""The kohya adapter file: module names, tensors, hashes, reading and atomic writing.
+
+A module `down_blocks.0.attentions.0.proj_in` of the UNet is named `lora_unet_down_blocks_0_attentions_0_proj_in`;
+its tensors are `<name>.lora_down.weight` (rank, in[, k, k]), `<name>.lora_up.weight` (out, rank[, 1, 1]) and
+`<name>.alpha` (0-D). The layer adds alpha / rank · up · down to the module's weight.
+
+Source: networks/lora.py of kohya-ss/sd-scripts; files of diffusers and PEFT are read, too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import AdapterError
+from .files import write_atomic
+
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_OTHER_KINDS = {
+    ".hada_w1_a": "LoHa",
+    ".lokr_w1": "LoKr",
+    ".oft_blocks": "OFT",
+    ".dora_scale": "DoRA",
+    ".diff": "full differences",
+    ".a1.weight": "GLoRA",
+}
+_BROKEN = "Download or copy the adapter file again, or choose another."
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """The adapter of one module.
+
+    Attributes:
+        down: (rank, in) or (rank, in, k, k).
+        up: (out, rank) or (out, rank, 1, 1).
+        alpha: Numerator of the scale.
+        mid: (rank, rank, k, k), the core of a Tucker-decomposed convolution; None otherwise.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    mid: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank of the factorisation."""
+        return self.down.shape[0]
+
+    def delta(self) -> Tensor:
+        """What the layer adds to its module's weight at strength 1: float32, (out, in) or (out, in, k, k)."""
+        down, up = self.down.float(), self.up.float()
+        scale = self.alpha / self.rank
+        if self.mid is not None:
+            return scale * torch.einsum("or,rskl,si->oikl", up.flatten(1), self.mid.float(), down.flatten(1))
+        return scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter in memory.
+
+    Attributes:
+        layers: kohya module name → layer.
+        metadata: The file's metadata; strings.
+    """
+
+    layers: Mapping[str, LoraLayer]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """The tensors under kohya's names, contiguous, on the CPU; matrices in `dtype` if given, alphas in float32."""
+        tensors: dict[str, Tensor] = {}
+        for name in sorted(self.layers):
+            layer = self.layers[name]
+            parts = {"lora_down.weight": layer.down, "lora_up.weight": layer.up, "lora_mid.weight": layer.mid}
+            for part, tensor in parts.items():
+                if tensor is not None:
+                    tensors[f"{name}.{part}"] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+        return tensors
+
+
+def module_name(component: str, path: str) -> str:
+    """kohya's name of a module.
+
+    Args:
+        component: "unet" or "text_encoder".
+        path: The module's dotted path in diffusers or transformers (with or without "text_model.").
+    """
+    if component == "text_encoder" and not path.startswith("text_model."):
+        path = f"text_model.{path}"  # transformers 5 dropped the level that every adapter file has
+    return PREFIXES[component] + path.replace(".", "_")
+
+
+def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
+    """Read an adapter from named tensors in kohya's, diffusers' or PEFT's naming.
+
+    Args:
+        tensors: Names and tensors, as they stand in a file or on a LORA_MODEL wire.
+        metadata: The file's metadata.
+
+    Raises:
+        AdapterError: No LoRA in it, a kind that can't be read yet, or half of a layer is missing.
+    """
+    for mark, kind in _OTHER_KINDS.items():
+        if any(mark in name for name in tensors):
+            raise AdapterError(f"The adapter is of the kind {kind}, which can't be read yet.", "Use a plain LoRA file.")
+    metadata = dict(metadata or {})
+    scales = _Alphas(metadata)
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        split = _split_key(key)
+        if split is not None:
+            parts.setdefault(split[0], {})[split[1]] = tensor
+    if not parts:
+        raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
+    layers = {}
+    for name, found in parts.items():
+        if "down" not in found or "up" not in found:
+            raise AdapterError(f"The adapter is incomplete: {name} lacks its {'up' if 'down' in found else 'down'} tensor.", _BROKEN)
+        rank = found["down"].shape[0]
+        alpha = float(found["alpha"]) if "alpha" in found else scales.of(name, rank)
+        layers[name] = LoraLayer(found["down"], found["up"], alpha, found.get("mid"))
+    return Adapter(layers, metadata)
+
+
+_KOHYA_PART = re.compile(r"^(lora_(?:unet|te\d?)_[^.]+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
+_DIFFUSERS_PART = re.compile(
+    r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|\.lora(?:_linear_layer)?\.(down|up)\.weight"
+    r"|_lora\.(down|up)\.weight|\.(alpha))$"
+)
+
+
+def _split_key(key: str) -> tuple[str, str] | None:
+    """A tensor's name → (kohya module name, "down", "up", "mid" or "alpha"); None if it is no part of a LoRA."""
+    kohya = _KOHYA_PART.match(key)
+    if kohya:
+        return kohya[1], kohya[2] or kohya[3]
+    other = _DIFFUSERS_PART.match(key)
+    if not other:
+        return None
+    path, matrix = other[1], other[2]
+    part = {"A": "down", "B": "up"}[matrix] if matrix else other[3] or other[4] or other[5]
+    path = path.removeprefix("base_model.model.")
+    component = "text_encoder" if path.startswith(("text_encoder.", "text_model.")) else "unet"
+    path = path.removeprefix(f"{component}.").replace(".processor.", ".")
+    path = re.sub(r"\.to_out$", ".to_out.0", path)
+    return module_name(component, path), part
+
+
+class _Alphas:
+    """Alphas that stand in metadata rather than beside the tensors: diffusers' header and PEFT's configuration."""
+
+    def __init__(self, metadata: Mapping[str, str]) -> None:
+        header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        self._unet: dict[str, Any] = _sub_config(header, "unet")
+        self._text: dict[str, Any] = _sub_config(header, "text_encoder")
+        if "peft_config" in metadata:
+            self._unet = self._text = json.loads(metadata["peft_config"])
+
+    def of(self, name: str, rank: int) -> float:
+        config = self._text if name.startswith(PREFIXES["text_encoder"]) else self._unet
+        alpha = float(config.get("lora_alpha") or rank)
+        for pattern, value in (config.get("alpha_pattern") or {}).items():
+            if name.endswith(pattern.replace(".", "_")):
+                alpha = float(value)
+        return alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+
+def _sub_config(header: Mapping[str, Any], component: str) -> dict[str, Any]:
+    start = f"{component}."
+    return {key.removeprefix(start): value for key, value in header.items() if key.startswith(start)}
+
+
+def read_adapter(path: Path) -> Adapter:
+    """Read an adapter file, or a PEFT folder (adapter_model.safetensors and adapter_config.json).
+
+    Raises:
+        AdapterError: Missing, damaged, or not a LoRA.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    extra: dict[str, str] = {}
+    try:
+        if path.is_dir():
+            extra["peft_config"] = (path / "adapter_config.json").read_text(encoding="utf-8")
+            path = path / "adapter_model.safetensors"
+        content = path.read_bytes()  # not memory-mapped: Windows could not replace the file while it is in use
+        tensors = load(content)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise AdapterError(f"The adapter {path} can't be read: {error}.", "Check the path; the file must be a whole .safetensors file.") from error
+    length = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+    try:
+        return parse_adapter(tensors, {**metadata, **extra})
+    except AdapterError as error:
+        raise AdapterError(f"{path.name}: {error.problem}", error.remedy) from None
+
+
+def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
+    """Write a kohya file atomically, with the hashes that other programs look up.
+
+    Args:
+        path: The file.
+        adapter: Its metadata is written along; `sshs_*` and `modelspec.hash_sha256` are computed here.
+        dtype: Type of the tensors in the file.
+
+    Raises:
+        StorageError: The file can't be written.
+    """
+    from safetensors.torch import save
+
+    tensors = adapter.state_dict(dtype)
+    metadata = {name: str(value) for name, value in adapter.metadata.items()}
+    model_hash, legacy_hash = file_hashes(tensors, metadata)
+    metadata |= {
+        "sshs_model_hash": model_hash,
+        "sshs_legacy_hash": legacy_hash,
+        "modelspec.hash_sha256": f"0x{model_hash}",
+    }
+    write_atomic(path, save(tensors, metadata))
+
+
+def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash`, computed as kohya and sd-webui-additional-networks do.
+
+    The file is serialised with its `ss_*` metadata only; the first hash is the sha256 of what follows the
+    header, the second the first 8 digits of the sha256 of bytes 0x100000 to 0x110000.
+    """
+    from safetensors.torch import save
+
+    content = save(dict(tensors), {name: value for name, value in metadata.items() if name.startswith("ss_")})
+    start = 8 + int.from_bytes(content[:8], "little")
+    legacy = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
+    return hashlib.sha256(content[start:]).hexdigest(), legacy

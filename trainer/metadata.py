@@ -1,0 +1,133 @@
+"""What an adapter file says of itself: kohya's `ss_*`, Stability's `modelspec.*`, and the whole run configuration."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+
+from .config import TrainSettings
+from .families.base import Family
+
+CONFIG_KEY = "dreambooth.config"
+FINGERPRINT_KEY = "dreambooth.fingerprint"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the metadata tells beside the settings.
+
+    Attributes:
+        family: The base model's family.
+        base_title: The base model's name.
+        base_fingerprint: Digest of its weights.
+        run_fingerprint: Digest of everything on which the adapter depends.
+        captions: Caption of every subject picture.
+        class_prompt: Prompt of the class pictures; empty without.
+        class_pictures: Number of class pictures.
+        precision: Precision of the base model while training.
+        started_at: Unix time.
+        prediction_type: diffusers' name of what the model predicts.
+    """
+
+    family: Family
+    base_title: str
+    base_fingerprint: str
+    run_fingerprint: str
+    captions: Sequence[str]
+    class_prompt: str
+    class_pictures: int
+    precision: str
+    started_at: float
+    prediction_type: str
+
+
+def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> dict[str, str]:
+    """Metadata of an adapter after `step` steps; every value is a string."""
+    name, alpha = settings.name, settings.scale * settings.rank
+    words = Counter(facts.captions)
+    trigger = words.most_common(1)[0][0] if words else ""
+    kohya = {
+        "ss_output_name": name,
+        "ss_base_model_version": facts.family.base_version,
+        "ss_sd_model_name": facts.base_title,
+        "ss_v2": "False",
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": settings.rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps({"targets": settings.targets}),
+        "ss_training_started_at": facts.started_at,
+        "ss_training_finished_at": time.time(),
+        "ss_steps": step,
+        "ss_max_train_steps": settings.steps,
+        "ss_learning_rate": settings.learning_rate,
+        "ss_unet_lr": settings.learning_rate,
+        "ss_text_encoder_lr": "0.0",
+        "ss_optimizer": f"torch.optim.AdamW(weight_decay={settings.weight_decay})",
+        "ss_lr_scheduler": settings.lr_schedule,
+        "ss_lr_warmup_steps": settings.lr_warmup_steps,
+        "ss_max_grad_norm": settings.max_grad_norm,
+        "ss_seed": settings.seed,
+        "ss_mixed_precision": {"fp32": "no"}.get(facts.precision, facts.precision),
+        "ss_prior_loss_weight": settings.prior_weight,
+        "ss_resolution": f"({settings.resolution}, {settings.resolution})",
+        "ss_num_train_images": len(facts.captions),
+        "ss_num_reg_images": facts.class_pictures,
+        "ss_total_batch_size": settings.batch_size * settings.gradient_accumulation,
+        "ss_batch_size_per_device": settings.batch_size,
+        "ss_gradient_accumulation_steps": settings.gradient_accumulation,
+        "ss_gradient_checkpointing": settings.gradient_checkpointing,
+        "ss_flip_aug": settings.flip,
+        "ss_clip_skip": "None",
+        "ss_dataset_dirs": json.dumps({name: {"n_repeats": 1, "img_count": len(facts.captions)}}),
+        "ss_reg_dataset_dirs": json.dumps(
+            {facts.class_prompt: {"n_repeats": 1, "img_count": facts.class_pictures}} if facts.class_pictures else {}
+        ),
+        "ss_tag_frequency": json.dumps({name: _tags(facts.captions)}),
+        "ss_bucket_info": json.dumps(
+            {"buckets": {"0": {"resolution": [settings.resolution] * 2, "count": len(facts.captions)}}}
+        ),
+    }
+    modelspec = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{facts.family.architecture}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": name,
+        "modelspec.resolution": f"{settings.resolution}x{settings.resolution}",
+        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0).isoformat(),
+        "modelspec.trigger_phrase": trigger,
+        "modelspec.prediction_type": facts.prediction_type,
+    }
+    own = {
+        CONFIG_KEY: json.dumps(
+            settings.model_dump(mode="json")
+            | {"base_fingerprint": facts.base_fingerprint, "class_prompt": facts.class_prompt, "captions": list(facts.captions)},
+            sort_keys=True,
+        ),
+        FINGERPRINT_KEY: facts.run_fingerprint,
+    }
+    return {key: str(value) for key, value in (kohya | modelspec | own).items()}
+
+
+def _tags(captions: Sequence[str]) -> dict[str, int]:
+    return dict(Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip()))
+
+
+def describe(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The few lines of an adapter's metadata that a person asks for first; only what is there."""
+    wanted = {
+        "title": ("modelspec.title", "ss_output_name"),
+        "base model": ("ss_sd_model_name",),
+        "family": ("modelspec.architecture", "ss_base_model_version"),
+        "trigger phrase": ("modelspec.trigger_phrase",),
+        "steps": ("ss_steps",),
+        "resolution": ("modelspec.resolution", "ss_resolution"),
+        "made": ("modelspec.date",),
+        "model hash": ("sshs_model_hash",),
+        "legacy hash": ("sshs_legacy_hash",),
+    }
+    found = {label: next((metadata[key] for key in keys if metadata.get(key)), "") for label, keys in wanted.items()}
+    return {label: value for label, value in found.items() if value}

@@ -1,0 +1,86 @@
+"""What the denoiser predicts, and the loss of that prediction.
+
+A prediction type differs from another in `target` alone, so that no caller branches on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def scaled_linear_alphas_cumprod(
+    timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> Tensor:
+    """Cumulative products of alpha, shape (timesteps,), float32: the schedule of Stable Diffusion.
+
+    Source: Rombach et al. 2022; computed as diffusers' `DDPMScheduler(beta_schedule="scaled_linear")` does.
+    """
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float32) ** 2
+    return torch.cumprod(1.0 - betas, dim=0)
+
+
+def _coefficients(alphas_cumprod: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    """√ᾱ and √(1-ᾱ) of each timestep, shape (batch, 1, 1, 1)."""
+    alpha = alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    return alpha.sqrt(), (1.0 - alpha).sqrt()
+
+
+def epsilon_target(alphas_cumprod: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """The noise itself (Ho et al. 2020, equation 14)."""
+    return noise
+
+
+def velocity_target(alphas_cumprod: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """v = √ᾱ·noise - √(1-ᾱ)·latents (Salimans & Ho 2022, section 4)."""
+    signal, sigma = _coefficients(alphas_cumprod, timesteps)
+    return signal * noise - sigma * latents
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A noise schedule and a prediction type.
+
+    Attributes:
+        prediction_type: diffusers' name, "epsilon" or "v_prediction".
+        alphas_cumprod: Shape (timesteps,), float32.
+        target: (alphas_cumprod, latents, noise, timesteps) → what the denoiser should predict.
+    """
+
+    prediction_type: str
+    alphas_cumprod: Tensor
+    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+    @property
+    def timesteps(self) -> int:
+        """Number of diffusion timesteps."""
+        return len(self.alphas_cumprod)
+
+    def to(self, device: torch.device) -> Objective:
+        """The same objective with its schedule on `device`."""
+        return Objective(self.prediction_type, self.alphas_cumprod.to(device), self.target)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """√ᾱ·latents + √(1-ᾱ)·noise, all (batch, channels, height, width); timesteps (batch,), int64."""
+        signal, sigma = _coefficients(self.alphas_cumprod, timesteps)
+        return signal * latents + sigma * noise
+
+    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Mean squared error of each sample, shape (batch,), float32."""
+        target = self.target(self.alphas_cumprod, latents, noise, timesteps)
+        return (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+
+
+def epsilon_objective(alphas_cumprod: Tensor | None = None) -> Objective:
+    """Predict the noise, on Stable Diffusion's schedule unless another is given."""
+    schedule = scaled_linear_alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
+    return Objective("epsilon", schedule, epsilon_target)
+
+
+def velocity_objective(alphas_cumprod: Tensor | None = None) -> Objective:
+    """Predict the velocity, on Stable Diffusion's schedule unless another is given."""
+    schedule = scaled_linear_alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
+    return Objective("v_prediction", schedule, velocity_target)

@@ -1,0 +1,144 @@
+"""Pictures from a model: the same seed gives the same picture, whatever else is made beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .config import SchedulerName
+from .events import Listener, SilentListener, stop_if_asked
+from .families.base import Conditioning, DiffusionModel
+from .objective import Objective
+
+
+def make_scheduler(name: SchedulerName, objective: Objective) -> Any:
+    """A diffusers scheduler on the model's own noise schedule, configured as Stable Diffusion's pipelines are.
+
+    Args:
+        name: "ddim" (Song et al. 2021), "pndm" (Liu et al. 2022), "euler" (Karras et al. 2022, algorithm 2
+            without churn) or "dpm++" (Lu et al. 2022, DPM-Solver++(2M)).
+        objective: Noise schedule and prediction type.
+    """
+    import diffusers
+
+    alphas = objective.alphas_cumprod.double().cpu()
+    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+    common = {
+        "num_train_timesteps": objective.timesteps,
+        "trained_betas": betas.numpy(),
+        "prediction_type": objective.prediction_type,
+        "timestep_spacing": "leading",
+        "steps_offset": 1,
+    }
+    if name == "ddim":
+        return diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False)
+    if name == "pndm":
+        return diffusers.PNDMScheduler(**common, skip_prk_steps=True, set_alpha_to_one=False)
+    if name == "euler":
+        return diffusers.EulerDiscreteScheduler(**common)
+    return diffusers.DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++")
+
+
+def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal latents (len(seeds), *shape); each row from its own seed, as diffusers' pipelines draw them."""
+    rows = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed % 2**64)) for seed in seeds]
+    return torch.cat(rows)
+
+
+@torch.no_grad()
+def denoise(
+    model: DiffusionModel,
+    noise: Tensor,
+    prompt: Conditioning,
+    negative: Conditioning,
+    scheduler_name: SchedulerName,
+    steps: int,
+    guidance: float,
+    listener: Listener | None = None,
+) -> Tensor:
+    """Denoise latents with classifier-free guidance (Ho & Salimans 2022).
+
+    Args:
+        model: Its UNet's device and dtype are used.
+        noise: From `starting_noise`, (batch, channels, height, width).
+        prompt: One row for each picture.
+        negative: One row for each picture.
+        scheduler_name: See `make_scheduler`.
+        steps: Denoising steps.
+        guidance: Scale; 1 runs the prompt alone.
+        listener: Asked before every step whether to stop.
+
+    Returns:
+        Latents, float32, on the UNet's device.
+    """
+    parameter = next(model.unet.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    scheduler = make_scheduler(scheduler_name, model.objective)
+    scheduler.set_timesteps(steps, device=device)
+    latents = noise.to(device) * scheduler.init_noise_sigma
+    rows = [prompt] if guidance == 1 else [negative, prompt]
+    conditioning = {name: torch.cat([row[name] for row in rows]).to(device, dtype) for name in prompt}
+    for timestep in scheduler.timesteps:
+        stop_if_asked(listener or SilentListener())
+        scaled = scheduler.scale_model_input(torch.cat([latents] * len(rows)), timestep)
+        prediction = model.predict(scaled.to(dtype), timestep.expand(len(scaled)), conditioning).float()
+        if guidance != 1:
+            without, with_prompt = prediction.chunk(2)
+            prediction = without + guidance * (with_prompt - without)
+        latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+@torch.no_grad()
+def decode_latents(model: DiffusionModel, latents: Tensor) -> list[Image.Image]:
+    """Turn latents into RGB pictures, one at a time to save memory."""
+    vae: Any = model.vae
+    parameter = next(vae.parameters())
+    pictures = []
+    for row in latents.to(parameter.device, parameter.dtype).split(1):
+        pixels = vae.decode(row / vae.config.scaling_factor, return_dict=False)[0][0].float()
+        values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
+        pictures.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
+    return pictures
+
+
+@torch.no_grad()
+def generate(
+    model: DiffusionModel,
+    prompt: str,
+    seeds: Sequence[int],
+    *,
+    width: int,
+    height: int,
+    negative_prompt: str = "",
+    scheduler: SchedulerName = "ddim",
+    steps: int = 30,
+    guidance: float = 7.5,
+    listener: Listener | None = None,
+) -> list[Image.Image]:
+    """Draw one picture for each seed.
+
+    Args:
+        model: With all its networks on the device to use.
+        prompt: What to draw.
+        seeds: One for each picture.
+        width: Pixels; a multiple of 8.
+        height: Pixels; a multiple of 8.
+        negative_prompt: What not to draw.
+        scheduler: See `make_scheduler`.
+        steps: Denoising steps.
+        guidance: Classifier-free guidance.
+        listener: Asked before every step whether to stop.
+    """
+    vae: Any = model.vae
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    noise = starting_noise(seeds, (vae.config.latent_channels, height // factor, width // factor))
+    encoded = model.encode_prompts([negative_prompt, prompt])
+    count = len(seeds)
+    negative, positive = ({name: rows[i : i + 1].expand(count, *rows.shape[1:]) for name, rows in encoded.items()} for i in (0, 1))
+    latents = denoise(model, noise, positive, negative, scheduler, steps, guidance, listener)
+    return decode_latents(model, latents)
