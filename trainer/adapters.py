@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from .config import TrainSettings
 from .errors import AdapterError, SettingsError
-from .families.base import DiffusionModel
+from .families.base import BaseWeights, DiffusionModel
 from .kohya import Adapter, LoraLayer, module_name
 from .randomness import generator
 
@@ -38,16 +39,12 @@ class TrainedLora:
 
         The start depends on the seed and each module's name alone: `down` is Kaiming-uniform as PEFT's default
         (a = √5), `up` is zero, so that the model predicts at first as without an adapter.
-
-        Raises:
-            SettingsError: The rank is larger than the smallest adapted layer.
         """
         from peft import LoraConfig, inject_adapter_in_model
 
         alpha = settings.scale * settings.rank
         targets = model.family.targets[settings.targets]
         config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True)
-        _require_rank_fits(model.unet, targets, settings.rank)
         with torch.random.fork_rng(devices=[]):
             inject_adapter_in_model(config, model.unet, adapter_name=_PEFT_NAME)
         self.layers: dict[str, TrainedLayer] = {}
@@ -99,18 +96,22 @@ class TrainedLora:
         return all(bool(torch.isfinite(p).all()) for p in self.parameters())
 
 
-def _require_rank_fits(unet: nn.Module, targets: str, rank: int) -> None:
-    import re
+def require_rank_fits(base: BaseWeights, settings: TrainSettings) -> None:
+    """Check, before anything is built, that no adapted layer is smaller than the rank.
 
+    Raises:
+        SettingsError: Names the smallest layer and its size.
+    """
+    targets = re.compile(base.family.targets[settings.targets])
     sizes = {
-        path: min(module.weight.shape[:2])
-        for path, module in unet.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and re.fullmatch(targets, path)
+        name.removesuffix(".weight"): min(tensor.shape[:2])
+        for name, tensor in base.unet.tensors.items()
+        if name.endswith(".weight") and targets.fullmatch(name.removesuffix(".weight"))
     }
     smallest = min(sizes, key=lambda path: sizes[path])
-    if rank > sizes[smallest]:
+    if settings.rank > sizes[smallest]:
         raise SettingsError(
-            f"rank {rank} is above the size of the layer {smallest} ({sizes[smallest]}).",
+            f"rank {settings.rank} is above the size of the layer {smallest} ({sizes[smallest]}).",
             f"Set the rank to at most {sizes[smallest]}; 4 to 32 are usual.",
         )
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import TrainedLora
+from .adapters import TrainedLora, require_rank_fits
 from .cache import Cache, LatentSet, build_cache
 from .checkpoint import Checkpoint, RunFolder
 from .config import TrainSettings
@@ -31,6 +31,7 @@ from .pictures import Picture
 from .pace import Pace
 from .randomness import Draw, draw
 
+_ROOM = 50_000_000  # bytes that an adapter and its checkpoints take at the least
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
 
 
@@ -88,6 +89,18 @@ def train(
         recipe.clean_up()
 
 
+def require_trainable(base: BaseWeights, settings: TrainSettings, output_dir: Path, runs_dir: Path) -> None:
+    """Check what can be checked at once, so that a mistake is told before class pictures are made, not after.
+
+    Raises:
+        SettingsError: The rank does not fit the model.
+        StorageError: A folder can't be written, or its disk is full.
+    """
+    require_rank_fits(base, settings)
+    require_writable(output_dir, _ROOM)
+    require_writable(runs_dir, _ROOM)
+
+
 def run_fingerprint(base: BaseWeights, subject: Sequence[Picture], priors: Sequence[Picture], settings: TrainSettings, precision: str) -> str:
     """Digest of everything on which the trained weights depend."""
     what = {
@@ -131,8 +144,7 @@ class DreamBooth:
     def run(self) -> TrainResult:
         """Prepare, cache, resume, loop, export."""
         settings = self.settings
-        require_writable(self.output_dir, 0)
-        require_writable(self.runs_dir, 50_000_000)
+        require_trainable(self.base, settings, self.output_dir, self.runs_dir)
         shown = settings.model_dump(mode="json") | {"base": self.base.title}
         self.run_folder = RunFolder.open(self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never")
         if settings.steps in self.run_folder.steps():

@@ -1,0 +1,99 @@
+"""The command line: `python -m trainer train|priors|generate|inspect|demo`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from .config import GenerateSettings, PriorsCommand, TrainCommand
+from .errors import CancelledError, TrainerError
+from .flags import add_flags, settings_from
+from .terminal import Terminal
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, TrainCommand)
+    from .commands import run_train
+
+    with Terminal() as terminal:
+        result = run_train(settings, terminal)
+    print(result.path)
+
+
+def _priors(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, PriorsCommand)
+    from .commands import run_priors
+
+    with Terminal() as terminal:
+        folder = run_priors(settings, terminal)
+    print(folder)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, GenerateSettings)
+    from .commands import run_generate
+
+    with Terminal() as terminal:
+        paths = run_generate(settings, terminal)
+    for path in paths:
+        print(path)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from .inspection import as_text, inspect
+
+    facts = inspect(arguments.file)
+    print(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else as_text(facts))
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    with Terminal() as terminal:
+        paths = run_demo(arguments.output_dir, terminal)
+    for path in paths:
+        print(path)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m trainer", description="Teach a diffusion model a new subject.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    add_flags(command("train", _train, "Train a LoRA on pictures of a subject."), TrainCommand)
+    add_flags(command("priors", _priors, "Make class pictures with the base model."), PriorsCommand)
+    add_flags(command("generate", _generate, "Draw pictures with a base model and adapters."), GenerateSettings)
+    sub = command("inspect", _inspect, "Say what an adapter or model file is.")
+    sub.add_argument("file", type=Path, metavar="FILE")
+    sub.add_argument("--json", action="store_true", help="machine-readable output")
+    sub = command("demo", _demo, "Train on the small embedded world and draw a contact sheet.")
+    sub.add_argument("--output-dir", type=Path, default=Path("demo/output"), metavar="PATH", help="[default: demo/output]")
+    return parser
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 an error was told, 130 stopped by the user."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    arguments = _parser().parse_args(words)
+    try:
+        arguments.run(arguments)
+    except TrainerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (CancelledError, KeyboardInterrupt):
+        print("Stopped. Run the same command again to go on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What each command of the command line does, over the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .adapters import merge_into
+from .config import BaseSettings, GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
+from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, place
+from .dreambooth import TrainResult, require_trainable, train
+from .errors import SettingsError
+from .events import Listener, Phase
+from .families.base import BaseWeights, DiffusionModel
+from .files import explained_os_errors, require_writable
+from .kohya import read_adapter
+from .pictures import Picture, load_pictures
+from .priors import make_class_pictures, priors_folder
+from .sample import generate
+from .weights import open_base
+
+
+def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
+    """Check everything, make the class pictures, train."""
+    pictures = load_pictures(settings.images, settings.instance_prompt, listener)
+    base = _open(settings)
+    runs = settings.output_dir / "runs"
+    require_trainable(base, settings, settings.output_dir, runs)
+    priors = _class_pictures(base, settings, settings.resolution, settings, listener)
+    return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener)
+
+
+def run_priors(settings: PriorsCommand, listener: Listener) -> Path:
+    """Make class pictures; returns their folder."""
+    base = _open(settings)
+    _class_pictures(base, settings, settings.resolution, settings, listener)
+    precision = pick_precision(settings.precision, pick_device(settings.device))
+    return priors_folder(_priors_root(settings.output_dir), base, settings, settings.resolution, precision)
+
+
+def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
+    """Draw pictures with a base model and adapters; returns the files."""
+    adapters = [parse_strength(text) for text in settings.lora]
+    loaded = [(read_adapter(path), strength) for path, strength in adapters]
+    with explained_os_errors(settings.output):
+        require_writable(settings.output.absolute().parent, 1_000_000)
+    model = ready_model(_open(settings), pick_device(settings.device), settings)
+    for adapter, strength in loaded:
+        merge_into(model, adapter, strength)
+    width, height = settings.width_height
+    paths = []
+    for number in range(settings.count):
+        listener.tell(Phase("pictures", number, settings.count))
+        with explained_memory_errors("--size"):
+            [image] = generate(
+                model,
+                settings.prompt,
+                [settings.seed + number],
+                width=width,
+                height=height,
+                negative_prompt=settings.negative_prompt,
+                scheduler=settings.scheduler,
+                steps=settings.steps,
+                guidance=settings.guidance,
+                listener=listener,
+            )
+        path = settings.output
+        if settings.count > 1:
+            path = path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
+        with explained_os_errors(path):
+            image.save(path)
+        paths.append(path)
+    listener.tell(Phase("pictures", settings.count, settings.count))
+    return paths
+
+
+def ready_model(base: BaseWeights, device: torch.device, settings: GenerateSettings) -> DiffusionModel:
+    """A built model on the device, the UNet in the chosen precision, the rest in float32."""
+    model = base.family.build(base)
+    place(model.unet, device, DTYPES[pick_precision(settings.precision, device)])
+    for network in (model.vae, *model.text_encoders.values()):
+        place(network, device, torch.float32)
+    return model
+
+
+def parse_strength(text: str) -> tuple[Path, float]:
+    """Split FILE[:STRENGTH]; a Windows drive letter is no strength.
+
+    Raises:
+        SettingsError: What follows the last colon is no number although the whole is no file.
+    """
+    whole = Path(text).expanduser()
+    head, colon, tail = text.rpartition(":")
+    if whole.exists() or not colon or len(head) < 2:
+        return whole, 1.0
+    try:
+        return Path(head).expanduser(), float(tail)
+    except ValueError:
+        raise SettingsError(f"{text} is neither a file nor FILE:STRENGTH.", "Write --lora FILE or --lora FILE:0.8.") from None
+
+
+def _open(settings: BaseSettings) -> BaseWeights:
+    return open_base(settings.base, settings.tokenizer)
+
+
+def _priors_root(output_dir: Path) -> Path:
+    return output_dir / "class-pictures"
+
+
+def _class_pictures(
+    base: BaseWeights,
+    priors: PriorSettings,
+    resolution: int,
+    where: TrainCommand | PriorsCommand,
+    listener: Listener,
+) -> Sequence[Picture]:
+    if not priors.prior_count:
+        return []
+    device = pick_device(where.device)
+    precision = pick_precision(where.precision, device)
+    root = _priors_root(where.output_dir)
+    return make_class_pictures(base, priors, resolution, root, device, precision, listener)

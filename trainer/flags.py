@@ -1,0 +1,70 @@
+"""Command-line flags from settings: one flag for every field, in the field's own words."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from .config import Settings, field_extra, read_toml
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+
+
+def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
+    """Add a flag for every field of `settings`, grouped, and the positional settings file."""
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="RUN.toml", help="settings file with the same names; flags win over it"
+    )
+    groups: dict[str, Any] = {}
+    for name, field in settings.model_fields.items():
+        title = field_extra(settings, name)["group"]
+        group = groups.setdefault(title, None) or parser.add_argument_group(title)
+        groups[title] = group
+        flag = "--" + name.replace("_", "-")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(settings, name, field), "dest": name}
+        if field.annotation is bool:
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        elif get_origin(field.annotation) is tuple:
+            group.add_argument(flag, action="append", metavar="FILE[:STRENGTH]", **options)
+        else:
+            group.add_argument(flag, metavar=_metavar(field), **options)
+
+
+def settings_from(arguments: argparse.Namespace, settings: type[SettingsT]) -> SettingsT:
+    """Settings from the settings file, if any, and the flags.
+
+    Raises:
+        SettingsError: Something is unknown, missing or out of range.
+    """
+    values: dict[str, Any] = read_toml(arguments.config) if arguments.config else {}
+    flags = {name: value for name, value in vars(arguments).items() if name in settings.model_fields}
+    return settings.checked(values | flags)
+
+
+def _choices(field: FieldInfo) -> Sequence[str]:
+    return [str(choice) for choice in get_args(field.annotation)] if get_origin(field.annotation) is Literal else []
+
+
+def _metavar(field: FieldInfo) -> str:
+    choices = _choices(field)
+    if choices:
+        return "|".join(choices)
+    kinds = {int: "N", float: "X", Path: "PATH"}
+    kind = next((k for k in (field.annotation, *get_args(field.annotation)) if k in kinds), None)
+    return kinds[kind] if kind is not None else "TEXT"
+
+
+def _help(settings: type[Settings], name: str, field: FieldInfo) -> str:
+    unit = field_extra(settings, name)["unit"]
+    if field.is_required():
+        default = "required"
+    elif field.default in (None, "", ()):
+        default = "default: none"
+    else:
+        default = f"default: {field.default}"
+    text = f"{field.description} [{unit + '; ' if unit else ''}{default}]"
+    return text.replace("%", "%%")
