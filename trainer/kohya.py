@@ -135,6 +135,7 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
 
 
 _KOHYA_PART = re.compile(r"^(lora_(?:unet|te\d?)_[^.]+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
+_COMFYUI_PART = re.compile(r"^diffusion_model\.(.+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
 _DIFFUSERS_PART = re.compile(
     r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|\.lora(?:_linear_layer)?\.(down|up)\.weight"
     r"|_lora\.(down|up)\.weight|\.(alpha))$"
@@ -146,6 +147,9 @@ def _split_key(key: str) -> tuple[str, str] | None:
     kohya = _KOHYA_PART.match(key)
     if kohya:
         return kohya[1], kohya[2] or kohya[3]
+    host = _COMFYUI_PART.match(key)
+    if host:
+        return PREFIXES["unet"] + host[1].replace(".", "_"), host[2] or host[3]
     other = _DIFFUSERS_PART.match(key)
     if not other:
         return None

@@ -1,0 +1,22 @@
+"""The nodes of the pack, in the order in which they are wired."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .lora import ApplyLora, LoadLoraFile, SaveLora
+from .priors import ClassPriors
+from .subject import Subject
+from .train import TrainingSettings, TrainLora
+
+NODES: list[type[io.ComfyNode]] = [Subject, ClassPriors, TrainLora, TrainingSettings, LoadLoraFile, ApplyLora, SaveLora]
+
+
+class _Extension(ComfyExtension):
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return NODES
+
+
+def extension() -> ComfyExtension:
+    """The extension that ComfyUI asks for."""
+    return _Extension()

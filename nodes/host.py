@@ -1,0 +1,253 @@
+"""The bridge to ComfyUI: everything that this pack asks of its host is asked here.
+
+The host's modules are imported inside the functions, so that loading the pack costs nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..trainer.errors import AdapterError, CancelledError, WeightsError
+from ..trainer.events import Event, Note, Phase, Step
+
+logger = logging.getLogger("dreambooth_lora")
+_SECONDS_BETWEEN_MESSAGES = 0.25
+NO_FOLDER = "(connected images)"
+
+
+def subject_folders() -> list[str]:
+    """Folders (also nested ones) and zip files in ComfyUI's input folder, with forward slashes."""
+    import folder_paths
+
+    root = Path(folder_paths.get_input_directory())
+    found = [p for p in root.glob("*") if p.is_dir()] + [p for p in root.glob("*/*") if p.is_dir()] + list(root.glob("*.zip"))
+    names = sorted(p.relative_to(root).as_posix() for p in found if not p.name.startswith("."))
+    return [NO_FOLDER, *names]
+
+
+def input_path(name: str) -> Path:
+    """The path of a folder or zip file in ComfyUI's input folder.
+
+    Raises:
+        WeightsError: The name points outside.
+    """
+    import folder_paths
+
+    root = Path(folder_paths.get_input_directory()).resolve()
+    path = (root / name).absolute()
+    if ".." in Path(name).parts or not path.is_relative_to(root):
+        raise WeightsError(f"{name} lies outside of ComfyUI's input folder.", "Choose a folder from the list.")
+    return path
+
+
+def loras_folder() -> Path:
+    """Where adapter files are written: the first of ComfyUI's LoRA folders."""
+    import folder_paths
+
+    return Path(folder_paths.get_folder_paths("loras")[0])
+
+
+def lora_names() -> list[str]:
+    """The adapter files that ComfyUI knows."""
+    import folder_paths
+
+    return list(folder_paths.get_filename_list("loras"))
+
+
+def lora_path(name: str) -> Path:
+    """The path of one of `lora_names`."""
+    import folder_paths
+
+    return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def work_folder() -> Path:
+    """Where run state and class pictures lie."""
+    import folder_paths
+
+    return Path(folder_paths.get_output_directory()) / "dreambooth"
+
+
+def device_name() -> str:
+    """ComfyUI's compute device, in the engine's words."""
+    import comfy.model_management
+
+    device = comfy.model_management.get_torch_device()
+    return "cpu" if device.type not in ("cuda", "mps") else str(device)
+
+
+@contextlib.contextmanager
+def training_mode() -> Iterator[None]:
+    """Leave inference mode, free the device before and after, and turn a stop into ComfyUI's own interrupt."""
+    import comfy.model_management
+    import torch
+
+    comfy.model_management.unload_all_models()  # also takes patches out of the shared weights
+    comfy.model_management.soft_empty_cache()
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    except CancelledError:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        raise comfy.model_management.InterruptProcessingException from None
+    finally:
+        comfy.model_management.soft_empty_cache()
+
+
+class NodeListener:
+    """Shows events on a node: progress bar and a line of text, at most four times a second."""
+
+    def __init__(self, node_id: str) -> None:
+        """Listen for the node with that (unique, maybe composite) id."""
+        self._node_id = node_id
+        self._last_sent = 0.0
+
+    def should_stop(self) -> bool:
+        """Whether the user pressed Cancel."""
+        import comfy.model_management
+
+        return bool(comfy.model_management.processing_interrupted())
+
+    def tell(self, event: Event) -> None:
+        """Show an event; warnings and notes also go to the log."""
+        if isinstance(event, Note):
+            logger.log(logging.WARNING if event.warning else logging.INFO, "%s", event.text)
+            self._send_text(event.text)
+            return
+        done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
+        now = time.monotonic()
+        if now - self._last_sent < _SECONDS_BETWEEN_MESSAGES and done not in (0, total):
+            return
+        self._last_sent = now
+        self._send_progress(done, total)
+        self._send_text(_line(event))
+
+    def _send_progress(self, done: int, total: int) -> None:
+        from comfy_api.latest import ComfyAPISync
+
+        ComfyAPISync().execution.set_progress(value=done, max_value=total, node_id=self._node_id)
+
+    def _send_text(self, text: str) -> None:
+        from server import PromptServer
+
+        PromptServer.instance.send_progress_text(text, self._node_id)
+
+
+def _line(event: Phase | Step) -> str:
+    if isinstance(event, Phase):
+        return f"{event.name}: {event.done} of {event.total}"
+    minutes, seconds = divmod(round(event.seconds_left), 60)
+    return (
+        f"step {event.step} of {event.steps} · loss {event.loss:.4f} · rate {event.learning_rate:.2g} · "
+        f"{event.rate:.2f} steps/s · {minutes}:{seconds:02d} left · {event.memory / 2**30:.1f} GB"
+    )
+
+
+def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
+    """Open the base model that ComfyUI holds, with the LoRAs applied to it; returns `BaseWeights`.
+
+    No tensor is copied but those that a LoRA patches.
+
+    Raises:
+        UnsupportedModelError: Its family can't be trained; named.
+        WeightsError: A part is missing, quantised, or the model does not predict epsilon.
+    """
+    import comfy.model_sampling
+
+    from ..trainer.weights import HostTensors, open_base
+
+    sampling = model.get_model_object("model_sampling")
+    encoder = getattr(clip.cond_stage_model, "clip_l", None)
+    tokenizer = getattr(clip.tokenizer, "clip_l", None)
+    text_patches = {key.removeprefix("clip_l.transformer."): value for key, value in clip.patcher.patches.items()}
+    lent = HostTensors(
+        unet=_patched(model.model.diffusion_model, model.patches, "diffusion_model."),
+        vae=_patched(vae.first_stage_model, {}, ""),
+        text_encoder=_patched(encoder.transformer, text_patches, "") if encoder is not None else {},
+        tokenizer=getattr(tokenizer, "tokenizer", None),
+        title=_title(model),
+    )
+    base = open_base(lent)
+    if isinstance(sampling, comfy.model_sampling.V_PREDICTION) or not isinstance(sampling, comfy.model_sampling.EPS):
+        raise WeightsError(
+            f"The model is sampled as {type(sampling).__mro__[1].__name__}, not as epsilon prediction.",
+            "Connect a Stable Diffusion 1.x model that predicts epsilon, without a ModelSampling node before it.",
+        )
+    if getattr(model, "injections", None):
+        logger.warning("Adapters that were applied in bypass mode are not seen by the training; apply them as usual.")
+    return base
+
+
+def _patched(network: Any, patches: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The network's tensors by name; those that patches change as changed copies, all others as they lie."""
+    import comfy.lora
+    import torch
+
+    tensors = dict(network.state_dict())
+    with torch.no_grad():
+        for key, patch in patches.items():
+            name = key.removeprefix(prefix)
+            if name in tensors:
+                weight = tensors[name]
+                changed = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
+                tensors[name] = changed.to(weight.dtype)
+    return tensors
+
+
+def _title(model: Any) -> str:
+    source = getattr(model, "cached_patcher_init", None)
+    with contextlib.suppress(Exception):
+        return Path(source[1][0]).stem  # the checkpoint's path, where ComfyUI remembers it
+    return type(model.model).__name__
+
+
+def apply_adapter(model: Any, clip: Any, tensors: Mapping[str, Any], strength_model: float, strength_clip: float) -> tuple[Any, Any]:
+    """Apply a kohya state dict as ComfyUI's Load LoRA does; `model` or `clip` may be None.
+
+    Raises:
+        AdapterError: None of its modules fits the model.
+    """
+    import comfy.sd
+
+    fitting, foreign = _fit(model, clip, tensors)
+    if foreign and not fitting:
+        raise AdapterError(
+            f"The adapter does not fit this model: none of its {len(foreign)} modules has a counterpart of its shape (e.g. {foreign[0]}).",
+            "Use an adapter that was made for the model's family (SD 1.x, SDXL …).",
+        )
+    if foreign:
+        logger.warning("%d of the adapter's modules don't fit this model and are left out, e.g. %s", len(foreign), foreign[0])
+    kept = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] not in set(foreign)}
+    return comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)  # type: ignore[no-any-return]
+
+
+def _fit(model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the adapter's modules that have a counterpart of their shape, and of those that have none."""
+    import comfy.lora
+
+    sizes: dict[str, int] = {}
+    if model is not None:
+        weights = model.model_state_dict()
+        keys = comfy.lora.model_lora_keys_unet(model.model, {})
+        sizes |= {name: weights[key].numel() for name, key in keys.items() if isinstance(key, str) and key in weights}
+    if clip is not None:
+        weights = clip.cond_stage_model.state_dict()
+        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+        sizes |= {name: weights[key].numel() for name, key in keys.items() if isinstance(key, str) and key in weights}
+    fitting, foreign = [], []
+    for key in tensors:
+        name, _, part = key.partition(".")
+        if part != "lora_down.weight":
+            continue
+        if (model is None and name.startswith("lora_unet")) or (clip is None and name.startswith("lora_te")):
+            fitting.append(name)  # not connected, so nothing to fit
+        elif sizes.get(name) == tensors[f"{name}.lora_up.weight"].shape[0] * tensors[key][0].numel():
+            fitting.append(name)
+        else:
+            foreign.append(name)
+    return fitting, foreign

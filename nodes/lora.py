@@ -1,0 +1,116 @@
+"""Load, apply and save adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainer.config import TrainSettings
+from . import host
+from .widgets import CATEGORY, widget
+
+
+class LoraTensors(dict[str, Any]):
+    """What this pack puts on a LORA_MODEL wire: a dict of tensors as ComfyUI's own nodes use it, plus the metadata."""
+
+    def __init__(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+        """Hold the tensors under kohya's names, and the file's metadata."""
+        super().__init__(tensors)
+        self.metadata = dict(metadata)
+
+
+class LoadLoraFile(io.ComfyNode):
+    """Reads an adapter file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothLoadLora",
+            display_name="Load LoRA File (DreamBooth)",
+            category=CATEGORY,
+            description="Reads an adapter file in kohya's, diffusers' or PEFT's naming.",
+            search_aliases=["load lora", "open lora", "lora file"],
+            inputs=[io.Combo.Input("file", options=host.lora_names(), tooltip="File in one of ComfyUI's LoRA folders.")],
+            outputs=[io.LoraModel.Output(display_name="lora")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, file: str = "", **_: Any) -> str:
+        """Changes when the file changes."""
+        status = host.lora_path(file).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    @classmethod
+    def execute(cls, file: str) -> io.NodeOutput:
+        """Read and name the tensors as kohya does."""
+        from ..trainer.kohya import read_adapter
+
+        adapter = read_adapter(host.lora_path(file))
+        return io.NodeOutput(LoraTensors(adapter.state_dict(), adapter.metadata))
+
+
+class ApplyLora(io.ComfyNode):
+    """Puts an adapter on a model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
+        return io.Schema(
+            node_id="DreamBoothApplyLora",
+            display_name="Apply LoRA (DreamBooth)",
+            category=CATEGORY,
+            description="Puts an adapter on a model, as Load LoRA does. Refuses one that was made for another family.",
+            search_aliases=["use lora", "lora strength"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip", optional=True),
+                io.LoraModel.Input("lora"),
+                io.Float.Input("strength_model", tooltip="Strength on the UNet; 1 is as trained.", **strength),
+                io.Float.Input("strength_clip", tooltip="Strength on the text encoder; 1 is as trained.", **strength),
+            ],
+            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
+        )
+
+    @classmethod
+    def execute(cls, model: Any, lora: Any, strength_model: float, strength_clip: float, clip: Any = None) -> io.NodeOutput:
+        """Apply."""
+        return io.NodeOutput(*host.apply_adapter(model, clip, lora, strength_model, strength_clip))
+
+
+class SaveLora(io.ComfyNode):
+    """Writes an adapter file."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothSaveLora",
+            display_name="Save LoRA (DreamBooth)",
+            category=CATEGORY,
+            description="Writes a kohya file into ComfyUI's LoRA folder. An existing file is never overwritten.",
+            search_aliases=["export lora", "write lora"],
+            is_output_node=True,
+            inputs=[
+                io.LoraModel.Input("lora"),
+                widget(TrainSettings, "name"),
+                widget(TrainSettings, "save_precision", id="precision", advanced=None),
+            ],
+            outputs=[io.String.Output(display_name="path")],
+        )
+
+    @classmethod
+    def execute(cls, lora: Mapping[str, Any], name: str, precision: str) -> io.NodeOutput:
+        """Write under the first free name."""
+        from ..trainer.devices import DTYPES
+        from ..trainer.files import free_path
+        from ..trainer.kohya import parse_adapter, write_adapter
+
+        name = TrainSettings.checked({"name": name}).name
+        adapter = parse_adapter(lora, getattr(lora, "metadata", {}))
+        path = free_path(host.loras_folder() / f"{name}.safetensors")
+        write_adapter(path, adapter, DTYPES[precision])
+        return io.NodeOutput(str(path), ui={"text": [str(path)]})

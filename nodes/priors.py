@@ -1,0 +1,87 @@
+"""Class Priors: pictures of the class by the base model itself, so that the class stays what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainer.config import PriorSettings, TrainSettings
+from . import host
+from .subject import SubjectValue
+from .widgets import CATEGORY, PRIORS, SUBJECT, widget
+
+_SHOWN = 16
+
+
+@dataclass(frozen=True)
+class PriorsValue:
+    """What a DREAMBOOTH_PRIORS wire carries: the engine's `Picture`s, captioned with the class prompt."""
+
+    pictures: tuple[Any, ...]
+
+
+class ClassPriors(io.ComfyNode):
+    """Makes class pictures, or uses those of the same settings again."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothClassPriors",
+            display_name="Class Priors (DreamBooth)",
+            category=CATEGORY,
+            description="Lets the base model draw its own idea of the class. Training beside these pictures keeps "
+            "other dogs from turning into yours. They are kept on disk and used again.",
+            search_aliases=["prior preservation", "regularization images", "class images", "reg images"],
+            inputs=[
+                io.Model.Input("model"),
+                io.Clip.Input("clip"),
+                io.Vae.Input("vae"),
+                SUBJECT.Input("subject", optional=True, tooltip="Gives the prompt, unless one is typed."),
+                widget(PriorSettings, "class_prompt", id="prompt", advanced=None),
+                widget(PriorSettings, "prior_count", id="count", default=100, min=1),
+                widget(TrainSettings, "resolution"),
+                widget(PriorSettings, "prior_scheduler", id="scheduler"),
+                widget(PriorSettings, "prior_steps", id="steps"),
+                widget(PriorSettings, "prior_guidance", id="guidance"),
+                widget(PriorSettings, "prior_seed", id="seed"),
+                widget(PriorSettings, "prior_batch_size", id="batch_size"),
+                widget(TrainSettings, "precision"),
+            ],
+            outputs=[
+                PRIORS.Output(display_name="priors"),
+                io.Image.Output(display_name="images", tooltip=f"The first {_SHOWN} of them, to look at."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, clip: Any, vae: Any, prompt: str, resolution: int, precision: str, subject: SubjectValue | None = None, **values: Any
+    ) -> io.NodeOutput:
+        """Make what is missing."""
+        import torch
+
+        from ..trainer.devices import pick_device, pick_precision
+        from ..trainer.pictures import to_pixels
+        from ..trainer.priors import make_class_pictures
+
+        prompt = prompt.strip() or (subject.class_prompt if subject else "")
+        named = {f"prior_{name}": value for name, value in values.items()}
+        settings = PriorSettings.checked(named | {"class_prompt": prompt})
+        device = pick_device(host.device_name())
+        with host.training_mode(), torch.no_grad():
+            base = host.borrow_base(model, clip, vae)
+            pictures = make_class_pictures(
+                base,
+                settings,
+                resolution,
+                host.work_folder() / "class-pictures",
+                device,
+                pick_precision(precision, device),  # type: ignore[arg-type]
+                host.NodeListener(cls.hidden.unique_id),
+            )
+        shown = torch.stack([to_pixels(picture.open()) for picture in pictures[:_SHOWN]])
+        return io.NodeOutput(PriorsValue(tuple(pictures)), (shown.permute(0, 2, 3, 1) + 1) / 2)

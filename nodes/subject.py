@@ -1,0 +1,99 @@
+"""Subject: the pictures to learn from, and the words for them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainer.errors import PicturesError
+from . import host
+from .widgets import CATEGORY, SUBJECT
+
+
+@dataclass(frozen=True)
+class SubjectValue:
+    """What a DREAMBOOTH_SUBJECT wire carries.
+
+    Attributes:
+        pictures: The engine's `Picture`s, checked.
+        instance_prompt: Caption of pictures without their own.
+        class_prompt: The same without the rare word.
+    """
+
+    pictures: tuple[Any, ...]
+    instance_prompt: str
+    class_prompt: str
+
+
+class Subject(io.ComfyNode):
+    """Pictures and words."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothSubject",
+            display_name="Subject (DreamBooth)",
+            category=CATEGORY,
+            description="Pictures of one subject, and the words that will call it.",
+            search_aliases=["training images", "dataset", "load images", "dreambooth", "instance images"],
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=host.subject_folders(),
+                    tooltip="Folder or zip file with 3 to 20 pictures, in ComfyUI's input folder. A text file of the "
+                    "same name is a picture's own caption. Press R to refresh the list.",
+                ),
+                io.String.Input(
+                    "token",
+                    default="sks",
+                    tooltip="Rare word that will call the subject. One that the model does not know yet.",
+                ),
+                io.String.Input("class_noun", default="dog", tooltip="What the subject is: dog, backpack, man, toy …"),
+                io.String.Input(
+                    "caption",
+                    default="a photo of {token} {class}",
+                    tooltip="Caption of the pictures; {token} and {class} stand for the words above.",
+                    advanced=True,
+                ),
+                io.Image.Input("images", optional=True, tooltip="Pictures from other nodes, instead of a folder."),
+            ],
+            outputs=[
+                SUBJECT.Output(display_name="subject"),
+                io.String.Output(display_name="instance_prompt", tooltip="Prompt that calls the subject."),
+                io.String.Output(display_name="class_prompt", tooltip="The same without the rare word."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str = "", **_: Any) -> str:
+        """Changes when the folder's files change."""
+        if folder in ("", host.NO_FOLDER):
+            return ""
+        path = host.input_path(folder)
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()])
+
+    @classmethod
+    def execute(cls, folder: str, token: str, class_noun: str, caption: str, images: Any = None) -> io.NodeOutput:
+        """Read and check the pictures."""
+        from ..trainer.pictures import load_pictures
+
+        if folder == host.NO_FOLDER and images is None:
+            raise PicturesError("No pictures are given.", "Choose a folder, or connect pictures to 'images'.")
+        prompt = caption.replace("{token}", token.strip()).replace("{class}", class_noun.strip())
+        source = list(images) if folder == host.NO_FOLDER else host.input_path(folder)
+        pictures = load_pictures(source, " ".join(prompt.split()), host.NodeListener(cls.hidden.unique_id))
+        value = SubjectValue(tuple(pictures), " ".join(prompt.split()), _class_prompt(caption, class_noun))
+        return io.NodeOutput(value, value.instance_prompt, value.class_prompt)
+
+
+def _class_prompt(caption: str, class_noun: str) -> str:
+    """The caption without the rare word, with the article that the noun wants: a photo of a dog."""
+    noun = class_noun.strip()
+    article = "an" if noun[:1].lower() in tuple("aeiou") else "a"
+    prompt = caption.replace("{token} {class}", f"{article} {noun}").replace("{token}", "").replace("{class}", noun)
+    return " ".join(prompt.split())
