@@ -25,7 +25,11 @@ def subject_folders() -> list[str]:
     import folder_paths
 
     root = Path(folder_paths.get_input_directory())
-    found = [p for p in root.glob("*") if p.is_dir()] + [p for p in root.glob("*/*") if p.is_dir()] + list(root.glob("*.zip"))
+    found = (
+        [p for p in root.glob("*") if p.is_dir()]
+        + [p for p in root.glob("*/*") if p.is_dir()]
+        + list(root.glob("*.zip"))
+    )
     names = sorted(p.relative_to(root).as_posix() for p in found if not p.name.startswith("."))
     return [NO_FOLDER, *names]
 
@@ -206,7 +210,9 @@ def _title(model: Any) -> str:
     return type(model.model).__name__
 
 
-def apply_adapter(model: Any, clip: Any, tensors: Mapping[str, Any], strength_model: float, strength_clip: float) -> tuple[Any, Any]:
+def apply_adapter(
+    model: Any, clip: Any, tensors: Mapping[str, Any], strength_model: float, strength_clip: float
+) -> tuple[Any, Any]:
     """Apply a kohya state dict as ComfyUI's Load LoRA does; `model` or `clip` may be None.
 
     Raises:
@@ -217,11 +223,14 @@ def apply_adapter(model: Any, clip: Any, tensors: Mapping[str, Any], strength_mo
     fitting, foreign = _fit(model, clip, tensors)
     if foreign and not fitting:
         raise AdapterError(
-            f"The adapter does not fit this model: none of its {len(foreign)} modules has a counterpart of its shape (e.g. {foreign[0]}).",
+            f"The adapter does not fit this model: none of its {len(foreign)} modules has a counterpart of its shape "
+            f"(e.g. {foreign[0]}).",
             "Use an adapter that was made for the model's family (SD 1.x, SDXL …).",
         )
     if foreign:
-        logger.warning("%d of the adapter's modules don't fit this model and are left out, e.g. %s", len(foreign), foreign[0])
+        logger.warning(
+            "%d of the adapter's modules don't fit this model and are left out, e.g. %s", len(foreign), foreign[0]
+        )
     kept = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] not in set(foreign)}
     return comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)  # type: ignore[no-any-return]
 

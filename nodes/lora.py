@@ -33,7 +33,9 @@ class LoadLoraFile(io.ComfyNode):
             category=CATEGORY,
             description="Reads an adapter file in kohya's, diffusers' or PEFT's naming.",
             search_aliases=["load lora", "open lora", "lora file"],
-            inputs=[io.Combo.Input("file", options=host.lora_names(), tooltip="File in one of ComfyUI's LoRA folders.")],
+            inputs=[
+                io.Combo.Input("file", options=host.lora_names(), tooltip="File in one of ComfyUI's LoRA folders.")
+            ],
             outputs=[io.LoraModel.Output(display_name="lora")],
         )
 
@@ -76,7 +78,9 @@ class ApplyLora(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model: Any, lora: Any, strength_model: float, strength_clip: float, clip: Any = None) -> io.NodeOutput:
+    def execute(
+        cls, model: Any, lora: Any, strength_model: float, strength_clip: float, clip: Any = None
+    ) -> io.NodeOutput:
         """Apply."""
         return io.NodeOutput(*host.apply_adapter(model, clip, lora, strength_model, strength_clip))
 

@@ -59,7 +59,15 @@ class ClassPriors(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model: Any, clip: Any, vae: Any, prompt: str, resolution: int, precision: str, subject: SubjectValue | None = None, **values: Any
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        prompt: str,
+        resolution: int,
+        precision: str,
+        subject: SubjectValue | None = None,
+        **values: Any,
     ) -> io.NodeOutput:
         """Make what is missing."""
         import torch

@@ -29,7 +29,7 @@ class TrainingSettings(io.ComfyNode):
             node_id="DreamBoothTrainingSettings",
             display_name="Training Settings (DreamBooth)",
             category=CATEGORY,
-            description="Batch size, schedule, precision, checkpoints and the rest. Train LoRA works without this node.",
+            description="Batch size, schedule, precision, checkpoints and so on. Train LoRA works without this node.",
             search_aliases=["optimizer", "learning rate schedule", "gradient checkpointing", "batch size"],
             inputs=[widget(TrainSettings, name, advanced=None) for name in _FURTHER],
             outputs=[SETTINGS.Output(display_name="settings")],

@@ -75,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("--json", action="store_true", help="machine-readable output")
     sub = command("demo", _demo, "Train on the small embedded world and draw a contact sheet.")
-    sub.add_argument("--output-dir", type=Path, default=Path("demo/output"), metavar="PATH", help="[default: demo/output]")
+    sub.add_argument(
+        "--output-dir", type=Path, default=Path("demo/output"), metavar="PATH", help="[default: demo/output]"
+    )
     return parser
 
 

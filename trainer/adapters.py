@@ -137,11 +137,17 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
     unknown = [name for name in adapter.layers if name not in modules]
     if len(unknown) == len(adapter.layers):
         raise AdapterError(
-            f"None of the adapter's {len(unknown)} modules exists in this {model.family.title} model (e.g. {unknown[0]}).",
+            f"None of the adapter's {len(unknown)} modules exists in this {model.family.title} model, "
+            f"e.g. {unknown[0]}.",
             "Use an adapter that was made for the base model's family.",
         )
     if unknown:
-        logger.warning("%d of the adapter's %d modules don't exist in this model and are left out, e.g. %s", len(unknown), len(adapter.layers), unknown[0])
+        logger.warning(
+            "%d of the adapter's %d modules don't exist in this model and are left out, e.g. %s",
+            len(unknown),
+            len(adapter.layers),
+            unknown[0],
+        )
     for name, layer in adapter.layers.items():
         if name in modules:
             _add(name, modules[name], layer, strength)

@@ -79,7 +79,9 @@ class Cache:
         tensors = {f"text.{name}": rows.contiguous() for name, rows in self.text.items()}
         for kind, latents in (("instance", self.instance), ("prior", self.prior)):
             if latents is not None:
-                tensors |= {f"{kind}.{name}": getattr(latents, name).contiguous() for name in ("mean", "std", "caption")}
+                tensors |= {
+                    f"{kind}.{name}": getattr(latents, name).contiguous() for name in ("mean", "std", "caption")
+                }
         write_atomic(path, save(tensors))
 
     @classmethod

@@ -53,7 +53,9 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def open(cls, root: Path, name: str, fingerprint: str, settings: Mapping[str, Any], *, anew: bool = False) -> RunFolder:
+    def open(
+        cls, root: Path, name: str, fingerprint: str, settings: Mapping[str, Any], *, anew: bool = False
+    ) -> RunFolder:
         """Find the run with this fingerprint below `root`, or begin a folder for it.
 
         Args:
@@ -66,7 +68,9 @@ class RunFolder:
         Raises:
             StorageError: The folder can't be made.
         """
-        found = [] if anew else [path for path in root.glob(f"*-{fingerprint[:_DIGITS]}*") if _belongs(path, fingerprint)]
+        found = (
+            [] if anew else [path for path in root.glob(f"*-{fingerprint[:_DIGITS]}*") if _belongs(path, fingerprint)]
+        )
         if found:
             run = cls(max(found, key=lambda path: path.stat().st_mtime))
             remove_leftovers(run.path)
@@ -111,7 +115,10 @@ class RunFolder:
             try:
                 save_file(tensors, folder / "optimizer.safetensors")
             except Exception as error:  # safetensors reports a full disk as an error of its own
-                raise StorageError(f"{path} can't be written: {error}.", "Free some space on the disk and start again: the run resumes.") from error
+                raise StorageError(
+                    f"{path} can't be written: {error}.",
+                    "Free some space on the disk and start again: the run resumes.",
+                ) from error
             state = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra}
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
         old = [step for step in self.steps() if step <= checkpoint.step]
@@ -137,7 +144,8 @@ class RunFolder:
             return Checkpoint(step, adapter, _join_optimizer(tensors, state["optimizer"]), state["extra"])
         except (OSError, ValueError, KeyError, SafetensorError, AdapterError) as error:
             raise StorageError(
-                f"The checkpoint {path} is damaged: {error}.", "Delete that folder: the run goes on from the checkpoint before it."
+                f"The checkpoint {path} is damaged: {error}.",
+                "Delete that folder: the run goes on from the checkpoint before it.",
             ) from error
 
 

@@ -98,7 +98,9 @@ def parse_strength(text: str) -> tuple[Path, float]:
     try:
         return Path(head).expanduser(), float(tail)
     except ValueError:
-        raise SettingsError(f"{text} is neither a file nor FILE:STRENGTH.", "Write --lora FILE or --lora FILE:0.8.") from None
+        raise SettingsError(
+            f"{text} is neither a file nor FILE:STRENGTH.", "Write --lora FILE or --lora FILE:0.8."
+        ) from None
 
 
 def _open(settings: BaseSettings) -> BaseWeights:

@@ -38,7 +38,7 @@ def _setting(
     affects_result: bool = True,
     **constraints: Any,
 ) -> Any:
-    extra = {"unit": unit, "group": group, "advanced": advanced, "affects_result": affects_result}
+    extra: Any = {"unit": unit, "group": group, "advanced": advanced, "affects_result": affects_result}
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
@@ -267,10 +267,13 @@ class TrainSettings(Settings):
     def _warmup_fits(self) -> Self:
         if self.lr_warmup_steps >= self.steps:
             raise ValueError(
-                f"lr_warmup_steps ({self.lr_warmup_steps}) must be less than steps ({self.steps}): lower it or train longer"
+                f"lr_warmup_steps ({self.lr_warmup_steps}) must be less than steps ({self.steps}): "
+                "lower it or train longer"
             )
         if self.lr_schedule == "constant" and self.lr_warmup_steps:
-            raise ValueError("lr_schedule 'constant' has no warm-up: choose 'constant_with_warmup' or set lr_warmup_steps to 0")
+            raise ValueError(
+                "lr_schedule 'constant' has no warm-up: choose 'constant_with_warmup' or set lr_warmup_steps to 0"
+            )
         return self
 
     @property
@@ -286,7 +289,9 @@ class TrainSettings(Settings):
     def result_settings(self) -> dict[str, Any]:
         """The settings on which the trained weights depend; with a steady rate, not the run's length."""
         values = {
-            name: getattr(self, name) for name in TrainSettings.model_fields if field_extra(TrainSettings, name)["affects_result"]
+            name: getattr(self, name)
+            for name in TrainSettings.model_fields
+            if field_extra(TrainSettings, name)["affects_result"]
         }
         if not self.length_changes_the_course:
             del values["steps"]
@@ -299,7 +304,7 @@ class OutputSettings(Settings):
 
     output_dir: Path = _setting(
         Path("output"),
-        "Folder for the adapter file, and for run state and class pictures in the folders runs/ and class-pictures/ in it.",
+        "Folder for the adapter file; run state and class pictures go into runs/ and class-pictures/ in it.",
         group="Saving",
         affects_result=False,
     )
@@ -343,7 +348,9 @@ class GenerateSettings(BaseSettings):
     steps: int = _setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=1000)
     scheduler: SchedulerName = _setting("ddim", "Sampler.", group="Picture")
     guidance: float = _setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
-    seed: int = _setting(0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED)
+    seed: int = _setting(
+        0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED
+    )
     count: int = _setting(1, "Pictures to make.", unit="pictures", group="Picture", ge=1, le=10_000)
     size: str = _setting("512", "Size: SIDE or WIDTHxHEIGHT, multiples of 8.", unit="pixels", group="Picture")
     output: Path = _setting(
@@ -357,7 +364,9 @@ class GenerateSettings(BaseSettings):
     @classmethod
     def _size_is_two_numbers(cls, size: str) -> str:
         sides = size.lower().split("x")
-        if len(sides) > 2 or not all(side.isdecimal() and int(side) % 8 == 0 and 32 <= int(side) <= 4096 for side in sides):
+        if len(sides) > 2 or not all(
+            side.isdecimal() and int(side) % 8 == 0 and 32 <= int(side) <= 4096 for side in sides
+        ):
             raise ValueError("must be SIDE or WIDTHxHEIGHT in pixels, multiples of 8 from 32 to 4096, e.g. 512x768")
         return size
 
@@ -385,10 +394,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             content = tomllib.load(file)
     except OSError as error:
-        raise SettingsError(f"{path} can't be read: {error.strerror}.", "Check the path of the settings file.") from error
+        raise SettingsError(
+            f"{path} can't be read: {error.strerror}.", "Check the path of the settings file."
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError(
             f"{path} is not valid TOML: {error}.",
-            'Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: base = \'C:\\models\\x.safetensors\'.',
+            "Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: "
+            "base = 'C:\\models\\x.safetensors'.",
         ) from error
     return {key.replace("-", "_"): value for key, value in content.items()}

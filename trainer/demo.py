@@ -38,12 +38,18 @@ def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
         StorageError: The demo's data are not there.
     """
     if not (_HOME / "demo.toml").is_file():
-        raise StorageError(f"{_HOME} holds no demo data.", "Clone the whole repository; the Manager's package leaves the demo out.")
+        raise StorageError(
+            f"{_HOME} holds no demo data.", "Clone the whole repository; the Manager's package leaves the demo out."
+        )
     values = read_toml(_HOME / "demo.toml")
-    settings = TrainCommand.checked(values | {"base": _HOME / "base", "images": _HOME / "subject", "output_dir": output_dir})
+    settings = TrainCommand.checked(
+        values | {"base": _HOME / "base", "images": _HOME / "subject", "output_dir": output_dir}
+    )
     result = run_train(settings, listener)
     device = pick_device(settings.device)
-    drawing = GenerateSettings(base=settings.base, prompt=settings.instance_prompt, size=str(settings.resolution), guidance=4.0)
+    drawing = GenerateSettings(
+        base=settings.base, prompt=settings.instance_prompt, size=str(settings.resolution), guidance=4.0
+    )
     base = open_base(settings.base)
     before, after = ready_model(base, device, drawing), ready_model(base, device, drawing)
     merge_into(after, read_adapter(result.path), 1.0)
@@ -55,7 +61,11 @@ def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
         rows += [Row(place, tuple(pictures)) for pictures in zip(*drawn, strict=True)]
     listener.tell(Phase("contact sheet", len(_PLACES), len(_PLACES)))
     sheet = output_dir / "contact-sheet.png"
-    titles = (f"before: {settings.instance_prompt}", f"after: {settings.instance_prompt}", f"after: {settings.class_prompt}")
+    titles = (
+        f"before: {settings.instance_prompt}",
+        f"after: {settings.instance_prompt}",
+        f"after: {settings.class_prompt}",
+    )
     contact_sheet(titles, rows, settings.resolution).save(sheet)
     return [result.path, sheet]
 

@@ -33,7 +33,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(precision: Precision, device: torch.device) -> str:
-    """"fp32", "bf16" or "fp16"; "auto" takes what the device computes well.
+    """The precision to train in: fp32, bf16 or fp16; "auto" takes what the device computes well.
 
     Raises:
         SettingsError: The device can't train at that precision.
@@ -56,7 +56,7 @@ def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     parameters = list(network.parameters())
     if all(p.dtype == dtype and p.device.type == device.type for p in parameters):
         return network
-    # nn.Module.to rather than the network's own: diffusers' warns of modules to be kept in float32, of which there are none
+    # nn.Module.to, since diffusers' own warns of modules to be kept in float32, of which there are none
     nn.Module.to(network, device=device, dtype=dtype)
     return nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 

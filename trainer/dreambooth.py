@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,8 +26,8 @@ from .families.base import BaseWeights, DiffusionModel
 from .files import free_path, require_writable
 from .kohya import Adapter, read_adapter, write_adapter
 from .metadata import FINGERPRINT_KEY, RunFacts, training_metadata
-from .pictures import Picture
 from .pace import Pace
+from .pictures import Picture
 from .randomness import Draw, draw
 
 _ROOM = 50_000_000  # bytes that an adapter and its checkpoints take at the least
@@ -101,7 +100,9 @@ def require_trainable(base: BaseWeights, settings: TrainSettings, output_dir: Pa
     require_writable(runs_dir, _ROOM)
 
 
-def run_fingerprint(base: BaseWeights, subject: Sequence[Picture], priors: Sequence[Picture], settings: TrainSettings, precision: str) -> str:
+def run_fingerprint(
+    base: BaseWeights, subject: Sequence[Picture], priors: Sequence[Picture], settings: TrainSettings, precision: str
+) -> str:
     """Digest of everything on which the trained weights depend."""
     what = {
         "recipe": 1,
@@ -146,7 +147,9 @@ class DreamBooth:
         settings = self.settings
         require_trainable(self.base, settings, self.output_dir, self.runs_dir)
         shown = settings.model_dump(mode="json") | {"base": self.base.title}
-        self.run_folder = RunFolder.open(self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never")
+        self.run_folder = RunFolder.open(
+            self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
+        )
         if settings.steps in self.run_folder.steps():
             self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
             return self._export(self.run_folder.load(settings.steps).adapter, settings.steps)
@@ -170,20 +173,24 @@ class DreamBooth:
         self.model = model = self.base.family.build(self.base)
         self.lora = TrainedLora(model, settings)
         if settings.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()  # type: ignore[operator]
+            model.unet.enable_gradient_checkpointing()
         self.objective = model.objective.to(self.device)
-        optimizer = torch.optim.AdamW(self.lora.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        optimizer = torch.optim.AdamW(
+            self.lora.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
         self.learning_rate_factor = _learning_rate_factor(optimizer, settings)
         self.accelerator = _accelerator(self.device, self.precision, settings.gradient_accumulation)
         self.optimizer = self.accelerator.prepare(optimizer)
 
     def _cache(self) -> Cache:
-        """Encode pictures and captions once, or read what this run encoded before; then bring the UNet to the device."""
+        """Encode pictures and captions once, or read what was encoded before; then bring the UNet to the device."""
         assert self.model is not None
         cache = Cache.load(self.run_folder.cache_path)
         if cache is None:
             sets = {"instance": self.subject, "prior": self.priors}
-            cache = build_cache(self.model, sets, self.settings.resolution, self.settings.flip, self.device, self.listener)
+            cache = build_cache(
+                self.model, sets, self.settings.resolution, self.settings.flip, self.device, self.listener
+            )
             cache.save(self.run_folder.cache_path)
         self.model.text_encoders.clear()
         del self.model.vae
@@ -265,7 +272,7 @@ class DreamBooth:
         conditioning = {name: encoded[rows] for name, encoded in self.cache.text.items()}
         prediction = self.model.predict(noisy.to(DTYPES[self.precision]), timesteps, conditioning)
         losses = self.objective.loss(prediction, latents, noise, timesteps)
-        weighted = [weight * part.mean() for part, (_, _, weight) in zip(losses.split(count), sets, strict=True)]
+        weighted = [weight * part.mean() for part, (_, _, weight) in zip(losses.view(-1, count), sets, strict=True)]
         return torch.stack(weighted).sum()
 
     def _draws(self, kind: str, latents: LatentSet, micro: int) -> list[Draw]:
@@ -274,7 +281,17 @@ class DreamBooth:
         first = micro * settings.batch_size
         flip = settings.flip and kind == "instance"
         return [
-            draw(settings.seed, kind, self.step, slot, slots, len(latents), latents.latent_shape, self.objective.timesteps, flip)
+            draw(
+                settings.seed,
+                kind,
+                self.step,
+                slot,
+                slots,
+                len(latents),
+                latents.latent_shape,
+                self.objective.timesteps,
+                flip,
+            )
             for slot in range(first, first + settings.batch_size)
         ]
 
@@ -286,7 +303,11 @@ class DreamBooth:
             raise DivergedError(
                 f"The loss became {value} at step {step}; the run was stopped.",
                 f"Lower learning_rate (it was {self.settings.learning_rate:g}) or choose precision bf16 or fp32. "
-                + (f"The adapter of step {kept[-1]} is kept in {self.run_folder.path}." if kept else "No checkpoint had been written yet."),
+                + (
+                    f"The adapter of step {kept[-1]} is kept in {self.run_folder.path}."
+                    if kept
+                    else "No checkpoint had been written yet."
+                ),
             )
         self.listener.tell(pace.event(step, value, rate))
 
@@ -308,7 +329,9 @@ class DreamBooth:
         done = self.run_folder.steps()
         if self.step and self.step not in done and self._consistent and self.lora.is_finite():
             self._save()
-            self.listener.tell(Note(f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}"))
+            self.listener.tell(
+                Note(f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}")
+            )
 
     def _metadata(self, step: int) -> dict[str, str]:
         facts = RunFacts(

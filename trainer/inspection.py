@@ -42,7 +42,9 @@ def inspect(path: Path) -> dict[str, Any]:
 def _describe_adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
     parts: dict[str, Counter[str]] = {}
     for name in adapter.layers:
-        component = next((component for component, prefix in PREFIXES.items() if name.startswith(prefix)), "text_encoder")
+        component = next(
+            (component for component, prefix in PREFIXES.items() if name.startswith(prefix)), "text_encoder"
+        )
         kind = _MODULE.search(name)
         parts.setdefault(component, Counter())[kind[1] if kind else "other"] += 1
     layers = adapter.layers.values()

@@ -91,7 +91,7 @@ class Adapter:
 
 
 def module_name(component: str, path: str) -> str:
-    """kohya's name of a module.
+    """Kohya's name of a module.
 
     Args:
         component: "unet" or "text_encoder".
@@ -127,7 +127,9 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     layers = {}
     for name, found in parts.items():
         if "down" not in found or "up" not in found:
-            raise AdapterError(f"The adapter is incomplete: {name} lacks its {'up' if 'down' in found else 'down'} tensor.", _BROKEN)
+            raise AdapterError(
+                f"The adapter is incomplete: {name} lacks its {'up' if 'down' in found else 'down'} tensor.", _BROKEN
+            )
         rank = found["down"].shape[0]
         alpha = float(found["alpha"]) if "alpha" in found else scales.of(name, rank)
         layers[name] = LoraLayer(found["down"], found["up"], alpha, found.get("mid"))
@@ -203,7 +205,9 @@ def read_adapter(path: Path) -> Adapter:
         content = path.read_bytes()  # not memory-mapped: Windows could not replace the file while it is in use
         tensors = load(content)
     except (OSError, SafetensorError, ValueError) as error:
-        raise AdapterError(f"The adapter {path} can't be read: {error}.", "Check the path; the file must be a whole .safetensors file.") from error
+        raise AdapterError(
+            f"The adapter {path} can't be read: {error}.", "Check the path; the file must be a whole .safetensors file."
+        ) from error
     length = int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
     try:

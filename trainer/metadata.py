@@ -104,7 +104,11 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
     own = {
         CONFIG_KEY: json.dumps(
             settings.model_dump(mode="json")
-            | {"base_fingerprint": facts.base_fingerprint, "class_prompt": facts.class_prompt, "captions": list(facts.captions)},
+            | {
+                "base_fingerprint": facts.base_fingerprint,
+                "class_prompt": facts.class_prompt,
+                "captions": list(facts.captions),
+            },
             sort_keys=True,
         ),
         FINGERPRINT_KEY: facts.run_fingerprint,

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 
-def scaled_linear_alphas_cumprod(
-    timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
-) -> Tensor:
+def scaled_linear_alphas_cumprod(timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
     """Cumulative products of alpha, shape (timesteps,), float32: the schedule of Stable Diffusion.
 
     Source: Rombach et al. 2022; computed as diffusers' `DDPMScheduler(beta_schedule="scaled_linear")` does.
@@ -35,7 +33,7 @@ def epsilon_target(alphas_cumprod: Tensor, latents: Tensor, noise: Tensor, times
 
 
 def velocity_target(alphas_cumprod: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """v = √ᾱ·noise - √(1-ᾱ)·latents (Salimans & Ho 2022, section 4)."""
+    """V = √ᾱ·noise - √(1-ᾱ)·latents (Salimans & Ho 2022, section 4)."""
     signal, sigma = _coefficients(alphas_cumprod, timesteps)
     return signal * noise - sigma * latents
 

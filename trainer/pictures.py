@@ -8,6 +8,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -122,7 +123,8 @@ def load_pictures(source: Path | Sequence[Tensor], prompt: str, listener: Listen
     if not good:
         detail = f" ({'; '.join(bad[:3])})" if bad else ""
         raise PicturesError(
-            f"There is no usable picture in {_place(source)}{detail}.", "Give 3 to 20 pictures of the subject as JPEG, PNG or WebP."
+            f"There is no usable picture in {_place(source)}{detail}.",
+            "Give 3 to 20 pictures of the subject as JPEG, PNG or WebP.",
         )
     _advise(good, listener)
     return good
@@ -131,7 +133,9 @@ def load_pictures(source: Path | Sequence[Tensor], prompt: str, listener: Listen
 def _advise(pictures: Sequence[Picture], listener: Listener) -> None:
     if len(pictures) < 3:
         listener.tell(
-            Note(f"Only {len(pictures)} picture(s): 3 to 20 from several sides and in several places teach better.", True)
+            Note(
+                f"Only {len(pictures)} picture(s): 3 to 20 from several sides and in several places teach better.", True
+            )
         )
     first: dict[str, str] = {}
     for picture in pictures:
@@ -167,8 +171,16 @@ def _from_path(path: Path, prompt: str, listener: Listener) -> Iterator[Picture]
 def _from_folder(folder: Path, prompt: str, listener: Listener) -> list[Picture]:
     files = sorted(file for file in folder.iterdir() if file.is_file() and _is_picture(file.name))
     if not files:
-        filled = [sub.name for sub in sorted(folder.iterdir()) if sub.is_dir() and any(_is_picture(f.name) for f in sub.iterdir())]
-        hint = f"Did you mean its subfolder {', '.join(filled[:5])}?" if filled else "Put 3 to 20 pictures of the subject into it."
+        filled = [
+            sub.name
+            for sub in sorted(folder.iterdir())
+            if sub.is_dir() and any(_is_picture(f.name) for f in sub.iterdir())
+        ]
+        hint = (
+            f"Did you mean its subfolder {', '.join(filled[:5])}?"
+            if filled
+            else "Put 3 to 20 pictures of the subject into it."
+        )
         raise PicturesError(f"The folder {folder} holds no pictures.", hint)
     pictures = []
     for file in files:
@@ -180,7 +192,7 @@ def _from_folder(folder: Path, prompt: str, listener: Listener) -> list[Picture]
             listener.tell(Note(f"{file.name} is left out: it can't be read ({error.strerror}).", warning=True))
             continue
         caption = prompt if text is None else _caption(sidecar.name, text, prompt, listener)
-        pictures.append(_picture(file.name, caption, content, lambda file=file: file.read_bytes()))
+        pictures.append(_picture(file.name, caption, content, file.read_bytes))
     return pictures
 
 
@@ -191,7 +203,9 @@ def _from_zip(path: Path, prompt: str, listener: Listener) -> list[Picture]:
         for name, entry in entries.items():
             parts = PurePosixPath(name.replace("\\", "/"))
             if parts.is_absolute() or ".." in parts.parts or ":" in name:
-                raise PicturesError(f"{path.name} holds an entry that points outside: {name}.", "Make the zip file anew.")
+                raise PicturesError(
+                    f"{path.name} holds an entry that points outside: {name}.", "Make the zip file anew."
+                )
             if entry.file_size > _MAX_FILE_BYTES:
                 raise PicturesError(f"{path.name}: {name} unpacks to {entry.file_size / 1e6:.0f} MB.", "Leave it out.")
         for name in sorted(entries):
@@ -200,7 +214,7 @@ def _from_zip(path: Path, prompt: str, listener: Listener) -> list[Picture]:
             content = archive.read(name)
             sidecar = str(PurePosixPath(name).with_suffix(".txt"))
             caption = prompt if sidecar not in entries else _caption(sidecar, archive.read(sidecar), prompt, listener)
-            pictures.append(_picture(name, caption, content, lambda content=content: content))
+            pictures.append(_picture(name, caption, content, partial(bytes, content)))
     return pictures
 
 
@@ -219,7 +233,7 @@ def _from_tensors(tensors: Sequence[Tensor], prompt: str) -> Iterator[Picture]:
         image.save(stream, "PNG", compress_level=1)
         content = stream.getvalue()
         digest = hashlib.sha256(values.tobytes() + str(values.shape).encode()).hexdigest()
-        yield Picture(name, prompt, digest, lambda content=content: decode(content))
+        yield Picture(name, prompt, digest, partial(decode, content))
 
 
 def _caption(name: str, content: bytes, prompt: str, listener: Listener) -> str:
@@ -227,7 +241,9 @@ def _caption(name: str, content: bytes, prompt: str, listener: Listener) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
-        listener.tell(Note(f"{name} is not UTF-8; it was read as Windows-1252. Caption: {text.strip()[:60]}", warning=True))
+        listener.tell(
+            Note(f"{name} is not UTF-8; it was read as Windows-1252. Caption: {text.strip()[:60]}", warning=True)
+        )
     text = " ".join(text.split())
     if not text:
         listener.tell(Note(f"{name} is empty; the prompt '{prompt}' is used.", warning=True))

@@ -79,7 +79,7 @@ def denoise(
     device, dtype = parameter.device, parameter.dtype
     scheduler = make_scheduler(scheduler_name, model.objective)
     scheduler.set_timesteps(steps, device=device)
-    latents = noise.to(device) * scheduler.init_noise_sigma
+    latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
     rows = [prompt] if guidance == 1 else [negative, prompt]
     conditioning = {name: torch.cat([row[name] for row in rows]).to(device, dtype) for name in prompt}
     for timestep in scheduler.timesteps:
@@ -99,8 +99,8 @@ def decode_latents(model: DiffusionModel, latents: Tensor) -> list[Image.Image]:
     vae: Any = model.vae
     parameter = next(vae.parameters())
     pictures = []
-    for row in latents.to(parameter.device, parameter.dtype).split(1):
-        pixels = vae.decode(row / vae.config.scaling_factor, return_dict=False)[0][0].float()
+    for row in latents.to(parameter.device, parameter.dtype):
+        pixels = vae.decode(row[None] / vae.config.scaling_factor, return_dict=False)[0][0].float()
         values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
         pictures.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
     return pictures
@@ -139,6 +139,8 @@ def generate(
     noise = starting_noise(seeds, (vae.config.latent_channels, height // factor, width // factor))
     encoded = model.encode_prompts([negative_prompt, prompt])
     count = len(seeds)
-    negative, positive = ({name: rows[i : i + 1].expand(count, *rows.shape[1:]) for name, rows in encoded.items()} for i in (0, 1))
+    negative, positive = (
+        {name: rows[i : i + 1].expand(count, *rows.shape[1:]) for name, rows in encoded.items()} for i in (0, 1)
+    )
     latents = denoise(model, noise, positive, negative, scheduler, steps, guidance, listener)
     return decode_latents(model, latents)

@@ -58,7 +58,13 @@ class Terminal:
 
         if title != self._title or self._bar is None:
             self._close()
-            self._bar = tqdm(total=total, desc=title, initial=max(0, done - 1) if title == "training" else done, file=sys.stderr, mininterval=0.2)
+            self._bar = tqdm(
+                total=total,
+                desc=title,
+                initial=max(0, done - 1) if title == "training" else done,
+                file=sys.stderr,
+                mininterval=0.2,
+            )
             self._title = title
         self._bar.update(done - self._bar.n)
 

@@ -17,7 +17,15 @@ from torch import Tensor
 from .errors import WeightsError
 from .families import identify, refuse_foreign_class, refuse_foreign_keys, sd1
 from .families.base import BaseWeights, Component
-from .families.ldm import UNET_PREFIX, VAE_PREFIX, clip_component, unet_component, unet_config, vae_component, with_prefix
+from .families.ldm import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    clip_component,
+    unet_component,
+    unet_config,
+    vae_component,
+    with_prefix,
+)
 
 logger = logging.getLogger("dreambooth_lora")
 
@@ -65,7 +73,8 @@ def open_base(source: Path | HostTensors, tokenizer: Path | None = None) -> Base
     unet = with_prefix(tensors, UNET_PREFIX)
     if not unet:
         raise WeightsError(
-            f"{source.name} holds no Stable Diffusion UNet.", "Give a full checkpoint (UNet, VAE and text encoder in one file)."
+            f"{source.name} holds no Stable Diffusion UNet.",
+            "Give a full checkpoint (UNet, VAE and text encoder in one file).",
         )
     identify(unet_config(unet))  # a wrong family is named before a missing tokenizer or text encoder is
     text = with_prefix(tensors, sd1.TEXT_PREFIX)
@@ -94,7 +103,10 @@ def _from_original(source: HostTensors) -> BaseWeights:
 def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
     """Refuse quantised weights, which can't be read as numbers without their scales."""
     for name, tensor in tensors.items():
-        if name.endswith((".scale_weight", ".weight_scale", ".comfy_quant")) or tensor.dtype in (torch.uint8, torch.int8):
+        if name.endswith((".scale_weight", ".weight_scale", ".comfy_quant")) or tensor.dtype in (
+            torch.uint8,
+            torch.int8,
+        ):
             raise WeightsError(
                 f"The base model is quantised ({name}: {tensor.dtype}).",
                 "Use an fp16, bf16 or fp32 version of the model for training; the adapter fits the quantised one too.",
@@ -107,7 +119,7 @@ def _read_single_file(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
             raise WeightsError(
-                f"{path.name} can't be read safely: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}",
+                f"{path.name} can't be read safely: {(str(error) or type(error).__name__).splitlines()[0][:200]}",
                 "Only plain weights are loaded from pickled files. Use the .safetensors version of the model.",
             ) from error
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
@@ -144,10 +156,13 @@ def _from_folder(folder: Path) -> BaseWeights:
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("prediction_type", "epsilon") != "epsilon":
         raise WeightsError(
-            f"The model predicts {scheduler['prediction_type']}, not epsilon.", "Use a Stable Diffusion 1.x model that predicts epsilon."
+            f"The model predicts {scheduler['prediction_type']}, not epsilon.",
+            "Use a Stable Diffusion 1.x model that predicts epsilon.",
         )
     unet = Component(_read_component(folder / "unet", "diffusion_pytorch_model"), unet_settings)
-    vae = Component(_with_current_attention_names(_read_component(folder / "vae", "diffusion_pytorch_model")), vae_settings)
+    vae = Component(
+        _with_current_attention_names(_read_component(folder / "vae", "diffusion_pytorch_model")), vae_settings
+    )
     text_tensors = clip_component(_read_component(folder / "text_encoder", "model")).tensors
     text = Component(text_tensors, text_settings)
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -172,14 +187,23 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{path} can't be read: {error}.",
-            "Give a folder in diffusers' layout (model_index.json, unet, vae, text_encoder, tokenizer, scheduler), or a single checkpoint file.",
+            "Give a folder in diffusers' layout (model_index.json, unet, vae, text_encoder, tokenizer, scheduler) "
+            "or a single checkpoint file.",
         ) from error
     return content if isinstance(content, dict) else {}
 
 
 def _network_config(path: Path) -> dict[str, Any]:
     config = _read_json(path)
-    hidden = ("_diffusers_version", "_name_or_path", "architectures", "transformers_version", "torch_dtype", "dtype", "model_type")
+    hidden = (
+        "_diffusers_version",
+        "_name_or_path",
+        "architectures",
+        "transformers_version",
+        "torch_dtype",
+        "dtype",
+        "model_type",
+    )
     return {name: value for name, value in config.items() if name not in hidden}
 
 
@@ -214,7 +238,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def _tokenizer_places(checkpoint: Path) -> Iterator[Path]:
-    """Where a CLIP tokenizer may lie: beside the checkpoint, in a ComfyUI above it or above this pack, in the hub's cache."""
+    """Where a CLIP tokenizer may lie: beside the checkpoint, in a ComfyUI above it or this pack, in the hub's cache."""
     yield checkpoint.parent / "tokenizer"
     for start in (checkpoint.resolve(), Path(__file__).resolve()):
         for parent in start.parents:
@@ -223,7 +247,10 @@ def _tokenizer_places(checkpoint: Path) -> Iterator[Path]:
         from huggingface_hub import try_to_load_from_cache
     except ImportError:
         return
-    for repository, inner in (("openai/clip-vit-large-patch14", ""), ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/")):
+    for repository, inner in (
+        ("openai/clip-vit-large-patch14", ""),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/"),
+    ):
         found = try_to_load_from_cache(repository, f"{inner}vocab.json")
         if isinstance(found, str):
             yield Path(found).parent

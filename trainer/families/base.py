@@ -67,8 +67,8 @@ class DiffusionModel(Protocol):
     """
 
     family: Family
-    unet: nn.Module
-    vae: nn.Module
+    unet: Any
+    vae: Any
     text_encoders: dict[str, nn.Module]
     objective: Objective
 
@@ -92,10 +92,14 @@ class Family(Protocol):
         targets: Preset name → suffixes of the denoiser's modules that get an adapter, as PEFT takes them.
     """
 
-    title: str
-    architecture: str
-    base_version: str
-    targets: Mapping[str, str]
+    @property
+    def title(self) -> str: ...  # noqa: D102
+    @property
+    def architecture(self) -> str: ...  # noqa: D102
+    @property
+    def base_version(self) -> str: ...  # noqa: D102
+    @property
+    def targets(self) -> Mapping[str, str]: ...  # noqa: D102
 
     def claims(self, unet_config: Mapping[str, Any]) -> bool:
         """Whether a denoiser of this configuration (diffusers' keys) belongs to the family."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import Objective, epsilon_objective, scaled_linear_alphas_cumprod
-from .base import BaseWeights, Component, Conditioning, build_around
+from .base import BaseWeights, Component, Conditioning, DiffusionModel, Family, build_around
 
 SCALING_FACTOR = 0.18215
 HEADS = 8
@@ -37,7 +37,7 @@ class StableDiffusion1:
             and unet_config.get("class_embed_type") is None
         )
 
-    def build(self, weights: BaseWeights) -> StableDiffusion1Model:
+    def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy."""
         return StableDiffusion1Model(self, weights)
 
@@ -51,13 +51,13 @@ class StableDiffusion1Model:
     def __init__(self, family: StableDiffusion1, weights: BaseWeights) -> None:
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
-        self.family = family
+        self.family: Family = family
         with torch.device("meta"):
             unet = UNet2DConditionModel(**weights.unet.config)
             vae = AutoencoderKL(**weights.vae.config)
         self.unet = build_around(unet, weights.unet.tensors)
         self.vae = build_around(vae, weights.vae.tensors)
-        self.text_encoders = {"text_encoder": _build_text_encoder(weights.text_encoders[0])}
+        self.text_encoders: dict[str, nn.Module] = {"text_encoder": _build_text_encoder(weights.text_encoders[0])}
         self.objective = _objective(weights.scheduler)
         self._tokenizer = weights.tokenizers[0]
         self._max_tokens: int = weights.text_encoders[0].config["max_position_embeddings"]

@@ -1,0 +1,49 @@
+"""Loads the pack once under the name `pack`, as ComfyUI does under a name of its own, and makes small real models."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin while the CPU is shared
+
+import numpy as np
+import pytest
+from checkpoints import sd15_checkpoint
+from helpers import DEMO, ROOT, TINY
+from PIL import Image
+
+if "pack" not in sys.modules:
+    _spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules["pack"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["pack"])
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A single-file SD 1.x checkpoint of a few MB, with the tokenizer folder beside it. Read-only by convention."""
+    folder = tmp_path_factory.mktemp("base model")
+    shutil.copytree(DEMO / "base" / "tokenizer", folder / "tokenizer")
+    return sd15_checkpoint(folder / "tiny.safetensors", size=TINY)
+
+
+@pytest.fixture
+def picture_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Makes folders of small noisy pictures: picture_folder(count=4, side=64, name="dog")."""
+
+    def make(count: int = 4, side: int = 64, name: str = "dog") -> Path:
+        folder = tmp_path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in range(count):
+            pixels = np.random.default_rng(number).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((side, side)).save(folder / f"{number}.png")
+        return folder
+
+    return make

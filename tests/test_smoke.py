@@ -1,0 +1,28 @@
+"""The thinnest slice through every floor: pictures in, adapter out, picture drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from helpers import Recorder
+from pack.trainer.adapters import merge_into
+from pack.trainer.config import TrainSettings
+from pack.trainer.dreambooth import train
+from pack.trainer.pictures import load_pictures
+from pack.trainer.sample import generate
+from pack.trainer.weights import open_base
+
+
+def test_pictures_in_adapter_out(tiny_checkpoint: Path, picture_folder, tmp_path: Path) -> None:
+    listener = Recorder()
+    base = open_base(tiny_checkpoint)
+    pictures = load_pictures(picture_folder(), "a photo of sks dog", listener)
+    settings = TrainSettings(name="dog", steps=3, rank=4, resolution=64, learning_rate=1e-2)
+    result = train(base, pictures, [], settings, tmp_path / "loras", tmp_path / "runs", "cpu", listener)
+    assert result.path == tmp_path / "loras" / "dog.safetensors"
+    assert len(listener.losses) == 3
+    before, after = base.family.build(base), base.family.build(base)
+    merge_into(after, result.adapter, 1.0)
+    plain, changed = (generate(model, "a dog", [1], width=64, height=64, steps=2)[0] for model in (before, after))
+    assert plain.size == (64, 64)
+    assert plain.tobytes() != changed.tobytes()
