@@ -53,7 +53,7 @@ class TrainedLora:
                 continue
             down, up = module.lora_A[_PEFT_NAME], module.lora_B[_PEFT_NAME]
             for part in (down, up):
-                part.to(torch.float32)
+                part.to(torch.float32, memory_format=torch.contiguous_format)
                 part.requires_grad_(True)
             name = module_name("unet", path)
             start = torch.empty(down.weight.shape)

@@ -1,6 +1,6 @@
 """The recipe: DreamBooth with LoRA (Ruiz et al. 2023; Hu et al. 2022), from pictures to an adapter file.
 
-Read `DreamBooth.run` first, then its methods in order: prepare, cache, resume, loop, export.
+Read `DreamBooth.run` first, then its methods in order: open_run, prepare, resume, loop, export.
 """
 
 from __future__ import annotations
@@ -139,52 +139,48 @@ class DreamBooth:
         self.precision = pick_precision(settings.precision, device)
         self.fingerprint = run_fingerprint(base, subject, priors, settings, self.precision)
         self.step = 0
-        self.model: DiffusionModel | None = None
+        self.model: DiffusionModel
         self._consistent = True
 
     def run(self) -> TrainResult:
-        """Prepare, cache, resume, loop, export."""
-        settings = self.settings
-        require_trainable(self.base, settings, self.output_dir, self.runs_dir)
-        shown = settings.model_dump(mode="json") | {"base": self.base.title}
-        self.run_folder = RunFolder.open(
-            self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
-        )
-        if settings.steps in self.run_folder.steps():
+        """Open the run's folder; build, cache, adapt; resume; loop; export."""
+        self.open_run()
+        if self.settings.steps in self.run_folder.steps():
             self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
-            return self._export(self.run_folder.load(settings.steps).adapter, settings.steps)
-        self._prepare()
-        self.cache = self._cache()
+            return self._export(self.run_folder.load(self.settings.steps).adapter, self.settings.steps)
+        self.prepare()
         started_from = self._resume()
         self._loop()
         return self._export(self.lora.adapter(), started_from)
 
     def clean_up(self) -> None:
         """Drop every network and give the device's memory back."""
-        for name in ("model", "unet", "lora", "optimizer", "accelerator", "cache"):
+        if hasattr(self, "accelerator"):
+            self.accelerator.free_memory()
+        for name in ("model", "lora", "optimizer", "accelerator", "cache"):
             if hasattr(self, name):
                 delattr(self, name)
         release(self.device)
 
-    def _prepare(self) -> None:
-        """Build the model around the borrowed weights; inject the adapter; set up optimiser and precision."""
+    def open_run(self) -> None:
+        """Check the folders; find this run's folder by its fingerprint, or begin one."""
         settings = self.settings
-        reset_peak_memory(self.device)
-        self.model = model = self.base.family.build(self.base)
-        self.lora = TrainedLora(model, settings)
-        if settings.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-        self.objective = model.objective.to(self.device)
-        optimizer = torch.optim.AdamW(
-            self.lora.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        require_trainable(self.base, settings, self.output_dir, self.runs_dir)
+        shown = settings.model_dump(mode="json") | {"base": self.base.title}
+        self.run_folder = RunFolder.open(
+            self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
         )
-        self.learning_rate_factor = _learning_rate_factor(optimizer, settings)
-        self.accelerator = _accelerator(self.device, self.precision, settings.gradient_accumulation)
-        self.optimizer = self.accelerator.prepare(optimizer)
 
-    def _cache(self) -> Cache:
-        """Encode pictures and captions once, or read what was encoded before; then bring the UNet to the device."""
-        assert self.model is not None
+    def prepare(self) -> None:
+        """Build the model around the borrowed weights, encode once, put the adapter in."""
+        reset_peak_memory(self.device)
+        self.model = self.base.family.build(self.base)
+        self.objective = self.model.objective.to(self.device)
+        self.cache = self._encode().to(self.device, DTYPES[self.precision])
+        self._adapt()
+
+    def _encode(self) -> Cache:
+        """Encode pictures and captions, or read what this run encoded before; autoencoder and text encoders go."""
         cache = Cache.load(self.run_folder.cache_path)
         if cache is None:
             sets = {"instance": self.subject, "prior": self.priors}
@@ -195,10 +191,22 @@ class DreamBooth:
         self.model.text_encoders.clear()
         del self.model.vae
         release(self.device)
-        _place_frozen(self.model.unet, self.lora, self.device, DTYPES[self.precision])
-        self.unet = self.model.unet = self.accelerator.prepare(self.model.unet)
-        self.unet.train()
-        return cache.to(self.device, DTYPES[self.precision])
+        return cache
+
+    def _adapt(self) -> None:
+        """Bring the UNet to device and precision, inject the adapter, set up optimiser and accelerator."""
+        settings = self.settings
+        place(self.model.unet, self.device, DTYPES[self.precision])
+        self.lora = TrainedLora(self.model, settings)
+        if settings.gradient_checkpointing:
+            self.model.unet.enable_gradient_checkpointing()
+        optimizer = torch.optim.AdamW(
+            self.lora.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+        self.learning_rate_factor = _learning_rate_factor(optimizer, settings)
+        self.accelerator = _accelerator(self.device, self.precision, settings.gradient_accumulation)
+        self.model.unet, self.optimizer = self.accelerator.prepare(self.model.unet, optimizer)
+        self.model.unet.train()
 
     def _resume(self) -> int:
         """Load the newest checkpoint of this run, if any; its step."""
@@ -221,7 +229,7 @@ class DreamBooth:
         try:
             while self.step < settings.steps:
                 rate = settings.learning_rate * self.learning_rate_factor(self.step)
-                loss = self._train_step(rate)
+                loss = self.train_step(rate)
                 self.step += 1
                 if previous is not None:  # one step late, so that the device is never waited for
                     self._report(pace, *previous)
@@ -239,14 +247,14 @@ class DreamBooth:
             self._save_interrupted()
             raise
 
-    def _train_step(self, rate: float) -> Tensor:
+    def train_step(self, rate: float) -> Tensor:
         """One optimiser step: gradient_accumulation passes, clip, update. Returns the mean loss, on the device."""
         settings = self.settings
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         losses = []
         for micro in range(settings.gradient_accumulation):
-            with self.accelerator.accumulate(self.unet):
+            with self.accelerator.accumulate(self.model.unet):
                 loss = self._loss(micro)
                 self.accelerator.backward(loss)
                 losses.append(loss.detach())
@@ -261,7 +269,6 @@ class DreamBooth:
 
     def _loss(self, micro: int) -> Tensor:
         """Instance loss + prior_weight · prior loss of one micro-batch, from one forward pass."""
-        assert self.model is not None
         count = self.settings.batch_size
         sets = [("instance", self.cache.instance, 1.0)]
         if self.cache.prior is not None:
@@ -380,13 +387,6 @@ def _batch(latents: LatentSet, draws: Sequence[Draw], device: torch.device) -> t
     parts = (latents.sample(draws), noise, timesteps, latents.caption[items])
     latent, noise, timesteps, rows = (part.to(device, non_blocking=True) for part in parts)
     return latent, noise, timesteps, rows
-
-
-def _place_frozen(unet: torch.nn.Module, lora: TrainedLora, device: torch.device, dtype: torch.dtype) -> None:
-    """Bring the UNet to device and dtype, while the adapter's parameters stay float32 and the very same objects."""
-    place(unet, device, dtype)
-    for parameter in lora.parameters():
-        parameter.data = parameter.data.float()
 
 
 def _learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> Any:

@@ -1,0 +1,286 @@
+"""Measures the recipe against the bare network, side by side in one run; prints ratios.
+
+    python benchmarks/bench.py                                     a random SD 1.5-sized model, bf16, 256²
+    python benchmarks/bench.py --base model.safetensors            a model of yours
+    python benchmarks/bench.py --diffusers train_dreambooth_lora.py    diffusers' example script beside it
+
+Reported:
+    step ratio          one step of the recipe / one bare forward + backward of the same UNet with the same
+                        adapters on ready tensors at the same precision; medians of pairs taken in turn
+    to the first step   seconds from the start of a fresh process until its first training step is done
+    peak memory         of that process (resident size; on CUDA the device's peak)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.dont_write_bytecode = True
+
+import numpy as np  # noqa: E402
+from PIL import Image  # noqa: E402
+
+PICTURES = 5
+PROMPT = "a photo of sks dog"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, help="base model; default: random weights of SD 1.5's size")
+    parser.add_argument("--tokenizer", type=Path, help="CLIP tokenizer folder, if the base is a single file")
+    parser.add_argument("--diffusers", type=Path, help="diffusers' examples/dreambooth/train_dreambooth_lora.py")
+    parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
+    parser.add_argument("--resolution", type=int, default=256)
+    parser.add_argument("--rank", type=int, default=4)
+    parser.add_argument("--pairs", type=int, default=12, help="pairs of steps that are timed")
+    parser.add_argument("--part", choices=("all", "ratio", "start"), default="all", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.part == "ratio":
+        print(json.dumps(step_ratio(arguments)))
+    elif arguments.part == "start":
+        print(json.dumps(start_and_memory(arguments)))
+    else:
+        with tempfile.TemporaryDirectory() as scratch:
+            arguments.scratch = Path(scratch)
+            report(arguments)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Make what is missing, run each part in a process of its own, print the figures."""
+    pictures = arguments.scratch / "pictures"
+    pictures.mkdir()
+    for number in range(PICTURES):
+        noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((640, 480)).save(pictures / f"{number}.jpg")
+    if arguments.base is None:
+        from checkpoints import sd15_checkpoint
+
+        arguments.base = sd15_checkpoint(arguments.scratch / "random.safetensors", size="full")
+    arguments.tokenizer = arguments.tokenizer or tokenizer_folder(arguments)
+    ratio = run_part("ratio", arguments)
+    start = run_part("start", arguments)
+    print(
+        f"{arguments.precision}, {arguments.resolution}², batch 1, rank {arguments.rank}, attention, {ratio['device']}"
+    )
+    print(f"step of the recipe   {ratio['recipe']:.3f} s   bare {ratio['bare']:.3f} s   ratio {ratio['ratio']:.3f}")
+    print(f"to the first step    {start['first_step']:.1f} s")
+    print(f"peak memory          {start['peak'] / 2**30:.2f} GiB")
+    if arguments.diffusers:
+        theirs = run_diffusers(arguments)
+        print(
+            f"diffusers' script    {theirs['step']:.3f} s/step   ratio to the recipe {theirs['step'] / ratio['recipe']:.2f}"
+        )
+        print(
+            f"to the first step    {theirs['first_step']:.1f} s   ratio {theirs['first_step'] / start['first_step']:.2f}"
+        )
+        print(f"peak memory          {theirs['peak'] / 2**30:.2f} GiB   ratio {theirs['peak'] / start['peak']:.2f}")
+
+
+def tokenizer_folder(arguments: argparse.Namespace) -> Path | None:
+    """The base's own tokenizer, or for random weights one of a few words: the words don't matter here."""
+    if arguments.base.is_dir() or arguments.base.parent != arguments.scratch:
+        return None
+    return ROOT / "demo" / "base" / "tokenizer"
+
+
+def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run one part in a fresh process; its last line of output is JSON."""
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        part,
+        "--base",
+        str(arguments.base),
+        "--scratch",
+        str(arguments.scratch),
+    ]
+    command += ["--precision", arguments.precision, "--resolution", str(arguments.resolution)]
+    command += ["--rank", str(arguments.rank), "--pairs", str(arguments.pairs)]
+    if arguments.tokenizer:
+        command += ["--tokenizer", str(arguments.tokenizer)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def settings_for(arguments: argparse.Namespace, steps: int) -> Any:
+    from trainer.config import TrainSettings
+
+    return TrainSettings(
+        name="bench",
+        steps=steps,
+        rank=arguments.rank,
+        targets="attention",
+        resolution=arguments.resolution,
+        precision=arguments.precision,
+        checkpoint_every=0,
+        resume="never",
+    )
+
+
+def step_ratio(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time a step of the recipe and a bare forward + backward in turn, in one process."""
+    import torch
+
+    from trainer.devices import DTYPES, pick_device
+    from trainer.dreambooth import DreamBooth
+    from trainer.events import SilentListener
+    from trainer.pictures import load_pictures
+    from trainer.weights import open_base
+
+    pictures = load_pictures(arguments.scratch / "pictures", PROMPT, SilentListener())
+    base = open_base(arguments.base, arguments.tokenizer)
+    device = pick_device("auto")
+    out = arguments.scratch / "ratio"
+    recipe = DreamBooth(base, pictures, [], settings_for(arguments, 1000), out, out / "runs", device)
+    recipe.open_run()
+    recipe.prepare()
+    side = recipe.cache.instance.latent_shape
+    dtype = DTYPES[arguments.precision]
+    noisy = torch.randn(1, *side, device=device, dtype=dtype)
+    target, timestep = torch.randn(1, *side, device=device), torch.tensor([500], device=device)
+    text = recipe.cache.text["text"][:1]
+
+    def bare() -> None:
+        prediction = recipe.model.unet(noisy, timestep, text, return_dict=False)[0]
+        torch.nn.functional.mse_loss(prediction.float(), target).backward()
+
+    def step() -> None:
+        recipe.train_step(1e-4)
+        recipe.step += 1
+
+    def timed(work: Any) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    bare(), step()  # warm up
+    for parameter in recipe.lora.parameters():
+        parameter.grad = None
+    pairs = []
+    for number in range(arguments.pairs):
+        order = (bare, step) if number % 2 else (step, bare)
+        seconds = {work: timed(work) for work in order}
+        for parameter in recipe.lora.parameters():
+            parameter.grad = None
+        pairs.append((seconds[step], seconds[bare]))
+    return {
+        "recipe": statistics.median(ours for ours, _ in pairs),
+        "bare": statistics.median(theirs for _, theirs in pairs),
+        "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
+        "device": str(device),
+    }
+
+
+def start_and_memory(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from the start of this process to the end of its first step, and its peak memory after a few steps."""
+    import psutil
+
+    began = psutil.Process().create_time()
+    from trainer.dreambooth import train
+    from trainer.events import Step
+    from trainer.pictures import load_pictures
+    from trainer.weights import open_base
+
+    first: list[float] = []
+
+    class Clock:
+        def tell(self, event: object) -> None:
+            if isinstance(event, Step) and not first:
+                first.append(time.time() - began)
+
+        def should_stop(self) -> bool:
+            return False
+
+    clock = Clock()
+    pictures = load_pictures(arguments.scratch / "pictures", PROMPT, clock)
+    out = arguments.scratch / "start"
+    base = open_base(arguments.base, arguments.tokenizer)
+    steps = 3
+    train(base, pictures, [], settings_for(arguments, steps), out, out / "runs", "auto", clock)
+    import torch
+
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
+    return {"first_step": first[0], "peak": peak}
+
+
+def peak_resident() -> int:
+    """Peak resident size of this process in bytes (Linux and macOS)."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run_diffusers(arguments: argparse.Namespace) -> dict[str, float]:
+    """Run diffusers' example script on the same model and pictures; its figures come from its own progress bar."""
+    folder = arguments.base if arguments.base.is_dir() else as_diffusers_folder(arguments)
+    steps = 12
+    command = [sys.executable, str(arguments.diffusers), "--pretrained_model_name_or_path", str(folder)]
+    command += ["--instance_data_dir", str(arguments.scratch / "pictures"), "--instance_prompt", PROMPT]
+    command += ["--resolution", str(arguments.resolution), "--train_batch_size", "1", "--rank", str(arguments.rank)]
+    command += ["--max_train_steps", str(steps), "--output_dir", str(arguments.scratch / "theirs")]
+    command += ["--mixed_precision", {"fp32": "no"}.get(arguments.precision, arguments.precision)]
+    began = time.time()
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+    assert process.stderr is not None
+    done: dict[int, float] = {}
+    text = b""
+    while chunk := os.read(process.stderr.fileno(), 4096):
+        text = (text + chunk)[-2000:]
+        for match in re.finditer(rb"Steps:[^\r]*?(\d+)/%d" % steps, text):
+            done.setdefault(int(match[1]), time.time())
+    _, status, usage = os.wait4(process.pid, 0)
+    if status or steps not in done:
+        raise SystemExit(f"diffusers' script failed:\n{text.decode(errors='replace')}")
+    return {
+        "first_step": done[1] - began,
+        "step": (done[steps] - done[2]) / (steps - 2),
+        "peak": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
+    }
+
+
+def as_diffusers_folder(arguments: argparse.Namespace) -> Path:
+    """The base as a folder in diffusers' layout, which the script wants."""
+    from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+    from trainer.weights import open_base
+
+    base = open_base(arguments.base, arguments.tokenizer)
+    model = base.family.build(base)
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    pipeline = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoders["text_encoder"],
+        tokenizer=base.tokenizers[0],
+        unet=model.unet,
+        scheduler=schedule,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    folder = arguments.scratch / "folder"
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    main()
