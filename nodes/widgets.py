@@ -29,12 +29,12 @@ def widget(settings: type[Settings], name: str, *, id: str | None = None, **chan
     """
     field = settings.model_fields[name]
     extra = field_extra(settings, name)
-    unit = f" In {extra['unit']}." if extra["unit"] else ""
+    unit = extra["unit"] if extra["unit"] not in (field.description or "").lower() else ""
     kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
     optional_number = field.default is None and float in kinds
     options: dict[str, Any] = {
         "default": 0.0 if optional_number else field.default,
-        "tooltip": f"{field.description}{unit}" + (" 0: not set." if optional_number else ""),
+        "tooltip": f"{field.description}{f' In {unit}.' if unit else ''}{' 0: not set.' if optional_number else ''}",
         "advanced": extra["advanced"] or None,
     }
     options |= changes
@@ -43,6 +43,8 @@ def widget(settings: type[Settings], name: str, *, id: str | None = None, **chan
     if field.annotation is bool:
         return io.Boolean.Input(id or name, **options)
     if field.annotation is int:
+        # without this, the frontend would draw a new seed after every run, and so train anew every time
+        options.setdefault("control_after_generate", False)
         return io.Int.Input(id or name, **(_range(field.metadata) | options))
     if field.annotation is float or optional_number:
         limits = {"max": 1024.0} | _range(field.metadata) | {"step": _FLOAT_STEPS.get(name, 0.1)}

@@ -188,7 +188,7 @@ class TrainSettings(Settings):
     learning_rate: float = _setting(1e-4, "Peak learning rate.", gt=0.0, le=1.0)
     rank: int = _setting(16, "Rank of the LoRA: how much it can hold.", group="Adapter", ge=1, le=1024)
     alpha: float | None = _setting(
-        None, "LoRA alpha; the adapter is scaled by alpha / rank. Empty: equal to the rank.", group="Adapter", gt=0.0
+        None, "LoRA alpha; the adapter is scaled by alpha / rank. Not set: equal to the rank.", group="Adapter", gt=0.0
     )
     targets: Literal["attention", "attention-mlp"] = _setting(
         "attention-mlp",

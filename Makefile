@@ -1,0 +1,30 @@
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint bench clean
+# What make starts must not wait by spinning: on a shared machine that slows everything down.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+demo: $(READY)
+	$(RUN) -m trainer demo --output-dir demo/output
+
+test: $(READY)
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy --strict -p trainer
+
+bench: $(READY)
+	$(RUN) benchmarks/bench.py $(ARGS)
+
+$(READY): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo/output output
