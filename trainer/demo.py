@@ -19,7 +19,7 @@ from .sample import generate
 from .weights import open_base
 
 _HOME = Path(__file__).resolve().parent.parent / "demo"
-_PLACES = ("in the snow", "on the beach", "in the water", "on the grass")
+_PLACES = ("in the snow", "on the beach", "in the water", "on the grass")  # the subject was seen only in the last
 _SEEDS = (7, 8)
 
 
@@ -58,15 +58,12 @@ def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
     for done, place in enumerate(_PLACES):
         listener.tell(Phase("contact sheet", done, len(_PLACES)))
         drawn = [_draw(model, f"{prompt} {place}", drawing) for model, prompt in columns]
-        rows += [Row(place, tuple(pictures)) for pictures in zip(*drawn, strict=True)]
+        rows.append(Row(place, tuple(picture for same_seed in zip(*drawn, strict=True) for picture in same_seed)))
     listener.tell(Phase("contact sheet", len(_PLACES), len(_PLACES)))
     sheet = output_dir / "contact-sheet.png"
-    titles = (
-        f"before: {settings.instance_prompt}",
-        f"after: {settings.instance_prompt}",
-        f"after: {settings.class_prompt}",
-    )
-    contact_sheet(titles, rows, settings.resolution).save(sheet)
+    titles = tuple(f"{when}, seed {seed}" for seed in _SEEDS for when in ("before", "after", "prior"))
+    caption = f"before | after: {settings.instance_prompt} …     prior: {settings.class_prompt} …, after training"
+    contact_sheet(caption, titles, rows).save(sheet)
     return [result.path, sheet]
 
 
@@ -84,15 +81,21 @@ def _draw(model: DiffusionModel, prompt: str, settings: GenerateSettings) -> lis
     )
 
 
-def contact_sheet(titles: tuple[str, ...], rows: list[Row], side: int) -> Image.Image:
-    """Pictures in a labelled grid, enlarged without smoothing to at least 192 pixels a side."""
-    cell = side * max(1, 192 // side)
-    margin, head, gap = 110, 28, 6
-    width = margin + len(titles) * (cell + gap)
-    sheet = Image.new("RGB", (width, head + len(rows) * (cell + gap)), "white")
+def contact_sheet(caption: str, titles: tuple[str, ...], rows: list[Row], cell: int = 128) -> Image.Image:
+    """Pictures in a labelled grid, `cell` pixels a side, enlarged without smoothing.
+
+    Args:
+        caption: Line above the grid.
+        titles: One for each column.
+        rows: Each with a picture for every column.
+        cell: Side of a picture in the grid.
+    """
+    margin, head, gap = 100, 48, 4
+    sheet = Image.new("RGB", (margin + len(titles) * (cell + gap), head + len(rows) * (cell + gap)), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
+    pen.text((6, 6), caption, fill="black", font=font)
     for column, title in enumerate(titles):
-        pen.text((margin + column * (cell + gap), 6), title, fill="black", font=font)
+        pen.text((margin + column * (cell + gap), 28), title, fill="black", font=font)
     for line, row in enumerate(rows):
         top = head + line * (cell + gap)
         pen.text((6, top + cell // 2 - 8), row.label, fill="black", font=font)
