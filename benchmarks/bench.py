@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="base model; default: random weights of SD 1.5's size")
     parser.add_argument("--tokenizer", type=Path, help="CLIP tokenizer folder, if the base is a single file")
     parser.add_argument("--diffusers", type=Path, help="diffusers' examples/dreambooth/train_dreambooth_lora.py")
+    parser.add_argument("--diffusers-python", default=sys.executable, help="Python to run that script with")
     parser.add_argument("--precision", default="bf16", choices=("bf16", "fp16", "fp32"))
     parser.add_argument("--resolution", type=int, default=256)
     parser.add_argument("--rank", type=int, default=4)
@@ -80,12 +81,9 @@ def report(arguments: argparse.Namespace) -> None:
     print(f"peak memory          {start['peak'] / 2**30:.2f} GiB")
     if arguments.diffusers:
         theirs = run_diffusers(arguments)
-        print(
-            f"diffusers' script    {theirs['step']:.3f} s/step   ratio to the recipe {theirs['step'] / ratio['recipe']:.2f}"
-        )
-        print(
-            f"to the first step    {theirs['first_step']:.1f} s   ratio {theirs['first_step'] / start['first_step']:.2f}"
-        )
+        steps, starts = theirs["step"] / ratio["recipe"], theirs["first_step"] / start["first_step"]
+        print(f"diffusers' script    {theirs['step']:.3f} s/step   ratio to the recipe {steps:.2f}")
+        print(f"to the first step    {theirs['first_step']:.1f} s   ratio {starts:.2f}")
         print(f"peak memory          {theirs['peak'] / 2**30:.2f} GiB   ratio {theirs['peak'] / start['peak']:.2f}")
 
 
@@ -232,7 +230,7 @@ def run_diffusers(arguments: argparse.Namespace) -> dict[str, float]:
     """Run diffusers' example script on the same model and pictures; its figures come from its own progress bar."""
     folder = arguments.base if arguments.base.is_dir() else as_diffusers_folder(arguments)
     steps = 12
-    command = [sys.executable, str(arguments.diffusers), "--pretrained_model_name_or_path", str(folder)]
+    command = [arguments.diffusers_python, str(arguments.diffusers), "--pretrained_model_name_or_path", str(folder)]
     command += ["--instance_data_dir", str(arguments.scratch / "pictures"), "--instance_prompt", PROMPT]
     command += ["--resolution", str(arguments.resolution), "--train_batch_size", "1", "--rank", str(arguments.rank)]
     command += ["--max_train_steps", str(steps), "--output_dir", str(arguments.scratch / "theirs")]
@@ -266,7 +264,9 @@ def as_diffusers_folder(arguments: argparse.Namespace) -> Path:
 
     base = open_base(arguments.base, arguments.tokenizer)
     model = base.family.build(base)
-    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False)
+    schedule = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     pipeline = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoders["text_encoder"],
@@ -277,6 +277,7 @@ def as_diffusers_folder(arguments: argparse.Namespace) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+    pipeline.tokenizer.model_max_length = model.text_encoders["text_encoder"].config.max_position_embeddings
     folder = arguments.scratch / "folder"
     pipeline.save_pretrained(folder)
     return folder

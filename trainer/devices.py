@@ -57,8 +57,8 @@ def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     if all(p.dtype == dtype and p.device.type == device.type for p in parameters):
         return network
     # nn.Module.to, since diffusers' own warns of modules to be kept in float32, of which there are none
-    nn.Module.to(network, device=device, dtype=dtype)
-    return nn.Module.to(network, memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    layout = {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
+    return nn.Module.to(network, **layout)  # type: ignore[call-overload, no-any-return]
 
 
 def release(device: torch.device) -> None:
