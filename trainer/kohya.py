@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,9 +112,7 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     Raises:
         AdapterError: No LoRA in it, a kind that can't be read yet, or half of a layer is missing.
     """
-    for mark, kind in _OTHER_KINDS.items():
-        if any(mark in name for name in tensors):
-            raise AdapterError(f"The adapter is of the kind {kind}, which can't be read yet.", "Use a plain LoRA file.")
+    _require_lora(tensors)
     metadata = dict(metadata or {})
     scales = _Alphas(metadata)
     parts: dict[str, dict[str, Tensor]] = {}
@@ -122,8 +120,6 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
         split = _split_key(key)
         if split is not None:
             parts.setdefault(split[0], {})[split[1]] = tensor
-    if not parts:
-        raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
     layers = {}
     for name, found in parts.items():
         if "down" not in found or "up" not in found:
@@ -188,6 +184,22 @@ def _sub_config(header: Mapping[str, Any], component: str) -> dict[str, Any]:
     return {key.removeprefix(start): value for key, value in header.items() if key.startswith(start)}
 
 
+def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
+    """Tensor names and metadata of a safetensors file, without reading its tensors.
+
+    Raises:
+        ValueError: It is no whole safetensors file.
+        OSError: It can't be read.
+    """
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= size - 8:
+            raise ValueError("no safetensors header")
+        header = json.loads(file.read(length))
+    return [name for name in header if name != "__metadata__"], header.get("__metadata__") or {}
+
+
 def read_adapter(path: Path) -> Adapter:
     """Read an adapter file, or a PEFT folder (adapter_model.safetensors and adapter_config.json).
 
@@ -202,18 +214,29 @@ def read_adapter(path: Path) -> Adapter:
         if path.is_dir():
             extra["peft_config"] = (path / "adapter_config.json").read_text(encoding="utf-8")
             path = path / "adapter_model.safetensors"
-        content = path.read_bytes()  # not memory-mapped: Windows could not replace the file while it is in use
-        tensors = load(content)
+        names, metadata = read_header(path)
+        _require_lora(names)  # before gigabytes are read that are none
+        tensors = load(path.read_bytes())  # not memory-mapped: Windows could not replace the file while it is in use
+        return parse_adapter(tensors, {**metadata, **extra})
     except (OSError, SafetensorError, ValueError) as error:
         raise AdapterError(
             f"The adapter {path} can't be read: {error}.", "Check the path; the file must be a whole .safetensors file."
         ) from error
-    length = int.from_bytes(content[:8], "little")
-    metadata = json.loads(content[8 : 8 + length]).get("__metadata__") or {}
-    try:
-        return parse_adapter(tensors, {**metadata, **extra})
     except AdapterError as error:
         raise AdapterError(f"{path.name}: {error.problem}", error.remedy) from None
+
+
+def _require_lora(names: Collection[str]) -> None:
+    """Refuse tensors that are no LoRA, by their names.
+
+    Raises:
+        AdapterError: A kind that can't be read yet, or nothing of a LoRA.
+    """
+    for mark, kind in _OTHER_KINDS.items():
+        if any(mark in name for name in names):
+            raise AdapterError(f"The adapter is of the kind {kind}, which can't be read yet.", "Use a plain LoRA file.")
+    if not any(_split_key(name) for name in names):
+        raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
 
 
 def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
