@@ -10,7 +10,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from .families.base import BaseWeights, DiffusionModel
 from .files import free_path, require_writable
 from .kohya import Adapter, read_adapter, write_adapter
 from .metadata import FINGERPRINT_KEY, RunFacts, training_metadata
+from .optimization import learning_rate_factor, make_accelerator, make_optimizer
 from .pace import Pace
 from .pictures import Picture
 from .randomness import Draw, draw
@@ -200,11 +200,9 @@ class DreamBooth:
         self.lora = TrainedLora(self.model, settings)
         if settings.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
-        optimizer = torch.optim.AdamW(
-            self.lora.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        self.learning_rate_factor = _learning_rate_factor(optimizer, settings)
-        self.accelerator = _accelerator(self.device, self.precision, settings.gradient_accumulation)
+        optimizer = make_optimizer(self.lora.parameters(), settings)
+        self.learning_rate_factor = learning_rate_factor(optimizer, settings)
+        self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         self.model.unet, self.optimizer = self.accelerator.prepare(self.model.unet, optimizer)
         self.model.unet.train()
 
@@ -387,26 +385,3 @@ def _batch(latents: LatentSet, draws: Sequence[Draw], device: torch.device) -> t
     parts = (latents.sample(draws), noise, timesteps, latents.caption[items])
     latent, noise, timesteps, rows = (part.to(device, non_blocking=True) for part in parts)
     return latent, noise, timesteps, rows
-
-
-def _learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> Any:
-    """Step → factor of the learning rate, from diffusers' schedules; a function, so that resuming needs no state."""
-    from diffusers.optimization import get_scheduler
-
-    schedule = get_scheduler(
-        settings.lr_schedule, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=settings.steps
-    )
-    return schedule.lr_lambdas[0]
-
-
-def _accelerator(device: torch.device, precision: str, accumulation: int) -> Any:
-    """An accelerator for this run; a former run in the same process may have used another precision."""
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)
-    mixed = "no" if precision == "fp32" else precision
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulation)

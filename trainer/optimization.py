@@ -1,0 +1,40 @@
+"""Optimiser, learning-rate schedule and accelerator of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import TrainSettings
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019) on the adapter's parameters."""
+    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> Callable[[int], float]:
+    """Step → factor of the learning rate, from diffusers' schedules; a function, so that resuming needs no state."""
+    from diffusers.optimization import get_scheduler
+
+    schedule = get_scheduler(
+        settings.lr_schedule, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=settings.steps
+    )
+    factor: Callable[[int], float] = schedule.lr_lambdas[0]
+    return factor
+
+
+def make_accelerator(device: torch.device, precision: str, accumulation: int) -> Any:
+    """An accelerator for this run; a former run in the same process may have used another precision."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
+    mixed = "no" if precision == "fp32" else precision
+    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulation)
