@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import pickle
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from .errors import WeightsError
 from .families import identify, refuse_foreign_class, refuse_foreign_keys, sd1
-from .families.base import BaseWeights, Component
+from .families.base import BaseWeights, Component, DiffusionModel
 from .families.ldm import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -64,9 +65,9 @@ def open_base(source: Path | HostTensors, tokenizer: Path | None = None) -> Base
     """
     if isinstance(source, HostTensors):
         return _from_original(source)
-    if source.is_dir():
+    if os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not take
         return _from_folder(source)
-    if not source.is_file():
+    if not os.path.isfile(source):
         raise WeightsError(f"The base model {source} does not exist.", "Check the path for a typing error.")
     tensors = _read_single_file(source)
     refuse_foreign_keys(tensors)
@@ -96,8 +97,33 @@ def _from_original(source: HostTensors) -> BaseWeights:
     unet = unet_component(source.unet, config)
     vae = vae_component(source.vae, sd1.SCALING_FACTOR)
     text = clip_component(source.text_encoder)
-    digest = fingerprint(unet.tensors, vae.tensors, text.tensors)
-    return BaseWeights(family, unet, vae, [text], [source.tokenizer], {}, "epsilon", source.title, digest)
+    return _checked(BaseWeights(family, unet, vae, [text], [source.tokenizer], {}, "epsilon", source.title, ""))
+
+
+def _checked(weights: BaseWeights) -> BaseWeights:
+    """Build the model once, which costs milliseconds and no memory, to see that it is whole; add the fingerprint.
+
+    Raises:
+        WeightsError: A tensor is missing, unknown or of another shape.
+    """
+    model = weights.family.build(weights)
+    parts = [weights.unet, weights.vae, *weights.text_encoders]
+    digest = fingerprint(_computing_facts(weights, model), *(part.tensors for part in parts))
+    return replace(weights, fingerprint=digest)
+
+
+def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
+    """What else than the tensors decides what the model computes; the same however the model was opened."""
+    unet, vae = model.unet.config, model.vae.config
+    text = [getattr(encoder, "config") for encoder in model.text_encoders.values()]  # noqa: B009
+    facts = {
+        "prediction": model.objective.prediction_type,
+        "schedule": [f"{value:.5e}" for value in model.objective.alphas_cumprod[::37].tolist()],
+        "unet": [unet[name] for name in ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "freq_shift")],
+        "vae": [vae[name] for name in ("scaling_factor", "norm_num_groups", "act_fn")],
+        "text": [[one.num_attention_heads, one.hidden_act, one.layer_norm_eps] for one in text],
+    }
+    return json.dumps(facts, sort_keys=True)
 
 
 def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
@@ -119,10 +145,12 @@ def _read_single_file(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
             raise WeightsError(
-                f"{path.name} can't be read safely: {(str(error) or type(error).__name__).splitlines()[0][:200]}",
-                "Only plain weights are loaded from pickled files. Use the .safetensors version of the model.",
+                f"{path.name} is damaged, or holds more than plain weights, such as code, and was not loaded.",
+                "Use the .safetensors version of the model.",
             ) from error
         content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        if not isinstance(content, dict):
+            content = {}
         return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
     return read_safetensors(path)
 
@@ -166,8 +194,8 @@ def _from_folder(folder: Path) -> BaseWeights:
     text_tensors = clip_component(_read_component(folder / "text_encoder", "model")).tensors
     text = Component(text_tensors, text_settings)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    digest = fingerprint(unet.tensors, vae.tensors, text.tensors)
-    return BaseWeights(family, unet, vae, [text], [tokenizer], scheduler, "epsilon", folder.name, digest)
+    title = folder.resolve().name
+    return _checked(BaseWeights(family, unet, vae, [text], [tokenizer], scheduler, "epsilon", title, ""))
 
 
 def _with_current_attention_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -221,18 +249,27 @@ def _read_component(folder: Path, stem: str) -> dict[str, Tensor]:
     raise WeightsError(f"{folder} holds no weights ({stem}.safetensors).", _BROKEN)
 
 
+def _holds_tokenizer(folder: Path) -> bool:
+    old = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
+    return old or (folder / "tokenizer.json").is_file()  # all that transformers 5 writes
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load a CLIP tokenizer from a folder, never from the network.
 
     Raises:
         WeightsError: The folder holds none.
     """
-    from transformers import CLIPTokenizer
+    from transformers import CLIPTokenizer, CLIPTokenizerFast
 
-    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
-        raise WeightsError(f"{folder} holds no CLIP tokenizer (vocab.json, merges.txt).", "Give a folder that does.")
+    if not _holds_tokenizer(folder):
+        raise WeightsError(
+            f"{folder} holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json).",
+            "Give a folder that does.",
+        )
+    kind = CLIPTokenizer if (folder / "vocab.json").is_file() else CLIPTokenizerFast
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        return kind.from_pretrained(str(folder), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise WeightsError(f"The tokenizer in {folder} can't be read: {error}.", "Copy it again.") from error
 
@@ -265,7 +302,7 @@ def find_tokenizer(checkpoint: Path, given: Path | None) -> Any:
     if given is not None:
         return load_tokenizer(given)
     for place in _tokenizer_places(checkpoint):
-        if (place / "vocab.json").is_file() and (place / "merges.txt").is_file():
+        if _holds_tokenizer(place):
             return load_tokenizer(place)
     raise WeightsError(
         f"No CLIP tokenizer was found for {checkpoint.name}; a single-file checkpoint holds none.",
@@ -273,13 +310,17 @@ def find_tokenizer(checkpoint: Path, given: Path | None) -> Any:
     )
 
 
-def fingerprint(*parts: Mapping[str, Tensor]) -> str:
+def fingerprint(facts: str, *parts: Mapping[str, Tensor]) -> str:
     """A digest of networks that notices any retraining or merging, in a fraction of a second.
 
     Of every tensor it takes name, shape and 256 evenly spaced values, as float32: the same model gives the
     same digest whether it comes from a file or from a host that loaded it at the same precision or a higher one.
+
+    Args:
+        facts: What else than the tensors belongs to the model.
+        parts: Name → tensor of each network.
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(facts.encode())
     for part in parts:
         for name in sorted(part):
             flat = part[name].detach().flatten()

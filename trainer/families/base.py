@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import WeightsError
 from ..objective import Objective
+
+_INCOMPLETE = "Use a whole, unchanged checkpoint of this family; if it was downloaded, download it again."
 
 Conditioning = dict[str, Tensor]
 """What a denoiser is told beside latents and timesteps: named tensors, batch first."""
@@ -22,10 +25,12 @@ class Component:
     Attributes:
         tensors: Name → tensor; may be borrowed, memory-mapped or on any device. Never written to.
         config: Keyword arguments for the network's class.
+        file_names: Name → the tensor's name in the file it came from, where that differs; for messages.
     """
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
+    file_names: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -108,24 +113,47 @@ class Family(Protocol):
         """Build the networks around the tensors, without a copy."""
 
 
-def build_around(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Put `tensors` into a network built on the meta device; the network shares their storage.
+def on_meta(make: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    """Build a network without memory for its weights.
+
+    Raises:
+        WeightsError: No such network can be built.
+    """
+    try:
+        with torch.device("meta"):
+            return make(**config)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise WeightsError(f"The base model's shape is not known: {error}.", _INCOMPLETE) from error
+
+
+def build_around(network: nn.Module, component: Component) -> nn.Module:
+    """Put a component's tensors into a network built on the meta device; the network shares their storage.
 
     Args:
         network: Built under `torch.device("meta")`.
-        tensors: Every parameter and persistent buffer of the network. Each is wrapped anew, so that a later
-            change of the network's device or dtype leaves the given tensors alone.
+        component: Every parameter and persistent buffer of the network, and nothing else. Each is wrapped anew,
+            so that a later change of the network's device or dtype leaves the given tensors alone.
 
     Raises:
-        KeyError: A tensor is missing; its name is the argument.
-        ValueError: A tensor has another shape than the network expects.
+        WeightsError: A tensor is missing, unknown, or of another shape than the network's.
     """
     expected = network.state_dict()
+    kind = type(network).__name__
+    for name in component.tensors:
+        if name not in expected:
+            shown = component.file_names.get(name, name)
+            raise WeightsError(f"The base model's {kind} has a tensor that is not known: {shown}.", _INCOMPLETE)
     borrowed = {}
     for name, place in expected.items():
-        tensor = tensors[name]
+        tensor = component.tensors.get(name)
+        if tensor is None:
+            raise WeightsError(f"The base model's {kind} lacks the tensor {name}.", _INCOMPLETE)
         if tensor.shape != place.shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {tuple(place.shape)}")
+            name = component.file_names.get(name, name)
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(place.shape)}"
+            raise WeightsError(
+                f"The base model's {kind} has a tensor of another shape: {name} is {shapes}.", _INCOMPLETE
+            )
         borrowed[name] = as_ordinary(tensor)
     network.load_state_dict(borrowed, assign=True, strict=True)
     for module in network.modules():

@@ -24,6 +24,17 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
+def _need(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of that name.
+
+    Raises:
+        WeightsError: There is none.
+    """
+    if name not in tensors:
+        raise WeightsError(f"The base model lacks the tensor {name}.", _REMEDY)
+    return tensors[name]
+
+
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
     """How many different numbers stand in the group of `pattern` among the names."""
     matches = (re.match(pattern, name) for name in tensors)
@@ -51,9 +62,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
             layers.append(count)
             count = 0
             continue
-        out = tensors.get(f"input_blocks.{index}.0.out_layers.3.weight")
-        if out is None:
-            raise WeightsError(f"The UNet lacks input_blocks.{index}.", _REMEDY)
+        out = _need(tensors, f"input_blocks.{index}.0.out_layers.3.weight")
         if count == 0:
             channels.append(out.shape[0])
             attention.append(f"input_blocks.{index}.1.proj_in.weight" in tensors)
@@ -61,7 +70,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     layers.append(count)
     if not channels or len(set(layers)) != 1:
         raise WeightsError("The UNet's levels differ in their number of layers; that shape is not known.", _REMEDY)
-    conv_in = tensors["input_blocks.0.0.weight"]
+    conv_in = _need(tensors, "input_blocks.0.0.weight")
     context = next((t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), None)
     projection = next((t for name, t in tensors.items() if name.endswith("1.proj_in.weight")), None)
     if context is None or projection is None:
@@ -70,7 +79,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     up = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention))
     return {
         "in_channels": conv_in.shape[1],
-        "out_channels": tensors["out.2.weight"].shape[0],
+        "out_channels": _need(tensors, "out.2.weight").shape[0],
         "block_out_channels": tuple(channels),
         "layers_per_block": layers[0],
         "down_block_types": down,
@@ -86,7 +95,13 @@ def unet_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 
     prefixed = {UNET_PREFIX + name: tensor for name, tensor in tensors.items()}
-    return Component(convert_ldm_unet_checkpoint(prefixed, dict(config)), config)
+    renamed = convert_ldm_unet_checkpoint(prefixed, dict(config))
+    new_names = {id(tensor): name for name, tensor in renamed.items()}
+    for name, tensor in tensors.items():
+        if id(tensor) not in new_names:
+            raise WeightsError(f"The UNet has a tensor that is not known: {name}.", _REMEDY)
+    file_names = {new_names[id(tensor)]: name for name, tensor in tensors.items()}
+    return Component({name: tensor for name, tensor in renamed.items() if tensor is not None}, config, file_names)
 
 
 def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
@@ -109,7 +124,7 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     config = {
         "block_out_channels": tuple(
-            tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)
+            _need(tensors, f"encoder.down.{level}.block.0.conv1.weight").shape[0] for level in range(levels)
         ),
         "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         "down_block_types": ("DownEncoderBlock2D",) * levels,
@@ -150,10 +165,10 @@ def clip_component(tensors: Mapping[str, Tensor]) -> Component:
     config = {
         "vocab_size": embedding.shape[0],
         "hidden_size": width,
-        "intermediate_size": named["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "intermediate_size": _need(named, "text_model.encoder.layers.0.mlp.fc1.weight").shape[0],
         "num_hidden_layers": _count(named, r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": named["text_model.embeddings.position_embedding.weight"].shape[0],
+        "max_position_embeddings": _need(named, "text_model.embeddings.position_embedding.weight").shape[0],
         "hidden_act": "quick_gelu",
         "projection_dim": width,
     }

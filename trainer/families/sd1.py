@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objective import Objective, epsilon_objective, scaled_linear_alphas_cumprod
-from .base import BaseWeights, Component, Conditioning, DiffusionModel, Family, build_around
+from ..objective import Objective, epsilon_objective
+from .base import BaseWeights, Component, Conditioning, DiffusionModel, Family, build_around, on_meta
 
 SCALING_FACTOR = 0.18215
 HEADS = 8
@@ -52,11 +52,8 @@ class StableDiffusion1Model:
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
         self.family: Family = family
-        with torch.device("meta"):
-            unet = UNet2DConditionModel(**weights.unet.config)
-            vae = AutoencoderKL(**weights.vae.config)
-        self.unet = build_around(unet, weights.unet.tensors)
-        self.vae = build_around(vae, weights.vae.tensors)
+        self.unet = build_around(on_meta(UNet2DConditionModel, weights.unet.config), weights.unet)
+        self.vae = build_around(on_meta(AutoencoderKL, weights.vae.config), weights.vae)
         self.text_encoders: dict[str, nn.Module] = {"text_encoder": _build_text_encoder(weights.text_encoders[0])}
         self.objective = _objective(weights.scheduler)
         self._tokenizer = weights.tokenizers[0]
@@ -92,15 +89,17 @@ class StableDiffusion1Model:
 def _build_text_encoder(component: Component) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.device("meta"):
-        encoder = CLIPTextModel(CLIPTextConfig(**component.config))
-    tensors = component.tensors
+    encoder = on_meta(lambda **config: CLIPTextModel(CLIPTextConfig(**config)), component.config)
     if not any(name.startswith("text_model.") for name in encoder.state_dict()):  # transformers 5
-        tensors = {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
-    return build_around(encoder, tensors)
+        tensors = {name.removeprefix("text_model."): tensor for name, tensor in component.tensors.items()}
+        component = Component(tensors, component.config)
+    return build_around(encoder, component)
 
 
 def _objective(scheduler: Mapping[str, Any]) -> Objective:
-    keys = {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"}
-    known = {ours: scheduler[theirs] for theirs, ours in keys.items() if theirs in scheduler}
-    return epsilon_objective(scaled_linear_alphas_cumprod(**known))
+    """Epsilon prediction on the model's own noise schedule; Stable Diffusion's where none is given."""
+    if not scheduler:
+        return epsilon_objective()
+    from diffusers import DDPMScheduler
+
+    return epsilon_objective(DDPMScheduler.from_config(dict(scheduler)).alphas_cumprod)
