@@ -13,13 +13,15 @@ from torch import nn
 
 from .config import TrainSettings
 from .errors import AdapterError, SettingsError
-from .families.base import BaseWeights, DiffusionModel
-from .kohya import Adapter, LoraLayer, module_name
+from .families.base import BaseWeights, DiffusionModel, Family
+from .kohya import PREFIXES, Adapter, LoraLayer, module_name
+from .original_names import diffusers_name
 from .randomness import generator
 
 logger = logging.getLogger("dreambooth_lora")
 
 _PEFT_NAME = "subject"
+_KNOWN_VERSIONS = ("sd_v1", "sd_v2", "sdxl", "sd3", "flux")
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,11 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
     Raises:
         AdapterError: The adapter was made for another family, or none of its modules fits.
     """
-    made_for = adapter.metadata.get("modelspec.architecture", "").split("/")[0]
-    if made_for and made_for != model.family.architecture:
-        raise AdapterError(
-            f"The adapter was made for {made_for}, but the base model is {model.family.title}.",
-            "Use a base model of the adapter's family, or an adapter of the base model's family.",
-        )
+    _require_family(model.family, adapter.metadata)
     modules = _adaptable_modules(model)
-    unknown = [name for name in adapter.layers if name not in modules]
-    if len(unknown) == len(adapter.layers):
+    found = {name: modules.get(_current_name(name, model)) for name in adapter.layers}
+    unknown = [name for name, module in found.items() if module is None]
+    if len(unknown) == len(found):
         raise AdapterError(
             f"None of the adapter's {len(unknown)} modules exists in this {model.family.title} model, "
             f"e.g. {unknown[0]}.",
@@ -145,24 +143,50 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
         logger.warning(
             "%d of the adapter's %d modules don't exist in this model and are left out, e.g. %s",
             len(unknown),
-            len(adapter.layers),
+            len(found),
             unknown[0],
         )
-    for name, layer in adapter.layers.items():
-        if name in modules:
-            _add(name, modules[name], layer, strength)
+    fitting = [(name, module) for name, module in found.items() if module is not None]
+    for name, module in fitting:  # all are looked at before the first is changed
+        _require_shape(name, adapter.layers[name], module)
+    for name, module in fitting:
+        weight = module.weight
+        delta = adapter.layers[name].delta().to(weight.device).reshape(weight.shape)
+        changed = weight.detach().float() + strength * delta
+        module.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
 
 
-def _add(name: str, module: nn.Linear | nn.Conv2d, layer: LoraLayer, strength: float) -> None:
-    weight = module.weight
-    delta = layer.delta()
-    if delta.numel() != weight.numel():
+def _require_family(family: Family, metadata: Mapping[str, str]) -> None:
+    """Refuse an adapter that says it was made for another family, in Stability's words or in kohya's."""
+    architecture = metadata.get("modelspec.architecture", "").split("/")[0]
+    version = metadata.get("ss_base_model_version", "")
+    foreign_version = version.startswith(_KNOWN_VERSIONS) and version != family.base_version
+    if (architecture and architecture != family.architecture) or (not architecture and foreign_version):
         raise AdapterError(
-            f"The adapter's module {name} has the shape {tuple(delta.shape)}, the model's {tuple(weight.shape)}.",
+            f"The adapter was made for {architecture or version}, but the base model is {family.title}.",
+            "Use a base model of the adapter's family, or an adapter of the base model's family.",
+        )
+
+
+def _current_name(name: str, model: DiffusionModel) -> str:
+    """The module's kohya name in diffusers' words, if it is in the original layout's."""
+    prefix = PREFIXES["unet"]
+    if not name.startswith(prefix):
+        return name
+    return prefix + diffusers_name(name.removeprefix(prefix), int(model.unet.config.layers_per_block))
+
+
+def _require_shape(name: str, layer: LoraLayer, module: nn.Linear | nn.Conv2d) -> None:
+    out, *inside = layer.up.shape[0], *layer.down.shape[1:]
+    if layer.mid is not None:
+        inside = [layer.down.shape[1], *layer.mid.shape[2:]]
+    shape = (out, *inside)
+    plain = [tuple(one[:2]) + tuple(side for side in one[2:] if side != 1) for one in (shape, module.weight.shape)]
+    if plain[0] != plain[1]:
+        raise AdapterError(
+            f"The adapter's module {name} has the shape {shape}, the model's {tuple(module.weight.shape)}.",
             "Use an adapter that was made for a model of this shape.",
         )
-    changed = weight.detach().float() + strength * delta.to(weight.device).reshape(weight.shape)
-    module.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
 
 
 def _adaptable_modules(model: DiffusionModel) -> dict[str, nn.Linear | nn.Conv2d]:

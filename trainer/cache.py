@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .devices import place, release
+from .errors import WeightsError
 from .events import Listener, Note, Phase, stop_if_asked
 from .families.base import Conditioning, DiffusionModel
 from .files import write_atomic
@@ -164,6 +165,10 @@ def _posterior(vae: Any, picture: Picture, resolution: int, flip: bool, device: 
     means, stds = [], []
     for version in [pixels, pixels.flip(-1)] if flip else [pixels]:
         posterior = vae.encode(version[None].to(device)).latent_dist
+        if not torch.isfinite(posterior.mean).all():
+            raise WeightsError(
+                f"The VAE turns {picture.name} into numbers that are not finite.", "Choose another VAE or checkpoint."
+            )
         means.append(posterior.mean[0] * vae.config.scaling_factor)
         stds.append(posterior.std[0] * vae.config.scaling_factor)
     return torch.stack(means).cpu(), torch.stack(stds).cpu()

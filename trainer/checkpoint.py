@@ -142,7 +142,7 @@ class RunFolder:
             tensors = load((path / "optimizer.safetensors").read_bytes())
             adapter = read_adapter(path / "adapter.safetensors")
             return Checkpoint(step, adapter, _join_optimizer(tensors, state["optimizer"]), state["extra"])
-        except (OSError, ValueError, KeyError, SafetensorError, AdapterError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterError) as error:
             raise StorageError(
                 f"The checkpoint {path} is damaged: {error}.",
                 "Delete that folder: the run goes on from the checkpoint before it.",

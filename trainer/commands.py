@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from PIL import Image
 
 from .adapters import merge_into
 from .config import BaseSettings, GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
@@ -44,8 +47,7 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
     """Draw pictures with a base model and adapters; returns the files."""
     adapters = [parse_strength(text) for text in settings.lora]
     loaded = [(read_adapter(path), strength) for path, strength in adapters]
-    with explained_os_errors(settings.output):
-        require_writable(settings.output.absolute().parent, 1_000_000)
+    _require_picture_path(settings.output)
     model = ready_model(_open(settings), pick_device(settings.device), settings)
     for adapter, strength in loaded:
         merge_into(model, adapter, strength)
@@ -76,6 +78,21 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
     return paths
 
 
+def _require_picture_path(path: Path) -> None:
+    """Check, before anything is drawn, that a picture can be written there.
+
+    Raises:
+        SettingsError: The ending is none of a picture format, or the path is a folder.
+        StorageError: Its folder can't be written.
+    """
+    if path.is_dir():
+        raise SettingsError(f"{path} is a folder.", "Give the name of a picture file in it: --output picture.png.")
+    writable = {ending for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
+    if path.suffix.lower() not in writable:
+        raise SettingsError(f"{path} does not end like a picture file.", "Give a name ending in .png or .jpg.")
+    require_writable(path.absolute().parent, 1_000_000)
+
+
 def ready_model(base: BaseWeights, device: torch.device, settings: GenerateSettings) -> DiffusionModel:
     """A built model on the device, the UNet in the chosen precision, the rest in float32."""
     model = base.family.build(base)
@@ -95,12 +112,10 @@ def parse_strength(text: str) -> tuple[Path, float]:
     head, colon, tail = text.rpartition(":")
     if whole.exists() or not colon or len(head) < 2:
         return whole, 1.0
-    try:
-        return Path(head).expanduser(), float(tail)
-    except ValueError:
-        raise SettingsError(
-            f"{text} is neither a file nor FILE:STRENGTH.", "Write --lora FILE or --lora FILE:0.8."
-        ) from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(strength := float(tail)):
+            return Path(head).expanduser(), strength
+    raise SettingsError(f"{text} is neither a file nor FILE:STRENGTH.", "Write --lora FILE or --lora FILE:0.8.")
 
 
 def _open(settings: BaseSettings) -> BaseWeights:

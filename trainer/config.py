@@ -8,20 +8,14 @@ the run's fingerprint.
 from __future__ import annotations
 
 import difflib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from typing_extensions import Self
 
 from .errors import SettingsError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 SchedulerName = Literal["ddim", "pndm", "euler", "dpm++"]
@@ -45,7 +39,7 @@ def _setting(
 class Settings(BaseModel):
     """A set of settings; unknown names are refused, values are checked, nothing can be changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> Self:
@@ -72,29 +66,40 @@ def _explained(error: ValidationError) -> SettingsError:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        problems.append(f"{name}: {message} (given: {item['input']!r})" if name else message)
+        if item["type"] == "missing":
+            problems.append(f"{name} is required and was not given")
+        else:
+            problems.append(f"{name}: {message} (given: {item['input']!r})" if name else message)
     return SettingsError("; ".join(problems) + ".", "Change the settings named above and start again.")
 
 
-def _no_nul(path: Path | None) -> Path | None:
+def _tidy_path(value: Any) -> Any:
     """Tidy a path a person typed: blanks and quotes around it, `~`."""
-    if path is None:
-        return None
-    text = str(path).strip().strip("\"'")
+    if not isinstance(value, str | Path):
+        return value
+    text = str(value).strip().strip("\"'")
+    if not text:
+        raise ValueError("is empty; give a path")
     if "\0" in text:
         raise ValueError("contains a NUL character; type the path again")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("names a home folder that does not exist; write the whole path") from None
+
+
+TidyPath = Annotated[Path, BeforeValidator(_tidy_path)]
 
 
 class BaseSettings(Settings):
     """Where the base model comes from and where it runs."""
 
-    base: Path = _setting(
+    base: TidyPath = _setting(
         ...,
         "Base model: a single-file checkpoint (.safetensors or .ckpt) or a folder in diffusers' layout.",
         group="Base model",
     )
-    tokenizer: Path | None = _setting(
+    tokenizer: TidyPath | None = _setting(
         None,
         "Folder with the CLIP tokenizer (vocab.json, merges.txt). Needed only for a single-file checkpoint that "
         "lies outside a ComfyUI installation; found by itself otherwise.",
@@ -111,13 +116,11 @@ class BaseSettings(Settings):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
     )
 
-    _tidy = field_validator("base", "tokenizer")(_no_nul)
-
 
 class SubjectSettings(Settings):
     """The subject's pictures and what they show."""
 
-    images: Path = _setting(
+    images: TidyPath = _setting(
         ..., "Pictures of the subject: a folder or a zip file. 3 to 20 pictures are right.", group="Subject"
     )
     instance_prompt: str = _setting(
@@ -127,7 +130,12 @@ class SubjectSettings(Settings):
         min_length=1,
     )
 
-    _tidy = field_validator("images")(_no_nul)
+    @field_validator("instance_prompt")
+    @classmethod
+    def _prompt_has_words(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("is blank; give a prompt such as 'a photo of sks dog'")
+        return prompt
 
 
 class PriorSettings(Settings):
@@ -146,7 +154,7 @@ class PriorSettings(Settings):
     )
     prior_scheduler: SchedulerName = _setting("ddim", "Sampler of the class pictures.", group="Class pictures")
     prior_steps: int = _setting(
-        30, "Denoising steps per class picture.", unit="steps", group="Class pictures", ge=1, le=1000
+        30, "Denoising steps per class picture.", unit="steps", group="Class pictures", ge=1, le=200
     )
     prior_guidance: float = _setting(
         7.5, "Classifier-free guidance of the class pictures; 1 is none.", group="Class pictures", ge=0.0, le=100.0
@@ -261,6 +269,8 @@ class TrainSettings(Settings):
         reserved = {"con", "prn", "aux", "nul"} | {f"{kind}{digit}" for kind in ("com", "lpt") for digit in range(10)}
         if name.strip(" .") != name or name.split(".")[0].lower() in reserved:
             raise ValueError("can't be a file name on every system; choose letters, digits, '-' and '_'")
+        if len(name.encode()) > 180:
+            raise ValueError("is too long for a file name; choose a shorter one")
         return name
 
     @model_validator(mode="after")
@@ -302,14 +312,12 @@ class TrainSettings(Settings):
 class OutputSettings(Settings):
     """Where the command line writes."""
 
-    output_dir: Path = _setting(
+    output_dir: TidyPath = _setting(
         Path("output"),
         "Folder for the adapter file; run state and class pictures go into runs/ and class-pictures/ in it.",
         group="Saving",
         affects_result=False,
     )
-
-    _tidy = field_validator("output_dir")(_no_nul)
 
 
 class TrainCommand(TrainSettings, BaseSettings, SubjectSettings, PriorSettings, OutputSettings):
@@ -345,7 +353,7 @@ class GenerateSettings(BaseSettings):
     )
     prompt: str = _setting(..., "What to draw.", group="Picture")
     negative_prompt: str = _setting("", "What not to draw.", group="Picture")
-    steps: int = _setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=1000)
+    steps: int = _setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=200)
     scheduler: SchedulerName = _setting("ddim", "Sampler.", group="Picture")
     guidance: float = _setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
     seed: int = _setting(
@@ -353,12 +361,10 @@ class GenerateSettings(BaseSettings):
     )
     count: int = _setting(1, "Pictures to make.", unit="pictures", group="Picture", ge=1, le=10_000)
     size: str = _setting("512", "Size: SIDE or WIDTHxHEIGHT, multiples of 8.", unit="pixels", group="Picture")
-    output: Path = _setting(
+    output: TidyPath = _setting(
         Path("picture.png"), "File to write; with several pictures a number is added.", group="Picture"
     )
     precision: Precision = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
-
-    _tidy = field_validator("output")(_no_nul)
 
     @field_validator("size")
     @classmethod
@@ -382,25 +388,3 @@ def field_extra(settings: type[Settings], name: str) -> dict[str, Any]:
     extra = settings.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return dict(extra)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read settings from a TOML file with one key per setting; dashes in keys count as underscores.
-
-    Raises:
-        SettingsError: The file is missing or is no TOML.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = tomllib.load(file)
-    except OSError as error:
-        raise SettingsError(
-            f"{path} can't be read: {error.strerror}.", "Check the path of the settings file."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"{path} is not valid TOML: {error}.",
-            "Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: "
-            "base = 'C:\\models\\x.safetensors'.",
-        ) from error
-    return {key.replace("-", "_"): value for key, value in content.items()}

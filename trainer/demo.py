@@ -9,11 +9,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .adapters import merge_into
 from .commands import ready_model, run_train
-from .config import GenerateSettings, TrainCommand, read_toml
+from .config import GenerateSettings, TrainCommand
 from .devices import pick_device
 from .errors import StorageError
 from .events import Listener, Phase
 from .families.base import DiffusionModel
+from .flags import read_toml
 from .kohya import read_adapter
 from .sample import generate
 from .weights import open_base

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import traceback
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from .config import Precision
 from .errors import OutOfMemoryError, SettingsError
 
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -98,6 +100,7 @@ def explained_memory_errors(what_to_lower: str) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         text = str(error).lower()
-        if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
+        if not isinstance(error, MemoryError) and not any(words in text for words in _NO_MEMORY):
             raise
+        traceback.clear_frames(error.__traceback__)  # else the error would keep the networks alive
         raise OutOfMemoryError("The memory does not suffice.", f"Lower {what_to_lower}.") from error

@@ -5,6 +5,7 @@ Read `DreamBooth.run` first, then its methods in order: open_run, prepare, resum
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from .cache import Cache, LatentSet, build_cache
 from .checkpoint import Checkpoint, RunFolder
 from .config import TrainSettings
 from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, place, release, reset_peak_memory
-from .errors import CancelledError, DivergedError
+from .errors import AdapterError, CancelledError, DivergedError
 from .events import Listener, Note, SilentListener
 from .families.base import BaseWeights, DiffusionModel
 from .files import free_path, require_writable
@@ -229,6 +230,7 @@ class DreamBooth:
                 rate = settings.learning_rate * self.learning_rate_factor(self.step)
                 loss = self.train_step(rate)
                 self.step += 1
+                self._consistent = True
                 if previous is not None:  # one step late, so that the device is never waited for
                     self._report(pace, *previous)
                 previous = (self.step, rate, loss)
@@ -259,9 +261,8 @@ class DreamBooth:
                 if self.accelerator.sync_gradients:
                     if settings.max_grad_norm:
                         self.accelerator.clip_grad_norm_(self.lora.parameters(), settings.max_grad_norm)
-                    self._consistent = False
+                    self._consistent = False  # until the step is counted
                     self.optimizer.step()
-                    self._consistent = True
                     self.optimizer.zero_grad(set_to_none=True)
         return torch.stack(losses).mean()
 
@@ -303,6 +304,11 @@ class DreamBooth:
     def _report(self, pace: Pace, step: int, rate: float, loss: Tensor) -> None:
         """Tell the listener of a step, and stop the run if its loss is not a finite number."""
         value = float(loss)
+        if not torch.isfinite(loss) and step == 1:
+            raise DivergedError(
+                f"The base model itself gives a loss of {value} before anything was learned.",
+                "Choose another precision (fp32 or bf16), another VAE or another checkpoint.",
+            )
         if not torch.isfinite(loss):
             kept = self.run_folder.steps()
             raise DivergedError(
@@ -356,24 +362,27 @@ class DreamBooth:
     def _export(self, adapter: Adapter, started_from: int) -> TrainResult:
         """Write the adapter file, never over another adapter; a file of this very run is used again."""
         metadata = self._metadata(self.settings.steps)
-        path = _output_path(self.output_dir / f"{self.settings.name}.safetensors", metadata)
+        dtype = DTYPES[self.settings.save_precision]
+        path = _output_path(self.output_dir / f"{self.settings.name}.safetensors", metadata, dtype)
         if not path.exists():
-            write_adapter(path, replace(adapter, metadata=metadata), DTYPES[self.settings.save_precision])
+            write_adapter(path, replace(adapter, metadata=metadata), dtype)
         self.listener.tell(Note(f"Adapter: {path}"))
         return TrainResult(read_adapter(path), path, self.run_folder.path, started_from)
 
 
-def _output_path(wanted: Path, metadata: dict[str, str]) -> Path:
-    """The file of this run and length if it exists, else the first free name."""
+def _output_path(wanted: Path, metadata: dict[str, str], dtype: torch.dtype) -> Path:
+    """The file of this run, length and precision if it exists, else the first free name."""
     same = (FINGERPRINT_KEY, "ss_steps")
-    for path in [wanted, *sorted(wanted.parent.glob(f"{wanted.stem}-*{wanted.suffix}"))]:
-        if path.is_file():
-            try:
-                found = read_adapter(path).metadata
-            except Exception:
-                continue
-            if all(found.get(key) == metadata[key] for key in same):
-                return path
+    for path in [wanted, *sorted(wanted.parent.glob(f"{glob.escape(wanted.stem)}-*{wanted.suffix}"))]:
+        if not path.is_file():
+            continue
+        try:
+            found = read_adapter(path)
+        except AdapterError:
+            continue
+        precise = all(layer.down.dtype == dtype for layer in found.layers.values())
+        if precise and all(found.metadata.get(key) == metadata[key] for key in same):
+            return path
     return free_path(wanted)
 
 

@@ -53,6 +53,10 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(_TEMPORARY + uuid.uuid4().hex[:12])
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
 
@@ -61,7 +65,7 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     with explained_os_errors(path, len(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}"[:200])
+        temporary = _temporary_beside(path)
         try:
             with open(temporary, "xb") as file:
                 file.write(content)
@@ -82,7 +86,7 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: Something can't be written.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{path.name}")
+    temporary, aside = _temporary_beside(path), _temporary_beside(path)
     try:
         with explained_os_errors(path):
             temporary.mkdir(parents=True)
@@ -91,11 +95,18 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
                 _sync(file)
             _sync(temporary)
             if path.exists():
-                shutil.rmtree(path)
-            os.replace(temporary, path)
+                os.replace(path, aside)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if aside.exists():
+                    os.replace(aside, path)
+                raise
             _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def require_writable(folder: Path, needed_bytes: int) -> None:
@@ -108,6 +119,9 @@ def require_writable(folder: Path, needed_bytes: int) -> None:
     Raises:
         StorageError: It can't be made or written, or the disk has less room than needed.
     """
+    for part in (folder, *folder.parents):
+        if os.path.exists(part) and not os.path.isdir(part):
+            raise StorageError(f"{part} is a file, not a folder.", "Choose another output folder, or move that file.")
     with explained_os_errors(folder, needed_bytes):
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}"

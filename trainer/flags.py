@@ -1,15 +1,22 @@
-"""Command-line flags from settings: one flag for every field, in the field's own words."""
+"""Settings from flags and TOML files: one flag and one key for every field, in the field's own words."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from .config import Settings, field_extra, read_toml
+from .config import Settings, field_extra
+from .errors import SettingsError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
@@ -54,7 +61,8 @@ def _metavar(field: FieldInfo) -> str:
     if choices:
         return "|".join(choices)
     kinds = {int: "N", float: "X", Path: "PATH"}
-    kind = next((k for k in (field.annotation, *get_args(field.annotation)) if k in kinds), None)
+    parts = [get_args(part)[0] if get_origin(part) is Annotated else part for part in get_args(field.annotation)]
+    kind = next((part for part in (field.annotation, *parts) if part in kinds), None)
     return kinds[kind] if kind is not None else "TEXT"
 
 
@@ -68,3 +76,24 @@ def _help(settings: type[Settings], name: str, field: FieldInfo) -> str:
         default = f"default: {field.default}"
     text = f"{field.description} [{unit + '; ' if unit else ''}{default}]"
     return text.replace("%", "%%")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read settings from a TOML file with one key per setting; dashes in keys count as underscores.
+
+    Raises:
+        SettingsError: The file is missing or is no TOML.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SettingsError(
+            f"{path} can't be read: {error.strerror}.", "Check the path of the settings file."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"{path} is not valid TOML: {error}.",
+            "Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: "
+            "base = 'C:\\models\\x.safetensors'.",
+        ) from error
+    return {key.replace("-", "_"): value for key, value in content.items()}

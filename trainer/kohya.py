@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -23,14 +24,16 @@ from torch import Tensor
 from .errors import AdapterError
 from .files import write_atomic
 
+logger = logging.getLogger("dreambooth_lora")
+
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
 _OTHER_KINDS = {
-    ".hada_w1_a": "LoHa",
-    ".lokr_w1": "LoKr",
-    ".oft_blocks": "OFT",
-    ".dora_scale": "DoRA",
-    ".diff": "full differences",
-    ".a1.weight": "GLoRA",
+    re.compile(r"\.hada_w1_a$"): "LoHa",
+    re.compile(r"\.lokr_w1(_a)?$"): "LoKr",
+    re.compile(r"\.(oft_blocks|oft_diag|oft_R.*|oft_r.*)$"): "OFT",
+    re.compile(r"\.(dora_scale|lora_magnitude_vector.*)$"): "DoRA",
+    re.compile(r"\.diff(_b)?$"): "full differences",
+    re.compile(r"\.a1\.weight$"): "GLoRA",
 }
 _BROKEN = "Download or copy the adapter file again, or choose another."
 
@@ -114,22 +117,38 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     """
     _require_lora(tensors)
     metadata = dict(metadata or {})
-    scales = _Alphas(metadata)
+    alphas = _Alphas(metadata)
     parts: dict[str, dict[str, Tensor]] = {}
+    paths: dict[str, str] = {}
     for key, tensor in tensors.items():
         split = _split_key(key)
-        if split is not None:
-            parts.setdefault(split[0], {})[split[1]] = tensor
-    layers = {}
-    for name, found in parts.items():
-        if "down" not in found or "up" not in found:
-            raise AdapterError(
-                f"The adapter is incomplete: {name} lacks its {'up' if 'down' in found else 'down'} tensor.", _BROKEN
-            )
-        rank = found["down"].shape[0]
-        alpha = float(found["alpha"]) if "alpha" in found else scales.of(name, rank)
-        layers[name] = LoraLayer(found["down"], found["up"], alpha, found.get("mid"))
+        if split is None:
+            logger.warning("The adapter's tensor %s is no part of a LoRA and is left out.", key)
+        else:
+            parts.setdefault(split.module, {})[split.part] = tensor
+            paths[split.module] = split.path
+    layers = {name: _layer(name, found, alphas, paths[name]) for name, found in parts.items()}
     return Adapter(layers, metadata)
+
+
+def _layer(name: str, found: Mapping[str, Tensor], alphas: _Alphas, path: str) -> LoraLayer:
+    """One module's layer from its tensors.
+
+    Raises:
+        AdapterError: Half of it is missing, the halves don't belong together, or a number is not finite.
+    """
+    if "down" not in found or "up" not in found:
+        lacking = "up" if "down" in found else "down"
+        raise AdapterError(f"The adapter is incomplete: {name} lacks its {lacking} tensor.", _BROKEN)
+    down, up, mid = found["down"], found["up"], found.get("mid")
+    if min(down.ndim, up.ndim) < 2 or up.shape[1] != down.shape[0]:
+        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+        raise AdapterError(f"The adapter is damaged: the halves of {name} have the shapes {shapes}.", _BROKEN)
+    alpha = float(found["alpha"]) if "alpha" in found else alphas.of(path, name, down.shape[0])
+    for tensor in (down, up, mid, torch.tensor(alpha)):
+        if tensor is not None and not torch.isfinite(tensor.float()).all():
+            raise AdapterError(f"The adapter is damaged: {name} has numbers that are not finite.", _BROKEN)
+    return LoraLayer(down, up, alpha, mid)
 
 
 _KOHYA_PART = re.compile(r"^(lora_(?:unet|te\d?)_[^.]+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
@@ -140,24 +159,34 @@ _DIFFUSERS_PART = re.compile(
 )
 
 
-def _split_key(key: str) -> tuple[str, str] | None:
-    """A tensor's name → (kohya module name, "down", "up", "mid" or "alpha"); None if it is no part of a LoRA."""
+@dataclass(frozen=True)
+class _Key:
+    """What a tensor's name says: kohya's name of the module, "down", "up", "mid" or "alpha", and the dotted path."""
+
+    module: str
+    part: str
+    path: str
+
+
+def _split_key(key: str) -> _Key | None:
+    """Read a tensor's name; None if it is no part of a LoRA."""
     kohya = _KOHYA_PART.match(key)
     if kohya:
-        return kohya[1], kohya[2] or kohya[3]
+        return _Key(kohya[1], kohya[2] or kohya[3], kohya[1])
     host = _COMFYUI_PART.match(key)
     if host:
-        return PREFIXES["unet"] + host[1].replace(".", "_"), host[2] or host[3]
+        return _Key(PREFIXES["unet"] + host[1].replace(".", "_"), host[2] or host[3], host[1])
     other = _DIFFUSERS_PART.match(key)
     if not other:
         return None
     path, matrix = other[1], other[2]
     part = {"A": "down", "B": "up"}[matrix] if matrix else other[3] or other[4] or other[5]
     path = path.removeprefix("base_model.model.")
-    component = "text_encoder" if path.startswith(("text_encoder.", "text_model.")) else "unet"
+    text = path.startswith(("text_encoder.", "text_model.", "encoder.layers."))
+    component = "text_encoder" if text else "unet"
     path = path.removeprefix(f"{component}.").replace(".processor.", ".")
     path = re.sub(r"\.to_out$", ".to_out.0", path)
-    return module_name(component, path), part
+    return _Key(module_name(component, path), part, path)
 
 
 class _Alphas:
@@ -170,12 +199,14 @@ class _Alphas:
         if "peft_config" in metadata:
             self._unet = self._text = json.loads(metadata["peft_config"])
 
-    def of(self, name: str, rank: int) -> float:
+    def of(self, path: str, name: str, rank: int) -> float:
+        """The alpha of a module, by its dotted path, as PEFT finds it."""
         config = self._text if name.startswith(PREFIXES["text_encoder"]) else self._unet
         alpha = float(config.get("lora_alpha") or rank)
         for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if name.endswith(pattern.replace(".", "_")):
+            if re.match(rf"(.*\.)?({pattern})$", path):
                 alpha = float(value)
+                break
         return alpha * rank**0.5 if config.get("use_rslora") else alpha
 
 
@@ -233,7 +264,7 @@ def _require_lora(names: Collection[str]) -> None:
         AdapterError: A kind that can't be read yet, or nothing of a LoRA.
     """
     for mark, kind in _OTHER_KINDS.items():
-        if any(mark in name for name in names):
+        if any(mark.search(name) for name in names):
             raise AdapterError(f"The adapter is of the kind {kind}, which can't be read yet.", "Use a plain LoRA file.")
     if not any(_split_key(name) for name in names):
         raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")

@@ -82,6 +82,9 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_gradient_checkpointing": settings.gradient_checkpointing,
         "ss_flip_aug": settings.flip,
         "ss_clip_skip": "None",
+        "ss_noise_offset": "None",
+        "ss_min_snr_gamma": "None",
+        "ss_datasets": json.dumps([_dataset(settings, facts)]),
         "ss_dataset_dirs": json.dumps({name: {"n_repeats": 1, "img_count": len(facts.captions)}}),
         "ss_reg_dataset_dirs": json.dumps(
             {facts.class_prompt: {"n_repeats": 1, "img_count": facts.class_pictures}} if facts.class_pictures else {}
@@ -114,6 +117,21 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         FINGERPRINT_KEY: facts.run_fingerprint,
     }
     return {key: str(value) for key, value in (kohya | modelspec | own).items()}
+
+
+def _dataset(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:
+    """The run's pictures as kohya lists them."""
+    side, count = settings.resolution, len(facts.captions)
+    return {
+        "is_dreambooth": True,
+        "batch_size_per_device": settings.batch_size,
+        "num_train_images": count,
+        "num_reg_images": facts.class_pictures,
+        "resolution": [side, side],
+        "enable_bucket": False,
+        "bucket_info": {"buckets": {"0": {"resolution": [side, side], "count": count}}},
+        "subsets": [{"img_count": count, "num_repeats": 1, "flip_aug": settings.flip, "is_reg": False}],
+    }
 
 
 def _tags(captions: Sequence[str]) -> dict[str, int]:

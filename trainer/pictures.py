@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
+import struct
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +16,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from .errors import PicturesError
@@ -21,6 +24,15 @@ from .events import Listener, Note
 
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 32
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _MAX_FILE_BYTES = 512 * 1024 * 1024
 _FOREIGN_ENDINGS = {".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".nef", ".dng"}
 
@@ -55,18 +67,33 @@ def decode(content: bytes) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(content))
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width}×{height} is too large; scale it down to at most 8000 pixels a side")
-        if min(width, height) < MIN_SIDE:
-            raise ValueError(f"{width}×{height} is too small; at least {MIN_SIDE} pixels a side are needed")
-        image.draft("RGB", (4096, 4096))  # lets the JPEG decoder skip detail that no resolution uses
-        image.seek(0)
-        return _as_rgb(ImageOps.exif_transpose(image))
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f"{width}×{height} is too large; scale it down to at most 8000 pixels a side")
+            if min(width, height) < MIN_SIDE:
+                raise ValueError(f"{width}×{height} is too small; at least {MIN_SIDE} pixels a side are needed")
+            image.draft("RGB", (4096, 4096))  # lets the JPEG decoder skip detail that no resolution uses
+            image.seek(0)
+            return _as_rgb(_upright(image))
     except Image.DecompressionBombError as error:
         raise ValueError("it is too large; scale it down to at most 8000 pixels a side") from error
-    except (OSError, SyntaxError, EOFError, MemoryError, OverflowError, TypeError) as error:
+    except UnidentifiedImageError as error:
+        raise ValueError("it is no picture of a known format; save it as JPEG or PNG") from error
+    except (OSError, SyntaxError, EOFError, MemoryError, OverflowError, TypeError, LookupError, RuntimeError) as error:
         raise ValueError(f"it can't be decoded ({error})") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn by the EXIF tag; a damaged tag block is ignored, as viewers do.
+
+    `ImageOps.exif_transpose` would also write the block anew, and fail on a damaged one.
+    """
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except (struct.error, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, OSError):
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:
@@ -154,17 +181,25 @@ def _is_picture(name: str) -> bool:
 
 
 def _from_path(path: Path, prompt: str, listener: Listener) -> Iterator[Picture]:
-    if not path.exists() and "\\" in str(path):
+    path = Path(str(path).strip().strip("\"'"))
+    if not os.path.exists(path) and "\\" in str(path):  # unlike Path.exists, no error for a path that no system takes
         path = Path(str(path).replace("\\", "/"))
     try:
-        if path.is_dir():
+        if os.path.isdir(path):
             return iter(_from_folder(path, prompt, listener))
-        if path.is_file() and zipfile.is_zipfile(path):
+        if os.path.isfile(path) and (zipfile.is_zipfile(path) or path.suffix.lower() == ".zip"):
             return iter(_from_zip(path, prompt, listener))
-    except (OSError, zipfile.BadZipFile, RuntimeError) as error:
-        raise PicturesError(f"{path} can't be read: {error}.", "Check the path, and that you may read it.") from error
-    if path.is_file():
-        raise PicturesError(f"{path} is neither a folder nor a zip file.", "Give the folder that holds the pictures.")
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
+        raise PicturesError(f"The zip file {path} is damaged: {error}.", "Make the zip file anew.") from error
+    except RuntimeError as error:
+        raise PicturesError(f"The zip file {path} can't be opened: {error}.", "Make it without a password.") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise PicturesError(f"{path} can't be read: {reason}.", "Check the path, and that you may read it.") from error
+    if os.path.isfile(path):
+        raise PicturesError(
+            f"{path} is neither a folder nor a zip file.", "Give the folder or zip file that holds the pictures."
+        )
     raise PicturesError(f"The picture folder {path} does not exist.", "Check the path for a typing error.")
 
 

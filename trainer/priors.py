@@ -72,7 +72,7 @@ def make_class_pictures(
     """
     folder = priors_folder(root, base, settings, resolution, precision)
     paths = [folder / f"{number:05d}.png" for number in range(settings.prior_count)]
-    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    missing = [number for number, path in enumerate(paths) if not _is_whole(path)]
     if missing:
         require_writable(folder, len(missing) * resolution * resolution * 2)
         remove_leftovers(folder)
@@ -121,6 +121,14 @@ def _make(
             write_atomic(paths[number], stream.getvalue())
         done += len(numbers)
     listener.tell(Phase("class pictures", done, total))
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        decode(path.read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _class_picture(path: Path, caption: str) -> Picture:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import WeightsError
 from ..objective import Objective
 
-_INCOMPLETE = "Use a whole, unchanged checkpoint of this family; if it was downloaded, download it again."
+_INCOMPLETE = "Use a complete, unchanged checkpoint of this family; if it was downloaded, download it again."
 
 Conditioning = dict[str, Tensor]
 """What a denoiser is told beside latents and timesteps: named tensors, batch first."""

@@ -1,0 +1,297 @@
+"""Adapters in a model: how they start, how they are trained in other precisions, and how they are merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Recorder
+from pack.trainer.adapters import TrainedLora, merge_into, require_rank_fits
+from pack.trainer.config import TrainSettings
+from pack.trainer.dreambooth import DreamBooth, train
+from pack.trainer.errors import AdapterError, SettingsError
+from pack.trainer.families.base import BaseWeights, DiffusionModel
+from pack.trainer.kohya import Adapter, LoraLayer
+from pack.trainer.pictures import Picture, load_pictures
+from pack.trainer.weights import open_base
+from torch import Tensor, nn
+
+UNET_MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"  # 64 → 32
+TEXT_MODULE = "lora_te_text_model_encoder_layers_0_mlp_fc1"  # 64 → 128
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint: Path) -> BaseWeights:
+    return open_base(tiny_checkpoint)
+
+
+@pytest.fixture
+def pictures(picture_folder: Callable[..., Path]) -> list[Picture]:
+    return load_pictures(picture_folder(), "a photo of sks dog", Recorder())
+
+
+def layer(in_features: int, out_features: int, *, rank: int = 3, alpha: float = 2.0, seed: int = 0) -> LoraLayer:
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn((rank, in_features), generator=generator)
+    return LoraLayer(down, torch.randn((out_features, rank), generator=generator), alpha)
+
+
+def weights_of(model: DiffusionModel) -> dict[str, Tensor]:
+    networks = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
+    return {f"{part}.{name}": p for part, network in networks.items() for name, p in network.named_parameters()}
+
+
+def predicted(model: DiffusionModel) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn((1, 4, 8, 8), generator=generator)
+    with torch.no_grad():
+        return model.predict(latents, torch.tensor([300]), {"text": torch.randn((1, 32, 64), generator=generator)})
+
+
+# The start
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention-mlp"])
+def test_the_start_is_pefts_and_changes_nothing(targets: Any, base: BaseWeights) -> None:
+    """`down` is Kaiming-uniform with a = √5, which is uniform in ±1/√fan_in; `up` is zero."""
+    model = base.family.build(base)
+    before = predicted(model)
+    lora = TrainedLora(model, TrainSettings(rank=16, targets=targets))
+    assert torch.equal(predicted(model), before)
+    for name, started in lora.layers.items():
+        bound = 1 / math.sqrt(started.down[0].numel())
+        assert float(started.down.detach().abs().max()) <= bound, name
+        assert float(started.down.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.15), name
+        assert not started.up.any()
+        assert started.alpha == 16
+
+
+def test_the_start_depends_on_seed_and_module_alone(base: BaseWeights) -> None:
+    def starts(**values: Any) -> dict[str, Tensor]:
+        torch.manual_seed(len(values))
+        lora = TrainedLora(base.family.build(base), TrainSettings(rank=4, **values))
+        return {name: started.down.detach() for name, started in lora.layers.items()}
+
+    first, again, few, other = starts(), starts(alpha=9.0), starts(targets="attention"), starts(seed=2**64 - 1)
+    assert len(few) < len(first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert all(torch.equal(first[name], few[name]) for name in few)
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    assert len({started.sum().item() for started in first.values()}) == len(first)
+
+
+def test_only_the_adapter_is_trained(base: BaseWeights) -> None:
+    model = base.family.build(base)
+    lora = TrainedLora(model, TrainSettings(rank=4))
+    trained = {id(p) for p in lora.parameters()}
+    assert {id(p) for p in model.unet.parameters() if p.requires_grad} == trained
+    assert len(trained) == 2 * len(lora.layers)
+    names = sorted(lora.layers)
+    assert lora.parameters()[0] is lora.layers[names[0]].down
+    assert lora.parameters()[1] is lora.layers[names[0]].up
+
+
+@pytest.mark.parametrize("alpha", [None, 2.0])
+def test_a_saved_state_is_a_copy_and_comes_back(alpha: float | None, base: BaseWeights) -> None:
+    settings = TrainSettings(rank=4, alpha=alpha, targets="attention")
+    lora = TrainedLora(base.family.build(base), settings)
+    saved = lora.adapter()
+    with torch.no_grad():
+        for parameter in lora.parameters():
+            parameter.add_(1.0)
+    assert all(not part.up.any() for part in saved.layers.values())
+    assert {part.alpha for part in saved.layers.values()} == {alpha or 4.0}
+    lora.load(saved)
+    assert all(torch.equal(lora.layers[name].down, part.down) for name, part in saved.layers.items())
+    with pytest.raises(AdapterError):
+        lora.load(Adapter(dict(list(saved.layers.items())[1:])))
+
+
+@pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_seen(spoilt: float, base: BaseWeights) -> None:
+    lora = TrainedLora(base.family.build(base), TrainSettings(rank=4))
+    assert lora.is_finite()
+    with torch.no_grad():
+        lora.parameters()[-1][0, 0] = spoilt
+    assert not lora.is_finite()
+
+
+def test_a_rank_above_the_smallest_layer_is_refused(base: BaseWeights) -> None:
+    require_rank_fits(base, TrainSettings(rank=32))
+    with pytest.raises(SettingsError) as caught:
+        require_rank_fits(base, TrainSettings(rank=33))
+    assert "33" in caught.value.problem
+    assert "32" in caught.value.remedy
+
+
+# Precision
+
+
+@pytest.mark.parametrize("targets", ["attention", "attention-mlp"])
+def test_bf16_keeps_the_adapter_in_float32(targets: Any, base: BaseWeights) -> None:
+    model = base.family.build(base)
+    nn.Module.to(model.unet, torch.bfloat16)
+    lora = TrainedLora(model, TrainSettings(rank=4, targets=targets))
+    assert {p.dtype for p in lora.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
+    exact = TrainedLora(base.family.build(base), TrainSettings(rank=4, targets=targets))
+    assert all(torch.equal(exact.layers[name].down, part.down) for name, part in lora.layers.items())
+
+
+def test_a_bf16_run_trains_on_a_private_copy(base: BaseWeights, pictures: list[Picture], tmp_path: Path) -> None:
+    before = {name: (p.data_ptr(), p.clone()) for name, p in base.unet.tensors.items()}
+    results = {}
+    for precision in ("fp32", "bf16"):
+        settings = TrainSettings(
+            steps=4, rank=4, resolution=64, learning_rate=1e-3, precision=precision, save_precision="fp32"
+        )
+        listener = Recorder()
+        result = train(base, pictures, [], settings, tmp_path, tmp_path / "runs", "cpu", listener)
+        assert len(listener.losses) == 4
+        assert all(math.isfinite(loss) for loss in listener.losses)
+        assert {part.down.dtype for part in result.adapter.layers.values()} == {torch.float32}
+        results[precision] = (result, listener)
+    assert results["bf16"][1].losses == pytest.approx(results["fp32"][1].losses, rel=0.03)
+    assert results["bf16"][1].losses != results["fp32"][1].losses
+    assert results["bf16"][0].run != results["fp32"][0].run
+    for name, (place, value) in before.items():
+        assert base.unet.tensors[name].data_ptr() == place
+        assert base.unet.tensors[name].dtype == torch.float32
+        assert torch.equal(base.unet.tensors[name], value)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_what_is_private_and_what_is_borrowed_in_training(
+    precision: Any, dtype: torch.dtype, base: BaseWeights, pictures: list[Picture], tmp_path: Path
+) -> None:
+    settings = TrainSettings(steps=1, rank=4, resolution=64, precision=precision)
+    recipe = DreamBooth(base, pictures, [], settings, tmp_path, tmp_path / "runs", torch.device("cpu"))
+    recipe.open_run()
+    recipe.prepare()
+    frozen = [p for p in recipe.model.unet.parameters() if not p.requires_grad]
+    lent = {p.untyped_storage().data_ptr() for p in base.unet.tensors.values()}
+    borrowed = [p.untyped_storage().data_ptr() in lent for p in frozen]
+    assert {p.dtype for p in frozen} == {dtype}
+    assert all(borrowed) if precision == "fp32" else not any(borrowed)
+    assert {p.dtype for p in recipe.lora.parameters()} == {torch.float32}
+    state = recipe.train_step(1e-3)
+    assert torch.isfinite(state)
+    moments = [entry["exp_avg"].dtype for entry in recipe.optimizer.state_dict()["state"].values()]
+    assert set(moments) == {torch.float32}
+    recipe.clean_up()
+    assert not hasattr(recipe, "model")
+
+
+# Merging
+
+
+def full_adapter(base: BaseWeights, **values: Any) -> Adapter:
+    """Random numbers in every layer that a preset adapts."""
+    lora = TrainedLora(base.family.build(base), TrainSettings(rank=4, **values))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for part in lora.layers.values():
+            part.up.copy_(0.1 * torch.randn(part.up.shape, generator=generator))
+    return lora.adapter()
+
+
+def test_merging_is_linear_in_the_strength(base: BaseWeights) -> None:
+    adapter = full_adapter(base, alpha=2.0)
+    plain = weights_of(base.family.build(base))
+    none, whole, there_and_back, halves = (base.family.build(base) for _ in range(4))
+    merge_into(none, adapter, 0.0)
+    merge_into(whole, adapter, 1.0)
+    for strength in (1.0, -1.0):
+        merge_into(there_and_back, adapter, strength)
+    for strength in (0.25, 0.75):
+        merge_into(halves, adapter, strength)
+    changed = 0
+    merged = (weights_of(model) for model in (none, whole, there_and_back, halves))
+    unchanged, at_once, undone, in_parts = merged
+    for name, weight in plain.items():
+        assert torch.equal(unchanged[name], weight)
+        torch.testing.assert_close(undone[name], weight, rtol=0, atol=1e-6)
+        torch.testing.assert_close(in_parts[name], at_once[name], rtol=0, atol=1e-6)
+        changed += not torch.equal(at_once[name], weight)
+    assert changed == len(adapter.layers)
+
+
+def test_merging_equals_the_adapter_beside_the_model(base: BaseWeights) -> None:
+    adapter = full_adapter(base, alpha=2.0)
+    merged, beside = base.family.build(base), base.family.build(base)
+    TrainedLora(beside, TrainSettings(rank=4, alpha=2.0)).load(adapter)
+    merge_into(merged, adapter, 1.0)
+    assert (predicted(merged) - predicted(base.family.build(base))).abs().max() > 0.01
+    torch.testing.assert_close(predicted(merged), predicted(beside), rtol=0, atol=1e-4)
+
+
+def test_merged_adapters_add_up(base: BaseWeights) -> None:
+    first, second = (Adapter({UNET_MODULE: layer(64, 32, seed=seed)}) for seed in (1, 2))
+    orders = []
+    for adapters in ((first, second), (second, first)):
+        model = base.family.build(base)
+        for adapter in adapters:
+            merge_into(model, adapter, 0.5)
+        orders.append(weights_of(model))
+    for name, weight in orders[0].items():
+        torch.testing.assert_close(weight, orders[1][name], rtol=0, atol=1e-6)
+
+
+def test_only_touched_weights_are_copied(base: BaseWeights) -> None:
+    model = base.family.build(base)
+    places = {name: weight.data_ptr() for name, weight in weights_of(model).items()}
+    lent = {
+        name: tensor.clone() for part in (base.unet, base.text_encoders[0]) for name, tensor in part.tensors.items()
+    }
+    merge_into(model, Adapter({UNET_MODULE: layer(64, 32), TEXT_MODULE: layer(64, 128)}), 1.0)
+    moved = {name for name, weight in weights_of(model).items() if weight.data_ptr() != places[name]}
+    assert len(moved) == 2
+    assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight" in moved
+    for part in (base.unet, base.text_encoders[0]):
+        assert all(torch.equal(tensor, lent[name]) for name, tensor in part.tensors.items())
+
+
+def test_merged_weights_keep_their_dtype(base: BaseWeights) -> None:
+    model = base.family.build(base)
+    nn.Module.to(model.unet, torch.bfloat16)
+    merge_into(model, Adapter({UNET_MODULE: layer(64, 32)}), 1.0)
+    assert {p.dtype for p in model.unet.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.unet.parameters())
+
+
+@pytest.mark.parametrize(
+    ("adapter", "told"),
+    [
+        (Adapter({UNET_MODULE: layer(64, 32)}, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}), "xl"),
+        (Adapter({"lora_unet_nowhere": layer(64, 32)}), "lora_unet_nowhere"),
+        (Adapter({UNET_MODULE: layer(65, 32)}), UNET_MODULE),
+        (Adapter({UNET_MODULE: layer(32, 64)}), UNET_MODULE),  # as many numbers, but turned
+        (Adapter({UNET_MODULE: layer(128, 16)}), UNET_MODULE),
+    ],
+    ids=["another family", "no such module", "another size", "transposed", "as many numbers"],
+)
+def test_adapters_that_do_not_fit_are_refused(adapter: Adapter, told: str, base: BaseWeights) -> None:
+    model = base.family.build(base)
+    before = {name: weight.clone() for name, weight in weights_of(model).items()}
+    with pytest.raises(AdapterError, match=told):
+        merge_into(model, adapter, 1.0)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def test_a_refused_adapter_leaves_no_half_merged_model(base: BaseWeights) -> None:
+    model = base.family.build(base)
+    before = {name: weight.clone() for name, weight in weights_of(model).items()}
+    with pytest.raises(AdapterError, match=TEXT_MODULE):
+        merge_into(model, Adapter({UNET_MODULE: layer(64, 32), TEXT_MODULE: layer(65, 128)}), 1.0)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
+
+
+def test_modules_that_are_left_out_are_told(base: BaseWeights, caplog: pytest.LogCaptureFixture) -> None:
+    model = base.family.build(base)
+    merge_into(model, Adapter({UNET_MODULE: layer(64, 32), "lora_unet_nowhere": layer(64, 32)}), 1.0)
+    assert "lora_unet_nowhere" in caplog.text
+    assert "1 of the adapter's 2" in caplog.text

@@ -1,0 +1,438 @@
+"""Every setting is defined once and comes in through flags, TOML or code with the same meaning."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from helpers import DEMO
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pack.trainer.config import (
+    GenerateSettings,
+    PriorsCommand,
+    Settings,
+    TrainCommand,
+    TrainSettings,
+    field_extra,
+)
+from pack.trainer.errors import SettingsError
+from pack.trainer.flags import add_flags, read_toml, settings_from
+from pydantic.fields import FieldInfo
+
+COMMANDS = {"train": TrainCommand, "priors": PriorsCommand, "generate": GenerateSettings}
+FIELDS = [(command, name) for command, kind in COMMANDS.items() for name in kind.model_fields]
+REQUIRED = {
+    "train": {"base": "model.safetensors", "images": "dog"},
+    "priors": {"base": "model.safetensors", "class_prompt": "a photo of a dog", "prior_count": 1},
+    "generate": {"base": "model.safetensors", "prompt": "a dog"},
+}
+# A value other than the default for every setting of every command.
+OTHER: dict[str, Any] = {
+    "name": "hündin-1",
+    "steps": 77,
+    "learning_rate": 3.5e-05,
+    "rank": 5,
+    "alpha": 2.5,
+    "targets": "attention",
+    "resolution": 320,
+    "seed": 2**64 - 1,
+    "batch_size": 3,
+    "gradient_accumulation": 2,
+    "prior_weight": 0.25,
+    "flip": True,
+    "lr_schedule": "cosine",
+    "lr_warmup_steps": 7,
+    "max_grad_norm": 0.0,
+    "weight_decay": 0.0,
+    "precision": "bf16",
+    "gradient_checkpointing": True,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 9,
+    "resume": "never",
+    "save_precision": "fp32",
+    "base": "my models/sd 1.5.safetensors",
+    "tokenizer": "tokenizer folder",
+    "device": "cuda:1",
+    "images": "Bilder/Hündin 犬",
+    "instance_prompt": 'a "sks" dog, 100 % good = yes',
+    "class_prompt": "a photo of a dog",
+    "prior_count": 12,
+    "prior_scheduler": "dpm++",
+    "prior_steps": 11,
+    "prior_guidance": 1.5,
+    "prior_seed": 2**63,
+    "prior_batch_size": 2,
+    "output_dir": "somewhere else",
+    "lora": ("a.safetensors", "C:\\b.safetensors:0.5"),
+    "prompt": "sks dog\nin the snow",
+    "negative_prompt": "blurry",
+    "scheduler": "pndm",
+    "guidance": 2.0,
+    "count": 4,
+    "size": "512x768",
+    "output": "out dir/picture.webp",
+}
+
+
+def toml(values: dict[str, Any]) -> str:
+    """Plain values as TOML; a JSON string, number, boolean or list of them is valid TOML."""
+    return "".join(f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in values.items())
+
+
+def plain(value: Settings) -> dict[str, Any]:
+    """Settings as they would stand in a file; None has no place in TOML and is left out."""
+    return {name: entry for name, entry in value.model_dump(mode="json").items() if entry is not None}
+
+
+def parsed(command: str, words: list[str]) -> Settings:
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    add_flags(parser, COMMANDS[command])
+    return settings_from(parser.parse_args(words), COMMANDS[command])
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def as_words(values: dict[str, Any]) -> list[str]:
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, bool):
+            words.append(flag(name) if value else flag(f"no_{name}"))
+        else:
+            for entry in value if isinstance(value, list | tuple) else [value]:
+                words.append(f"{flag(name)}={entry}")
+    return words
+
+
+def other_values(command: str) -> dict[str, Any]:
+    return {name: OTHER[name] for name in COMMANDS[command].model_fields}
+
+
+@pytest.mark.parametrize(("command", "name"), FIELDS)
+def test_every_setting_is_described(command: str, name: str) -> None:
+    kind = COMMANDS[command]
+    field = kind.model_fields[name]
+    assert field.description
+    assert len(field.description) > 5
+    assert set(field_extra(kind, name)) == {"unit", "group", "advanced", "affects_result"}
+    if field.annotation is int and "seed" not in name and name != "rank" and "keep" not in name:
+        assert field_extra(kind, name)["unit"], "a whole number needs a unit"
+
+
+@pytest.mark.parametrize(("command", "name"), FIELDS)
+def test_every_setting_has_a_flag_and_a_key(command: str, name: str, tmp_path: Path) -> None:
+    """Given alone, beside what is required, it means the same as a flag, a key, a dashed key and a value in code."""
+    # the settings without which the other value of this one is refused
+    company = {"alpha": {}, "lr_warmup_steps": {"lr_schedule": "linear"}, "prior_count": {"class_prompt": "a dog"}}
+    values = {**REQUIRED[command], **company.get(name, {}), name: OTHER[name]}
+    expected = COMMANDS[command].checked(values)
+    default = COMMANDS[command].model_fields[name].default
+    assert getattr(expected, name) != default
+    (tmp_path / "keys.toml").write_text(toml(values), encoding="utf-8")
+    dashed = {key.replace("_", "-"): value for key, value in values.items()}
+    (tmp_path / "dashed.toml").write_text(toml(dashed), encoding="utf-8")
+    assert parsed(command, as_words(values)) == expected
+    assert parsed(command, [str(tmp_path / "keys.toml")]) == expected
+    assert parsed(command, [str(tmp_path / "dashed.toml")]) == expected
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_all_settings_round_trip_through_toml(command: str, tmp_path: Path) -> None:
+    expected = COMMANDS[command].checked(other_values(command))
+    (tmp_path / "run.toml").write_text(toml(plain(expected)), encoding="utf-8")
+    again = parsed(command, [str(tmp_path / "run.toml")])
+    assert again == expected
+    assert again.model_dump() == expected.model_dump()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_defaults_come_from_the_fields_alone(command: str) -> None:
+    """A flag that is not given has no value, so that it can't win over the file."""
+    assert parsed(command, as_words(REQUIRED[command])) == COMMANDS[command].checked(REQUIRED[command])
+    parser = argparse.ArgumentParser()
+    add_flags(parser, COMMANDS[command])
+    assert vars(parser.parse_args([])) == {"config": None}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_win_over_the_file(command: str, tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(toml(plain(COMMANDS[command].checked(REQUIRED[command]))), encoding="utf-8")
+    values = other_values(command)
+    assert parsed(command, [str(tmp_path / "run.toml"), *as_words(values)]) == COMMANDS[command].checked(values)
+
+
+def test_a_flag_can_switch_off_what_the_file_switches_on(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text(toml({**REQUIRED["train"], "flip": True}), encoding="utf-8")
+    on, off = (parsed("train", [str(tmp_path / "run.toml"), *words]) for words in ([], ["--no-flip"]))
+    assert isinstance(on, TrainCommand)
+    assert isinstance(off, TrainCommand)
+    assert on.flip
+    assert not off.flip
+
+
+def test_toml_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """Windows' editor writes one."""
+    (tmp_path / "run.toml").write_text(toml({"steps": 3}), encoding="utf-8-sig")
+    assert read_toml(tmp_path / "run.toml") == {"steps": 3}
+
+
+PATHS = [
+    (command, name)
+    for command, kind in COMMANDS.items()
+    for name, field in kind.model_fields.items()
+    if Path in (field.annotation, *get_args(field.annotation))
+]
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("my models/x", "my models/x"),
+        (' "my models/x" ', "my models/x"),
+        ("'my models/x'", "my models/x"),
+        ("Hündin 犬/", "Hündin 犬"),
+        ("~/x", "HOME/x"),
+    ],
+    ids=["plain", "blanks and quotes", "single quotes", "trailing slash", "home"],
+)
+@pytest.mark.parametrize(("command", "name"), PATHS)
+def test_paths_are_tidied(
+    command: str, name: str, typed: str, meant: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    chosen = COMMANDS[command].checked({**REQUIRED[command], name: typed})
+    assert getattr(chosen, name) == Path(meant.replace("HOME", str(tmp_path)))
+
+
+@pytest.mark.parametrize(("command", "name"), PATHS)
+def test_paths_that_no_system_has_are_refused(command: str, name: str) -> None:
+    with pytest.raises(SettingsError, match="NUL") as caught:
+        COMMANDS[command].checked({**REQUIRED[command], name: "dog\0.png"})
+    assert name in caught.value.problem
+
+
+@pytest.mark.parametrize("typed", ["", " ", '""'], ids=["empty", "blank", "quotes"])
+@pytest.mark.parametrize("name", ["base", "images"])
+def test_no_path_is_not_the_current_folder(name: str, typed: str) -> None:
+    """As when a shell's variable is not set."""
+    with pytest.raises(SettingsError) as caught:
+        TrainCommand.checked({**REQUIRED["train"], name: typed})
+    assert name in caught.value.problem
+
+
+@pytest.mark.parametrize(("command", "name"), PATHS)
+def test_the_home_of_nobody_is_no_crash(command: str, name: str) -> None:
+    typed = "~nobody-of-this-name/x"
+    with contextlib.suppress(SettingsError):
+        assert getattr(COMMANDS[command].checked({**REQUIRED[command], name: typed}), name) == Path(typed)
+
+
+# Bounds: the nearest value that works, and the nearest that does not.
+BOUNDS = [
+    ("steps", 1, 0),
+    ("steps", 1_000_000, 1_000_001),
+    ("learning_rate", 1.0, 1.01),
+    ("learning_rate", 1e-12, 0.0),
+    ("rank", 1, 0),
+    ("rank", 1024, 1025),
+    ("alpha", 0.1, 0.0),
+    ("resolution", 32, 24),
+    ("resolution", 104, 100),
+    ("resolution", 4096, 4104),
+    ("seed", 0, -1),
+    ("seed", 2**64 - 1, 2**64),
+    ("batch_size", 1, 0),
+    ("batch_size", 256, 257),
+    ("gradient_accumulation", 1, 0),
+    ("prior_weight", 0.0, -0.1),
+    ("max_grad_norm", 0.0, -1.0),
+    ("weight_decay", 1.0, 1.1),
+    ("checkpoint_every", 0, -1),
+    ("keep_checkpoints", 1, 0),
+    ("prior_count", 0, -1),
+    ("prior_steps", 1, 0),
+    ("prior_steps", 200, 201),
+    ("prior_guidance", 0.0, -0.5),
+    ("prior_seed", 2**64 - 1, 2**64),
+    ("prior_batch_size", 64, 65),
+    ("device", "cuda:0", "gpu"),
+    ("precision", "bf16", "bf32"),
+    ("lr_schedule", "cosine", "cosin"),
+    ("name", "dog.v1", "dog/v1"),
+    ("name", "con-1", "CON"),
+    ("name", "d" * 100, "d" * 101),
+    ("name", "a b", "a "),
+    ("name", "dog", ".."),
+    ("instance_prompt", "sks", ""),
+    ("instance_prompt", "sks", "  "),
+    ("alpha", 1e6, math.inf),
+    ("learning_rate", 1e-4, math.nan),
+    ("prior_weight", 1.0, math.nan),
+    ("max_grad_norm", 1.0, math.inf),
+]
+
+
+@pytest.mark.parametrize(("name", "good", "bad"), BOUNDS)
+def test_bounds(name: str, good: object, bad: object) -> None:
+    assert getattr(TrainCommand.checked({**REQUIRED["train"], name: good}), name) == good
+    with pytest.raises(SettingsError) as caught:
+        TrainCommand.checked({**REQUIRED["train"], name: bad})
+    assert name in caught.value.problem
+    assert str(bad) in caught.value.problem
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("size", ["64", "64x96", "4096X32"])
+def test_sizes(size: str) -> None:
+    chosen = GenerateSettings.checked({**REQUIRED["generate"], "size": size})
+    assert chosen.width_height == tuple(int(part) for part in (size.lower().split("x") * 2)[:2])
+
+
+@pytest.mark.parametrize("size", ["", "x", "64x", "100", "64x64x64", "0", "24", "4104", "-64", "64.0", "²", "big"])
+def test_wrong_sizes(size: str) -> None:
+    with pytest.raises(SettingsError, match="WIDTHxHEIGHT") as caught:
+        GenerateSettings.checked({**REQUIRED["generate"], "size": size})
+    assert "size" in caught.value.problem
+
+
+def test_a_missing_setting_is_named_and_nothing_else() -> None:
+    with pytest.raises(SettingsError) as caught:
+        TrainCommand.checked({"images": "dog", "steps": 77})
+    assert "base" in caught.value.problem
+    assert "images" not in caught.value.problem
+    assert "77" not in caught.value.problem
+
+
+def test_every_wrong_setting_is_named() -> None:
+    with pytest.raises(SettingsError) as caught:
+        TrainCommand.checked({**REQUIRED["train"], "steps": 0, "rank": "many", "flip": "perhaps"})
+    assert all(name in caught.value.problem for name in ("steps", "rank", "flip", "many", "perhaps"))
+
+
+@pytest.mark.parametrize(
+    ("unknown", "near"),
+    [
+        ("stepps", "steps"),
+        ("learningrate", "learning_rate"),
+        ("instanceprompt", "instance_prompt"),
+        ("lora_rank", "rank"),
+    ],
+)
+def test_an_unknown_setting_is_named_with_its_neighbour(unknown: str, near: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        TrainCommand.checked({**REQUIRED["train"], unknown: 1})
+    assert unknown in caught.value.problem
+    assert f"'{near}'" in caught.value.remedy
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        TrainSettings().steps = 3  # type: ignore[misc]
+
+
+def result_of(**values: Any) -> dict[str, Any]:
+    return TrainSettings.checked(values).result_settings()
+
+
+AFFECTING = {
+    "learning_rate",
+    "rank",
+    "alpha",
+    "targets",
+    "resolution",
+    "seed",
+    "batch_size",
+    "gradient_accumulation",
+    "prior_weight",
+    "flip",
+    "lr_schedule",
+    "lr_warmup_steps",
+    "max_grad_norm",
+    "weight_decay",
+    "precision",
+}
+
+
+@pytest.mark.parametrize("name", TrainSettings.model_fields)
+@pytest.mark.parametrize("schedule", ["constant", "constant_with_warmup", "cosine"])
+def test_the_result_depends_on_what_is_learned_alone(name: str, schedule: str) -> None:
+    start: dict[str, Any] = {"steps": 800, "lr_schedule": schedule}
+    change = {"lr_schedule": "linear"} if (name, schedule) == ("lr_warmup_steps", "constant") else {}
+    value = "linear" if name == "lr_schedule" else OTHER[name]
+    changes = result_of(**start) != result_of(**{**start, **change, name: value})
+    assert changes == (name in AFFECTING or (name == "steps" and schedule == "cosine"))
+
+
+def test_the_result_knows_alpha_equal_to_the_rank_by_either_name() -> None:
+    assert result_of(rank=8) == result_of(rank=8, alpha=8.0)
+    assert result_of(rank=8) != result_of(rank=8, alpha=4.0)
+    assert result_of(rank=8) != result_of(rank=16)
+
+
+def test_the_result_is_plain_json() -> None:
+    assert json.loads(json.dumps(result_of())) == result_of()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
+def test_a_falling_rate_depends_on_the_length(schedule: str) -> None:
+    assert result_of(lr_schedule=schedule, steps=10) != result_of(lr_schedule=schedule, steps=11)
+
+
+def test_the_demo_is_parsed() -> None:
+    values = read_toml(DEMO / "demo.toml")
+    command = TrainCommand.checked({**values, "base": DEMO / "base", "images": DEMO / "subject"})
+    assert command.prior_count > 0
+    assert command.instance_prompt != command.class_prompt
+    assert {name: getattr(command, name) for name in values} == values
+
+
+def _values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
+    """Every value that the field's type and bounds allow."""
+    bounds = {key: getattr(rule, key) for rule in field.metadata for key in vars_of(rule)}
+    kind = next(part for part in (get_args(field.annotation) or (field.annotation,)) if part is not type(None))
+    if get_origin(field.annotation) is Literal:
+        return st.sampled_from(get_args(field.annotation))
+    if name == "name":
+        return st.text("aZ09-_ü犬[]{}%'$.", min_size=1, max_size=60).map(lambda text: f"-{text}-")
+    if kind is bool:
+        return st.booleans()
+    if kind is int:
+        step = bounds.get("multiple_of", 1)
+        high = min(bounds.get("le", 10**6), 2**64 - 1)
+        return st.integers(-(-bounds["ge"] // step), high // step).map(lambda number: number * step)
+    assert kind is float
+    low, open_below = (bounds["gt"], True) if "gt" in bounds else (bounds["ge"], False)
+    numbers = st.floats(low, bounds.get("le", 1e9), exclude_min=open_below, allow_subnormal=False)
+    return st.none() | numbers if field.default is None else numbers
+
+
+def vars_of(rule: object) -> list[str]:
+    return [key for key in ("ge", "gt", "le", "lt", "multiple_of") if hasattr(rule, key)]
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(
+    values=st.fixed_dictionaries({}, optional={n: _values(n, f) for n, f in TrainSettings.model_fields.items()}),
+)
+def test_valid_settings_survive_json_and_toml(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> None:
+    if values.get("lr_schedule", "constant") == "constant":
+        values.pop("lr_warmup_steps", None)
+    if "lr_warmup_steps" in values:
+        values["lr_warmup_steps"] %= values.get("steps", 800)
+    chosen = TrainSettings.checked(values)
+    dumped = chosen.model_dump(mode="json")
+    assert TrainSettings.checked(dumped) == chosen
+    assert TrainSettings.checked(json.loads(json.dumps(dumped))).result_settings() == chosen.result_settings()
+    path = tmp_path_factory.getbasetemp() / f"settings-{os.getpid()}.toml"
+    path.write_text(toml(plain(chosen)), encoding="utf-8")
+    assert TrainSettings.checked(read_toml(path)) == chosen
+    assert math.isclose(chosen.scale * chosen.rank, chosen.rank if chosen.alpha is None else chosen.alpha)
