@@ -15,7 +15,7 @@ from pack.trainer.config import TrainSettings
 from pack.trainer.dreambooth import DreamBooth, train
 from pack.trainer.errors import AdapterError, SettingsError
 from pack.trainer.families.base import BaseWeights, DiffusionModel
-from pack.trainer.kohya import Adapter, LoraLayer
+from pack.trainer.kohya import Adapter, LoraLayer, parse_adapter
 from pack.trainer.pictures import Picture, load_pictures
 from pack.trainer.weights import open_base
 from torch import Tensor, nn
@@ -295,3 +295,20 @@ def test_modules_that_are_left_out_are_told(base: BaseWeights, caplog: pytest.Lo
     merge_into(model, Adapter({UNET_MODULE: layer(64, 32), "lora_unet_nowhere": layer(64, 32)}), 1.0)
     assert "lora_unet_nowhere" in caplog.text
     assert "1 of the adapter's 2" in caplog.text
+
+
+def test_a_single_text_encoder_may_be_called_the_first(base: BaseWeights) -> None:
+    """diffusers' converter writes lora_te1_ also where there is one text encoder alone."""
+    one, other = base.family.build(base), base.family.build(base)
+    merge_into(one, Adapter({TEXT_MODULE: layer(64, 128)}), 1.0)
+    merge_into(other, Adapter({TEXT_MODULE.replace("lora_te_", "lora_te1_"): layer(64, 128)}), 1.0)
+    assert all(torch.equal(weight, weights_of(one)[name]) for name, weight in weights_of(other).items())
+
+
+def test_differences_beside_a_lora_are_left_out_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    """ComfyUI's own trainer writes them for norms and biases."""
+    name = "diffusion_model.input_blocks.1.1.proj_in"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
+    adapter = parse_adapter(tensors | {"diffusion_model.out.0.diff": torch.ones(4)})
+    assert list(adapter.layers) == ["lora_unet_input_blocks_1_1_proj_in"]
+    assert "diffusion_model.out.0.diff" in caplog.text

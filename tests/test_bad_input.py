@@ -124,19 +124,7 @@ def tiny_tensors() -> dict[str, Tensor]:
 _TINY: dict[str, Tensor] = {}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """The tiny model computes fastest in one thread, and what is imported need not be searched for garbage."""
-    import diffusers  # noqa: F401
-    import peft  # noqa: F401
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 def files_below(folder: Path) -> dict[Path, bytes]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import ROOT
 from pack.trainer.__main__ import main
 from pack.trainer.commands import parse_strength
@@ -68,19 +66,7 @@ class Shell:
         return self.output.splitlines()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """The tiny model computes fastest in one thread, and what is imported need not be searched for garbage."""
-    import diffusers  # noqa: F401
-    import peft  # noqa: F401
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture
@@ -376,3 +362,12 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(
     assert run(*train_words, "--steps", step + 1) == 0
     assert f"Going on after step {step}" in run.errors
     assert run.lines == [str(tmp_path / "out" / "dog.safetensors")]
+
+
+def test_the_file_tells_no_local_paths(run: Shell, train_words: list[str], tmp_path: Path) -> None:
+    """An adapter is made to be shared: of paths only names stand in it."""
+    assert run(*train_words) == 0
+    content = Path(run.lines[-1]).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert str(tmp_path).encode() not in content[8 : 8 + length]
+    assert b"tiny.safetensors" in content[8 : 8 + length]

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from pack.trainer.families.base import BaseWeights
 from pack.trainer.pictures import Picture, load_pictures
 from pack.trainer.weights import open_base
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 COMMON: dict[str, Any] = {
     "name": "dog",
@@ -301,6 +301,12 @@ def test_a_longer_run_goes_on_from_a_shorter_one(world: World, tmp_path: Path) -
     assert shorter.path == short.path
 
 
+@pytest.mark.parametrize("schedule", get_args(TrainSettings.model_fields["lr_schedule"].annotation))
+def test_every_schedule_takes_the_smallest_rates(schedule: str, world: World, tmp_path: Path) -> None:
+    _, listener = world.train(tmp_path, steps=1, lr_schedule=schedule, learning_rate=1e-8)
+    assert len(listener.losses) == 1
+
+
 def test_a_run_whose_rate_depends_on_its_length_is_not_extended(world: World, tmp_path: Path) -> None:
     short, _ = world.train(tmp_path, steps=3, lr_schedule="linear")
     long, listener = world.train(tmp_path, steps=4, lr_schedule="linear")
@@ -556,7 +562,11 @@ def test_a_damaged_checkpoint_is_named_and_can_be_done_without(
     assert_same_end(result, straight[PLAIN][0])
 
 
-@pytest.mark.parametrize("damage", [truncated, emptied, Path.unlink])
+def replaced(path: Path) -> None:
+    save_file({"text.text": torch.zeros(1)}, path)
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, replaced, Path.unlink])
 def test_a_damaged_cache_is_made_again(
     damage: Callable[[Path], None],
     stopped_copy: Path,

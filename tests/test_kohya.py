@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import json
 from collections.abc import Callable, Mapping
@@ -341,9 +342,14 @@ def test_diffusers_and_merging_reproduce_the_trained_model(
     torch.testing.assert_close(diffusers_prediction(pipe), trained, rtol=0, atol=1e-4)
 
 
+LORA_WRITER = StableDiffusionPipeline.save_lora_weights
+
+
 @pytest.mark.parametrize("announced", [True, False], ids=["with its header", "without a header"])
 def test_files_of_diffusers_are_read_with_their_alpha(announced: bool, demo_base: BaseWeights, tmp_path: Path) -> None:
     """In newer files alpha stands in the header; without one, diffusers takes the rank for it."""
+    if announced and "unet_lora_adapter_metadata" not in inspect.signature(LORA_WRITER).parameters:
+        pytest.skip("this diffusers writes no header")
     alpha = 8.0 if announced else 4.0
     pipe = pipeline()
     unet_config = LoraConfig(r=4, lora_alpha=alpha, target_modules=["to_q", "to_v", "to_out.0", "ff.net.2"])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -29,19 +27,7 @@ CPU = torch.device("cpu")
 FEW = PriorSettings(class_prompt="a photo of a dog", prior_count=2, prior_steps=2)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
-    """The tiny model computes fastest in one thread, and what is imported need not be searched for garbage."""
-    import diffusers  # noqa: F401
-    import peft  # noqa: F401
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("quick")
 
 
 @pytest.fixture(scope="module")

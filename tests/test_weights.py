@@ -181,6 +181,7 @@ def diffusers_folder(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPa
     scheduler = DDPMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
     )
+    unet.register_to_config(sample_size=64)  # which diffusers 0.31 insists on
     StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,

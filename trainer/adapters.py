@@ -170,6 +170,8 @@ def _require_family(family: Family, metadata: Mapping[str, str]) -> None:
 
 def _current_name(name: str, model: DiffusionModel) -> str:
     """The module's kohya name in diffusers' words, if it is in the original layout's."""
+    if name.startswith("lora_te1_") and len(model.text_encoders) == 1:  # as diffusers' converter writes
+        return PREFIXES["text_encoder"] + name.removeprefix("lora_te1_")
     prefix = PREFIXES["unet"]
     if not name.startswith(prefix):
         return name

@@ -95,6 +95,8 @@ class Cache:
             tensors = load(path.read_bytes())
         except (OSError, SafetensorError, ValueError):
             return None
+        if "instance.mean" not in tensors or not any(name.startswith("text.") for name in tensors):
+            return None
         sets = {
             kind: LatentSet(*(tensors[f"{kind}.{name}"] for name in ("mean", "std", "caption")))
             for kind in ("instance", "prior")

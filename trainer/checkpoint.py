@@ -72,7 +72,7 @@ class RunFolder:
             [] if anew else [path for path in root.glob(f"*-{fingerprint[:_DIGITS]}*") if _belongs(path, fingerprint)]
         )
         if found:
-            run = cls(max(found, key=lambda path: path.stat().st_mtime))
+            run = cls(max(found, key=lambda path: (max(cls(path).steps(), default=0), path.stat().st_mtime)))
             remove_leftovers(run.path)
             return run
         path, number = root / f"{name}-{fingerprint[:_DIGITS]}", 2

@@ -27,13 +27,14 @@ from .files import write_atomic
 logger = logging.getLogger("dreambooth_lora")
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+_DIFFERENCES = "full differences"  # beside a LoRA, as ComfyUI's own trainer writes them, left out with a warning
 _OTHER_KINDS = {
     re.compile(r"\.hada_w1_a$"): "LoHa",
     re.compile(r"\.lokr_w1(_a)?$"): "LoKr",
     re.compile(r"\.(oft_blocks|oft_diag|oft_R.*|oft_r.*)$"): "OFT",
     re.compile(r"\.(dora_scale|lora_magnitude_vector.*)$"): "DoRA",
-    re.compile(r"\.diff(_b)?$"): "full differences",
     re.compile(r"\.a1\.weight$"): "GLoRA",
+    re.compile(r"\.diff(_b)?$"): _DIFFERENCES,
 }
 _BROKEN = "Download or copy the adapter file again, or choose another."
 
@@ -120,13 +121,18 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     alphas = _Alphas(metadata)
     parts: dict[str, dict[str, Tensor]] = {}
     paths: dict[str, str] = {}
+    left_out = []
     for key, tensor in tensors.items():
         split = _split_key(key)
         if split is None:
-            logger.warning("The adapter's tensor %s is no part of a LoRA and is left out.", key)
+            left_out.append(key)
         else:
             parts.setdefault(split.module, {})[split.part] = tensor
             paths[split.module] = split.path
+    if left_out:
+        logger.warning(
+            "%d tensors of the adapter are no part of a LoRA and are left out: %s", len(left_out), left_out[0]
+        )
     layers = {name: _layer(name, found, alphas, paths[name]) for name, found in parts.items()}
     return Adapter(layers, metadata)
 
@@ -263,10 +269,11 @@ def _require_lora(names: Collection[str]) -> None:
     Raises:
         AdapterError: A kind that can't be read yet, or nothing of a LoRA.
     """
+    lora = any(_split_key(name) for name in names)
     for mark, kind in _OTHER_KINDS.items():
-        if any(mark.search(name) for name in names):
+        if any(mark.search(name) for name in names) and not (lora and kind == _DIFFERENCES):
             raise AdapterError(f"The adapter is of the kind {kind}, which can't be read yet.", "Use a plain LoRA file.")
-    if not any(_split_key(name) for name in names):
+    if not lora:
         raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
 
 

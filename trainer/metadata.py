@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from pathlib import Path
 
 from .config import TrainSettings
 from .families.base import Family
@@ -106,7 +107,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
     }
     own = {
         CONFIG_KEY: json.dumps(
-            settings.model_dump(mode="json")
+            _without_places(settings)
             | {
                 "base_fingerprint": facts.base_fingerprint,
                 "class_prompt": facts.class_prompt,
@@ -117,6 +118,12 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         FINGERPRINT_KEY: facts.run_fingerprint,
     }
     return {key: str(value) for key, value in (kohya | modelspec | own).items()}
+
+
+def _without_places(settings: TrainSettings) -> dict[str, object]:
+    """All settings; of paths only the last part, since the file may be shared."""
+    names = {name: value.name for name, value in settings if isinstance(value, Path)}
+    return settings.model_dump(mode="json") | names
 
 
 def _dataset(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:

@@ -10,6 +10,8 @@ from torch import nn
 
 from .config import TrainSettings
 
+_POLYNOMIAL_END = 1e-7  # where diffusers lets the polynomial schedule end; it refuses rates that begin lower
+
 
 def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter 2019) on the adapter's parameters."""
@@ -18,11 +20,13 @@ def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) 
 
 def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> Callable[[int], float]:
     """Step → factor of the learning rate, from diffusers' schedules; a function, so that resuming needs no state."""
-    from diffusers.optimization import get_scheduler
+    from diffusers.optimization import get_polynomial_decay_schedule_with_warmup, get_scheduler
 
-    schedule = get_scheduler(
-        settings.lr_schedule, optimizer, num_warmup_steps=settings.lr_warmup_steps, num_training_steps=settings.steps
-    )
+    warmup, steps, peak = settings.lr_warmup_steps, settings.steps, settings.learning_rate
+    if settings.lr_schedule == "polynomial" and peak <= _POLYNOMIAL_END:
+        schedule = get_polynomial_decay_schedule_with_warmup(optimizer, warmup, steps, lr_end=peak / 1000)
+    else:
+        schedule = get_scheduler(settings.lr_schedule, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor
 
