@@ -40,8 +40,6 @@ def advice(requirements: str) -> list[str]:
         version("torch")
     except PackageNotFoundError:
         lines.append("PyTorch is missing: it comes with ComfyUI; run this with ComfyUI's own Python.")
-    if sys.version_info < (3, 10):
-        lines.append(f"Python {sys.version.split()[0]} is too old: 3.10 or newer is needed.")
     return lines
 
 

@@ -193,18 +193,24 @@ def start_and_memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
     began = psutil.Process().create_time()
     from trainer.dreambooth import train
-    from trainer.events import Step
+    from trainer.events import Phase
     from trainer.pictures import load_pictures
     from trainer.weights import open_base
 
     first: list[float] = []
 
     class Clock:
+        """The recipe asks whether to stop right after every step; a step's event comes later."""
+
+        encoded = False
+
         def tell(self, event: object) -> None:
-            if isinstance(event, Step) and not first:
-                first.append(time.time() - began)
+            if isinstance(event, Phase):
+                self.encoded = event.done == event.total
 
         def should_stop(self) -> bool:
+            if self.encoded and not first:
+                first.append(time.time() - began)
             return False
 
     clock = Clock()

@@ -68,9 +68,9 @@ class ApplyLora(io.ComfyNode):
             description="Puts an adapter on a model, as Load LoRA does. Refuses one that was made for another family.",
             search_aliases=["use lora", "lora strength"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip", optional=True),
-                io.LoraModel.Input("lora"),
+                io.Model.Input("model", tooltip="Model to put the adapter on."),
+                io.Clip.Input("clip", optional=True, tooltip="Its text encoder, if the adapter has a part for it."),
+                io.LoraModel.Input("lora", tooltip="From Train LoRA or Load LoRA File."),
                 io.Float.Input("strength_model", tooltip="Strength on the UNet; 1 is as trained.", **strength),
                 io.Float.Input("strength_clip", tooltip="Strength on the text encoder; 1 is as trained.", **strength),
             ],
@@ -99,7 +99,7 @@ class SaveLora(io.ComfyNode):
             search_aliases=["export lora", "write lora"],
             is_output_node=True,
             inputs=[
-                io.LoraModel.Input("lora"),
+                io.LoraModel.Input("lora", tooltip="The adapter to write."),
                 widget(TrainSettings, "name"),
                 widget(TrainSettings, "save_precision", id="precision", advanced=None),
             ],

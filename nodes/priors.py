@@ -36,9 +36,9 @@ class ClassPriors(io.ComfyNode):
             "other dogs from turning into yours. They are kept on disk and used again.",
             search_aliases=["prior preservation", "regularization images", "class images", "reg images"],
             inputs=[
-                io.Model.Input("model"),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
+                io.Model.Input("model", tooltip="The base model, without your subject."),
+                io.Clip.Input("clip", tooltip="Its text encoder."),
+                io.Vae.Input("vae", tooltip="Its VAE, which turns latents into pictures."),
                 SUBJECT.Input("subject", optional=True, tooltip="Gives the prompt, unless one is typed."),
                 widget(PriorSettings, "class_prompt", id="prompt", advanced=None),
                 widget(PriorSettings, "prior_count", id="count", default=100, min=1),

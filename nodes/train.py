@@ -59,9 +59,9 @@ class TrainLora(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="Base model, from any loader; LoRAs applied before are trained upon."),
-                io.Clip.Input("clip"),
-                io.Vae.Input("vae"),
-                SUBJECT.Input("subject"),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="The model's VAE, which turns pictures into latents."),
+                SUBJECT.Input("subject", tooltip="The pictures to learn from."),
                 PRIORS.Input("priors", optional=True, tooltip="Class pictures that keep the class as it is."),
                 io.Image.Input("class_images", optional=True, tooltip="Class pictures of your own, instead of priors."),
                 SETTINGS.Input("settings", optional=True, tooltip="Everything else."),

@@ -121,8 +121,7 @@ def test_every_node_has_help_and_tooltips(server: ComfyServer) -> None:
         assert (ROOT / "web" / "docs" / f"{name}.md").is_file()
         for kind in ("required", "optional"):
             for field, spec in info["input"].get(kind, {}).items():
-                if spec[0] not in ("MODEL", "CLIP", "VAE", "LORA_MODEL"):
-                    assert spec[1].get("tooltip") or spec[0].startswith("DREAMBOOTH"), f"{name}.{field}"
+                assert spec[1].get("tooltip"), f"{name}.{field}"
                 assert not spec[1].get("control_after_generate"), f"{name}.{field} would change by itself"
 
 
