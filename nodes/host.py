@@ -172,8 +172,8 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
     lent = HostTensors(
         unet=_patched(model.model.diffusion_model, model.patches, "diffusion_model."),
         vae=_patched(vae.first_stage_model, {}, ""),
-        text_encoder=_patched(encoder.transformer, text_patches, "") if encoder is not None else {},
-        tokenizer=getattr(tokenizer, "tokenizer", None),
+        text_encoders=[_patched(encoder.transformer, text_patches, "") if encoder is not None else {}],
+        tokenizers=[getattr(tokenizer, "tokenizer", None)],
         title=_title(model),
     )
     base = open_base(lent)

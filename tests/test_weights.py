@@ -93,8 +93,8 @@ def host_tensors(weights: Mapping[str, Tensor]) -> HostTensors:
     return HostTensors(
         unet=with_prefix(weights, UNET_PREFIX),
         vae=with_prefix(weights, VAE_PREFIX),
-        text_encoder=with_prefix(weights, CLIP_PREFIX),
-        tokenizer=load_tokenizer(DEMO / "base" / "tokenizer"),
+        text_encoders=[with_prefix(weights, CLIP_PREFIX)],
+        tokenizers=[load_tokenizer(DEMO / "base" / "tokenizer")],
         title="lent",
     )
 

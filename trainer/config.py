@@ -66,6 +66,8 @@ def _explained(error: ValidationError) -> SettingsError:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "string_pattern_mismatch" and name == "device":
+            message = "must be auto, cpu, cuda, cuda:N or mps"
         if item["type"] == "missing":
             problems.append(f"{name} is required and was not given")
         else:

@@ -311,14 +311,15 @@ class DreamBooth:
             )
         if not torch.isfinite(loss):
             kept = self.run_folder.steps()
+            safer = " or choose precision bf16 or fp32" if self.precision == "fp16" else ""
+            rest = (
+                f"The adapter of step {kept[-1]} is kept in {self.run_folder.path}."
+                if kept
+                else "Nothing was saved yet."
+            )
             raise DivergedError(
                 f"The loss became {value} at step {step}; the run was stopped.",
-                f"Lower learning_rate (it was {self.settings.learning_rate:g}) or choose precision bf16 or fp32. "
-                + (
-                    f"The adapter of step {kept[-1]} is kept in {self.run_folder.path}."
-                    if kept
-                    else "No checkpoint had been written yet."
-                ),
+                f"Lower learning_rate (it was {self.settings.learning_rate:g}){safer}. {rest}",
             )
         self.listener.tell(pace.event(step, value, rate))
 

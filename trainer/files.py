@@ -38,6 +38,10 @@ def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
                 "Choose another output folder, give yourself the right to write there, "
                 "or close the program that holds the file open.",
             ) from error
+        if error.errno == errno.EFBIG:
+            raise StorageError(
+                f"{path} is larger than the disk's format allows.", "Choose an output folder on another disk."
+            ) from error
         raise StorageError(
             f"{path} can't be used: {error.strerror or error}.", "Check the path and that its folders exist."
         ) from error

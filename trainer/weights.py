@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from .errors import WeightsError
-from .families import identify, refuse_foreign_class, refuse_foreign_keys, sd1
+from .families import identify, refuse_foreign_class, refuse_foreign_keys
 from .families.base import BaseWeights, Component, DiffusionModel
 from .families.ldm import (
     UNET_PREFIX,
     VAE_PREFIX,
-    clip_component,
     unet_component,
     unet_config,
     vae_component,
@@ -40,15 +39,15 @@ class HostTensors:
     Attributes:
         unet: Original names without prefix.
         vae: Original names without prefix.
-        text_encoder: Hugging Face's names.
-        tokenizer: The text encoder's Hugging Face tokenizer.
+        text_encoders: Each text encoder's tensors as a single file names them, without prefix, in the family's order.
+        tokenizers: Each text encoder's Hugging Face tokenizer.
         title: Name for people.
     """
 
     unet: Mapping[str, Tensor]
     vae: Mapping[str, Tensor]
-    text_encoder: Mapping[str, Tensor]
-    tokenizer: Any
+    text_encoders: Sequence[Mapping[str, Tensor]]
+    tokenizers: Sequence[Any]
     title: str
 
 
@@ -77,12 +76,14 @@ def open_base(source: Path | HostTensors, tokenizer: Path | None = None) -> Base
             f"{source.name} holds no Stable Diffusion UNet.",
             "Give a full checkpoint (UNet, VAE and text encoder in one file).",
         )
-    identify(unet_config(unet))  # a wrong family is named before a missing tokenizer or text encoder is
-    text = with_prefix(tensors, sd1.TEXT_PREFIX)
-    if not text:
-        raise WeightsError(f"{source.name} holds no CLIP-L text encoder.", "Give a full checkpoint, not a UNet alone.")
-    lent = HostTensors(unet, with_prefix(tensors, VAE_PREFIX), text, find_tokenizer(source, tokenizer), source.stem)
-    return _from_original(lent)
+    family = identify(unet_config(unet))  # a wrong family is named before a missing tokenizer or text encoder is
+    texts = [with_prefix(tensors, prefix) for prefix in family.text_prefixes]
+    if not all(texts):
+        raise WeightsError(
+            f"{source.name} lacks a text encoder of {family.title}.", "Give a full checkpoint, not a UNet alone."
+        )
+    tokenizers = [find_tokenizer(source, tokenizer)] * len(texts)
+    return _from_original(HostTensors(unet, with_prefix(tensors, VAE_PREFIX), texts, tokenizers, source.stem))
 
 
 def _from_original(source: HostTensors) -> BaseWeights:
@@ -91,13 +92,21 @@ def _from_original(source: HostTensors) -> BaseWeights:
         raise WeightsError("The model holds no Stable Diffusion UNet.", "Connect a Stable Diffusion checkpoint.")
     config = unet_config(source.unet)
     family = identify(config)
-    config["attention_head_dim"] = sd1.HEADS
-    for part in (source.unet, source.vae, source.text_encoder):
+    for part in (source.unet, source.vae, *source.text_encoders):
         _require_plain_floats(part)
-    unet = unet_component(source.unet, config)
-    vae = vae_component(source.vae, sd1.SCALING_FACTOR)
-    text = clip_component(source.text_encoder)
-    return _checked(BaseWeights(family, unet, vae, [text], [source.tokenizer], {}, "epsilon", source.title, ""))
+    return _checked(
+        BaseWeights(
+            family=family,
+            unet=unet_component(source.unet, family.complete(config)),
+            vae=vae_component(source.vae, family.scaling_factor),
+            text_encoders=family.text_components(source.text_encoders),
+            tokenizers=source.tokenizers,
+            scheduler={},
+            prediction_type="epsilon",
+            title=source.title,
+            fingerprint="",
+        )
+    )
 
 
 def _checked(weights: BaseWeights) -> BaseWeights:
@@ -178,9 +187,7 @@ def _from_folder(folder: Path) -> BaseWeights:
     refuse_foreign_class(unet_settings.pop("_class_name", "UNet2DConditionModel"))
     family = identify(unet_settings)
     vae_settings = _network_config(folder / "vae" / "config.json")
-    text_settings = _network_config(folder / "text_encoder" / "config.json")
-    for settings in (vae_settings, text_settings):
-        settings.pop("_class_name", None)
+    vae_settings.pop("_class_name", None)
     scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
     if scheduler.get("prediction_type", "epsilon") != "epsilon":
         raise WeightsError(
@@ -191,11 +198,21 @@ def _from_folder(folder: Path) -> BaseWeights:
     vae = Component(
         _with_current_attention_names(_read_component(folder / "vae", "diffusion_pytorch_model")), vae_settings
     )
-    text_tensors = clip_component(_read_component(folder / "text_encoder", "model")).tensors
-    text = Component(text_tensors, text_settings)
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    title = folder.resolve().name
-    return _checked(BaseWeights(family, unet, vae, [text], [tokenizer], scheduler, "epsilon", title, ""))
+    texts = family.text_components([_read_component(folder / name, "model") for name, _ in family.text_folders])
+    configs = [_network_config(folder / name / "config.json") for name, _ in family.text_folders]
+    return _checked(
+        BaseWeights(
+            family=family,
+            unet=unet,
+            vae=vae,
+            text_encoders=[replace(text, config=config) for text, config in zip(texts, configs, strict=True)],
+            tokenizers=[load_tokenizer(folder / name) for _, name in family.text_folders],
+            scheduler=scheduler,
+            prediction_type="epsilon",
+            title=folder.resolve().name,
+            fingerprint="",
+        )
+    )
 
 
 def _with_current_attention_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

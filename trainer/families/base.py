@@ -94,7 +94,10 @@ class Family(Protocol):
         title: Name for people.
         architecture: Value of `modelspec.architecture` without the `/lora`.
         base_version: Value of `ss_base_model_version`.
-        targets: Preset name → suffixes of the denoiser's modules that get an adapter, as PEFT takes them.
+        targets: Preset name → regular expression of the denoiser's modules that get an adapter.
+        scaling_factor: What the autoencoder's latents are multiplied with.
+        text_prefixes: Where a single file keeps each text encoder.
+        text_folders: Where a folder in diffusers' layout keeps each text encoder and, in the same order, tokenizer.
     """
 
     @property
@@ -105,9 +108,25 @@ class Family(Protocol):
     def base_version(self) -> str: ...  # noqa: D102
     @property
     def targets(self) -> Mapping[str, str]: ...  # noqa: D102
+    @property
+    def scaling_factor(self) -> float: ...  # noqa: D102
+    @property
+    def text_prefixes(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def text_folders(self) -> Sequence[tuple[str, str]]: ...  # noqa: D102
 
     def claims(self, unet_config: Mapping[str, Any]) -> bool:
         """Whether a denoiser of this configuration (diffusers' keys) belongs to the family."""
+
+    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration inferred from shapes, with what shapes do not show."""
+
+    def text_components(self, tensors: Sequence[Mapping[str, Tensor]]) -> list[Component]:
+        """The text encoders from their tensors as a single file or a host names them, without a prefix.
+
+        Raises:
+            WeightsError: They are no text encoders of this family.
+        """
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy."""

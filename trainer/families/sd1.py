@@ -10,10 +10,7 @@ from torch import Tensor, nn
 
 from ..objective import Objective, epsilon_objective
 from .base import BaseWeights, Component, Conditioning, DiffusionModel, Family, build_around, on_meta
-
-SCALING_FACTOR = 0.18215
-HEADS = 8
-TEXT_PREFIX = "cond_stage_model.transformer."
+from .ldm import clip_component
 
 
 class StableDiffusion1:
@@ -22,6 +19,9 @@ class StableDiffusion1:
     title = "Stable Diffusion 1.x"
     architecture = "stable-diffusion-v1"
     base_version = "sd_v1"
+    scaling_factor = 0.18215
+    text_prefixes: Sequence[str] = ("cond_stage_model.transformer.",)
+    text_folders: Sequence[tuple[str, str]] = (("text_encoder", "tokenizer"),)
     targets: Mapping[str, str] = {
         "attention": r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)",
         "attention-mlp": r".*\.attentions\.\d+\.(proj_in|proj_out"
@@ -36,6 +36,14 @@ class StableDiffusion1:
             and unet_config.get("addition_embed_type") is None
             and unet_config.get("class_embed_type") is None
         )
+
+    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Eight heads at every width, which diffusers calls attention_head_dim."""
+        return {**unet_config, "attention_head_dim": 8}
+
+    def text_components(self, tensors: Sequence[Mapping[str, Tensor]]) -> list[Component]:
+        """One CLIP-L."""
+        return [clip_component(tensors[0])]
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy."""
