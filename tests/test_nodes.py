@@ -153,6 +153,20 @@ def test_file_gives_the_same_picture_as_the_output(server: ComfyServer) -> None:
     assert "lora key not loaded" not in server.log()
 
 
+def test_adapters_flow_through_the_hosts_own_nodes(server: ComfyServer) -> None:
+    """LORA_MODEL is ComfyUI's own type: its Load LoRA Model and Save LoRA Weights take what Train LoRA gives."""
+    prompt = graph(name="flow", seed=8) | {
+        "host": node("LoraModelLoader", model=["base", 0], lora=["train", 2], strength_model=1.0, bypass=False),
+        "write": node("SaveLoRA", lora=["train", 2], prefix="loras/flow"),
+    }
+    both = prompt | drawing("train", ["train", 0], ["base", 1]) | drawing("model", ["host", 0], ["base", 1])
+    entry = server.wait(server.queue(both))
+    np.testing.assert_array_equal(picture(server, entry, "trainsave"), picture(server, entry, "modelsave"))
+    [written] = (server.base_dir / "output" / "loras").glob("flow*.safetensors")
+    ours = load_file(server.base_dir / "models" / "loras" / "flow.safetensors")
+    assert set(load_file(written)) == set(ours)
+
+
 def test_two_stages(server: ComfyServer) -> None:
     """A LoRA applied before is trained upon: its patches change the base, so it is another run with other weights."""
     server.wait(server.queue(graph(name="first", seed=3)))
