@@ -82,7 +82,10 @@ def device_name() -> str:
     import comfy.model_management
 
     device = comfy.model_management.get_torch_device()
-    return "cpu" if device.type not in ("cuda", "mps") else str(device)
+    if device.type not in ("cuda", "mps", "cpu"):
+        logger.warning("Training runs on the CPU, since the device %s is not supported; that is slow.", device)
+        return "cpu"
+    return str(device)
 
 
 @contextlib.contextmanager
@@ -92,6 +95,7 @@ def training_mode() -> Iterator[None]:
     import torch
 
     comfy.model_management.unload_all_models()  # also takes patches out of the shared weights
+    comfy.model_management.free_memory(1e30, torch.device("cpu"))  # and out of those that compute on the CPU
     comfy.model_management.soft_empty_cache()
     try:
         with torch.inference_mode(False), torch.enable_grad():

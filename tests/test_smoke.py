@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from helpers import Recorder
@@ -26,3 +27,20 @@ def test_pictures_in_adapter_out(tiny_checkpoint: Path, picture_folder, tmp_path
     plain, changed = (generate(model, "a dog", [1], width=64, height=64, steps=2)[0] for model in (before, after))
     assert plain.size == (64, 64)
     assert plain.tobytes() != changed.tobytes()
+
+
+def test_accelerates_state_is_given_back(
+    tiny_checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Another program in the process may hold an accelerator of its own."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    other = Accelerator(cpu=True, mixed_precision="no")
+    pictures = load_pictures(picture_folder(), "a photo of sks dog", Recorder())
+    settings = TrainSettings(name="dog", steps=1, rank=2, resolution=64, precision="bf16")
+    train(open_base(tiny_checkpoint), pictures, [], settings, tmp_path, tmp_path / "runs", "cpu")
+    assert other.mixed_precision == "no"
+    assert Accelerator(cpu=True).mixed_precision == "no"

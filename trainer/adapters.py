@@ -95,7 +95,7 @@ class TrainedLora:
 
     def is_finite(self) -> bool:
         """Whether every trained number is finite."""
-        return all(bool(torch.isfinite(p).all()) for p in self.parameters())
+        return all(bool(torch.isfinite(p.detach().cpu()).all()) for p in self.parameters())
 
 
 def require_rank_fits(base: BaseWeights, settings: TrainSettings) -> None:

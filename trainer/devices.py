@@ -55,12 +55,13 @@ def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     Tensors that are there already stay borrowed. When something must be converted, the one private copy that
     this makes is laid out channels-last, which convolutions compute fastest with.
     """
-    parameters = list(network.parameters())
-    if all(p.dtype == dtype and p.device.type == device.type for p in parameters):
+    there = torch.empty(0, device=device).device  # with its index, if the device has one
+    tensors = [*network.parameters(), *network.buffers()]
+    if all(t.device == there and (t.dtype == dtype or not t.is_floating_point()) for t in tensors):
         return network
     # nn.Module.to, since diffusers' own warns of modules to be kept in float32, of which there are none
-    layout = {"device": device, "dtype": dtype, "memory_format": torch.channels_last}
-    return nn.Module.to(network, **layout)  # type: ignore[call-overload, no-any-return]
+    layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # MPS has trouble with the latter
+    return nn.Module.to(network, device=device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 def release(device: torch.device) -> None:
@@ -102,5 +103,7 @@ def explained_memory_errors(what_to_lower: str) -> Iterator[None]:
         text = str(error).lower()
         if not isinstance(error, MemoryError) and not any(words in text for words in _NO_MEMORY):
             raise
-        traceback.clear_frames(error.__traceback__)  # else the error would keep the networks alive
+        for one in (error, error.__context__):
+            if one is not None:
+                traceback.clear_frames(one.__traceback__)  # else the error would keep the networks alive
         raise OutOfMemoryError("The memory does not suffice.", f"Lower {what_to_lower}.") from error

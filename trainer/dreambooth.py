@@ -26,7 +26,7 @@ from .families.base import BaseWeights, DiffusionModel
 from .files import free_path, require_writable
 from .kohya import Adapter, read_adapter, write_adapter
 from .metadata import FINGERPRINT_KEY, RunFacts, training_metadata
-from .optimization import learning_rate_factor, make_accelerator, make_optimizer
+from .optimization import accelerate_state_kept, learning_rate_factor, make_accelerator, make_optimizer
 from .pace import Pace
 from .pictures import Picture
 from .randomness import Draw, draw
@@ -82,11 +82,12 @@ def train(
         StorageError: The folders can't be written or have no room.
     """
     recipe = DreamBooth(base, subject, priors, settings, output_dir, runs_dir, pick_device(device), listener)
-    try:
-        with explained_memory_errors(_LOWER):
-            return recipe.run()
-    finally:
-        recipe.clean_up()
+    with accelerate_state_kept():
+        try:
+            with explained_memory_errors(_LOWER):
+                return recipe.run()
+        finally:
+            recipe.clean_up()
 
 
 def require_trainable(base: BaseWeights, settings: TrainSettings, output_dir: Path, runs_dir: Path) -> None:
@@ -393,5 +394,5 @@ def _batch(latents: LatentSet, draws: Sequence[Draw], device: torch.device) -> t
     noise = torch.stack([d.noise for d in draws])
     timesteps = torch.tensor([d.timestep for d in draws])
     parts = (latents.sample(draws), noise, timesteps, latents.caption[items])
-    latent, noise, timesteps, rows = (part.to(device, non_blocking=True) for part in parts)
+    latent, noise, timesteps, rows = (part.to(device) for part in parts)
     return latent, noise, timesteps, rows

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from .errors import StorageError
 
 _TEMPORARY = ".tmp-"
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds
 
 
 @contextlib.contextmanager
@@ -57,6 +59,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _replace(source: Path, target: Path) -> None:
+    """`os.replace`; on Windows it waits for programs (virus scanners) that look at a new file for a moment."""
+    for pause in _PAUSES if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(pause)
+    os.replace(source, target)
+
+
 def _temporary_beside(path: Path) -> Path:
     return path.with_name(_TEMPORARY + uuid.uuid4().hex[:12])
 
@@ -75,7 +87,7 @@ def write_atomic(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            _replace(temporary, path)
             _sync(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
@@ -99,12 +111,12 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
                 _sync(file)
             _sync(temporary)
             if path.exists():
-                os.replace(path, aside)
+                _replace(path, aside)
             try:
-                os.replace(temporary, path)
+                _replace(temporary, path)
             except OSError:
                 if aside.exists():
-                    os.replace(aside, path)
+                    _replace(aside, path)
                 raise
             _sync(path.parent)
     finally:

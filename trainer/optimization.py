@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from .config import TrainSettings
+from .errors import SettingsError
 
 _POLYNOMIAL_END = 1e-7  # where diffusers lets the polynomial schedule end; it refuses rates that begin lower
 
@@ -34,11 +36,29 @@ def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettin
 def make_accelerator(device: torch.device, precision: str, accumulation: int) -> Any:
     """An accelerator for this run; a former run in the same process may have used another precision."""
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, GradientState
+    from accelerate.state import AcceleratorState, GradientState, PartialState
 
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     mixed = "no" if precision == "fp32" else precision
-    return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulation)
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._shared_state.clear()
+    try:
+        return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulation)
+    except (ValueError, NotImplementedError) as error:
+        raise SettingsError(f"{precision} does not work on {device}: {error}.", "Choose precision fp32.") from error
+
+
+@contextlib.contextmanager
+def accelerate_state_kept() -> Iterator[None]:
+    """Give accelerate's process-wide state back as it was: other programs in this process may use it, too."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = [state._shared_state for state in (AcceleratorState, PartialState, GradientState)]
+    saved = [dict(state) for state in states]
+    try:
+        yield
+    finally:
+        for state, former in zip(states, saved, strict=True):
+            state.clear()
+            state.update(former)

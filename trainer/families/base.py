@@ -178,7 +178,8 @@ def build_around(network: nn.Module, component: Component) -> nn.Module:
     for module in network.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             if buffer.is_meta and name == "position_ids":
-                positions = torch.arange(buffer.shape[-1]).expand(buffer.shape)
+                device = next(network.parameters()).device
+                positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
                 module.register_buffer(name, positions, persistent=False)
     return network.requires_grad_(False).eval()
 
