@@ -150,14 +150,14 @@ def step_ratio(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = DTYPES[arguments.precision]
     noisy = torch.randn(1, *side, device=device, dtype=dtype)
     target, timestep = torch.randn(1, *side, device=device), torch.tensor([500], device=device)
-    text = recipe.cache.text["text"][:1]
+    text = recipe.captions.conditioning(torch.tensor([0], device=device))["text"]
 
     def bare() -> None:
         prediction = recipe.model.unet(noisy, timestep, text, return_dict=False)[0]
         torch.nn.functional.mse_loss(prediction.float(), target).backward()
 
     def step() -> None:
-        recipe.train_step(1e-4)
+        recipe.train_step(1.0)
         recipe.step += 1
 
     def timed(work: Any) -> float:
@@ -170,13 +170,13 @@ def step_ratio(arguments: argparse.Namespace) -> dict[str, Any]:
         return time.perf_counter() - begin
 
     bare(), step()  # warm up
-    for parameter in recipe.lora.parameters():
+    for parameter in recipe.trainee.parameters():
         parameter.grad = None
     pairs = []
     for number in range(arguments.pairs):
         order = (bare, step) if number % 2 else (step, bare)
         seconds = {work: timed(work) for work in order}
-        for parameter in recipe.lora.parameters():
+        for parameter in recipe.trainee.parameters():
             parameter.grad = None
         pairs.append((seconds[step], seconds[bare]))
     return {

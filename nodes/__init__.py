@@ -7,9 +7,18 @@ from comfy_api.latest import ComfyExtension, io
 from .lora import ApplyLora, LoadLoraFile, SaveLora
 from .priors import ClassPriors
 from .subject import Subject
-from .train import TrainingSettings, TrainLora
+from .train import FineTuneCheckpoint, TrainingSettings, TrainLora
 
-NODES: list[type[io.ComfyNode]] = [Subject, ClassPriors, TrainLora, TrainingSettings, LoadLoraFile, ApplyLora, SaveLora]
+NODES: list[type[io.ComfyNode]] = [
+    Subject,
+    ClassPriors,
+    TrainLora,
+    TrainingSettings,
+    FineTuneCheckpoint,
+    LoadLoraFile,
+    ApplyLora,
+    SaveLora,
+]
 
 
 class _Extension(ComfyExtension):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..trainer.events import Event, Note, Phase, Step
 logger = logging.getLogger("dreambooth_lora")
 _SECONDS_BETWEEN_MESSAGES = 0.25
 NO_FOLDER = "(connected images)"
+_TEXT_ENCODERS = ("clip_l", "clip_h", "clip_g")
+_LARGEST_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6, one with zero terminal SNR at 4518
 
 
 def subject_folders() -> list[str]:
@@ -54,6 +57,23 @@ def loras_folder() -> Path:
     import folder_paths
 
     return Path(folder_paths.get_folder_paths("loras")[0])
+
+
+def checkpoints_folder() -> Path:
+    """Where checkpoint files are written: the first of ComfyUI's checkpoint folders."""
+    import folder_paths
+
+    return Path(folder_paths.get_folder_paths("checkpoints")[0])
+
+
+def load_checkpoint(path: Path) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE of a checkpoint file, as Load Checkpoint gives them."""
+    import comfy.sd
+    import folder_paths
+
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    loaded = comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=embeddings)
+    return loaded[0], loaded[1], loaded[2]
 
 
 def lora_names() -> list[str]:
@@ -159,36 +179,57 @@ def _line(event: Phase | Step) -> str:
 def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
     """Open the base model that ComfyUI holds, with the LoRAs applied to it; returns `BaseWeights`.
 
-    No tensor is copied but those that a LoRA patches.
+    What the graph makes of the model is taken over: the prediction type of a ModelSamplingDiscrete node, and the layer
+    of a CLIP Set Last Layer node. No tensor is copied but those that a LoRA patches.
 
     Raises:
         UnsupportedModelError: Its family can't be trained; named.
-        WeightsError: A part is missing, quantised, or the model does not predict epsilon.
+        WeightsError: A part is missing, quantised, or the model predicts neither epsilon nor velocity.
     """
-    import comfy.model_sampling
-
     from ..trainer.weights import HostTensors, open_base
 
-    sampling = model.get_model_object("model_sampling")
-    encoder = getattr(clip.cond_stage_model, "clip_l", None)
-    tokenizer = getattr(clip.tokenizer, "clip_l", None)
-    text_patches = {key.removeprefix("clip_l.transformer."): value for key, value in clip.patcher.patches.items()}
+    encoders = {name: part for name, part in vars(clip.cond_stage_model)["_modules"].items() if name in _TEXT_ENCODERS}
     lent = HostTensors(
         unet=_patched(model.model.diffusion_model, model.patches, "diffusion_model."),
-        vae=_patched(vae.first_stage_model, {}, ""),
-        text_encoders=[_patched(encoder.transformer, text_patches, "") if encoder is not None else {}],
-        tokenizers=[getattr(tokenizer, "tokenizer", None)],
+        vae=dict(vae.first_stage_model.state_dict()),
+        text_encoders={
+            name: _patched(part.transformer, clip.patcher.patches, f"{name}.transformer.")
+            for name, part in encoders.items()
+        },
+        tokenizers={name: getattr(getattr(clip.tokenizer, name, None), "tokenizer", None) for name in encoders},
         title=_title(model),
+        prediction=_prediction(model),
+        clip_skip=-(getattr(clip, "layer_idx", None) or 0),
     )
-    base = open_base(lent)
-    if isinstance(sampling, comfy.model_sampling.V_PREDICTION) or not isinstance(sampling, comfy.model_sampling.EPS):
-        raise WeightsError(
-            f"The model is sampled as {type(sampling).__mro__[1].__name__}, not as epsilon prediction.",
-            "Connect a Stable Diffusion 1.x model that predicts epsilon, without a ModelSampling node before it.",
-        )
     if getattr(model, "injections", None):
         logger.warning("Adapters that were applied in bypass mode are not seen by the training; apply them as usual.")
-    return base
+    return open_base(lent)
+
+
+def _prediction(model: Any) -> Any:
+    """What ComfyUI takes the model to predict, as the engine's `Prediction`; None for kinds that are no UNet's.
+
+    Raises:
+        WeightsError: Neither epsilon nor velocity.
+    """
+    import comfy.model_sampling as kinds
+
+    from ..trainer.families.base import Prediction
+
+    sampling = model.get_model_object("model_sampling")
+    source = "the model's sampling in the graph"
+    discrete = isinstance(sampling, kinds.ModelSamplingDiscrete)
+    if discrete and isinstance(sampling, kinds.V_PREDICTION) and not isinstance(sampling, kinds.EDM):
+        rescaled = bool(sampling.sigmas[-1] > _LARGEST_SIGMA)
+        return Prediction("v_prediction", rescaled, source)
+    if discrete and type(sampling).calculate_denoised is kinds.EPS.calculate_denoised:
+        return Prediction("epsilon", source=source)
+    if hasattr(model.model.diffusion_model, "input_blocks"):
+        raise WeightsError(
+            f"The model is sampled as {type(sampling).__mro__[1].__name__}, which can't be trained.",
+            "Connect a Stable Diffusion model that predicts epsilon or velocity, without a sampling node for others.",
+        )
+    return None
 
 
 def _patched(network: Any, patches: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -200,7 +241,7 @@ def _patched(network: Any, patches: Mapping[str, Any], prefix: str) -> dict[str,
     with torch.no_grad():
         for key, patch in patches.items():
             name = key.removeprefix(prefix)
-            if name in tensors:
+            if name != key and name in tensors:
                 weight = tensors[name]
                 changed = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
                 tensors[name] = changed.to(weight.dtype)
@@ -243,6 +284,8 @@ def _fit(model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], 
     """Names of the adapter's modules that have a counterpart of their shape, and of those that have none."""
     import comfy.lora
 
+    from ..trainer.kohya import parse_adapter
+
     sizes: dict[str, int] = {}
     if model is not None:
         weights = model.model_state_dict()
@@ -253,13 +296,10 @@ def _fit(model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], 
         keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
         sizes |= {name: weights[key].numel() for name, key in keys.items() if isinstance(key, str) and key in weights}
     fitting, foreign = [], []
-    for key in tensors:
-        name, _, part = key.partition(".")
-        if part != "lora_down.weight":
-            continue
+    for name, layer in parse_adapter(tensors).layers.items():
         if (model is None and name.startswith("lora_unet")) or (clip is None and name.startswith("lora_te")):
             fitting.append(name)  # not connected, so nothing to fit
-        elif sizes.get(name) == tensors[f"{name}.lora_up.weight"].shape[0] * tensors[key][0].numel():
+        elif sizes.get(name) == math.prod(layer.shape):
             fitting.append(name)
         else:
             foreign.append(name)

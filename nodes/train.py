@@ -15,8 +15,25 @@ from .priors import PriorsValue
 from .subject import SubjectValue
 from .widgets import CATEGORY, PRIORS, SETTINGS, SUBJECT, widget
 
-_ON_THE_NODE = ("name", "steps", "learning_rate", "rank", "targets", "resolution", "seed")
-_FURTHER = tuple(name for name in TrainSettings.model_fields if name not in _ON_THE_NODE)
+_ON_THE_NODE = (
+    "name",
+    "steps",
+    "learning_rate",
+    "text_encoder_lr",
+    "adapter",
+    "rank",
+    "targets",
+    "resolution",
+    "seed",
+)
+_WIRED = ("start_from",)
+_FURTHER = tuple(name for name in TrainSettings.model_fields if name not in (*_ON_THE_NODE, *_WIRED))
+_FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
+    "learning_rate": {"default": 2e-6},
+    "rank": {"default": 64, "tooltip": "Rank of the extracted LoRA."},
+    "targets": {"tooltip": "Layers of the extracted LoRA; all weights are trained.", "default": "all"},
+}
+_ADAPTERS = ["lora", "dora", "loha", "lokr"]  # all weights are trained by Fine-tune Checkpoint
 
 
 class TrainingSettings(io.ComfyNode):
@@ -38,9 +55,8 @@ class TrainingSettings(io.ComfyNode):
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
         """Check the values alone; Train LoRA checks them together with its own."""
-        if not values.get("alpha"):
-            values["alpha"] = None
-        return io.NodeOutput(MappingProxyType(values))
+        unset = {name: None for name in ("alpha", "conv_alpha") if not values.get(name)}
+        return io.NodeOutput(MappingProxyType(values | unset))
 
 
 class TrainLora(io.ComfyNode):
@@ -64,8 +80,29 @@ class TrainLora(io.ComfyNode):
                 SUBJECT.Input("subject", tooltip="The pictures to learn from."),
                 PRIORS.Input("priors", optional=True, tooltip="Class pictures that keep the class as it is."),
                 io.Image.Input("class_images", optional=True, tooltip="Class pictures of your own, instead of priors."),
+                io.LoraModel.Input(
+                    "start_from", optional=True, tooltip="Adapter to go on training; its layers and ranks are kept."
+                ),
+                io.LoraModel.Input(
+                    "base_lora",
+                    optional=True,
+                    tooltip="Adapter that is put on the model before training (first stage), so that the new one is "
+                    "learned on top; with 'combine' in Training Settings the file holds both.",
+                ),
                 SETTINGS.Input("settings", optional=True, tooltip="Everything else."),
-                *(widget(TrainSettings, name) for name in _ON_THE_NODE),
+                *(
+                    widget(TrainSettings, name, **({"options": _ADAPTERS} if name == "adapter" else {}))
+                    for name in _ON_THE_NODE
+                ),
+                io.Float.Input(
+                    "base_lora_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    advanced=True,
+                    tooltip="Strength of base_lora, if one is connected.",
+                ),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the new adapter."),
@@ -85,29 +122,123 @@ class TrainLora(io.ComfyNode):
         subject: SubjectValue,
         priors: PriorsValue | None = None,
         class_images: Any = None,
+        start_from: Any = None,
+        base_lora: Any = None,
         settings: Mapping[str, Any] | None = None,
+        base_lora_strength: float = 1.0,
         **values: Any,
     ) -> io.NodeOutput:
         """Train and apply the adapter."""
-        from ..trainer.dreambooth import train
-        from ..trainer.pictures import load_pictures
+        from ..trainer.dreambooth import Stage
+        from ..trainer.errors import SettingsError
+        from ..trainer.kohya import parse_adapter
 
         checked = TrainSettings.checked({**(settings or {}), **values})
-        listener = host.NodeListener(cls.hidden.unique_id)
-        class_pictures = list(priors.pictures) if priors else []
-        if class_images is not None:
-            class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)
-        with host.training_mode():
-            result = train(
-                host.borrow_base(model, clip, vae),
-                subject.pictures,
-                class_pictures,
-                checked,
-                host.loras_folder(),
-                host.work_folder() / "runs",
-                host.device_name(),
-                listener,
+        if checked.combine and base_lora is None:
+            raise SettingsError(
+                "combine is on, but no base_lora is connected to combine with.",
+                "Connect base_lora, or turn combine off in Training Settings.",
             )
+        start = parse_adapter(start_from) if start_from is not None else None
+        stacked = [(parse_adapter(base_lora), base_lora_strength)] if base_lora is not None else []
+        lower = (model, clip)
+        if stacked:
+            lower = host.apply_adapter(model, clip, base_lora, base_lora_strength, base_lora_strength)
+        result = run_training(
+            cls.hidden.unique_id, (*lower, vae), subject, priors, class_images, checked, Stage(start, stacked)
+        )
         adapter = LoraTensors(result.adapter.state_dict(), result.adapter.metadata)
-        trained_model, trained_clip = host.apply_adapter(model, clip, adapter, 1.0, 1.0)
-        return io.NodeOutput(trained_model, trained_clip, adapter, str(result.path), ui={"text": [str(result.path)]})
+        trained = host.apply_adapter(*((model, clip) if checked.combine else lower), adapter, 1.0, 1.0)
+        return io.NodeOutput(*trained, adapter, str(result.path), ui={"text": [str(result.path)]})
+
+
+class FineTuneCheckpoint(io.ComfyNode):
+    """Trains all weights of the UNet, and of the text encoder if it has a rate: DreamBooth as first published."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothFineTune",
+            display_name="Fine-tune Checkpoint (DreamBooth)",
+            category=CATEGORY,
+            description="Trains all weights of a Stable Diffusion 1.x model instead of an adapter: needs about 14 GB, "
+            "and 16 GB of disk for each checkpoint kept. Gives a checkpoint file, and a LoRA extracted from it.",
+            search_aliases=["dreambooth", "full fine-tuning", "train checkpoint"],
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="Stable Diffusion 1.x, from any loader."),
+                io.Clip.Input("clip", tooltip="The model's text encoder."),
+                io.Vae.Input("vae", tooltip="The model's VAE; it is written into the checkpoint."),
+                SUBJECT.Input("subject", tooltip="The pictures to learn from."),
+                PRIORS.Input("priors", optional=True, tooltip="Class pictures that keep the class as it is."),
+                io.Image.Input("class_images", optional=True, tooltip="Class pictures of your own, instead of priors."),
+                SETTINGS.Input("settings", optional=True, tooltip="Everything else."),
+                *(
+                    widget(TrainSettings, name, **_FINE_TUNING.get(name, {}))
+                    for name in _ON_THE_NODE
+                    if name != "adapter"
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The tuned model, loaded from its file."),
+                io.Clip.Output(display_name="clip"),
+                io.Vae.Output(display_name="vae"),
+                io.LoraModel.Output(display_name="lora", tooltip="What changed, as a LoRA of the given rank."),
+                io.String.Output(display_name="path", tooltip="The checkpoint file."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        clip: Any,
+        vae: Any,
+        subject: SubjectValue,
+        priors: PriorsValue | None = None,
+        class_images: Any = None,
+        settings: Mapping[str, Any] | None = None,
+        **values: Any,
+    ) -> io.NodeOutput:
+        """Train, and load the checkpoint."""
+        from ..trainer.dreambooth import Stage
+
+        checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
+        result = run_training(cls.hidden.unique_id, (model, clip, vae), subject, priors, class_images, checked, Stage())
+        adapter = LoraTensors(result.adapter.state_dict(), result.adapter.metadata)
+        tuned = host.load_checkpoint(result.checkpoint)
+        return io.NodeOutput(*tuned, adapter, str(result.checkpoint), ui={"text": [str(result.checkpoint)]})
+
+
+def run_training(
+    node_id: str,
+    parts: tuple[Any, Any, Any],
+    subject: SubjectValue,
+    priors: PriorsValue | None,
+    class_images: Any,
+    settings: TrainSettings,
+    stage: Any,
+) -> Any:
+    """Train on ComfyUI's MODEL, CLIP and VAE; returns the engine's `TrainResult`."""
+    from ..trainer.dreambooth import train
+    from ..trainer.pictures import load_pictures
+
+    listener = host.NodeListener(node_id)
+    class_pictures = list(priors.pictures) if priors else []
+    if class_images is not None:
+        class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)
+    with host.training_mode():
+        return train(
+            host.borrow_base(*parts),
+            subject.pictures,
+            class_pictures,
+            settings,
+            host.loras_folder(),
+            host.work_folder() / "runs",
+            host.device_name(),
+            listener,
+            stage=stage,
+            checkpoints_dir=host.checkpoints_folder(),
+        )

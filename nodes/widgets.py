@@ -6,13 +6,20 @@ from typing import Any, Literal, get_args, get_origin
 
 from comfy_api.latest import io
 
-from ..trainer.config import Settings, field_extra
+from ..trainer.settings import Settings, field_extra
 
 CATEGORY = "DreamBooth LoRA"
 SUBJECT = io.Custom("DREAMBOOTH_SUBJECT")
 PRIORS = io.Custom("DREAMBOOTH_PRIORS")
 SETTINGS = io.Custom("DREAMBOOTH_SETTINGS")
-_FLOAT_STEPS = {"learning_rate": 0.000001, "weight_decay": 0.001}
+_FLOAT_STEPS = {
+    "learning_rate": 0.000001,
+    "text_encoder_lr": 0.000001,
+    "text_encoder_2_lr": 0.000001,
+    "weight_decay": 0.001,
+    "dropout": 0.01,
+    "text_encoder_until": 0.05,
+}
 
 
 def widget(settings: type[Settings], name: str, *, id: str | None = None, **changes: Any) -> io.Input:
@@ -39,7 +46,7 @@ def widget(settings: type[Settings], name: str, *, id: str | None = None, **chan
     }
     options |= changes
     if get_origin(field.annotation) is Literal:
-        return io.Combo.Input(id or name, options=[str(kind) for kind in kinds], **options)
+        return io.Combo.Input(id or name, **({"options": [str(kind) for kind in kinds]} | options))
     if field.annotation is bool:
         return io.Boolean.Input(id or name, **options)
     if field.annotation is int:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import Recorder
-from pack.trainer.adapters import TrainedLora, merge_into, require_rank_fits
+from pack.trainer.adapters import TrainedAdapter
+from pack.trainer.applying import merge_into, require_rank_fits
 from pack.trainer.config import TrainSettings
 from pack.trainer.dreambooth import DreamBooth, train
 from pack.trainer.errors import AdapterError, SettingsError
@@ -60,7 +61,7 @@ def test_the_start_is_pefts_and_changes_nothing(targets: Any, base: BaseWeights)
     """`down` is Kaiming-uniform with a = √5, which is uniform in ±1/√fan_in; `up` is zero."""
     model = base.family.build(base)
     before = predicted(model)
-    lora = TrainedLora(model, TrainSettings(rank=16, targets=targets))
+    lora = TrainedAdapter(model, TrainSettings(rank=16, targets=targets))
     assert torch.equal(predicted(model), before)
     for name, started in lora.layers.items():
         bound = 1 / math.sqrt(started.down[0].numel())
@@ -73,7 +74,7 @@ def test_the_start_is_pefts_and_changes_nothing(targets: Any, base: BaseWeights)
 def test_the_start_depends_on_seed_and_module_alone(base: BaseWeights) -> None:
     def starts(**values: Any) -> dict[str, Tensor]:
         torch.manual_seed(len(values))
-        lora = TrainedLora(base.family.build(base), TrainSettings(rank=4, **values))
+        lora = TrainedAdapter(base.family.build(base), TrainSettings(rank=4, **values))
         return {name: started.down.detach() for name, started in lora.layers.items()}
 
     first, again, few, other = starts(), starts(alpha=9.0), starts(targets="attention"), starts(seed=2**64 - 1)
@@ -86,7 +87,7 @@ def test_the_start_depends_on_seed_and_module_alone(base: BaseWeights) -> None:
 
 def test_only_the_adapter_is_trained(base: BaseWeights) -> None:
     model = base.family.build(base)
-    lora = TrainedLora(model, TrainSettings(rank=4))
+    lora = TrainedAdapter(model, TrainSettings(rank=4))
     trained = {id(p) for p in lora.parameters()}
     assert {id(p) for p in model.unet.parameters() if p.requires_grad} == trained
     assert len(trained) == 2 * len(lora.layers)
@@ -98,7 +99,7 @@ def test_only_the_adapter_is_trained(base: BaseWeights) -> None:
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_a_saved_state_is_a_copy_and_comes_back(alpha: float | None, base: BaseWeights) -> None:
     settings = TrainSettings(rank=4, alpha=alpha, targets="attention")
-    lora = TrainedLora(base.family.build(base), settings)
+    lora = TrainedAdapter(base.family.build(base), settings)
     saved = lora.adapter()
     with torch.no_grad():
         for parameter in lora.parameters():
@@ -113,7 +114,7 @@ def test_a_saved_state_is_a_copy_and_comes_back(alpha: float | None, base: BaseW
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_seen(spoilt: float, base: BaseWeights) -> None:
-    lora = TrainedLora(base.family.build(base), TrainSettings(rank=4))
+    lora = TrainedAdapter(base.family.build(base), TrainSettings(rank=4))
     assert lora.is_finite()
     with torch.no_grad():
         lora.parameters()[-1][0, 0] = spoilt
@@ -135,10 +136,10 @@ def test_a_rank_above_the_smallest_layer_is_refused(base: BaseWeights) -> None:
 def test_bf16_keeps_the_adapter_in_float32(targets: Any, base: BaseWeights) -> None:
     model = base.family.build(base)
     nn.Module.to(model.unet, torch.bfloat16)
-    lora = TrainedLora(model, TrainSettings(rank=4, targets=targets))
+    lora = TrainedAdapter(model, TrainSettings(rank=4, targets=targets))
     assert {p.dtype for p in lora.parameters()} == {torch.float32}
     assert {p.dtype for p in model.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
-    exact = TrainedLora(base.family.build(base), TrainSettings(rank=4, targets=targets))
+    exact = TrainedAdapter(base.family.build(base), TrainSettings(rank=4, targets=targets))
     assert all(torch.equal(exact.layers[name].down, part.down) for name, part in lora.layers.items())
 
 
@@ -177,7 +178,7 @@ def test_what_is_private_and_what_is_borrowed_in_training(
     borrowed = [p.untyped_storage().data_ptr() in lent for p in frozen]
     assert {p.dtype for p in frozen} == {dtype}
     assert all(borrowed) if precision == "fp32" else not any(borrowed)
-    assert {p.dtype for p in recipe.lora.parameters()} == {torch.float32}
+    assert {p.dtype for p in recipe.trainee.parameters()} == {torch.float32}
     state = recipe.train_step(1e-3)
     assert torch.isfinite(state)
     moments = [entry["exp_avg"].dtype for entry in recipe.optimizer.state_dict()["state"].values()]
@@ -191,7 +192,7 @@ def test_what_is_private_and_what_is_borrowed_in_training(
 
 def full_adapter(base: BaseWeights, **values: Any) -> Adapter:
     """Random numbers in every layer that a preset adapts."""
-    lora = TrainedLora(base.family.build(base), TrainSettings(rank=4, **values))
+    lora = TrainedAdapter(base.family.build(base), TrainSettings(rank=4, **values))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for part in lora.layers.values():
@@ -223,7 +224,7 @@ def test_merging_is_linear_in_the_strength(base: BaseWeights) -> None:
 def test_merging_equals_the_adapter_beside_the_model(base: BaseWeights) -> None:
     adapter = full_adapter(base, alpha=2.0)
     merged, beside = base.family.build(base), base.family.build(base)
-    TrainedLora(beside, TrainSettings(rank=4, alpha=2.0)).load(adapter)
+    TrainedAdapter(beside, TrainSettings(rank=4, alpha=2.0)).load(adapter)
     merge_into(merged, adapter, 1.0)
     assert (predicted(merged) - predicted(base.family.build(base))).abs().max() > 0.01
     torch.testing.assert_close(predicted(merged), predicted(beside), rtol=0, atol=1e-4)

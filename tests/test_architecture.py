@@ -29,6 +29,7 @@ FLOORS = {
     "pace": 1,
     # the adapter file
     "kohya": 2,
+    "layers": 2,
     # models
     "families": 3,
     "families.base": 3,

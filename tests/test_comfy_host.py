@@ -1,18 +1,40 @@
-"""The harness itself: the checkpoints it makes have SD 1.5's shape, and a real ComfyUI loads and samples them."""
+"""The harness itself: its checkpoints have the shapes of published models, and ComfyUI loads and samples them."""
 
 from __future__ import annotations
 
 import io
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import SHAPES, clip_shapes, sd15_checkpoint, sd15_state_dict, unet_shapes, vae_shapes
+from checkpoints import (
+    OPEN_CLIP_PREFIX,
+    SD2_SHAPES,
+    SDXL_CLIP_PREFIX,
+    SDXL_OPEN_CLIP_PREFIX,
+    SDXL_SHAPES,
+    SHAPES,
+    UNET_PREFIX,
+    Entry,
+    clip_shapes,
+    sd2_checkpoint,
+    sd2_state_dict,
+    sd15_checkpoint,
+    sd15_state_dict,
+    sdxl_checkpoint,
+    sdxl_state_dict,
+    unet_shapes,
+    vae_shapes,
+)
+from checkpoints_folders import diffusers_folder
 from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, PromptRejected, ServerFailed, find_comfyui
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 comfy = pytest.mark.comfy
@@ -21,16 +43,69 @@ needs_comfyui = pytest.mark.skipif(
 )
 
 
-def test_full_shape_is_that_of_sd15() -> None:
-    """Counts of tensors and parameters as in v1-5-pruned (without CLIP's position_ids)."""
+def numbers(entries: Iterable[Entry]) -> tuple[int, int]:
+    """How many tensors and parameters there are; every name occurs once."""
+    listed = list(entries)
+    assert len({name for name, _ in listed}) == len(listed)
+    return len(listed), sum(math.prod(dims) for _, dims in listed)
+
+
+def test_full_shapes_are_those_of_the_published_files() -> None:
+    """Counts of tensors and parameters as in v1-5-pruned, v2-1_768 and sd_xl_base_1.0 (without position_ids)."""
+    sd2, sdxl = SD2_SHAPES["full"].text_encoders(), SDXL_SHAPES["full"].text_encoders()
     for entries, tensors, parameters in (
         (unet_shapes(SHAPES["full"]), 686, 859_520_964),
         (vae_shapes(SHAPES["full"]), 248, 83_653_863),
         (clip_shapes(SHAPES["full"]), 196, 123_060_480),
+        (unet_shapes(SD2_SHAPES["full"]), 686, 865_910_724),
+        (sd2[OPEN_CLIP_PREFIX], 294, 354_032_641),
+        (unet_shapes(SDXL_SHAPES["full"]), 1680, 2_567_463_684),
+        (sdxl[SDXL_CLIP_PREFIX], 196, 123_060_480),
+        (sdxl[SDXL_OPEN_CLIP_PREFIX], 390, 694_659_841),
     ):
-        listed = list(entries)
-        assert len({name for name, _ in listed}) == tensors
-        assert sum(math.prod(dims) for _, dims in listed) == parameters
+        assert numbers(entries) == (tensors, parameters)
+
+
+@pytest.mark.parametrize(
+    ("size", "millions"), [("ssd1b", 1_331), ("vega", 745), ("koala700m", 782), ("koala1b", 1_161)]
+)
+def test_relatives_of_sdxl_have_their_published_sizes(size: str, millions: int) -> None:
+    _, parameters = numbers(unet_shapes(SDXL_SHAPES[size]))
+    assert parameters // 1_000_000 == millions
+
+
+def test_velocity_is_marked_as_in_published_files() -> None:
+    twelve_blocks = replace(SD2_SHAPES["tiny"], channel_mult=(1, 1, 1, 1), num_res_blocks=2)
+    plain, velocity = sd2_state_dict(twelve_blocks), sd2_state_dict(twelve_blocks, velocity=True)
+    (changed,) = (name for name in plain if not torch.equal(plain[name], velocity[name]))
+    assert changed == UNET_PREFIX + "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+    assert velocity[changed].std() > 0.09
+    marked = sdxl_state_dict("tiny", v_pred=True, ztsnr=True)
+    assert marked.keys() - sdxl_state_dict("tiny").keys() == {"v_pred", "ztsnr"}
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "prediction"),
+    [
+        ("sd2", {}, "epsilon"),
+        ("sd2", {"velocity": True}, "v_prediction"),
+        ("sdxl", {}, "epsilon"),
+        ("sdxl", {"velocity": True, "ztsnr": True}, "v_prediction"),
+        *(("sdxl", {"size": size}, "epsilon") for size in SDXL_SHAPES if size.startswith("tiny-")),
+    ],
+)
+def test_folder_is_a_pipeline_of_diffusers(
+    tmp_path: Path, family: Any, options: dict[str, Any], prediction: str
+) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(diffusers_folder(tmp_path, family, **options))
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.prediction_type == prediction
+    assert pipeline.text_encoder.config.eos_token_id == pipeline.tokenizer.eos_token_id
+    last = pipeline.tokenizer if family == "sd2" else pipeline.tokenizer_2
+    assert last.pad_token_id == 0
+    pixels = pipeline("a photo of a dog", num_inference_steps=1, height=64, width=64, output_type="np").images
+    assert pixels.shape == (1, 64, 64, 3)
+    assert pixels.std() > 0.1
 
 
 def test_same_seed_gives_the_same_weights(tmp_path: Path) -> None:
@@ -61,10 +136,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     checkpoint.unlink()
 
 
-def text_to_image(*, steps: int = 2, width: int = 64) -> dict[str, dict[str, Any]]:
-    """A prompt that samples one square picture from slim.safetensors."""
+def text_to_image(
+    *, steps: int = 2, width: int = 64, checkpoint: str = "slim.safetensors"
+) -> dict[str, dict[str, Any]]:
+    """A prompt that samples one square picture from a checkpoint."""
     return {
-        "model": node("CheckpointLoaderSimple", ckpt_name="slim.safetensors"),
+        "model": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
         "positive": node("CLIPTextEncode", text="a photo of a dog", clip=["model", 1]),
         "negative": node("CLIPTextEncode", text="", clip=["model", 1]),
         "latent": node("EmptyLatentImage", width=width, height=width, batch_size=1),
@@ -101,6 +178,36 @@ class TestComfyUI:
 
     def test_slim_checkpoint_samples_a_picture(self, server: ComfyServer) -> None:
         entry = server.wait(server.queue(text_to_image()))
+        (image,) = entry["outputs"]["save"]["images"]
+        picture = Image.open(io.BytesIO(server.view(image)))
+        assert picture.size == (64, 64)
+        assert max(high - low for low, high in picture.getextrema()) > 20, "the picture is of one colour"
+
+    @pytest.mark.parametrize(
+        ("name", "write", "prediction", "networks"),
+        [
+            ("sd2", sd2_checkpoint, "EPS", ["SD2ClipModel", "BaseModel"]),
+            ("sd2-v", partial(sd2_checkpoint, velocity=True), "V_PREDICTION", ["SD2ClipModel", "BaseModel"]),
+            ("sdxl", sdxl_checkpoint, "EPS", ["SDXLClipModel", "SDXL"]),
+            ("sdxl-v", partial(sdxl_checkpoint, v_pred=True, ztsnr=True), "V_PREDICTION", ["SDXLClipModel", "SDXL"]),
+        ],
+    )
+    def test_slim_checkpoint_of_a_later_family_samples_a_picture(
+        self, server: ComfyServer, name: str, write: Callable[..., Path], prediction: str, networks: list[str]
+    ) -> None:
+        """ComfyUI's log says what it took the file for, and names no tensor that is missing or left over."""
+        path = server.base_dir / "models" / "checkpoints" / f"slim-{name}.safetensors"
+        write(path, size="slim", dtype=torch.float16)
+        said_before = len(server.log())
+        try:
+            entry = server.wait(server.queue(text_to_image(steps=1, checkpoint=path.name)))
+        finally:
+            server.free()
+            path.unlink()
+        log = server.log()[said_before:]
+        assert f"model_type {prediction}\n" in log
+        assert [line.split()[-1] for line in log.splitlines() if "Requested to load" in line][:2] == networks
+        assert not any(word in log for word in ("missing", "unexpected", "left over", "WARNING", "ERROR")), log
         (image,) = entry["outputs"]["save"]["images"]
         picture = Image.open(io.BytesIO(server.view(image)))
         assert picture.size == (64, 64)

@@ -18,14 +18,15 @@ from checkpoints import SHAPES, clip_shapes, unet_shapes, vae_shapes
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import DEMO, ROOT, Recorder
-from pack.trainer.adapters import TrainedLora, merge_into
+from pack.trainer.adapters import TrainedAdapter
+from pack.trainer.applying import merge_into
 from pack.trainer.commands import run_train
 from pack.trainer.config import PriorSettings, TrainCommand, TrainSettings
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.errors import AdapterError
 from pack.trainer.families import identify
 from pack.trainer.families.base import BaseWeights, DiffusionModel
-from pack.trainer.families.ldm import clip_component, unet_component, unet_config, vae_component
+from pack.trainer.families.ldm import unet_component, unet_config, vae_component
 from pack.trainer.kohya import Adapter, LoraLayer, module_name, parse_adapter, read_adapter, write_adapter
 from pack.trainer.metadata import CONFIG_KEY, FINGERPRINT_KEY
 from pack.trainer.weights import open_base
@@ -61,7 +62,7 @@ def sd15() -> BaseWeights:
 def test_unet_modules_are_named_and_shaped_as_kohyas(
     targets: Any, mark: tuple[str, ...], count: int, sd15: BaseWeights
 ) -> None:
-    lora = TrainedLora(sd15.family.build(sd15), TrainSettings(rank=4, targets=targets))
+    lora = TrainedAdapter(sd15.family.build(sd15), TrainSettings(rank=4, targets=targets))
     ours = {name: [list(layer.down.shape), list(layer.up.shape)] for name, layer in lora.layers.items()}
     golden = {
         name: shapes
@@ -324,7 +325,7 @@ def test_diffusers_and_merging_reproduce_the_trained_model(
 ) -> None:
     model = built(demo_base)
     plain = prediction(model)
-    lora = TrainedLora(model, TrainSettings(rank=4, alpha=2.0, targets=targets))
+    lora = TrainedAdapter(model, TrainSettings(rank=4, alpha=2.0, targets=targets))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.layers.values():
@@ -593,20 +594,11 @@ def test_convolutions(down: tuple[int, ...], mid: tuple[int, ...] | None, tiny_b
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
 OTHER_KINDS = {
-    "LoHa": [f"{MODULE}.{part}" for part in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")],
-    "LoKr": [f"{MODULE}.{part}" for part in ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha")],
-    "LoKr, both factorised": [f"{MODULE}.{part}" for part in ("lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "lokr_w2_b")],
     "OFT": [f"{MODULE}.{part}" for part in ("oft_blocks", "alpha")],
-    "DoRA": [f"{MODULE}.{part}" for part in ("lora_down.weight", "lora_up.weight", "alpha", "dora_scale")],
-    "DoRA, diffusers": [
-        f"unet.mid_block.attentions.0.proj_in.{part}"
-        for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-    ],
-    "DoRA, PEFT": [
-        f"base_model.model.mid_block.attentions.0.proj_in.{part}"
-        for part in ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
-    ],
+    "OFT, PEFT": [f"base_model.model.mid_block.attentions.0.proj_in.{part}" for part in ("oft_R.weight", "oft_r")],
+    "OFT beside a LoRA": [f"{MODULE}.{part}" for part in ("lora_down.weight", "lora_up.weight", "oft_diag")],
     "GLoRA": [f"{MODULE}.{part}" for part in ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")],
+    "full differences": [f"{MODULE}.diff", f"{MODULE}.diff_b"],
 }
 
 
@@ -614,9 +606,9 @@ OTHER_KINDS = {
 def test_other_kinds_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     tensors = {name: torch.ones(2, 2) for name in OTHER_KINDS[kind]}
     save_file(tensors, tmp_path / "adapter.safetensors")
-    with pytest.raises(AdapterError, match=kind.split(",")[0]):
+    with pytest.raises(AdapterError, match=kind.split(",")[0].split(" beside")[0]):
         read_adapter(tmp_path / "adapter.safetensors")
-    with pytest.raises(AdapterError, match=kind.split(",")[0]):
+    with pytest.raises(AdapterError, match=kind.split(",")[0].split(" beside")[0]):
         parse_adapter(tensors)
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from helpers import DEMO, Recorder
-from pack.trainer.adapters import TrainedLora, merge_into
+from pack.trainer.adapters import TrainedAdapter
+from pack.trainer.applying import merge_into
 from pack.trainer.config import TrainSettings
 from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.families.base import BaseWeights
@@ -65,7 +66,7 @@ def priors() -> list[Picture]:
 
 def start_of(base: BaseWeights, settings: TrainSettings) -> Adapter:
     """The adapter before the first step."""
-    return TrainedLora(base.family.build(base), settings).adapter()
+    return TrainedAdapter(base.family.build(base), settings).adapter()
 
 
 def draws_of(settings: TrainSettings, kind: str, step: int, micro: int, count: int) -> list[Draw]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from helpers import Recorder
-from pack.trainer.adapters import merge_into
+from pack.trainer.applying import merge_into
 from pack.trainer.config import TrainSettings
 from pack.trainer.dreambooth import train
 from pack.trainer.pictures import load_pictures

@@ -38,7 +38,7 @@ from pack.trainer.dreambooth import train
 from pack.trainer.errors import TrainerError, WeightsError
 from pack.trainer.families import identify
 from pack.trainer.families.base import BaseWeights, DiffusionModel
-from pack.trainer.families.ldm import clip_component, unet_component, unet_config, vae_component, with_prefix
+from pack.trainer.families.ldm import unet_component, unet_config, vae_component, with_prefix
 from pack.trainer.kohya import Adapter, LoraLayer, write_adapter
 from pack.trainer.pictures import load_pictures
 from pack.trainer.weights import HostTensors, load_tokenizer, open_base

@@ -1,81 +1,120 @@
-"""Adapters on a built model: injected with PEFT for training, read back, or merged into weights for generation."""
+"""An adapter being trained: PEFT layers inside a model's networks, seen under the names of the adapter file."""
 
 from __future__ import annotations
 
-import logging
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .checkpoint import Saved
 from .config import TrainSettings
 from .errors import AdapterError, SettingsError
-from .families.base import BaseWeights, DiffusionModel, Family
-from .kohya import PREFIXES, Adapter, LoraLayer, module_name
-from .original_names import diffusers_name
+from .families.base import DiffusionModel
+from .kinds import DORA_SCALE, KINDS, PEFT_NAME, Shape, start_of
+from .kohya import Adapter
+from .layers import make_layer
+from .modules import adaptable_modules, canonical_path, networks
 from .randomness import generator
-
-logger = logging.getLogger("dreambooth_lora")
-
-_PEFT_NAME = "subject"
-_KNOWN_VERSIONS = ("sd_v1", "sd_v2", "sdxl", "sd3", "flux")
+from .selection import Target, choose_targets, targets_of
 
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """The trained tensors of one module: the parameters themselves, float32."""
+    """The trained parameters of one module, float32, under the names that follow the module's in a file."""
 
-    down: nn.Parameter
-    up: nn.Parameter
-    alpha: float
+    target: Target
+    parts: Mapping[str, nn.Parameter]
+
+    def saved_shape(self, part: str) -> tuple[int, ...]:
+        """A part's shape in the file; PEFT holds DoRA's magnitudes in another one."""
+        shape = tuple(self.parts[part].shape)
+        if part != DORA_SCALE:
+            return shape
+        return (self.parts[part].numel(), *[1] * (self.parts["lora_down.weight"].ndim - 1))
 
 
-class TrainedLora:
-    """A LoRA being trained: PEFT layers inside a model's UNet, seen under kohya's names."""
+class TrainedAdapter:
+    """An adapter inside a model's UNet and text encoders, whatever its kind."""
 
-    def __init__(self, model: DiffusionModel, settings: TrainSettings) -> None:
+    def __init__(self, model: DiffusionModel, settings: TrainSettings, start: Adapter | None = None) -> None:
         """Inject the adapter.
 
-        The start depends on the seed and each module's name alone: `down` is Kaiming-uniform as PEFT's default
-        (a = √5), `up` is zero, so that the model predicts at first as without an adapter.
-        """
-        from peft import LoraConfig, inject_adapter_in_model
+        Its start depends on the seed and each module's name alone, and leaves the model's predictions as they are.
 
-        alpha = settings.scale * settings.rank
-        targets = model.family.targets[settings.targets]
-        config = LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=targets, init_lora_weights=True)
-        with torch.random.fork_rng(devices=[]):
-            inject_adapter_in_model(config, model.unet, adapter_name=_PEFT_NAME)
+        Args:
+            model: A built model; its networks get PEFT's layers.
+            settings: Kind, layers, ranks, seed.
+            start: An adapter to go on from: its kind, layers, ranks and alphas replace the settings'.
+
+        Raises:
+            SettingsError: The settings do not fit the model.
+            AdapterError: `start` does not.
+        """
+        self._kind = KINDS[kind_of(start) if start else settings.adapter]
+        self._max_norm = settings.max_norm
+        targets = planned_targets(model, settings, start)
+        weights = {
+            (component, path): module.weight
+            for component, modules in adaptable_modules(model).items()
+            for path, module in modules.items()
+        }
+        self._inject(model, targets, settings)
         self.layers: dict[str, TrainedLayer] = {}
-        for path, module in model.unet.named_modules():
-            if not hasattr(module, "lora_A"):
-                continue
-            down, up = module.lora_A[_PEFT_NAME], module.lora_B[_PEFT_NAME]
-            for part in (down, up):
-                part.to(torch.float32, memory_format=torch.contiguous_format)
-                part.requires_grad_(True)
-            name = module_name("unet", path)
-            start = torch.empty(down.weight.shape)
-            bound = math.sqrt(6 / ((1 + 5) * start[0].numel()))
-            start.uniform_(-bound, bound, generator=generator(settings.seed, "start", name))
-            with torch.no_grad():
-                down.weight.copy_(start)
-                up.weight.zero_()
-            self.layers[name] = TrainedLayer(down.weight, up.weight, alpha)
+        injected = _injected(model)
+        for target in targets:
+            module = injected[target.component, target.path]
+            parts = self._kind.parts(module)
+            for part, parameter in parts.items():
+                parameter.data = torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+                source = generator(settings.seed, "start", target.name, part)
+                weight = weights[target.component, target.path]
+                with torch.no_grad():
+                    parameter.copy_(start_of(self._kind, part, parameter.shape, weight, source))
+                parameter.requires_grad_(True)
+            self.layers[target.name] = TrainedLayer(target, parts)
+            module.scaling[PEFT_NAME] = _scale(target, parts)
+        if start:
+            self._load(start)
+
+    def _inject(self, model: DiffusionModel, targets: Sequence[Target], settings: TrainSettings) -> None:
+        """Let PEFT put its layers in, once for each network and rank."""
+        from peft import inject_adapter_in_model
+
+        places: dict[tuple[str, int], list[str]] = {}
+        for target in targets:
+            places.setdefault((target.component, target.rank), []).append(target.path)
+        with torch.random.fork_rng(devices=[]):
+            for (component, rank), paths in places.items():
+                network = networks(model)[component]
+                found = {canonical_path(component, path): path for path, _ in network.named_modules()}
+                pattern = "|".join(re.escape(found[path]) for path in paths)
+                shape = Shape(f"({pattern})", rank, settings.dropout, settings.lokr_factor)
+                inject_adapter_in_model(self._kind.config(shape), network, adapter_name=PEFT_NAME)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Component → its trained parameters, in an order that depends on the modules' names alone."""
+        found: dict[str, list[nn.Parameter]] = {}
+        for layer in self.layers.values():
+            found.setdefault(layer.target.component, []).extend(layer.parts.values())
+        return found
 
     def parameters(self) -> list[nn.Parameter]:
-        """The trained parameters, in an order that depends on the module names alone."""
-        return [p for name in sorted(self.layers) for p in (self.layers[name].down, self.layers[name].up)]
+        """All trained parameters."""
+        return [parameter for group in self.groups().values() for parameter in group]
 
     def adapter(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of the current state on the CPU, float32."""
-        layers = {
-            name: LoraLayer(layer.down.detach().cpu().clone(), layer.up.detach().cpu().clone(), layer.alpha)
-            for name, layer in self.layers.items()
-        }
+        layers = {}
+        for name, layer in self.layers.items():
+            parts = {
+                part: parameter.detach().cpu().reshape(layer.saved_shape(part)).clone()
+                for part, parameter in layer.parts.items()
+            }
+            layers[name] = make_layer(name, parts, layer.target.alpha)
         return Adapter(layers, metadata or {})
 
     def load(self, adapter: Adapter) -> None:
@@ -88,114 +127,99 @@ class TrainedLora:
             raise AdapterError(
                 "The checkpoint adapts other modules than this run.", "Start anew with --resume never or another name."
             )
-        with torch.no_grad():
-            for name, layer in self.layers.items():
-                layer.down.copy_(adapter.layers[name].down)
-                layer.up.copy_(adapter.layers[name].up)
+        self._load(adapter)
+
+    def _load(self, adapter: Adapter) -> None:
+        for name, layer in self.layers.items():
+            tensors = adapter.layers[name].tensors()
+            shapes = {part: layer.saved_shape(part) for part in layer.parts}
+            if {part: tuple(tensor.shape) for part, tensor in tensors.items()} != shapes:
+                found = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+                raise AdapterError(
+                    f"{name} of the adapter has the tensors {found}, and this run trains {shapes}.",
+                    "Start from an adapter that was trained here, with the same settings (lokr_factor).",
+                )
+            with torch.no_grad():
+                for part, parameter in layer.parts.items():
+                    parameter.copy_(tensors[part].reshape(parameter.shape))
+
+    def saved(self, metadata: Mapping[str, str]) -> Saved:
+        """A copy of the current state, as a complete adapter."""
+        return Saved(adapter=self.adapter(metadata))
+
+    def restore(self, saved: Saved) -> None:
+        """Set the parameters to a saved state of the same run.
+
+        Raises:
+            AdapterError: It is another run's.
+        """
+        self.load(saved.adapter or Adapter({}))
 
     def is_finite(self) -> bool:
         """Whether every trained number is finite."""
         return all(bool(torch.isfinite(p.detach().cpu()).all()) for p in self.parameters())
 
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Shrink every layer's change to `max_norm`, if there is a limit, all its factors alike (kohya's way)."""
+        if not self._max_norm:
+            return
+        for layer in self.layers.values():
+            factors = {part: parameter for part, parameter in layer.parts.items() if part != DORA_SCALE}
+            norm = self._kind.norm(factors) * _scale(layer.target, factors)
+            shrink = (self._max_norm / norm.clamp(min=self._max_norm)) ** (1 / len(factors))
+            for parameter in factors.values():
+                parameter.mul_(shrink)
 
-def require_rank_fits(base: BaseWeights, settings: TrainSettings) -> None:
-    """Check, before anything is built, that no adapted layer is smaller than the rank.
+
+def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapter | None) -> list[Target]:
+    """The modules that a run trains.
 
     Raises:
-        SettingsError: Names the smallest layer and its size.
+        SettingsError: The settings do not fit the model, or `start`.
+        AdapterError: `start` does not fit the model.
     """
-    targets = re.compile(base.family.targets[settings.targets])
-    sizes = {
-        name.removesuffix(".weight"): min(tensor.shape[:2])
-        for name, tensor in base.unet.tensors.items()
-        if name.endswith(".weight") and targets.fullmatch(name.removesuffix(".weight"))
-    }
-    smallest = min(sizes, key=lambda path: sizes[path])
-    if settings.rank > sizes[smallest]:
+    if start is None:
+        return choose_targets(model, settings)
+    targets = targets_of(model, start)
+    for component in {target.component for target in targets} - {"unet"} - set(settings.text_rates):
         raise SettingsError(
-            f"rank {settings.rank} is above the size of the layer {smallest} ({sizes[smallest]}).",
-            f"Set the rank to at most {sizes[smallest]}; 4 to 32 are usual.",
+            f"The adapter to start from has a part for the {component}, and {component}_lr is 0.",
+            f"Set {component}_lr, such as 5e-5, so that this part is trained on, too.",
         )
+    for component in set(settings.text_rates) - {target.component for target in targets}:
+        raise SettingsError(
+            f"{component}_lr is set, but the adapter to start from has no part for the {component}.",
+            f"Set {component}_lr to 0, or start without an adapter.",
+        )
+    return targets
 
 
-def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None:
-    """Add an adapter to a model's weights; the touched weights become private copies, all others stay as they are.
-
-    Args:
-        model: A built model; its UNet and text encoders are changed.
-        adapter: What to add.
-        strength: Factor; 1 is as trained.
+def kind_of(adapter: Adapter) -> str:
+    """The setting's name of an adapter's kind.
 
     Raises:
-        AdapterError: The adapter was made for another family, or none of its modules fits.
+        AdapterError: It is of a kind that can't be trained on.
     """
-    _require_family(model.family, adapter.metadata)
-    modules = _adaptable_modules(model)
-    found = {name: modules.get(_current_name(name, model)) for name in adapter.layers}
-    unknown = [name for name, module in found.items() if module is None]
-    if len(unknown) == len(found):
+    found = next((name for name, kind in KINDS.items() if kind.title == adapter.kind), None)
+    if found is None:
         raise AdapterError(
-            f"None of the adapter's {len(unknown)} modules exists in this {model.family.title} model, "
-            f"e.g. {unknown[0]}.",
-            "Use an adapter that was made for the base model's family.",
+            f"The adapter to start from is of the kind {adapter.kind}, which can't be trained on.",
+            f"Start from one of: {', '.join(kind.title for kind in KINDS.values())}.",
         )
-    if unknown:
-        logger.warning(
-            "%d of the adapter's %d modules don't exist in this model and are left out, e.g. %s",
-            len(unknown),
-            len(found),
-            unknown[0],
-        )
-    fitting = [(name, module) for name, module in found.items() if module is not None]
-    for name, module in fitting:  # all are looked at before the first is changed
-        _require_shape(name, adapter.layers[name], module)
-    for name, module in fitting:
-        weight = module.weight
-        delta = adapter.layers[name].delta().to(weight.device).reshape(weight.shape)
-        changed = weight.detach().float() + strength * delta
-        module.weight = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+    return found
 
 
-def _require_family(family: Family, metadata: Mapping[str, str]) -> None:
-    """Refuse an adapter that says it was made for another family, in Stability's words or in kohya's."""
-    architecture = metadata.get("modelspec.architecture", "").split("/")[0]
-    version = metadata.get("ss_base_model_version", "")
-    foreign_version = version.startswith(_KNOWN_VERSIONS) and version != family.base_version
-    if (architecture and architecture != family.architecture) or (not architecture and foreign_version):
-        raise AdapterError(
-            f"The adapter was made for {architecture or version}, but the base model is {family.title}.",
-            "Use a base model of the adapter's family, or an adapter of the base model's family.",
-        )
+def _scale(target: Target, parts: Mapping[str, Tensor]) -> float:
+    """What a layer's change is multiplied by; a LoKr of two whole factors has no rank to scale by."""
+    return 1.0 if {"lokr_w1", "lokr_w2"} <= set(parts) else target.alpha / target.rank
 
 
-def _current_name(name: str, model: DiffusionModel) -> str:
-    """The module's kohya name in diffusers' words, if it is in the original layout's."""
-    if name.startswith("lora_te1_") and len(model.text_encoders) == 1:  # as diffusers' converter writes
-        return PREFIXES["text_encoder"] + name.removeprefix("lora_te1_")
-    prefix = PREFIXES["unet"]
-    if not name.startswith(prefix):
-        return name
-    return prefix + diffusers_name(name.removeprefix(prefix), int(model.unet.config.layers_per_block))
-
-
-def _require_shape(name: str, layer: LoraLayer, module: nn.Linear | nn.Conv2d) -> None:
-    out, *inside = layer.up.shape[0], *layer.down.shape[1:]
-    if layer.mid is not None:
-        inside = [layer.down.shape[1], *layer.mid.shape[2:]]
-    shape = (out, *inside)
-    plain = [tuple(one[:2]) + tuple(side for side in one[2:] if side != 1) for one in (shape, module.weight.shape)]
-    if plain[0] != plain[1]:
-        raise AdapterError(
-            f"The adapter's module {name} has the shape {shape}, the model's {tuple(module.weight.shape)}.",
-            "Use an adapter that was made for a model of this shape.",
-        )
-
-
-def _adaptable_modules(model: DiffusionModel) -> dict[str, nn.Linear | nn.Conv2d]:
-    networks = {"unet": model.unet, **model.text_encoders}
+def _injected(model: DiffusionModel) -> dict[tuple[str, str], Any]:
+    """(component, path) → the layers that PEFT put in."""
     return {
-        module_name(component, path): module
-        for component, network in networks.items()
+        (component, canonical_path(component, path)): module
+        for component, network in networks(model).items()
         for path, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if hasattr(module, "base_layer")
     }

@@ -6,7 +6,7 @@ it, so that every training step still draws its own sample.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from .errors import WeightsError
 from .events import Listener, Note, Phase, stop_if_asked
 from .families.base import Conditioning, DiffusionModel
 from .files import write_atomic
-from .pictures import Picture, crop, to_pixels
+from .pictures import Picture, crop, crop_place, to_pixels
 from .randomness import Draw
+
+_PARTS = ("mean", "std", "caption", "size")
 
 
 @dataclass(frozen=True)
@@ -32,11 +34,13 @@ class LatentSet:
             autoencoder's scaling factor. Version 1, if any, is the mirrored picture.
         std: Posterior standard deviation, likewise.
         caption: Row of each picture's caption in the encodings, (pictures,), int64.
+        size: Original height and width, top and left of the crop, target height and width: (pictures, 6), float32.
     """
 
     mean: Tensor
     std: Tensor
     caption: Tensor
+    size: Tensor
 
     def __len__(self) -> int:
         return len(self.mean)
@@ -62,16 +66,12 @@ class Cache:
     Attributes:
         instance: The subject's pictures.
         prior: The class pictures; None without.
-        text: Encodings of the distinct captions, one row each.
+        text: Tokens of the distinct captions, and encodings of those text encoders that are not trained; one row each.
     """
 
     instance: LatentSet
     prior: LatentSet | None
     text: Conditioning
-
-    def to(self, device: torch.device, text_dtype: torch.dtype) -> Cache:
-        """The encodings on `device` in `text_dtype`; the latents stay where they are (they are read row by row)."""
-        return Cache(self.instance, self.prior, {name: rows.to(device, text_dtype) for name, rows in self.text.items()})
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, atomically."""
@@ -80,9 +80,7 @@ class Cache:
         tensors = {f"text.{name}": rows.contiguous() for name, rows in self.text.items()}
         for kind, latents in (("instance", self.instance), ("prior", self.prior)):
             if latents is not None:
-                tensors |= {
-                    f"{kind}.{name}": getattr(latents, name).contiguous() for name in ("mean", "std", "caption")
-                }
+                tensors |= {f"{kind}.{name}": getattr(latents, name).contiguous() for name in _PARTS}
         write_atomic(path, save(tensors))
 
     @classmethod
@@ -95,10 +93,10 @@ class Cache:
             tensors = load(path.read_bytes())
         except (OSError, SafetensorError, ValueError):
             return None
-        if "instance.mean" not in tensors or not any(name.startswith("text.") for name in tensors):
+        if "instance.size" not in tensors or not any(name.startswith("text.") for name in tensors):
             return None
         sets = {
-            kind: LatentSet(*(tensors[f"{kind}.{name}"] for name in ("mean", "std", "caption")))
+            kind: LatentSet(*(tensors[f"{kind}.{name}"] for name in _PARTS))
             for kind in ("instance", "prior")
             if f"{kind}.mean" in tensors
         }
@@ -113,16 +111,19 @@ def build_cache(
     flip: bool,
     device: torch.device,
     listener: Listener,
+    trained: Collection[str] = (),
 ) -> Cache:
     """Encode all pictures and captions.
 
     Args:
-        model: Its autoencoder and text encoders compute in float32 on `device`.
+        model: Its autoencoder and text encoders compute in float32 on `device`, whatever their weights' type: SDXL's
+            autoencoder overflows in half precision.
         sets: "instance" → pictures, and "prior" → pictures (may be empty).
         resolution: Side in pixels.
         flip: Whether mirrored versions of the subject's pictures are needed.
         device: Where to compute.
         listener: Told of the progress; may stop the work.
+        trained: Text encoders that are trained, whose encodings would not last.
 
     Returns:
         The cache, on the CPU.
@@ -132,21 +133,26 @@ def build_cache(
         if model.overlong(caption):
             listener.tell(Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True))
     with torch.no_grad():
-        for network in model.text_encoders.values():
-            place(network, device, torch.float32)
-        batches = [model.encode_prompts(captions[i : i + 16]) for i in range(0, len(captions), 16)]
-        text = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
+        text = model.tokenize(captions)
+        for name, network in model.text_encoders.items():
+            if name not in trained:
+                place(network, device, torch.float32)
+                encoded = encode_in_batches(model, name, text[f"ids{name.removeprefix('text_encoder')}"])
+                text |= {part: rows.cpu() for part, rows in encoded.items()}
         place(model.vae, device, torch.float32)
         total, done = sum(map(len, sets.values())), 0
         latents: dict[str, LatentSet | None] = {}
         for kind, pictures in sets.items():
-            rows = []
+            rows, sizes = [], []
             for picture in pictures:
                 listener.tell(Phase("encoding pictures", done, total))
                 stop_if_asked(listener)
-                rows.append(_posterior(model.vae, picture, resolution, flip and kind == "instance", device))
+                image = picture.open()
+                sizes.append(crop_place(image.size, resolution, resolution))
+                pixels = to_pixels(crop(image, resolution, resolution))
+                rows.append(_posterior(model.vae, picture.name, pixels, flip and kind == "instance", device))
                 done += 1
-            latents[kind] = _stack(rows, [captions.index(picture.caption) for picture in pictures])
+            latents[kind] = _stack(rows, [captions.index(picture.caption) for picture in pictures], sizes)
         listener.tell(Phase("encoding pictures", total, total))
     release(device)
     instance = latents["instance"]
@@ -154,22 +160,32 @@ def build_cache(
     return Cache(instance, latents.get("prior"), text)
 
 
-def _stack(rows: list[tuple[Tensor, Tensor]], captions: list[int]) -> LatentSet | None:
+def encode_in_batches(model: DiffusionModel, encoder: str, ids: Tensor) -> Conditioning:
+    """What one text encoder says of tokens (prompts, tokens), sixteen prompts at a time; carries no gradient."""
+    with torch.no_grad():
+        batches = [model.encode_tokens(encoder, part) for part in torch.split(ids, 16)]
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+
+
+def _stack(
+    rows: list[tuple[Tensor, Tensor]], captions: list[int], sizes: list[tuple[int, int, int, int, int, int]]
+) -> LatentSet | None:
     if not rows:
         return None
     means, stds = zip(*rows, strict=True)
-    return LatentSet(torch.stack(means), torch.stack(stds), torch.tensor(captions))
+    return LatentSet(
+        torch.stack(means), torch.stack(stds), torch.tensor(captions), torch.tensor(sizes, dtype=torch.float32)
+    )
 
 
-def _posterior(vae: Any, picture: Picture, resolution: int, flip: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _posterior(vae: Any, name: str, pixels: Tensor, flip: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     """Scaled mean and standard deviation of one picture: (versions, channels, height, width) each, on the CPU."""
-    pixels = to_pixels(crop(picture.open(), resolution, resolution))
     means, stds = [], []
     for version in [pixels, pixels.flip(-1)] if flip else [pixels]:
         posterior = vae.encode(version[None].to(device)).latent_dist
         if not torch.isfinite(posterior.mean).all():
             raise WeightsError(
-                f"The VAE turns {picture.name} into numbers that are not finite.", "Choose another VAE or checkpoint."
+                f"The VAE turns {name} into numbers that are not finite.", "Choose another VAE or checkpoint."
             )
         means.append(posterior.mean[0] * vae.config.scaling_factor)
         stds.append(posterior.std[0] * vae.config.scaling_factor)

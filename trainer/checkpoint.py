@@ -2,7 +2,8 @@
 
 A run's folder `<name>-<first digits of its fingerprint>` holds `run.json` (the fingerprint and the settings),
 `cache.safetensors` and checkpoints `step-00000100/` with
-    adapter.safetensors    a complete adapter file in float32, which every program loads
+    adapter.safetensors    a complete adapter file in float32, which every program loads; or, in full fine-tuning,
+    weights.safetensors    the trained weights in float32, "<component>.<parameter>"
     optimizer.safetensors  the optimiser's tensors, "<parameter>.<name>"
     state.json             step, losses, and what of the optimiser is not a tensor
 """
@@ -10,22 +11,43 @@ A run's folder `<name>-<first digits of its fingerprint>` holds `run.json` (the 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import TrainSettings
 from .errors import AdapterError, StorageError
+from .families.base import BaseWeights
 from .files import explained_os_errors, folder_written_atomically, remove_leftovers, write_atomic
-from .kohya import Adapter, read_adapter, write_adapter
+from .kohya import Adapter, file_hashes, read_adapter, write_adapter
+from .pictures import Picture
 
 _DIGITS = 12
+_ADAPTER = "adapter.safetensors"
+_WEIGHTS = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What was trained, float32, on the CPU: an adapter, or the weights themselves.
+
+    Attributes:
+        adapter: The adapter, if one was trained.
+        weights: "<component>.<parameter>" → tensor, if the weights were trained.
+        metadata: What a file of the weights says of itself; an adapter has its own.
+    """
+
+    adapter: Adapter | None = None
+    weights: Mapping[str, Tensor] | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -34,13 +56,13 @@ class Checkpoint:
 
     Attributes:
         step: Steps completed.
-        adapter: The adapter, float32.
+        trained: What was trained.
         optimizer: The optimiser's `state_dict()`.
         extra: Whatever else the recipe saved; JSON values.
     """
 
     step: int
-    adapter: Adapter
+    trained: Saved
     optimizer: dict[str, Any]
     extra: dict[str, Any]
 
@@ -111,8 +133,11 @@ class RunFolder:
         path = self.checkpoint_path(checkpoint.step)
         tensors, rest = _split_optimizer(checkpoint.optimizer)
         with folder_written_atomically(path) as folder:
-            write_adapter(folder / "adapter.safetensors", checkpoint.adapter, torch.float32)
+            if checkpoint.trained.adapter:
+                write_adapter(folder / _ADAPTER, checkpoint.trained.adapter, torch.float32)
             try:
+                if checkpoint.trained.weights:
+                    save_file(dict(checkpoint.trained.weights), folder / _WEIGHTS, dict(checkpoint.trained.metadata))
                 save_file(tensors, folder / "optimizer.safetensors")
             except Exception as error:  # safetensors reports a full disk as an error of its own
                 raise StorageError(
@@ -140,13 +165,40 @@ class RunFolder:
         try:
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             tensors = load((path / "optimizer.safetensors").read_bytes())
-            adapter = read_adapter(path / "adapter.safetensors")
-            return Checkpoint(step, adapter, _join_optimizer(tensors, state["optimizer"]), state["extra"])
+            return Checkpoint(step, _read_trained(path), _join_optimizer(tensors, state["optimizer"]), state["extra"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterError) as error:
             raise StorageError(
                 f"The checkpoint {path} is damaged: {error}.",
                 "Delete that folder: the run goes on from the checkpoint before it.",
             ) from error
+
+
+def _read_trained(path: Path) -> Saved:
+    from safetensors.torch import load_file
+
+    if (path / _WEIGHTS).is_file():
+        return Saved(weights=load_file(path / _WEIGHTS))
+    return Saved(adapter=read_adapter(path / _ADAPTER))
+
+
+def run_fingerprint(
+    base: BaseWeights,
+    subject: Sequence[Picture],
+    priors: Sequence[Picture],
+    settings: TrainSettings,
+    precision: str,
+    start: Adapter | None = None,
+) -> str:
+    """Digest of everything on which the trained weights depend."""
+    what = {
+        "recipe": 2,
+        "start": file_hashes(start.state_dict(), {})[0] if start else "",
+        "base": base.fingerprint,
+        "subject": [[picture.digest, picture.caption] for picture in subject],
+        "priors": [[picture.digest, picture.caption] for picture in priors],
+        "settings": settings.result_settings() | {"precision": precision},
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
 def _belongs(path: Path, fingerprint: str) -> bool:

@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .adapters import merge_into
+from .applying import apply_to_base, merge_into
+from .checks import require_trainable
 from .config import BaseSettings, GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
 from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, place
-from .dreambooth import TrainResult, require_trainable, train
+from .dreambooth import Stage, TrainResult, train
 from .errors import SettingsError
 from .events import Listener, Phase
 from .families.base import BaseWeights, DiffusionModel
 from .files import explained_os_errors, require_writable
-from .kohya import read_adapter
+from .kohya import Adapter, read_adapter
 from .pictures import Picture, load_pictures
 from .priors import make_class_pictures, priors_folder
 from .sample import generate
@@ -28,16 +29,19 @@ from .weights import open_base
 def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     """Check everything, make the class pictures, train."""
     pictures = load_pictures(settings.images, settings.instance_prompt, listener)
-    base = _open(settings)
+    start = read_adapter(settings.start_from) if settings.start_from else None
+    stacked = _read_adapters(settings.base_lora)
+    base = apply_to_base(_open(settings), stacked)
     runs = settings.output_dir / "runs"
-    require_trainable(base, settings, settings.output_dir, runs)
+    require_trainable(base, settings, start, settings.output_dir, runs)
     priors = _class_pictures(base, settings, settings.resolution, settings, listener)
-    return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener)
+    stage = Stage(start, stacked)
+    return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener, stage=stage)
 
 
 def run_priors(settings: PriorsCommand, listener: Listener) -> Path:
     """Make class pictures; returns their folder."""
-    base = _open(settings)
+    base = apply_to_base(_open(settings), _read_adapters(settings.base_lora))
     _class_pictures(base, settings, settings.resolution, settings, listener)
     precision = pick_precision(settings.precision, pick_device(settings.device))
     return priors_folder(_priors_root(settings.output_dir), base, settings, settings.resolution, precision)
@@ -45,8 +49,7 @@ def run_priors(settings: PriorsCommand, listener: Listener) -> Path:
 
 def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
     """Draw pictures with a base model and adapters; returns the files."""
-    adapters = [parse_strength(text) for text in settings.lora]
-    loaded = [(read_adapter(path), strength) for path, strength in adapters]
+    loaded = _read_adapters(settings.lora)
     _require_picture_path(settings.output)
     model = ready_model(_open(settings), pick_device(settings.device), settings)
     for adapter, strength in loaded:
@@ -118,8 +121,20 @@ def parse_strength(text: str) -> tuple[Path, float]:
     raise SettingsError(f"{text} is neither a file nor FILE:STRENGTH.", "Write --lora FILE or --lora FILE:0.8.")
 
 
+def _read_adapters(texts: Sequence[str]) -> list[tuple[Adapter, float]]:
+    """Adapters with their strengths, from FILE[:STRENGTH]."""
+    places = [parse_strength(text) for text in texts]
+    return [(read_adapter(path), strength) for path, strength in places]
+
+
 def _open(settings: BaseSettings) -> BaseWeights:
-    return open_base(settings.base, settings.tokenizer)
+    return open_base(
+        settings.base,
+        settings.tokenizer,
+        vae=settings.vae,
+        prediction_type=settings.prediction_type,
+        clip_skip=settings.clip_skip,
+    )
 
 
 def _priors_root(output_dir: Path) -> Path:

@@ -7,101 +7,30 @@ the run's fingerprint.
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
-from .errors import SettingsError
+from .adapter_settings import AdapterSettings
+from .settings import Settings, TidyPath, field_extra, setting
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+PredictionType = Literal["auto", "epsilon", "v_prediction"]
 SchedulerName = Literal["ddim", "pndm", "euler", "dpm++"]
 MAX_SEED = 2**64 - 1
-
-
-def _setting(
-    default: Any,
-    help: str,
-    *,
-    unit: str = "",
-    group: str = "Training",
-    advanced: bool = False,
-    affects_result: bool = True,
-    **constraints: Any,
-) -> Any:
-    extra: Any = {"unit": unit, "group": group, "advanced": advanced, "affects_result": affects_result}
-    return Field(default, description=help, json_schema_extra=extra, **constraints)
-
-
-class Settings(BaseModel):
-    """A set of settings; unknown names are refused, values are checked, nothing can be changed afterwards."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
-
-    @classmethod
-    def checked(cls, values: Mapping[str, Any]) -> Self:
-        """Build from plain values.
-
-        Raises:
-            SettingsError: Names every setting that is unknown or out of range, and what to change.
-        """
-        unknown = [name for name in values if name not in cls.model_fields]
-        if unknown:
-            near = difflib.get_close_matches(unknown[0], cls.model_fields, n=1, cutoff=0.4)
-            raise SettingsError(
-                f"Unknown setting: {', '.join(sorted(unknown))}.",
-                f"Did you mean '{near[0]}'?" if near else "See --help for the settings that exist.",
-            )
-        try:
-            return cls(**values)
-        except ValidationError as error:
-            raise _explained(error) from None
-
-
-def _explained(error: ValidationError) -> SettingsError:
-    problems = []
-    for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
-        message = item["msg"].removeprefix("Value error, ")
-        if item["type"] == "string_pattern_mismatch" and name == "device":
-            message = "must be auto, cpu, cuda, cuda:N or mps"
-        if item["type"] == "missing":
-            problems.append(f"{name} is required and was not given")
-        else:
-            problems.append(f"{name}: {message} (given: {item['input']!r})" if name else message)
-    return SettingsError("; ".join(problems) + ".", "Change the settings named above and start again.")
-
-
-def _tidy_path(value: Any) -> Any:
-    """Tidy a path a person typed: blanks and quotes around it, `~`."""
-    if not isinstance(value, str | Path):
-        return value
-    text = str(value).strip().strip("\"'")
-    if not text:
-        raise ValueError("is empty; give a path")
-    if "\0" in text:
-        raise ValueError("contains a NUL character; type the path again")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError:
-        raise ValueError("names a home folder that does not exist; write the whole path") from None
-
-
-TidyPath = Annotated[Path, BeforeValidator(_tidy_path)]
 
 
 class BaseSettings(Settings):
     """Where the base model comes from and where it runs."""
 
-    base: TidyPath = _setting(
+    base: TidyPath = setting(
         ...,
         "Base model: a single-file checkpoint (.safetensors or .ckpt) or a folder in diffusers' layout.",
         group="Base model",
     )
-    tokenizer: TidyPath | None = _setting(
+    tokenizer: TidyPath | None = setting(
         None,
         "Folder with the CLIP tokenizer (vocab.json, merges.txt). Needed only for a single-file checkpoint that "
         "lies outside a ComfyUI installation; found by itself otherwise.",
@@ -109,7 +38,29 @@ class BaseSettings(Settings):
         advanced=True,
         affects_result=False,
     )
-    device: str = _setting(
+    vae: TidyPath | None = setting(
+        None,
+        "Another autoencoder: a file, or a folder of diffusers. It computes in fp32, so SDXL's own works, too.",
+        group="Base model",
+        advanced=True,
+    )
+    prediction_type: PredictionType = setting(
+        "auto",
+        "What the base model predicts. auto: as the checkpoint or folder says, and for Stable Diffusion 2.x as its "
+        "weights show.",
+        group="Base model",
+        advanced=True,
+    )
+    clip_skip: int = setting(
+        0,
+        "Layer of the text encoders that is read, counted from the end (2: the one before the last); 0: the family's.",
+        unit="layers",
+        group="Base model",
+        advanced=True,
+        ge=0,
+        le=32,
+    )
+    device: str = setting(
         "auto",
         "Device to run on: auto, cpu, cuda, cuda:N or mps.",
         group="Base model",
@@ -122,10 +73,10 @@ class BaseSettings(Settings):
 class SubjectSettings(Settings):
     """The subject's pictures and what they show."""
 
-    images: TidyPath = _setting(
+    images: TidyPath = setting(
         ..., "Pictures of the subject: a folder or a zip file. 3 to 20 pictures are right.", group="Subject"
     )
-    instance_prompt: str = _setting(
+    instance_prompt: str = setting(
         "a photo of sks dog",
         "Caption of every picture that has no .txt file of its own: a rare word and the class of the subject.",
         group="Subject",
@@ -143,10 +94,10 @@ class SubjectSettings(Settings):
 class PriorSettings(Settings):
     """Class pictures, made by the base model itself, that keep the class from turning into the subject."""
 
-    class_prompt: str = _setting(
+    class_prompt: str = setting(
         "", "Prompt of the class pictures, without the rare word: a photo of a dog.", group="Class pictures"
     )
-    prior_count: int = _setting(
+    prior_count: int = setting(
         0,
         "Class pictures to make (0: train without). 100 to 200 are usual.",
         unit="pictures",
@@ -154,15 +105,15 @@ class PriorSettings(Settings):
         ge=0,
         le=10_000,
     )
-    prior_scheduler: SchedulerName = _setting("ddim", "Sampler of the class pictures.", group="Class pictures")
-    prior_steps: int = _setting(
+    prior_scheduler: SchedulerName = setting("ddim", "Sampler of the class pictures.", group="Class pictures")
+    prior_steps: int = setting(
         30, "Denoising steps per class picture.", unit="steps", group="Class pictures", ge=1, le=200
     )
-    prior_guidance: float = _setting(
+    prior_guidance: float = setting(
         7.5, "Classifier-free guidance of the class pictures; 1 is none.", group="Class pictures", ge=0.0, le=100.0
     )
-    prior_seed: int = _setting(0, "Seed of the first class picture.", group="Class pictures", ge=0, le=MAX_SEED)
-    prior_batch_size: int = _setting(
+    prior_seed: int = setting(0, "Seed of the first class picture.", group="Class pictures", ge=0, le=MAX_SEED)
+    prior_batch_size: int = setting(
         4,
         "Class pictures made at once; lower it if the memory does not suffice.",
         unit="pictures",
@@ -183,10 +134,10 @@ class PriorSettings(Settings):
         return self
 
 
-class TrainSettings(Settings):
+class TrainSettings(AdapterSettings):
     """What and how to learn: the recipe's own settings."""
 
-    name: str = _setting(
+    name: str = setting(
         "my-subject",
         "Name of the adapter file, without ending.",
         affects_result=False,
@@ -194,55 +145,45 @@ class TrainSettings(Settings):
         max_length=100,
         pattern=r'^[^<>:"/\\|?*\x00-\x1f]+$',
     )
-    steps: int = _setting(800, "Optimiser steps of the whole run.", unit="steps", ge=1, le=1_000_000)
-    learning_rate: float = _setting(1e-4, "Peak learning rate.", gt=0.0, le=1.0)
-    rank: int = _setting(16, "Rank of the LoRA: how much it can hold.", group="Adapter", ge=1, le=1024)
-    alpha: float | None = _setting(
-        None, "LoRA alpha; the adapter is scaled by alpha / rank. Not set: equal to the rank.", group="Adapter", gt=0.0
-    )
-    targets: Literal["attention", "attention-mlp"] = _setting(
-        "attention-mlp",
-        "Layers that get an adapter: the attention projections (diffusers' choice), or every Linear and "
-        "1×1 convolution of the attention blocks (kohya's choice).",
-        group="Adapter",
-    )
-    resolution: int = _setting(
+    steps: int = setting(800, "Optimiser steps of the whole run.", unit="steps", ge=1, le=1_000_000)
+    learning_rate: float = setting(1e-4, "Peak learning rate.", gt=0.0, le=1.0)
+    resolution: int = setting(
         512, "Side of the training pictures; a multiple of 8.", unit="pixels", ge=32, le=4096, multiple_of=8
     )
-    seed: int = _setting(0, "Seed of the run: order, timesteps, noise and start of the adapter.", ge=0, le=MAX_SEED)
-    batch_size: int = _setting(1, "Subject pictures per forward pass.", unit="pictures", ge=1, le=256, advanced=True)
-    gradient_accumulation: int = _setting(
+    seed: int = setting(0, "Seed of the run: order, timesteps, noise and start of the adapter.", ge=0, le=MAX_SEED)
+    batch_size: int = setting(1, "Subject pictures per forward pass.", unit="pictures", ge=1, le=256, advanced=True)
+    gradient_accumulation: int = setting(
         1, "Forward passes per optimiser step.", unit="passes", ge=1, le=1024, advanced=True
     )
-    prior_weight: float = _setting(
+    prior_weight: float = setting(
         1.0, "Weight λ of the class pictures' loss (prior preservation).", ge=0.0, le=100.0, advanced=True
     )
-    flip: bool = _setting(
+    flip: bool = setting(
         False, "Mirror half of the samples. Not for faces, text or anything asymmetric.", advanced=True
     )
     lr_schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = _setting("constant", "How the learning rate develops (diffusers' schedules).", advanced=True)
-    lr_warmup_steps: int = _setting(
+    ] = setting("constant", "How the learning rate develops (diffusers' schedules).", advanced=True)
+    lr_warmup_steps: int = setting(
         0, "Steps over which the learning rate rises to its peak.", unit="steps", ge=0, advanced=True
     )
-    max_grad_norm: float = _setting(
+    max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm; 0: not clipped.", ge=0.0, le=1000.0, advanced=True
     )
-    weight_decay: float = _setting(0.01, "AdamW's weight decay.", ge=0.0, le=1.0, advanced=True)
-    precision: Precision = _setting(
+    weight_decay: float = setting(0.01, "AdamW's weight decay.", ge=0.0, le=1.0, advanced=True)
+    precision: Precision = setting(
         "auto",
         "Precision of the base model while training: auto takes bf16 where the GPU has it, else fp16 on CUDA "
         "and fp32 elsewhere. The adapter itself is always trained in fp32.",
         advanced=True,
     )
-    gradient_checkpointing: bool = _setting(
+    gradient_checkpointing: bool = setting(
         False,
         "Recompute activations in the backward pass: about half the memory, about a third slower.",
         advanced=True,
         affects_result=False,
     )
-    checkpoint_every: int = _setting(
+    checkpoint_every: int = setting(
         100,
         "Steps between checkpoints; 0: only at the end.",
         unit="steps",
@@ -251,17 +192,17 @@ class TrainSettings(Settings):
         advanced=True,
         affects_result=False,
     )
-    keep_checkpoints: int = _setting(
+    keep_checkpoints: int = setting(
         3, "How many checkpoints are kept.", group="Saving", ge=1, le=1000, advanced=True, affects_result=False
     )
-    resume: Literal["auto", "never"] = _setting(
+    resume: Literal["auto", "never"] = setting(
         "auto",
         "auto: go on with the same run where it stopped, and return it if it is finished. never: start anew.",
         group="Saving",
         advanced=True,
         affects_result=False,
     )
-    save_precision: Literal["fp16", "bf16", "fp32"] = _setting(
+    save_precision: Literal["fp16", "bf16", "fp32"] = setting(
         "fp16", "Precision of the adapter file.", group="Saving", advanced=True, affects_result=False
     )
 
@@ -289,21 +230,21 @@ class TrainSettings(Settings):
         return self
 
     @property
-    def scale(self) -> float:
-        """What the adapter's output is multiplied by: alpha / rank."""
-        return (self.rank if self.alpha is None else self.alpha) / self.rank
+    def text_encoder_steps(self) -> int:
+        """Step after which trained text encoders stay as they are."""
+        return max(1, round(self.steps * self.text_encoder_until))
 
     @property
     def length_changes_the_course(self) -> bool:
-        """Whether a longer run takes other steps from the start, because the rate depends on the length."""
-        return self.lr_schedule not in ("constant", "constant_with_warmup")
+        """Whether a longer run takes other steps from the start, because a rate depends on the length."""
+        return self.lr_schedule not in ("constant", "constant_with_warmup") or self.text_encoder_until < 1
 
     def result_settings(self) -> dict[str, Any]:
         """The settings on which the trained weights depend; with a steady rate, not the run's length."""
         values = {
             name: getattr(self, name)
             for name in TrainSettings.model_fields
-            if field_extra(TrainSettings, name)["affects_result"]
+            if field_extra(TrainSettings, name)["affects_result"] and name != "start_from"  # its content counts
         }
         if not self.length_changes_the_course:
             del values["steps"]
@@ -311,10 +252,21 @@ class TrainSettings(Settings):
         return values
 
 
+class StageSettings(Settings):
+    """Two-stage training."""
+
+    base_lora: tuple[str, ...] = setting(
+        (),
+        "Adapter to apply to the base before training, with an optional strength: FILE or FILE:0.8. May be given "
+        "several times.",
+        group="Base model",
+    )
+
+
 class OutputSettings(Settings):
     """Where the command line writes."""
 
-    output_dir: TidyPath = _setting(
+    output_dir: TidyPath = setting(
         Path("output"),
         "Folder for the adapter file; run state and class pictures go into runs/ and class-pictures/ in it.",
         group="Saving",
@@ -322,7 +274,7 @@ class OutputSettings(Settings):
     )
 
 
-class TrainCommand(TrainSettings, BaseSettings, SubjectSettings, PriorSettings, OutputSettings):
+class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, PriorSettings, OutputSettings):
     """Everything that `train` takes."""
 
     @model_validator(mode="after")
@@ -331,10 +283,12 @@ class TrainCommand(TrainSettings, BaseSettings, SubjectSettings, PriorSettings, 
             raise ValueError(
                 "class_prompt equals instance_prompt: leave the rare word out of class_prompt ('a photo of a dog')"
             )
+        if self.combine and not self.base_lora:
+            raise ValueError("combine is on but there is nothing to combine with: give base_lora or turn combine off")
         return self
 
 
-class PriorsCommand(BaseSettings, PriorSettings, OutputSettings):
+class PriorsCommand(StageSettings, BaseSettings, PriorSettings, OutputSettings):
     """Everything that `priors` takes."""
 
     resolution: int = TrainSettings.model_fields["resolution"]  # type: ignore[assignment]
@@ -350,20 +304,18 @@ class PriorsCommand(BaseSettings, PriorSettings, OutputSettings):
 class GenerateSettings(BaseSettings):
     """Everything that `generate` takes."""
 
-    lora: tuple[str, ...] = _setting(
+    lora: tuple[str, ...] = setting(
         (), "Adapter file, with an optional strength: FILE or FILE:0.8. May be given several times.", group="Picture"
     )
-    prompt: str = _setting(..., "What to draw.", group="Picture")
-    negative_prompt: str = _setting("", "What not to draw.", group="Picture")
-    steps: int = _setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=200)
-    scheduler: SchedulerName = _setting("ddim", "Sampler.", group="Picture")
-    guidance: float = _setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
-    seed: int = _setting(
-        0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED
-    )
-    count: int = _setting(1, "Pictures to make.", unit="pictures", group="Picture", ge=1, le=10_000)
-    size: str = _setting("512", "Size: SIDE or WIDTHxHEIGHT, multiples of 8.", unit="pixels", group="Picture")
-    output: TidyPath = _setting(
+    prompt: str = setting(..., "What to draw.", group="Picture")
+    negative_prompt: str = setting("", "What not to draw.", group="Picture")
+    steps: int = setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=200)
+    scheduler: SchedulerName = setting("ddim", "Sampler.", group="Picture")
+    guidance: float = setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
+    seed: int = setting(0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED)
+    count: int = setting(1, "Pictures to make.", unit="pictures", group="Picture", ge=1, le=10_000)
+    size: str = setting("512", "Size: SIDE or WIDTHxHEIGHT, multiples of 8.", unit="pixels", group="Picture")
+    output: TidyPath = setting(
         Path("picture.png"), "File to write; with several pictures a number is added.", group="Picture"
     )
     precision: Precision = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
@@ -383,10 +335,3 @@ class GenerateSettings(BaseSettings):
         """Width and height in pixels."""
         sides = [int(side) for side in self.size.lower().split("x")]
         return sides[0], sides[-1]
-
-
-def field_extra(settings: type[Settings], name: str) -> dict[str, Any]:
-    """Unit, group, advanced and affects_result of a field."""
-    extra = settings.model_fields[name].json_schema_extra
-    assert isinstance(extra, dict)
-    return dict(extra)

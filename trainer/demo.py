@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .adapters import merge_into
+from .applying import merge_into
 from .commands import ready_model, run_train
 from .config import GenerateSettings, TrainCommand
 from .devices import pick_device

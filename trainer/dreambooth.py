@@ -5,34 +5,53 @@ Read `DreamBooth.run` first, then its methods in order: open_run, prepare, resum
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import json
+import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .adapters import TrainedLora, require_rank_fits
-from .cache import Cache, LatentSet, build_cache
-from .checkpoint import Checkpoint, RunFolder
+from .batches import draw_batch
+from .cache import Cache, build_cache
+from .captions import Captions
+from .checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
+from .checks import require_prediction_type, require_trainable
 from .config import TrainSettings
-from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, place, release, reset_peak_memory
-from .errors import AdapterError, CancelledError, DivergedError
+from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
+from .errors import CancelledError, DivergedError
 from .events import Listener, Note, SilentListener
+from .export import export
 from .families.base import BaseWeights, DiffusionModel
-from .files import free_path, require_writable
-from .kohya import Adapter, read_adapter, write_adapter
-from .metadata import FINGERPRINT_KEY, RunFacts, training_metadata
-from .optimization import accelerate_state_kept, learning_rate_factor, make_accelerator, make_optimizer
+from .kohya import Adapter
+from .metadata import RunFacts, training_metadata
+from .optimization import (
+    accelerate_state_kept,
+    learning_rate_factor,
+    make_accelerator,
+    make_optimizer,
+    set_learning_rates,
+)
 from .pace import Pace
 from .pictures import Picture
-from .randomness import Draw, draw
+from .randomness import seeded
+from .trainee import Trainee, begin
 
-_ROOM = 50_000_000  # bytes that an adapter and its checkpoints take at the least
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a run builds upon beside the base model.
+
+    Attributes:
+        start: An adapter to go on training.
+        stacked: Adapters that were applied to the base, with their strengths; for a file that holds them, too.
+    """
+
+    start: Adapter | None = None
+    stacked: Sequence[tuple[Adapter, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -40,16 +59,18 @@ class TrainResult:
     """What a run gives.
 
     Attributes:
-        adapter: The trained adapter as it stands in the file.
+        adapter: The trained adapter as it stands in the file; of full fine-tuning the extracted one.
         path: The adapter file.
         run: The run's folder, with its checkpoints.
         started_from: Step from which this call went on; equal to the number of steps if the run was finished.
+        checkpoint: The checkpoint file of full fine-tuning; None otherwise.
     """
 
     adapter: Adapter
     path: Path
     run: Path
     started_from: int
+    checkpoint: Path | None
 
 
 def train(
@@ -61,8 +82,11 @@ def train(
     runs_dir: Path,
     device: str = "auto",
     listener: Listener | None = None,
+    *,
+    stage: Stage | None = None,
+    checkpoints_dir: Path | None = None,
 ) -> TrainResult:
-    """Train a LoRA on a subject, or go on with a run that was interrupted, or return one that is finished.
+    """Train an adapter on a subject, or go on with a run that was interrupted, or return one that is finished.
 
     Args:
         base: The opened base model. Its tensors are borrowed and never written to.
@@ -73,6 +97,8 @@ def train(
         runs_dir: Folder of all runs' state.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         listener: Told what happens; may stop the run after any step.
+        stage: What is built upon beside the base.
+        checkpoints_dir: Folder of the checkpoint file of full fine-tuning; the adapter's if None.
 
     Raises:
         CancelledError: The listener stopped the run; a checkpoint was written.
@@ -81,7 +107,9 @@ def train(
         SettingsError: The settings don't fit the model or the device.
         StorageError: The folders can't be written or have no room.
     """
-    recipe = DreamBooth(base, subject, priors, settings, output_dir, runs_dir, pick_device(device), listener)
+    recipe = DreamBooth(
+        base, subject, priors, settings, output_dir, runs_dir, pick_device(device), listener, stage, checkpoints_dir
+    )
     with accelerate_state_kept():
         try:
             with explained_memory_errors(_LOWER):
@@ -90,37 +118,12 @@ def train(
             recipe.clean_up()
 
 
-def require_trainable(base: BaseWeights, settings: TrainSettings, output_dir: Path, runs_dir: Path) -> None:
-    """Check what can be checked at once, so that a mistake is told before class pictures are made, not after.
-
-    Raises:
-        SettingsError: The rank does not fit the model.
-        StorageError: A folder can't be written, or its disk is full.
-    """
-    require_rank_fits(base, settings)
-    require_writable(output_dir, _ROOM)
-    require_writable(runs_dir, _ROOM)
-
-
-def run_fingerprint(
-    base: BaseWeights, subject: Sequence[Picture], priors: Sequence[Picture], settings: TrainSettings, precision: str
-) -> str:
-    """Digest of everything on which the trained weights depend."""
-    what = {
-        "recipe": 1,
-        "base": base.fingerprint,
-        "subject": [[picture.digest, picture.caption] for picture in subject],
-        "priors": [[picture.digest, picture.caption] for picture in priors],
-        "settings": settings.result_settings() | {"precision": precision},
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
 class DreamBooth:
     """One run of the recipe.
 
-    Features: prior preservation, LoRA in float32 on a borrowed base in fp32/bf16/fp16, posterior sampling from
-    cached latents, gradient accumulation, clipping and checkpointing, exact resume, cancel within one step.
+    Features: prior preservation, an adapter of any kind in float32 on a borrowed base in fp32/bf16/fp16 or the weights
+    themselves, trained text encoders, posterior sampling from cached latents, gradient accumulation, clipping and
+    checkpointing, exact resume, cancel within one step.
     """
 
     def __init__(
@@ -133,13 +136,16 @@ class DreamBooth:
         runs_dir: Path,
         device: torch.device,
         listener: Listener | None = None,
+        stage: Stage | None = None,
+        checkpoints_dir: Path | None = None,
     ) -> None:
         """Take the inputs; nothing is built yet."""
         self.base, self.subject, self.priors, self.settings = base, list(subject), list(priors), settings
         self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
+        self.stage, self.checkpoints_dir = stage or Stage(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
         self.precision = pick_precision(settings.precision, device)
-        self.fingerprint = run_fingerprint(base, subject, priors, settings, self.precision)
+        self.fingerprint = run_fingerprint(base, subject, priors, settings, self.precision, self.stage.start)
         self.step = 0
         self.model: DiffusionModel
         self._consistent = True
@@ -149,17 +155,17 @@ class DreamBooth:
         self.open_run()
         if self.settings.steps in self.run_folder.steps():
             self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
-            return self._export(self.run_folder.load(self.settings.steps).adapter, self.settings.steps)
+            return self._export(self.run_folder.load(self.settings.steps).trained, self.settings.steps)
         self.prepare()
         started_from = self._resume()
         self._loop()
-        return self._export(self.lora.adapter(), started_from)
+        return self._export(self.trainee.saved({}), started_from)
 
     def clean_up(self) -> None:
         """Drop every network and give the device's memory back."""
         if hasattr(self, "accelerator"):
             self.accelerator.free_memory()
-        for name in ("model", "lora", "optimizer", "accelerator", "cache"):
+        for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions"):
             if hasattr(self, name):
                 delattr(self, name)
         release(self.device)
@@ -167,54 +173,60 @@ class DreamBooth:
     def open_run(self) -> None:
         """Check the folders; find this run's folder by its fingerprint, or begin one."""
         settings = self.settings
-        require_trainable(self.base, settings, self.output_dir, self.runs_dir)
+        require_trainable(self.base, settings, self.stage.start, self.output_dir, self.runs_dir)
         shown = settings.model_dump(mode="json") | {"base": self.base.title}
         self.run_folder = RunFolder.open(
             self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
         )
 
     def prepare(self) -> None:
-        """Build the model around the borrowed weights, encode once, put the adapter in."""
+        """Build the model around the borrowed weights, encode once, put in what is trained."""
         reset_peak_memory(self.device)
         self.model = self.base.family.build(self.base)
         self.objective = self.model.objective.to(self.device)
-        self.cache = self._encode().to(self.device, DTYPES[self.precision])
-        self._adapt()
+        self.cache = self._encode()
+        self._begin_training()
 
     def _encode(self) -> Cache:
-        """Encode pictures and captions, or read what this run encoded before; autoencoder and text encoders go."""
+        """Encode pictures and captions, or read what this run encoded before; what is not trained leaves."""
+        trained = self.settings.text_rates
         cache = Cache.load(self.run_folder.cache_path)
         if cache is None:
             sets = {"instance": self.subject, "prior": self.priors}
-            cache = build_cache(
-                self.model, sets, self.settings.resolution, self.settings.flip, self.device, self.listener
-            )
+            resolution, flip = self.settings.resolution, self.settings.flip
+            cache = build_cache(self.model, sets, resolution, flip, self.device, self.listener, trained)
             cache.save(self.run_folder.cache_path)
-        self.model.text_encoders.clear()
+        for name in [name for name in self.model.text_encoders if name not in trained]:
+            del self.model.text_encoders[name]
         del self.model.vae
         release(self.device)
         return cache
 
-    def _adapt(self) -> None:
-        """Bring the UNet to device and precision, inject the adapter, set up optimiser and accelerator."""
-        settings = self.settings
-        place(self.model.unet, self.device, DTYPES[self.precision])
-        self.lora = TrainedLora(self.model, settings)
+    def _begin_training(self) -> None:
+        """Bring the networks to device and precision, make them trainable, set up optimiser and accelerator."""
+        settings, dtype = self.settings, DTYPES[self.precision]
+        self.trainee: Trainee = begin(self.model, settings, self.device, dtype, self.stage.start)
         if settings.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
-        optimizer = make_optimizer(self.lora.parameters(), settings)
+            for encoder in self.model.text_encoders.values():
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        optimizer = make_optimizer(self.trainee.groups(), settings)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
         self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         self.model.unet, self.optimizer = self.accelerator.prepare(self.model.unet, optimizer)
-        self.model.unet.train()
+        autocast = self.accelerator.autocast
+        text = self.cache.text
+        self.captions = Captions(self.model, text, list(settings.text_rates), self.device, dtype, autocast)
 
     def _resume(self) -> int:
-        """Load the newest checkpoint of this run, if any; its step."""
+        """Load the newest checkpoint of this run, if any; its step. A new run first looks whether the model fits."""
         done = [step for step in self.run_folder.steps() if step <= self.settings.steps]
         if not done:
+            latents, dtype, prediction = self.cache.instance, DTYPES[self.precision], self.base.prediction
+            require_prediction_type(self.model, latents, self.captions, prediction, self.device, dtype, self.listener)
             return 0
         checkpoint = self.run_folder.load(done[-1])
-        self.lora.load(checkpoint.adapter)
+        self.trainee.restore(checkpoint.trained)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
@@ -226,10 +238,14 @@ class DreamBooth:
         """Train to the last step; leave a checkpoint however the loop ends."""
         settings, pace = self.settings, Pace(self.settings.steps, self.step, self.device)
         previous: tuple[int, float, Tensor] | None = None
+        self._set_training_mode()
         try:
             while self.step < settings.steps:
-                rate = settings.learning_rate * self.learning_rate_factor(self.step)
-                loss = self.train_step(rate)
+                if self.captions.trained and self.step >= settings.text_encoder_steps:
+                    self._freeze_text_encoders()
+                factor = self.learning_rate_factor(self.step)
+                rate = settings.learning_rate * factor
+                loss = self.train_step(factor)
                 self.step += 1
                 self._consistent = True
                 if previous is not None:  # one step late, so that the device is never waited for
@@ -248,11 +264,24 @@ class DreamBooth:
             self._save_interrupted()
             raise
 
-    def train_step(self, rate: float) -> Tensor:
-        """One optimiser step: gradient_accumulation passes, clip, update. Returns the mean loss, on the device."""
+    def _set_training_mode(self) -> None:
+        for network in (self.model.unet, *self.model.text_encoders.values()):
+            network.train()
+
+    def _freeze_text_encoders(self) -> None:
+        """Leave the text encoders as they are: their captions are encoded one last time, and they leave."""
+        self.captions.freeze()
+        release(self.device)
+        self.listener.tell(Note(f"The text encoders stay as they are after step {self.step}."))
+
+    def train_step(self, factor: float) -> Tensor:
+        """One optimiser step: gradient_accumulation passes, clip, update. Returns the mean loss, on the device.
+
+        Args:
+            factor: Of every component's peak learning rate.
+        """
         settings = self.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_learning_rates(self.optimizer, factor)
         losses = []
         for micro in range(settings.gradient_accumulation):
             with self.accelerator.accumulate(self.model.unet):
@@ -261,46 +290,30 @@ class DreamBooth:
                 losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
                     if settings.max_grad_norm:
-                        self.accelerator.clip_grad_norm_(self.lora.parameters(), settings.max_grad_norm)
+                        self.accelerator.clip_grad_norm_(self.trainee.parameters(), settings.max_grad_norm)
                     self._consistent = False  # until the step is counted
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
+                    self.trainee.after_update()
         return torch.stack(losses).mean()
 
     def _loss(self, micro: int) -> Tensor:
         """Instance loss + prior_weight · prior loss of one micro-batch, from one forward pass."""
-        count = self.settings.batch_size
-        sets = [("instance", self.cache.instance, 1.0)]
-        if self.cache.prior is not None:
-            sets.append(("class", self.cache.prior, self.settings.prior_weight))
-        batches = [_batch(latents, self._draws(kind, latents, micro), self.device) for kind, latents, _ in sets]
-        latents, noise, timesteps, rows = (torch.cat(parts) for parts in zip(*batches, strict=True))
-        noisy = self.objective.add_noise(latents, noise, timesteps)
-        conditioning = {name: encoded[rows] for name, encoded in self.cache.text.items()}
-        prediction = self.model.predict(noisy.to(DTYPES[self.precision]), timesteps, conditioning)
-        losses = self.objective.loss(prediction, latents, noise, timesteps)
-        weighted = [weight * part.mean() for part, (_, _, weight) in zip(losses.view(-1, count), sets, strict=True)]
-        return torch.stack(weighted).sum()
+        settings, objective = self.settings, self.objective
+        batch = draw_batch(self.cache, settings, self.step, micro, objective.timesteps, self.device)
+        noisy = objective.add_noise(batch.latents, batch.noise, batch.timesteps).to(DTYPES[self.precision])
+        with self._reproducible(micro):
+            conditioning = self.captions.conditioning(batch.captions) | {"size": batch.sizes}
+            prediction = self.model.predict(noisy, batch.timesteps, conditioning)
+        losses = objective.loss(prediction, batch.latents, batch.noise, batch.timesteps)
+        means = losses.view(len(batch.weights), -1).mean(dim=1)
+        return torch.stack([weight * mean for weight, mean in zip(batch.weights, means, strict=True)]).sum()
 
-    def _draws(self, kind: str, latents: LatentSet, micro: int) -> list[Draw]:
-        settings = self.settings
-        slots = settings.batch_size * settings.gradient_accumulation
-        first = micro * settings.batch_size
-        flip = settings.flip and kind == "instance"
-        return [
-            draw(
-                settings.seed,
-                kind,
-                self.step,
-                slot,
-                slots,
-                len(latents),
-                latents.latent_shape,
-                self.objective.timesteps,
-                flip,
-            )
-            for slot in range(first, first + settings.batch_size)
-        ]
+    def _reproducible(self, micro: int) -> contextlib.AbstractContextManager[None]:
+        """Let dropout depend on seed and step alone, if there is any."""
+        if not self.settings.dropout:
+            return contextlib.nullcontext()
+        return seeded(self.device, self.settings.seed, "dropout", self.step, micro)
 
     def _report(self, pace: Pace, step: int, rate: float, loss: Tensor) -> None:
         """Tell the listener of a step, and stop the run if its loss is not a finite number."""
@@ -326,21 +339,21 @@ class DreamBooth:
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
-        if not self.lora.is_finite():
+        if not self.trainee.is_finite():
             raise DivergedError(
                 f"The adapter's weights are no longer finite at step {self.step}; the run was stopped.",
                 "Lower learning_rate; the last good checkpoint is kept and the run resumes from it.",
             )
         scaler = self.accelerator.scaler
         extra = {"scaler": scaler.state_dict() if scaler is not None else None}
-        adapter = self.lora.adapter(self._metadata(self.step))
-        state = Checkpoint(self.step, adapter, self.optimizer.state_dict(), extra)
+        saved = self.trainee.saved(self._metadata(self.step))
+        state = Checkpoint(self.step, saved, self.optimizer.state_dict(), extra)
         self.run_folder.save(state, self.settings.keep_checkpoints)
 
     def _save_interrupted(self) -> None:
         """Keep what is done when the loop ends early, unless it is saved already or mid-update."""
         done = self.run_folder.steps()
-        if self.step and self.step not in done and self._consistent and self.lora.is_finite():
+        if self.step and self.step not in done and self._consistent and self.trainee.is_finite():
             self._save()
             self.listener.tell(
                 Note(f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}")
@@ -357,42 +370,16 @@ class DreamBooth:
             class_pictures=len(self.priors),
             precision=self.precision,
             started_at=self.run_folder.started_at,
-            prediction_type=self.base.prediction_type,
+            prediction=self.base.prediction,
+            clip_skip=self.base.clip_skip,
         )
         return training_metadata(self.settings, facts, step)
 
-    def _export(self, adapter: Adapter, started_from: int) -> TrainResult:
-        """Write the adapter file, never over another adapter; a file of this very run is used again."""
-        metadata = self._metadata(self.settings.steps)
-        dtype = DTYPES[self.settings.save_precision]
-        path = _output_path(self.output_dir / f"{self.settings.name}.safetensors", metadata, dtype)
-        if not path.exists():
-            write_adapter(path, replace(adapter, metadata=metadata), dtype)
-        self.listener.tell(Note(f"Adapter: {path}"))
-        return TrainResult(read_adapter(path), path, self.run_folder.path, started_from)
-
-
-def _output_path(wanted: Path, metadata: dict[str, str], dtype: torch.dtype) -> Path:
-    """The file of this run, length and precision if it exists, else the first free name."""
-    same = (FINGERPRINT_KEY, "ss_steps")
-    for path in [wanted, *sorted(wanted.parent.glob(f"{glob.escape(wanted.stem)}-*{wanted.suffix}"))]:
-        if not path.is_file():
-            continue
-        try:
-            found = read_adapter(path)
-        except AdapterError:
-            continue
-        precise = all(layer.down.dtype == dtype for layer in found.layers.values())
-        if precise and all(found.metadata.get(key) == metadata[key] for key in same):
-            return path
-    return free_path(wanted)
-
-
-def _batch(latents: LatentSet, draws: Sequence[Draw], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Latents, noise (both (batch, channels, height, width)), timesteps and caption rows (both (batch,))."""
-    items = torch.tensor([d.item for d in draws])
-    noise = torch.stack([d.noise for d in draws])
-    timesteps = torch.tensor([d.timestep for d in draws])
-    parts = (latents.sample(draws), noise, timesteps, latents.caption[items])
-    latent, noise, timesteps, rows = (part.to(device) for part in parts)
-    return latent, noise, timesteps, rows
+    def _export(self, saved: Saved, started_from: int) -> TrainResult:
+        """Write the files."""
+        metadata, stacked = self._metadata(self.settings.steps), self.stage.stacked
+        files = export(self.base, saved, stacked, self.settings, metadata, self.output_dir, self.checkpoints_dir)
+        for path in (files.checkpoint, files.path):
+            if path is not None:
+                self.listener.tell(Note(f"{'Checkpoint' if path == files.checkpoint else 'Adapter'}: {path}"))
+        return TrainResult(files.adapter, files.path, self.run_folder.path, started_from, files.checkpoint)

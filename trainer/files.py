@@ -73,24 +73,33 @@ def _temporary_beside(path: Path) -> Path:
     return path.with_name(_TEMPORARY + uuid.uuid4().hex[:12])
 
 
+@contextlib.contextmanager
+def file_written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield the name of a temporary file that becomes `path` when the block ends without an error.
+
+    Raises:
+        StorageError: The file can't be written.
+    """
+    with explained_os_errors(path, needed_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_beside(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            _replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
 
     Raises:
         StorageError: The file can't be written.
     """
-    with explained_os_errors(path, len(content)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = _temporary_beside(path)
-        try:
-            with open(temporary, "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            _replace(temporary, path)
-            _sync(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with file_written_atomically(path, len(content)) as temporary, open(temporary, "xb") as file:
+        file.write(content)
 
 
 @contextlib.contextmanager

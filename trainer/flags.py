@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from .config import Settings, field_extra
 from .errors import SettingsError
+from .settings import Settings, field_extra
 
 if sys.version_info >= (3, 11):
     import tomllib

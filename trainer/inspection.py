@@ -7,12 +7,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .errors import AdapterError, UnsupportedModelError, WeightsError
 from .families import identify, refuse_foreign_keys
 from .families.ldm import UNET_PREFIX, unet_config, with_prefix
 from .kohya import PREFIXES, Adapter, file_hashes, read_adapter
+from .layers import Layer
 from .metadata import describe
-from .weights import open_base, read_safetensors
+from .reading import read_safetensors
+from .weights import open_base
 
 _MODULE = re.compile(
     r"(attn[12]_to_(?:q|k|v|out_0)|ff_net_(?:0_proj|2)|proj_in|proj_out|conv\d?|conv_shortcut|time_emb_proj"
@@ -51,15 +55,28 @@ def _describe_adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
     model_hash, legacy_hash = file_hashes(adapter.state_dict(), adapter.metadata)
     return {
         "file": str(path),
-        "kind": "LoRA",
+        "kind": _kind(adapter),
         "modules": {component: {"count": sum(kinds.values()), **kinds} for component, kinds in parts.items()},
         "rank": sorted({layer.rank for layer in layers}),
         "alpha": sorted({layer.alpha for layer in layers}),
-        "dtype": sorted({str(layer.down.dtype).removeprefix("torch.") for layer in layers}),
+        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for layer in layers for tensor in _matrices(layer)}),
         "hashes": {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash},
         "summary": describe(adapter.metadata),
         "metadata": dict(sorted(adapter.metadata.items())),
     }
+
+
+def _kind(adapter: Adapter) -> str:
+    """The adapter's kinds; a LoRA that also adapts convolutions larger than 1×1 is called LoCon."""
+    convolutions = any(
+        layer.kind == "LoRA" and max(layer.shape[2:], default=1) > 1 for layer in adapter.layers.values()
+    )
+    kinds = adapter.kind.split(", ")
+    return ", ".join("LoCon" if kind == "LoRA" and convolutions else kind for kind in kinds)
+
+
+def _matrices(layer: Layer) -> list[Tensor]:
+    return [tensor for part, tensor in layer.tensors().items() if part != "dora_scale"]
 
 
 def _describe_base(path: Path) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 A module `down_blocks.0.attentions.0.proj_in` of the UNet is named `lora_unet_down_blocks_0_attentions_0_proj_in`;
 its tensors are `<name>.lora_down.weight` (rank, in[, k, k]), `<name>.lora_up.weight` (out, rank[, 1, 1]) and
-`<name>.alpha` (0-D). The layer adds alpha / rank · up · down to the module's weight.
+`<name>.alpha` (0-D). `layers` knows the other kinds and what each adds to the module's weight.
 
-Source: networks/lora.py of kohya-ss/sd-scripts; files of diffusers and PEFT are read, too.
+Source: networks/lora.py of kohya-ss/sd-scripts; files of LyCORIS, diffusers, PEFT and ComfyUI are read, too.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +25,30 @@ from torch import Tensor
 
 from .errors import AdapterError
 from .files import write_atomic
+from .layers import Layer, LokrLayer, LoraLayer, make_layer
+
+__all__ = [
+    "PREFIXES",
+    "Adapter",
+    "LoraLayer",
+    "file_hashes",
+    "module_name",
+    "parse_adapter",
+    "read_adapter",
+    "read_header",
+    "write_adapter",
+]
 
 logger = logging.getLogger("dreambooth_lora")
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_"}
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 _DIFFERENCES = "full differences"  # beside a LoRA, as ComfyUI's own trainer writes them, left out with a warning
 _OTHER_KINDS = {
-    re.compile(r"\.hada_w1_a$"): "LoHa",
-    re.compile(r"\.lokr_w1(_a)?$"): "LoKr",
     re.compile(r"\.(oft_blocks|oft_diag|oft_R.*|oft_r.*)$"): "OFT",
-    re.compile(r"\.(dora_scale|lora_magnitude_vector.*)$"): "DoRA",
     re.compile(r"\.a1\.weight$"): "GLoRA",
     re.compile(r"\.diff(_b)?$"): _DIFFERENCES,
 }
 _BROKEN = "Download or copy the adapter file again, or choose another."
-
-
-@dataclass(frozen=True)
-class LoraLayer:
-    """The adapter of one module.
-
-    Attributes:
-        down: (rank, in) or (rank, in, k, k).
-        up: (out, rank) or (out, rank, 1, 1).
-        alpha: Numerator of the scale.
-        mid: (rank, rank, k, k), the core of a Tucker-decomposed convolution; None otherwise.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    mid: Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        """Rank of the factorisation."""
-        return self.down.shape[0]
-
-    def delta(self) -> Tensor:
-        """What the layer adds to its module's weight at strength 1: float32, (out, in) or (out, in, k, k)."""
-        down, up = self.down.float(), self.up.float()
-        scale = self.alpha / self.rank
-        if self.mid is not None:
-            return scale * torch.einsum("or,rskl,si->oikl", up.flatten(1), self.mid.float(), down.flatten(1))
-        return scale * (up.flatten(1) @ down.flatten(1)).reshape(up.shape[0], *down.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -78,19 +60,27 @@ class Adapter:
         metadata: The file's metadata; strings.
     """
 
-    layers: Mapping[str, LoraLayer]
+    layers: Mapping[str, Layer]
     metadata: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def kind(self) -> str:
+        """The kind of its layers; if there are several, all of them, the commonest first."""
+        return ", ".join(kind for kind, _ in Counter(layer.kind for layer in self.layers.values()).most_common())
+
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The tensors under kohya's names, contiguous, on the CPU; matrices in `dtype` if given, alphas in float32."""
+        """The tensors under kohya's names, contiguous, on the CPU.
+
+        Args:
+            dtype: Type of the matrices, None for each one's own. Alphas are float32; with a type given, so are DoRA's
+                scales, which are as large as the weights that they scale: half precision would blur what was learnt.
+        """
         tensors: dict[str, Tensor] = {}
         for name in sorted(self.layers):
-            layer = self.layers[name]
-            parts = {"lora_down.weight": layer.down, "lora_up.weight": layer.up, "lora_mid.weight": layer.mid}
-            for part, tensor in parts.items():
-                if tensor is not None:
-                    tensors[f"{name}.{part}"] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-            tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+            for part, tensor in self.layers[name].tensors().items():
+                wanted = torch.float32 if dtype and part == "dora_scale" else dtype or tensor.dtype
+                tensors[f"{name}.{part}"] = tensor.detach().to("cpu", wanted).contiguous()
+            tensors[f"{name}.alpha"] = torch.tensor(float(self.layers[name].alpha))
         return tensors
 
 
@@ -98,23 +88,23 @@ def module_name(component: str, path: str) -> str:
     """Kohya's name of a module.
 
     Args:
-        component: "unet" or "text_encoder".
+        component: "unet", "text_encoder" or "text_encoder_2".
         path: The module's dotted path in diffusers or transformers (with or without "text_model.").
     """
-    if component == "text_encoder" and not path.startswith("text_model."):
+    if component != "unet" and not path.startswith("text_model."):
         path = f"text_model.{path}"  # transformers 5 dropped the level that every adapter file has
     return PREFIXES[component] + path.replace(".", "_")
 
 
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
-    """Read an adapter from named tensors in kohya's, diffusers' or PEFT's naming.
+    """Read an adapter from named tensors in kohya's, LyCORIS's, diffusers', PEFT's or ComfyUI's naming.
 
     Args:
         tensors: Names and tensors, as they stand in a file or on a LORA_MODEL wire.
         metadata: The file's metadata.
 
     Raises:
-        AdapterError: No LoRA in it, a kind that can't be read yet, or half of a layer is missing.
+        AdapterError: No LoRA in it, a kind that can't be read yet, or a layer is incomplete or damaged.
     """
     _require_lora(tensors)
     metadata = dict(metadata or {})
@@ -126,9 +116,12 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
         split = _split_key(key)
         if split is None:
             left_out.append(key)
+            continue
+        if split.part == _MAGNITUDE:
+            parts.setdefault(split.module, {})["dora_scale"] = _per_output(tensor)
         else:
             parts.setdefault(split.module, {})[split.part] = tensor
-            paths[split.module] = split.path
+        paths[split.module] = split.path
     if left_out:
         logger.warning(
             "%d tensors of the adapter are no part of a LoRA and are left out: %s", len(left_out), left_out[0]
@@ -137,37 +130,45 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     return Adapter(layers, metadata)
 
 
-def _layer(name: str, found: Mapping[str, Tensor], alphas: _Alphas, path: str) -> LoraLayer:
-    """One module's layer from its tensors.
+def _layer(name: str, found: dict[str, Tensor], alphas: _Alphas, path: str) -> Layer:
+    """One module's layer, with the alpha beside its tensors or else that of the metadata.
 
     Raises:
-        AdapterError: Half of it is missing, the halves don't belong together, or a number is not finite.
+        AdapterError: As `make_layer`, or its alpha is no finite number.
     """
-    if "down" not in found or "up" not in found:
-        lacking = "up" if "down" in found else "down"
-        raise AdapterError(f"The adapter is incomplete: {name} lacks its {lacking} tensor.", _BROKEN)
-    down, up, mid = found["down"], found["up"], found.get("mid")
-    if min(down.ndim, up.ndim) < 2 or up.shape[1] != down.shape[0]:
-        shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-        raise AdapterError(f"The adapter is damaged: the halves of {name} have the shapes {shapes}.", _BROKEN)
-    alpha = float(found["alpha"]) if "alpha" in found else alphas.of(path, name, down.shape[0])
-    for tensor in (down, up, mid, torch.tensor(alpha)):
-        if tensor is not None and not torch.isfinite(tensor.float()).all():
-            raise AdapterError(f"The adapter is damaged: {name} has numbers that are not finite.", _BROKEN)
-    return LoraLayer(down, up, alpha, mid)
+    given = found.pop("alpha", None)
+    if given is not None and given.numel() != 1:
+        raise AdapterError(f"The adapter is damaged: the alpha of {name} is no number.", _BROKEN)
+    layer = make_layer(name, found, None if given is None else float(given))
+    if given is not None:
+        return layer
+    alpha = alphas.of(path, name, layer.rank)
+    if not math.isfinite(alpha):
+        raise AdapterError(f"The adapter is damaged: the alpha of {name} is {alpha}.", _BROKEN)
+    if isinstance(layer, LokrLayer) and layer.w1 is not None and layer.is_whole:
+        return replace(layer, w1=layer.w1 * alphas.scale_of_whole(path, name))
+    return replace(layer, alpha=alpha)
 
 
-_KOHYA_PART = re.compile(r"^(lora_(?:unet|te\d?)_[^.]+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
-_COMFYUI_PART = re.compile(r"^diffusion_model\.(.+)\.(?:lora_(down|up|mid)\.weight|(alpha))$")
-_DIFFUSERS_PART = re.compile(
-    r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|\.lora(?:_linear_layer)?\.(down|up)\.weight"
-    r"|_lora\.(down|up)\.weight|\.(alpha))$"
+def _per_output(magnitude: Tensor) -> Tensor:
+    """PEFT's DoRA magnitude, (out,) or (1, out, 1, 1) for a convolution, as (out, 1[, 1, 1])."""
+    return magnitude.reshape(-1, *[1] * max(magnitude.ndim - 1, 1))
+
+
+_MAGNITUDE = "lora_magnitude_vector"
+_LYCORIS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale"
+_PART = rf"(lora_(?:down|up|mid)\.weight|{_LYCORIS}|alpha)"
+_KOHYA_NAME = re.compile(rf"^(lora_(?:unet|te\d?)_|lycoris_)([^.]+)\.{_PART}$")
+_COMFYUI_NAME = re.compile(rf"^diffusion_model\.(.+)\.{_PART}$")
+_DIFFUSERS_NAME = re.compile(
+    r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight"
+    rf"|\.({_LYCORIS}|alpha)(?:\.default)?|\.({_MAGNITUDE})(?:\.default)?(?:\.weight)?)$"
 )
 
 
 @dataclass(frozen=True)
 class _Key:
-    """What a tensor's name says: kohya's name of the module, "down", "up", "mid" or "alpha", and the dotted path."""
+    """What a tensor's name says: kohya's name of the module, the part's name in kohya's file, and the dotted path."""
 
     module: str
     part: str
@@ -176,20 +177,26 @@ class _Key:
 
 def _split_key(key: str) -> _Key | None:
     """Read a tensor's name; None if it is no part of a LoRA."""
-    kohya = _KOHYA_PART.match(key)
-    if kohya:
-        return _Key(kohya[1], kohya[2] or kohya[3], kohya[1])
-    host = _COMFYUI_PART.match(key)
+    kohya = _KOHYA_NAME.match(key)
+    if kohya:  # lycoris_ is what LyCORIS's own wrapper calls every network; ComfyUI, too, takes it for the UNet
+        name = kohya[1].replace("lycoris_", PREFIXES["unet"]) + kohya[2]
+        return _Key(name, kohya[3], name)
+    host = _COMFYUI_NAME.match(key)
     if host:
-        return _Key(PREFIXES["unet"] + host[1].replace(".", "_"), host[2] or host[3], host[1])
-    other = _DIFFUSERS_PART.match(key)
+        return _Key(PREFIXES["unet"] + host[1].replace(".", "_"), host[2], host[1])
+    other = _DIFFUSERS_NAME.match(key)
     if not other:
         return None
-    path, matrix = other[1], other[2]
-    part = {"A": "down", "B": "up"}[matrix] if matrix else other[3] or other[4] or other[5]
+    path, matrix, side = other[1], other[2], other[3]
+    if matrix:
+        side = {"A": "down", "B": "up"}[matrix]
+    part = f"lora_{side}.weight" if side else other[4] or other[5]
     path = path.removeprefix("base_model.model.")
-    text = path.startswith(("text_encoder.", "text_model.", "encoder.layers."))
-    component = "text_encoder" if text else "unet"
+    component = "unet"
+    if path.startswith("text_encoder_2."):
+        component = "text_encoder_2"
+    elif path.startswith(("text_encoder.", "text_model.", "encoder.layers.")):
+        component = "text_encoder"
     path = path.removeprefix(f"{component}.").replace(".processor.", ".")
     path = re.sub(r"\.to_out$", ".to_out.0", path)
     return _Key(module_name(component, path), part, path)
@@ -200,20 +207,35 @@ class _Alphas:
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        self._unet: dict[str, Any] = _sub_config(header, "unet")
-        self._text: dict[str, Any] = _sub_config(header, "text_encoder")
+        self._configs: dict[str, dict[str, Any]] = {part: _sub_config(header, part) for part in PREFIXES}
         if "peft_config" in metadata:
-            self._unet = self._text = json.loads(metadata["peft_config"])
+            self._configs = dict.fromkeys(PREFIXES, json.loads(metadata["peft_config"]))
 
     def of(self, path: str, name: str, rank: int) -> float:
         """The alpha of a module, by its dotted path, as PEFT finds it."""
-        config = self._text if name.startswith(PREFIXES["text_encoder"]) else self._unet
-        alpha = float(config.get("lora_alpha") or rank)
-        for pattern, value in (config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                alpha = float(value)
-                break
+        config = self._config(name)
+        default = config.get("lora_alpha") or config.get("alpha") or rank  # a LoHa's and a LoKr's is named "alpha"
+        alpha = _of_module(config.get("alpha_pattern"), path, default)
         return alpha * rank**0.5 if config.get("use_rslora") else alpha
+
+    def scale_of_whole(self, path: str, name: str) -> float:
+        """The scale of a LoKr with whole factors: PEFT scales it, too, by its configuration's alpha / rank."""
+        config = self._config(name)
+        rank = _of_module(config.get("rank_pattern"), path, config.get("r") or 1)
+        default = config.get("alpha") or rank
+        return _of_module(config.get("alpha_pattern"), path, default) / rank
+
+    def _config(self, name: str) -> dict[str, Any]:
+        component = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), "unet")
+        return self._configs[component]
+
+
+def _of_module(patterns: Mapping[str, Any] | None, path: str, default: Any) -> float:
+    """The value of the first pattern that a module's path ends with, as PEFT compares them."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return float(value)
+    return float(default)
 
 
 def _sub_config(header: Mapping[str, Any], component: str) -> dict[str, Any]:
@@ -272,7 +294,10 @@ def _require_lora(names: Collection[str]) -> None:
     lora = any(_split_key(name) for name in names)
     for mark, kind in _OTHER_KINDS.items():
         if any(mark.search(name) for name in names) and not (lora and kind == _DIFFERENCES):
-            raise AdapterError(f"The adapter is of the kind {kind}, which can't be read yet.", "Use a plain LoRA file.")
+            raise AdapterError(
+                f"The adapter is of the kind {kind}, which can't be read yet.",
+                "Use a LoRA, LoCon, DoRA, LoHa or LoKr file.",
+            )
     if not lora:
         raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
 

@@ -11,10 +11,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from .config import TrainSettings
-from .families.base import Family
+from .families.base import Family, Prediction
 
 CONFIG_KEY = "dreambooth.config"
 FINGERPRINT_KEY = "dreambooth.fingerprint"
+FORM_KEY = "dreambooth.form"  # how a run's result is written: precision, alone or combined
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ class RunFacts:
         class_pictures: Number of class pictures.
         precision: Precision of the base model while training.
         started_at: Unix time.
-        prediction_type: diffusers' name of what the model predicts.
+        prediction: What the model predicts.
+        clip_skip: Layer of the text encoders that is read; 0: the family's.
     """
 
     family: Family
@@ -43,7 +45,8 @@ class RunFacts:
     class_pictures: int
     precision: str
     started_at: float
-    prediction_type: str
+    prediction: Prediction
+    clip_skip: int
 
 
 def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> dict[str, str]:
@@ -53,20 +56,20 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
     trigger = words.most_common(1)[0][0] if words else ""
     kohya = {
         "ss_output_name": name,
-        "ss_base_model_version": facts.family.base_version,
+        "ss_base_model_version": facts.family.base_version(facts.prediction),
         "ss_sd_model_name": facts.base_title,
-        "ss_v2": "False",
-        "ss_network_module": "networks.lora",
+        "ss_v2": facts.family.base_version(facts.prediction).startswith("sd_v2"),
+        "ss_network_module": "networks.lora" if settings.adapter in ("lora", "full") else "lycoris.kohya",
         "ss_network_dim": settings.rank,
         "ss_network_alpha": alpha,
-        "ss_network_args": json.dumps({"targets": settings.targets}),
+        "ss_network_args": json.dumps(_network_args(settings)),
         "ss_training_started_at": facts.started_at,
         "ss_training_finished_at": time.time(),
         "ss_steps": step,
         "ss_max_train_steps": settings.steps,
         "ss_learning_rate": settings.learning_rate,
         "ss_unet_lr": settings.learning_rate,
-        "ss_text_encoder_lr": "0.0",
+        "ss_text_encoder_lr": ", ".join(map(str, settings.text_rates.values())) or "0.0",
         "ss_optimizer": f"torch.optim.AdamW(weight_decay={settings.weight_decay})",
         "ss_lr_scheduler": settings.lr_schedule,
         "ss_lr_warmup_steps": settings.lr_warmup_steps,
@@ -82,7 +85,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_gradient_accumulation_steps": settings.gradient_accumulation,
         "ss_gradient_checkpointing": settings.gradient_checkpointing,
         "ss_flip_aug": settings.flip,
-        "ss_clip_skip": "None",
+        "ss_clip_skip": facts.clip_skip or "None",
         "ss_noise_offset": "None",
         "ss_min_snr_gamma": "None",
         "ss_datasets": json.dumps([_dataset(settings, facts)]),
@@ -97,13 +100,13 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
     }
     modelspec = {
         "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{facts.family.architecture}/lora",
+        "modelspec.architecture": f"{facts.family.architecture(facts.prediction)}/lora",
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{settings.resolution}x{settings.resolution}",
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0).isoformat(),
         "modelspec.trigger_phrase": trigger,
-        "modelspec.prediction_type": facts.prediction_type,
+        "modelspec.prediction_type": facts.prediction.type,
     }
     own = {
         CONFIG_KEY: json.dumps(
@@ -116,8 +119,28 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
             sort_keys=True,
         ),
         FINGERPRINT_KEY: facts.run_fingerprint,
+        FORM_KEY: f"{settings.save_precision}{', combined' if settings.combine else ''}",
     }
     return {key: str(value) for key, value in (kohya | modelspec | own).items()}
+
+
+def _network_args(settings: TrainSettings) -> dict[str, object]:
+    """What kohya and LyCORIS call network_args, as far as it is set; its values are strings there."""
+    found = {
+        "algo": {"lora": "", "full": "", "dora": "lora"}.get(settings.adapter, settings.adapter),
+        "dora_wd": "True" if settings.adapter == "dora" else "",
+        "targets": settings.targets,
+        "conv_dim": settings.targets == "all" and str(settings.conv_rank or settings.rank),
+        "conv_alpha": settings.conv_alpha and str(settings.conv_alpha),
+        "factor": str(settings.lokr_factor) if settings.adapter == "lokr" else "",
+        "dropout": settings.dropout and str(settings.dropout),
+        "scale_weight_norms": settings.max_norm and str(settings.max_norm),
+        "block_ranks": settings.block_ranks,
+        "include": settings.include,
+        "exclude": settings.exclude,
+        "rank_stabilized": "True" if settings.rank_stabilized else "",
+    }
+    return {name: value for name, value in found.items() if value}
 
 
 def _without_places(settings: TrainSettings) -> dict[str, object]:

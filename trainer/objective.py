@@ -5,8 +5,9 @@ A prediction type differs from another in `target` alone, so that no caller bran
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ def velocity_target(alphas_cumprod: Tensor, latents: Tensor, noise: Tensor, time
     return signal * noise - sigma * latents
 
 
+_TARGETS = {"epsilon": epsilon_target, "v_prediction": velocity_target}
+
+
 @dataclass(frozen=True)
 class Objective:
     """A noise schedule and a prediction type.
@@ -57,6 +61,10 @@ class Objective:
         """Number of diffusion timesteps."""
         return len(self.alphas_cumprod)
 
+    def as_type(self, prediction_type: str) -> Objective:
+        """The same schedule with another prediction type."""
+        return Objective(prediction_type, self.alphas_cumprod, _TARGETS[prediction_type])
+
     def to(self, device: torch.device) -> Objective:
         """The same objective with its schedule on `device`."""
         return Objective(self.prediction_type, self.alphas_cumprod.to(device), self.target)
@@ -72,13 +80,31 @@ class Objective:
         return (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
 
 
-def epsilon_objective(alphas_cumprod: Tensor | None = None) -> Objective:
-    """Predict the noise, on Stable Diffusion's schedule unless another is given."""
-    schedule = scaled_linear_alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
-    return Objective("epsilon", schedule, epsilon_target)
+def _rescaled(alphas_cumprod: Tensor) -> Tensor:
+    """Rescale a schedule so that its last timestep is pure noise (Lin et al. 2023, algorithm 1); same shape."""
+    root = alphas_cumprod.double().sqrt()
+    first, last = root[0].clone(), root[-1].clone()
+    rescaled: Tensor = ((root - last) * first / (first - last)) ** 2
+    return rescaled.to(alphas_cumprod.dtype)
 
 
-def velocity_objective(alphas_cumprod: Tensor | None = None) -> Objective:
-    """Predict the velocity, on Stable Diffusion's schedule unless another is given."""
-    schedule = scaled_linear_alphas_cumprod() if alphas_cumprod is None else alphas_cumprod
-    return Objective("v_prediction", schedule, velocity_target)
+def make_objective(
+    prediction_type: str = "epsilon", scheduler: Mapping[str, Any] | None = None, *, zero_terminal_snr: bool = False
+) -> Objective:
+    """The objective of a model.
+
+    Args:
+        prediction_type: "epsilon" or "v_prediction".
+        scheduler: The noise schedule's configuration as diffusers writes it; Stable Diffusion's if empty.
+        zero_terminal_snr: Whether the schedule is rescaled to end in pure noise.
+    """
+    if scheduler:
+        from diffusers import DDPMScheduler
+
+        plain = {name: value for name, value in scheduler.items() if name != "rescale_betas_zero_snr"}
+        schedule = DDPMScheduler.from_config(plain).alphas_cumprod
+    else:
+        schedule = scaled_linear_alphas_cumprod()
+    if zero_terminal_snr:
+        schedule = _rescaled(schedule)
+    return Objective(prediction_type, schedule, _TARGETS[prediction_type])

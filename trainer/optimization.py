@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,9 +15,17 @@ from .errors import SettingsError
 _POLYNOMIAL_END = 1e-7  # where diffusers lets the polynomial schedule end; it refuses rates that begin lower
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) on the adapter's parameters."""
-    return torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+def make_optimizer(groups: Mapping[str, list[nn.Parameter]], settings: TrainSettings) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019); each component is a group with its own peak learning rate, "peak"."""
+    rates = {"unet": settings.learning_rate, **settings.text_rates}
+    options = [{"params": groups[name], "lr": rates[name], "peak": rates[name]} for name in groups]
+    return torch.optim.AdamW(options, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set every group's rate to its peak times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak"] * factor
 
 
 def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettings) -> Callable[[int], float]:

@@ -1,55 +1,65 @@
-"""Names of a UNet's modules in the original layout ("input_blocks.1.1.proj_in") and in diffusers'."""
+"""Names of a UNet's modules in the original code ("input_blocks.1.1.proj_in"), from diffusers'."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 _RESNET = {
-    "in_layers_0": "norm1",
-    "in_layers_2": "conv1",
-    "out_layers_0": "norm2",
-    "out_layers_3": "conv2",
-    "emb_layers_1": "time_emb_proj",
-    "skip_connection": "conv_shortcut",
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
 }
 _FIXED = {
-    "time_embed_0": "time_embedding_linear_1",
-    "time_embed_2": "time_embedding_linear_2",
-    "input_blocks_0_0": "conv_in",
-    "out_0": "conv_norm_out",
-    "out_2": "conv_out",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
 }
-_BLOCK = re.compile(r"^(input_blocks|output_blocks)_(\d+)_(\d)_(.+)$")
+_PART = re.compile(r"^(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.")
 
 
-def diffusers_name(name: str, layers_per_block: int) -> str:
-    """Diffusers' name of a module that may have the original layout's.
+def original_names(paths: Collection[str], layers_per_block: int) -> dict[str, str]:
+    """The original code's name of every module.
 
     Args:
-        name: A module's path with underscores for dots, as in a kohya file behind the prefix.
-        layers_per_block: Residual layers per level of the UNet.
+        paths: Dotted paths in diffusers of a whole UNet's modules; those of attention decide how others are numbered.
+        layers_per_block: Residual layers per level on the way down.
 
     Returns:
-        The path in diffusers, with underscores; `name` itself if it is none of the original layout.
+        Path in diffusers → path in the original code. Paths that have no counterpart there are left out.
     """
-    if name in _FIXED:
-        return _FIXED[name]
-    middle = re.match(r"^middle_block_([012])_(.+)$", name)
-    if middle:
-        if middle[1] == "1":
-            return f"mid_block_attentions_0_{middle[2]}"
-        return f"mid_block_resnets_{int(middle[1]) // 2}_{_RESNET.get(middle[2], middle[2])}"
-    block = _BLOCK.match(name)
-    if not block:
-        return name
-    side, number, part, rest = block[1], int(block[2]), int(block[3]), block[4]
-    per_level = layers_per_block + 1
-    level, layer = divmod(number - 1 if side == "input_blocks" else number, per_level)
-    start = f"down_blocks_{level}" if side == "input_blocks" else f"up_blocks_{level}"
-    if side == "input_blocks" and rest == "op":
-        return f"{start}_downsamplers_0_conv"
-    if side == "output_blocks" and rest == "conv":
-        return f"{start}_upsamplers_0_conv"
-    if part == 0:
-        return f"{start}_resnets_{layer}_{_RESNET.get(rest, rest)}"
-    return f"{start}_attentions_{layer}_{rest}"
+    attentive = {path.split(".")[1] for path in paths if path.startswith("up_blocks.") and ".attentions." in path}
+    found = ((path, _FIXED.get(path) or _original_name(path, layers_per_block + 1, attentive)) for path in paths)
+    return {path: name for path, name in found if name}
+
+
+def _original_name(path: str, per_level: int, attentive: Collection[str]) -> str | None:
+    """The name of a module inside a block; `attentive` are the numbers of the up blocks that have attention."""
+    match = _PART.match(path)
+    if not match:
+        return None
+    side, level, kind = match.groups()
+    rest = path[match.end() :]
+    if kind == "downsamplers":
+        return f"input_blocks.{per_level * (int(level) + 1)}.0.op" if rest == "0.conv" else None
+    if kind == "upsamplers":
+        place = 2 if level in attentive else 1
+        return f"output_blocks.{per_level * int(level) + per_level - 1}.{place}.conv" if rest == "0.conv" else None
+    number, _, inner = rest.partition(".")
+    if kind == "resnets":
+        inner = _RESNET.get(inner, inner)
+    if not inner:
+        return None
+    place = 0 if kind == "resnets" else 1
+    if side == "mid_block":
+        return f"middle_block.{2 * int(number) + place}.{inner}"
+    if side == "down_blocks":
+        return f"input_blocks.{per_level * int(level) + int(number) + 1}.{place}.{inner}"
+    return f"output_blocks.{per_level * int(level) + int(number)}.{place}.{inner}"

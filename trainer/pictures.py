@@ -116,6 +116,22 @@ def crop(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
 
 
+def crop_place(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int, int, int]:
+    """What `crop` does to a picture, as SDXL is told it.
+
+    Args:
+        size: The picture's width and height.
+        width: Of the cut.
+        height: Of the cut.
+
+    Returns:
+        Original height and width, top and left of the cut in the scaled picture, height and width of the cut.
+    """
+    scale = max(width / size[0], height / size[1])
+    top, left = (round((side * scale - cut) / 2) for side, cut in ((size[1], height), (size[0], width)))
+    return size[1], size[0], top, left, height, width
+
+
 def to_pixels(image: Image.Image) -> Tensor:
     """An RGB picture as the autoencoder takes it: (3, height, width), float32, in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0

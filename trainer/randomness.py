@@ -6,7 +6,9 @@ and a run split over several processes sees the same samples.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +27,14 @@ def derived_seed(*parts: int | str) -> int:
 def generator(*parts: int | str) -> torch.Generator:
     """A CPU generator seeded by `derived_seed(*parts)`, so that draws are the same on every device."""
     return torch.Generator().manual_seed(derived_seed(*parts))
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device, *parts: int | str) -> Iterator[None]:
+    """What layers draw themselves inside, such as dropout, depends on `parts` alone; global generators come back."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derived_seed(*parts))
+        yield
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,8 @@ from .events import Listener, SilentListener, stop_if_asked
 from .families.base import Conditioning, DiffusionModel
 from .objective import Objective
 
+_SMALLEST = 4.9e-8  # signal that is left at a zero terminal SNR, so that no sampler divides by zero
+
 
 def make_scheduler(name: SchedulerName, objective: Objective) -> Any:
     """A diffusers scheduler on the model's own noise schedule, configured as Stable Diffusion's pipelines are.
@@ -26,12 +28,14 @@ def make_scheduler(name: SchedulerName, objective: Objective) -> Any:
     import diffusers
 
     alphas = objective.alphas_cumprod.double().cpu()
+    zero_snr = bool(alphas[-1] < _SMALLEST)
+    alphas = alphas.clamp(min=_SMALLEST)
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     common = {
         "num_train_timesteps": objective.timesteps,
         "trained_betas": betas.numpy(),
         "prediction_type": objective.prediction_type,
-        "timestep_spacing": "leading",
+        "timestep_spacing": "trailing" if zero_snr else "leading",  # the first step must see pure noise
         "steps_offset": 1,
     }
     if name == "ddim":
@@ -81,7 +85,7 @@ def denoise(
     scheduler.set_timesteps(steps, device=device)
     latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
     rows = [prompt] if guidance == 1 else [negative, prompt]
-    conditioning = {name: torch.cat([row[name] for row in rows]).to(device, dtype) for name in prompt}
+    conditioning = {name: torch.cat([row[name] for row in rows]).to(device) for name in prompt}
     for timestep in scheduler.timesteps:
         stop_if_asked(listener or SilentListener())
         scaled = scheduler.scale_model_input(torch.cat([latents] * len(rows)), timestep)
@@ -142,5 +146,7 @@ def generate(
     negative, positive = (
         {name: rows[i : i + 1].expand(count, *rows.shape[1:]) for name, rows in encoded.items()} for i in (0, 1)
     )
+    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(count, -1)
+    positive, negative = ({**rows, "size": size} for rows in (positive, negative))
     latents = denoise(model, noise, positive, negative, scheduler, steps, guidance, listener)
     return decode_latents(model, latents)

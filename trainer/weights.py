@@ -6,8 +6,7 @@ import hashlib
 import json
 import logging
 import os
-import pickle
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .errors import WeightsError
+from .clip_tokenizer import find_tokenizer, load_tokenizer
+from .config import PredictionType
+from .errors import UnsupportedModelError, WeightsError
 from .families import identify, refuse_foreign_class, refuse_foreign_keys
-from .families.base import BaseWeights, Component, DiffusionModel
+from .families.base import CHOSEN, BaseWeights, Component, DiffusionModel, Family, Prediction
+from .families.clip import text_component
 from .families.ldm import (
     UNET_PREFIX,
     VAE_PREFIX,
@@ -26,10 +28,9 @@ from .families.ldm import (
     vae_component,
     with_prefix,
 )
+from .reading import network_config, read_component, read_json, read_single_file, with_current_attention_names
 
 logger = logging.getLogger("dreambooth_lora")
-
-_BROKEN = "The file is damaged or incomplete: download or copy it again and compare its size with the source's."
 
 
 @dataclass(frozen=True)
@@ -39,51 +40,96 @@ class HostTensors:
     Attributes:
         unet: Original names without prefix.
         vae: Original names without prefix.
-        text_encoders: Each text encoder's tensors as a single file names them, without prefix, in the family's order.
-        tokenizers: Each text encoder's Hugging Face tokenizer.
+        text_encoders: Short name ("clip_l", "clip_h", "clip_g") → tensors, in Hugging Face's or OpenCLIP's layout.
+        tokenizers: Short name → Hugging Face tokenizer.
         title: Name for people.
+        prediction: What the host takes the model to predict; None: to be detected.
+        clip_skip: Layer of the text encoders that the host reads, counted from the end; 0: as usual.
     """
 
     unet: Mapping[str, Tensor]
     vae: Mapping[str, Tensor]
-    text_encoders: Sequence[Mapping[str, Tensor]]
-    tokenizers: Sequence[Any]
+    text_encoders: Mapping[str, Mapping[str, Tensor]]
+    tokenizers: Mapping[str, Any]
     title: str
+    prediction: Prediction | None = None
+    clip_skip: int = 0
 
 
-def open_base(source: Path | HostTensors, tokenizer: Path | None = None) -> BaseWeights:
+def open_base(
+    source: Path | HostTensors,
+    tokenizer: Path | None = None,
+    *,
+    vae: Path | None = None,
+    prediction_type: PredictionType = "auto",
+    clip_skip: int = 0,
+) -> BaseWeights:
     """Open a base model without copying or building anything.
 
     Args:
         source: A host's tensors, a `.safetensors` or `.ckpt` file, or a folder in diffusers' layout.
         tokenizer: Folder of the CLIP tokenizer, for single files; looked for near the file if None.
+        vae: File or diffusers folder of another autoencoder.
+        prediction_type: Overrides what the model is taken to predict.
+        clip_skip: Layer of the text encoders that is read, counted from the end; 0: as usual.
 
     Raises:
         UnsupportedModelError: A model of a family that can't be trained; the message names it.
         WeightsError: Not found, damaged, incomplete, or not a base model.
+        SettingsError: The text encoders have no such layer.
     """
     if isinstance(source, HostTensors):
-        return _from_original(source)
-    if os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not take
-        return _from_folder(source)
-    if not os.path.isfile(source):
+        weights = _from_original(source)
+    elif os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not take
+        weights = _from_folder(source)
+    elif os.path.isfile(source):
+        weights = _from_original(_from_file(source, tokenizer))
+    else:
         raise WeightsError(f"The base model {source} does not exist.", "Check the path for a typing error.")
-    tensors = _read_single_file(source)
+    if vae is not None:
+        weights = replace(weights, vae=_open_vae(vae, weights.family))
+    if prediction_type != "auto":
+        rescaled = weights.prediction.zero_terminal_snr and prediction_type == "v_prediction"
+        weights = replace(weights, prediction=Prediction(prediction_type, rescaled, CHOSEN))
+    skip = clip_skip or weights.clip_skip
+    usual = all(skip == kind.layer + kind.unused_layers for kind in weights.family.text_encoders)
+    return checked(replace(weights, clip_skip=0 if usual else skip))
+
+
+def _from_file(path: Path, tokenizer: Path | None) -> HostTensors:
+    tensors = read_single_file(path)
     refuse_foreign_keys(tensors)
     unet = with_prefix(tensors, UNET_PREFIX)
     if not unet:
         raise WeightsError(
-            f"{source.name} holds no Stable Diffusion UNet.",
+            f"{path.name} holds no Stable Diffusion UNet.",
             "Give a full checkpoint (UNet, VAE and text encoder in one file).",
         )
     family = identify(unet_config(unet))  # a wrong family is named before a missing tokenizer or text encoder is
-    texts = [with_prefix(tensors, prefix) for prefix in family.text_prefixes]
-    if not all(texts):
-        raise WeightsError(
-            f"{source.name} lacks a text encoder of {family.title}.", "Give a full checkpoint, not a UNet alone."
+    texts = {}
+    for kind in family.text_encoders:
+        found = (with_prefix(tensors, prefix) for prefix in kind.file_prefixes)
+        texts[kind.short_name] = next((one for one in found if one), {})
+        if not texts[kind.short_name]:
+            raise WeightsError(
+                f"{path.name} lacks a text encoder of {family.title} ({kind.short_name}).",
+                "Give a full checkpoint, not a UNet alone.",
+            )
+    tokenizers = dict.fromkeys(texts, find_tokenizer(path, tokenizer))
+    vae = with_prefix(tensors, VAE_PREFIX)
+    return HostTensors(unet, vae, texts, tokenizers, path.stem, _declared_prediction(tensors))
+
+
+def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:
+    """What a checkpoint says of itself by the keys `v_pred` and `ztsnr`, which ComfyUI goes by, too."""
+    if "edm_mean" in tensors or "edm_vpred.sigma_max" in tensors:
+        raise UnsupportedModelError(
+            "The base model was trained in the EDM formulation (Playground 2.5 …), which can't be trained yet.",
+            "Use a Stable Diffusion XL model that predicts epsilon or velocity.",
         )
-    tokenizers = [find_tokenizer(source, tokenizer)] * len(texts)
-    return _from_original(HostTensors(unet, with_prefix(tensors, VAE_PREFIX), texts, tokenizers, source.stem))
+    if "v_pred" not in tensors:
+        return None
+    return Prediction("v_prediction", "ztsnr" in tensors, "the checkpoint's key v_pred")
 
 
 def _from_original(source: HostTensors) -> BaseWeights:
@@ -92,24 +138,25 @@ def _from_original(source: HostTensors) -> BaseWeights:
         raise WeightsError("The model holds no Stable Diffusion UNet.", "Connect a Stable Diffusion checkpoint.")
     config = unet_config(source.unet)
     family = identify(config)
-    for part in (source.unet, source.vae, *source.text_encoders):
+    for part in (source.unet, source.vae, *source.text_encoders.values()):
         _require_plain_floats(part)
-    return _checked(
-        BaseWeights(
-            family=family,
-            unet=unet_component(source.unet, family.complete(config)),
-            vae=vae_component(source.vae, family.scaling_factor),
-            text_encoders=family.text_components(source.text_encoders),
-            tokenizers=source.tokenizers,
-            scheduler={},
-            prediction_type="epsilon",
-            title=source.title,
-            fingerprint="",
-        )
+    return BaseWeights(
+        family=family,
+        unet=unet_component(source.unet, family.complete(config)),
+        vae=vae_component(source.vae, family.scaling_factor),
+        text_encoders=[
+            text_component(source.text_encoders.get(kind.short_name, {}), kind) for kind in family.text_encoders
+        ],
+        tokenizers=[source.tokenizers[kind.short_name] for kind in family.text_encoders],
+        scheduler={},
+        prediction=source.prediction or family.detect(source.unet),
+        clip_skip=source.clip_skip,
+        title=source.title,
+        fingerprint="",
     )
 
 
-def _checked(weights: BaseWeights) -> BaseWeights:
+def checked(weights: BaseWeights) -> BaseWeights:
     """Build the model once, which costs milliseconds and no memory, to see that it is whole; add the fingerprint.
 
     Raises:
@@ -131,6 +178,7 @@ def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
         "unet": [unet[name] for name in ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "freq_shift")],
         "vae": [vae[name] for name in ("scaling_factor", "norm_num_groups", "act_fn")],
         "text": [[one.num_attention_heads, one.hidden_act, one.layer_norm_eps] for one in text],
+        "clip_skip": weights.clip_skip,
     }
     return json.dumps(facts, sort_keys=True)
 
@@ -148,183 +196,62 @@ def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
             )
 
 
-def _read_single_file(path: Path) -> dict[str, Tensor]:
-    if path.suffix.lower() in (".ckpt", ".pt", ".pth", ".bin"):
-        try:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-            raise WeightsError(
-                f"{path.name} is damaged, or holds more than plain weights, such as code, and was not loaded.",
-                "Use the .safetensors version of the model.",
-            ) from error
-        content = content.get("state_dict", content) if isinstance(content, dict) else {}
-        if not isinstance(content, dict):
-            content = {}
-        return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    return read_safetensors(path)
-
-
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Memory-map the tensors of a safetensors file.
-
-    Raises:
-        WeightsError: It is damaged or no safetensors file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return dict(load_file(path))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path.name} is no readable safetensors file: {error}.", _BROKEN) from error
-
-
 def _from_folder(folder: Path) -> BaseWeights:
-    index = _read_json(folder / "model_index.json")
+    index = read_json(folder / "model_index.json")
     if "unet" not in index:
         refuse_foreign_class(str(index.get("_class_name", "unknown")))
-    unet_settings = _network_config(folder / "unet" / "config.json")
+    unet_settings = network_config(folder / "unet" / "config.json")
     refuse_foreign_class(unet_settings.pop("_class_name", "UNet2DConditionModel"))
     family = identify(unet_settings)
-    vae_settings = _network_config(folder / "vae" / "config.json")
-    vae_settings.pop("_class_name", None)
-    scheduler = _read_json(folder / "scheduler" / "scheduler_config.json")
-    if scheduler.get("prediction_type", "epsilon") != "epsilon":
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    return BaseWeights(
+        family=family,
+        unet=Component(read_component(folder / "unet", "diffusion_pytorch_model"), unet_settings),
+        vae=_vae_folder(folder / "vae"),
+        text_encoders=[
+            text_component(
+                read_component(folder / kind.name, "model"), kind, network_config(folder / kind.name / "config.json")
+            )
+            for kind in family.text_encoders
+        ],
+        tokenizers=[load_tokenizer(folder / kind.tokenizer) for kind in family.text_encoders],
+        scheduler=scheduler,
+        prediction=_scheduled_prediction(scheduler),
+        clip_skip=0,
+        title=folder.resolve().name,
+        fingerprint="",
+    )
+
+
+def _scheduled_prediction(scheduler: Mapping[str, Any]) -> Prediction:
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
         raise WeightsError(
-            f"The model predicts {scheduler['prediction_type']}, not epsilon.",
-            "Use a Stable Diffusion 1.x model that predicts epsilon.",
+            f"The model predicts {kind}, which can't be trained.",
+            "Use a model that predicts epsilon or velocity (v_prediction).",
         )
-    unet = Component(_read_component(folder / "unet", "diffusion_pytorch_model"), unet_settings)
-    vae = Component(
-        _with_current_attention_names(_read_component(folder / "vae", "diffusion_pytorch_model")), vae_settings
-    )
-    texts = family.text_components([_read_component(folder / name, "model") for name, _ in family.text_folders])
-    configs = [_network_config(folder / name / "config.json") for name, _ in family.text_folders]
-    return _checked(
-        BaseWeights(
-            family=family,
-            unet=unet,
-            vae=vae,
-            text_encoders=[replace(text, config=config) for text, config in zip(texts, configs, strict=True)],
-            tokenizers=[load_tokenizer(folder / name) for _, name in family.text_folders],
-            scheduler=scheduler,
-            prediction_type="epsilon",
-            title=folder.resolve().name,
-            fingerprint="",
-        )
-    )
+    return Prediction(kind, bool(scheduler.get("rescale_betas_zero_snr")), "the scheduler's configuration")
 
 
-def _with_current_attention_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give a VAE's attention the names of today's diffusers (old folders: query, key, value, proj_attn)."""
-    names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-    renamed = {}
-    for name, tensor in tensors.items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        renamed[name] = tensor[:, :, 0, 0] if ".to_" in name and tensor.ndim == 4 else tensor
-    return renamed
+def _vae_folder(folder: Path) -> Component:
+    settings = network_config(folder / "config.json")
+    settings.pop("_class_name", None)
+    return Component(with_current_attention_names(read_component(folder, "diffusion_pytorch_model")), settings)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"{path} can't be read: {error}.",
-            "Give a folder in diffusers' layout (model_index.json, unet, vae, text_encoder, tokenizer, scheduler) "
-            "or a single checkpoint file.",
-        ) from error
-    return content if isinstance(content, dict) else {}
-
-
-def _network_config(path: Path) -> dict[str, Any]:
-    config = _read_json(path)
-    hidden = (
-        "_diffusers_version",
-        "_name_or_path",
-        "architectures",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "model_type",
-    )
-    return {name: value for name, value in config.items() if name not in hidden}
-
-
-def _read_component(folder: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of one folder of a diffusers model: one file, or shards with an index."""
-    for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
-        if (folder / name).is_file():
-            return read_safetensors(folder / name)
-    shards = sorted(folder.glob(f"{stem}-*-of-*.safetensors"))
-    if shards:
-        return {name: tensor for shard in shards for name, tensor in read_safetensors(shard).items()}
-    for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
-        if (folder / name).is_file():
-            return _read_single_file(folder / name)
-    raise WeightsError(f"{folder} holds no weights ({stem}.safetensors).", _BROKEN)
-
-
-def _holds_tokenizer(folder: Path) -> bool:
-    old = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    return old or (folder / "tokenizer.json").is_file()  # all that transformers 5 writes
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """Load a CLIP tokenizer from a folder, never from the network.
+def _open_vae(path: Path, family: Family) -> Component:
+    """An autoencoder of its own: a folder of diffusers, or a file in the original layout.
 
     Raises:
-        WeightsError: The folder holds none.
+        WeightsError: There is none.
     """
-    from transformers import CLIPTokenizer, CLIPTokenizerFast
-
-    if not _holds_tokenizer(folder):
-        raise WeightsError(
-            f"{folder} holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json).",
-            "Give a folder that does.",
-        )
-    kind = CLIPTokenizer if (folder / "vocab.json").is_file() else CLIPTokenizerFast
-    try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"The tokenizer in {folder} can't be read: {error}.", "Copy it again.") from error
-
-
-def _tokenizer_places(checkpoint: Path) -> Iterator[Path]:
-    """Where a CLIP tokenizer may lie: beside the checkpoint, in a ComfyUI above it or this pack, in the hub's cache."""
-    yield checkpoint.parent / "tokenizer"
-    for start in (checkpoint.resolve(), Path(__file__).resolve()):
-        for parent in start.parents:
-            yield parent / "comfy" / "sd1_tokenizer"
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return
-    for repository, inner in (
-        ("openai/clip-vit-large-patch14", ""),
-        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "tokenizer/"),
-    ):
-        found = try_to_load_from_cache(repository, f"{inner}vocab.json")
-        if isinstance(found, str):
-            yield Path(found).parent
-
-
-def find_tokenizer(checkpoint: Path, given: Path | None) -> Any:
-    """The CLIP tokenizer for a single-file checkpoint, which holds none itself.
-
-    Raises:
-        WeightsError: None was found; says where one can be taken from.
-    """
-    if given is not None:
-        return load_tokenizer(given)
-    for place in _tokenizer_places(checkpoint):
-        if _holds_tokenizer(place):
-            return load_tokenizer(place)
-    raise WeightsError(
-        f"No CLIP tokenizer was found for {checkpoint.name}; a single-file checkpoint holds none.",
-        "Give --tokenizer FOLDER, such as ComfyUI/comfy/sd1_tokenizer or the tokenizer folder of a diffusers model.",
-    )
+    if os.path.isdir(path):
+        return _vae_folder(path)
+    if not os.path.isfile(path):
+        raise WeightsError(f"The VAE {path} does not exist.", "Check the path for a typing error.")
+    tensors = read_single_file(path)
+    _require_plain_floats(tensors)
+    return vae_component(with_prefix(tensors, VAE_PREFIX) or tensors, family.scaling_factor)
 
 
 def fingerprint(facts: str, *parts: Mapping[str, Tensor]) -> str:

@@ -13,8 +13,10 @@ from torch import Tensor
 from ..errors import UnsupportedModelError, WeightsError
 from .base import Family
 from .sd1 import FAMILY as SD1
+from .sd2 import FAMILY as SD2
+from .sdxl import FAMILY as SDXL
 
-FAMILIES: tuple[Family, ...] = (SD1,)
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL)
 
 _FOREIGN_KEYS = (
     ("double_blocks.0.img_attn.norm.key_norm", "Flux"),
@@ -120,7 +122,7 @@ def _unsupported_name(config: Mapping[str, Any]) -> str:
     if channels in special:
         return f"{special[channels]} ({generation})"
     if extra:
-        return "the SDXL refiner" if context == 1280 else "Stable Diffusion XL"
-    if config.get("use_linear_projection"):
-        return "Stable Diffusion 2.x"
+        return "the SDXL refiner"
+    if config.get("class_embed_type") is not None:
+        return "Stable unCLIP"
     return f"an unknown UNet ({channels} input channels, context width {context})"

@@ -14,6 +14,8 @@ from ..objective import Objective
 
 _INCOMPLETE = "Use a complete, unchanged checkpoint of this family; if it was downloaded, download it again."
 
+CHOSEN = "your setting prediction_type"  # as the source of a `Prediction`
+
 Conditioning = dict[str, Tensor]
 """What a denoiser is told beside latents and timesteps: named tensors, batch first."""
 
@@ -34,6 +36,60 @@ class Component:
 
 
 @dataclass(frozen=True)
+class TextEncoderKind:
+    """One text encoder of a family: where it is kept, and what of it the denoiser reads.
+
+    Attributes:
+        name: The component's name and folder in diffusers, "text_encoder" or "text_encoder_2".
+        short_name: Its usual short name: "clip_l", "clip_h" or "clip_g".
+        file_prefixes: What its tensors' names begin with in a single file, the usual one first.
+        adapter_prefix: What its modules' names begin with in a kohya file.
+        hidden_act: Activation of its MLPs.
+        pads_with_end: Whether prompts are filled up with the end token; else with token 0.
+        layer: Which hidden state is read, counted from the end: 1 the last, 2 the one before.
+        normed: Whether the final layer norm is applied to that hidden state.
+        pooled: Whether the projected embedding of the end token is read, too.
+        unused_layers: Layers at the end that an original file holds and nobody reads; they are left out.
+    """
+
+    name: str
+    short_name: str
+    file_prefixes: tuple[str, ...]
+    adapter_prefix: str
+    hidden_act: str
+    pads_with_end: bool
+    layer: int
+    normed: bool
+    pooled: bool = False
+    unused_layers: int = 0
+
+    @property
+    def number(self) -> str:
+        """What follows the bare word in names: "" or "_2"."""
+        return self.name.removeprefix("text_encoder")
+
+    @property
+    def tokenizer(self) -> str:
+        """Folder of its tokenizer in diffusers' layout."""
+        return f"tokenizer{self.number}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser predicts, on which noise schedule.
+
+    Attributes:
+        type: "epsilon" or "v_prediction", diffusers' words.
+        zero_terminal_snr: Whether the schedule is rescaled so that the last timestep is pure noise.
+        source: Who says so, for messages, such as "the scheduler's configuration"; `CHOSEN` for the user.
+    """
+
+    type: str = "epsilon"
+    zero_terminal_snr: bool = False
+    source: str = "the family"
+
+
+@dataclass(frozen=True)
 class BaseWeights:
     """A base model, opened but not built.
 
@@ -44,7 +100,8 @@ class BaseWeights:
         text_encoders: Text encoders in the family's order.
         tokenizers: Hugging Face tokenizers, one for each text encoder.
         scheduler: The noise schedule's configuration as diffusers writes it; empty where unknown.
-        prediction_type: What the denoiser predicts, in diffusers' words.
+        prediction: What the denoiser predicts.
+        clip_skip: Layer of the text encoders that is read, counted from the end; 0: the family's.
         title: Name for people, e.g. the file's.
         fingerprint: Hexadecimal digest of the weights.
     """
@@ -55,13 +112,18 @@ class BaseWeights:
     text_encoders: Sequence[Component]
     tokenizers: Sequence[Any]
     scheduler: Mapping[str, Any]
-    prediction_type: str
+    prediction: Prediction
+    clip_skip: int
     title: str
     fingerprint: str
 
 
 class DiffusionModel(Protocol):
     """A built model: networks that may share storage with a host's, and what is known about them.
+
+    Conditioning has these names, "_2" being the second text encoder: "ids", "ids_2" (tokens, int64), "text", "text_2"
+    (hidden states), "pooled_2" (projected embedding), and "size" (original height and width, top and left of the
+    crop, target height and width, in pixels).
 
     Attributes:
         family: Its family.
@@ -77,14 +139,20 @@ class DiffusionModel(Protocol):
     text_encoders: dict[str, nn.Module]
     objective: Objective
 
+    def tokenize(self, prompts: Sequence[str]) -> Conditioning:
+        """Tokens of the prompts for every text encoder, cut or filled up: (prompts, tokens) each, on the CPU."""
+
+    def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
+        """What one text encoder, by its component's name, says of tokens; on its own device."""
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts; every tensor has one row a prompt, on the text encoder's device."""
+        """Encode prompts with all text encoders; every tensor has one row a prompt."""
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the denoiser: latents (batch, channels, height, width), timesteps (batch,) → same shape as latents."""
 
     def overlong(self, prompt: str) -> bool:
-        """Whether the text encoder would cut the prompt."""
+        """Whether the text encoders would cut the prompt."""
 
 
 class Family(Protocol):
@@ -92,28 +160,34 @@ class Family(Protocol):
 
     Attributes:
         title: Name for people.
-        architecture: Value of `modelspec.architecture` without the `/lora`.
-        base_version: Value of `ss_base_model_version`.
         targets: Preset name → regular expression of the denoiser's modules that get an adapter.
+        text_targets: Preset name → regular expression of the text encoders' modules, if they are trained.
         scaling_factor: What the autoencoder's latents are multiplied with.
-        text_prefixes: Where a single file keeps each text encoder.
-        text_folders: Where a folder in diffusers' layout keeps each text encoder and, in the same order, tokenizer.
+        text_encoders: Its text encoders.
+        original_names: Whether adapter files name the denoiser's modules as the original code does.
+        trains_fully: Whether all weights can be trained and written as a checkpoint.
     """
 
     @property
     def title(self) -> str: ...  # noqa: D102
     @property
-    def architecture(self) -> str: ...  # noqa: D102
-    @property
-    def base_version(self) -> str: ...  # noqa: D102
-    @property
     def targets(self) -> Mapping[str, str]: ...  # noqa: D102
+    @property
+    def text_targets(self) -> Mapping[str, str]: ...  # noqa: D102
     @property
     def scaling_factor(self) -> float: ...  # noqa: D102
     @property
-    def text_prefixes(self) -> Sequence[str]: ...  # noqa: D102
+    def text_encoders(self) -> Sequence[TextEncoderKind]: ...  # noqa: D102
     @property
-    def text_folders(self) -> Sequence[tuple[str, str]]: ...  # noqa: D102
+    def original_names(self) -> bool: ...  # noqa: D102
+    @property
+    def trains_fully(self) -> bool: ...  # noqa: D102
+
+    def architecture(self, prediction: Prediction) -> str:
+        """Value of `modelspec.architecture` without the `/lora`."""
+
+    def base_version(self, prediction: Prediction) -> str:
+        """Value of `ss_base_model_version`."""
 
     def claims(self, unet_config: Mapping[str, Any]) -> bool:
         """Whether a denoiser of this configuration (diffusers' keys) belongs to the family."""
@@ -121,15 +195,18 @@ class Family(Protocol):
     def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
         """A configuration inferred from shapes, with what shapes do not show."""
 
-    def text_components(self, tensors: Sequence[Mapping[str, Tensor]]) -> list[Component]:
-        """The text encoders from their tensors as a single file or a host names them, without a prefix.
+    def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
+        """What a denoiser (original names without prefix) predicts, if nothing beside its weights says so."""
 
-        Raises:
-            WeightsError: They are no text encoders of this family.
-        """
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """What the denoiser is told beside the text, as diffusers' `added_cond_kwargs`."""
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
-        """Build the networks around the tensors, without a copy."""
+        """Build the networks around the tensors, without a copy.
+
+        Raises:
+            WeightsError: Something is missing, unknown or of another shape.
+        """
 
 
 def on_meta(make: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Module:

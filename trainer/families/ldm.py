@@ -5,6 +5,7 @@ Nothing here copies a tensor. The renaming itself is diffusers' own.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -54,40 +55,58 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         WeightsError: Blocks are missing or uneven.
     """
     channels: list[int] = []
-    attention: list[bool] = []
-    layers: list[int] = []
-    count = 0
+    depths: list[list[int]] = [[]]
     for index in range(1, _count(tensors, r"input_blocks\.(\d+)\.")):
         if f"input_blocks.{index}.0.op.weight" in tensors:
-            layers.append(count)
-            count = 0
+            depths.append([])
             continue
         out = _need(tensors, f"input_blocks.{index}.0.out_layers.3.weight")
-        if count == 0:
+        if not depths[-1]:
             channels.append(out.shape[0])
-            attention.append(f"input_blocks.{index}.1.proj_in.weight" in tensors)
-        count += 1
-    layers.append(count)
-    if not channels or len(set(layers)) != 1:
+        depths[-1].append(_depth(tensors, f"input_blocks.{index}.1"))
+    layers = len(depths[0])
+    if not channels or any(len(level) != layers for level in depths):
         raise WeightsError("The UNet's levels differ in their number of layers; that shape is not known.", _REMEDY)
+    up = [
+        [_depth(tensors, f"output_blocks.{level * (layers + 1) + layer}.1") for layer in range(layers + 1)]
+        for level in range(len(depths))
+    ]
     conv_in = _need(tensors, "input_blocks.0.0.weight")
     context = next((t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), None)
     projection = next((t for name, t in tensors.items() if name.endswith("1.proj_in.weight")), None)
     if context is None or projection is None:
         raise WeightsError("The UNet has no cross-attention, so no prompt can steer it.", _REMEDY)
-    down = tuple("CrossAttnDownBlock2D" if has else "DownBlock2D" for has in attention)
-    up = tuple("CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(attention))
-    return {
+    config = {
         "in_channels": conv_in.shape[1],
         "out_channels": _need(tensors, "out.2.weight").shape[0],
         "block_out_channels": tuple(channels),
-        "layers_per_block": layers[0],
-        "down_block_types": down,
-        "up_block_types": up,
+        "layers_per_block": layers,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if any(level) else "DownBlock2D" for level in depths),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in up),
         "cross_attention_dim": context,
         "use_linear_projection": projection.ndim == 2,
         "addition_embed_type": "text_time" if "label_emb.0.0.weight" in tensors else None,
     }
+    if "label_emb.0.0.weight" in tensors:
+        config["projection_class_embeddings_input_dim"] = tensors["label_emb.0.0.weight"].shape[1]
+    middle = _depth(tensors, "middle_block.1")
+    if not middle:  # the distilled relatives of SDXL have a residual block there, or nothing
+        config["mid_block_type"] = "UNetMidBlock2D" if "middle_block.0.in_layers.2.weight" in tensors else None
+    if {*itertools.chain(*depths, *up), middle} - {0, 1}:
+        config["transformer_layers_per_block"] = tuple(_even(level) for level in depths)
+        if [_even(level) for level in up] != [_even(level) for level in reversed(depths)]:
+            config["reverse_transformer_layers_per_block"] = tuple(_even(level) for level in up)
+    return config
+
+
+def _depth(tensors: Mapping[str, Tensor], block: str) -> int:
+    """How many transformer layers a block has; 0 if it is no transformer."""
+    return _count(tensors, re.escape(block) + r"\.transformer_blocks\.(\d+)\.")
+
+
+def _even(level: list[int]) -> int | tuple[int, ...]:
+    """A level's transformer depths as diffusers writes them: one number if all are equal; without attention 1."""
+    return max(level[0], 1) if len(set(level)) == 1 else tuple(level)
 
 
 def unet_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
@@ -140,36 +159,3 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
         for name, tensor in renamed.items()
     }
     return Component(flat, config)
-
-
-def clip_component(tensors: Mapping[str, Tensor]) -> Component:
-    """Infer a transformers `CLIPTextConfig` from a CLIP-L-like text encoder in Hugging Face's layout.
-
-    Args:
-        tensors: Names with or without the leading "text_model."; other tensors are ignored.
-
-    Raises:
-        WeightsError: The token embedding is missing.
-    """
-    named = {}
-    for name, tensor in tensors.items():
-        inner = name.removeprefix("text_model.")
-        if inner.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and not inner.endswith("position_ids"):
-            named[f"text_model.{inner}"] = tensor
-    embedding = named.get("text_model.embeddings.token_embedding.weight")
-    if embedding is None:
-        raise WeightsError(
-            "The checkpoint holds no CLIP text encoder.", "Use a full checkpoint (UNet, VAE and text encoder)."
-        )
-    width = embedding.shape[1]
-    config = {
-        "vocab_size": embedding.shape[0],
-        "hidden_size": width,
-        "intermediate_size": _need(named, "text_model.encoder.layers.0.mlp.fc1.weight").shape[0],
-        "num_hidden_layers": _count(named, r"text_model\.encoder\.layers\.(\d+)\."),
-        "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": _need(named, "text_model.embeddings.position_embedding.weight").shape[0],
-        "hidden_act": "quick_gelu",
-        "projection_dim": width,
-    }
-    return Component(named, config)

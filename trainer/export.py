@@ -1,0 +1,127 @@
+"""The files that a run gives: an adapter, and in full fine-tuning a checkpoint."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .checkpoint import Saved
+from .checkpoint_file import original_state_dict, write_checkpoint
+from .config import TrainSettings
+from .devices import DTYPES
+from .errors import SettingsError
+from .extraction import extract_lora
+from .families.base import BaseWeights
+from .files import free_path
+from .kohya import Adapter, read_adapter, read_header, write_adapter
+from .layers import LoraLayer
+from .metadata import FINGERPRINT_KEY, FORM_KEY
+from .selection import choose_targets
+
+_SAME = (FINGERPRINT_KEY, FORM_KEY, "ss_steps")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The files of a finished run.
+
+    Attributes:
+        adapter: The adapter as it stands in its file.
+        path: The adapter file.
+        checkpoint: The checkpoint file of full fine-tuning; None otherwise.
+    """
+
+    adapter: Adapter
+    path: Path
+    checkpoint: Path | None
+
+
+def export(
+    base: BaseWeights,
+    saved: Saved,
+    stacked: Sequence[tuple[Adapter, float]],
+    settings: TrainSettings,
+    metadata: Mapping[str, str],
+    output_dir: Path,
+    checkpoints_dir: Path,
+) -> Exported:
+    """Write what was trained; nothing is ever written over, and files of this very run are used again.
+
+    Args:
+        base: The base model that was trained upon.
+        saved: What was trained.
+        stacked: The adapters that were applied to the base, for `combine`.
+        settings: Name, precision, rank.
+        metadata: Of the files.
+        output_dir: Folder of the adapter file.
+        checkpoints_dir: Folder of a checkpoint file.
+
+    Raises:
+        StorageError: A file can't be written.
+    """
+    dtype = DTYPES[settings.save_precision]
+    checkpoint = None
+    if saved.weights is not None:
+        own = {"modelspec.architecture": base.family.architecture(base.prediction)}
+        tensors = original_state_dict(base, saved.weights)
+        path = checkpoints_dir / f"{settings.name}.safetensors"
+        whole = {**metadata, **own}
+        checkpoint = _written(path, whole, lambda to: write_checkpoint(to, tensors, whole, dtype))
+        targets = choose_targets(base.family.build(base), settings)
+        adapter = extract_lora(base, saved.weights, targets, metadata)
+    else:
+        assert saved.adapter is not None
+        adapter = saved.adapter
+    if settings.combine:
+        adapter = combined([*stacked, (adapter, 1.0)])
+    adapter = replace(adapter, metadata=metadata)
+    wanted = output_dir / f"{settings.name}.safetensors"
+    path = _written(wanted, metadata, lambda to: write_adapter(to, adapter, dtype))
+    return Exported(read_adapter(path), path, checkpoint)
+
+
+def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """The sum of LoRAs, each times its strength, as one LoRA: exact, since ranks add up.
+
+    Raises:
+        SettingsError: One is no plain LoRA.
+    """
+    parts: dict[str, list[tuple[LoraLayer, float]]] = {}
+    for adapter, strength in adapters:
+        for name, layer in adapter.layers.items():
+            if not isinstance(layer, LoraLayer) or layer.mid is not None or layer.dora_scale is not None:
+                raise SettingsError(
+                    f"combine adds adapters up, which is exact for LoRA only; {name} is of the kind {layer.kind}.",
+                    "Turn combine off and use both files, or apply a LoRA.",
+                )
+            parts.setdefault(name, []).append((layer, strength))
+    return Adapter({name: _sum(layers) for name, layers in parts.items()})
+
+
+def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> LoraLayer:
+    rank = sum(layer.rank for layer, _ in layers)
+    down = torch.cat([layer.down.float() for layer, _ in layers])
+    up = torch.cat([layer.up.float() * (strength * layer.alpha / layer.rank) for layer, strength in layers], dim=1)
+    return LoraLayer(down, up, float(rank))
+
+
+def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[Path], None]) -> Path:
+    """The file of this run, length and precision if it exists, else the first free name, written."""
+    for path in [wanted, *sorted(wanted.parent.glob(f"{glob.escape(wanted.stem)}-*{wanted.suffix}"))]:
+        if path.is_file() and _is_same(path, metadata):
+            return path
+    path = free_path(wanted)
+    write(path)
+    return path
+
+
+def _is_same(path: Path, metadata: Mapping[str, str]) -> bool:
+    try:
+        _, found = read_header(path)
+    except (OSError, ValueError):
+        return False
+    return all(found.get(key) == metadata.get(key) for key in _SAME)

@@ -1,0 +1,78 @@
+"""Stable Diffusion 2.x: OpenCLIP-H, read one layer before the last; Linear projections; epsilon or velocity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .base import BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
+from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads_text_alone
+
+_HEAD = 64
+_TELLTALE = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_VELOCITY_STD = 0.09
+
+
+class StableDiffusion2:
+    """The family: SD 2.0 and 2.1, both the 512 (epsilon) and the 768 (velocity) models, and their fine-tunes."""
+
+    title = "Stable Diffusion 2.x"
+    scaling_factor = 0.18215
+    targets: Mapping[str, str] = TARGETS
+    text_targets: Mapping[str, str] = TEXT_TARGETS
+    original_names = False
+    trains_fully = False
+    text_encoders: Sequence[TextEncoderKind] = (
+        TextEncoderKind(
+            name="text_encoder",
+            short_name="clip_h",
+            file_prefixes=("cond_stage_model.model.", "conditioner.embedders.0.model."),
+            adapter_prefix="lora_te_",
+            hidden_act="gelu",
+            pads_with_end=False,
+            layer=1,
+            normed=True,
+            unused_layers=1,
+        ),
+    )
+
+    def architecture(self, prediction: Prediction) -> str:
+        """Stability's names tell the two prediction types apart by their resolutions."""
+        return "stable-diffusion-v2-768-v" if prediction.type == "v_prediction" else "stable-diffusion-v2-512"
+
+    def base_version(self, prediction: Prediction) -> str:
+        """Kohya's names."""
+        return "sd_v2_v" if prediction.type == "v_prediction" else "sd_v2"
+
+    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+        """Four latent channels, Linear projections and no conditioning beside the text."""
+        return reads_text_alone(unet_config) and bool(unet_config.get("use_linear_projection"))
+
+    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Heads of 64 channels; diffusers calls their number attention_head_dim."""
+        return {**unet_config, "attention_head_dim": heads(unet_config)}
+
+    def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
+        """By the spread of one bias, as ComfyUI tells the 768 models from the 512 ones: nothing in the file says it."""
+        bias = unet.get(_TELLTALE)
+        if bias is not None and float(bias.float().std(correction=0)) > _VELOCITY_STD:
+            return Prediction("v_prediction", source="detected in the weights")
+        return Prediction("epsilon", source="detected in the weights")
+
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """Nothing."""
+        return None
+
+    def build(self, weights: BaseWeights) -> DiffusionModel:
+        """Build the networks around the tensors, without a copy."""
+        return StableDiffusionModel(self, weights)
+
+
+def heads(unet_config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Number of attention heads at each level, of 64 channels each."""
+    return tuple(max(1, channels // _HEAD) for channels in unet_config["block_out_channels"])
+
+
+FAMILY = StableDiffusion2()

@@ -1,0 +1,91 @@
+"""Stable Diffusion XL and its distilled relatives: CLIP-L and OpenCLIP-G, pooled text, size and crop conditioning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .base import BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
+from .sd2 import heads
+from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel
+
+_REFINER_WIDTH = 1280
+_B_LORA = r"up_blocks\.0\.attentions\.{}\..*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+
+
+class StableDiffusionXL:
+    """The family: SDXL 1.0, its fine-tunes with epsilon or velocity, and SSD-1B, Segmind Vega and KOALA by shape.
+
+    The presets "b-lora-content" and "b-lora-style" are the two transformer blocks of Frenkel et al. 2024 (B-LoRA).
+    """
+
+    title = "Stable Diffusion XL"
+    scaling_factor = 0.13025
+    targets: Mapping[str, str] = {
+        **TARGETS,
+        "b-lora-content": _B_LORA.format("0"),
+        "b-lora-style": _B_LORA.format("1"),
+    }
+    text_targets: Mapping[str, str] = TEXT_TARGETS
+    original_names = True
+    trains_fully = False
+    text_encoders: Sequence[TextEncoderKind] = (
+        TextEncoderKind(
+            name="text_encoder",
+            short_name="clip_l",
+            file_prefixes=("conditioner.embedders.0.transformer.",),
+            adapter_prefix="lora_te1_",
+            hidden_act="quick_gelu",
+            pads_with_end=True,
+            layer=2,
+            normed=False,
+        ),
+        TextEncoderKind(
+            name="text_encoder_2",
+            short_name="clip_g",
+            file_prefixes=("conditioner.embedders.1.model.",),
+            adapter_prefix="lora_te2_",
+            hidden_act="gelu",
+            pads_with_end=False,
+            layer=2,
+            normed=False,
+            pooled=True,
+        ),
+    )
+
+    def architecture(self, prediction: Prediction) -> str:
+        """One name for all."""
+        return "stable-diffusion-xl-v1-base"
+
+    def base_version(self, prediction: Prediction) -> str:
+        """One name for all."""
+        return "sdxl_base_v1-0"
+
+    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+        """Pooled text and sizes as further conditioning; the refiner is narrower."""
+        return (
+            unet_config.get("in_channels", 4) == 4
+            and unet_config.get("addition_embed_type") == "text_time"
+            and unet_config.get("cross_attention_dim") != _REFINER_WIDTH
+        )
+
+    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Heads of 64 channels; six numbers of 256 channels each say size and crop."""
+        return {**unet_config, "attention_head_dim": heads(unet_config), "addition_time_embed_dim": 256}
+
+    def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
+        """Epsilon; checkpoints that predict velocity say so."""
+        return Prediction()
+
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """The pooled text of the second encoder, and size and crop."""
+        return {"text_embeds": conditioning["pooled_2"], "time_ids": conditioning["size"]}
+
+    def build(self, weights: BaseWeights) -> DiffusionModel:
+        """Build the networks around the tensors, without a copy."""
+        return StableDiffusionModel(self, weights)
+
+
+FAMILY = StableDiffusionXL()

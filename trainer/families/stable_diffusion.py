@@ -1,0 +1,96 @@
+"""What Stable Diffusion 1, 2 and XL share: a UNet, an autoencoder, CLIP text encoders, presets of modules."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..objective import make_objective
+from .base import BaseWeights, Conditioning, Family, build_around, on_meta
+from .clip import ClipTextEncoder
+
+_ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+_MLP = (
+    rf".*\.attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\.({_ATTENTION}|ff\.net\.(0\.proj|2)))"  # kohya's
+)
+_CONV = (
+    r".*\.resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|.*\.(downsamplers|upsamplers)\.\d+\.conv"  # LoCon's
+)
+TARGETS: Mapping[str, str] = {
+    "attention": rf".*\.{_ATTENTION}",
+    "attention-mlp": _MLP,
+    "all": rf"{_MLP}|{_CONV}",
+}
+_SELF_ATTENTION = r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
+TEXT_TARGETS: Mapping[str, str] = {
+    "attention": _SELF_ATTENTION,
+    "attention-mlp": rf"{_SELF_ATTENTION}|.*\.mlp\.(fc1|fc2)",
+}
+
+
+def reads_text_alone(unet_config: Mapping[str, Any]) -> bool:
+    """Whether a denoiser takes four latent channels and no conditioning beside the text."""
+    return (
+        unet_config.get("in_channels", 4) == 4
+        and unet_config.get("addition_embed_type") is None
+        and unet_config.get("class_embed_type") is None
+    )
+
+
+class StableDiffusionModel:
+    """A built model; see `DiffusionModel`."""
+
+    def __init__(self, family: Family, weights: BaseWeights) -> None:
+        """Build the networks around the tensors, without a copy.
+
+        Raises:
+            WeightsError: Something is missing, unknown or of another shape.
+        """
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+
+        self.family = family
+        self.unet = build_around(on_meta(UNet2DConditionModel, weights.unet.config), weights.unet)
+        self.vae = build_around(on_meta(AutoencoderKL, weights.vae.config), weights.vae)
+        self._encoders = {
+            kind.name: ClipTextEncoder(kind, component, tokenizer, weights.clip_skip)
+            for kind, component, tokenizer in zip(
+                family.text_encoders, weights.text_encoders, weights.tokenizers, strict=True
+            )
+        }
+        self.text_encoders: dict[str, nn.Module] = {name: one.network for name, one in self._encoders.items()}
+        for one in self._encoders.values():
+            del one.network  # the dict above alone holds it, so that it can be let go
+        self.objective = make_objective(
+            weights.prediction.type, weights.scheduler, zero_terminal_snr=weights.prediction.zero_terminal_snr
+        )
+
+    def overlong(self, prompt: str) -> bool:
+        """Whether the text encoders would cut the prompt."""
+        return any(encoder.overlong(prompt) for encoder in self._encoders.values())
+
+    def tokenize(self, prompts: Sequence[str]) -> Conditioning:
+        """Tokens of the prompts for every text encoder."""
+        return {f"ids{one.kind.number}": one.tokenize(prompts) for one in self._encoders.values()}
+
+    def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
+        """What one text encoder says of tokens."""
+        return self._encoders[encoder].encode(self.text_encoders[encoder], ids)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with all text encoders."""
+        ids = self.tokenize(prompts)
+        encoded: Conditioning = {}
+        for name, one in self._encoders.items():
+            encoded |= self.encode_tokens(name, ids[f"ids{one.kind.number}"])
+        return encoded
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run the UNet; the text encoders' hidden states are joined along the width."""
+        hidden = [conditioning[f"text{kind.number}"] for kind in self.family.text_encoders]
+        text = (hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)).to(latents.dtype)
+        added = self.family.added_conditions(conditioning)
+        output: Tensor = self.unet(latents, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
+        return output

@@ -1,0 +1,75 @@
+"""The modules of a model that an adapter can change, and the names that adapter files give them."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .families.base import DiffusionModel
+from .kohya import PREFIXES
+from .original_names import original_names
+
+_TEXT = "text_model."
+UNET = "unet"
+
+Adaptable = nn.Linear | nn.Conv2d
+
+
+def networks(model: DiffusionModel) -> dict[str, nn.Module]:
+    """The networks that adapters change, by their component's name."""
+    return {UNET: model.unet, **model.text_encoders}
+
+
+def adaptable_modules(model: DiffusionModel) -> dict[str, dict[str, Adaptable]]:
+    """Component → path → Linear or convolution; paths in text encoders begin with "text_model." in every version."""
+    return {
+        component: {
+            canonical_path(component, path): module
+            for path, module in network.named_modules()
+            if isinstance(module, nn.Linear | nn.Conv2d)
+        }
+        for component, network in networks(model).items()
+    }
+
+
+def canonical_path(component: str, path: str) -> str:
+    """A path with the level "text_model." that transformers 5 dropped from some text encoders."""
+    bare = component == UNET or path.startswith(_TEXT) or path == "text_projection"
+    return path if bare else _TEXT + path
+
+
+def adapter_names(model: DiffusionModel) -> dict[tuple[str, str], str]:
+    """(component, path) → the module's name in an adapter file, as kohya names it for the model's family."""
+    prefixes = {kind.name: kind.adapter_prefix for kind in model.family.text_encoders}
+    names: dict[tuple[str, str], str] = {}
+    for component, modules in adaptable_modules(model).items():
+        paths = {path: path for path in modules}
+        if component == UNET and model.family.original_names:
+            paths |= _original(model)
+        prefix = prefixes.get(component, PREFIXES[UNET])
+        names |= {(component, path): prefix + paths[path].replace(".", "_") for path in modules}
+    return names
+
+
+def modules_by_name(model: DiffusionModel) -> dict[str, Adaptable]:
+    """Every name that a file may give a module → the module: diffusers' and the original code's paths, any prefix."""
+    found: dict[str, Adaptable] = {}
+    for component, modules in adaptable_modules(model).items():
+        for prefix in _prefixes(component, len(model.text_encoders)):
+            found |= {prefix + path.replace(".", "_"): module for path, module in modules.items()}
+        if component == UNET:
+            original = _original(model)
+            found |= {PREFIXES[UNET] + original[path].replace(".", "_"): modules[path] for path in original}
+    return found
+
+
+def _prefixes(component: str, encoders: int) -> list[str]:
+    if component == UNET:
+        return [PREFIXES[UNET]]
+    if component == "text_encoder":  # diffusers' converter calls it the first even where there is but one
+        return [PREFIXES[component], "lora_te1_"]
+    return [PREFIXES[component]]
+
+
+def _original(model: DiffusionModel) -> dict[str, str]:
+    paths = [path for path, module in model.unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return original_names(paths, int(model.unet.config.layers_per_block))

@@ -1,0 +1,71 @@
+"""Full fine-tuning: the networks' own weights being trained, as DreamBooth first did it (Ruiz et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from .checkpoint import Saved
+from .config import TrainSettings
+from .errors import AdapterError
+from .families.base import DiffusionModel
+from .modules import UNET, networks
+
+
+class TrainedWeights:
+    """All weights of the UNet, and of the text encoders that have a learning rate, as private float32 copies."""
+
+    def __init__(self, model: DiffusionModel, settings: TrainSettings) -> None:
+        """Replace the borrowed parameters of a built model by copies and make them trainable."""
+        self._networks = {
+            name: network for name, network in networks(model).items() if name == UNET or name in settings.text_rates
+        }
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+            parameter.requires_grad_(True)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Component → its parameters, in the networks' order."""
+        return {name: list(network.parameters()) for name, network in self._networks.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters."""
+        return [parameter for group in self.groups().values() for parameter in group]
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """Parameters by "<component>.<parameter>"."""
+        return {
+            f"{component}.{name}": parameter
+            for component, network in self._networks.items()
+            for name, parameter in network.named_parameters()
+        }
+
+    def saved(self, metadata: Mapping[str, str]) -> Saved:
+        """A copy of the current state on the CPU."""
+        copies = {name: one.detach().to("cpu", copy=True).contiguous() for name, one in self._named().items()}
+        return Saved(weights=copies, metadata=metadata)
+
+    def restore(self, saved: Saved) -> None:
+        """Set the parameters to a saved state of the same run.
+
+        Raises:
+            AdapterError: It is another run's.
+        """
+        own, weights = self._named(), saved.weights or {}
+        if set(own) != set(weights):
+            raise AdapterError(
+                "The checkpoint holds other weights than this run trains.",
+                "Start anew with --resume never or another name.",
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+
+    def is_finite(self) -> bool:
+        """Whether every trained number is finite."""
+        return all(bool(torch.isfinite(p.detach()).all()) for p in self.parameters())
+
+    def after_update(self) -> None:
+        """Nothing has to hold."""
