@@ -10,6 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +226,9 @@ def _prediction(model: Any) -> Any:
     if discrete and type(sampling).calculate_denoised is kinds.EPS.calculate_denoised:
         return Prediction("epsilon", source=source)
     if hasattr(model.model.diffusion_model, "input_blocks"):
+        name = " with ".join(base.__name__ for base in type(sampling).__bases__)
         raise WeightsError(
-            f"The model is sampled as {type(sampling).__mro__[1].__name__}, which can't be trained.",
+            f"The model is sampled as {name}, which can't be trained.",
             "Connect a Stable Diffusion model that predicts epsilon or velocity, without a sampling node for others.",
         )
     return None
@@ -260,12 +262,16 @@ def apply_adapter(
 ) -> tuple[Any, Any]:
     """Apply a kohya state dict as ComfyUI's Load LoRA does; `model` or `clip` may be None.
 
+    One thing is mended: ComfyUI 0.28 divides a DoRA by the length of the weight's rows before the change instead of
+    after it. Here the model computes what was trained.
+
     Raises:
         AdapterError: None of its modules fits the model.
     """
     import comfy.sd
 
-    fitting, foreign = _fit(model, clip, tensors)
+    weights = _Weights(model, clip)
+    fitting, foreign = _fit(weights, model, clip, tensors)
     if foreign and not fitting:
         raise AdapterError(
             f"The adapter does not fit this model: none of its {len(foreign)} modules has a counterpart of its shape "
@@ -277,29 +283,71 @@ def apply_adapter(
             "%d of the adapter's modules don't fit this model and are left out, e.g. %s", len(foreign), foreign[0]
         )
     kept = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] not in set(foreign)}
+    kept |= _dora_scales(weights, kept)
     return comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)  # type: ignore[no-any-return]
 
 
-def _fit(model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the adapter's modules that have a counterpart of their shape, and of those that have none."""
-    import comfy.lora
+class _Weights:
+    """The weights of a MODEL and a CLIP under the names that adapter files give them."""
+
+    def __init__(self, model: Any, clip: Any) -> None:
+        import comfy.lora
+
+        self._weights: dict[str, Any] = {}  # key → (weight without patches, …), patches …
+        self._keys: dict[str, str] = {}
+        if model is not None:
+            self._weights |= model.get_key_patches()
+            self._keys |= comfy.lora.model_lora_keys_unet(model.model, {})
+        if clip is not None:
+            self._weights |= clip.patcher.get_key_patches()
+            self._keys |= comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+
+    def size(self, name: str) -> int | None:
+        """How many numbers a module's weight has; None if there is no such module."""
+        key = self._keys.get(name)
+        return self._weights[key][0][0].numel() if isinstance(key, str) and key in self._weights else None
+
+    def current(self, name: str) -> Any:
+        """A copy of a module's weight in float32, with the patches of this MODEL or CLIP and of no other."""
+        import comfy.lora
+        import torch
+
+        key = self._keys[name]
+        (weight, _), *patches = self._weights[key]
+        return comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
+
+
+def _dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The magnitudes of DoRA layers, such that ComfyUI's division by the wrong length gives the right weight."""
+    import torch
 
     from ..trainer.kohya import parse_adapter
 
-    sizes: dict[str, int] = {}
-    if model is not None:
-        weights = model.model_state_dict()
-        keys = comfy.lora.model_lora_keys_unet(model.model, {})
-        sizes |= {name: weights[key].numel() for name, key in keys.items() if isinstance(key, str) and key in weights}
-    if clip is not None:
-        weights = clip.cond_stage_model.state_dict()
-        keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
-        sizes |= {name: weights[key].numel() for name, key in keys.items() if isinstance(key, str) and key in weights}
+    names = {key.rpartition(".")[0] for key in tensors if key.endswith(".dora_scale")}
+    if not names:
+        return {}
+    parts = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] in names}
+    scales = {}
+    for name, layer in parse_adapter(parts).layers.items():
+        scale = tensors[f"{name}.dora_scale"]
+        if scale.shape[0] != layer.shape[0] or weights.size(name) is None:
+            continue  # the older form, by inputs, is computed rightly
+        weight = weights.current(name)
+        plain = replace(layer, dora_scale=None).delta().to(weight.device).reshape(weight.shape)
+        before, after = (torch.linalg.vector_norm(one.flatten(1), dim=1) for one in (weight, weight + plain))
+        scales[f"{name}.dora_scale"] = scale.float() * (before / after).to(scale.device).reshape(scale.shape)
+    return scales
+
+
+def _fit(weights: _Weights, model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the adapter's modules that have a counterpart of their shape, and of those that have none."""
+    from ..trainer.kohya import parse_adapter
+
     fitting, foreign = [], []
     for name, layer in parse_adapter(tensors).layers.items():
         if (model is None and name.startswith("lora_unet")) or (clip is None and name.startswith("lora_te")):
             fitting.append(name)  # not connected, so nothing to fit
-        elif sizes.get(name) == math.prod(layer.shape):
+        elif weights.size(name) == math.prod(layer.shape):
             fitting.append(name)
         else:
             foreign.append(name)

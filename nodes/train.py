@@ -48,7 +48,7 @@ class TrainingSettings(io.ComfyNode):
             category=CATEGORY,
             description="Batch size, schedule, precision, checkpoints and so on. Train LoRA works without this node.",
             search_aliases=["optimizer", "learning rate schedule", "gradient checkpointing", "batch size"],
-            inputs=[widget(TrainSettings, name, advanced=None) for name in _FURTHER],
+            inputs=[widget(TrainSettings, name, advanced=None, optional=True) for name in _FURTHER],
             outputs=[SETTINGS.Output(display_name="settings")],
         )
 

@@ -46,7 +46,7 @@ from pack.trainer.errors import (
     WeightsError,
 )
 from pack.trainer.events import Phase, Step
-from pack.trainer.families.sd1 import StableDiffusion1Model
+from pack.trainer.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.kohya import Adapter, LoraLayer, read_adapter, write_adapter
 from pack.trainer.pictures import load_pictures
 from pack.trainer.randomness import draw
@@ -461,11 +461,9 @@ def folder_without_weights(world: World) -> Values:
     return {"base": folder}
 
 
-@mistake(TRAINING, WeightsError, "v_prediction", remedy="epsilon")
-def folder_that_predicts_velocity(world: World) -> Values:
-    return {
-        "base": with_json(world.folder("velocity"), "scheduler/scheduler_config.json", prediction_type="v_prediction")
-    }
+@mistake(TRAINING, WeightsError, "sample", remedy="epsilon")
+def folder_that_predicts_samples(world: World) -> Values:
+    return {"base": with_json(world.folder("sample"), "scheduler/scheduler_config.json", prediction_type="sample")}
 
 
 def with_json(folder: Path, name: str, **values: Any) -> Path:
@@ -512,8 +510,6 @@ def only(*names: str) -> Callable[[dict[str, Tensor]], None]:
 
 
 OTHER_FAMILIES: dict[str, tuple[Callable[[dict[str, Tensor]], None], str]] = {
-    "SD 2": (all_of(linear_projections, lambda t: context_width(t, 1024)), "Stable Diffusion 2.x"),
-    "SDXL": (all_of(label_embedding, lambda t: context_width(t, 2048)), "Stable Diffusion XL"),
     "SDXL refiner": (all_of(label_embedding, lambda t: context_width(t, 1280)), "SDXL refiner"),
     "inpainting": (lambda t: input_channels(t, 9), "inpainting model (SD 1.x)"),
     "SD 2 inpainting": (all_of(linear_projections, lambda t: input_channels(t, 9)), "inpainting model (SD 2.x)"),
@@ -546,10 +542,53 @@ for _family, (_change, _title) in OTHER_FAMILIES.items():
     add(TRAINING, _family, checkpoint_of(_change), UnsupportedModelError, _title, remedy=_remedy)
 
 
-@mistake(TRAINING, UnsupportedModelError, "Stable Diffusion XL", remedy="Stable Diffusion 1.x")
-def folder_of_SDXL(world: World) -> Values:
+def folder_whose_unet(**changes: Any) -> Case:
+    return lambda world: {"base": with_json(world.folder("foreign"), "unet/config.json", **changes)}
+
+
+for _label, _title, _changes in (
+    ("inpainting", "inpainting model (SD 1.x)", {"in_channels": 9}),
+    ("SDXL inpainting", "inpainting model (SDXL)", {"in_channels": 9, "addition_embed_type": "text_time"}),
+    ("InstructPix2Pix", "InstructPix2Pix", {"in_channels": 8}),
+    ("SD 2 depth", "depth model (SD 2.x)", {"in_channels": 5, "use_linear_projection": True}),
+    ("the upscaler", "upscaler", {"in_channels": 7}),
+    ("the refiner", "SDXL refiner", {"addition_embed_type": "text_time", "cross_attention_dim": 1280}),
+    ("unCLIP", "Stable unCLIP", {"class_embed_type": "projection", "use_linear_projection": True}),
+    ("PixArt", "PixArt", {"_class_name": "PixArtTransformer2DModel"}),
+    ("a class nobody knows", "Unet7DModel", {"_class_name": "Unet7DModel"}),
+):
+    add(
+        TRAINING,
+        f"folder of {_label}",
+        folder_whose_unet(**_changes),
+        UnsupportedModelError,
+        _title,
+        remedy="Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL",
+    )
+
+
+@mistake(TRAINING, WeightsError, "text_encoder_2", remedy="diffusers' layout")
+def folder_of_SDXL_without_its_second_text_encoder(world: World) -> Values:
     changes = {"addition_embed_type": "text_time", "use_linear_projection": True}
     return {"base": with_json(world.folder("xl"), "unet/config.json", **changes)}
+
+
+@mistake(TRAINING, WeightsError, "xl.safetensors", "Stable Diffusion XL", "clip_l", remedy="full checkpoint")
+def sdxl_without_text_encoders(world: World) -> Values:
+    return {"base": world.checkpoint("xl.safetensors", all_of(label_embedding, lambda t: context_width(t, 2048)))}
+
+
+@mistake(TRAINING, WeightsError, "v2.safetensors", "Stable Diffusion 2.x", "clip_h", remedy="full checkpoint")
+def sd2_without_a_text_encoder(world: World) -> Values:
+    return {"base": world.checkpoint("v2.safetensors", linear_projections)}
+
+
+def marked(key: str) -> Case:
+    return lambda world: {"base": world.checkpoint("edm.safetensors", lambda t: t.update({key: torch.zeros(1)}))}
+
+
+for _key in ("edm_mean", "edm_vpred.sigma_max"):
+    add(TRAINING, f"EDM by {_key}", marked(_key), UnsupportedModelError, "EDM", remedy="Stable Diffusion XL")
 
 
 @mistake(TRAINING, UnsupportedModelError, "Flux", remedy="Stable Diffusion 1.x")
@@ -559,9 +598,60 @@ def folder_of_Flux(world: World) -> Values:
     return {"base": world.path / "flux"}
 
 
-@mistake(TRAINING, UnsupportedModelError, "inpainting", remedy="Stable Diffusion 1.x")
-def folder_of_inpainting(world: World) -> Values:
-    return {"base": with_json(world.folder("inpainting"), "unet/config.json", in_channels=9)}
+@mistake(TRAINING, WeightsError, "no-such-vae.safetensors", "exist", remedy="path")
+def missing_vae(world: World) -> Values:
+    return {"vae": world.path / "no-such-vae.safetensors"}
+
+
+@mistake(TRAINING, WeightsError, "VAE", "encoder", remedy="VAE")
+def vae_without_an_encoder(world: World) -> Values:
+    def decoder(tensors: dict[str, Tensor]) -> None:
+        keep(tensors, f"{VAE_PREFIX}decoder.", f"{VAE_PREFIX}post_quant_conv.")
+
+    return {"vae": world.checkpoint("decoder.safetensors", decoder)}
+
+
+@mistake(TRAINING, AdapterError, "no-such-adapter", remedy="path")
+def missing_adapter_to_start_from(world: World) -> Values:
+    return {"start_from": world.path / "no-such-adapter.safetensors"}
+
+
+@mistake(TRAINING, AdapterError, "tiny.safetensors", "no LoRA", remedy="adapter file")
+def base_to_start_from(world: World) -> Values:
+    return {"start_from": world.base}
+
+
+@mistake(TRAINING, AdapterError, "lora_unet_input_blocks_4_1_proj_in", remedy="model of this shape")
+def adapter_to_start_from_with_other_modules(world: World) -> Values:
+    layer = LoraLayer(torch.ones(2, 32), torch.ones(32, 2), 2.0)
+    return {"start_from": written(world, Adapter({"lora_unet_input_blocks_4_1_proj_in": layer}))}
+
+
+@mistake(TRAINING, SettingsError, "text_encoder_lr", "no part", remedy="Set text_encoder_lr to 0")
+def adapter_to_start_from_without_its_text_encoder(world: World) -> Values:
+    return {"start_from": written(world, tiny_adapter()), "text_encoder_lr": 1e-5}
+
+
+@mistake(TRAINING, SettingsError, "a part for the text_encoder", remedy="Set text_encoder_lr")
+def adapter_to_start_from_whose_text_encoder_would_stand_still(world: World) -> Values:
+    layer = LoraLayer(torch.ones(2, 64), torch.ones(128, 2), 2.0)
+    layers = {**tiny_adapter().layers, "lora_te_text_model_encoder_layers_0_mlp_fc1": layer}
+    return {"start_from": written(world, Adapter(layers))}
+
+
+@mistake(TRAINING, AdapterError, "no-such-adapter", remedy="path")
+def missing_adapter_for_the_base(world: World) -> Values:
+    return {"base_lora": [str(world.path / "no-such-adapter.safetensors")]}
+
+
+@mistake(TRAINING, AdapterError, "sdxl_base_v1-0", "Stable Diffusion 1.x", remedy="family")
+def adapter_of_another_family_for_the_base(world: World) -> Values:
+    return {"base_lora": [str(written(world, tiny_adapter({"ss_base_model_version": "sdxl_base_v1-0"})))]}
+
+
+def written(world: World, adapter: Adapter) -> Path:
+    write_adapter(world.path / "dog.safetensors", adapter, torch.float32)
+    return world.path / "dog.safetensors"
 
 
 WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
@@ -576,6 +666,55 @@ WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
     "class pictures without a prompt": ({"class_prompt": " "}, ("prior_count", "class_prompt", "a photo of a dog")),
     "class is the subject": ({"class_prompt": PROMPT}, ("class_prompt", "instance_prompt")),
     "rank above a layer": ({"rank": 33}, ("rank 33", "32")),
+    "rank of a part above a layer": ({"block_ranks": "mid_block=65"}, ("rank 65", "mid_block", "64")),
+    "rank of convolutions above a layer": ({"conv_rank": 33, "targets": "all"}, ("rank 33", "resnets", "32")),
+    "an unknown kind": ({"adapter": "oft"}, ("adapter", "oft", "lokr")),
+    "full fine-tuning with dropout": ({"adapter": "full", "dropout": 0.1}, ("dropout", "'full'", "unset dropout")),
+    "full fine-tuning of some layers": ({"adapter": "full", "include": "mid"}, ("include", "'full'", "choose lora")),
+    "full fine-tuning without some layers": ({"adapter": "full", "exclude": "mid"}, ("exclude", "'full'", "unset")),
+    "full fine-tuning by blocks": ({"adapter": "full", "block_ranks": "mid=4"}, ("block_ranks", "'full'", "unset")),
+    "full fine-tuning with a limit": ({"adapter": "full", "max_norm": 1.0}, ("max_norm", "'full'", "unset")),
+    "full fine-tuning from an adapter": ({"adapter": "full", "start_from": "x"}, ("start_from", "'full'", "unset")),
+    "full fine-tuning, rank-stabilised": (
+        {"adapter": "full", "rank_stabilized": True},
+        ("rank_stabilized", "'full'", "unset"),
+    ),
+    "LoHa with dropout": ({"adapter": "loha", "dropout": 0.1}, ("dropout", "lora and dora", "'loha'", "unset")),
+    "LoKr, rank-stabilised": (
+        {"adapter": "lokr", "rank_stabilized": True},
+        ("rank_stabilized", "lora and dora", "'lokr'", "unset"),
+    ),
+    "a factor without LoKr": ({"lokr_factor": 4}, ("lokr_factor", "'lora'", "choose lokr")),
+    "DoRA combined": (
+        {"adapter": "dora", "combine": True, "base_lora": ["x"]},
+        ("combine", "'dora'", "turn combine off"),
+    ),
+    "combined with nothing": ({"combine": True}, ("combine", "give base_lora", "turn combine off")),
+    "no layers": ({"targets": "none"}, ("targets", "'none'", "give include")),
+    "rank of convolutions without any": ({"conv_rank": 4}, ("conv_rank", "'attention-mlp'", "targets 'all'")),
+    "alpha of convolutions without any": (
+        {"conv_alpha": 4.0, "targets": "attention"},
+        ("conv_alpha", "'attention'", "targets 'all'"),
+    ),
+    "the end of what never began": (
+        {"text_encoder_until": 0.5},
+        ("text_encoder_until", "give text_encoder_lr", "set text_encoder_until to 1"),
+    ),
+    "a second text encoder": ({"text_encoder_2_lr": 1e-5}, ("text_encoder_2_lr", "Stable Diffusion 1.x")),
+    "B-LoRA": ({"targets": "b-lora-content"}, ("b-lora-content", "Stable Diffusion 1.x")),
+    "include of nothing": ({"include": "midblock"}, ("include", "'midblock'", "no layer")),
+    "exclude of everything": ({"exclude": "attentions"}, ("unet", "exclude")),
+    "exclude of all of the text encoder": (
+        {"exclude": "self_attn mlp", "text_encoder_lr": 1e-5},
+        ("text_encoder", "exclude"),
+    ),
+    "include that is no expression": ({"include": "mid_block ("}, ("include", "'('", "regular expression", "\\")),
+    "exclude that is no expression": ({"exclude": "*mid"}, ("exclude", "'*mid'", "regular expression")),
+    "a block without a rank": ({"block_ranks": "mid_block"}, ("block_ranks", "'mid_block'", "PATTERN=RANK")),
+    "a block with an alpha of zero": ({"block_ranks": "mid=4:0"}, ("block_ranks", "'mid=4:0'", "mid_block=32:16")),
+    "a block that is no expression": ({"block_ranks": "[=4"}, ("block_ranks", "'['", "regular expression")),
+    "clip_skip above the layers": ({"clip_skip": 3}, ("clip_skip 3", "clip_l")),
+    "an unknown prediction": ({"prediction_type": "v"}, ("prediction_type", "v_prediction")),
     "fp16 on the CPU": ({"precision": "fp16"}, ("fp16", "cpu")),
     "no such device": ({"device": "cuda:99"}, ("cuda:99",)),
     "unknown device": ({"device": "tpu"}, ("device", "tpu")),
@@ -955,8 +1094,13 @@ def adapter_with_nan(world: World) -> Values:
     return lora(world, with_layer(tiny_adapter(), "attn2_to_k", broken))
 
 
-@mistake(DRAWING, AdapterError, "LoHa", remedy="LoRA")
+@mistake(DRAWING, AdapterError, "OFT", remedy="LoRA")
 def adapter_of_another_kind(world: World) -> Values:
+    return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_x.oft_blocks": torch.ones(2, 2)}))
+
+
+@mistake(DRAWING, AdapterError, "LoHa", "lora_unet_x", "hada_w1_b", remedy="again")
+def loha_without_a_part(world: World) -> Values:
     return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}))
 
 
@@ -997,9 +1141,15 @@ def size_100(world: World) -> Values:
     return {"size": "100"}
 
 
-@mistake(DRAWING, UnsupportedModelError, "Stable Diffusion XL", remedy="Stable Diffusion 1.x")
-def drawing_with_SDXL(world: World) -> Values:
-    return {"base": world.checkpoint("xl.safetensors", label_embedding)}
+@mistake(DRAWING, UnsupportedModelError, "SDXL refiner", remedy="Stable Diffusion 1.x")
+def drawing_with_the_refiner(world: World) -> Values:
+    refiner = all_of(label_embedding, lambda tensors: context_width(tensors, 1280))
+    return {"base": world.checkpoint("refiner.safetensors", refiner)}
+
+
+@mistake(DRAWING, SettingsError, "clip_skip 9", "clip_l", remedy="1 to 2")
+def clip_skip_above_the_layers(world: World) -> Values:
+    return {"clip_skip": 9}
 
 
 @pytest.mark.parametrize(("case", "error", "names", "remedy"), DRAWING)
@@ -1176,23 +1326,26 @@ def test_other_errors_are_not_taken_for_no_memory() -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
 
+PROBES = 4  # forward passes of a new run that ask the base model what it predicts
+
+
 def fail_at_call(monkeypatch: pytest.MonkeyPatch, number: int) -> list[weakref.ref[Any]]:
     """Let the memory run out inside the model's forward pass; gives weak references to the denoisers that ran."""
     networks: list[weakref.ref[Any]] = []
-    real = StableDiffusion1Model.predict
+    real = StableDiffusionModel.predict
 
-    def predict(self: StableDiffusion1Model, *arguments: Any) -> Tensor:
+    def predict(self: StableDiffusionModel, *arguments: Any) -> Tensor:
         networks.append(weakref.ref(self.unet))
         if len(networks) == number:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(self, *arguments)
 
-    monkeypatch.setattr(StableDiffusion1Model, "predict", predict)
+    monkeypatch.setattr(StableDiffusionModel, "predict", predict)
     return networks
 
 
 def test_out_of_memory_keeps_the_steps_and_says_what_to_lower(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at_call(monkeypatch, 3)
+    fail_at_call(monkeypatch, PROBES + 3)
     with pytest.raises(OutOfMemoryError) as caught:
         runs(steps=4, checkpoint_every=0)
     assert "memory" in caught.value.problem
@@ -1204,8 +1357,9 @@ def test_out_of_memory_keeps_the_steps_and_says_what_to_lower(runs: Runs, monkey
     runs.assert_as_if_never_stopped()
 
 
-def test_out_of_memory_at_once_leaves_nothing_half(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at_call(monkeypatch, 1)
+@pytest.mark.parametrize("call", [1, PROBES + 1], ids=["before the first step", "in the first step"])
+def test_out_of_memory_at_once_leaves_nothing_half(runs: Runs, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
+    fail_at_call(monkeypatch, call)
     with pytest.raises(OutOfMemoryError):
         runs(steps=2)
     assert runs.steps == []
@@ -1214,12 +1368,12 @@ def test_out_of_memory_at_once_leaves_nothing_half(runs: Runs, monkeypatch: pyte
 
 def test_out_of_memory_frees_the_networks(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also while the error is still being shown: the host needs the memory then."""
-    networks = fail_at_call(monkeypatch, 2)
+    networks = fail_at_call(monkeypatch, PROBES + 2)
     with pytest.raises(OutOfMemoryError) as caught:
         runs(steps=4)
     gc.collect()
     assert caught.value.remedy
-    assert len(networks) == 2
+    assert len(networks) == PROBES + 2
     assert not any(network() for network in networks)
 
 
@@ -1228,8 +1382,34 @@ def test_a_finished_run_frees_the_networks(runs: Runs, monkeypatch: pytest.Monke
     result = runs(steps=1)
     gc.collect()
     assert result.adapter.layers
-    assert len(networks) == 1
+    assert len(networks) == PROBES + 1
     assert not any(network() for network in networks)
+
+
+@pytest.mark.parametrize("chosen", [False, True], ids=["as the folder says", "as the user says"])
+def test_a_wrong_prediction_type_is_found_out(world: World, chosen: bool) -> None:
+    """The demo's model predicts epsilon; trained as what it is not, it would learn noise without an error."""
+    wrong = {"prior_count": 0, "resolution": 64, "steps": 1, "name": "wrong"}
+    if chosen:
+        wrong |= {"base": DEMO / "base", "prediction_type": "v_prediction"}
+    else:
+        folder = world.folder("velocity")
+        wrong["base"] = with_json(folder, "scheduler/scheduler_config.json", prediction_type="v_prediction")
+    command, listener = TrainCommand.checked(world.training(wrong)), Recorder()
+    if chosen:
+        assert run_train(command, listener).path == world.out / "wrong.safetensors"
+        [told] = listener.warnings
+    else:
+        with pytest.raises(WeightsError) as caught:
+            run_train(command, listener)
+        assert "--prediction-type epsilon" in caught.value.remedy
+        assert "ModelSamplingDiscrete" in caught.value.remedy
+        assert not listener.losses
+        assert not (world.out / "wrong.safetensors").exists()
+        told = caught.value.problem
+    assert "as v_prediction" in told
+    assert "predicts epsilon" in told
+    assert ("your setting" if chosen else "scheduler") in told
 
 
 @contextmanager

@@ -245,7 +245,7 @@ def test_help_names_every_flag_with_unit_and_default(run: Shell, command: str, m
     monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside an entry
     monkeypatch.setenv("NO_COLOR", "1")
     assert run(command, "--help") == 0
-    entries = re.findall(r"^  (?:-\w, )?(--[a-z-]+)(.*(?:\n {8}.*)*)", run.output, re.MULTILINE)
+    entries = re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)(.*(?:\n {8}.*)*)", run.output, re.MULTILINE)
     lines = {name: " ".join(text.split()) for name, text in entries}
     kind = COMMANDS[command]
     for name, field in kind.model_fields.items():

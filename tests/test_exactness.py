@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import ROOT, Recorder
+from pack.trainer.checkpoint import run_fingerprint
 from pack.trainer.commands import run_train
 from pack.trainer.config import TrainCommand, TrainSettings
-from pack.trainer.dreambooth import TrainResult, run_fingerprint, train
+from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.errors import CancelledError, StorageError
 from pack.trainer.families.base import BaseWeights
 from pack.trainer.pictures import Picture, load_pictures

@@ -25,7 +25,8 @@ from pack.trainer.config import PriorSettings, TrainCommand, TrainSettings
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.errors import AdapterError
 from pack.trainer.families import identify
-from pack.trainer.families.base import BaseWeights, DiffusionModel
+from pack.trainer.families.base import BaseWeights, DiffusionModel, Prediction
+from pack.trainer.families.clip import text_component
 from pack.trainer.families.ldm import unet_component, unet_config, vae_component
 from pack.trainer.kohya import Adapter, LoraLayer, module_name, parse_adapter, read_adapter, write_adapter
 from pack.trainer.metadata import CONFIG_KEY, FINGERPRINT_KEY
@@ -51,8 +52,9 @@ def sd15() -> BaseWeights:
     shape = SHAPES["full"]
     unet, vae, text = (on_meta(entries(shape)) for entries in (unet_shapes, vae_shapes, clip_shapes))
     config = unet_config(unet) | {"attention_head_dim": 8}
-    parts = (unet_component(unet, config), vae_component(vae, 0.18215), [clip_component(text)])
-    return BaseWeights(identify(config), *parts, [None], {}, "epsilon", "meta", "0")
+    family = identify(config)
+    parts = (unet_component(unet, config), vae_component(vae, 0.18215), [text_component(text, family.text_encoders[0])])
+    return BaseWeights(family, *parts, [None], {}, Prediction(), 0, "meta", "0")
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_unet_modules_are_named_and_shaped_as_kohyas(
     targets: Any, mark: tuple[str, ...], count: int, sd15: BaseWeights
 ) -> None:
     lora = TrainedAdapter(sd15.family.build(sd15), TrainSettings(rank=4, targets=targets))
-    ours = {name: [list(layer.down.shape), list(layer.up.shape)] for name, layer in lora.layers.items()}
+    ours = {name: [list(part.shape) for part in layer.parts.values()] for name, layer in lora.layers.items()}
     golden = {
         name: shapes
         for name, shapes in GOLDEN.items()
@@ -329,7 +331,7 @@ def test_diffusers_and_merging_reproduce_the_trained_model(
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.layers.values():
-            for part in (layer.down, layer.up):  # numbers that half precision holds exactly
+            for part in layer.parts.values():  # numbers that half precision holds exactly
                 part.copy_(0.05 * torch.randn(part.shape, generator=generator)).copy_(part.to(dtype))
     trained = prediction(model)
     assert (trained - plain).abs().max() > 0.01

@@ -47,6 +47,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 def graph(**changes: Any) -> Prompt:
     """Load Checkpoint → Subject → Train LoRA, two small steps; `changes` go to Train LoRA."""
     train = {"name": "dog", "steps": 2, "learning_rate": 1e-3, "rank": 4, "targets": "attention", "resolution": 64}
+    train |= {"adapter": "lora", "text_encoder_lr": 0.0, "base_lora_strength": 1.0}
     return {
         "base": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT),
         "subject": node("DreamBoothSubject", folder="dog", token="sks", class_noun="dog", caption="a {token} {class}"),
@@ -116,7 +117,7 @@ def test_example_workflow_runs(server: ComfyServer) -> None:
 
 def test_every_node_has_help_and_tooltips(server: ComfyServer) -> None:
     ours = {name: info for name, info in server.object_info().items() if name.startswith("DreamBooth")}
-    assert len(ours) == 7
+    assert len(ours) == 8
     for name, info in ours.items():
         assert (ROOT / "web" / "docs" / f"{name}.md").is_file()
         for kind in ("required", "optional"):
@@ -186,6 +187,39 @@ def test_two_stages(server: ComfyServer) -> None:
     first, after = load_file(loras / "first.safetensors"), load_file(loras / "second.safetensors")
     assert set(first) == set(after)
     assert any((first[key] != after[key]).any() for key in first if key.endswith("lora_up.weight"))
+
+
+def test_two_stages_in_one_node(server: ComfyServer) -> None:
+    """The file learned on top of base_lora stacks on it, or with `combine` stands alone: the same picture."""
+    first = graph(name="concept", learning_rate=1e-2)
+    second = first["train"]["inputs"] | {"name": "person", "seed": 3, "base_lora": ["train", 2]}
+    prompt = first | {"stage": node("DreamBoothTrainLora", **second, settings=["settings", 0])}
+    prompt |= {"settings": node("DreamBoothTrainingSettings", combine=False, save_precision="fp32")}
+    stacked = server.wait(server.queue(prompt | drawing("stacked", ["stage", 0], ["stage", 1])))
+    prompt["settings"]["inputs"]["combine"] = True
+    combined = server.wait(server.queue(prompt | drawing("combined", ["stage", 0], ["stage", 1])))
+    drawn = [picture(server, stacked, "stackedsave"), picture(server, combined, "combinedsave")]
+    assert np.abs(drawn[0].astype(int) - drawn[1]).max() <= 1
+    files = [load_file(server.base_dir / "models" / "loras" / f"person{end}.safetensors") for end in ("", "-2")]
+    ranks = [next(t.shape[0] for name, t in file.items() if "lora_down" in name) for file in files]
+    assert ranks == [4, 8]
+    assert "Going on after step" not in server.log().split("combine")[-1]
+
+
+def test_fine_tuned_checkpoint_is_loaded(server: ComfyServer) -> None:
+    """All weights are trained; the node's MODEL, and the file loaded by ComfyUI itself, draw one picture."""
+    prompt = graph(name="tuned", learning_rate=1e-4)
+    inputs = {name: value for name, value in prompt["train"]["inputs"].items() if name != "adapter"}
+    inputs.pop("base_lora_strength")
+    prompt["train"] = node("DreamBoothFineTune", **inputs)
+    prompt |= drawing("base", ["base", 0], ["base", 1]) | drawing("tuned", ["train", 0], ["train", 1])
+    entry = server.wait(server.queue(prompt))
+    assert (server.base_dir / "models" / "loras" / "tuned.safetensors").is_file()
+    again = {"base": node("CheckpointLoaderSimple", ckpt_name="tuned.safetensors")}
+    loaded = server.wait(server.queue(again | drawing("loaded", ["base", 0], ["base", 1])))
+    tuned = picture(server, entry, "tunedsave").astype(int)
+    np.testing.assert_allclose(tuned, picture(server, loaded, "loadedsave"), atol=1)  # the file's VAE is fp16
+    assert (tuned != picture(server, entry, "basesave")).any()
 
 
 def test_finished_run_is_returned_after_the_cache_is_gone(server: ComfyServer) -> None:

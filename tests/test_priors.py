@@ -17,7 +17,7 @@ from pack.trainer.dreambooth import train
 from pack.trainer.errors import CancelledError, OutOfMemoryError, TrainerError
 from pack.trainer.events import Phase
 from pack.trainer.families.base import BaseWeights
-from pack.trainer.families.sd1 import StableDiffusion1Model
+from pack.trainer.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.pictures import Picture, load_pictures
 from pack.trainer.priors import make_class_pictures
 from pack.trainer.weights import open_base
@@ -240,14 +240,14 @@ def test_a_damaged_picture_is_made_again_or_named(base: BaseWeights, tmp_path: P
 
 
 def test_out_of_memory_says_what_to_lower(base: BaseWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = StableDiffusion1Model.predict, itertools.count()
+    real, calls = StableDiffusionModel.predict, itertools.count()
 
-    def predict(self: StableDiffusion1Model, *arguments: Any) -> torch.Tensor:
+    def predict(self: StableDiffusionModel, *arguments: Any) -> torch.Tensor:
         if next(calls) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         return real(self, *arguments)
 
-    monkeypatch.setattr(StableDiffusion1Model, "predict", predict)
+    monkeypatch.setattr(StableDiffusionModel, "predict", predict)
     with pytest.raises(OutOfMemoryError) as caught:
         make(base, tmp_path, changed(prior_count=2, prior_batch_size=1))
     assert "memory" in caught.value.problem

@@ -33,15 +33,17 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from helpers import DEMO, TINY, Recorder
+from pack.trainer.clip_tokenizer import load_tokenizer
 from pack.trainer.config import TrainSettings
 from pack.trainer.dreambooth import train
-from pack.trainer.errors import TrainerError, WeightsError
+from pack.trainer.errors import SettingsError, TrainerError, WeightsError
 from pack.trainer.families import identify
-from pack.trainer.families.base import BaseWeights, DiffusionModel
+from pack.trainer.families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
+from pack.trainer.families.clip import text_component
 from pack.trainer.families.ldm import unet_component, unet_config, vae_component, with_prefix
 from pack.trainer.kohya import Adapter, LoraLayer, write_adapter
 from pack.trainer.pictures import load_pictures
-from pack.trainer.weights import HostTensors, load_tokenizer, open_base
+from pack.trainer.weights import HostTensors, open_base
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -93,8 +95,8 @@ def host_tensors(weights: Mapping[str, Tensor]) -> HostTensors:
     return HostTensors(
         unet=with_prefix(weights, UNET_PREFIX),
         vae=with_prefix(weights, VAE_PREFIX),
-        text_encoders=[with_prefix(weights, CLIP_PREFIX)],
-        tokenizers=[load_tokenizer(DEMO / "base" / "tokenizer")],
+        text_encoders={"clip_l": with_prefix(weights, CLIP_PREFIX)},
+        tokenizers={"clip_l": load_tokenizer(DEMO / "base" / "tokenizer")},
         title="lent",
     )
 
@@ -332,24 +334,21 @@ def test_no_weight_is_left_unused(weights: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("name", "told"),
     [
-        f"{UNET_PREFIX}input_blocks.1.1.transformer_blocks.1.attn1.to_q.weight",
-        f"{UNET_PREFIX}middle_block.1.transformer_blocks.0.attn1.to_q.bias",
-        f"{UNET_PREFIX}input_blocks.1.0.out_layers.9.weight",
+        ("middle_block.1.transformer_blocks.0.attn1.to_q.bias", "middle_block.1.transformer_blocks.0.attn1.to_q.bias"),
+        ("input_blocks.1.0.out_layers.9.weight", "input_blocks.1.0.out_layers.9.weight"),
+        # the first weight of a deeper transformer, the rest of which is missing then
+        ("input_blocks.1.1.transformer_blocks.1.attn1.to_q.weight", "down_blocks.0.attentions.0.transformer_blocks.1."),
     ],
 )
 def test_an_unknown_weight_of_the_unet_is_not_dropped_silently(
-    name: str, weights: dict[str, Tensor], caplog: pytest.LogCaptureFixture
+    name: str, told: str, weights: dict[str, Tensor]
 ) -> None:
     """It belongs to a network of another kind, which would be trained without it."""
-    try:
-        built(host_tensors({**weights, name: torch.zeros(4)}))
-    except WeightsError as error:
-        told = str(error)
-    else:
-        told = caplog.text
-    assert name.removeprefix(UNET_PREFIX) in told
+    with pytest.raises(WeightsError) as caught:
+        built(host_tensors({**weights, UNET_PREFIX + name: torch.zeros(4)}))
+    assert told in caught.value.problem
 
 
 @pytest.mark.parametrize(
@@ -530,11 +529,83 @@ def test_tokenizer_folders_of_old_and_new_transformers(
     assert open_base(single_file, folder).tokenizers[0](prompt).input_ids == expected(prompt).input_ids
 
 
-def test_a_folder_that_predicts_velocity_is_refused(diffusers_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "kind", "zero_terminal_snr"),
+    [
+        ({}, "epsilon", False),
+        ({"prediction_type": "v_prediction"}, "v_prediction", False),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, "v_prediction", True),
+    ],
+    ids=["epsilon", "velocity", "velocity, zero terminal SNR"],
+)
+def test_a_folder_says_what_it_predicts(
+    changes: dict[str, Any], kind: str, zero_terminal_snr: bool, diffusers_folder: Path, tmp_path: Path
+) -> None:
     folder = shutil.copytree(diffusers_folder, tmp_path / "copy")
-    edit(folder, "scheduler/scheduler_config.json", prediction_type="v_prediction")
-    with pytest.raises(WeightsError, match="v_prediction"):
+    edit(folder, "scheduler/scheduler_config.json", **changes)
+    base = open_base(folder)
+    assert (base.prediction.type, base.prediction.zero_terminal_snr) == (kind, zero_terminal_snr)
+    assert "scheduler" in base.prediction.source
+    objective = base.family.build(base).objective
+    assert objective.prediction_type == kind
+    assert (float(objective.alphas_cumprod[-1]) < 1e-9) == zero_terminal_snr
+    assert (base.fingerprint != open_base(diffusers_folder).fingerprint) == bool(changes)
+
+
+def test_a_folder_that_predicts_something_else_is_refused(diffusers_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(diffusers_folder, tmp_path / "copy")
+    edit(folder, "scheduler/scheduler_config.json", prediction_type="sample")
+    with pytest.raises(WeightsError, match="sample") as caught:
         open_base(folder)
+    assert "epsilon" in caught.value.remedy
+
+
+# What the user says about a base model
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_the_chosen_prediction_wins(kind: Any, single_file: Path) -> None:
+    base = open_base(single_file, prediction_type=kind)
+    assert (base.prediction.type, base.prediction.source) == (kind, CHOSEN)
+    assert base.family.build(base).objective.prediction_type == kind
+    assert (base.fingerprint == open_base(single_file).fingerprint) == (kind == "epsilon")
+
+
+def test_clip_skip_reads_an_earlier_layer(single_file: Path, diffusers_folder: Path) -> None:
+    """As diffusers and transformers count: 1 is the last layer, which SD 1.x reads anyway."""
+    last, earlier = (open_base(single_file, clip_skip=skip) for skip in (1, 2))
+    assert last.fingerprint == open_base(single_file).fingerprint != earlier.fingerprint
+    assert (last.clip_skip, earlier.clip_skip) == (0, 2)
+    pipe = StableDiffusionPipeline.from_pretrained(diffusers_folder, local_files_only=True)
+    ids = pipe.tokenizer("a red cat", padding="max_length", max_length=32, return_tensors="pt").input_ids
+    with torch.no_grad():
+        hidden = pipe.text_encoder(ids, output_hidden_states=True).hidden_states[-2]
+        network = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
+        expected = network.final_layer_norm(hidden)
+        ours = earlier.family.build(earlier).encode_prompts(["a red cat"])["text"]
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+    with pytest.raises(SettingsError, match="clip_skip 3") as caught:
+        open_base(single_file, clip_skip=3)
+    assert "1 to 2" in caught.value.remedy
+
+
+@pytest.mark.parametrize("form", ["checkpoint", "autoencoder alone", "diffusers folder"])
+def test_another_vae(form: str, weights: dict[str, Tensor], single_file: Path, tmp_path: Path) -> None:
+    other = {n: t for n, t in sd15_state_dict(TINY, seed=5).items() if n.startswith(VAE_PREFIX)}
+    path = tmp_path / "vae.safetensors"
+    save_file({name.removeprefix("" if form == "checkpoint" else VAE_PREFIX): t for name, t in other.items()}, path)
+    if form == "diffusers folder":
+        donor = open_base(single_file, vae=path)
+        model = donor.family.build(donor)
+        model.vae.save_pretrained(tmp_path / "vae")
+        path = tmp_path / "vae"
+    base, plain = open_base(single_file, vae=path), open_base(single_file)
+    expected = outputs(open_base(host_tensors({**weights, **other})))
+    for what, tensor in outputs(base).items():
+        torch.testing.assert_close(tensor, expected[what], rtol=0, atol=1e-5, msg=what)
+    assert base.fingerprint != plain.fingerprint
+    assert torch.equal(outputs(base)["prediction"], outputs(plain)["prediction"])
+    assert not torch.equal(outputs(base)["latents"], outputs(plain)["latents"])
 
 
 # Shapes tell the configuration
@@ -551,10 +622,11 @@ def test_configuration_is_inferred_from_shapes(size: str, unet: dict[str, Any], 
     assert {name: config[name] for name in unet} == unet
     assert not config["use_linear_projection"]
     assert config["addition_embed_type"] is None
-    assert identify(config).title == "Stable Diffusion 1.x"
+    family = identify(config)
+    assert family.title == "Stable Diffusion 1.x"
     autoencoder = vae_component(on_meta(vae_shapes(shape)), 0.18215)
     assert {name: autoencoder.config[name] for name in vae} == vae
-    text = clip_component(on_meta(clip_shapes(shape)))
+    text = text_component(on_meta(clip_shapes(shape)), family.text_encoders[0])
     assert {name: text.config[name] for name in CLIP_L} == CLIP_L
 
 
@@ -568,9 +640,9 @@ def test_networks_of_the_inferred_configuration_are_filled(size: str) -> None:
     parts = (
         unet_component(unet, config),
         vae_component(on_meta(vae_shapes(shape)), 0.18215),
-        clip_component(on_meta(clip_shapes(shape))),
+        text_component(on_meta(clip_shapes(shape)), family.text_encoders[0]),
     )
-    base = BaseWeights(family, parts[0], parts[1], [parts[2]], [None], {}, "epsilon", "meta", "0")
+    base = BaseWeights(family, parts[0], parts[1], [parts[2]], [None], {}, Prediction(), 0, "meta", "0")
     model = family.build(base)
     for part, network in zip(parts, networks(model).values(), strict=True):
         assert len(part.tensors) == len(list(network.parameters()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,7 +88,8 @@ class TrainedAdapter:
         places: dict[tuple[str, int], list[str]] = {}
         for target in targets:
             places.setdefault((target.component, target.rank), []).append(target.path)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of another rank, on other modules
             for (component, rank), paths in places.items():
                 network = networks(model)[component]
                 found = {canonical_path(component, path): path for path, _ in network.named_modules()}
