@@ -3,6 +3,8 @@
     python benchmarks/bench.py                                     a random SD 1.5-sized model, bf16, 256²
     python benchmarks/bench.py --base model.safetensors            a model of yours
     python benchmarks/bench.py --diffusers train_dreambooth_lora.py    diffusers' example script beside it
+    python benchmarks/bench.py --size sdxl --resolution 1024 --rank 16 --targets attention-mlp    on a GPU: SDXL's size,
+        and once more with --gradient-checkpointing; with --precision fp16 and --size sd15 through a GradScaler
 
 Reported:
     step ratio          one step of the recipe / one bare forward + backward of the same UNet with the same
@@ -38,7 +40,11 @@ PROMPT = "a photo of sks dog"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, help="base model; default: random weights of SD 1.5's size")
+    parser.add_argument("--base", type=Path, help="base model; default: random weights")
+    parser.add_argument("--size", default="sd15", choices=("sd15", "sd2", "sdxl"), help="size of the random weights")
+    parser.add_argument("--targets", default="attention", choices=("attention", "attention-mlp", "all"))
+    parser.add_argument("--gradient-checkpointing", action="store_true")
+    parser.add_argument("--out", type=Path, help="file for the figures, such as benchmarks/results/sdxl-h200.json")
     parser.add_argument("--tokenizer", type=Path, help="CLIP tokenizer folder, if the base is a single file")
     parser.add_argument("--diffusers", type=Path, help="diffusers' examples/dreambooth/train_dreambooth_lora.py")
     parser.add_argument("--diffusers-python", default=sys.executable, help="Python to run that script with")
@@ -67,18 +73,28 @@ def report(arguments: argparse.Namespace) -> None:
         noise = np.random.default_rng(number).integers(0, 256, (48, 64, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((640, 480)).save(pictures / f"{number}.jpg")
     if arguments.base is None:
-        from checkpoints import sd15_checkpoint
+        import checkpoints
+        import torch
 
-        arguments.base = sd15_checkpoint(arguments.scratch / "random.safetensors", size="full")
+        write = getattr(checkpoints, f"{arguments.size}_checkpoint")
+        arguments.base = write(arguments.scratch / "random.safetensors", size="full", dtype=torch.float16)
     arguments.tokenizer = arguments.tokenizer or tokenizer_folder(arguments)
     ratio = run_part("ratio", arguments)
     start = run_part("start", arguments)
+    lean = ", gradient checkpointing" if arguments.gradient_checkpointing else ""
     print(
-        f"{arguments.precision}, {arguments.resolution}², batch 1, rank {arguments.rank}, attention, {ratio['device']}"
+        f"{arguments.size}, {arguments.precision}, {arguments.resolution}², batch 1, rank {arguments.rank}, "
+        f"{arguments.targets}{lean}, {ratio['device']}"
     )
     print(f"step of the recipe   {ratio['recipe']:.3f} s   bare {ratio['bare']:.3f} s   ratio {ratio['ratio']:.3f}")
     print(f"to the first step    {start['first_step']:.1f} s")
     print(f"peak memory          {start['peak'] / 2**30:.2f} GiB")
+    if arguments.out:
+        names = ("size", "precision", "resolution", "rank", "targets", "gradient_checkpointing")
+        facts = {name: getattr(arguments, name) for name in names} | ratio | start
+        facts["steps_per_second"] = 1 / ratio["recipe"]
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     if arguments.diffusers:
         theirs = run_diffusers(arguments)
         steps, starts = theirs["step"] / ratio["recipe"], theirs["first_step"] / start["first_step"]
@@ -107,7 +123,9 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
         str(arguments.scratch),
     ]
     command += ["--precision", arguments.precision, "--resolution", str(arguments.resolution)]
-    command += ["--rank", str(arguments.rank), "--pairs", str(arguments.pairs)]
+    command += ["--rank", str(arguments.rank), "--pairs", str(arguments.pairs), "--targets", arguments.targets]
+    if arguments.gradient_checkpointing:
+        command.append("--gradient-checkpointing")
     if arguments.tokenizer:
         command += ["--tokenizer", str(arguments.tokenizer)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -121,9 +139,10 @@ def settings_for(arguments: argparse.Namespace, steps: int) -> Any:
         name="bench",
         steps=steps,
         rank=arguments.rank,
-        targets="attention",
+        targets=arguments.targets,
         resolution=arguments.resolution,
         precision=arguments.precision,
+        gradient_checkpointing=arguments.gradient_checkpointing,
         checkpoint_every=0,
         resume="never",
     )
@@ -150,10 +169,11 @@ def step_ratio(arguments: argparse.Namespace) -> dict[str, Any]:
     dtype = DTYPES[arguments.precision]
     noisy = torch.randn(1, *side, device=device, dtype=dtype)
     target, timestep = torch.randn(1, *side, device=device), torch.tensor([500], device=device)
-    text = recipe.captions.conditioning(torch.tensor([0], device=device))["text"]
+    conditioning = {name: row.detach() for name, row in recipe.captions.conditioning(torch.tensor([0])).items()}
+    conditioning["size"] = recipe.cache.instance.size[:1].to(device)
 
     def bare() -> None:
-        prediction = recipe.model.unet(noisy, timestep, text, return_dict=False)[0]
+        prediction = recipe.model.predict(noisy, timestep, conditioning)
         torch.nn.functional.mse_loss(prediction.float(), target).backward()
 
     def step() -> None:
@@ -183,7 +203,7 @@ def step_ratio(arguments: argparse.Namespace) -> dict[str, Any]:
         "recipe": statistics.median(ours for ours, _ in pairs),
         "bare": statistics.median(theirs for _, theirs in pairs),
         "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
-        "device": str(device),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
 
 

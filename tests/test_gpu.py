@@ -39,6 +39,34 @@ def test_every_precision_learns_and_frees(
     assert torch.cuda.memory_allocated() == before
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adapter": "dora", "targets": "all"},
+        {"adapter": "loha", "targets": "all"},
+        {"adapter": "lokr", "targets": "all"},
+        {"text_encoder_lr": 1e-4, "text_encoder_until": 0.5, "gradient_checkpointing": True},
+        {"dropout": 0.2, "max_norm": 1.0},
+        {"adapter": "full", "learning_rate": 1e-5, "text_encoder_lr": 1e-5},
+    ],
+    ids=["dora", "loha", "lokr", "text encoder", "dropout, norm", "full"],
+)
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_everything_trains_in_half_precision(
+    tiny_checkpoint: Path,
+    picture_folder: Callable[..., Path],
+    tmp_path: Path,
+    changes: dict[str, object],
+    precision: str,
+) -> None:
+    listener = Recorder()
+    result = run(tiny_checkpoint, picture_folder(), tmp_path, listener, precision=precision, **changes)
+    assert len(listener.losses) == 6
+    assert all(
+        torch.isfinite(part).all() for layer in result.adapter.layers.values() for part in layer.tensors().values()
+    )
+
+
 def test_fp16_resumes_with_its_gradient_scaler(
     tiny_checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path
 ) -> None:

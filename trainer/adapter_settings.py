@@ -173,6 +173,12 @@ class AdapterSettings(Settings):
             raise ValueError(
                 f"dropout and rank_stabilized exist for lora and dora only, and adapter is '{kind}': unset them"
             )
+        alphas = [self.alpha, self.conv_alpha, *(entry.alpha for entry in self.ranks_by_block)]
+        if kind == "lokr" and any(alpha is not None for alpha in alphas):
+            raise ValueError(
+                "LoKr is not scaled by an alpha: unset alpha, conv_alpha and the alphas in block_ranks, and set the "
+                "strength by learning_rate"
+            )
         if self.lokr_factor != -1 and kind != "lokr":
             raise ValueError(f"lokr_factor is for LoKr, but adapter is '{kind}': unset it or choose lokr")
         if self.combine and kind not in ("lora", "full"):

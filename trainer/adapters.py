@@ -18,9 +18,9 @@ from .families.base import DiffusionModel
 from .kinds import DORA_SCALE, KINDS, PEFT_NAME, Shape, start_of
 from .kohya import Adapter
 from .layers import make_layer
-from .modules import adaptable_modules, canonical_path, networks
+from .modules import canonical_path, modules_by_place, networks
 from .randomness import generator
-from .selection import Target, choose_targets, targets_of
+from .selection import Target, choose_targets, fitted_start, targets_of
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,9 @@ class TrainedAdapter:
         """
         self._kind = KINDS[kind_of(start) if start else settings.adapter]
         self._max_norm = settings.max_norm
+        start = fitted_start(model, start) if start else None
         targets = planned_targets(model, settings, start)
-        weights = {
-            (component, path): module.weight
-            for component, modules in adaptable_modules(model).items()
-            for path, module in modules.items()
-        }
+        weights = {key: module.weight for key, module in modules_by_place(model).items()}
         self._inject(model, targets, settings)
         self.layers: dict[str, TrainedLayer] = {}
         injected = _injected(model)
@@ -183,7 +180,7 @@ def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapt
     """
     if start is None:
         return choose_targets(model, settings)
-    targets = targets_of(model, start)
+    targets = targets_of(model, fitted_start(model, start))
     for component in {target.component for target in targets} - {"unet"} - set(settings.text_rates):
         raise SettingsError(
             f"The adapter to start from has a part for the {component}, and {component}_lr is 0.",

@@ -16,7 +16,6 @@ from .families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
 from .files import require_writable
 from .kohya import Adapter
 from .randomness import generator
-from .selection import require_family_fits
 
 _ROOM = 50_000_000  # bytes that an adapter and its checkpoints take at the least
 _FULL_ROOM = 16  # bytes for every trained number: weights, two moments of AdamW, and the checkpoint file
@@ -35,14 +34,10 @@ def require_trainable(
         AdapterError: The adapter to start from does not.
         StorageError: A folder can't be written, or its disk is full.
     """
-    room = _ROOM
-    if settings.adapter == "full":
-        require_family_fits(base.family, settings)
-        room = _FULL_ROOM * sum(tensor.numel() for tensor in base.unet.tensors.values())
-    else:
-        planned_targets(base.family.build(base), settings, start)
+    planned_targets(base.family.build(base), settings, start)
+    trained = sum(tensor.numel() for tensor in base.unet.tensors.values()) if settings.adapter == "full" else 0
     require_writable(output_dir, _ROOM)
-    require_writable(runs_dir, room)
+    require_writable(runs_dir, max(_ROOM, _FULL_ROOM * trained))
 
 
 @torch.no_grad()

@@ -378,6 +378,8 @@ class DreamBooth:
     def _export(self, saved: Saved, started_from: int) -> TrainResult:
         """Write the files."""
         metadata, stacked = self._metadata(self.settings.steps), self.stage.stacked
+        if saved.weights is not None:
+            self.listener.tell(Note("Writing the checkpoint and extracting the LoRA; this takes a minute or two."))
         files = export(self.base, saved, stacked, self.settings, metadata, self.output_dir, self.checkpoints_dir)
         for path in (files.checkpoint, files.path):
             if path is not None:

@@ -31,6 +31,15 @@ def adaptable_modules(model: DiffusionModel) -> dict[str, dict[str, Adaptable]]:
     }
 
 
+def modules_by_place(model: DiffusionModel) -> dict[tuple[str, str], Adaptable]:
+    """(component, path) → Linear or convolution."""
+    return {
+        (component, path): module
+        for component, modules in adaptable_modules(model).items()
+        for path, module in modules.items()
+    }
+
+
 def canonical_path(component: str, path: str) -> str:
     """A path with the level "text_model." that transformers 5 dropped from some text encoders."""
     bare = component == UNET or path.startswith(_TEXT) or path == "text_projection"

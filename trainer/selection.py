@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -12,7 +13,8 @@ from .adapter_settings import AdapterSettings
 from .errors import AdapterError, SettingsError
 from .families.base import DiffusionModel, Family
 from .kohya import Adapter
-from .modules import UNET, Adaptable, adaptable_modules, adapter_names, modules_by_name
+from .layers import Layer, LokrLayer
+from .modules import UNET, Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_place
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,9 @@ def choose_targets(model: DiffusionModel, settings: AdapterSettings) -> list[Tar
         paths = _chosen_paths(model.family, component, modules, settings)
         found = [_target(component, path, names[component, path], modules[path], settings) for path in paths]
         chosen += sorted((target for target in found if target.rank), key=lambda target: target.name)
+    modules_here = modules_by_place(model)
     for target in chosen:
-        _require_rank_fits(target, adaptable_modules(model)[target.component][target.path], settings)
+        _require_rank_fits(target, modules_here[target.component, target.path], settings)
     return chosen
 
 
@@ -125,26 +128,40 @@ def _require_rank_fits(target: Target, module: Adaptable, settings: AdapterSetti
         )
 
 
-def targets_of(model: DiffusionModel, adapter: Adapter) -> list[Target]:
-    """The modules, ranks and alphas of an adapter, to go on training it.
+def fitted_start(model: DiffusionModel, adapter: Adapter) -> Adapter:
+    """An adapter to go on from under the names that this model's files have; a LoKr's scale goes into its factors.
 
     Raises:
-        AdapterError: A module of it does not exist in the model.
+        AdapterError: A module of it does not exist in the model, or is of another shape.
     """
-    modules = modules_by_name(model)
-    places = {
-        id(module): (component, path)
-        for component, found in adaptable_modules(model).items()
-        for path, module in found.items()
-    }
-    names = adapter_names(model)
-    targets = []
+    modules, names = modules_by_name(model), adapter_names(model)
+    own = {id(module): names[key] for key, module in modules_by_place(model).items()}
+    layers: dict[str, Layer] = {}
     for name, layer in adapter.layers.items():
-        if name not in modules:
+        module = modules.get(name)
+        if module is None or math.prod(layer.shape) != module.weight.numel():
             raise AdapterError(
-                f"The adapter to start from has the module {name}, which this {model.family.title} model lacks.",
+                f"The adapter to start from has the module {name}, which this {model.family.title} model lacks or has "
+                "in another shape.",
                 "Start from an adapter that was trained on a model of this shape.",
             )
-        component, path = places[id(modules[name])]
-        targets.append(Target(component, path, names[component, path], layer.rank, layer.alpha))
+        layers[own[id(module)]] = _with_unit_scale(layer) if isinstance(layer, LokrLayer) else layer
+    return replace(adapter, layers=layers)
+
+
+def _with_unit_scale(layer: LokrLayer) -> LokrLayer:
+    """The same LoKr with alpha equal to its rank: the scale is multiplied into the smaller factor."""
+    if layer.is_whole or layer.alpha == layer.rank:
+        return replace(layer, alpha=float(layer.rank))
+    scale = layer.alpha / layer.rank
+    if layer.w1 is not None:
+        return replace(layer, w1=layer.w1 * scale, alpha=float(layer.rank))
+    assert layer.w1_a is not None
+    return replace(layer, w1_a=layer.w1_a * scale, alpha=float(layer.rank))
+
+
+def targets_of(model: DiffusionModel, start: Adapter) -> list[Target]:
+    """The modules, ranks and alphas of an adapter from `fitted_start`."""
+    places = {name: key for key, name in adapter_names(model).items()}
+    targets = [Target(*places[name], name, layer.rank, layer.alpha) for name, layer in start.layers.items()]
     return sorted(targets, key=lambda target: (target.component != UNET, target.component, target.name))

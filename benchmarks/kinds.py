@@ -1,0 +1,293 @@
+"""Compares kinds of adapters on the demo world at equal numbers of parameters, and shows two-stage training.
+
+    python benchmarks/kinds.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
+
+Every kind learns the striped dog of demo/subject with the same class pictures, steps and batch; its rank is the
+largest that keeps it within the parameters of the first row. Reported, as mean and spread over the seeds:
+    fidelity   CLIP-I (the demo's scorer) between drawings of the subject in places where no picture showed it, and
+               what the world's own program draws there; "base" and "truth" are the ends of the scale
+    dog drift, other drift   1 - CLIP-I between the base's and the tuned model's pictures of a plain dog, and of other
+               things, from the same noise: 0 is an untouched prior
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "demo")]
+sys.dont_write_bytecode = True
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from world import subject_picture  # noqa: E402
+
+from trainer.adapters import TrainedAdapter  # noqa: E402
+from trainer.applying import merge_into  # noqa: E402
+from trainer.config import PriorSettings, TrainSettings  # noqa: E402
+from trainer.demo import Row, contact_sheet  # noqa: E402
+from trainer.dreambooth import Stage, TrainResult, train  # noqa: E402
+from trainer.events import SilentListener  # noqa: E402
+from trainer.families.base import BaseWeights, DiffusionModel  # noqa: E402
+from trainer.kohya import Adapter  # noqa: E402
+from trainer.pictures import Picture, load_pictures  # noqa: E402
+from trainer.priors import make_class_pictures  # noqa: E402
+from trainer.sample import generate  # noqa: E402
+from trainer.weights import open_base  # noqa: E402
+
+DEMO = ROOT / "demo"
+PLACES = ("in the snow", "on the beach", "in the water")
+OTHERS = ("a photo of a blue cat on the grass", "a photo of a red car on the beach", "a photo of a flower at night")
+DRAWN = 4  # pictures of each prompt
+RECIPE: dict[str, Any] = {"name": "x", "steps": 400, "batch_size": 2, "resolution": 64, "learning_rate": 4e-4}
+FIRST = {"rank": 8}
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA attention": {"targets": "attention"},
+    "LoRA att+MLP": {"targets": "attention-mlp"},
+    "LoRA + text": {"targets": "attention-mlp", "text_encoder_lr": 1e-4},
+    "LoCon": {"targets": "all"},
+    "rsLoRA": {"targets": "attention-mlp", "rank_stabilized": True, "learning_rate": 2e-4},
+    "DoRA": {"targets": "attention-mlp", "adapter": "dora"},
+    "LoHa": {"targets": "attention-mlp", "adapter": "loha", "learning_rate": 1.2e-3},
+    "LoKr": {"targets": "attention-mlp", "adapter": "lokr", "lokr_factor": 4, "learning_rate": 1.2e-3},
+}
+
+
+class Scorer:
+    """CLIP image features of the demo world."""
+
+    def __init__(self) -> None:
+        from transformers import CLIPModel
+
+        self._clip: Any = CLIPModel.from_pretrained(DEMO / "scorer", torch_dtype=torch.float32).eval()
+
+    @torch.no_grad()
+    def features(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """Normalised features, (pictures, width)."""
+        pixels = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 127.5 - 1 for one in pictures])
+        pooled = self._clip.vision_model(pixel_values=pixels).pooler_output
+        return torch.nn.functional.normalize(self._clip.visual_projection(pooled), dim=-1)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one run gives; see the module's description."""
+
+    fidelity: float
+    dog_drift: float
+    other_drift: float
+    seconds: float
+    bytes: int
+
+
+class Bench:
+    """The base, its pictures before training, the truth, and the class pictures."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.scorer, self.base = folder, Scorer(), open_base(DEMO / "base")
+        self.subject = load_pictures(DEMO / "subject", "a photo of sks dog", SilentListener())
+        priors = PriorSettings(class_prompt="a photo of a dog", prior_count=32, prior_steps=25, prior_guidance=4.0)
+        self.priors = make_class_pictures(
+            self.base, priors, 64, folder / "priors", torch.device("cpu"), "fp32", SilentListener()
+        )
+        rng = random.Random(0)
+        truth = [[subject_picture(place, rng) for _ in range(8)] for place in PLACES]
+        self.truth = [self.scorer.features(pictures) for pictures in truth]
+        self.before = self.drawings(self.model(self.base, []))
+
+    def model(self, base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> DiffusionModel:
+        """A model in float32 with adapters merged into it."""
+        built = base.family.build(base)
+        for network in (built.unet, built.vae, *built.text_encoders.values()):
+            torch.nn.Module.float(network)
+        for adapter, strength in adapters:
+            merge_into(built, adapter, strength)
+        return built
+
+    def drawings(self, model: DiffusionModel) -> dict[str, list[Image.Image]]:
+        """Pictures of the subject, a plain dog, and other things; the same noise for every model."""
+        prompts = {"subject": "a photo of sks dog {}", "dog": "a photo of a dog {}"}
+        wanted = {kind: [text.format(place) for place in PLACES] for kind, text in prompts.items()}
+        return {kind: [one for text in texts for one in draw(model, text)] for kind, texts in wanted.items()} | {
+            "other": [one for text in OTHERS for one in draw(model, text)]
+        }
+
+    def scores(self, result: TrainResult, after: dict[str, list[Image.Image]], seconds: float) -> Scores:
+        """The figures of one run."""
+        return Scores(
+            self.fidelity(after["subject"]),
+            self.drift(after, "dog"),
+            self.drift(after, "other"),
+            seconds,
+            result.path.stat().st_size,
+        )
+
+    def fidelity(self, pictures: list[Image.Image]) -> float:
+        """Mean CLIP-I to the truth of each place."""
+        drawn = self.scorer.features(pictures).split(DRAWN)
+        return statistics.mean(float((a @ b.T).mean()) for a, b in zip(drawn, self.truth, strict=True))
+
+    def drift(self, after: dict[str, list[Image.Image]], kind: str) -> float:
+        """1 - CLIP-I between before and after, pair by pair."""
+        pair = (self.scorer.features(pictures[kind]) for pictures in (self.before, after))
+        first, second = pair
+        return 1 - float((first * second).sum(dim=1).mean())
+
+    def train(
+        self,
+        subject: list[Picture],
+        settings: TrainSettings,
+        stage: Stage | None = None,
+        base: BaseWeights | None = None,
+    ) -> TrainResult:
+        """Train in a folder of its own."""
+        out = Path(tempfile.mkdtemp(dir=self.folder))
+        priors = self.priors if subject is self.subject else []
+        return train(base or self.base, subject, priors, settings, out, out / "runs", "cpu", stage=stage)
+
+
+def draw(model: DiffusionModel, prompt: str) -> list[Image.Image]:
+    """`DRAWN` pictures of a prompt."""
+    return generate(model, prompt, range(DRAWN), width=64, height=64, steps=25, guidance=4.0)
+
+
+def parameters(base: BaseWeights, settings: TrainSettings) -> int:
+    """How many numbers these settings train."""
+    return sum(one.numel() for one in TrainedAdapter(base.family.build(base), settings).parameters())
+
+
+def at_most(base: BaseWeights, values: dict[str, Any], limit: int) -> TrainSettings:
+    """The settings with the largest rank that keeps them within `limit` parameters."""
+    found = TrainSettings(**{**values, "rank": 1})
+    for rank in range(2, 65):
+        candidate = TrainSettings(**{**values, "rank": rank})
+        if parameters(base, candidate) > limit * 1.02:
+            break
+        found = candidate
+    return found
+
+
+def compare(bench: Bench, seeds: int, tell: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Row]]:
+    """Train every kind with every seed; rows of the table, and of the contact sheet."""
+    first = next(iter(KINDS.values()))
+    limit = parameters(bench.base, TrainSettings(**{**RECIPE, **FIRST, **first}))
+    table, rows = [], [Row("base", tuple(bench.before["subject"][::2] + bench.before["dog"][::DRAWN]))]
+    for name, values in KINDS.items():
+        settings = at_most(bench.base, {**RECIPE, **values}, limit)
+        found: list[Scores] = []
+        for seed in range(seeds):
+            began = time.perf_counter()
+            result = bench.train(bench.subject, settings.model_copy(update={"seed": seed}))
+            seconds = time.perf_counter() - began
+            after = bench.drawings(bench.model(bench.base, [(result.adapter, 1.0)]))
+            found.append(bench.scores(result, after, seconds))
+            if seed == 0:
+                rows.append(Row(name, tuple(after["subject"][::2] + after["dog"][::DRAWN])))
+        count = parameters(bench.base, settings)
+        entry = {"kind": name, "rank": settings.rank, "learning_rate": settings.learning_rate, "parameters": count}
+        for figure in ("fidelity", "dog_drift", "other_drift", "seconds"):
+            values_ = [getattr(one, figure) for one in found]
+            entry[figure] = [statistics.mean(values_), statistics.stdev(values_) if len(values_) > 1 else 0.0]
+        table.append(entry | {"bytes": found[0].bytes})
+        tell(json.dumps(table[-1]))
+    return table, rows
+
+
+def as_markdown(table: list[dict[str, Any]], ends: dict[str, float], seeds: int) -> str:
+    """The table for people."""
+    lines = [
+        f"Fidelity of the base {ends['base']:.3f}, of the truth {ends['truth']:.3f}; mean ± spread of {seeds} seeds.",
+        "",
+        "| kind | rank | lr | parameters | file | fidelity | dog drift | other drift | s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in table:
+        figures = [f"{row[name][0]:.3f} ± {row[name][1]:.3f}" for name in ("fidelity", "dog_drift", "other_drift")]
+        lines.append(
+            f"| {row['kind']} | {row['rank']} | {row['learning_rate']:g} | {row['parameters'] / 1e3:.0f} k | "
+            f"{row['bytes'] / 1e3:.0f} kB | {' | '.join(figures)} | {row['seconds'][0]:.0f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def two_stages(bench: Bench) -> tuple[dict[str, float], list[Row]]:
+    """Pixel art first, then the subject on top of it: the second file stacked on the first, and combined with it."""
+    from trainer.applying import apply_to_base
+
+    style = load_pictures(DEMO / "style", "pixel", SilentListener())
+    values = {**RECIPE, "rank": 8, "targets": "attention-mlp", "save_precision": "fp32"}
+    concept = bench.train(style, TrainSettings(**values, seed=1))
+    lower = apply_to_base(bench.base, [(concept.adapter, 1.0)])
+    stage = Stage(stacked=[(concept.adapter, 1.0)])
+    alone = bench.train(bench.subject, TrainSettings(**values), stage, lower)
+    both = bench.train(bench.subject, TrainSettings(**values, combine=True), stage, lower)
+    columns = {
+        "base": [],
+        "concept": [(concept.adapter, 1.0)],
+        "second alone": [(alone.adapter, 1.0)],
+        "stacked": [(concept.adapter, 1.0), (alone.adapter, 1.0)],
+        "combined": [(both.adapter, 1.0)],
+    }
+    rows, figures = [], {}
+    drawn = {}
+    for name, adapters in columns.items():
+        model = bench.model(bench.base, adapters)
+        drawn[name] = [one for place in PLACES for one in draw(model, f"pixel, a photo of sks dog {place}")[:2]]
+        figures[f"fidelity, {name}"] = bench.fidelity(bench.drawings(model)["subject"])
+        rows.append(Row(name, tuple(drawn[name])))
+    pairs = zip(drawn["stacked"], drawn["combined"], strict=True)
+    figures["largest difference of a pixel, stacked and combined"] = max(
+        int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs
+    )
+    return figures, rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--sheets", type=Path, default=ROOT / "docs")
+    parser.add_argument("--only", nargs="*", help="kinds to run")
+    arguments = parser.parse_args()
+    for name in [name for name in KINDS if arguments.only and name not in arguments.only]:
+        del KINDS[name]
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = Bench(Path(scratch))
+        truth = [features @ features.T for features in bench.truth]
+        off = ~torch.eye(8, dtype=torch.bool)
+        ends = {
+            "base": bench.fidelity(bench.before["subject"]),
+            "truth": statistics.mean(float(one[off].mean()) for one in truth),
+        }
+        table, rows = compare(bench, arguments.seeds, print)
+        text = as_markdown(table, ends, arguments.seeds)
+        print(text)
+        (arguments.out / "kinds.json").write_text(json.dumps({"ends": ends, "table": table}, indent=1) + "\n")
+        (arguments.out / "kinds.md").write_text(text, encoding="utf-8")
+        titles = tuple(place.split()[-1] for place in PLACES for _ in range(2)) + tuple(
+            f"dog, {p.split()[-1]}" for p in PLACES
+        )
+        caption = "a photo of sks dog …, where it never was; then a photo of a dog …   (first seed)"
+        contact_sheet(caption, titles, rows, 80).save(arguments.sheets / "kinds.png")
+        figures, rows = two_stages(bench)
+        print(json.dumps(figures, indent=1))
+        (arguments.out / "two-stage.json").write_text(json.dumps(figures, indent=1) + "\n")
+        titles = tuple(place.split()[-1] for place in PLACES for _ in range(2))
+        caption = "pixel, a photo of sks dog …   concept: pixel art; second: the dog, learned on top of it"
+        contact_sheet(caption, titles, rows, 96).save(arguments.sheets / "two-stage.png")
+
+
+if __name__ == "__main__":
+    main()
