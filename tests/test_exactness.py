@@ -23,6 +23,7 @@ from pack.trainer.config import TrainCommand, TrainSettings
 from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.errors import CancelledError, StorageError
 from pack.trainer.families.base import BaseWeights
+from pack.trainer.kohya import Adapter, LoraLayer
 from pack.trainer.pictures import Picture, load_pictures
 from pack.trainer.weights import open_base
 from PIL import Image
@@ -47,8 +48,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "gradient_accumulation": 2,
         "flip": True,
     },
+    "DoRA of layers of their own, text encoder for six steps, dropout, limited norm": {
+        "adapter": "dora",
+        "targets": "all",
+        "exclude": "up_blocks",
+        "block_ranks": "mid_block=1 self_attn=3:1.5",
+        "text_encoder_lr": 5e-3,
+        "text_encoder_until": 0.5,
+        "dropout": 0.25,
+        "max_norm": 0.5,
+    },
+    "all weights, text encoder": {"adapter": "full", "learning_rate": 1e-4, "text_encoder_lr": 1e-5},
 }
-PLAIN, RICH = VARIANTS
+PLAIN, RICH, NEW, FULL = VARIANTS
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,10 @@ class World:
         settings = TrainSettings(**{**COMMON, **VARIANTS[variant], **changes})
         listener = listener or Recorder()
         priors = self.priors if variant == RICH else []
-        return (
-            train(self.base, self.subject, priors, settings, folder / "loras", folder / "runs", "cpu", listener),
-            listener,
-        )
+        roots = folder / "loras", folder / "runs"
+        models = folder / "models"
+        result = train(self.base, self.subject, priors, settings, *roots, "cpu", listener, checkpoints_dir=models)
+        return result, listener
 
     def stop_after(self, step: int, folder: Path, *, variant: str = PLAIN, **changes: Any) -> None:
         """Begin a run, or go on with it, and stop it after that step."""
@@ -103,7 +115,11 @@ def differing(ours: Path, theirs: Path) -> list[str]:
 def assert_same_end(ours: TrainResult, theirs: TrainResult, step: int = 12) -> None:
     """The adapter files, and the checkpoints of the last step with all of the optimiser, are equal bit for bit."""
     assert differing(ours.path, theirs.path) == []
-    for file in ("adapter.safetensors", "optimizer.safetensors"):
+    trained = "adapter.safetensors"
+    if ours.checkpoint is not None and theirs.checkpoint is not None:
+        assert differing(ours.checkpoint, theirs.checkpoint) == []
+        trained = "weights.safetensors"
+    for file in (trained, "optimizer.safetensors"):
         assert differing(*(result.run / f"step-{step:08d}" / file for result in (ours, theirs))) == []
 
 
@@ -343,8 +359,24 @@ def swapped_kinds(world: World) -> World:
     return replace(world, subject=world.priors, priors=world.subject)
 
 
-def fingerprint_of(world: World, settings: TrainSettings, precision: str = "fp32") -> str:
-    return run_fingerprint(world.base, world.subject, world.priors, settings, precision)
+def fingerprint_of(world: World, settings: TrainSettings, precision: str = "fp32", start: Adapter | None = None) -> str:
+    return run_fingerprint(world.base, world.subject, world.priors, settings, precision, start)
+
+
+def test_another_adapter_to_start_from_makes_another_run(world: World) -> None:
+    """What it says of itself does not count."""
+    down, up = torch.ones(2, 32), torch.ones(32, 2)
+    starts = [
+        None,
+        Adapter({"lora_unet_x": LoraLayer(down, up, 2.0)}),
+        Adapter({"lora_unet_x": LoraLayer(down, up, 1.0)}),
+        Adapter({"lora_unet_x": LoraLayer(down, 2 * up, 2.0)}),
+    ]
+    assert len({fingerprint_of(world, TrainSettings(), start=start) for start in starts}) == len(starts)
+    renamed = replace(starts[1], metadata={"ss_output_name": "cat"}) if starts[1] else None
+    assert fingerprint_of(world, TrainSettings(), start=renamed) == fingerprint_of(
+        world, TrainSettings(), start=starts[1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -371,7 +403,22 @@ OTHER_VALUES: dict[str, Any] = {
     "learning_rate": 2e-4,
     "rank": 8,
     "alpha": 3.0,
+    "adapter": "dora",
+    "rank_stabilized": True,
     "targets": "attention",
+    "conv_rank": 2,
+    "conv_alpha": 1.0,
+    "include": "conv_in",
+    "exclude": "mid_block",
+    "block_ranks": "mid_block=2",
+    "lokr_factor": 4,
+    "dropout": 0.1,
+    "max_norm": 1.0,
+    "start_from": "dog.safetensors",
+    "combine": True,
+    "text_encoder_lr": 1e-5,
+    "text_encoder_2_lr": 1e-5,
+    "text_encoder_until": 0.5,
     "resolution": 256,
     "seed": 1,
     "batch_size": 2,
@@ -389,7 +436,22 @@ OTHER_VALUES: dict[str, Any] = {
     "resume": "never",
     "save_precision": "bf16",
 }
-WITHOUT_EFFECT = {"name", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints", "resume", "save_precision"}
+WITHOUT_EFFECT = {
+    "name",
+    "gradient_checkpointing",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "resume",
+    "save_precision",
+    "combine",
+    "start_from",  # its content counts, wherever it lies
+}
+COMPANY: dict[str, dict[str, Any]] = {
+    "conv_rank": {"targets": "all"},
+    "conv_alpha": {"targets": "all"},
+    "lokr_factor": {"adapter": "lokr"},
+    "text_encoder_until": {"text_encoder_lr": 1e-5},
+}
 
 
 def test_every_setting_is_tried() -> None:
@@ -399,7 +461,7 @@ def test_every_setting_is_tried() -> None:
 @pytest.mark.parametrize("setting", OTHER_VALUES)
 @pytest.mark.parametrize("schedule", ["constant_with_warmup", "cosine"])
 def test_other_settings_make_another_run(setting: str, schedule: str, world: World) -> None:
-    values = {"lr_schedule": schedule, "steps": 800}
+    values = {"lr_schedule": schedule, "steps": 800, **COMPANY.get(setting, {})}
     changed = TrainSettings(**{**values, setting: OTHER_VALUES[setting]})
     precision = "bf16" if setting == "precision" else "fp32"
     differs = fingerprint_of(world, changed, precision) != fingerprint_of(world, TrainSettings(**values))

@@ -29,7 +29,12 @@ from torch import Tensor
 
 BASE = DEMO / "base"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-TARGETS = {"attention": ATTENTION, "attention-mlp": [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]}
+ATTENTION_MLP = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+TARGETS = {
+    "attention": ATTENTION,
+    "attention-mlp": ATTENTION_MLP,
+    "all": [*ATTENTION_MLP, "conv1", "conv2", "conv_shortcut", "time_emb_proj", "0.conv"],
+}
 LATENT_SHAPE = (4, 16, 16)
 
 
@@ -130,8 +135,9 @@ def plain_loop(subject: list[Picture], priors: list[Picture], settings: TrainSet
     """DreamBooth with LoRA as diffusers' example scripts write it, with the recipe's draws and start."""
     trainer = PlainTrainer([*subject, *priors])
     unet = trainer.unet
-    alpha = settings.alpha or settings.rank
-    unet.add_adapter(LoraConfig(r=settings.rank, lora_alpha=alpha, target_modules=TARGETS[settings.targets]))
+    rank, alpha = settings.rank, settings.alpha or settings.rank
+    targets, stabilized = TARGETS[settings.targets], settings.rank_stabilized
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, use_rslora=stabilized))
     lora = {
         "lora_unet_" + path.replace(".", "_"): (module.lora_A["default"].weight, module.lora_B["default"].weight)
         for path, module in unet.named_modules()
@@ -187,6 +193,7 @@ COMMON = {"resolution": 64, "learning_rate": 3e-3, "precision": "fp32", "save_pr
 CASES = {
     "attention": {"targets": "attention", "rank": 4},
     "mlp, batch 2": {"targets": "attention-mlp", "rank": 2, "batch_size": 2},
+    "all, rank-stabilised": {"targets": "all", "rank": 4, "alpha": 2.0, "rank_stabilized": True},
     "attention, accumulation 2, alpha": {"targets": "attention", "rank": 4, "alpha": 8.0, "gradient_accumulation": 2},
     "mlp, prior, accumulation 2, tight clip": {
         "targets": "attention-mlp",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,6 @@ from helpers import DEMO, Recorder
 from pack.trainer.adapters import TrainedAdapter
 from pack.trainer.config import TrainSettings
 from pack.trainer.dreambooth import train
-from pack.trainer.families.base import BaseWeights
 from pack.trainer.modules import canonical_path
 from pack.trainer.pictures import Picture, load_pictures
 from pack.trainer.randomness import Draw, draw
@@ -66,22 +64,13 @@ CASES = {
         {"targets": "attention-mlp", "rank": 4, "gradient_accumulation": 2, "prior_weight": 0.5, "flip": True},
         prior=True,
     ),
-    "sdxl, batch 2, tight clip": Case(
-        "sdxl", {"targets": "attention", "rank": 4, "batch_size": 2, "max_grad_norm": 0.01, "weight_decay": 0.5}
+    # where every channel is normalised alone, what the timestep adds to it has no gradient but rounding
+    "sdxl-v ztsnr, convolutions, clip skip 1": Case(
+        "sdxl-v-ztsnr", {"targets": "all", "exclude": "time_emb_proj", "rank": 4}, clip_skip=1
     ),
-    "sdxl-v": Case("sdxl-v", {"targets": "attention-mlp", "rank": 2}),
-    "sdxl-v ztsnr, clip skip 1": Case("sdxl-v-ztsnr", {"targets": "all", "rank": 4}, clip_skip=1),
-    "sd1, text encoder": Case("sd1", {"targets": "attention-mlp", "rank": 4, "text_encoder_lr": 1e-3}),
-    "sd1, text encoder, prior, batch 2, accumulation 2, until a half": Case(
+    "sd1, text encoder, prior, until a half": Case(
         "sd1",
-        {
-            "targets": "attention",
-            "rank": 4,
-            "text_encoder_lr": 2e-3,
-            "text_encoder_until": 0.5,
-            "batch_size": 2,
-            "gradient_accumulation": 2,
-        },
+        {"targets": "attention", "rank": 4, "text_encoder_lr": 2e-3, "text_encoder_until": 0.5},
         prior=True,
     ),
     "sd1, text encoder, clip skip 2": Case(
@@ -90,9 +79,17 @@ CASES = {
     "sd2-v, text encoder, until a half": Case(
         "sd2-v", {"targets": "attention-mlp", "rank": 4, "text_encoder_lr": 1e-3, "text_encoder_until": 0.5}
     ),
-    "sdxl, both text encoders, prior": Case(
+    "sdxl, both text encoders, prior, batch 2, tight clip": Case(
         "sdxl",
-        {"targets": "attention-mlp", "rank": 4, "text_encoder_lr": 1e-3, "text_encoder_2_lr": 4e-4, "batch_size": 2},
+        {
+            "targets": "attention-mlp",
+            "rank": 4,
+            "text_encoder_lr": 1e-3,
+            "text_encoder_2_lr": 4e-4,
+            "batch_size": 2,
+            "max_grad_norm": 0.01,
+            "weight_decay": 0.5,
+        },
         prior=True,
     ),
     "sdxl, both text encoders, until a half, accumulation 2": Case(
@@ -120,6 +117,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         f"{family}{mark}": diffusers_folder(root / f"{family}{mark}", family, velocity="v" in mark, ztsnr="z" in mark)
         for family in ("sd2", "sdxl")
         for mark in ("", "-v", "-v-ztsnr")
+        if (family, mark) != ("sdxl", "-v")
     }
     return {**folders, "sd1": DEMO / "base"}
 
@@ -176,11 +174,11 @@ class PlainTrainer:
         """LoRA on the modules that kohya and diffusers train, from the recipe's start."""
         settings, wanted = self.settings, {}
         for component in self.rates:
-            targets = TARGETS if component == "unet" else TEXT_TARGETS
+            targets = (TARGETS if component == "unet" else TEXT_TARGETS)[settings.targets]
             config = LoraConfig(
                 r=settings.rank,
                 lora_alpha=settings.alpha or settings.rank,
-                target_modules=targets[settings.targets],
+                target_modules=[name for name in targets if name != settings.exclude],
             )
             network = inject_adapter_in_model(config, self.networks[component])
             wanted |= {
@@ -205,17 +203,25 @@ class PlainTrainer:
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Text, and for SDXL pooled text and time ids, as `train_dreambooth_lora_sdxl.py` makes them."""
+        captions = [picture.caption for picture in pictures]
         options: dict[str, Any] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": "cpu"}
-        if self.clip_skip:
-            # diffusers counts the layers to leave out beyond those that it always leaves out
-            options["clip_skip"] = self.clip_skip - (2 if self.is_xl else 1)
-        encoded = self.pipe.encode_prompt([picture.caption for picture in pictures], **options)
         if not self.is_xl:
-            return encoded[0], None
-        return encoded[0], {
-            "text_embeds": encoded[2],
-            "time_ids": torch.tensor([time_ids(picture.open().size) for picture in pictures]),
-        }
+            if self.clip_skip:
+                return self._skipped(captions), None
+            return self.pipe.encode_prompt(captions, **options)[0], None
+        if self.clip_skip:  # diffusers counts the layers to leave out beyond the one that it always leaves out
+            options["clip_skip"] = self.clip_skip - 2
+        text, _, pooled, _ = self.pipe.encode_prompt(captions, **options)
+        sizes = torch.tensor([time_ids(picture.open().size) for picture in pictures])
+        return text, {"text_embeds": pooled, "time_ids": sizes}
+
+    def _skipped(self, captions: list[str]) -> Tensor:
+        """An earlier layer with the final layer norm; diffusers' pipeline can't with every version of transformers."""
+        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        ids = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        states = encoder(ids.input_ids, output_hidden_states=True).hidden_states
+        skipped: Tensor = getattr(encoder, "text_model", encoder).final_layer_norm(states[-self.clip_skip])
+        return skipped
 
     def loss(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> Tensor:
         """The mean squared error of one set's samples."""
@@ -297,10 +303,6 @@ def plain_losses(trainer: PlainTrainer, subject: Sequence[Picture], priors: Sequ
     return losses
 
 
-def opened(folder: Path, clip_skip: int) -> BaseWeights:
-    return open_base(folder, clip_skip=clip_skip)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_recipe_equals_the_plain_loop(
     name: str, folders: dict[str, Path], subject: list[Picture], priors: list[Picture], tmp_path: Path
@@ -325,10 +327,11 @@ def test_recipe_equals_the_plain_loop(
     trainer = PlainTrainer(folders[case.base], settings, case.clip_skip, [*subject, *class_pictures])
     trainer.add_lora(TrainedAdapter(base.family.build(base), settings))
     expected = plain_losses(trainer, subject, class_pictures)
-    print("MAXDIFF", name, max(abs(a-b) for a,b in zip(listener.losses, expected)), expected)
     assert listener.losses == pytest.approx(expected, rel=0, abs=1e-5)
     for layer, module in trainer.lora.items():
         ours = result.adapter.layers[layer]
         for learned, plain in ((ours.down, module.lora_A), (ours.up, module.lora_B)):
             weight = plain["default"].weight.detach()
-            print("D", layer, float((learned-weight).norm()/ (weight.norm()+1e-12)), float(weight.norm())) if (learned-weight).norm()>1e-3*weight.norm() else 0
+            assert (learned - weight).norm() <= 1e-3 * weight.norm()
+    moved = {layer.rsplit("_text_model")[0] for layer, one in result.adapter.layers.items() if one.up.abs().max() > 0}
+    assert len([name for name in moved if name.startswith("lora_te")]) == len(settings.text_rates)

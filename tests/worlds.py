@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Recorder
+from checkpoints import sdxl_checkpoint
+from helpers import DEMO, Recorder
 from pack.trainer.adapters import TrainedAdapter
 from pack.trainer.config import TrainSettings
 from pack.trainer.dreambooth import DreamBooth, Stage, TrainResult, train
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 PROMPT = "a photo of sks dog"
+TOKENIZER = DEMO / "base" / "tokenizer"
 COMMON: dict[str, Any] = {
     "name": "dog",
     "steps": 4,
@@ -56,24 +58,18 @@ class World:
     subject: Sequence[Picture]
     priors: Sequence[Picture] = ()
 
-    def recipe(
-        self, folder: Path, listener: Any = None, *, stage: Stage | None = None, **changes: Any
-    ) -> DreamBooth:
+    def recipe(self, folder: Path, listener: Any = None, *, stage: Stage | None = None, **changes: Any) -> DreamBooth:
         """A run that has not begun, with its files below `folder`."""
         settings, cpu = TrainSettings(**{**COMMON, **changes}), torch.device("cpu")
         listener = listener or Recorder()
         places = (folder / "loras", folder / "runs", cpu, listener, stage, folder / "checkpoints")
         return DreamBooth(self.base, self.subject, self.priors, settings, *places)
 
-    def train(
-        self, folder: Path, listener: Any = None, *, stage: Stage | None = None, **changes: Any
-    ) -> TrainResult:
+    def train(self, folder: Path, listener: Any = None, *, stage: Stage | None = None, **changes: Any) -> TrainResult:
         """A whole run, with its files below `folder`."""
         settings, checkpoints = TrainSettings(**{**COMMON, **changes}), folder / "checkpoints"
         places = (folder / "loras", folder / "runs", "cpu", listener or Recorder())
-        return train(
-            self.base, self.subject, self.priors, settings, *places, stage=stage, checkpoints_dir=checkpoints
-        )
+        return train(self.base, self.subject, self.priors, settings, *places, stage=stage, checkpoints_dir=checkpoints)
 
     def stop_after(self, step: int, folder: Path, **changes: Any) -> None:
         """Begin a run, or go on with it, and stop it after that step."""
@@ -89,7 +85,14 @@ class World:
 
 
 def make_world(checkpoint: Path, folder: Path) -> World:
-    return World(open_base(checkpoint), load_pictures(noisy_pictures(folder, 3, 0), PROMPT, Recorder()))
+    """A checkpoint that goes with the demo's tokenizer, and three pictures in `folder`."""
+    pictures = load_pictures(noisy_pictures(folder, 3, 0), PROMPT, Recorder())
+    return World(open_base(checkpoint, TOKENIZER), pictures)
+
+
+def make_xl_world(folder: Path) -> World:
+    """The smallest SDXL."""
+    return make_world(sdxl_checkpoint(folder / "tiny-xl.safetensors", size="tiny"), folder / "subject")
 
 
 def noisy_pictures(folder: Path, count: int, first_seed: int) -> Path:
