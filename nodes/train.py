@@ -59,6 +59,18 @@ class TrainingSettings(io.ComfyNode):
         return io.NodeOutput(MappingProxyType(values | unset))
 
 
+def _sources(model: str) -> list[io.Input]:
+    """What training starts from: the model, described by `model`, and the pictures."""
+    return [
+        io.Model.Input("model", tooltip=model),
+        io.Clip.Input("clip", tooltip="The model's text encoders."),
+        io.Vae.Input("vae", tooltip="The model's VAE, which turns pictures into latents."),
+        SUBJECT.Input("subject", tooltip="The pictures to learn from."),
+        PRIORS.Input("priors", optional=True, tooltip="Class pictures that keep the class as it is."),
+        io.Image.Input("class_images", optional=True, tooltip="Class pictures of your own, instead of priors."),
+    ]
+
+
 class TrainLora(io.ComfyNode):
     """Trains, goes on with an interrupted run, or returns a finished one."""
 
@@ -74,12 +86,7 @@ class TrainLora(io.ComfyNode):
             search_aliases=["dreambooth", "fine-tune", "lora training", "kohya", "train lora"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="Base model, from any loader; LoRAs applied before are trained upon."),
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.Vae.Input("vae", tooltip="The model's VAE, which turns pictures into latents."),
-                SUBJECT.Input("subject", tooltip="The pictures to learn from."),
-                PRIORS.Input("priors", optional=True, tooltip="Class pictures that keep the class as it is."),
-                io.Image.Input("class_images", optional=True, tooltip="Class pictures of your own, instead of priors."),
+                *_sources("Base model, from any loader; LoRAs applied before are trained upon."),
                 io.LoraModel.Input(
                     "start_from", optional=True, tooltip="Adapter to go on training; its layers and ranks are kept."
                 ),
@@ -167,12 +174,7 @@ class FineTuneCheckpoint(io.ComfyNode):
             search_aliases=["dreambooth", "full fine-tuning", "train checkpoint"],
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="Stable Diffusion 1.x, from any loader."),
-                io.Clip.Input("clip", tooltip="The model's text encoder."),
-                io.Vae.Input("vae", tooltip="The model's VAE; it is written into the checkpoint."),
-                SUBJECT.Input("subject", tooltip="The pictures to learn from."),
-                PRIORS.Input("priors", optional=True, tooltip="Class pictures that keep the class as it is."),
-                io.Image.Input("class_images", optional=True, tooltip="Class pictures of your own, instead of priors."),
+                *_sources("Stable Diffusion 1.x, from any loader; LoRAs applied before become part of it."),
                 SETTINGS.Input("settings", optional=True, tooltip="Everything else."),
                 *(
                     widget(TrainSettings, name, **_FINE_TUNING.get(name, {}))

@@ -682,7 +682,7 @@ def adapter_of_another_family_for_the_base(world: World) -> Values:
 LATE = "told when the files are written, after the training"
 
 
-@mistake(TRAINING, SettingsError, "rank 33", "32", open_fault=LATE)
+@mistake(TRAINING, SettingsError, "rank 33", "32")
 def rank_of_the_lora_that_is_taken_out_of_all_weights(world: World) -> Values:
     return {"adapter": "full", "rank": 33}
 

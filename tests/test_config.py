@@ -371,6 +371,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"adapter": kind, "combine": True, "base_lora": ["a"]}, ("combine", f"'{kind}'", "turn combine off"))
         for kind in ("dora", "loha", "lokr")
     ),
+    *(
+        ({"adapter": "lokr", **values}, ("LoKr", "alpha", "learning_rate"))
+        for values in ({"alpha": 4.0}, {"targets": "all", "conv_alpha": 4.0}, {"block_ranks": "mid_block=4:2"})
+    ),
     ({"combine": True}, ("combine", "give base_lora", "turn combine off")),
     ({"targets": "none"}, ("targets", "give include")),
     ({"targets": "none", "include": " "}, ("targets", "give include")),
@@ -597,7 +601,7 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         "full": list(FOR_ADAPTERS),
         "dora": ["combine"],
         "loha": ["combine", "dropout", "rank_stabilized"],
-        "lokr": ["combine", "dropout", "rank_stabilized"],
+        "lokr": ["combine", "dropout", "rank_stabilized", "alpha", "conv_alpha", "block_ranks"],
     }
     for name in [*unfit.get(kind, []), *([] if kind == "lokr" else ["lokr_factor"])]:
         values.pop(name, None)

@@ -1,4 +1,4 @@
-"""The recipe with SD 2, SDXL and trained text encoders against a plain loop of diffusers, transformers, PEFT and torch."""
+"""The recipe with SD 2, SDXL and trained text encoders against a plain loop of diffusers, PEFT and torch."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def time_ids(size: tuple[int, int]) -> list[float]:
     """Original size, top left of the crop, target size; every pair height first."""
     width, height = size
     resized = (int(SIDE * height / min(size)), int(SIDE * width / min(size)))
-    top_left = [max(0, int(round((side - SIDE) / 2.0))) for side in resized]
+    top_left = [max(0, round((side - SIDE) / 2.0)) for side in resized]
     return [float(number) for number in (height, width, *top_left, SIDE, SIDE)]
 
 
