@@ -50,7 +50,14 @@ DEMO = ROOT / "demo"
 PLACES = ("in the snow", "on the beach", "in the water")
 OTHERS = ("a photo of a blue cat on the grass", "a photo of a red car on the beach", "a photo of a flower at night")
 DRAWN = 4  # pictures of each prompt
-RECIPE: dict[str, Any] = {"name": "x", "steps": 400, "batch_size": 2, "checkpoint_every": 0, "resolution": 64, "learning_rate": 4e-4}
+RECIPE: dict[str, Any] = {
+    "name": "x",
+    "steps": 400,
+    "batch_size": 2,
+    "checkpoint_every": 0,
+    "resolution": 64,
+    "learning_rate": 4e-4,
+}
 FIRST = {"rank": 8}
 KINDS: dict[str, dict[str, Any]] = {
     "LoRA attention": {"targets": "attention"},

@@ -201,7 +201,6 @@ def test_include_and_exclude(base: BaseWeights) -> None:
     assert left == {path for path in plain if "down_blocks" not in path and "ff.net" not in path}
 
 
-@pytest.mark.xfail(reason="the rank is compared with the input channels, not with their 3×3 windows", strict=True)
 def test_the_first_convolution_takes_a_usual_rank(base: BaseWeights) -> None:
     """It has 4 input channels, but 36 inputs; it is what the help of `include` names first."""
     assert chosen(base, targets="none", include="^conv_in$", rank=16) == {"conv_in": (16, 16.0)}

@@ -149,20 +149,16 @@ def add(
     error: type[TrainerError],
     *names: str,
     remedy: str = "",
-    open_fault: str = "",
 ) -> None:
     """Enter a mistake: the error it must give, what the error's problem and remedy must name."""
-    marks = [pytest.mark.xfail(reason=open_fault, strict=True)] if open_fault else []
-    table.append(pytest.param(case, error, names, remedy, id=label, marks=marks))
+    table.append(pytest.param(case, error, names, remedy, id=label))
 
 
-def mistake(
-    table: list[Any], error: type[TrainerError], *names: str, remedy: str = "", open_fault: str = ""
-) -> Callable[[Case], Case]:
+def mistake(table: list[Any], error: type[TrainerError], *names: str, remedy: str = "") -> Callable[[Case], Case]:
     """Enter the decorated function."""
 
     def enter(case: Case) -> Case:
-        add(table, case.__name__.replace("_", " "), case, error, *names, remedy=remedy, open_fault=open_fault)
+        add(table, case.__name__.replace("_", " "), case, error, *names, remedy=remedy)
         return case
 
     return enter
@@ -600,7 +596,6 @@ def sd2_without_a_text_encoder(world: World) -> Values:
     UnsupportedModelError,
     "Stable unCLIP",
     remedy="Stable Diffusion 2.x",
-    open_fault="taken for SDXL because of its label_emb",
 )
 def unclip(world: World) -> Values:
     def change(tensors: dict[str, Tensor]) -> None:
@@ -679,20 +674,17 @@ def adapter_of_another_family_for_the_base(world: World) -> Values:
     return {"base_lora": [str(written(world, tiny_adapter({"ss_base_model_version": "sdxl_base_v1-0"})))]}
 
 
-LATE = "told when the files are written, after the training"
-
-
 @mistake(TRAINING, SettingsError, "rank 33", "32")
 def rank_of_the_lora_that_is_taken_out_of_all_weights(world: World) -> Values:
     return {"adapter": "full", "rank": 33}
 
 
-@mistake(TRAINING, SettingsError, "combine", "LoHa", remedy="Turn combine off", open_fault=LATE)
+@mistake(TRAINING, SettingsError, "combine", "LoHa", remedy="Turn combine off")
 def combining_with_a_loha(world: World) -> Values:
     return {"combine": True, "base_lora": [str(written(world, tiny_loha()))]}
 
 
-@mistake(TRAINING, SettingsError, "combine", "LoHa", remedy="Turn combine off", open_fault=LATE)
+@mistake(TRAINING, SettingsError, "combine", "LoHa", remedy="Turn combine off")
 def combining_what_starts_from_a_loha(world: World) -> Values:
     write_adapter(world.path / "style.safetensors", tiny_adapter(), torch.float32)
     start = written(world, tiny_loha())

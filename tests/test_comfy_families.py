@@ -1,4 +1,4 @@
-"""Stable Diffusion 2 and XL in a real ComfyUI over HTTP: trained with their text encoders, loaded without a lost key."""
+"""Stable Diffusion 2 and XL in a real ComfyUI over HTTP: trained with their text encoders, no key lost."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_the_graphs_prediction_type_is_taken_over(server: ComfyServer) -> None:
             prompt["train"]["inputs"] |= {"model": ["sampling", 0], "clip": ["skip", 0]}
         server.wait(server.queue(prompt))
         found[name] = metadata(server.base_dir / "models" / "loras" / f"{name}.safetensors")
-    assert found["detected"]["modelspec.prediction_type"] == "v_prediction"
+    assert found["detected"]["modelspec.prediction_type"] == "v"
     assert found["detected"]["ss_base_model_version"] == "sd_v2_v"
     assert found["detected"]["ss_clip_skip"] == "None"
     assert found["overridden"]["modelspec.prediction_type"] == "epsilon"

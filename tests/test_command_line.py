@@ -130,7 +130,6 @@ def test_train_generate_inspect(run: Shell, train_words: list[str], tiny_checkpo
     assert json.loads(run.output)["family"] == "Stable Diffusion 1.x"
 
 
-@pytest.mark.xfail(reason="the adapter is not written beside a checkpoint of the same name", strict=True)
 def test_full_fine_tuning_writes_a_checkpoint_and_an_adapter(
     run: Shell, train_words: list[str], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -268,7 +268,6 @@ def test_metadata_values(key: str, value: str, metadata: dict[str, str]) -> None
     assert metadata[key] == value
 
 
-@pytest.mark.xfail(reason="the metadata tells the settings, which the adapter to start from replaces", strict=True)
 def test_metadata_of_a_run_that_goes_on_with_an_adapter(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Kind, rank and alpha are the adapter's, whatever the settings say."""
     common: dict[str, Any] = {

@@ -156,10 +156,7 @@ def test_draws_are_fixed() -> None:
     "changes",
     [
         {},
-        pytest.param(
-            {"dropout": 0.5},
-            marks=pytest.mark.xfail(reason="the question what the base predicts is asked with dropout", strict=True),
-        ),
+        {"dropout": 0.5},
     ],
     ids=["plain", "dropout"],
 )

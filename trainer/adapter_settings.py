@@ -179,6 +179,8 @@ class AdapterSettings(Settings):
                 "LoKr is not scaled by an alpha: unset alpha, conv_alpha and the alphas in block_ranks, and set the "
                 "strength by learning_rate"
             )
+        if self.lokr_factor == 0:
+            raise ValueError("lokr_factor is 0: choose -1 (as even as possible) or 1 and more")
         if self.lokr_factor != -1 and kind != "lokr":
             raise ValueError(f"lokr_factor is for LoKr, but adapter is '{kind}': unset it or choose lokr")
         if self.combine and kind not in ("lora", "full"):

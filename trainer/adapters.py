@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,11 +159,13 @@ class TrainedAdapter:
         return all(bool(torch.isfinite(p.detach().cpu()).all()) for p in self.parameters())
 
     @torch.no_grad()
-    def after_update(self) -> None:
+    def after_update(self, trained: Collection[str]) -> None:
         """Shrink every layer's change to `max_norm`, if there is a limit, all its factors alike (kohya's way)."""
         if not self._max_norm:
             return
         for layer in self.layers.values():
+            if layer.target.component not in trained:
+                continue
             factors = {part: parameter for part, parameter in layer.parts.items() if part != DORA_SCALE}
             norm = self._kind.norm(factors) * _scale(layer.target, factors)
             shrink = (self._max_norm / norm.clamp(min=self._max_norm)) ** (1 / len(factors))
@@ -180,6 +182,11 @@ def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapt
     """
     if start is None:
         return choose_targets(model, settings)
+    if settings.dropout and kind_of(start) not in ("lora", "dora"):
+        raise SettingsError(
+            f"dropout exists for LoRA and DoRA only, and the adapter to start from is a {start.kind}.",
+            "Set dropout to 0.",
+        )
     targets = targets_of(model, fitted_start(model, start))
     for component in {target.component for target in targets} - {"unet"} - set(settings.text_rates):
         raise SettingsError(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cache import encode_in_batches
+from .devices import place
 from .families.base import Conditioning, DiffusionModel
 
 
@@ -61,6 +62,8 @@ class Captions:
                 encoded = encode_in_batches(self._model, encoder, self._rows[_ids(encoder)])
             self._rows |= {name: rows.to(self._dtype) for name, rows in encoded.items()}
         self._trained = []
+        for network in self._model.text_encoders.values():
+            place(network, torch.device("cpu"), next(network.parameters()).dtype)  # until it is saved
         self._model.text_encoders.clear()
 
 

@@ -33,7 +33,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     stacked = _read_adapters(settings.base_lora)
     base = apply_to_base(_open(settings), stacked)
     runs = settings.output_dir / "runs"
-    require_trainable(base, settings, start, settings.output_dir, runs)
+    require_trainable(base, settings, start, settings.output_dir, runs, stacked)
     priors = _class_pictures(base, settings, settings.resolution, settings, listener)
     stage = Stage(start, stacked)
     return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener, stage=stage)

@@ -20,6 +20,7 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 PredictionType = Literal["auto", "epsilon", "v_prediction"]
 SchedulerName = Literal["ddim", "pndm", "euler", "dpm++"]
 MAX_SEED = 2**64 - 1
+_TEXT_ENCODER = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_until")
 
 
 class BaseSettings(Settings):
@@ -248,6 +249,9 @@ class TrainSettings(AdapterSettings):
         }
         if not self.length_changes_the_course:
             del values["steps"]
+        if self.adapter == "full":  # rank and layers are those of the LoRA that is extracted at the end
+            adapters = set(AdapterSettings.model_fields) - {"adapter", *_TEXT_ENCODER}
+            return {name: value for name, value in values.items() if name not in adapters}
         values["alpha"] = self.scale * self.rank
         return values
 

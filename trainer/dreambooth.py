@@ -31,6 +31,7 @@ from .optimization import (
     learning_rate_factor,
     make_accelerator,
     make_optimizer,
+    recompute_activations,
     set_learning_rates,
 )
 from .pace import Pace
@@ -173,7 +174,10 @@ class DreamBooth:
     def open_run(self) -> None:
         """Check the folders; find this run's folder by its fingerprint, or begin one."""
         settings = self.settings
-        require_trainable(self.base, settings, self.stage.start, self.output_dir, self.runs_dir)
+        stage = self.stage
+        require_trainable(
+            self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked, self.checkpoints_dir
+        )
         shown = settings.model_dump(mode="json") | {"base": self.base.title}
         self.run_folder = RunFolder.open(
             self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
@@ -209,7 +213,7 @@ class DreamBooth:
         if settings.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
             for encoder in self.model.text_encoders.values():
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+                recompute_activations(encoder)
         optimizer = make_optimizer(self.trainee.groups(), settings)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
         self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
@@ -294,7 +298,7 @@ class DreamBooth:
                     self._consistent = False  # until the step is counted
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
-                    self.trainee.after_update()
+                    self.trainee.after_update(("unet", *self.captions.trained))
         return torch.stack(losses).mean()
 
     def _loss(self, micro: int) -> Tensor:
@@ -372,6 +376,7 @@ class DreamBooth:
             started_at=self.run_folder.started_at,
             prediction=self.base.prediction,
             clip_skip=self.base.clip_skip,
+            start=self.stage.start,
         )
         return training_metadata(self.settings, facts, step)
 

@@ -20,6 +20,7 @@ from .files import free_path
 from .kohya import Adapter, read_adapter, read_header, write_adapter
 from .layers import LoraLayer
 from .metadata import FINGERPRINT_KEY, FORM_KEY
+from .modules import own_names
 from .selection import choose_targets
 
 _SAME = (FINGERPRINT_KEY, FORM_KEY, "ss_steps")
@@ -66,10 +67,11 @@ def export(
     dtype = DTYPES[settings.save_precision]
     checkpoint = None
     if saved.weights is not None:
-        own = {"modelspec.architecture": base.family.architecture(base.prediction)}
+        form = {FORM_KEY: f"{settings.save_precision}, checkpoint"}  # the adapter may lie beside it
+        architecture = {"modelspec.architecture": base.family.architecture(base.prediction)}
         tensors = original_state_dict(base, saved.weights)
         path = checkpoints_dir / f"{settings.name}.safetensors"
-        whole = {**metadata, **own}
+        whole = {**metadata, **architecture, **form}
         checkpoint = _written(path, whole, lambda to: write_checkpoint(to, tensors, whole, dtype))
         targets = choose_targets(base.family.build(base), settings)
         adapter = extract_lora(base, saved.weights, targets, metadata)
@@ -77,11 +79,32 @@ def export(
         assert saved.adapter is not None
         adapter = saved.adapter
     if settings.combine:
-        adapter = combined([*stacked, (adapter, 1.0)])
+        own = own_names(base.family.build(base))
+        adapter = combined([(_renamed(one, own), strength) for one, strength in [*stacked, (adapter, 1.0)]])
     adapter = replace(adapter, metadata=metadata)
-    wanted = output_dir / f"{settings.name}.safetensors"
+    beside = checkpoint is not None and output_dir == checkpoints_dir
+    wanted = output_dir / f"{settings.name}{'-lora' if beside else ''}.safetensors"
     path = _written(wanted, metadata, lambda to: write_adapter(to, adapter, dtype))
     return Exported(read_adapter(path), path, checkpoint)
+
+
+def require_combinable(adapter: Adapter) -> None:
+    """Check that an adapter can be added up with others.
+
+    Raises:
+        SettingsError: It is no plain LoRA.
+    """
+    for name, layer in adapter.layers.items():
+        if not isinstance(layer, LoraLayer) or layer.mid is not None or layer.dora_scale is not None:
+            raise SettingsError(
+                f"combine adds adapters up, which is exact for LoRA only; {name} is of the kind {layer.kind}.",
+                "Turn combine off and use both files, or apply a LoRA.",
+            )
+
+
+def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+    """The adapter under other names of its modules; those that have none keep theirs."""
+    return replace(adapter, layers={names.get(name, name): layer for name, layer in adapter.layers.items()})
 
 
 def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
@@ -92,21 +115,20 @@ def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
     """
     parts: dict[str, list[tuple[LoraLayer, float]]] = {}
     for adapter, strength in adapters:
+        require_combinable(adapter)
         for name, layer in adapter.layers.items():
-            if not isinstance(layer, LoraLayer) or layer.mid is not None or layer.dora_scale is not None:
-                raise SettingsError(
-                    f"combine adds adapters up, which is exact for LoRA only; {name} is of the kind {layer.kind}.",
-                    "Turn combine off and use both files, or apply a LoRA.",
-                )
+            assert isinstance(layer, LoraLayer)
             parts.setdefault(name, []).append((layer, strength))
     return Adapter({name: _sum(layers) for name, layers in parts.items()})
 
 
 def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> LoraLayer:
     rank = sum(layer.rank for layer, _ in layers)
-    down = torch.cat([layer.down.float() for layer, _ in layers])
-    up = torch.cat([layer.up.float() * (strength * layer.alpha / layer.rank) for layer, strength in layers], dim=1)
-    return LoraLayer(down, up, float(rank))
+    kernel, tail = layers[-1][0].down.shape[1:], layers[-1][0].up.shape[2:]  # a 1×1 kernel may be left out in a file
+    downs = [layer.down.float().reshape(layer.rank, *kernel) for layer, _ in layers]
+    ups = [layer.up.float() * (strength * layer.alpha / layer.rank) for layer, strength in layers]
+    up = torch.cat([one.reshape(*one.shape[:2], *tail) for one in ups], dim=1)
+    return LoraLayer(torch.cat(downs), up, float(rank))
 
 
 def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[Path], None]) -> Path:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .config import TrainSettings
 from .families.base import Family, Prediction
+from .kohya import Adapter
 
 CONFIG_KEY = "dreambooth.config"
 FINGERPRINT_KEY = "dreambooth.fingerprint"
@@ -34,6 +35,7 @@ class RunFacts:
         started_at: Unix time.
         prediction: What the model predicts.
         clip_skip: Layer of the text encoders that is read; 0: the family's.
+        start: The adapter that the run went on with; its kind, rank and alpha replace the settings'.
     """
 
     family: Family
@@ -47,11 +49,12 @@ class RunFacts:
     started_at: float
     prediction: Prediction
     clip_skip: int
+    start: Adapter | None = None
 
 
 def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> dict[str, str]:
     """Metadata of an adapter after `step` steps; every value is a string."""
-    name, alpha = settings.name, settings.scale * settings.rank
+    name, kind, rank, alpha = settings.name, *_shape(settings, facts.start)
     words = Counter(facts.captions)
     trigger = words.most_common(1)[0][0] if words else ""
     kohya = {
@@ -59,10 +62,10 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_base_model_version": facts.family.base_version(facts.prediction),
         "ss_sd_model_name": facts.base_title,
         "ss_v2": facts.family.base_version(facts.prediction).startswith("sd_v2"),
-        "ss_network_module": "networks.lora" if settings.adapter in ("lora", "full") else "lycoris.kohya",
-        "ss_network_dim": settings.rank,
+        "ss_network_module": "networks.lora" if kind in ("lora", "full") else "lycoris.kohya",
+        "ss_network_dim": rank,
         "ss_network_alpha": alpha,
-        "ss_network_args": json.dumps(_network_args(settings)),
+        "ss_network_args": json.dumps(_network_args(settings, kind)),
         "ss_training_started_at": facts.started_at,
         "ss_training_finished_at": time.time(),
         "ss_steps": step,
@@ -106,7 +109,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "modelspec.resolution": f"{settings.resolution}x{settings.resolution}",
         "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0).isoformat(),
         "modelspec.trigger_phrase": trigger,
-        "modelspec.prediction_type": facts.prediction.type,
+        "modelspec.prediction_type": {"v_prediction": "v"}.get(facts.prediction.type, facts.prediction.type),
     }
     own = {
         CONFIG_KEY: json.dumps(
@@ -119,20 +122,29 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
             sort_keys=True,
         ),
         FINGERPRINT_KEY: facts.run_fingerprint,
-        FORM_KEY: f"{settings.save_precision}{', combined' if settings.combine else ''}",
+        FORM_KEY: _form(settings),
     }
     return {key: str(value) for key, value in (kohya | modelspec | own).items()}
 
 
-def _network_args(settings: TrainSettings) -> dict[str, object]:
+def _shape(settings: TrainSettings, start: Adapter | None) -> tuple[str, int, float]:
+    """Kind, rank and alpha of what is trained; of an adapter that was gone on with, its commonest."""
+    if start is None:
+        alpha = float(settings.rank) if settings.adapter == "full" else settings.scale * settings.rank
+        return settings.adapter, settings.rank, alpha
+    [(rank, alpha)] = [key for key, _ in Counter((one.rank, one.alpha) for one in start.layers.values()).most_common(1)]
+    return start.kind.lower(), rank, alpha
+
+
+def _network_args(settings: TrainSettings, kind: str) -> dict[str, object]:
     """What kohya and LyCORIS call network_args, as far as it is set; its values are strings there."""
     found = {
-        "algo": {"lora": "", "full": "", "dora": "lora"}.get(settings.adapter, settings.adapter),
-        "dora_wd": "True" if settings.adapter == "dora" else "",
+        "algo": {"lora": "", "full": "", "dora": "lora"}.get(kind, kind),
+        "dora_wd": "True" if kind == "dora" else "",
         "targets": settings.targets,
         "conv_dim": settings.targets == "all" and str(settings.conv_rank or settings.rank),
         "conv_alpha": settings.conv_alpha and str(settings.conv_alpha),
-        "factor": str(settings.lokr_factor) if settings.adapter == "lokr" else "",
+        "factor": str(settings.lokr_factor) if kind == "lokr" else "",
         "dropout": settings.dropout and str(settings.dropout),
         "scale_weight_norms": settings.max_norm and str(settings.max_norm),
         "block_ranks": settings.block_ranks,
@@ -141,6 +153,16 @@ def _network_args(settings: TrainSettings) -> dict[str, object]:
         "rank_stabilized": "True" if settings.rank_stabilized else "",
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _form(settings: TrainSettings) -> str:
+    """What of an adapter file does not follow from the run: precision, combined or alone, what was extracted."""
+    parts: list[str] = [settings.save_precision]
+    if settings.combine:
+        parts.append("combined")
+    if settings.adapter == "full":
+        parts += [f"rank {settings.rank}", settings.targets]
+    return ", ".join(parts)
 
 
 def _without_places(settings: TrainSettings) -> dict[str, object]:

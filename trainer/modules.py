@@ -71,6 +71,13 @@ def modules_by_name(model: DiffusionModel) -> dict[str, Adaptable]:
     return found
 
 
+def own_names(model: DiffusionModel) -> dict[str, str]:
+    """Every name that a file may give a module → the name that this model's own files give it."""
+    names = adapter_names(model)
+    own = {id(module): names[place] for place, module in modules_by_place(model).items()}
+    return {name: own[id(module)] for name, module in modules_by_name(model).items()}
+
+
 def _prefixes(component: str, encoders: int) -> list[str]:
     if component == UNET:
         return [PREFIXES[UNET]]

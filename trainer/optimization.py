@@ -22,6 +22,12 @@ def make_optimizer(groups: Mapping[str, list[nn.Parameter]], settings: TrainSett
     return torch.optim.AdamW(options, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
+def recompute_activations(encoder: Any) -> None:
+    """Gradient checkpointing for a network of transformers, whose name for it changes with version 6."""
+    enable = getattr(encoder, "activation_checkpointing_enable", None) or encoder.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Set every group's rate to its peak times `factor`."""
     for group in optimizer.param_groups:

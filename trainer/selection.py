@@ -14,7 +14,7 @@ from .errors import AdapterError, SettingsError
 from .families.base import DiffusionModel, Family
 from .kohya import Adapter
 from .layers import Layer, LokrLayer
-from .modules import UNET, Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_place
+from .modules import UNET, Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_place, own_names
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,21 @@ def choose_targets(model: DiffusionModel, settings: AdapterSettings) -> list[Tar
     """
     require_family_fits(model.family, settings)
     names = adapter_names(model)
+    _require_patterns_match(model, settings)
     chosen = []
     for component, modules in adaptable_modules(model).items():
         if component != UNET and component not in settings.text_rates:
             continue
         paths = _chosen_paths(model.family, component, modules, settings)
         found = [_target(component, path, names[component, path], modules[path], settings) for path in paths]
-        chosen += sorted((target for target in found if target.rank), key=lambda target: target.name)
+        kept = sorted((target for target in found if target.rank), key=lambda target: target.name)
+        if not kept:
+            raise SettingsError(
+                f"No layer of the {component} is left to train: targets, include, exclude and block_ranks together "
+                "choose none.",
+                "Choose other targets, exclude less, or give a rank above 0.",
+            )
+        chosen += kept
     modules_here = modules_by_place(model)
     for target in chosen:
         _require_rank_fits(target, modules_here[target.component, target.path], settings)
@@ -92,19 +100,26 @@ def _chosen_paths(
         pattern = re.compile(family.targets.get(settings.targets, "(?!)"))
         include = settings.include_patterns
         chosen = [path for path in modules if pattern.fullmatch(path) or any(one.search(path) for one in include)]
-        for one in include:
-            if not any(one.search(path) for path in modules):
+    return [path for path in chosen if not any(one.search(path) for one in settings.exclude_patterns)]
+
+
+def _require_patterns_match(model: DiffusionModel, settings: AdapterSettings) -> None:
+    """Refuse a pattern that no module of a trained network matches: it has a typing error."""
+    trained = {UNET, *settings.text_rates}
+    places = [place for place in modules_by_place(model) if place[0] in trained]
+    unet = [path for component, path in places if component == UNET]
+    patterns = {
+        "include": (settings.include_patterns, unet),
+        "exclude": (settings.exclude_patterns, [path for _, path in places]),
+        "block_ranks": ([entry.pattern for entry in settings.ranks_by_block], [path for _, path in places]),
+    }
+    for name, (given, paths) in patterns.items():
+        for pattern in given:
+            if not any(pattern.search(path) for path in paths):
                 raise SettingsError(
-                    f"include '{one.pattern}' matches no layer of the UNet.",
-                    f"Its layers are named like {next(iter(modules))} and {list(modules)[len(modules) // 2]}.",
+                    f"{name} '{pattern.pattern}' matches no layer.",
+                    f"Layers are named like {unet[0]} and {unet[len(unet) // 2]}.",
                 )
-    kept = [path for path in chosen if not any(one.search(path) for one in settings.exclude_patterns)]
-    if not kept:
-        raise SettingsError(
-            f"No layer of the {component} is left to train: targets, include and exclude together choose none.",
-            "Choose other targets, or exclude less.",
-        )
-    return kept
 
 
 def _target(component: str, path: str, name: str, module: nn.Module, settings: AdapterSettings) -> Target:
@@ -120,7 +135,7 @@ def _target(component: str, path: str, name: str, module: nn.Module, settings: A
 
 def _require_rank_fits(target: Target, module: Adaptable, settings: AdapterSettings) -> None:
     """Refuse a rank above the size of a layer; LoKr needs none, it takes whole factors then."""
-    smallest = min(module.weight.shape[:2])
+    smallest = min(len(module.weight), module.weight[0].numel())
     if target.rank > smallest and settings.adapter != "lokr":
         raise SettingsError(
             f"rank {target.rank} is above the size of the layer {target.path} ({smallest}).",
@@ -134,8 +149,7 @@ def fitted_start(model: DiffusionModel, adapter: Adapter) -> Adapter:
     Raises:
         AdapterError: A module of it does not exist in the model, or is of another shape.
     """
-    modules, names = modules_by_name(model), adapter_names(model)
-    own = {id(module): names[key] for key, module in modules_by_place(model).items()}
+    modules, own = modules_by_name(model), own_names(model)
     layers: dict[str, Layer] = {}
     for name, layer in adapter.layers.items():
         module = modules.get(name)
@@ -145,7 +159,7 @@ def fitted_start(model: DiffusionModel, adapter: Adapter) -> Adapter:
                 "in another shape.",
                 "Start from an adapter that was trained on a model of this shape.",
             )
-        layers[own[id(module)]] = _with_unit_scale(layer) if isinstance(layer, LokrLayer) else layer
+        layers[own[name]] = _with_unit_scale(layer) if isinstance(layer, LokrLayer) else layer
     return replace(adapter, layers=layers)
 
 
@@ -163,5 +177,11 @@ def _with_unit_scale(layer: LokrLayer) -> LokrLayer:
 def targets_of(model: DiffusionModel, start: Adapter) -> list[Target]:
     """The modules, ranks and alphas of an adapter from `fitted_start`."""
     places = {name: key for key, name in adapter_names(model).items()}
-    targets = [Target(*places[name], name, layer.rank, layer.alpha) for name, layer in start.layers.items()]
+    targets = []
+    for name, layer in start.layers.items():
+        rank, alpha = layer.rank, layer.alpha
+        if isinstance(layer, LokrLayer) and layer.is_whole and layer.w2 is not None:
+            rank = max(layer.w2.shape[:2])  # at which PEFT makes whole factors, too
+            alpha = float(rank)
+        targets.append(Target(*places[name], name, rank, alpha))
     return sorted(targets, key=lambda target: (target.component != UNET, target.component, target.name))

@@ -52,7 +52,8 @@ class Settings(BaseModel):
         """
         unknown = [name for name in values if name not in cls.model_fields]
         if unknown:
-            near = difflib.get_close_matches(unknown[0], cls.model_fields, n=1, cutoff=0.4)
+            inside = [name for name in cls.model_fields if unknown[0].endswith(f"_{name}")]
+            near = inside or difflib.get_close_matches(unknown[0], cls.model_fields, n=1, cutoff=0.4)
             raise SettingsError(
                 f"Unknown setting: {', '.join(sorted(unknown))}.",
                 f"Did you mean '{near[0]}'?" if near else "See --help for the settings that exist.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -67,5 +67,5 @@ class TrainedWeights:
         """Whether every trained number is finite."""
         return all(bool(torch.isfinite(p.detach()).all()) for p in self.parameters())
 
-    def after_update(self) -> None:
+    def after_update(self, trained: Collection[str]) -> None:
         """Nothing has to hold."""

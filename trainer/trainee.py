@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import torch
@@ -36,8 +36,8 @@ class Trainee(Protocol):
     def is_finite(self) -> bool:
         """Whether every trained number is finite."""
 
-    def after_update(self) -> None:
-        """Keep what must hold after every step."""
+    def after_update(self, trained: Collection[str]) -> None:
+        """Keep what must hold after every step, in the components that are still trained."""
 
 
 def begin(

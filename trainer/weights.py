@@ -23,6 +23,7 @@ from .families.clip import text_component
 from .families.ldm import (
     UNET_PREFIX,
     VAE_PREFIX,
+    diffusers_vae_component,
     unet_component,
     unet_config,
     vae_component,
@@ -246,11 +247,13 @@ def _open_vae(path: Path, family: Family) -> Component:
         WeightsError: There is none.
     """
     if os.path.isdir(path):
-        return _vae_folder(path)
+        return _vae_folder(path / "vae" if (path / "vae").is_dir() else path)
     if not os.path.isfile(path):
         raise WeightsError(f"The VAE {path} does not exist.", "Check the path for a typing error.")
     tensors = read_single_file(path)
     _require_plain_floats(tensors)
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        return diffusers_vae_component(with_current_attention_names(tensors), family.scaling_factor)
     return vae_component(with_prefix(tensors, VAE_PREFIX) or tensors, family.scaling_factor)
 
 

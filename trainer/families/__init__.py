@@ -33,6 +33,7 @@ _FOREIGN_KEYS = (
     ("txt_in.individual_token_refiner", "HunyuanVideo"),
     ("mlp_t5.0", "HunyuanDiT"),
     ("adaln_single.", "LTX-Video"),
+    ("noise_augmentor.", "Stable unCLIP"),
 )
 _FOREIGN_CLASSES = {
     "Flux": "Flux",

@@ -50,6 +50,7 @@ class TextEncoderKind:
         normed: Whether the final layer norm is applied to that hidden state.
         pooled: Whether the projected embedding of the end token is read, too.
         unused_layers: Layers at the end that an original file holds and nobody reads; they are left out.
+        published_layers: How many layers the published encoder has, unused ones among them; 0 where none is unused.
     """
 
     name: str
@@ -62,6 +63,7 @@ class TextEncoderKind:
     normed: bool
     pooled: bool = False
     unused_layers: int = 0
+    published_layers: int = 0
 
     @property
     def number(self) -> str:

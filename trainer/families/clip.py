@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..errors import SettingsError, WeightsError
 from .base import Component, Conditioning, TextEncoderKind, build_around, on_meta
 
-_HEAD = 64  # channels of an attention head in every CLIP
+HEAD = 64  # channels of an attention head in every CLIP
 _OPEN_CLIP = {
     "token_embedding.weight": "embeddings.token_embedding.weight",
     "positional_embedding": "embeddings.position_embedding.weight",
@@ -61,7 +61,8 @@ def text_component(
     if config is not None:
         return Component(named, config)
     found = {int(match[1]) for name in named if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
-    layers = len(found) - kind.unused_layers
+    left_out = len(found) + kind.unused_layers == kind.published_layers  # by diffusers' script for original files
+    layers = len(found) - (0 if left_out else kind.unused_layers)
     unused = tuple(f"text_model.encoder.layers.{number}." for number in range(layers, len(found)))
     named = {name: tensor for name, tensor in named.items() if not (unused and name.startswith(unused))}
     try:
@@ -70,7 +71,7 @@ def text_component(
             "hidden_size": embedding.shape[1],
             "intermediate_size": named["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
             "num_hidden_layers": layers,
-            "num_attention_heads": max(1, embedding.shape[1] // _HEAD),
+            "num_attention_heads": max(1, embedding.shape[1] // HEAD),
             "max_position_embeddings": named["text_model.embeddings.position_embedding.weight"].shape[0],
             "hidden_act": kind.hidden_act,
             "projection_dim": named["text_projection.weight"].shape[0] if kind.pooled else embedding.shape[1],

@@ -123,6 +123,37 @@ def unet_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     return Component({name: tensor for name, tensor in renamed.items() if tensor is not None}, config, file_names)
 
 
+def diffusers_vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
+    """Infer the configuration of an autoencoder that already has diffusers' names, as single files on the hub have.
+
+    Args:
+        tensors: Names such as "encoder.down_blocks.0.resnets.0.conv1.weight".
+        scaling_factor: What latents are multiplied with.
+
+    Raises:
+        WeightsError: A tensor that the configuration depends on is missing.
+    """
+    levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+    first = "encoder.down_blocks.{}.resnets.0.conv1.weight"
+    return Component(
+        tensors,
+        {
+            "block_out_channels": tuple(_need(tensors, first.format(level)).shape[0] for level in range(levels)),
+            "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+            **_vae_blocks(levels),
+            "latent_channels": _need(tensors, "quant_conv.weight").shape[0] // 2,
+            "scaling_factor": scaling_factor,
+        },
+    )
+
+
+def _vae_blocks(levels: int) -> dict[str, Any]:
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
 def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
     """Infer a diffusers `AutoencoderKL` configuration from an original VAE and rename its tensors.
 
@@ -146,8 +177,7 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
             _need(tensors, f"encoder.down.{level}.block.0.conv1.weight").shape[0] for level in range(levels)
         ),
         "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
+        **_vae_blocks(levels),
         "latent_channels": tensors["quant_conv.weight"].shape[0] // 2,
         "scaling_factor": scaling_factor,
     }

@@ -35,6 +35,7 @@ class StableDiffusion2:
             layer=1,
             normed=True,
             unused_layers=1,
+            published_layers=24,
         ),
     )
 
