@@ -11,7 +11,7 @@ demo: $(READY)
 	$(RUN) -m trainer demo --output-dir demo/output
 
 test: $(READY)
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
