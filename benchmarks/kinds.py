@@ -260,40 +260,53 @@ def two_stages(bench: Bench) -> tuple[dict[str, float], list[Row]]:
     return figures, rows
 
 
+def report_kinds(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Write the table and the contact sheet of the kinds."""
+    truth = [features @ features.T for features in bench.truth]
+    off = ~torch.eye(8, dtype=torch.bool)
+    ends = {
+        "base": bench.fidelity(bench.before["subject"]),
+        "truth": statistics.mean(float(one[off].mean()) for one in truth),
+    }
+    table, rows = compare(bench, arguments.seeds, print)
+    text = as_markdown(table, ends, arguments.seeds)
+    print(text)
+    (arguments.out / "kinds.json").write_text(json.dumps({"ends": ends, "table": table}, indent=1) + "\n")
+    (arguments.out / "kinds.md").write_text(text, encoding="utf-8")
+    titles = tuple(place.split()[-1] for place in PLACES for _ in range(2)) + tuple(
+        f"dog, {p.split()[-1]}" for p in PLACES
+    )
+    caption = "a photo of sks dog …, where it never was; then a photo of a dog …   (first seed)"
+    contact_sheet(caption, titles, rows, 80).save(arguments.sheets / "kinds.png")
+
+
+def report_two_stages(bench: Bench, arguments: argparse.Namespace) -> None:
+    """Write the figures and the contact sheet of two-stage training."""
+    figures, rows = two_stages(bench)
+    print(json.dumps(figures, indent=1))
+    (arguments.out / "two-stage.json").write_text(json.dumps(figures, indent=1) + "\n")
+    titles = tuple(place.split()[-1] for place in PLACES for _ in range(2))
+    caption = "pixel, a photo of sks dog …   concept: pixel art; second: the dog, learned on top of it"
+    contact_sheet(caption, titles, rows, 96).save(arguments.sheets / "two-stage.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--sheets", type=Path, default=ROOT / "docs")
     parser.add_argument("--only", nargs="*", help="kinds to run")
+    parser.add_argument("--part", choices=("both", "kinds", "two-stage"), default="both")
     arguments = parser.parse_args()
     for name in [name for name in KINDS if arguments.only and name not in arguments.only]:
         del KINDS[name]
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch))
-        truth = [features @ features.T for features in bench.truth]
-        off = ~torch.eye(8, dtype=torch.bool)
-        ends = {
-            "base": bench.fidelity(bench.before["subject"]),
-            "truth": statistics.mean(float(one[off].mean()) for one in truth),
-        }
-        table, rows = compare(bench, arguments.seeds, print)
-        text = as_markdown(table, ends, arguments.seeds)
-        print(text)
-        (arguments.out / "kinds.json").write_text(json.dumps({"ends": ends, "table": table}, indent=1) + "\n")
-        (arguments.out / "kinds.md").write_text(text, encoding="utf-8")
-        titles = tuple(place.split()[-1] for place in PLACES for _ in range(2)) + tuple(
-            f"dog, {p.split()[-1]}" for p in PLACES
-        )
-        caption = "a photo of sks dog …, where it never was; then a photo of a dog …   (first seed)"
-        contact_sheet(caption, titles, rows, 80).save(arguments.sheets / "kinds.png")
-        figures, rows = two_stages(bench)
-        print(json.dumps(figures, indent=1))
-        (arguments.out / "two-stage.json").write_text(json.dumps(figures, indent=1) + "\n")
-        titles = tuple(place.split()[-1] for place in PLACES for _ in range(2))
-        caption = "pixel, a photo of sks dog …   concept: pixel art; second: the dog, learned on top of it"
-        contact_sheet(caption, titles, rows, 96).save(arguments.sheets / "two-stage.png")
+        if arguments.part != "two-stage":
+            report_kinds(bench, arguments)
+        if arguments.part != "kinds":
+            report_two_stages(bench, arguments)
 
 
 if __name__ == "__main__":
