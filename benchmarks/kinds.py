@@ -49,6 +49,7 @@ from trainer.weights import open_base  # noqa: E402
 DEMO = ROOT / "demo"
 PLACES = ("in the snow", "on the beach", "in the water")
 OTHERS = ("a photo of a blue cat on the grass", "a photo of a red car on the beach", "a photo of a flower at night")
+TWO_STAGES = ("a photo of sks dog", "pixel, a red cat")
 DRAWN = 4  # pictures of each prompt
 RECIPE: dict[str, Any] = {
     "name": "x",
@@ -250,7 +251,7 @@ def two_stages(bench: Bench) -> tuple[dict[str, float], list[Row]]:
     drawn = {}
     for name, adapters in columns.items():
         model = bench.model(bench.base, adapters)
-        drawn[name] = [one for place in PLACES for one in draw(model, f"pixel, a photo of sks dog {place}")[:2]]
+        drawn[name] = [draw(model, f"{text} {place}")[0] for text in TWO_STAGES for place in PLACES]
         figures[f"fidelity, {name}"] = bench.fidelity(bench.drawings(model)["subject"])
         rows.append(Row(name, tuple(drawn[name])))
     pairs = zip(drawn["stacked"], drawn["combined"], strict=True)
@@ -285,8 +286,10 @@ def report_two_stages(bench: Bench, arguments: argparse.Namespace) -> None:
     figures, rows = two_stages(bench)
     print(json.dumps(figures, indent=1))
     (arguments.out / "two-stage.json").write_text(json.dumps(figures, indent=1) + "\n")
-    titles = tuple(place.split()[-1] for place in PLACES for _ in range(2))
-    caption = "pixel, a photo of sks dog …   concept: pixel art; second: the dog, learned on top of it"
+    titles = tuple(place.split()[-1] for _ in TWO_STAGES for place in PLACES)
+    caption = "left: {} …   right: {} …   (concept: pixel art; second: the dog on top of it)".format(
+        *TWO_STAGES
+    )
     contact_sheet(caption, titles, rows, 96).save(arguments.sheets / "two-stage.png")
 
 

@@ -122,8 +122,8 @@ def _unsupported_name(config: Mapping[str, Any]) -> str:
     channels = config.get("in_channels", 4)
     if channels in special:
         return f"{special[channels]} ({generation})"
-    if extra:
+    if extra and context == 1280:
         return "the SDXL refiner"
-    if config.get("class_embed_type") is not None:
+    if extra or config.get("class_embed_type") is not None:
         return "Stable unCLIP"
     return f"an unknown UNet ({channels} input channels, context width {context})"

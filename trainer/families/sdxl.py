@@ -11,7 +11,7 @@ from .base import BaseWeights, Conditioning, DiffusionModel, Prediction, TextEnc
 from .sd2 import heads
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel
 
-_REFINER_WIDTH = 1280
+_OTHERS = (1280, 1024)  # context widths of SDXL's refiner and of Stable unCLIP, which have sizes or pictures pooled in
 _B_LORA = r"up_blocks\.0\.attentions\.{}\..*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 
 
@@ -64,11 +64,11 @@ class StableDiffusionXL:
         return "sdxl_base_v1-0"
 
     def claims(self, unet_config: Mapping[str, Any]) -> bool:
-        """Pooled text and sizes as further conditioning; the refiner is narrower."""
+        """Pooled text and sizes as further conditioning; SDXL's refiner and Stable unCLIP are narrower."""
         return (
             unet_config.get("in_channels", 4) == 4
             and unet_config.get("addition_embed_type") == "text_time"
-            and unet_config.get("cross_attention_dim") != _REFINER_WIDTH
+            and unet_config.get("cross_attention_dim") not in _OTHERS
         )
 
     def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
