@@ -217,14 +217,14 @@ def as_markdown(table: list[dict[str, Any]], ends: dict[str, float], seeds: int)
     lines = [
         f"Fidelity of the base {ends['base']:.3f}, of the truth {ends['truth']:.3f}; mean ± spread of {seeds} seeds.",
         "",
-        "| kind | rank | lr | parameters | file | fidelity | dog drift | other drift | s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kind | rank | lr | parameters | file | fidelity | dog drift | other drift |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in table:
         figures = [f"{row[name][0]:.3f} ± {row[name][1]:.3f}" for name in ("fidelity", "dog_drift", "other_drift")]
         lines.append(
             f"| {row['kind']} | {row['rank']} | {row['learning_rate']:g} | {row['parameters'] / 1e3:.0f} k | "
-            f"{row['bytes'] / 1e3:.0f} kB | {' | '.join(figures)} | {row['seconds'][0]:.0f} |"
+            f"{row['bytes'] / 1e3:.0f} kB | {' | '.join(figures)} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -287,9 +287,7 @@ def report_two_stages(bench: Bench, arguments: argparse.Namespace) -> None:
     print(json.dumps(figures, indent=1))
     (arguments.out / "two-stage.json").write_text(json.dumps(figures, indent=1) + "\n")
     titles = tuple(place.split()[-1] for _ in TWO_STAGES for place in PLACES)
-    caption = "left: {} …   right: {} …   (concept: pixel art; second: the dog on top of it)".format(
-        *TWO_STAGES
-    )
+    caption = "left: {} …   right: {} …   (concept: pixel art; second: the dog on top of it)".format(*TWO_STAGES)
     contact_sheet(caption, titles, rows, 96).save(arguments.sheets / "two-stage.png")
 
 
