@@ -84,7 +84,7 @@ class AdapterSettings(Settings):
     block_ranks: str = setting(
         "",
         "Other ranks for parts of the model: PATTERN=RANK or PATTERN=RANK:ALPHA, separated by blanks, such as "
-        r"down_blocks=4 mid_block=32:16 self_attn=8; the last that is found counts. Rank 0: no adapter there.",
+        r"down_blocks=4 mid_block=32:16 ff\.net=8; the last that is found counts. Rank 0: no adapter there.",
         group="Adapter",
         advanced=True,
     )
