@@ -14,6 +14,7 @@ import pytest
 from checkpoints import sd15_checkpoint
 from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, find_comfyui
 from helpers import DEMO, ROOT
+from pack.trainer.kohya import read_header
 from PIL import Image
 from safetensors.torch import load_file
 from workflows import as_prompt
@@ -203,6 +204,8 @@ def test_two_stages_in_one_node(server: ComfyServer) -> None:
     files = [load_file(server.base_dir / "models" / "loras" / f"person{end}.safetensors") for end in ("", "-2")]
     ranks = [next(t.shape[0] for name, t in file.items() if "lora_down" in name) for file in files]
     assert ranks == [4, 8]
+    _, facts = read_header(server.base_dir / "models" / "loras" / "person-2.safetensors")
+    assert (facts["ss_network_dim"], facts["ss_network_alpha"]) == ("8", "8.0")
     assert "Going on after step" not in server.log().split("combine")[-1]
 
 

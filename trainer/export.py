@@ -81,6 +81,8 @@ def export(
     if settings.combine:
         own = own_names(base.family.build(base))
         adapter = combined([(_renamed(one, own), strength) for one, strength in [*stacked, (adapter, 1.0)]])
+        rank = max(layer.rank for layer in adapter.layers.values())
+        metadata = {**metadata, "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
     adapter = replace(adapter, metadata=metadata)
     beside = checkpoint is not None and output_dir == checkpoints_dir
     wanted = output_dir / f"{settings.name}{'-lora' if beside else ''}.safetensors"
