@@ -169,8 +169,9 @@ class FineTuneCheckpoint(io.ComfyNode):
             node_id="DreamBoothFineTune",
             display_name="Fine-tune Checkpoint (DreamBooth)",
             category=CATEGORY,
-            description="Trains all weights of a Stable Diffusion 1.x model instead of an adapter: needs about 14 GB, "
-            "and 16 GB of disk for each checkpoint kept. Gives a checkpoint file, and a LoRA extracted from it.",
+            description="Trains all weights of a Stable Diffusion 1.x model instead of an adapter. That takes 16 "
+            "bytes of memory for every weight (14 GB and what the activations need), and 12 bytes of disk for each "
+            "checkpoint kept (10 GB). Gives a checkpoint file, and a LoRA extracted from it.",
             search_aliases=["dreambooth", "full fine-tuning", "train checkpoint"],
             is_output_node=True,
             inputs=[

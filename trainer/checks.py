@@ -66,7 +66,7 @@ def _require_usual_heads(base: BaseWeights) -> None:
         SettingsError: The UNet or a text encoder has another number than every model of the family.
     """
     usual = base.family.complete(base.unet.config)["attention_head_dim"]
-    wrong = base.unet.config["attention_head_dim"] != usual or any(
+    wrong = base.unet.config.get("attention_head_dim") != usual or any(
         part.config["num_attention_heads"] != max(1, part.config["hidden_size"] // HEAD) for part in base.text_encoders
     )
     if wrong:
