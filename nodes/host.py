@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -302,10 +301,10 @@ class _Weights:
             self._weights |= clip.patcher.get_key_patches()
             self._keys |= comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
 
-    def size(self, name: str) -> int | None:
-        """How many numbers a module's weight has; None if there is no such module."""
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """The shape of a module's weight; None if there is no such module."""
         key = self._keys.get(name)
-        return self._weights[key][0][0].numel() if isinstance(key, str) and key in self._weights else None
+        return tuple(self._weights[key][0][0].shape) if isinstance(key, str) and key in self._weights else None
 
     def current(self, name: str) -> Any:
         """A copy of a module's weight in float32, with the patches of this MODEL or CLIP and of no other."""
@@ -330,7 +329,7 @@ def _dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any
     scales = {}
     for name, layer in parse_adapter(parts).layers.items():
         scale = tensors[f"{name}.dora_scale"]
-        if scale.shape[0] != layer.shape[0] or weights.size(name) is None:
+        if scale.shape[0] != layer.shape[0] or weights.shape(name) is None:
             continue  # the older form, by inputs, is computed rightly
         weight = weights.current(name)
         plain = replace(layer, dora_scale=None).delta().to(weight.device).reshape(weight.shape)
@@ -342,12 +341,13 @@ def _dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any
 def _fit(weights: _Weights, model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Names of the adapter's modules that have a counterpart of their shape, and of those that have none."""
     from ..trainer.kohya import parse_adapter
+    from ..trainer.layers import fits
 
     fitting, foreign = [], []
     for name, layer in parse_adapter(tensors).layers.items():
         if (model is None and name.startswith("lora_unet")) or (clip is None and name.startswith("lora_te")):
             fitting.append(name)  # not connected, so nothing to fit
-        elif weights.size(name) == math.prod(layer.shape):
+        elif fits(layer, weights.shape(name) or (0,)):
             fitting.append(name)
         else:
             foreign.append(name)

@@ -408,10 +408,37 @@ def test_a_single_text_encoder_may_be_called_the_first(base: BaseWeights) -> Non
     assert all(torch.equal(weight, weights_of(one)[name]) for name, weight in weights_of(other).items())
 
 
-def test_differences_beside_a_lora_are_left_out_with_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    """ComfyUI's own trainer writes them for norms and biases."""
-    name = "diffusion_model.input_blocks.1.1.proj_in"
-    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
-    adapter = parse_adapter(tensors | {"diffusion_model.out.0.diff": torch.ones(4)})
-    assert list(adapter.layers) == ["lora_unet_input_blocks_1_1_proj_in"]
-    assert "diffusion_model.out.0.diff" in caplog.text
+def test_changes_of_norms_and_biases_are_read_and_applied(base: BaseWeights) -> None:
+    """ComfyUI's own trainer and LyCORIS write them, each under its own names."""
+    name = "diffusion_model.input_blocks.1.1"
+    tensors = {
+        f"{name}.proj_in.lora_down.weight": torch.ones(2, 32),
+        f"{name}.proj_in.lora_up.weight": torch.zeros(32, 2),
+        "diffusion_model.out.0.diff": torch.full((32,), 0.25),
+        f"{name}.proj_in.diff_b": torch.full((32,), 0.5),
+        "lora_unet_conv_norm_out.b_norm": torch.full((32,), 2.0),
+    }
+    plain, changed = base.family.build(base), base.family.build(base)
+    merge_into(changed, parse_adapter(tensors), 2.0)
+    before, after = dict(plain.unet.named_parameters()), dict(changed.unet.named_parameters())
+    expected = {
+        "conv_norm_out.weight": 0.5,
+        "conv_norm_out.bias": 4.0,
+        "down_blocks.0.attentions.0.proj_in.bias": 1.0,
+    }
+    for parameter, difference in expected.items():
+        torch.testing.assert_close(after[parameter].float(), before[parameter].float() + difference, atol=2e-3, rtol=0)
+    for parameter in before.keys() - expected.keys():
+        assert torch.equal(before[parameter], after[parameter])
+    again = parse_adapter(parse_adapter(tensors).state_dict(torch.float16))
+    assert {key: float(vector[0]) for key, vector in again.vectors.items()} == {
+        "lora_unet_out_0.diff": 0.25,
+        "lora_unet_input_blocks_1_1_proj_in.diff_b": 0.5,
+        "lora_unet_conv_norm_out.diff_b": 2.0,
+    }
+
+
+def test_a_change_of_a_bias_that_is_not_there_is_told(base: BaseWeights, caplog: pytest.LogCaptureFixture) -> None:
+    adapter = Adapter({UNET_MODULE: layer(64, 32)}, vectors={"lora_unet_nowhere.diff_b": torch.ones(4)})
+    merge_into(base.family.build(base), adapter, 1.0)
+    assert "lora_unet_nowhere.diff_b" in caplog.text

@@ -1143,8 +1143,13 @@ def adapter_with_nan(world: World) -> Values:
     return lora(world, with_layer(tiny_adapter(), "attn2_to_k", broken))
 
 
-@mistake(DRAWING, AdapterError, "OFT", remedy="LoRA")
+@mistake(DRAWING, AdapterError, "GLoRA", remedy="LoRA")
 def adapter_of_another_kind(world: World) -> Values:
+    return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_x.a1.weight": torch.ones(2, 2)}))
+
+
+@mistake(DRAWING, AdapterError, "lora_unet_x", "oft_blocks", "(2, 2)", remedy="again")
+def oft_without_blocks(world: World) -> Values:
     return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_x.oft_blocks": torch.ones(2, 2)}))
 
 

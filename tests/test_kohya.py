@@ -628,11 +628,9 @@ def test_convolutions(down: tuple[int, ...], mid: tuple[int, ...] | None, tiny_b
 
 MODULE = "lora_unet_mid_block_attentions_0_proj_in"
 OTHER_KINDS = {
-    "OFT": [f"{MODULE}.{part}" for part in ("oft_blocks", "alpha")],
     "OFT, PEFT": [f"base_model.model.mid_block.attentions.0.proj_in.{part}" for part in ("oft_R.weight", "oft_r")],
     "OFT beside a LoRA": [f"{MODULE}.{part}" for part in ("lora_down.weight", "lora_up.weight", "oft_diag")],
     "GLoRA": [f"{MODULE}.{part}" for part in ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")],
-    "full differences": [f"{MODULE}.diff", f"{MODULE}.diff_b"],
 }
 
 

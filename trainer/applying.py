@@ -12,8 +12,8 @@ from torch import nn
 from .errors import AdapterError
 from .families.base import BaseWeights, Component, DiffusionModel, Family, Prediction
 from .kohya import Adapter
-from .layers import Layer
-from .modules import Adaptable, adaptable_modules, modules_by_name
+from .layers import Layer, fits
+from .modules import Adaptable, canonical_path, modules_by_name, networks, parametrized_by_name
 from .weights import checked
 
 logger = logging.getLogger("dreambooth_lora")
@@ -34,6 +34,7 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
     """
     _require_family(model.family, adapter.metadata)
     modules = modules_by_name(model)
+    places = parametrized_by_name(model) if adapter.vectors else {}
     unknown = [name for name in adapter.layers if name not in modules]
     if len(unknown) == len(adapter.layers):
         raise AdapterError(
@@ -55,6 +56,19 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
         weight = module.weight.detach()
         change = adapter.layers[name].delta(weight).to(weight.device).reshape(weight.shape)
         module.weight = nn.Parameter((weight.float() + strength * change).to(weight.dtype), requires_grad=False)
+    for name, vector in adapter.vectors.items():
+        _add_vector(places.get(name.rpartition(".")[0]), name, vector, strength)
+
+
+def _add_vector(module: nn.Module | None, name: str, vector: torch.Tensor, strength: float) -> None:
+    """Add to a bias, or to the weight of a norm; one that the model does not have is left out with a warning."""
+    kind = "bias" if name.endswith(".diff_b") else "weight"
+    parameter = getattr(module, kind, None)
+    if parameter is None or parameter.shape != vector.shape:
+        logger.warning("The model has no %s for %s of the adapter; it is left out.", kind, name)
+        return
+    changed = parameter.detach().float() + strength * vector.to(parameter.device, torch.float32)
+    setattr(module, kind, nn.Parameter(changed.to(parameter.dtype), requires_grad=False))
 
 
 def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> BaseWeights:
@@ -70,21 +84,27 @@ def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) 
     if not adapters:
         return base
     model = base.family.build(base)
-    before = {id(module): module.weight for found in adaptable_modules(model).values() for module in found.values()}
+    before = {component: dict(network.named_parameters()) for component, network in networks(model).items()}
     for adapter, strength in adapters:
         merge_into(model, adapter, strength)
-    changed: dict[str, dict[str, torch.Tensor]] = {}
-    for component, modules in adaptable_modules(model).items():
-        changed[component] = {
-            f"{path}.weight": module.weight.detach()
-            for path, module in modules.items()
-            if module.weight is not before[id(module)]
+    changed = {
+        component: {
+            _own_name(component, name): parameter.detach()
+            for name, parameter in network.named_parameters()
+            if parameter is not before[component][name]
         }
+        for component, network in networks(model).items()
+    }
     texts = [
         _with_tensors(component, changed[kind.name])
         for kind, component in zip(base.family.text_encoders, base.text_encoders, strict=True)
     ]
     return checked(replace(base, unet=_with_tensors(base.unet, changed["unet"]), text_encoders=texts))
+
+
+def _own_name(component: str, parameter: str) -> str:
+    path, _, kind = parameter.rpartition(".")
+    return f"{canonical_path(component, path)}.{kind}"
 
 
 def _with_tensors(component: Component, tensors: Mapping[str, torch.Tensor]) -> Component:
@@ -108,11 +128,8 @@ def _require_family(family: Family, metadata: Mapping[str, str]) -> None:
 
 
 def _require_shape(name: str, layer: Layer, module: Adaptable) -> None:
-    shape, weight = layer.shape, tuple(module.weight.shape)
-    plain = [tuple(one[:2]) + tuple(side for side in one[2:] if side != 1) for one in (shape, weight)]
-    flat = (weight[0], module.weight[0].numel())
-    if plain[0] not in (plain[1], flat):
+    if not fits(layer, module.weight.shape):
         raise AdapterError(
-            f"The adapter's module {name} has the shape {shape}, the model's {weight}.",
+            f"The adapter's module {name} has the shape {layer.shape}, the model's {tuple(module.weight.shape)}.",
             "Use an adapter that was made for a model of this shape.",
         )

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .errors import AdapterError
 from .files import write_atomic
-from .layers import Layer, LokrLayer, LoraLayer, make_layer
+from .layers import DifferenceLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
 
 __all__ = [
     "PREFIXES",
@@ -42,11 +42,10 @@ __all__ = [
 logger = logging.getLogger("dreambooth_lora")
 
 PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
-_DIFFERENCES = "full differences"  # beside a LoRA, as ComfyUI's own trainer writes them, left out with a warning
 _OTHER_KINDS = {
-    re.compile(r"\.(oft_blocks|oft_diag|oft_R.*|oft_r.*)$"): "OFT",
+    re.compile(r"\.(oft_diag|oft_[Rr](\..*)?)$"): "OFT as PEFT writes it",
     re.compile(r"\.a1\.weight$"): "GLoRA",
-    re.compile(r"\.diff(_b)?$"): _DIFFERENCES,
+    re.compile(r"\.set_weight$"): "weights to be set",
 }
 _BROKEN = "Download or copy the adapter file again, or choose another."
 
@@ -58,10 +57,12 @@ class Adapter:
     Attributes:
         layers: kohya module name → layer.
         metadata: The file's metadata; strings.
+        vectors: What is added to biases and to the weights of norms, (out,) each: "<module>.diff_b", "<module>.diff".
     """
 
     layers: Mapping[str, Layer]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -80,8 +81,10 @@ class Adapter:
             for part, tensor in self.layers[name].tensors().items():
                 wanted = torch.float32 if dtype and part == "dora_scale" else dtype or tensor.dtype
                 tensors[f"{name}.{part}"] = tensor.detach().to("cpu", wanted).contiguous()
-            tensors[f"{name}.alpha"] = torch.tensor(float(self.layers[name].alpha))
-        return tensors
+            if not isinstance(self.layers[name], DifferenceLayer):
+                tensors[f"{name}.alpha"] = torch.tensor(float(self.layers[name].alpha))
+        vectors = {name: self.vectors[name].detach().to("cpu", dtype).contiguous() for name in sorted(self.vectors)}
+        return tensors | vectors
 
 
 def module_name(component: str, path: str) -> str:
@@ -111,11 +114,14 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     alphas = _Alphas(metadata)
     parts: dict[str, dict[str, Tensor]] = {}
     paths: dict[str, str] = {}
-    left_out = []
+    left_out, vectors = [], {}
     for key, tensor in tensors.items():
         split = _split_key(key)
         if split is None:
             left_out.append(key)
+            continue
+        if split.part in _VECTORS and tensor.ndim == 1:
+            vectors[f"{split.module}.{_VECTORS[split.part]}"] = _finite(tensor, key)
             continue
         if split.part == _MAGNITUDE:
             parts.setdefault(split.module, {})["dora_scale"] = _per_output(tensor)
@@ -124,10 +130,16 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
         paths[split.module] = split.path
     if left_out:
         logger.warning(
-            "%d tensors of the adapter are no part of a LoRA and are left out: %s", len(left_out), left_out[0]
+            "%d tensors of the file are no part of an adapter and are left out: %s", len(left_out), left_out[0]
         )
     layers = {name: _layer(name, found, alphas, paths[name]) for name, found in parts.items()}
-    return Adapter(layers, metadata)
+    return Adapter(layers, metadata, vectors)
+
+
+def _finite(vector: Tensor, key: str) -> Tensor:
+    if not torch.isfinite(vector.float()).all():
+        raise AdapterError(f"The adapter is damaged: {key} has numbers that are not finite.", _BROKEN)
+    return vector
 
 
 def _layer(name: str, found: dict[str, Tensor], alphas: _Alphas, path: str) -> Layer:
@@ -140,14 +152,14 @@ def _layer(name: str, found: dict[str, Tensor], alphas: _Alphas, path: str) -> L
     if given is not None and given.numel() != 1:
         raise AdapterError(f"The adapter is damaged: the alpha of {name} is no number.", _BROKEN)
     layer = make_layer(name, found, None if given is None else float(given))
-    if given is not None:
+    if given is not None or isinstance(layer, DifferenceLayer | OftLayer):
         return layer
     alpha = alphas.of(path, name, layer.rank)
     if not math.isfinite(alpha):
         raise AdapterError(f"The adapter is damaged: the alpha of {name} is {alpha}.", _BROKEN)
     if isinstance(layer, LokrLayer) and layer.w1 is not None and layer.is_whole:
         return replace(layer, w1=layer.w1 * alphas.scale_of_whole(path, name))
-    return replace(layer, alpha=alpha)
+    return make_layer(name, found, alpha)
 
 
 def _per_output(magnitude: Tensor) -> Tensor:
@@ -156,13 +168,14 @@ def _per_output(magnitude: Tensor) -> Tensor:
 
 
 _MAGNITUDE = "lora_magnitude_vector"
-_LYCORIS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale"
-_PART = rf"(lora_(?:down|up|mid)\.weight|{_LYCORIS}|alpha)"
+_LYCORIS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale|oft_blocks|rescale|diff"
+_VECTORS = {"diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
+_PART = rf"(lora_(?:down|up|mid)\.weight|{_LYCORIS}|alpha|diff_b|w_norm|b_norm)"
 _KOHYA_NAME = re.compile(rf"^(lora_(?:unet|te\d?)_|lycoris_)([^.]+)\.{_PART}$")
 _COMFYUI_NAME = re.compile(rf"^diffusion_model\.(.+)\.{_PART}$")
 _DIFFUSERS_NAME = re.compile(
     r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight"
-    rf"|\.({_LYCORIS}|alpha)(?:\.default)?|\.({_MAGNITUDE})(?:\.default)?(?:\.weight)?)$"
+    rf"|\.({_LYCORIS}|alpha|diff_b|w_norm|b_norm)(?:\.default)?|\.({_MAGNITUDE})(?:\.default)?(?:\.weight)?)$"
 )
 
 
@@ -291,14 +304,13 @@ def _require_lora(names: Collection[str]) -> None:
     Raises:
         AdapterError: A kind that can't be read yet, or nothing of a LoRA.
     """
-    lora = any(_split_key(name) for name in names)
     for mark, kind in _OTHER_KINDS.items():
-        if any(mark.search(name) for name in names) and not (lora and kind == _DIFFERENCES):
+        if any(mark.search(name) for name in names):
             raise AdapterError(
                 f"The adapter is of the kind {kind}, which can't be read yet.",
-                "Use a LoRA, LoCon, DoRA, LoHa or LoKr file.",
+                "Use a LoRA, LoCon, DoRA, LoHa, LoKr or OFT file, or one with full differences.",
             )
-    if not lora:
+    if not any(_split_key(name) for name in names):
         raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
 
 

@@ -13,9 +13,11 @@ from pathlib import Path
 from .config import TrainSettings
 from .families.base import Family, Prediction
 from .kohya import Adapter
+from .layers import Layer
 
 CONFIG_KEY = "dreambooth.config"
 FINGERPRINT_KEY = "dreambooth.fingerprint"
+MERGE_KEY = "dreambooth.merge"
 FORM_KEY = "dreambooth.form"  # how a run's result is written: precision, alone or combined
 
 
@@ -107,7 +109,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "modelspec.implementation": "diffusers",
         "modelspec.title": name,
         "modelspec.resolution": f"{settings.resolution}x{settings.resolution}",
-        "modelspec.date": datetime.now(timezone.utc).replace(microsecond=0).isoformat(),
+        "modelspec.date": _now(),
         "modelspec.trigger_phrase": trigger,
         "modelspec.prediction_type": {"v_prediction": "v"}.get(facts.prediction.type, facts.prediction.type),
     }
@@ -190,6 +192,48 @@ def _tags(captions: Sequence[str]) -> dict[str, int]:
     return dict(Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip()))
 
 
+_SHARED = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
+
+
+def derived_metadata(
+    sources: Sequence[Adapter], titles: Sequence[str], layers: Mapping[str, Layer], changed: str = "merged_from"
+) -> dict[str, str]:
+    """Metadata of an adapter that was computed from others.
+
+    Args:
+        sources: The others; what the first of them says of the family is said of the result.
+        titles: Their names.
+        layers: The result's layers.
+        changed: The `modelspec` key that names the sources.
+    """
+    stated = [source.metadata for source in sources]
+    shared = {key: next((one[key] for one in stated if one.get(key)), "") for key in _SHARED}
+    resolutions = {one["modelspec.resolution"] for one in stated if one.get("modelspec.resolution")}
+    phrases = dict.fromkeys(one.get("modelspec.trigger_phrase", "") for one in stated)
+    models = dict.fromkeys(one.get("ss_sd_model_name", "") for one in stated)
+    ranks, alphas = {layer.rank for layer in layers.values()}, {layer.alpha for layer in layers.values()}
+    plain = all(layer.kind == "LoRA" for layer in layers.values())
+    found = {
+        **shared,
+        "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
+        "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
+        "ss_sd_model_name": ", ".join(filter(None, models)),
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": " + ".join(titles),
+        "modelspec.resolution": resolutions.pop() if len(resolutions) == 1 else "",
+        "modelspec.date": _now(),
+        "modelspec.trigger_phrase": ", ".join(filter(None, phrases)),
+        f"modelspec.{changed}": ", ".join(titles),
+    }
+    return {key: str(value) for key, value in found.items() if value != ""}
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).replace(microsecond=0).isoformat()
+
+
 def describe(metadata: Mapping[str, str]) -> dict[str, str]:
     """The few lines of an adapter's metadata that a person asks for first; only what is there."""
     wanted = {
@@ -199,6 +243,7 @@ def describe(metadata: Mapping[str, str]) -> dict[str, str]:
         "trigger phrase": ("modelspec.trigger_phrase",),
         "steps": ("ss_steps",),
         "resolution": ("modelspec.resolution", "ss_resolution"),
+        "merged from": ("modelspec.merged_from",),
         "made": ("modelspec.date",),
         "model hash": ("sshs_model_hash",),
         "legacy hash": ("sshs_legacy_hash",),

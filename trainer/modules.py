@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import TypeVar
+
 from torch import nn
 
 from .families.base import DiffusionModel
@@ -12,6 +15,7 @@ _TEXT = "text_model."
 UNET = "unet"
 
 Adaptable = nn.Linear | nn.Conv2d
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def networks(model: DiffusionModel) -> dict[str, nn.Module]:
@@ -61,13 +65,30 @@ def adapter_names(model: DiffusionModel) -> dict[tuple[str, str], str]:
 
 def modules_by_name(model: DiffusionModel) -> dict[str, Adaptable]:
     """Every name that a file may give a module → the module: diffusers' and the original code's paths, any prefix."""
-    found: dict[str, Adaptable] = {}
-    for component, modules in adaptable_modules(model).items():
+    return _by_name(model, adaptable_modules(model))
+
+
+def parametrized_by_name(model: DiffusionModel) -> dict[str, nn.Module]:
+    """As `modules_by_name`, for all modules that have weights or biases of their own, such as norms."""
+    found = {
+        component: {
+            canonical_path(component, path): module
+            for path, module in network.named_modules()
+            if list(module.parameters(recurse=False))
+        }
+        for component, network in networks(model).items()
+    }
+    return _by_name(model, found)
+
+
+def _by_name(model: DiffusionModel, modules: Mapping[str, Mapping[str, ModuleT]]) -> dict[str, ModuleT]:
+    found: dict[str, ModuleT] = {}
+    for component, paths in modules.items():
         for prefix in _prefixes(component, len(model.text_encoders)):
-            found |= {prefix + path.replace(".", "_"): module for path, module in modules.items()}
+            found |= {prefix + path.replace(".", "_"): module for path, module in paths.items()}
         if component == UNET:
-            original = _original(model)
-            found |= {PREFIXES[UNET] + original[path].replace(".", "_"): modules[path] for path in original}
+            original = original_names(paths, int(model.unet.config.layers_per_block))
+            found |= {PREFIXES[UNET] + name.replace(".", "_"): paths[path] for path, name in original.items()}
     return found
 
 

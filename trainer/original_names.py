@@ -1,4 +1,4 @@
-"""Names of a UNet's modules in the original code ("input_blocks.1.1.proj_in"), from diffusers'."""
+"""Names of a UNet's modules in the original code ("input_blocks.1.1.proj_in"), from diffusers', and back."""
 
 from __future__ import annotations
 
@@ -63,3 +63,37 @@ def _original_name(path: str, per_level: int, attentive: Collection[str]) -> str
     if side == "down_blocks":
         return f"input_blocks.{per_level * int(level) + int(number) + 1}.{place}.{inner}"
     return f"output_blocks.{per_level * int(level) + int(number)}.{place}.{inner}"
+
+
+_ORIGINAL = re.compile(r"^(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d+)(?:\.(.+))?$")
+
+
+def diffusers_name(original: str, layers_per_block: int = 2) -> str | None:
+    """A module's name in diffusers from the original code's; the inverse of `original_names`.
+
+    Args:
+        original: Dotted path in the original code.
+        layers_per_block: Residual layers per level on the way down; two in Stable Diffusion 1, 2 and XL.
+
+    Returns:
+        Dotted path in diffusers; None for a name that the original code does not have.
+    """
+    fixed = next((path for path, name in _FIXED.items() if name == original), None)
+    match = _ORIGINAL.match(original)
+    if fixed or not match:
+        return fixed
+    side, number, place, rest = match[1], int(match[2] or 0), int(match[3]), match[4] or ""
+    if side is None:
+        return f"mid_block.{'attentions.0' if place == 1 else f'resnets.{place // 2}'}.{_inner(rest, place)}".strip(".")
+    level, layer = divmod(number - 1 if side == "input" else number, layers_per_block + 1)
+    if side == "input" and rest == "op":
+        return f"down_blocks.{level}.downsamplers.0.conv"
+    if side == "output" and rest == "conv":
+        return f"up_blocks.{level}.upsamplers.0.conv"
+    kind = "attentions" if place == 1 else "resnets"
+    return f"{'down' if side == 'input' else 'up'}_blocks.{level}.{kind}.{layer}.{_inner(rest, place)}".strip(".")
+
+
+def _inner(rest: str, place: int) -> str:
+    """The name inside a residual layer or an attention; only the former differs."""
+    return rest if place == 1 else next((path for path, name in _RESNET.items() if name == rest), rest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from .adapter_settings import AdapterSettings
 from .errors import AdapterError, SettingsError
 from .families.base import DiffusionModel, Family
 from .kohya import Adapter
-from .layers import Layer, LokrLayer
+from .layers import Layer, LokrLayer, fits
 from .modules import UNET, Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_place, own_names
 
 
@@ -149,11 +148,16 @@ def fitted_start(model: DiffusionModel, adapter: Adapter) -> Adapter:
     Raises:
         AdapterError: A module of it does not exist in the model, or is of another shape.
     """
+    if adapter.vectors:
+        raise AdapterError(
+            f"The adapter to start from also changes biases or norms ({next(iter(adapter.vectors))}).",
+            "Start from one that does not; such changes can't be trained on.",
+        )
     modules, own = modules_by_name(model), own_names(model)
     layers: dict[str, Layer] = {}
     for name, layer in adapter.layers.items():
         module = modules.get(name)
-        if module is None or math.prod(layer.shape) != module.weight.numel():
+        if module is None or not fits(layer, module.weight.shape):
             raise AdapterError(
                 f"The adapter to start from has the module {name}, which this {model.family.title} model lacks or has "
                 "in another shape.",

@@ -1,0 +1,124 @@
+"""Where a module of an adapter file belongs, from its name alone; the same whatever program named it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from .kohya import PREFIXES, Adapter
+from .original_names import diffusers_name, original_names
+
+_TEXT_PREFIXES = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+_WORDS = (  # parts of paths that hold underscores themselves, longer ones first
+    "transformer_blocks|final_layer_norm|skip_connection|text_projection|time_embedding|"
+    "output_blocks|add_embedding|conv_norm_out|conv_shortcut|time_emb_proj|input_blocks|"
+    "middle_block|down_blocks|layer_norm1|layer_norm2|out_layers|emb_layers|time_embed|"
+    "text_model|up_blocks|mid_block|in_layers|label_emb|self_attn|linear_1|linear_2|conv_out|"
+    "proj_out|out_proj|conv_in|proj_in|to_out|q_proj|k_proj|v_proj|to_q|to_k|to_v"
+)
+_WORD = re.compile(rf"(?<![a-z0-9])({_WORDS})(?![a-z0-9])")
+_SDXL_UP_LEVELS_WITH_ATTENTION = ("0", "1")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module stands.
+
+    Attributes:
+        component: "unet", "text_encoder" or "text_encoder_2".
+        path: Dotted path in diffusers or transformers.
+    """
+
+    component: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.component}.{self.path}"
+
+    @property
+    def block(self) -> str:
+        """The block it belongs to: "down 0", "mid", "up 3", "text", "text 2"; "other" outside of blocks."""
+        if self.component != "unet":
+            return self.component.replace("_encoder", "").replace("_", " ")
+        level = re.search(r"(?:(down|up)_blocks|mid_block)(?:\.(\d+))?", self.path)
+        if level is None:
+            return "other"
+        return f"{level[1]} {level[2]}" if level[1] else "mid"
+
+
+def place_of(name: str) -> Place:
+    """The place of a module by its kohya name, with the original code's or diffusers' paths."""
+    for prefix, text in _TEXT_PREFIXES.items():
+        if name.startswith(prefix):
+            return Place(text, _dotted(name.removeprefix(prefix)))
+    path = _dotted(name.removeprefix(PREFIXES["unet"]))
+    return Place("unet", diffusers_name(path) or path)
+
+
+def _dotted(underscored: str) -> str:
+    """A path whose dots were written as underscores; the words of Stable Diffusion's networks are known."""
+    kept = _WORD.sub(lambda match: match[1].replace("_", "\0"), underscored)
+    return kept.replace("_", ".").replace("\0", "_")
+
+
+def kohya_name(place: Place, *, sdxl: bool) -> str:
+    """The name that kohya's files give a module.
+
+    Args:
+        place: Where it stands.
+        sdxl: Whether the model is an SDXL, whose UNet is named as in the original code and whose text encoders are
+            numbered.
+    """
+    if place.component != "unet":
+        prefix = PREFIXES[place.component] if not sdxl else {"text_encoder": "lora_te1_"}.get(place.component)
+        return (prefix or PREFIXES[place.component]) + place.path.replace(".", "_")
+    path = place.path
+    if sdxl:
+        marks = [f"up_blocks.{level}.attentions.0" for level in _SDXL_UP_LEVELS_WITH_ATTENTION]
+        path = original_names([path, *marks], layers_per_block=2).get(path, path)
+    return PREFIXES["unet"] + path.replace(".", "_")
+
+
+def family_of(adapter: Adapter) -> str | None:
+    """The family that an adapter was made for, "SD 1", "SD 2", "SDXL", "SD 3" or "Flux"; None if nothing tells.
+
+    What its modules show counts more than what its metadata say.
+    """
+    widths = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
+    for name, layer in adapter.layers.items():
+        if re.search(r"attn2_to_[kv]$", name) and len(layer.shape) > 1 and layer.shape[1] in widths:
+            return widths[layer.shape[1]]
+    if any(name.startswith("lora_te2_") for name in adapter.layers):
+        return "SDXL"
+    if any("double_blocks_" in name or "single_transformer_blocks_" in name for name in adapter.layers):
+        return "Flux"
+    if any("joint_blocks_" in name for name in adapter.layers):
+        return "SD 3"
+    return _stated_family(adapter.metadata)
+
+
+def _stated_family(metadata: Mapping[str, str]) -> str | None:
+    stated = f"{metadata.get('modelspec.architecture', '')} {metadata.get('ss_base_model_version', '')}"
+    marks = {
+        "SDXL": ("stable-diffusion-xl", "sdxl"),
+        "SD 1": ("stable-diffusion-v1", "sd_v1"),
+        "SD 2": ("stable-diffusion-v2", "sd_v2"),
+        "SD 3": ("stable-diffusion-3", "sd3"),
+        "Flux": ("flux",),
+    }
+    return next((family for family, words in marks.items() if any(word in stated for word in words)), None)
+
+
+def with_kohya_names(adapter: Adapter, *, sdxl: bool) -> Adapter:
+    """The adapter with its modules named as kohya's files name them for its family."""
+
+    def renamed(name: str) -> str:
+        return kohya_name(place_of(name), sdxl=sdxl)
+
+    layers = {renamed(name): layer for name, layer in adapter.layers.items()}
+    vectors = {
+        f"{renamed(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": vector
+        for name, vector in adapter.vectors.items()
+    }
+    return replace(adapter, layers=layers, vectors=vectors)
