@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .lora import ApplyLora, LoadLoraFile, SaveLora
+from .lora_tools import ExtractLora, InspectLora, ResizeLora
+from .merge import LearnedMerge, MergeLoras, ScaleLora
 from .priors import ClassPriors
 from .subject import Subject
 from .train import FineTuneCheckpoint, TrainingSettings, TrainLora
@@ -18,6 +20,12 @@ NODES: list[type[io.ComfyNode]] = [
     LoadLoraFile,
     ApplyLora,
     SaveLora,
+    MergeLoras,
+    LearnedMerge,
+    ScaleLora,
+    ResizeLora,
+    ExtractLora,
+    InspectLora,
 ]
 
 

@@ -108,6 +108,12 @@ def device_name() -> str:
     return str(device)
 
 
+def algebra_device() -> str:
+    """Where singular values are computed: ComfyUI's device if it is CUDA, else the CPU."""
+    name = device_name()
+    return name if name.startswith("cuda") else "cpu"
+
+
 @contextlib.contextmanager
 def training_mode() -> Iterator[None]:
     """Leave inference mode, free the device before and after, and turn a stop into ComfyUI's own interrupt."""
@@ -118,13 +124,22 @@ def training_mode() -> Iterator[None]:
     comfy.model_management.free_memory(1e30, torch.device("cpu"))  # and out of those that compute on the CPU
     comfy.model_management.soft_empty_cache()
     try:
-        with torch.inference_mode(False), torch.enable_grad():
+        with interruptible(), torch.inference_mode(False), torch.enable_grad():
             yield
+    finally:
+        comfy.model_management.soft_empty_cache()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Turn a stop into ComfyUI's own interrupt."""
+    import comfy.model_management
+
+    try:
+        yield
     except CancelledError:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise comfy.model_management.InterruptProcessingException from None
-    finally:
-        comfy.model_management.soft_empty_cache()
 
 
 class NodeListener:
@@ -286,6 +301,30 @@ def apply_adapter(
     return comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)  # type: ignore[no-any-return]
 
 
+def lent_weights(model: Any, clip: Any) -> Mapping[str, Any]:
+    """The weights of a MODEL and a CLIP, of which either may be None, by the modules' kohya names; read when asked."""
+    return _LentWeights(_Weights(model, clip))
+
+
+class _LentWeights(Mapping[str, Any]):
+    def __init__(self, weights: _Weights) -> None:
+        from ..trainer.naming import kohya_name, place_of
+
+        self._weights = weights
+        aliases = [name for name in weights.names() if len(weights.shape(name) or ()) > 1]
+        sdxl = any(name.startswith(("lora_unet_label_emb", "lora_te2_")) for name in weights.names())
+        self._aliases = {kohya_name(place_of(name), sdxl=sdxl): name for name in aliases}
+
+    def __getitem__(self, name: str) -> Any:
+        return self._weights.current(self._aliases[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._aliases)
+
+    def __len__(self) -> int:
+        return len(self._aliases)
+
+
 class _Weights:
     """The weights of a MODEL and a CLIP under the names that adapter files give them."""
 
@@ -300,6 +339,10 @@ class _Weights:
         if clip is not None:
             self._weights |= clip.patcher.get_key_patches()
             self._keys |= comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
+
+    def names(self) -> list[str]:
+        """All names that a kohya file may give a module."""
+        return [name for name in self._keys if name.startswith(("lora_unet_", "lora_te")) and self.shape(name)]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a module's weight; None if there is no such module."""

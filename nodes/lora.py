@@ -21,6 +21,18 @@ class LoraTensors(dict[str, Any]):
         self.metadata = dict(metadata)
 
 
+def as_adapter(lora: Mapping[str, Any]) -> Any:
+    """The engine's `Adapter` of what a LORA_MODEL wire carries."""
+    from ..trainer.kohya import parse_adapter
+
+    return parse_adapter(lora, getattr(lora, "metadata", {}))
+
+
+def as_wire(adapter: Any) -> LoraTensors:
+    """What a LORA_MODEL wire carries of the engine's `Adapter`."""
+    return LoraTensors(adapter.state_dict(), adapter.metadata)
+
+
 class LoadLoraFile(io.ComfyNode):
     """Reads an adapter file."""
 
@@ -50,8 +62,7 @@ class LoadLoraFile(io.ComfyNode):
         """Read and name the tensors as kohya does."""
         from ..trainer.kohya import read_adapter
 
-        adapter = read_adapter(host.lora_path(file))
-        return io.NodeOutput(LoraTensors(adapter.state_dict(), adapter.metadata))
+        return io.NodeOutput(as_wire(read_adapter(host.lora_path(file))))
 
 
 class ApplyLora(io.ComfyNode):
@@ -111,10 +122,9 @@ class SaveLora(io.ComfyNode):
         """Write under the first free name."""
         from ..trainer.devices import DTYPES
         from ..trainer.files import free_path
-        from ..trainer.kohya import parse_adapter, write_adapter
+        from ..trainer.kohya import write_adapter
 
         name = TrainSettings.checked({"name": name}).name
-        adapter = parse_adapter(lora, getattr(lora, "metadata", {}))
         path = free_path(host.loras_folder() / f"{name}.safetensors")
-        write_adapter(path, adapter, DTYPES[precision])
+        write_adapter(path, as_adapter(lora), DTYPES[precision])
         return io.NodeOutput(str(path), ui={"text": [str(path)]})

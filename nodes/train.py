@@ -10,7 +10,7 @@ from comfy_api.latest import io
 
 from ..trainer.config import TrainSettings
 from . import host
-from .lora import LoraTensors
+from .lora import as_adapter, as_wire
 from .priors import PriorsValue
 from .subject import SubjectValue
 from .widgets import CATEGORY, PRIORS, SETTINGS, SUBJECT, widget
@@ -138,7 +138,6 @@ class TrainLora(io.ComfyNode):
         """Train and apply the adapter."""
         from ..trainer.dreambooth import Stage
         from ..trainer.errors import SettingsError
-        from ..trainer.kohya import parse_adapter
 
         checked = TrainSettings.checked({**(settings or {}), **values})
         if checked.combine and base_lora is None:
@@ -146,15 +145,15 @@ class TrainLora(io.ComfyNode):
                 "combine is on, but no base_lora is connected to combine with.",
                 "Connect base_lora, or turn combine off in Training Settings.",
             )
-        start = parse_adapter(start_from) if start_from is not None else None
-        stacked = [(parse_adapter(base_lora), base_lora_strength)] if base_lora is not None else []
+        start = as_adapter(start_from) if start_from is not None else None
+        stacked = [(as_adapter(base_lora), base_lora_strength)] if base_lora is not None else []
         lower = (model, clip)
         if stacked:
             lower = host.apply_adapter(model, clip, base_lora, base_lora_strength, base_lora_strength)
         result = run_training(
             cls.hidden.unique_id, (*lower, vae), subject, priors, class_images, checked, Stage(start, stacked)
         )
-        adapter = LoraTensors(result.adapter.state_dict(), result.adapter.metadata)
+        adapter = as_wire(result.adapter)
         trained = host.apply_adapter(*((model, clip) if checked.combine else lower), adapter, 1.0, 1.0)
         return io.NodeOutput(*trained, adapter, str(result.path), ui={"text": [str(result.path)]})
 
@@ -210,7 +209,7 @@ class FineTuneCheckpoint(io.ComfyNode):
 
         checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
         result = run_training(cls.hidden.unique_id, (model, clip, vae), subject, priors, class_images, checked, Stage())
-        adapter = LoraTensors(result.adapter.state_dict(), result.adapter.metadata)
+        adapter = as_wire(result.adapter)
         tuned = host.load_checkpoint(result.checkpoint)
         return io.NodeOutput(*tuned, adapter, str(result.checkpoint), ui={"text": [str(result.checkpoint)]})
 

@@ -59,6 +59,7 @@ FLOORS = {
     "selection": 3,
     "weights": 3,
     # what a run is made of
+    "adapter_profile": 4,
     "adapters": 4,
     "applying": 4,
     "batches": 4,
@@ -67,8 +68,10 @@ FLOORS = {
     "checkpoint": 4,
     "checkpoint_file": 4,
     "checks": 4,
+    "conversion": 4,
     "export": 4,
     "extraction": 4,
+    "fusing": 4,
     "inspection": 4,
     "merge": 4,
     "merge_report": 4,
@@ -79,10 +82,12 @@ FLOORS = {
     "trainee": 4,
     # the recipe
     "dreambooth": 5,
+    "learned_merge": 5,
     # the command line
     "flags": 6,
     "terminal": 6,
     "commands": 6,
+    "merge_commands": 6,
     "demo": 6,
     "__main__": 6,
 }

@@ -1,4 +1,4 @@
-"""The command line: `python -m trainer train|priors|generate|inspect|demo`."""
+"""The command line: `python -m trainer COMMAND`; `--help` lists the commands."""
 
 from __future__ import annotations
 
@@ -12,7 +12,25 @@ from pathlib import Path
 from .config import GenerateSettings, PriorsCommand, TrainCommand
 from .errors import CancelledError, TrainerError
 from .flags import add_flags, settings_from
+from .merge_settings import (
+    ConvertCommand,
+    ExtractCommand,
+    FuseCommand,
+    LearnedMergeCommand,
+    MergeCommand,
+    ResizeCommand,
+)
+from .settings import Settings
 from .terminal import Terminal
+
+_TOOLS: tuple[tuple[str, type[Settings], str, str], ...] = (
+    ("merge", MergeCommand, "loras", "Merge adapters into one; with one adapter, scale it."),
+    ("learned-merge", LearnedMergeCommand, "loras", "Merge a subject and a style with learned coefficients (ZipLoRA)."),
+    ("resize", ResizeCommand, "lora", "Bring an adapter of any kind to another rank, as a LoRA."),
+    ("extract", ExtractCommand, "", "Extract a LoRA from a model and its base."),
+    ("convert", ConvertCommand, "lora", "Write an adapter under other names or in another precision."),
+    ("fuse", FuseCommand, "", "Add adapters to a model and write it as a new one."),
+)
 
 
 def _train(arguments: argparse.Namespace) -> None:
@@ -43,6 +61,21 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def _tool(settings: type[Settings], name: str) -> Callable[[argparse.Namespace], None]:
+    """What a command that writes one file does: `merge_commands.run_<name>`, then the report and the file's path."""
+
+    def run(arguments: argparse.Namespace) -> None:
+        checked = settings_from(arguments, settings)
+        from . import merge_commands
+
+        with Terminal() as terminal:
+            path, report = getattr(merge_commands, f"run_{name}")(checked, terminal)
+        print(report, file=sys.stderr)
+        print(path)
+
+    return run
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from .inspection import as_text, inspect
 
@@ -71,6 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(command("train", _train, "Train a LoRA on pictures of a subject."), TrainCommand)
     add_flags(command("priors", _priors, "Make class pictures with the base model."), PriorsCommand)
     add_flags(command("generate", _generate, "Draw pictures with a base model and adapters."), GenerateSettings)
+    for name, settings, positional, text in _TOOLS:
+        add_flags(command(name, _tool(settings, name.replace("-", "_")), text), settings, positional)
     sub = command("inspect", _inspect, "Say what an adapter or model file is.")
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("--json", action="store_true", help="machine-readable output")

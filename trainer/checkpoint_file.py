@@ -67,18 +67,38 @@ def write_checkpoint(
     Raises:
         StorageError: It can't be written.
     """
+    converted = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in tensors.items()
+    }
+    write_tensors(path, converted, {"format": "pt", **metadata})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; every tensor keeps its type.
+
+    Raises:
+        StorageError: It can't be written.
+    """
     from safetensors.torch import save_file
 
-    converted = {
-        name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous().clone()
-        for name, tensor in tensors.items()
-    }
+    plain: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        storage = whole.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() > whole.nbytes:  # safetensors refuses shared memory
+            whole = whole.clone()
+        storages.add(storage.data_ptr())
+        plain[name] = whole
     with file_written_atomically(path) as temporary:
         try:
-            save_file(converted, temporary, {"format": "pt", **metadata})
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            save_file(plain, temporary, dict(metadata))
+            temporary.chmod(mode)  # safetensors lets nobody else read its files
         except Exception as error:  # safetensors reports a full disk as an error of its own
             raise StorageError(
-                f"{path} can't be written: {error}.", "Free some space on the disk; the run resumes."
+                f"{path} can't be written: {error}.", "Free some space on the disk and start again."
             ) from error
 
 

@@ -30,8 +30,8 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     """Check everything, make the class pictures, train."""
     pictures = load_pictures(settings.images, settings.instance_prompt, listener)
     start = read_adapter(settings.start_from) if settings.start_from else None
-    stacked = _read_adapters(settings.base_lora)
-    base = apply_to_base(_open(settings), stacked)
+    stacked = read_adapters(settings.base_lora)
+    base = apply_to_base(open_settings(settings), stacked)
     runs = settings.output_dir / "runs"
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
     priors = _class_pictures(base, settings, settings.resolution, settings, listener)
@@ -41,7 +41,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
 
 def run_priors(settings: PriorsCommand, listener: Listener) -> Path:
     """Make class pictures; returns their folder."""
-    base = apply_to_base(_open(settings), _read_adapters(settings.base_lora))
+    base = apply_to_base(open_settings(settings), read_adapters(settings.base_lora))
     _class_pictures(base, settings, settings.resolution, settings, listener)
     precision = pick_precision(settings.precision, pick_device(settings.device))
     return priors_folder(_priors_root(settings.output_dir), base, settings, settings.resolution, precision)
@@ -49,9 +49,9 @@ def run_priors(settings: PriorsCommand, listener: Listener) -> Path:
 
 def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
     """Draw pictures with a base model and adapters; returns the files."""
-    loaded = _read_adapters(settings.lora)
+    loaded = read_adapters(settings.lora)
     _require_picture_path(settings.output)
-    model = ready_model(_open(settings), pick_device(settings.device), settings)
+    model = ready_model(open_settings(settings), pick_device(settings.device), settings)
     for adapter, strength in loaded:
         merge_into(model, adapter, strength)
     width, height = settings.width_height
@@ -121,13 +121,14 @@ def parse_strength(text: str) -> tuple[Path, float]:
     raise SettingsError(f"{text} is neither a file nor FILE:STRENGTH.", "Write --lora FILE or --lora FILE:0.8.")
 
 
-def _read_adapters(texts: Sequence[str]) -> list[tuple[Adapter, float]]:
+def read_adapters(texts: Sequence[str]) -> list[tuple[Adapter, float]]:
     """Adapters with their strengths, from FILE[:STRENGTH]."""
     places = [parse_strength(text) for text in texts]
     return [(read_adapter(path), strength) for path, strength in places]
 
 
-def _open(settings: BaseSettings) -> BaseWeights:
+def open_settings(settings: BaseSettings) -> BaseWeights:
+    """Open the base model that the settings name."""
     return open_base(
         settings.base,
         settings.tokenizer,

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
-from .changes import nearest_lora
+from .changes import Change, layer_of, nearest_lora, reduced
+from .errors import AdapterError
+from .events import Listener, Phase, SilentListener, stop_if_asked
 from .families.base import BaseWeights
 from .kohya import Adapter
+from .layers import Layer
+from .merge import Merged, cut_for, on_device
+from .merge_report import Report, compare
+from .merge_settings import ExtractSettings
 from .modules import adaptable_modules
 from .selection import Target
 
@@ -32,3 +39,71 @@ def extract_lora(
         weight = modules[target.component][target.path].weight
         layers[target.name] = nearest_lora(tuned[name].float() - weight.float().cpu(), target.rank)
     return Adapter(layers, metadata)
+
+
+def extract_between(
+    base: Mapping[str, Tensor],
+    tuned: Mapping[str, Tensor],
+    settings: ExtractSettings,
+    device: torch.device | None = None,
+    listener: Listener | None = None,
+) -> Merged:
+    """The difference of two models as a LoRA.
+
+    Args:
+        base: Weights by the modules' kohya names, of the model that was tuned; 1-D ones and "<module>.bias" count for
+            `settings.biases` alone.
+        tuned: As `base`, of the tuned model.
+        settings: Size, and whether biases count.
+        device: Where to compute; None for the CPU.
+        listener: Told of the progress; may stop the work.
+
+    Raises:
+        AdapterError: The models have different layers, or don't differ.
+        CancelledError: The listener asked to stop.
+    """
+    listener, device = listener or SilentListener(), device or torch.device("cpu")
+    _require_same_layers(base, tuned)
+    layers: dict[str, Layer] = {}
+    vectors: dict[str, Tensor] = {}
+    modules = []
+    for number, name in enumerate(sorted(base)):
+        if number % 16 == 0:
+            listener.tell(Phase("extracting", number, len(base)))
+            stop_if_asked(listener)
+        change = _difference(base[name].to(device), tuned[name].to(device))
+        if change is None:
+            continue
+        if change.ndim == 1:
+            if settings.biases:
+                vectors[f"{name.removesuffix('.bias')}.{'diff_b' if name.endswith('.bias') else 'diff'}"] = change.cpu()
+            continue
+        whole = Change(tuple(change.shape), change.flatten(1))
+        kept = reduced(whole, cut_for(settings, whole.shape))
+        layers[name] = on_device(layer_of(kept), torch.device("cpu"))
+        modules.append(compare(name, [(whole, 1.0)], [0], kept))
+    listener.tell(Phase("extracting", len(base), len(base)))
+    if not layers:
+        raise AdapterError("The two models don't differ in any layer.", "Give the tuned model and its base.")
+    return Merged(Adapter(layers, {}, vectors), Report(["difference"], "extract", modules))
+
+
+def _require_same_layers(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
+    for name in sorted(base.keys() | tuned.keys()):
+        shapes = [tuple(side[name].shape) if name in side else None for side in (base, tuned)]
+        if shapes[0] != shapes[1]:
+            raise AdapterError(
+                f"The models have different layers: {name} is {shapes[0] or 'missing'} in the base and "
+                f"{shapes[1] or 'missing'} in the tuned model.",
+                "Give a model and the base that it was tuned from.",
+            )
+
+
+def _difference(base: Tensor, tuned: Tensor) -> Tensor | None:
+    """The change, float32; None where there is none but the rounding to another type."""
+    if base.dtype == tuned.dtype:
+        return None if torch.equal(base, tuned) else tuned.float() - base.float()
+    change = tuned.float() - base.float()
+    coarser = max(torch.finfo(base.dtype).eps, torch.finfo(tuned.dtype).eps)
+    rounding = coarser / 2 * torch.linalg.vector_norm(base.float())  # an upper bound; nearly 3 times what it is
+    return change if torch.linalg.vector_norm(change) > rounding else None

@@ -18,16 +18,36 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+_CONFIG = "settings file with the same names; flags win over it"
+_LISTS = {"block_weights": "PATTERN=FACTOR"}
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
-def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None:
-    """Add a flag for every field of `settings`, grouped, and the positional settings file."""
-    parser.add_argument(
-        "config", nargs="?", type=Path, metavar="RUN.toml", help="settings file with the same names; flags win over it"
-    )
+def add_flags(parser: argparse.ArgumentParser, settings: type[Settings], positional: str = "") -> None:
+    """Add a flag for every field of `settings`, grouped.
+
+    Args:
+        parser: Of one command.
+        settings: Its settings.
+        positional: The field that is given without a flag; none: the settings file is.
+    """
+    if positional:
+        field = settings.model_fields[positional]
+        several = get_origin(field.annotation) is tuple
+        parser.add_argument(
+            positional,
+            nargs="*" if several else "?",
+            default=argparse.SUPPRESS,
+            metavar="FILE[:STRENGTH]" if several else "FILE",
+            help=_help(settings, positional, field),
+        )
+        parser.add_argument("--config", type=Path, metavar="RUN.toml", help=_CONFIG)
+    else:
+        parser.add_argument("config", nargs="?", type=Path, metavar="RUN.toml", help=_CONFIG)
     groups: dict[str, Any] = {}
     for name, field in settings.model_fields.items():
+        if name == positional:
+            continue
         title = field_extra(settings, name)["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
         groups[title] = group
@@ -36,7 +56,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Settings]) -> None
         if field.annotation is bool:
             group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
         elif get_origin(field.annotation) is tuple:
-            group.add_argument(flag, action="append", metavar="FILE[:STRENGTH]", **options)
+            group.add_argument(flag, action="append", metavar=_LISTS.get(name, "FILE[:STRENGTH]"), **options)
         else:
             group.add_argument(flag, metavar=_metavar(field), **options)
 

@@ -44,6 +44,11 @@ def inspect(path: Path) -> dict[str, Any]:
 
 
 def _describe_adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
+    return {"file": str(path), **describe_adapter(adapter)}
+
+
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Describe an adapter; plain values, ready for JSON."""
     parts: dict[str, Counter[str]] = {}
     for name in adapter.layers:
         component = next(
@@ -54,7 +59,6 @@ def _describe_adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
     layers = adapter.layers.values()
     model_hash, legacy_hash = file_hashes(adapter.state_dict(), adapter.metadata)
     return {
-        "file": str(path),
         "kind": _kind(adapter),
         "modules": {component: {"count": sum(kinds.values()), **kinds} for component, kinds in parts.items()},
         "rank": sorted({layer.rank for layer in layers}),
@@ -91,7 +95,7 @@ def _describe_base(path: Path) -> dict[str, Any]:
 
 def as_text(facts: dict[str, Any]) -> str:
     """The facts as lines for people."""
-    lines = [f"{facts['file']}: {facts['kind']}"]
+    lines = [f"{facts.get('file', 'adapter')}: {facts['kind']}"]
     for key, value in facts.items():
         if key in ("file", "kind", "metadata"):
             continue

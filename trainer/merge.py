@@ -20,8 +20,8 @@ from .changes import Change, Cut, change_of, layer_of, reduced
 from .errors import AdapterError, SettingsError
 from .events import Listener, Phase, SilentListener, stop_if_asked
 from .kohya import Adapter
-from .layers import DifferenceLayer, Layer, LohaLayer, LokrLayer, LoraLayer, OftLayer
-from .merge_methods import METHODS, Choice
+from .layers import DifferenceLayer, Layer, LohaLayer, LokrLayer, LoraLayer, OftLayer, fits
+from .merge_methods import METHODS, Choice, column_scaled
 from .merge_report import ModuleReport, Report, compare, overlap_warnings
 from .merge_settings import BlockWeight, MergeSettings, ReductionSettings
 from .metadata import MERGE_KEY, derived_metadata
@@ -71,6 +71,8 @@ def merge(
     weights: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
     listener: Listener | None = None,
+    *,
+    columns: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> Merged:
     """Merge adapters into one.
 
@@ -81,6 +83,8 @@ def merge(
             kernel no adapter tells.
         device: Where to compute; None for the CPU.
         listener: Told of the progress; may stop the merge.
+        columns: Kohya name → for each adapter that has the module a coefficient of each input, (in,): these modules
+            are merged as `merge_methods.column_scaled` does, by whatever method the others are.
 
     Raises:
         SettingsError: There is nothing to merge, or a pattern of block weights fits no module.
@@ -89,7 +93,7 @@ def merge(
     """
     listener, device = listener or SilentListener(), device or torch.device("cpu")
     parts, warnings = aligned(parts)
-    known = dict(weights or {})
+    known = weights or {}
     names = sorted({name for part in parts for name in part.adapter.layers})
     _require_patterns_match(parts, names)
     _require_weights(parts, settings, known)
@@ -100,12 +104,13 @@ def merge(
             listener.tell(Phase("merging", number, len(names)))
             stop_if_asked(listener)
         module = _Module.of(name, parts, known.get(name), device)
-        layers[name], row = _merged(module, settings)
+        layers[name], row = _merged(module, settings, (columns or {}).get(name))
         modules.append(row)
     listener.tell(Phase("merging", len(names), len(names)))
     titles = [part.title for part in parts]
-    report = Report(titles, settings.method, modules, [*warnings, *overlap_warnings(modules, titles)])
-    return Merged(Adapter(layers, _metadata(parts, settings, layers), _vectors(parts)), report)
+    method = "learned" if columns else settings.method
+    report = Report(titles, method, modules, [*warnings, *overlap_warnings(modules, titles)])
+    return Merged(Adapter(layers, _metadata(parts, method, settings, layers), _vectors(parts)), report)
 
 
 @dataclass(frozen=True)
@@ -133,29 +138,31 @@ class _Module:
             AdapterError: The layers are of different shapes.
         """
         shape = weight_shape(self.name, self.layers, self.weight)
-        return [change_of(_on(layer, self.device), shape, self.weight) for layer in self.layers]
+        return [change_of(on_device(layer, self.device), shape, self.weight) for layer in self.layers]
 
 
-def _merged(module: _Module, settings: MergeSettings) -> tuple[Layer, ModuleReport]:
+def _merged(module: _Module, settings: MergeSettings, columns: Sequence[Tensor] | None) -> tuple[Layer, ModuleReport]:
     """One module's layer, and what it keeps."""
-    if len(module.layers) == 1 and not settings.reduces:
+    if len(module.layers) == 1 and not settings.reduces and columns is None:
         kept = scaled(module.layers[0], module.strengths[0])
         if kept is not None:  # of its own kind, and without a weight where none is needed
             return kept, ModuleReport.untouched(module.name, module.indices[0], kept.rank)
     weighted = list(zip(module.changes(), module.strengths, strict=True))
-    choice = Choice(settings.density, settings.protected, settings.seed, module.name)
-    result = METHODS[settings.method](weighted, choice)
+    if columns is not None:
+        result = column_scaled(weighted, columns)
+    else:
+        choice = Choice(settings.density, settings.protected, settings.seed, module.name)
+        result = METHODS[settings.method](weighted, choice)
     if settings.reduces:
-        cut = cut_for(settings, result.shape)
-        result = reduced(result, cut if cut.rank else replace(cut, rank=max(layer.rank for layer in module.layers)))
+        result = reduced(result, cut_for(settings, result.shape))
     row = compare(module.name, weighted, module.indices, result)
-    return _on(layer_of(result), torch.device("cpu")), row
+    return on_device(layer_of(result), torch.device("cpu")), row
 
 
 def cut_for(settings: ReductionSettings, shape: Sequence[int]) -> Cut:
     """The limits for a weight of that shape, (out, in) or (out, in, k, k)."""
     large = len(shape) > 2 and max(shape[2:]) > 1
-    return Cut((large and settings.conv_rank) or settings.rank or None, settings.energy)
+    return Cut((large and settings.conv_rank) or settings.rank or None, settings.energy, settings.ratio or None)
 
 
 def scaled(layer: Layer, factor: float) -> Layer | None:
@@ -259,6 +266,26 @@ def _require_weights(parts: Sequence[Part], settings: MergeSettings, weights: Ma
                 )
 
 
+def require_layers_fit(parts: Sequence[Part], weights: Mapping[str, Tensor]) -> None:
+    """Check that every layer has a weight of its shape.
+
+    Args:
+        parts: From `aligned`.
+        weights: The base model's, by the modules' kohya names.
+
+    Raises:
+        AdapterError: One has none; names it.
+    """
+    for part in parts:
+        for name, layer in part.adapter.layers.items():
+            if name not in weights or not fits(layer, weights[name].shape):
+                found = f"in the shape {tuple(weights[name].shape)}" if name in weights else "not"
+                raise AdapterError(
+                    f"{part.title} changes {name} of the shape {layer.shape}, which the base model has {found}.",
+                    "Use the base model's family that the adapter was made for.",
+                )
+
+
 def _vectors(parts: Sequence[Part]) -> dict[str, Tensor]:
     """The weighted sum of what is added to biases and norms."""
     found: dict[str, Tensor] = {}
@@ -269,7 +296,9 @@ def _vectors(parts: Sequence[Part]) -> dict[str, Tensor]:
     return found
 
 
-def _metadata(parts: Sequence[Part], settings: MergeSettings, layers: Mapping[str, Layer]) -> dict[str, str]:
+def _metadata(
+    parts: Sequence[Part], method: str, settings: MergeSettings, layers: Mapping[str, Layer]
+) -> dict[str, str]:
     """Provenance: what was merged, how, and what readers look for."""
     sources = [
         {
@@ -283,11 +312,23 @@ def _metadata(parts: Sequence[Part], settings: MergeSettings, layers: Mapping[st
     ]
     used = {name: value for name, value in settings.model_dump(mode="json").items() if name in settings.used}
     return derived_metadata([part.adapter for part in parts], [part.title for part in parts], layers) | {
-        MERGE_KEY: json.dumps({"inputs": sources, **used}, sort_keys=True)
+        MERGE_KEY: json.dumps({"inputs": sources, **used, "method": method}, sort_keys=True)
     }
 
 
-def _on(layer: LayerT, device: torch.device) -> LayerT:
+def resize(
+    part: Part,
+    settings: ReductionSettings,
+    weights: Mapping[str, Tensor] | None = None,
+    device: torch.device | None = None,
+    listener: Listener | None = None,
+) -> Merged:
+    """Bring an adapter of any kind to another size, as a LoRA; arguments and errors are those of `merge`."""
+    chosen = {name: getattr(settings, name) for name in ReductionSettings.model_fields}
+    return merge([part], MergeSettings(method="svd", **chosen), weights, device, listener)
+
+
+def on_device(layer: LayerT, device: torch.device) -> LayerT:
     """The layer with its tensors on a device."""
     if device.type == "cpu" and all(tensor.device.type == "cpu" for tensor in layer.tensors().values()):
         return layer

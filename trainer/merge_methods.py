@@ -78,6 +78,23 @@ def orthogonal(parts: Weighted, choice: Choice) -> Change:
     return total(kept)
 
 
+def column_scaled(parts: Weighted, columns: Sequence[Tensor]) -> Change:
+    """ZipLoRA (Shah et al. 2023): Σ wᵢ Δᵢ diag(mᵢ), a coefficient for each input of each change.
+
+    Args:
+        parts: The weighted changes, (out, in·k·k) as matrices.
+        columns: Of each change its coefficients mᵢ, (in,).
+    """
+    scaled = []
+    for (change, weight), column in zip(parts, columns, strict=True):
+        rows = change.up if change.down is None else change.down
+        inside = rows.reshape(len(rows), len(column), -1) * column.to(rows.device, torch.float32)[:, None]
+        turned = inside.reshape(rows.shape)
+        part = Change(change.shape, turned) if change.down is None else Change(change.shape, change.up, turned)
+        scaled.append(part.times(weight))
+    return total(scaled)
+
+
 Method = Callable[[Weighted, Choice], Change]
 METHODS: dict[str, Method] = {
     "sum": weighted_sum,

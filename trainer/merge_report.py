@@ -176,17 +176,27 @@ class Report:
         shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines = [f"{' + '.join(self.titles)}: {self.method}, {len(self.modules)} modules, rank {shown}"]
         lines += [f"warning: {text}" for text in self.warnings]
-        columns = list(next(iter(table.values()), {}))
-        width = max([len(block) for block in table] + [5])
-        lines.append("  ".join([" " * width, *(f"{_short(column):>14}" for column in columns)]))
-        for block, values in table.items():
-            cells = ("–" if math.isnan(values[column]) else f"{values[column]:.3f}" for column in columns)
-            lines.append("  ".join([f"{block:<{width}}", *(f"{cell:>14}" for cell in cells)]))
-        return "\n".join(lines)
+        return "\n".join([*lines, as_table(table)])
 
     def heat_map(self) -> Image.Image:
         """The table by block as a picture."""
         return heat_map(f"{self.method}: what is kept, by block", self.by_block())
+
+
+def as_table(table: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of numbers as lines for people.
+
+    Args:
+        table: Row → column → number; one that is missing or NaN is shown as a dash.
+    """
+    columns = list(dict.fromkeys(column for values in table.values() for column in values))
+    width = max([len(row) for row in table] + [5])
+    lines = ["  ".join([" " * width, *(f"{_short(column):>14}" for column in columns)])]
+    for row, values in table.items():
+        numbers = [values.get(column, math.nan) for column in columns]
+        cells = ("–" if math.isnan(number) else f"{number:.3f}" for number in numbers)
+        lines.append("  ".join([f"{row:<{width}}", *(f"{cell:>14}" for cell in cells)]))
+    return "\n".join(lines)
 
 
 def heat_map(title: str, table: Mapping[str, Mapping[str, float]]) -> Image.Image:
@@ -194,15 +204,15 @@ def heat_map(title: str, table: Mapping[str, Mapping[str, float]]) -> Image.Imag
 
     Args:
         title: Line above it.
-        table: Row → column → number; NaN is left white.
+        table: Row → column → number; one that is missing or NaN is left white.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows, columns = list(table), list(next(iter(table.values()), {}))
+    rows, columns = list(table), list(dict.fromkeys(column for values in table.values() for column in values))
     figure = Figure(figsize=(2.2 + 1.3 * len(columns), 1.2 + 0.28 * len(rows)), dpi=110, layout="constrained")
     axes = figure.add_subplot()
-    numbers = [[table[row][column] for column in columns] for row in rows]
+    numbers = [[table[row].get(column, math.nan) for column in columns] for row in rows]
     axes.imshow(numbers, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), [_short(column, 18) for column in columns], rotation=20, ha="right")
     axes.set_yticks(range(len(rows)), rows)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from .families.base import DiffusionModel
 from .kohya import PREFIXES
+from .naming import Place, kohya_name
 from .original_names import original_names
 
 _TEXT = "text_model."
@@ -66,6 +67,24 @@ def adapter_names(model: DiffusionModel) -> dict[tuple[str, str], str]:
 def modules_by_name(model: DiffusionModel) -> dict[str, Adaptable]:
     """Every name that a file may give a module → the module: diffusers' and the original code's paths, any prefix."""
     return _by_name(model, adaptable_modules(model))
+
+
+def named_weights(model: DiffusionModel, *, biases: bool = False) -> dict[str, Tensor]:
+    """The weights that adapters change, by the names that this model's own adapter files give their modules.
+
+    Args:
+        model: A built model.
+        biases: Also the weights of norms, and the biases as "<module>.bias".
+    """
+    names = adapter_names(model)
+    found = {names[place]: module.weight.detach() for place, module in modules_by_place(model).items()}
+    for component, network in networks(model).items() if biases else ():
+        for path, module in network.named_modules():
+            name = kohya_name(Place(component, canonical_path(component, path)), sdxl=model.family.original_names)
+            for kind, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 1:
+                    found[f"{name}.bias" if kind == "bias" else name] = parameter.detach()
+    return found
 
 
 def parametrized_by_name(model: DiffusionModel) -> dict[str, nn.Module]:

@@ -97,8 +97,27 @@ def open_base(
     return checked(replace(weights, clip_skip=0 if usual else skip))
 
 
+def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
+    """Open the tensors of a single file, for what needs no tokenizer; those of the result are views of them.
+
+    Args:
+        tensors: From `read_single_file`.
+        path: The file, for messages.
+
+    Raises:
+        UnsupportedModelError: A model of a family that is not supported.
+        WeightsError: It is incomplete or no base model.
+    """
+    return checked(_from_original(_lent(tensors, path)))
+
+
 def _from_file(path: Path, tokenizer: Path | None) -> HostTensors:
-    tensors = read_single_file(path)
+    lent = _lent(read_single_file(path), path)
+    return replace(lent, tokenizers=dict.fromkeys(lent.text_encoders, find_tokenizer(path, tokenizer)))
+
+
+def _lent(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
+    """The networks of a single file, without tokenizers."""
     refuse_foreign_keys(tensors)
     unet = with_prefix(tensors, UNET_PREFIX)
     if not unet:
@@ -116,9 +135,8 @@ def _from_file(path: Path, tokenizer: Path | None) -> HostTensors:
                 f"{path.name} lacks a text encoder of {family.title} ({kind.short_name}).",
                 "Give a full checkpoint, not a UNet alone.",
             )
-    tokenizers = dict.fromkeys(texts, find_tokenizer(path, tokenizer))
     vae = with_prefix(tensors, VAE_PREFIX)
-    return HostTensors(unet, vae, texts, tokenizers, path.stem, _declared_prediction(tensors))
+    return HostTensors(unet, vae, texts, dict.fromkeys(texts), path.stem, _declared_prediction(tensors))
 
 
 def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:

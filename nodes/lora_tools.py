@@ -1,0 +1,152 @@
+"""Resize, extract and inspect adapters."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainer.merge_settings import ExtractSettings, ReductionSettings
+from . import host
+from .lora import as_adapter
+from .merge import as_image, merged_output, report_outputs
+from .widgets import CATEGORY, widget
+
+_BASE = "For DoRA and OFT, whose change depends on the model that they were made for."
+
+
+class ResizeLora(io.ComfyNode):
+    """Brings an adapter to another rank."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothResizeLora",
+            display_name="Resize LoRA (DreamBooth)",
+            category=CATEGORY,
+            description="Makes a smaller adapter of one of any kind: the nearest LoRA of a rank, or of the lowest rank "
+            "that keeps a share of its energy in each layer.",
+            search_aliases=["lora rank", "shrink lora", "compress lora", "convert lycoris"],
+            inputs=[
+                io.LoraModel.Input("lora", tooltip="Adapter of any kind."),
+                *(widget(ReductionSettings, name) for name in ReductionSettings.model_fields),
+                io.Model.Input("model", optional=True, tooltip=_BASE),
+                io.Clip.Input("clip", optional=True, tooltip=_BASE),
+            ],
+            outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, lora: Any, model: Any = None, clip: Any = None, **values: Any) -> io.NodeOutput:
+        """Resize."""
+        import torch
+
+        from ..trainer.merge import Part, resize
+
+        settings = ReductionSettings.checked(values)
+        with host.interruptible():
+            resized = resize(
+                Part(as_adapter(lora), "the adapter"),
+                settings,
+                host.lent_weights(model, clip),
+                torch.device(host.algebra_device()),
+                host.NodeListener(cls.hidden.unique_id),
+            )
+        return merged_output(resized)
+
+
+class ExtractLora(io.ComfyNode):
+    """Makes a LoRA of the difference of two models."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothExtractLora",
+            display_name="Extract LoRA (DreamBooth)",
+            category=CATEGORY,
+            description="Makes a LoRA of what a tuned model has learned beyond its base.",
+            search_aliases=["model difference", "checkpoint to lora", "subtract models"],
+            inputs=[
+                io.Model.Input("model", tooltip="The tuned model."),
+                io.Model.Input("base_model", tooltip="The model that it was tuned from."),
+                io.Clip.Input("clip", optional=True, tooltip="The tuned text encoder, if it is to be extracted, too."),
+                io.Clip.Input("base_clip", optional=True, tooltip="The text encoder that it was tuned from."),
+                *(widget(ExtractSettings, name) for name in ReductionSettings.model_fields),
+            ],
+            outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model: Any, base_model: Any, clip: Any = None, base_clip: Any = None, **values: Any
+    ) -> io.NodeOutput:
+        """Extract."""
+        import torch
+
+        from ..trainer.errors import SettingsError
+        from ..trainer.extraction import extract_between
+
+        if (clip is None) != (base_clip is None):
+            raise SettingsError(
+                "Of the two text encoders one alone is connected.", "Connect both clip and base_clip, or neither."
+            )
+        settings = ExtractSettings.checked(values)
+        with host.interruptible():
+            found = extract_between(
+                host.lent_weights(base_model, base_clip),
+                host.lent_weights(model, clip),
+                settings,
+                torch.device(host.algebra_device()),
+                host.NodeListener(cls.hidden.unique_id),
+            )
+        return merged_output(found)
+
+
+class InspectLora(io.ComfyNode):
+    """Says what an adapter is and where it works."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothInspectLora",
+            display_name="Inspect LoRA (DreamBooth)",
+            category=CATEGORY,
+            description="Shows what an adapter is, in which blocks it works, how much of its rank it uses, and how far "
+            "it overlaps with another one.",
+            search_aliases=["lora info", "lora metadata", "lora blocks", "compare loras"],
+            is_output_node=True,
+            inputs=[
+                io.LoraModel.Input("lora", tooltip="The adapter."),
+                io.LoraModel.Input("other", optional=True, tooltip="Another one, to compare with."),
+                io.Model.Input("model", optional=True, tooltip=_BASE),
+                io.Clip.Input("clip", optional=True, tooltip=_BASE),
+            ],
+            outputs=[
+                io.String.Output(display_name="text"),
+                io.Image.Output(display_name="heat_map", tooltip="Blocks: energy, rank used, overlap."),
+                io.String.Output(display_name="json", tooltip="All of it, for other programs."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, lora: Any, other: Any = None, model: Any = None, clip: Any = None) -> io.NodeOutput:
+        """Describe."""
+        from ..trainer.adapter_profile import profile
+        from ..trainer.inspection import as_text, describe_adapter
+        from ..trainer.merge_report import as_table, heat_map
+
+        adapter = as_adapter(lora)
+        second = None if other is None else as_adapter(other)
+        table = profile(adapter, second, host.lent_weights(model, clip))
+        facts = describe_adapter(adapter)
+        text = f"{as_text(facts)}\n\n{as_table(table)}"
+        picture = as_image(heat_map(facts["kind"], table))
+        return io.NodeOutput(
+            text, picture, json.dumps(facts | {"blocks": table}, ensure_ascii=False), ui={"text": [text]}
+        )
