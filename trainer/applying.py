@@ -36,7 +36,7 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
     modules = modules_by_name(model)
     places = parametrized_by_name(model) if adapter.vectors else {}
     unknown = [name for name in adapter.layers if name not in modules]
-    if len(unknown) == len(adapter.layers):
+    if unknown and len(unknown) == len(adapter.layers):
         raise AdapterError(
             f"None of the adapter's {len(unknown)} modules exists in this {model.family.title} model, "
             f"e.g. {unknown[0]}.",

@@ -47,6 +47,7 @@ _OTHER_KINDS = {
     re.compile(r"\.a1\.weight$"): "GLoRA",
     re.compile(r"\.set_weight$"): "weights to be set",
 }
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of PEFT that take something off the base
 _BROKEN = "Download or copy the adapter file again, or choose another."
 
 
@@ -158,7 +159,8 @@ def _layer(name: str, found: dict[str, Tensor], alphas: _Alphas, path: str) -> L
     if not math.isfinite(alpha):
         raise AdapterError(f"The adapter is damaged: the alpha of {name} is {alpha}.", _BROKEN)
     if isinstance(layer, LokrLayer) and layer.w1 is not None and layer.is_whole:
-        return replace(layer, w1=layer.w1 * alphas.scale_of_whole(path, name))
+        scale = alphas.scale_of_whole(path, name)
+        return layer if scale == 1 else replace(layer, w1=layer.w1.float() * scale)
     return make_layer(name, found, alpha)
 
 
@@ -171,7 +173,7 @@ _MAGNITUDE = "lora_magnitude_vector"
 _LYCORIS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale|oft_blocks|rescale|diff"
 _VECTORS = {"diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
 _PART = rf"(lora_(?:down|up|mid)\.weight|{_LYCORIS}|alpha|diff_b|w_norm|b_norm)"
-_KOHYA_NAME = re.compile(rf"^(lora_(?:unet|te\d?)_|lycoris_)([^.]+)\.{_PART}$")
+_KOHYA_NAME = re.compile(rf"^(lora_(?:unet|te\d?)_|lycoris_|oft_unet_)([^.]+)\.{_PART}$")
 _COMFYUI_NAME = re.compile(rf"^diffusion_model\.(.+)\.{_PART}$")
 _DIFFUSERS_NAME = re.compile(
     r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight"
@@ -192,7 +194,7 @@ def _split_key(key: str) -> _Key | None:
     """Read a tensor's name; None if it is no part of a LoRA."""
     kohya = _KOHYA_NAME.match(key)
     if kohya:  # lycoris_ is what LyCORIS's own wrapper calls every network; ComfyUI, too, takes it for the UNet
-        name = kohya[1].replace("lycoris_", PREFIXES["unet"]) + kohya[2]
+        name = re.sub("^(lycoris|oft_unet)_", PREFIXES["unet"], kohya[1]) + kohya[2]  # oft_unet_: kohya's OFT
         return _Key(name, kohya[3], name)
     host = _COMFYUI_NAME.match(key)
     if host:
@@ -223,6 +225,13 @@ class _Alphas:
         self._configs: dict[str, dict[str, Any]] = {part: _sub_config(header, part) for part in PREFIXES}
         if "peft_config" in metadata:
             self._configs = dict.fromkeys(PREFIXES, json.loads(metadata["peft_config"]))
+        for config in self._configs.values():
+            start = str(config.get("init_lora_weights")).lower()
+            if start.startswith(_CHANGES_BASE):
+                raise AdapterError(
+                    f"The adapter belongs to weights that PEFT changed before training (init_lora_weights {start}).",
+                    "Save it again with PEFT's path_initial_model_for_weight_conversion.",
+                )
 
     def of(self, path: str, name: str, rank: int) -> float:
         """The alpha of a module, by its dotted path, as PEFT finds it."""

@@ -111,13 +111,13 @@ class Parts:
 
 def by_field(layer: object, names: Iterable[str]) -> dict[str, Tensor]:
     """The tensors of a layer under their names in a file."""
-    parts = {name: getattr(layer, field_of(name)) for name in (*names, DORA_SCALE)}
+    parts = {name: getattr(layer, field_of(name)) for name in names}
     return {name: part for name, part in parts.items() if part is not None}
 
 
 def field_of(part: str) -> str:
     """The field of a tensor, from its name in a file: "down" of "lora_down.weight", "w1_a" of "hada_w1_a"."""
-    return re.sub(r"^(lora|hada|lokr)_|\.weight$", "", part)
+    return re.sub(r"^(lora|hada|lokr|oft)_|\.weight$", "", part)
 
 
 def plain_factors(outer: Tensor, inner: Tensor, core: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

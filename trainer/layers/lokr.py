@@ -80,7 +80,7 @@ class LokrLayer:
         up1, down1 = _split(self.w1, self.w1_a, self.w1_b, None)
         up2, down2 = _split(self.w2, self.w2_a, self.w2_b, self.t2)
         down1 = down1.reshape(*down1.shape, *[1] * (down2.ndim - 2))
-        return torch.kron(up1 * self.scale, up2), torch.kron(down1, down2.contiguous())
+        return torch.kron(up1 * self.scale, up2.contiguous()), torch.kron(down1, down2.contiguous())
 
     @torch.no_grad()
     def delta(self, weight: Tensor | None = None) -> Tensor:

@@ -68,21 +68,25 @@ class OftLayer:
                 "Use an adapter that was made for a model of this shape.",
             )
         original = given.to(self.blocks.device, torch.float32)
-        rotations = self._rotations()
-        if rotations.ndim == 3:
-            rotated = _rotated(rotations.transpose(1, 2), original)
+        turns = self._turns()
+        if turns.ndim == 3:
+            change = _rotated(turns.transpose(1, 2), original)
         else:
-            rotated = original
-            for level, rotation in enumerate(rotations):
+            change = torch.zeros_like(original)
+            for level, turn in enumerate(turns):
                 group = 2**level * (self.rank // 2)
-                shuffled = _swapped(rotated, 2, group)
-                rotated = _swapped(_rotated(rotation, shuffled), group, 2)
-        if self.rescale is not None:
-            rotated = self.rescale.float().reshape(-1, *[1] * (given.ndim - 1)) * rotated
-        return rotated - original
+                shuffled = _swapped(original + change, 2, group)
+                change = change + _swapped(_rotated(turn, shuffled), group, 2)
+        if self.rescale is None:
+            return change
+        rescale = self.rescale.float().reshape(-1, *[1] * (given.ndim - 1))
+        return rescale * change + (rescale - 1) * original
 
-    def _rotations(self) -> Tensor:
-        """The Cayley transforms of all blocks, of the shape of `blocks`."""
+    def _turns(self) -> Tensor:
+        """The Cayley transforms of all blocks less the identity, R − 1 = 2 Q (1 − Q)⁻¹, of the shape of `blocks`.
+
+        So a small rotation, as limits of 1e-3 and less allow, is not lost in rounding.
+        """
         blocks = self.blocks.float()
         skew = blocks - blocks.transpose(-1, -2)
         limit = self.alpha * self.shape[0]
@@ -90,12 +94,12 @@ class OftLayer:
         if 0 < limit < norm:
             skew = skew * limit / norm
         identity = torch.eye(self.rank, device=blocks.device)
-        transforms: Tensor = torch.linalg.solve(identity - skew, identity + skew, left=False)
-        return transforms
+        turns: Tensor = torch.linalg.solve(identity - skew, 2 * skew, left=False)
+        return turns
 
 
 def _rotated(rotation: Tensor, weight: Tensor) -> Tensor:
-    """Blocks of rows (blocks · size, …), each multiplied by its rotation (blocks, size, size) from the left."""
+    """Blocks of rows (blocks · size, …), each multiplied by its own matrix (blocks, size, size) from the left."""
     rows = weight.reshape(*rotation.shape[:2], *weight.shape[1:])
     return torch.einsum("kmn,kn...->km...", rotation, rows).flatten(0, 1)
 
