@@ -62,7 +62,10 @@ class LoadLoraFile(io.ComfyNode):
         """Read and name the tensors as kohya does."""
         from ..trainer.kohya import read_adapter
 
-        return io.NodeOutput(as_wire(read_adapter(host.lora_path(file))))
+        path = host.lora_path(file)
+        adapter = read_adapter(path)
+        named = {"ss_output_name": path.stem, **adapter.metadata}  # reports call it by its file's name at least
+        return io.NodeOutput(LoraTensors(adapter.state_dict(), named))
 
 
 class ApplyLora(io.ComfyNode):

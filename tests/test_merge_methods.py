@@ -204,8 +204,9 @@ def test_the_rank_of_convolutions_acts_on_kernels_alone() -> None:
 def test_singular_values_are_shared_evenly() -> None:
     """So that neither factor leaves the range of fp16."""
     shape = WEIGHTS["linear"]
+    plain = single("LoRA", shape, 1, 4).layers[NAME].tensors()
     for scale in (1e-6, 1.0, 1e6):
-        adapter = Adapter({NAME: LoraLayer(scale * torch.randn(4, 20), torch.randn(12, 4), 4.0)})
+        adapter = Adapter({NAME: LoraLayer(scale * plain["lora_down.weight"], plain["lora_up.weight"], 4.0)})
         layer = merged(adapter, method="svd").adapter.layers[NAME]
         parts = layer.tensors()
         up, down = (parts[f"lora_{side}.weight"] for side in ("up", "down"))

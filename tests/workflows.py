@@ -28,9 +28,9 @@ def as_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
     for node in workflow["nodes"]:
         if node["type"] in ("MarkdownNote", "Note"):
             continue
-        definition = object_info[node["type"]]
-        inputs = _widget_values(node, definition)
-        known = _specs(definition)
+        specs = _specs(object_info[node["type"]])
+        inputs = _widget_values(node, specs)
+        known = {**specs, **_grown(specs)}
         for slot in node["inputs"]:
             if slot.get("link") is not None:
                 known[slot["name"]]  # a KeyError names an input that is gone
@@ -40,20 +40,40 @@ def as_prompt(workflow: Mapping[str, Any], object_info: Mapping[str, Any]) -> di
 
 
 def _specs(definition: Mapping[str, Any]) -> dict[str, Any]:
-    return {**definition["input"].get("required", {}), **definition["input"].get("optional", {})}
+    """Input → its definition, in the order of the node's."""
+    given = definition["input"]
+    specs = {**given.get("required", {}), **given.get("optional", {})}
+    order = [name for kind in ("required", "optional") for name in definition["input_order"].get(kind, [])]
+    return {name: specs[name] for name in order}
 
 
-def _widget_values(node: Mapping[str, Any], definition: Mapping[str, Any]) -> dict[str, Any]:
-    specs = _specs(definition)
-    names = [name for kind in ("required", "optional") for name in definition["input_order"].get(kind, [])]
-    widgets = [name for name in names if isinstance(specs[name][0], list) or specs[name][0] in _WIDGETS]
-    values = list(node.get("widgets_values") or [])
+def _grown(specs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs that appear as others are connected."""
     found = {}
-    for name in widgets:
+    for name, spec in specs.items():
+        if spec[0] == "COMFY_AUTOGROW_V3":
+            template = spec[1]["template"]
+            found |= {f"{name}.{template['prefix']}{number}": template for number in range(template["max"])}
+    return found
+
+
+def _widget_values(node: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[str, Any]:
+    values = list(node.get("widgets_values") or [])
+    waiting = list(specs.items())
+    found = {}
+    while waiting:
+        name, spec = waiting.pop(0)
+        dynamic = spec[0] == "COMFY_DYNAMICCOMBO_V3"
+        if not (dynamic or isinstance(spec[0], list) or spec[0] in _WIDGETS):
+            continue
         if not values:
             raise ValueError(f"{node['type']}: no value for {name}")
         found[name] = values.pop(0)
-        if values and values[0] in _CONTROLS and len(specs[name]) > 1 and specs[name][1].get("control_after_generate"):
+        if dynamic:  # the inputs of what is chosen follow
+            chosen = next(option for option in spec[1]["options"] if option["key"] == found[name])
+            inner = {**chosen["inputs"].get("required", {}), **chosen["inputs"].get("optional", {})}
+            waiting[:0] = [(f"{name}.{inside}", entry) for inside, entry in inner.items()]
+        if values and values[0] in _CONTROLS and len(spec) > 1 and spec[1].get("control_after_generate"):
             values.pop(0)
     if values:
         raise ValueError(f"{node['type']}: values without a widget: {values}")

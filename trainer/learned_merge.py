@@ -22,7 +22,7 @@ from .changes import Change, change_of
 from .devices import DTYPES, explained_memory_errors, pick_precision, place, release, reset_peak_memory
 from .errors import AdapterError, CancelledError, DivergedError
 from .events import Listener, Phase, stop_if_asked
-from .families.base import BaseWeights, Conditioning, DiffusionModel
+from .families.base import BaseWeights, Conditioning, DiffusionModel, as_ordinary
 from .kohya import Adapter
 from .merge import Merged, Part, aligned, merge, require_layers_fit
 from .merge_settings import LearnedMergeSettings, MergeSettings, split_prompts
@@ -96,10 +96,10 @@ class ZippedLayer(nn.Module):
 
 def _as_kernels(change: Change, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """The factors of a change as weights of layers one after the other."""
-    up = change.up.to(device, dtype)
+    up = as_ordinary(change.up.to(device, dtype))
     if change.down is None:
         return [up.reshape(shape)]
-    down = change.down.to(device, dtype)
+    down = as_ordinary(change.down.to(device, dtype))
     return [down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *[1] * (len(shape) - 2))]
 
 
