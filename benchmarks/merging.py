@@ -55,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 LEARNED: dict[str, Any] = {
     "subject_prompt": "a photo of sks dog",
-    "style_prompt": "pixel, a red cat on the grass | pixel, a house at night | pixel, a blue car | pixel, a yellow tree",
+    "style_prompt": "pixel, a red cat on the grass | pixel, a house at night | pixel, a blue car | pixel, a tree",
     "resolution": 64,
     "guidance": 4.0,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -139,7 +140,7 @@ def read_strengths(text: str, count: int) -> list[tuple[float, float]]:
             numbers = [float(number) for number in entry.split(":")]
         except ValueError:
             numbers = []
-        if len(numbers) not in (1, 2):
+        if len(numbers) not in (1, 2) or not all(map(math.isfinite, numbers)):
             raise SettingsError(f"strengths: '{entry}' is no number.", "Write numbers, such as 1.0, 0.7 or 0.7:0.5.")
         found.append((numbers[0], numbers[-1]))
     return found + [(1.0, 1.0)] * (count - len(found))

@@ -212,7 +212,7 @@ def test_the_third_text_encoder_is_one() -> None:
 def test_vectors_are_named_as_their_modules() -> None:
     tells = lora_named(1, "lora_te2_text_model_encoder_layers_0_mlp_fc1")
     adapter = Adapter(tells.layers, {}, {"lora_unet_down_blocks_1_resnets_0_conv1.diff_b": torch.ones(3)})
-    named = with_kohya_names(adapter, sdxl=True)
+    [named] = with_kohya_names([adapter])
     assert set(named.vectors) == {"lora_unet_input_blocks_4_0_in_layers_2.diff_b"}
 
 

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from .layers import DifferenceLayer, Layer, LoraLayer
-from .randomness import seeded
 
-_EXACT = 768  # up to this size of a matrix's smaller side its whole decomposition is computed
-_EXTRA, _ITERATIONS = 16, 6
+_WHOLE = 768  # up to this size of a matrix's smaller side its whole decomposition is computed
+NOISE = 32 * torch.finfo(torch.float32).eps  # of the largest singular value; what is below is rounding
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,13 @@ class Cut:
         rank: Highest rank; None for no limit.
         energy: Share of the squared norm that is kept at least, above 0 to 1.
         ratio: Highest ratio of the largest singular value to the smallest one that is kept; None for no limit.
+        floor: Singular values up to this one are left out.
     """
 
     rank: int | None = None
     energy: float = 1.0
     ratio: float | None = None
+    floor: float = 0.0
 
 
 def change_of(layer: Layer, shape: Sequence[int] | None = None, weight: Tensor | None = None) -> Change:
@@ -111,8 +112,8 @@ def total(changes: Sequence[Change]) -> Change:
 def reduced(change: Change, cut: Cut) -> Change:
     """The nearest change of lower rank (Eckart & Young 1936), factored, singular values shared evenly by the factors.
 
-    A product of factors is decomposed by way of its factors' QR decompositions, exactly. Of a large dense change only
-    the leading part is computed, by a randomised algorithm (Halko et al. 2011), always with the same random numbers.
+    A product of factors is decomposed by way of its factors' QR decompositions, without being multiplied out. Of a
+    large dense change only the leading part is computed.
     """
     left, values, right = _singular(change, cut)
     rank = _kept(values, cut, change.inner(change))
@@ -123,23 +124,33 @@ def reduced(change: Change, cut: Cut) -> Change:
 def _singular(change: Change, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
     """Left vectors (out, n), singular values (n,), right vectors (n, in·k·k), as far as the cut needs them."""
     if change.down is not None and change.rank < min(change.up.shape[0], change.down.shape[1]):
-        left, left_core = torch.linalg.qr(change.up)
-        right, right_core = torch.linalg.qr(change.down.T)
+        left, left_core = torch.linalg.qr(change.up.double())
+        right, right_core = torch.linalg.qr(change.down.T.double())
         inner_left, values, inner_right = torch.linalg.svd(left_core @ right_core.T)
-        return left @ inner_left, values, inner_right @ right.T
+        return (left @ inner_left).float(), values.float(), (inner_right @ right.T).float()
     matrix = change.dense()
-    smaller = min(matrix.shape)
-    if smaller <= _EXACT or cut.rank is None or cut.rank + _EXTRA >= smaller:
+    if min(matrix.shape) <= _WHOLE or cut.rank is None:
         return torch.linalg.svd(matrix, full_matrices=False)  # type: ignore[no-any-return]
-    with seeded(matrix.device, "nearest lora"):
-        left, values, turned = torch.svd_lowrank(matrix, q=cut.rank + _EXTRA, niter=_ITERATIONS)
-    return left, values, turned.T
+    if matrix.shape[0] <= matrix.shape[1]:
+        return _leading(matrix, cut.rank)
+    right, values, left = _leading(matrix.T, cut.rank)
+    return left.T, values, right.T
+
+
+def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular vectors and values of a wide matrix, from the eigenvectors of its Gram matrix in float64."""
+    wide = matrix.double()
+    _, vectors = torch.linalg.eigh(wide @ wide.T)
+    left = vectors.flip(1)[:, :rank]
+    right = left.T @ wide
+    values = torch.linalg.vector_norm(right, dim=1)
+    return left.float(), values.float(), (right / values.clamp(min=1e-300)[:, None]).float()
 
 
 def _kept(values: Tensor, cut: Cut, energy: float) -> int:
     """How many singular values are kept; one at least, none that is rounding noise."""
     found = values.double()
-    noise = torch.finfo(torch.float32).eps * found[0]
+    noise = max(NOISE * float(found[0]), cut.floor)
     count = int((found > noise).sum())
     if cut.energy < 1:
         count = min(count, int((found.square().cumsum(0) < cut.energy * energy).sum()) + 1)
@@ -153,8 +164,16 @@ def layer_of(change: Change) -> LoraLayer | DifferenceLayer:
     out, inside, *kernel = change.shape
     if change.down is None:
         return DifferenceLayer(change.up.reshape(change.shape).contiguous())
-    down = change.down.reshape(-1, inside, *kernel).contiguous()
-    return LoraLayer(down, change.up.reshape(out, -1, *[1] * len(kernel)).contiguous(), float(len(down)))
+    up, down = _balanced(change.up, change.down)
+    down = down.reshape(-1, inside, *kernel).contiguous()
+    return LoraLayer(down, up.reshape(out, -1, *[1] * len(kernel)).contiguous(), float(len(down)))
+
+
+def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors of the same product and of similar lengths, which half precision fits; exact, by powers of two."""
+    ratios = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
+    powers = torch.exp2((ratios.log2() / 2).round().nan_to_num(0.0, 0.0, 0.0))
+    return up * powers, down / powers[:, None]
 
 
 def nearest_lora(change: Tensor, rank: int) -> LoraLayer:

@@ -15,12 +15,12 @@ from .files import write_atomic
 from .kohya import Adapter
 from .layers import LoraLayer
 from .merge import weight_shape
-from .naming import family_of, place_of, with_kohya_names
+from .naming import place_of, with_kohya_names
 
 
 def with_own_names(adapter: Adapter) -> Adapter:
     """The adapter under kohya's names of its family, with the kernel of every convolution told."""
-    named = with_kohya_names(adapter, sdxl=family_of(adapter) == "SDXL")
+    [named] = with_kohya_names([adapter])
     layers = {}
     for name, layer in named.layers.items():
         if isinstance(layer, LoraLayer) and layer.mid is None:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +26,7 @@ from .merge_settings import BlockWeight, MergeSettings, ReductionSettings
 from .metadata import MERGE_KEY, derived_metadata
 from .naming import family_of, place_of, with_kohya_names
 
-_CONVOLUTION = re.compile(r"(conv\d?|conv_in|conv_out|conv_shortcut|in_layers_2|out_layers_3|op)$")
+_CONVOLUTION = re.compile(r"(^|\.)(conv\d?|conv_in|conv_out)$")  # of paths in diffusers
 LayerT = TypeVar("LayerT", bound=Layer)
 
 
@@ -37,7 +36,7 @@ class Part:
 
     Attributes:
         adapter: The adapter.
-        title: Its name for people.
+        title: Its name for people, unlike the others'.
         strength: Of its part for the UNet.
         text_strength: Of its part for the text encoders.
         blocks: Further factors of parts of the model; the last whose pattern is found in a module's place counts.
@@ -190,13 +189,13 @@ def weight_shape(name: str, layers: Sequence[Layer], weight: Tensor | None) -> t
     """
     shapes = [layer.shape for layer in layers if not isinstance(layer, OftLayer)]
     known = tuple(weight.shape) if weight is not None else max(shapes, key=len)
-    different = [shape for shape in shapes if math.prod(shape) != math.prod(known) or shape[0] != known[0]]
+    different = [layer.shape for layer in layers if not fits(layer, known)]
     if different:
         raise AdapterError(
             f"The module {name} has the shape {different[0]} in one adapter and {known} in another or in the base.",
             "Merge adapters that were made for models of the same shape.",
         )
-    if weight is None and len(known) == 2 and _CONVOLUTION.search(name) and known[1] % 9 == 0:
+    if weight is None and len(known) == 2 and _CONVOLUTION.search(place_of(name).path) and known[1] % 9 == 0:
         return (known[0], known[1] // 9, 3, 3)
     return known
 
@@ -212,17 +211,17 @@ def aligned(parts: Sequence[Part]) -> tuple[list[Part], list[str]]:
         raise SettingsError(
             "There are no adapters to merge.", "Give at least one adapter file, such as dog.safetensors."
         )
-    families = {part.title: family_of(part.adapter) for part in parts}
-    found = sorted({family for family in families.values() if family})
+    families = [(part.title, family_of(part.adapter)) for part in parts]
+    found = sorted({family for _, family in families if family})
     if len(found) > 1:
-        told = ", ".join(f"{title} is for {family}" for title, family in families.items() if family)
+        told = ", ".join(f"{title} is for {family}" for title, family in families if family)
         raise AdapterError(f"The adapters are of different families: {told}.", "Merge adapters of the same family.")
-    sdxl = found == ["SDXL"]
-    named = [replace(part, adapter=with_kohya_names(part.adapter, sdxl=sdxl)) for part in parts]
+    adapters = with_kohya_names([part.adapter for part in parts])
+    named = [replace(part, adapter=adapter) for part, adapter in zip(parts, adapters, strict=True)]
     warnings = [_different_bases(named)]
     common = set.intersection(*(set(part.adapter.layers) for part in named))
     if len(named) > 1 and not common:
-        if None in families.values():
+        if any(family is None for _, family in families):
             names = " and ".join(next(iter(part.adapter.layers), "nothing") for part in named[:2])
             raise AdapterError(
                 f"The adapters have no module in common: they change {names}, for example.",
@@ -242,13 +241,13 @@ def _different_bases(parts: Sequence[Part]) -> str:
 
 def _require_patterns_match(parts: Sequence[Part], names: Iterable[str]) -> None:
     """Refuse a pattern of block weights that is found nowhere: it has a typing error."""
-    places = [str(place_of(name)) for name in names]
+    places = [str(place_of(name)) for name in names] or ["unet.mid_block.resnets.0.conv1"]
     for part in parts:
         for block in part.blocks:
             if not any(block.pattern.search(place) for place in places):
                 raise SettingsError(
                     f"The block weight '{block.pattern.pattern}' of {part.title} matches no module.",
-                    f"Modules are named like {places[0]} and {places[-1]}.",
+                    f"Write a part of a module's path, such as that of {' or '.join(sorted({places[0], places[-1]}))}.",
                 )
 
 
@@ -292,6 +291,11 @@ def _vectors(parts: Sequence[Part]) -> dict[str, Tensor]:
     for part in parts:
         for name, vector in part.adapter.vectors.items():
             change = vector.float() * part.weight(name.rpartition(".")[0])
+            if name in found and found[name].shape != change.shape:
+                raise AdapterError(
+                    f"{name} has {len(change)} numbers in {part.title} and {len(found[name])} in another adapter.",
+                    "Merge adapters that were made for models of the same shape.",
+                )
             found[name] = found[name] + change if name in found else change
     return found
 

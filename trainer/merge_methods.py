@@ -12,8 +12,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .changes import Change, Cut, reduced, total
+from .changes import NOISE, Change, Cut, reduced, total
 from .randomness import seeded
+
+_ROUNDING = 1e-10  # share of a change's energy that is left of it by rounding where nothing is
 
 Weighted = Sequence[tuple[Change, float]]
 
@@ -71,9 +73,9 @@ def orthogonal(parts: Weighted, choice: Choice) -> Change:
     for change, weight in parts:
         part = change if basis is None else _projected(change, basis)
         kept.append(part.times(weight))
-        if not part.inner(part):
+        if part.inner(part) <= _ROUNDING * change.inner(change):
             continue
-        inputs = _inputs(part, choice.protected)
+        inputs = _inputs(part, choice.protected, NOISE * change.inner(change) ** 0.5)
         basis = inputs if basis is None else torch.linalg.qr(torch.cat([basis, inputs], dim=1))[0]
     return total(kept)
 
@@ -141,14 +143,14 @@ def _elected(parts: Weighted) -> Change:
 
 def _projected(change: Change, basis: Tensor) -> Change:
     """The change without what it does to inputs in the span of `basis` (in·k·k, n), orthonormal columns."""
-    rows = change.up if change.down is None else change.down
-    free = rows - (rows @ basis) @ basis.T
+    rows, basis = (change.up if change.down is None else change.down).double(), basis.double()
+    free = (rows - (rows @ basis) @ basis.T).float()
     return Change(change.shape, free) if change.down is None else Change(change.shape, change.up, free)
 
 
-def _inputs(change: Change, energy: float) -> Tensor:
+def _inputs(change: Change, energy: float, floor: float) -> Tensor:
     """Orthonormal inputs (in·k·k, n) that a change responds to, the strongest that make up a share of its energy."""
-    down = reduced(change, Cut(energy=energy)).down
+    down = reduced(change, Cut(energy=energy, floor=floor)).down
     assert down is not None
     lengths: Tensor = torch.linalg.vector_norm(down, dim=1, keepdim=True)
     return (down / lengths).T

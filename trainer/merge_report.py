@@ -72,7 +72,7 @@ def compare(
     lost = max(0.0, summed - 2 * float(with_result.sum()) + float(gram[count, count]))
     kept = {index: _share(1 - missing[i] / energies[i]) for i, index in enumerate(indices)}
     overlap = {
-        (indices[i], indices[j]): _share(between[i, j] / (energies[i] * energies[j]).sqrt())
+        (indices[i], indices[j]): _share(between[i, j] / (energies[i] * energies[j]).sqrt(), 0.0)
         for i in range(count)
         for j in range(i + 1, count)
     }
@@ -80,10 +80,10 @@ def compare(
     return ModuleReport(name, kept, overlap, lost / summed if summed > 0 else 0.0, energy, result.rank)
 
 
-def _share(value: Tensor) -> float:
-    """A number; 0 / 0, of an adapter that changes nothing here, is 1."""
+def _share(value: Tensor, default: float = 1.0) -> float:
+    """A number; `default` for 0 / 0, of an adapter that changes nothing here."""
     number = float(value)
-    return number if math.isfinite(number) else 1.0
+    return number if math.isfinite(number) else default
 
 
 def overlap_warnings(modules: Sequence[ModuleReport], titles: Sequence[str]) -> list[str]:
@@ -172,7 +172,7 @@ class Report:
     def as_text(self) -> str:
         """A table by block for people."""
         table = self.by_block()
-        ranks = sorted({module.rank for module in self.modules})
+        ranks = sorted({module.rank for module in self.modules}) or [0]
         shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines = [f"{' + '.join(self.titles)}: {self.method}, {len(self.modules)} modules, rank {shown}"]
         lines += [f"warning: {text}" for text in self.warnings]
@@ -213,7 +213,8 @@ def heat_map(title: str, table: Mapping[str, Mapping[str, float]]) -> Image.Imag
     figure = Figure(figsize=(2.2 + 1.3 * len(columns), 1.2 + 0.28 * len(rows)), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     numbers = [[table[row].get(column, math.nan) for column in columns] for row in rows]
-    axes.imshow(numbers, cmap="viridis", vmin=0, vmax=1, aspect="auto")
+    if numbers:
+        axes.imshow(numbers, cmap="viridis", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(columns)), [_short(column, 18) for column in columns], rotation=20, ha="right")
     axes.set_yticks(range(len(rows)), rows)
     axes.set_title(title, fontsize=10)

@@ -90,13 +90,10 @@ class MergeSettings(ReductionSettings):
 
     @model_validator(mode="after")
     def _method_and_settings_fit(self) -> Self:
-        given = self.model_fields_set
-        foreign = sorted(given - self.used)
-        if foreign and self.method in _EXACT and foreign[0] in ReductionSettings.model_fields:
-            raise ValueError(
-                f"method '{self.method}' is exact, so {foreign[0]} does not apply: leave it out, or choose svd"
-            )
-        for name in set(foreign) & {"density", "protected"}:
+        foreign = sorted(self.model_fields_set - self.used)
+        for name in (name for name in foreign if name in ReductionSettings.model_fields):
+            raise ValueError(f"method '{self.method}' is exact, so {name} does not apply: leave it out, or choose svd")
+        for name in (name for name in foreign if name in ("density", "protected")):
             raise ValueError(f"{name} does not apply to method '{self.method}': leave it out, or choose another method")
         return self
 

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .errors import AdapterError
 from .kohya import PREFIXES, Adapter
 from .original_names import diffusers_name, original_names
 
-_TEXT_PREFIXES = {"lora_te_": "text_encoder", "lora_te1_": "text_encoder", "lora_te2_": "text_encoder_2"}
+_TEXT_PREFIXES = {
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+    "lora_te3_": "text_encoder_3",
+}
 _WORDS = (  # parts of paths that hold underscores themselves, longer ones first
     "transformer_blocks|final_layer_norm|skip_connection|text_projection|time_embedding|"
     "output_blocks|add_embedding|conv_norm_out|conv_shortcut|time_emb_proj|input_blocks|"
@@ -71,8 +78,8 @@ def kohya_name(place: Place, *, sdxl: bool) -> str:
             numbered.
     """
     if place.component != "unet":
-        prefix = PREFIXES[place.component] if not sdxl else {"text_encoder": "lora_te1_"}.get(place.component)
-        return (prefix or PREFIXES[place.component]) + place.path.replace(".", "_")
+        prefix = next(prefix for prefix, text in _TEXT_PREFIXES.items() if text == place.component)
+        return ("lora_te1_" if sdxl and prefix == "lora_te_" else prefix) + place.path.replace(".", "_")
     path = place.path
     if sdxl:
         marks = [f"up_blocks.{level}.attentions.0" for level in _SDXL_UP_LEVELS_WITH_ATTENTION]
@@ -89,12 +96,12 @@ def family_of(adapter: Adapter) -> str | None:
     for name, layer in adapter.layers.items():
         if re.search(r"attn2_to_[kv]$", name) and len(layer.shape) > 1 and layer.shape[1] in widths:
             return widths[layer.shape[1]]
-    if any(name.startswith("lora_te2_") for name in adapter.layers):
-        return "SDXL"
     if any("double_blocks_" in name or "single_transformer_blocks_" in name for name in adapter.layers):
         return "Flux"
     if any("joint_blocks_" in name for name in adapter.layers):
         return "SD 3"
+    if any(name.startswith("lora_te2_") for name in adapter.layers):
+        return "SDXL"
     return _stated_family(adapter.metadata)
 
 
@@ -110,15 +117,38 @@ def _stated_family(metadata: Mapping[str, str]) -> str | None:
     return next((family for family, words in marks.items() if any(word in stated for word in words)), None)
 
 
-def with_kohya_names(adapter: Adapter, *, sdxl: bool) -> Adapter:
-    """The adapter with its modules named as kohya's files name them for its family."""
+def with_kohya_names(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Adapters of one family with their modules named as kohya's files name them; other families stay as they are.
 
-    def renamed(name: str) -> str:
-        return kohya_name(place_of(name), sdxl=sdxl)
+    Raises:
+        AdapterError: One has the same module twice, under different names.
+    """
+    families = {family_of(adapter) for adapter in adapters} - {None}
+    if families & {"SD 3", "Flux"}:
+        return list(adapters)
+    sdxl = families == {"SDXL"} or (not families and _are_named_as_sdxl(adapters))
+    return [_renamed(adapter, sdxl=sdxl) for adapter in adapters]
 
-    layers = {renamed(name): layer for name, layer in adapter.layers.items()}
-    vectors = {
-        f"{renamed(name.rpartition('.')[0])}.{name.rpartition('.')[2]}": vector
-        for name, vector in adapter.vectors.items()
-    }
+
+def _renamed(adapter: Adapter, *, sdxl: bool) -> Adapter:
+    names = {name: kohya_name(place_of(name), sdxl=sdxl) for name in adapter.layers}
+    if len(set(names.values())) < len(names):
+        twice = next(name for name, count in Counter(names.values()).items() if count > 1)
+        raise AdapterError(
+            f"The adapter has the module {twice} twice, under different names.",
+            "Download or copy the adapter file again, or choose another.",
+        )
+    layers = {names[name]: layer for name, layer in adapter.layers.items()}
+    vectors = {}
+    for key, vector in adapter.vectors.items():
+        module, _, part = key.rpartition(".")
+        vectors[f"{kohya_name(place_of(module), sdxl=sdxl)}.{part}"] = vector
     return replace(adapter, layers=layers, vectors=vectors)
+
+
+def _are_named_as_sdxl(adapters: Iterable[Adapter]) -> bool:
+    """Whether some modules have names that kohya gives an SDXL's alone, and none those of an SD 1's alone."""
+    xl = ("lora_te1_", "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+    others = ("lora_te_", "lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
+    names = [name for adapter in adapters for name in adapter.layers]
+    return any(name.startswith(xl) for name in names) and not any(name.startswith(others) for name in names)
