@@ -195,7 +195,7 @@ def name_of(tool: Tool) -> str:
 
 
 def ratios(job: str, tools: Sequence[Tool], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Label → figure → theirs / ours; of svd's errors, the ratio of the errors themselves: (1 + theirs) / (1 + ours)."""
+    """Label → figure → theirs / ours; of the errors of svd (1 + theirs) / (1 + ours)."""
     found = {}
     for tool in tools:
         if tool.job == job and not tool.is_ours:
@@ -280,7 +280,7 @@ def errors(scratch: Path) -> dict[str, dict[str, Any]]:
         up, down = (file.get_tensor(f"{name}.lora_{side}.weight").double().flatten(1) for side in ("up", "down"))
         return up * (float(file.get_tensor(f"{name}.alpha")) / len(down)), down
 
-    pair = [safe_open(scratch / f"{title}.safetensors", "pt") for title in "AB"]
+    pair: list[Any] = [safe_open(scratch / f"{title}.safetensors", "pt") for title in "AB"]
     results = {path.stem: safe_open(path, "pt") for path in sorted(scratch.glob("s*.safetensors"))}
     names = sorted(key.removesuffix(".alpha") for key in pair[0].keys() if key.endswith(".alpha"))  # noqa: SIM118
     sizes = {name: math.prod(pair[0].get_slice(f"{name}.lora_up.weight").get_shape()) for name in names}

@@ -20,6 +20,7 @@ import random
 import statistics
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from trainer.sample import generate
 PROMPT = "pixel, a sks dog {}"
 SUBJECT: dict[str, Any] = {"rank": 8, "targets": "attention-mlp"}
 STYLE: dict[str, Any] = {"rank": 16, "targets": "all", "steps": 800, "batch_size": 4, "learning_rate": 6e-4}
+STRONGER = 1.3
 METHODS: dict[str, dict[str, Any]] = {
     "sum": {},
     "svd 16": {"method": "svd", "rank": 16},
@@ -113,9 +115,13 @@ def results(bench: Bench, subject: Adapter, style: Adapter, seed: int) -> dict[s
     found = {"base": [], "subject alone": [(subject, 1.0)], "style alone": [(style, 1.0)]}
     for name, values in METHODS.items():
         found[name] = [(merge(parts, MergeSettings(**values)).adapter, 1.0)]
-    settings = LearnedMergeSettings(**LEARNED, seed=seed)
-    learned = learned_merge(bench.base, *parts, settings, torch.device("cpu"), SilentListener())
-    return found | {"learned": [(learned.adapter, 1.0)]}
+    strong = [replace(part, strength=STRONGER, text_strength=STRONGER) for part in parts]
+    found[f"sum at {STRONGER}"] = [(merge(strong, MergeSettings()).adapter, 1.0)]
+    for name, split in (("learned", {}), ("learned, paper", {"split": 0.0})):
+        settings = LearnedMergeSettings(**LEARNED, **split, seed=seed)
+        learned = learned_merge(bench.base, *parts, settings, torch.device("cpu"), SilentListener())
+        found[name] = [(learned.adapter, 1.0)]
+    return found
 
 
 def drawings(bench: Bench, adapters: list[tuple[Adapter, float]]) -> list[Image.Image]:

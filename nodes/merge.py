@@ -214,6 +214,7 @@ class LearnedMerge(io.ComfyNode):
             "resolution",
             "seed",
             "overlap_weight",
+            "split",
             "pictures",
             "sampling_steps",
             "guidance",

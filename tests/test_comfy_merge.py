@@ -178,6 +178,7 @@ def learned(**changes: Any) -> dict[str, Any]:
         "resolution": 64,
         "seed": 0,
         "overlap_weight": 0.01,
+        "split": 0.5,
         "pictures": 2,
         "sampling_steps": 2,
         "guidance": 5.0,

@@ -4,8 +4,9 @@ Each adapter gets a coefficient for every input of every layer, trained so that 
 adapter does on subject prompts and as the style adapter does on style prompts, while inputs that both use are
 penalised. A coefficient scales a column of ΔW, which a LoRA's `down` takes up: the result is an ordinary file.
 
-Differences from the paper: no pictures are needed, each adapter draws what it was taught itself; and every layer that
-an adapter has takes part, convolutions by their input channels.
+Differences from the paper: no pictures are needed, each adapter draws what it was taught itself; every layer that an
+adapter has takes part, convolutions by their input channels; and the subject is matched at high noise, where form is
+decided, the style at low noise (compare Ouyang et al. 2025, K-LoRA, who let the two take turns while sampling).
 """
 
 from __future__ import annotations
@@ -317,7 +318,8 @@ class _LearnedMerge:
         """How far the merged prediction is from that of one adapter alone, on one of its own latents, 0-D."""
         source = generator(self.settings.seed, "zip", index, step)
         row = int(torch.randint(len(latents), (), generator=source))
-        timesteps = torch.randint(model.objective.timesteps, (1,), generator=source).to(self.device)
+        lowest, end = self._noise_levels(index, model.objective.timesteps)
+        timesteps = torch.randint(lowest, end, (1,), generator=source).to(self.device)
         noise = torch.randn(latents[:1].shape, generator=source).to(self.device)
         noisy = model.objective.add_noise(latents[row : row + 1], noise, timesteps).to(DTYPES[self.precision])
         prompt = row % len(self.prompts[index])
@@ -326,6 +328,13 @@ class _LearnedMerge:
             wanted = model.predict(noisy, timesteps, _row(text.own, prompt)).float()
         self._apply_only(None)
         return nn.functional.mse_loss(model.predict(noisy, timesteps, _row(text.merged, prompt)).float(), wanted)
+
+    def _noise_levels(self, index: int, timesteps: int) -> tuple[int, int]:
+        """The timesteps, from and to, at which an adapter's predictions are matched."""
+        split = round(self.settings.split * timesteps)
+        if not split:
+            return 0, timesteps
+        return (split, timesteps) if index == 0 else (0, split)
 
 
 def _factor(base: BaseWeights) -> int:

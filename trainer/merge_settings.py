@@ -193,6 +193,15 @@ class LearnedMergeSettings(Settings):
     overlap_weight: float = setting(
         0.01, "Weight of the penalty for inputs that both adapters use (ZipLoRA's λ).", ge=0.0, le=100.0, advanced=True
     )
+    split: float = setting(
+        0.6,
+        "Noise level, as a share of the timesteps, that parts the two: from it upwards the subject's predictions are "
+        "matched, below it the style's, since form is decided at high noise and texture at low. 0: both are matched at "
+        "every noise level, as in the paper.",
+        ge=0.0,
+        le=0.95,
+        advanced=True,
+    )
     pictures: int = setting(
         8, "Latents drawn with each adapter to learn from.", unit="pictures", ge=1, le=1000, advanced=True
     )
