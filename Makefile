@@ -1,6 +1,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
+BENCH ?= bench
 READY := $(VENV)/.ready
 
 .PHONY: demo test lint bench clean
@@ -19,7 +20,7 @@ lint: $(READY)
 	$(VENV)/bin/mypy --strict -p trainer
 
 bench: $(READY)
-	$(RUN) benchmarks/bench.py $(ARGS)
+	$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -m venv $(VENV)

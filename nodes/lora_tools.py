@@ -139,14 +139,12 @@ class InspectLora(io.ComfyNode):
         """Describe."""
         from ..trainer.adapter_profile import profile
         from ..trainer.inspection import as_text, describe_adapter
-        from ..trainer.merge_report import as_table, heat_map
+        from ..trainer.merge_report import heat_map
 
         adapter = as_adapter(lora)
         second = None if other is None else as_adapter(other)
         table = profile(adapter, second, host.lent_weights(model, clip))
-        facts = describe_adapter(adapter)
-        text = f"{as_text(facts)}\n\n{as_table(table)}"
+        facts = describe_adapter(adapter) | {"blocks": table}
+        text = as_text(facts)
         picture = as_image(heat_map(facts["kind"], table))
-        return io.NodeOutput(
-            text, picture, json.dumps(facts | {"blocks": table}, ensure_ascii=False), ui={"text": [text]}
-        )
+        return io.NodeOutput(text, picture, json.dumps(facts, ensure_ascii=False), ui={"text": [text]})

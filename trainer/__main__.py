@@ -79,7 +79,7 @@ def _tool(settings: type[Settings], name: str) -> Callable[[argparse.Namespace],
 def _inspect(arguments: argparse.Namespace) -> None:
     from .inspection import as_text, inspect
 
-    facts = inspect(arguments.file)
+    facts = inspect(arguments.file, blocks=arguments.blocks)
     print(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else as_text(facts))
 
 
@@ -108,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         add_flags(command(name, _tool(settings, name.replace("-", "_")), text), settings, positional)
     sub = command("inspect", _inspect, "Say what an adapter or model file is.")
     sub.add_argument("file", type=Path, metavar="FILE")
+    sub.add_argument("--blocks", action="store_true", help="also where an adapter works, block by block")
     sub.add_argument("--json", action="store_true", help="machine-readable output")
     sub = command("demo", _demo, "Train on the small embedded world and draw a contact sheet.")
     sub.add_argument(

@@ -9,11 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
+from .adapter_profile import profile
 from .errors import AdapterError, UnsupportedModelError, WeightsError
 from .families import identify, refuse_foreign_keys
 from .families.ldm import UNET_PREFIX, unet_config, with_prefix
 from .kohya import PREFIXES, Adapter, file_hashes, read_adapter
 from .layers import Layer
+from .merge_report import as_table
 from .metadata import describe
 from .reading import read_safetensors
 from .weights import open_base
@@ -24,8 +26,12 @@ _MODULE = re.compile(
 )
 
 
-def inspect(path: Path) -> dict[str, Any]:
+def inspect(path: Path, *, blocks: bool = False) -> dict[str, Any]:
     """Describe a file or folder; plain values, ready for JSON.
+
+    Args:
+        path: The file or folder.
+        blocks: Also where an adapter works, which takes singular values of all its layers.
 
     Raises:
         AdapterError: It is neither an adapter nor a base model that can be read; says why.
@@ -33,7 +39,9 @@ def inspect(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise AdapterError(f"{path} does not exist.", "Check the path for a typing error.")
     try:
-        return _describe_adapter(path, read_adapter(path))
+        adapter = read_adapter(path)
+        facts = {"file": str(path), **describe_adapter(adapter)}
+        return facts | {"blocks": profile(adapter)} if blocks else facts
     except AdapterError as error:
         try:
             return _describe_base(path)
@@ -41,10 +49,6 @@ def inspect(path: Path) -> dict[str, Any]:
             return {"file": str(path), "kind": "base model", "family": other.problem}
         except (WeightsError, KeyError):
             raise error from None
-
-
-def _describe_adapter(path: Path, adapter: Adapter) -> dict[str, Any]:
-    return {"file": str(path), **describe_adapter(adapter)}
 
 
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def as_text(facts: dict[str, Any]) -> str:
     """The facts as lines for people."""
     lines = [f"{facts.get('file', 'adapter')}: {facts['kind']}"]
     for key, value in facts.items():
-        if key in ("file", "kind", "metadata"):
+        if key in ("file", "kind", "metadata", "blocks"):
             continue
         if key == "modules":
             for component, kinds in value.items():
@@ -109,6 +113,8 @@ def as_text(facts: dict[str, Any]) -> str:
             lines.append(f"  {key}: {', '.join(map(str, value))}")
         else:
             lines.append(f"  {key}: {value}")
+    if facts.get("blocks"):
+        lines += [f"  {line}" for line in as_table(facts["blocks"]).splitlines()]
     if facts.get("metadata"):
         lines.append("  metadata:")
         lines += [f"    {name} = {str(value)[:200]}" for name, value in facts["metadata"].items()]
