@@ -14,6 +14,7 @@ from torch import Tensor
 from .layers import DifferenceLayer, Layer, LoraLayer
 
 _WHOLE = 768  # up to this size of a matrix's smaller side its whole decomposition is computed
+_SINGULAR = 1e-14  # of a Gram matrix's largest eigenvalue; what is below is float64's rounding
 NOISE = 32 * torch.finfo(torch.float32).eps  # of the largest singular value; what is below is rounding
 
 
@@ -112,11 +113,15 @@ def total(changes: Sequence[Change]) -> Change:
 def reduced(change: Change, cut: Cut) -> Change:
     """The nearest change of lower rank (Eckart & Young 1936), factored, singular values shared evenly by the factors.
 
-    A product of factors is decomposed by way of its factors' QR decompositions, without being multiplied out. Of a
+    A product of factors is decomposed by way of orthonormal bases of its factors, without being multiplied out. Of a
     large dense change only the leading part is computed.
     """
+    energy = change.inner(change)
+    if not energy:
+        inside = change.up.shape[1] if change.down is None else change.down.shape[1]
+        return Change(change.shape, change.up.new_zeros(len(change.up), 1), change.up.new_zeros(1, inside))
     left, values, right = _singular(change, cut)
-    rank = _kept(values, cut, change.inner(change))
+    rank = _kept(values, cut, energy)
     root = values[:rank].sqrt()
     return Change(change.shape, left[:, :rank] * root, root[:, None] * right[:rank])
 
@@ -124,10 +129,11 @@ def reduced(change: Change, cut: Cut) -> Change:
 def _singular(change: Change, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
     """Left vectors (out, n), singular values (n,), right vectors (n, in·k·k), as far as the cut needs them."""
     if change.down is not None and change.rank < min(change.up.shape[0], change.down.shape[1]):
-        left, left_core = torch.linalg.qr(change.up.double())
-        right, right_core = torch.linalg.qr(change.down.T.double())
-        inner_left, values, inner_right = torch.linalg.svd(left_core @ right_core.T)
-        return (left @ inner_left).float(), values.float(), (inner_right @ right.T).float()
+        left, left_core = _orthonormal(change.up)
+        right, right_core = _orthonormal(change.down.T)
+        inner_left, values, inner_right = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+        end = cut.rank or len(values)
+        return (left @ inner_left[:, :end]).float(), values.float(), (inner_right[:end] @ right.T).float()
     matrix = change.dense()
     if min(matrix.shape) <= _WHOLE or cut.rank is None:
         return torch.linalg.svd(matrix, full_matrices=False)  # type: ignore[no-any-return]
@@ -135,6 +141,19 @@ def _singular(change: Change, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
         return _leading(matrix, cut.rank)
     right, values, left = _leading(matrix.T, cut.rank)
     return left.T, values, right.T
+
+
+def _orthonormal(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """A factor (n, rank) as orthonormal columns (n, m) times a core (m, rank), float64.
+
+    From the eigenvectors of its Gram matrix: many times faster than Householder's QR for tall factors, and what float64
+    loses to the squared condition is far below float32's rounding.
+    """
+    tall = factor.double()
+    squares, vectors = torch.linalg.eigh(tall.T @ tall)
+    there = squares > _SINGULAR * squares[-1]
+    lengths, vectors = squares[there].sqrt(), vectors[:, there]
+    return tall @ (vectors / lengths), lengths[:, None] * vectors.T
 
 
 def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
