@@ -334,17 +334,19 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     Raises:
         StorageError: The file can't be written.
     """
-    from safetensors.torch import save
-
-    tensors = adapter.state_dict(dtype)
     metadata = {name: str(value) for name, value in adapter.metadata.items()}
-    model_hash, legacy_hash = file_hashes(tensors, metadata)
+    content = _hashed_content(adapter.state_dict(dtype), metadata)  # serialised once: files may have gigabytes
+    model_hash, legacy_hash = _hashes(content)
     metadata |= {
         "sshs_model_hash": model_hash,
         "sshs_legacy_hash": legacy_hash,
         "modelspec.hash_sha256": f"0x{model_hash}",
     }
-    write_atomic(path, save(tensors, metadata))
+    start = _header_end(content)
+    header = json.loads(content[8:start]) | {"__metadata__": metadata}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomic(path, len(text).to_bytes(8, "little"), text, memoryview(content)[start:])
 
 
 def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -353,9 +355,20 @@ def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
     The file is serialised with its `ss_*` metadata only; the first hash is the sha256 of what follows the
     header, the second the first 8 digits of the sha256 of bytes 0x100000 to 0x110000.
     """
+    return _hashes(_hashed_content(tensors, metadata))
+
+
+def _hashed_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     from safetensors.torch import save
 
-    content = save(dict(tensors), {name: value for name, value in metadata.items() if name.startswith("ss_")})
-    start = 8 + int.from_bytes(content[:8], "little")
+    content: bytes = save(dict(tensors), {name: value for name, value in metadata.items() if name.startswith("ss_")})
+    return content
+
+
+def _hashes(content: bytes) -> tuple[str, str]:
     legacy = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
-    return hashlib.sha256(content[start:]).hexdigest(), legacy
+    return hashlib.sha256(memoryview(content)[_header_end(content) :]).hexdigest(), legacy
+
+
+def _header_end(content: bytes) -> int:
+    return 8 + int.from_bytes(content[:8], "little")
