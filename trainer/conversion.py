@@ -15,6 +15,7 @@ from .files import write_atomic
 from .kohya import Adapter
 from .layers import LoraLayer
 from .merge import weight_shape
+from .metadata import without_run
 from .naming import place_of, with_kohya_names
 
 
@@ -28,7 +29,7 @@ def with_own_names(adapter: Adapter) -> Adapter:
             down = layer.down.reshape(layer.rank, *shape[1:])
             layer = replace(layer, down=down, up=layer.up.reshape(shape[0], layer.rank, *[1] * (len(shape) - 2)))
         layers[name] = layer
-    return replace(named, layers=layers)
+    return replace(named, layers=layers, metadata=without_run(named.metadata))
 
 
 def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -93,7 +93,7 @@ def file_written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]
 
 
 def write_atomic(path: Path, *content: bytes | memoryview) -> None:
-    """Write the parts of `content` to `path` so that a reader, or a crash, sees the old file or the new one, never less.
+    """Write the parts of `content` to `path` so that a reader, or a crash, sees the old file or the whole new one.
 
     Raises:
         StorageError: The file can't be written.

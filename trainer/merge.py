@@ -102,7 +102,7 @@ def merge(
         if number % 16 == 0:
             listener.tell(Phase("merging", number, len(names)))
             stop_if_asked(listener)
-        module = _Module.of(name, parts, known.get(name), device)
+        module = _Module.of(name, parts, known, device)
         layers[name], row = _merged(module, settings, (columns or {}).get(name))
         modules.append(row)
     listener.tell(Phase("merging", len(names), len(names)))
@@ -124,10 +124,12 @@ class _Module:
     device: torch.device
 
     @classmethod
-    def of(cls, name: str, parts: Sequence[Part], weight: Tensor | None, device: torch.device) -> _Module:
-        """Gather one module's layers."""
+    def of(cls, name: str, parts: Sequence[Part], weights: Mapping[str, Tensor], device: torch.device) -> _Module:
+        """Gather one module's layers, and its weight where it tells something; a host's is costly to read."""
         present = [index for index, part in enumerate(parts) if name in part.adapter.layers]
         layers = [parts[index].adapter.layers[name] for index in present]
+        flat = all(len(layer.shape) == 2 for layer in layers) and _CONVOLUTION.search(place_of(name).path)
+        weight = weights.get(name) if flat or any(layer.needs_weight for layer in layers) else None
         return cls(name, layers, [parts[index].weight(name) for index in present], present, weight, device)
 
     def changes(self) -> list[Change]:
@@ -168,6 +170,9 @@ def scaled(layer: Layer, factor: float) -> Layer | None:
     """The layer times a factor, of the same kind; None for a kind that is not proportional to a number of its own."""
     if factor == 1:
         return layer
+    if factor == 0 and len(layer.shape) > 1:  # not by alpha 0, which kohya and LyCORIS read as "the rank"
+        out, inside, *kernel = layer.shape
+        return LoraLayer(torch.zeros(1, inside, *kernel), torch.zeros(out, 1, *[1] * len(kernel)), 1.0)
     if layer.needs_weight:
         return None
     if isinstance(layer, DifferenceLayer):
@@ -256,7 +261,7 @@ def _require_weights(parts: Sequence[Part], settings: MergeSettings, weights: Ma
     holders = Counter(name for part in parts for name in part.adapter.layers)
     for part in parts:
         for name, layer in part.adapter.layers.items():
-            stays = holders[name] == 1 and not settings.reduces and part.weight(name) == 1
+            stays = holders[name] == 1 and not settings.reduces and part.weight(name) in (0, 1)
             if layer.needs_weight and name not in weights and not stays:
                 raise AdapterError(
                     f"{part.title} is of the kind {layer.kind}: what it adds depends on the base model's weights, and "

@@ -195,18 +195,22 @@ def _tags(captions: Sequence[str]) -> dict[str, int]:
 _SHARED = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
 
 
-def derived_metadata(
-    sources: Sequence[Adapter], titles: Sequence[str], layers: Mapping[str, Layer], changed: str = "merged_from"
-) -> dict[str, str]:
+def without_run(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata of a changed file, which is no longer the one that a run would find again."""
+    return {key: value for key, value in metadata.items() if key not in (FINGERPRINT_KEY, FORM_KEY)}
+
+
+def derived_metadata(sources: Sequence[Adapter], titles: Sequence[str], layers: Mapping[str, Layer]) -> dict[str, str]:
     """Metadata of an adapter that was computed from others.
 
     Args:
-        sources: The others; what the first of them says of the family is said of the result.
+        sources: The others; what the first of them says of the family is said of the result, and all that a single one
+            says.
         titles: Their names.
         layers: The result's layers.
-        changed: The `modelspec` key that names the sources.
     """
     stated = [source.metadata for source in sources]
+    own = without_run(stated[0]) if len(stated) == 1 else {}
     shared = {key: next((one[key] for one in stated if one.get(key)), "") for key in _SHARED}
     resolutions = {one["modelspec.resolution"] for one in stated if one.get("modelspec.resolution")}
     phrases = dict.fromkeys(one.get("modelspec.trigger_phrase", "") for one in stated)
@@ -221,13 +225,13 @@ def derived_metadata(
         "ss_sd_model_name": ", ".join(filter(None, models)),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": " + ".join(titles),
+        "modelspec.title": own.get("modelspec.title", " + ".join(titles)),
         "modelspec.resolution": resolutions.pop() if len(resolutions) == 1 else "",
         "modelspec.date": _now(),
         "modelspec.trigger_phrase": ", ".join(filter(None, phrases)),
-        f"modelspec.{changed}": ", ".join(titles),
+        "modelspec.merged_from": ", ".join(titles),
     }
-    return {key: str(value) for key, value in found.items() if value != ""}
+    return own | {key: str(value) for key, value in found.items() if value != ""}
 
 
 def _now() -> str:
