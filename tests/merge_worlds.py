@@ -159,10 +159,11 @@ def deltas(adapter: Adapter, weights: Mapping[str, Tensor]) -> dict[str, Tensor]
 def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     """The largest relative distance of tensors of the same names."""
     assert set(ours) == set(theirs)
-    return max(
-        float((ours[name].double() - one.double()).norm() / one.double().norm().clamp(min=1e-12))
-        for name, one in theirs.items()
-    )
+    with torch.no_grad():
+        return max(
+            float((ours[name].double() - one.double()).norm() / one.double().norm().clamp(min=1e-12))
+            for name, one in theirs.items()
+        )
 
 
 def predicts(model: DiffusionModel) -> Tensor:

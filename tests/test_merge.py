@@ -103,14 +103,15 @@ def test_one_adapter_by_any_method_stays_what_it_is(kind: str, weight: str) -> N
 @pytest.mark.parametrize("strength", [-1.5, 0.0, 0.3])
 @pytest.mark.parametrize(("kind", "weight"), CASES)
 def test_one_adapter_is_scaled(kind: str, weight: str, strength: float) -> None:
-    """Those that are proportional to a number of their own stay of their kind."""
+    """Those that are proportional to a number of their own stay of their kind; alpha 0 means the rank elsewhere."""
     shape = WEIGHTS[weight]
     base = random_weight(shape)
     adapter = single(kind, shape)
     after = merged((adapter, strength), weights={NAME: base}).adapter.layers[NAME]
     expected = strength * added(adapter.layers[NAME], shape, base)
     assert (added(after, shape, base) - expected).norm() <= 1e-6 * max(expected.norm(), 1e-30)
-    if kind not in NEEDING_WEIGHTS:
+    assert after.alpha
+    if kind not in NEEDING_WEIGHTS and strength:
         assert after.kind == adapter.layers[NAME].kind
         assert after.rank == adapter.layers[NAME].rank
 

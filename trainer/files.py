@@ -92,15 +92,14 @@ def file_written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]
             temporary.unlink(missing_ok=True)
 
 
-def write_atomic(path: Path, *content: bytes | memoryview) -> None:
-    """Write the parts of `content` to `path` so that a reader, or a crash, sees the old file or the whole new one.
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
 
     Raises:
         StorageError: The file can't be written.
     """
-    size = sum(map(len, content))
-    with file_written_atomically(path, size) as temporary, open(temporary, "xb") as file:
-        file.writelines(content)
+    with file_written_atomically(path, len(content)) as temporary, open(temporary, "xb") as file:
+        file.write(content)
 
 
 @contextlib.contextmanager

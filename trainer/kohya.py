@@ -10,21 +10,23 @@ Source: networks/lora.py of kohya-ss/sd-scripts; files of LyCORIS, diffusers, PE
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from .errors import AdapterError
-from .files import write_atomic
+from .errors import AdapterError, StorageError
+from .files import file_written_atomically
 from .layers import DifferenceLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
 
 __all__ = [
@@ -48,6 +50,7 @@ _OTHER_KINDS = {
     re.compile(r"\.set_weight$"): "weights to be set",
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of PEFT that take something off the base
+_CHUNK = 2**24
 _BROKEN = "Download or copy the adapter file again, or choose another."
 
 
@@ -334,19 +337,21 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     Raises:
         StorageError: The file can't be written.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = adapter.state_dict(dtype)
     metadata = {name: str(value) for name, value in adapter.metadata.items()}
-    content = _hashed_content(adapter.state_dict(dtype), metadata)  # serialised once: files may have gigabytes
-    model_hash, legacy_hash = _hashes(content)
-    metadata |= {
-        "sshs_model_hash": model_hash,
-        "sshs_legacy_hash": legacy_hash,
-        "modelspec.hash_sha256": f"0x{model_hash}",
-    }
-    start = _header_end(content)
-    header = json.loads(content[8:start]) | {"__metadata__": metadata}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    write_atomic(path, len(text).to_bytes(8, "little"), text, memoryview(content)[start:])
+    with file_written_atomically(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        hashed = temporary.with_name(f"{temporary.name}-hashed")  # on disk: a merged file may have gigabytes
+        try:
+            save_file(tensors, hashed, _hashed_metadata(metadata))
+            with open(hashed, "rb") as source, open(temporary, "xb") as target:
+                _copy_with_hashes(source, target, metadata)
+        except SafetensorError as error:
+            raise StorageError(f"{path} can't be written: {error}.", "Free some space on the disk.") from error
+        finally:
+            hashed.unlink(missing_ok=True)
 
 
 def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -355,20 +360,40 @@ def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
     The file is serialised with its `ss_*` metadata only; the first hash is the sha256 of what follows the
     header, the second the first 8 digits of the sha256 of bytes 0x100000 to 0x110000.
     """
-    return _hashes(_hashed_content(tensors, metadata))
-
-
-def _hashed_content(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
     from safetensors.torch import save
 
-    content: bytes = save(dict(tensors), {name: value for name, value in metadata.items() if name.startswith("ss_")})
-    return content
+    return _hashes(io.BytesIO(save(dict(tensors), _hashed_metadata(metadata))))
 
 
-def _hashes(content: bytes) -> tuple[str, str]:
-    legacy = hashlib.sha256(content[0x100000:0x110000]).hexdigest()[:8]
-    return hashlib.sha256(memoryview(content)[_header_end(content) :]).hexdigest(), legacy
+def _hashed_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in metadata.items() if name.startswith("ss_")}
 
 
-def _header_end(content: bytes) -> int:
-    return 8 + int.from_bytes(content[:8], "little")
+def _hashes(file: BinaryIO) -> tuple[str, str]:
+    """The hashes of a file that holds `ss_*` metadata only; leaves it at the end of its header."""
+    start = 8 + int.from_bytes(file.read(8), "little")
+    file.seek(start)
+    whole = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        whole.update(chunk)
+    file.seek(0x100000)
+    legacy = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
+    file.seek(start)
+    return whole.hexdigest(), legacy
+
+
+def _copy_with_hashes(source: BinaryIO, target: BinaryIO, metadata: Mapping[str, str]) -> None:
+    """Copy a file that holds `ss_*` metadata only, with all metadata and its hashes in the header."""
+    model_hash, legacy_hash = _hashes(source)
+    hashes = {
+        "sshs_model_hash": model_hash,
+        "sshs_legacy_hash": legacy_hash,
+        "modelspec.hash_sha256": f"0x{model_hash}",
+    }
+    end = source.tell()
+    source.seek(8)
+    header = json.loads(source.read(end - 8)) | {"__metadata__": {**metadata, **hashes}}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    target.write(len(text).to_bytes(8, "little") + text)
+    shutil.copyfileobj(source, target, _CHUNK)

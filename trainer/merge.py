@@ -128,8 +128,8 @@ class _Module:
         """Gather one module's layers, and its weight where it tells something; a host's is costly to read."""
         present = [index for index, part in enumerate(parts) if name in part.adapter.layers]
         layers = [parts[index].adapter.layers[name] for index in present]
-        flat = all(len(layer.shape) == 2 for layer in layers) and _CONVOLUTION.search(place_of(name).path)
-        weight = weights.get(name) if flat or any(layer.needs_weight for layer in layers) else None
+        plain = all(isinstance(layer, LoraLayer) and not layer.needs_weight for layer in layers)
+        weight = weights.get(name) if not plain or _CONVOLUTION.search(place_of(name).path) else None
         return cls(name, layers, [parts[index].weight(name) for index in present], present, weight, device)
 
     def changes(self) -> list[Change]:
