@@ -19,6 +19,11 @@ _FLOAT_STEPS = {
     "weight_decay": 0.001,
     "dropout": 0.01,
     "text_encoder_until": 0.05,
+    "overlap_weight": 0.001,
+    "energy": 0.01,
+    "protected": 0.01,
+    "density": 0.05,
+    "split": 0.05,
 }
 
 

@@ -803,3 +803,17 @@ def test_tools_keep_the_names_of_smaller_sdxls(size: str, tmp_path: Path) -> Non
     assert set(with_own_names(adapter).layers) == set(adapter.layers)
     weights = weights_of(base)
     assert same(deltas(result, weights), deltas(adapter, weights)) < 1e-4
+
+
+@pytest.mark.parametrize("size", ["tiny-koala1b", "tiny-koala700m", "tiny-ssd1b", "tiny-vega"])
+@pytest.mark.parametrize("pattern", ["^lora_unet_(input|middle|output)", "^lora_unet_.*attn"], ids=["all", "attention"])
+def test_names_of_diffusers_of_smaller_sdxls(size: str, pattern: str, tmp_path: Path) -> None:
+    """Every tensor belongs to a module of its own shape."""
+    path = tmp_path / "base.safetensors"
+    save_file(sdxl_state_dict(SDXL_SHAPES[size]), path)
+    base = open_base(path, TOKENIZER)
+    unet = base.family.build(base).unet
+    for name, tensor in diffusers_state_dict(random_adapter(base, pattern=pattern), torch.float32).items():
+        weight = unet.get_submodule(name.removeprefix("unet.").partition(".lora_")[0]).weight
+        side = 1 if ".lora_A." in name else 0
+        assert tensor.shape[side] == weight.shape[side], name
