@@ -24,6 +24,7 @@ is in their favour.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -31,6 +32,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -62,6 +64,7 @@ class Tool:
         label: Who does it.
         command: Its command line.
         output: File that it writes.
+        folder: Where it is started.
         seconds, cpu, peaks: One of each round; GiB.
         stopped: Whether it was stopped at the limit.
     """
@@ -70,6 +73,7 @@ class Tool:
     label: str
     command: list[str]
     output: Path
+    folder: Path
     seconds: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
@@ -86,7 +90,7 @@ class Tool:
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
         with open(log, "w", encoding="utf-8") as stream:
             began = time.perf_counter()
-            process = subprocess.Popen(self.command, cwd=ROOT, stdout=stream, stderr=stream, env=environment)
+            process = subprocess.Popen(self.command, cwd=self.folder, stdout=stream, stderr=stream, env=environment)
             timer = threading.Timer(limit or threading.TIMEOUT_MAX, self._stop, [process])
             timer.daemon = True
             timer.start()
@@ -103,12 +107,15 @@ class Tool:
         self.stopped = True
         process.kill()
 
+    def _rounds(self) -> list[tuple[float, float, float]]:
+        return list(zip(self.seconds, self.cpu, self.peaks, strict=True))
+
     def figures(self) -> dict[str, Any]:
         return {
             "seconds": statistics.median(self.seconds),
             "cpu_seconds": statistics.median(self.cpu),
             "peak_gib": statistics.median(self.peaks),
-            "rounds": len(self.seconds),
+            "rounds": [dict(zip(("seconds", "cpu_seconds", "peak_gib"), one)) for one in self._rounds()],
             "stopped": self.stopped,
         }
 
@@ -136,8 +143,11 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace) -> None:
     """Make the pair, run every program in turn, measure the errors, print and write the figures."""
+    code = arguments.scratch / "code"
+    shutil.copytree(ROOT / "trainer", code / "trainer", ignore=shutil.ignore_patterns("__pycache__"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(code.rglob("*.py")))).hexdigest()[:12]
     run_part("pair", arguments)
-    tools = our_tools(arguments.scratch)
+    tools = our_tools(arguments.scratch, code)
     if arguments.kohya:
         tools += their_tools(arguments)
     for number in range(arguments.rounds):
@@ -153,20 +163,20 @@ def report(arguments: argparse.Namespace) -> None:
     rows = {name_of(tool): tool.figures() | found.get(tool.output.stem, {}) for tool in tools}
     text = as_text(tools, rows, facts)
     print(text)
-    whole = facts | {"runs": rows, "ratios": {job: ratios(job, tools, rows) for job in ("sum", "svd")}}
+    whole = facts | {"code": digest, "runs": rows, "ratios": {job: ratios(job, tools, rows) for job in ("sum", "svd")}}
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
 
-def our_tools(scratch: Path) -> list[Tool]:
-    """Our merge, as a user starts it."""
+def our_tools(scratch: Path, code: Path) -> list[Tool]:
+    """Our merge, as a user starts it; from a copy, so that all rounds measure the same code."""
     files = [f"{scratch / name}.safetensors:{weight}" for name, weight in zip("AB", STRENGTHS, strict=True)]
     tools = []
     for job, options in (("sum", []), ("svd", ["--rank", str(RANK)])):
         output = scratch / f"{job}-ours.safetensors"
         command = [sys.executable, "-m", "trainer", "merge", *files, "--method", job, *options]
         command += ["--device", "cpu", "--save-precision", "fp32", "--output", str(output)]
-        tools.append(Tool(job, "ours", command, output))
+        tools.append(Tool(job, "ours", command, output, code))
     return tools
 
 
@@ -186,7 +196,7 @@ def their_tools(arguments: argparse.Namespace) -> list[Tool]:
         command = [arguments.kohya_python, str(Path(__file__).resolve()), "--script", str(networks / script)]
         command += ["--models", *(str(arguments.scratch / f"{name}.safetensors") for name in "AB")]
         command += ["--ratios", *map(str, weights), "--save_to", str(output), *options]
-        tools.append(Tool(job, label, [*command, "--precision", "float", "--save_precision", "float"], output))
+        tools.append(Tool(job, label, [*command, "--precision", "float", "--save_precision", "float"], output, ROOT))
     return tools
 
 

@@ -308,7 +308,7 @@ def test_it_is_what_plain_torch_computes(split: float, base: BaseWeights, pair: 
             mask = clear[[id(one) for one in flat].index(id(expected))]
             compared += int(mask.sum())
             torch.testing.assert_close(actual[mask], expected.detach()[mask], rtol=0, atol=2e-4)
-    assert compared > 0.9 * sum(one.numel() for one in flat)
+    assert compared > 0.8 * sum(one.numel() for one in flat)
 
 
 def test_the_penalty_pulls_shared_inputs_down(base: BaseWeights, pair: tuple[Part, Part]) -> None:

@@ -176,7 +176,7 @@ def test_converted_files_have_the_precision_that_was_asked_for(
     source, output = saved(adapter, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
     run_convert(ConvertCommand(lora=source, format=style, output=output, save_precision=precision), Recorder())
     tensors = load_file(output)
-    magnitudes = ("dora_scale", "lora_magnitude_vector", "alpha")
+    magnitudes = ("dora_scale", "lora_magnitude_vector", "lora_magnitude_vector.weight", "alpha")
     assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith(magnitudes)} == {DTYPES[precision]}
     assert {tensor.dtype for name, tensor in tensors.items() if name.endswith(magnitudes)} == {torch.float32}
     weights = weights_of(bases["sd15"])

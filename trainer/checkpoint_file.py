@@ -9,10 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .errors import StorageError
 from .families.base import BaseWeights
 from .families.ldm import UNET_PREFIX, VAE_PREFIX
-from .files import file_written_atomically
+from .files import file_written_atomically, save_tensors
 from .original_names import original_names
 
 _VAE_PARTS = (  # diffusers' names → the original's, in this order
@@ -79,8 +78,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         StorageError: It can't be written.
     """
-    from safetensors.torch import save_file
-
     plain: dict[str, Tensor] = {}
     storages = set()
     for name, tensor in tensors.items():
@@ -91,15 +88,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         storages.add(storage.data_ptr())
         plain[name] = whole
     with file_written_atomically(path) as temporary:
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode
-            save_file(plain, temporary, dict(metadata))
-            temporary.chmod(mode)  # safetensors lets nobody else read its files
-        except Exception as error:  # safetensors reports a full disk as an error of its own
-            raise StorageError(
-                f"{path} can't be written: {error}.", "Free some space on the disk and start again."
-            ) from error
+        save_tensors(temporary, plain, metadata)
 
 
 def _of(changed: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:

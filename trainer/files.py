@@ -8,8 +8,9 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from .errors import StorageError
 
@@ -100,6 +101,26 @@ def write_atomic(path: Path, content: bytes) -> None:
     """
     with file_written_atomically(path, len(content)) as temporary, open(temporary, "xb") as file:
         file.write(content)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that everybody may read whom the folder's other files let, straight to the disk.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:  # also for a full disk
+        raise StorageError(
+            f"{path} can't be written: {error}.", "Free some space on the disk and start again."
+        ) from error
+    path.chmod(mode)  # safetensors lets nobody else read its files
 
 
 @contextlib.contextmanager

@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,8 +24,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .errors import AdapterError, StorageError
-from .files import file_written_atomically
+from .errors import AdapterError
+from .files import file_written_atomically, save_tensors
 from .layers import DifferenceLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
 
 __all__ = [
@@ -51,6 +50,7 @@ _OTHER_KINDS = {
 }
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of PEFT that take something off the base
 _CHUNK = 2**24
+_UNKNOWN = ("?" * 64, "!" * 8)  # hashes that are yet to be computed
 _BROKEN = "Download or copy the adapter file again, or choose another."
 
 
@@ -337,21 +337,13 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     Raises:
         StorageError: The file can't be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = adapter.state_dict(dtype)
     metadata = {name: str(value) for name, value in adapter.metadata.items()}
-    with file_written_atomically(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-        hashed = temporary.with_name(f"{temporary.name}-hashed")  # on disk: a merged file may have gigabytes
-        try:
-            save_file(tensors, hashed, _hashed_metadata(metadata))
-            with open(hashed, "rb") as source, open(temporary, "xb") as target:
-                _copy_with_hashes(source, target, metadata)
-        except SafetensorError as error:
-            raise StorageError(f"{path} can't be written: {error}.", "Free some space on the disk.") from error
-        finally:
-            hashed.unlink(missing_ok=True)
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with file_written_atomically(path, size) as temporary:  # and not in memory: a merged file may have gigabytes
+        save_tensors(temporary, tensors, metadata | _hash_entries(*_UNKNOWN))
+        with open(temporary, "r+b") as file:
+            _fill_in_hashes(file, metadata)
 
 
 def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -362,38 +354,46 @@ def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
     """
     from safetensors.torch import save
 
-    return _hashes(io.BytesIO(save(dict(tensors), _hashed_metadata(metadata))))
+    content = save(dict(tensors), _hashed_metadata(metadata))
+    return _hashes(io.BytesIO(content), _hashed_metadata(metadata))
 
 
 def _hashed_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in metadata.items() if name.startswith("ss_")}
 
 
-def _hashes(file: BinaryIO) -> tuple[str, str]:
-    """The hashes of a file that holds `ss_*` metadata only; leaves it at the end of its header."""
-    start = 8 + int.from_bytes(file.read(8), "little")
-    file.seek(start)
-    whole = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        whole.update(chunk)
-    file.seek(0x100000)
-    legacy = hashlib.sha256(file.read(0x10000)).hexdigest()[:8]
-    file.seek(start)
-    return whole.hexdigest(), legacy
-
-
-def _copy_with_hashes(source: BinaryIO, target: BinaryIO, metadata: Mapping[str, str]) -> None:
-    """Copy a file that holds `ss_*` metadata only, with all metadata and its hashes in the header."""
-    model_hash, legacy_hash = _hashes(source)
-    hashes = {
+def _hash_entries(model_hash: str, legacy_hash: str) -> dict[str, str]:
+    return {
         "sshs_model_hash": model_hash,
         "sshs_legacy_hash": legacy_hash,
         "modelspec.hash_sha256": f"0x{model_hash}",
     }
-    end = source.tell()
-    source.seek(8)
-    header = json.loads(source.read(end - 8)) | {"__metadata__": {**metadata, **hashes}}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _fill_in_hashes(file: BinaryIO, metadata: Mapping[str, str]) -> None:
+    """Put the hashes into the header of a file that was written with `_UNKNOWN` ones, which are as long."""
+    found = _hashes(file, _hashed_metadata(metadata))
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    text = file.read(length)
+    for unknown, known in zip(_UNKNOWN, found, strict=True):
+        text = text.replace(unknown.encode(), known.encode())
+    file.seek(8)
+    file.write(text)
+
+
+def _hashes(file: BinaryIO, hashed: Mapping[str, str]) -> tuple[str, str]:
+    """The hashes of a file, whatever its metadata, as if it had the hashed metadata alone."""
+    file.seek(0)
+    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    start = file.tell()
+    whole = hashlib.sha256()
+    while chunk := file.read(_CHUNK):
+        whole.update(chunk)
+    text = json.dumps(header | {"__metadata__": dict(hashed)}, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    target.write(len(text).to_bytes(8, "little") + text)
-    shutil.copyfileobj(source, target, _CHUNK)
+    before = len(text).to_bytes(8, "little") + text
+    first, last = 0x100000 - len(before), 0x110000 - len(before)
+    file.seek(start + max(first, 0))
+    region = before[0x100000:0x110000] + file.read(max(last - max(first, 0), 0))
+    return whole.hexdigest(), hashlib.sha256(region).hexdigest()[:8]

@@ -156,7 +156,8 @@ def _merged(module: _Module, settings: MergeSettings, columns: Sequence[Tensor] 
         result = METHODS[settings.method](weighted, choice)
     if settings.reduces:
         result = reduced(result, cut_for(settings, result.shape))
-    row = compare(module.name, weighted, module.indices, result)
+    exact = settings.method == "sum" and columns is None
+    row = compare(module.name, weighted, module.indices, result, exact=exact)
     return on_device(layer_of(result), torch.device("cpu")), row
 
 

@@ -48,7 +48,12 @@ class ModuleReport:
 
 
 def compare(
-    name: str, weighted: Sequence[tuple[Change, float]], indices: Sequence[int], result: Change
+    name: str,
+    weighted: Sequence[tuple[Change, float]],
+    indices: Sequence[int],
+    result: Change,
+    *,
+    exact: bool = False,
 ) -> ModuleReport:
     """Compare a module's result with what was merged into it.
 
@@ -57,19 +62,22 @@ def compare(
         weighted: The changes with their weights.
         indices: The number of each one's adapter.
         result: The merged change.
+        exact: Whether the result is known to be the sum, which need not be looked at then.
     """
     inputs = [change.times(weight) for change, weight in weighted]
     count = len(inputs)
-    gram = torch.zeros(count + 1, count + 1, dtype=torch.float64)
-    vectors = [*inputs, result]
-    for row in range(count + 1):
+    between = torch.zeros(count, count, dtype=torch.float64)
+    for row in range(count):
         for column in range(row + 1):
-            gram[row, column] = gram[column, row] = vectors[row].inner(vectors[column])
-    between, with_result = gram[:count, :count], gram[:count, count]
+            between[row, column] = between[column, row] = inputs[row].inner(inputs[column])
+    with_result, length = between.sum(dim=1), float(between.sum())
+    if not exact:
+        with_result = torch.tensor([one.inner(result) for one in inputs], dtype=torch.float64)
+        length = result.inner(result)
     missing = between.sum(dim=1) - with_result  # ⟨S − M, Δᵢ⟩
     energies = between.diagonal()
     summed = float(between.sum())
-    lost = max(0.0, summed - 2 * float(with_result.sum()) + float(gram[count, count]))
+    lost = max(0.0, summed - 2 * float(with_result.sum()) + length)
     kept = {index: _share(1 - missing[i] / energies[i]) for i, index in enumerate(indices)}
     overlap = {
         (indices[i], indices[j]): _share(between[i, j] / (energies[i] * energies[j]).sqrt(), 0.0)
