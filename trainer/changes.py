@@ -183,12 +183,12 @@ def layer_of(change: Change) -> LoraLayer | DifferenceLayer:
     out, inside, *kernel = change.shape
     if change.down is None:
         return DifferenceLayer(change.up.reshape(change.shape).contiguous())
-    up, down = _balanced(change.up, change.down)
+    up, down = balanced(change.up, change.down)
     down = down.reshape(-1, inside, *kernel).contiguous()
     return LoraLayer(down, up.reshape(out, -1, *[1] * len(kernel)).contiguous(), float(len(down)))
 
 
-def _balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
+def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the same product and of similar lengths, which half precision fits; exact, by powers of two."""
     ratios = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
     powers = torch.exp2((ratios.log2() / 2).round().nan_to_num(0.0, 0.0, 0.0))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def parse_strength(text: str) -> tuple[Path, float]:
     """
     whole = Path(text).expanduser()
     head, colon, tail = text.rpartition(":")
-    if whole.exists() or not colon or len(head) < 2:
+    if os.path.exists(whole) or not colon or len(head) < 2:
         return whole, 1.0
     with contextlib.suppress(ValueError):
         if math.isfinite(strength := float(tail)):

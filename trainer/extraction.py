@@ -104,6 +104,8 @@ def _difference(base: Tensor, tuned: Tensor) -> Tensor | None:
     if base.dtype == tuned.dtype:
         return None if torch.equal(base, tuned) else tuned.float() - base.float()
     change = tuned.float() - base.float()
-    coarser = max(torch.finfo(base.dtype).eps, torch.finfo(tuned.dtype).eps)
+    types = [torch.finfo(one.dtype) for one in (base, tuned)]
+    coarser, step = max(one.eps for one in types), max(one.eps * one.smallest_normal for one in types)
     rounding = coarser / 2 * torch.linalg.vector_norm(base.float())  # an upper bound; nearly 3 times what it is
+    rounding += step / 2 * base.numel() ** 0.5  # of numbers below the smallest normal one
     return change if torch.linalg.vector_norm(change) > rounding else None

@@ -12,9 +12,10 @@ from .applying import apply_to_base
 from .checkpoint_file import write_tensors
 from .errors import AdapterError
 from .families.base import BaseWeights, Component
+from .families.ldm import UNET_PREFIX
 from .files import folder_written_atomically
-from .kohya import Adapter
-from .reading import read_single_file
+from .kohya import Adapter, read_header
+from .reading import read_component, read_single_file
 from .weights import open_base, open_tensors
 
 
@@ -32,20 +33,24 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
         StorageError: The result can't be written.
     """
     if source.is_dir():
+        if output.resolve().is_relative_to(source.resolve()):
+            raise AdapterError(f"{output} is inside the model's own folder.", "Choose an output folder elsewhere.")
         base = open_base(source)
         _write_folder(source, base, apply_to_base(base, adapters), output)
         return
-    tensors = read_single_file(source)
+    tensors = {name: tensor.contiguous() for name, tensor in read_single_file(source).items()}
     base = open_tensors(tensors, source)
     fused = dict(tensors)
-    places = _Places(tensors)
+    prefixes = (UNET_PREFIX, *(start for kind in base.family.text_encoders for start in kind.file_prefixes))
+    places = _Places({name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
     for old, new in _components(base, apply_to_base(base, adapters)):
         for name, tensor in _changed(old, new).items():
             key = places.key_of(old.tensors[name])
             if fused[key] is tensors[key]:
                 fused[key] = tensors[key].clone()
             places.view(fused[key], key, old.tensors[name]).copy_(tensor)
-    write_tensors(output, fused, {"format": "pt"})
+    stated = read_header(source)[1] if source.suffix.lower() == ".safetensors" else {}
+    write_tensors(output, fused, {**stated, "format": "pt"})
 
 
 def _components(old: BaseWeights, new: BaseWeights) -> list[tuple[Component, Component]]:
@@ -84,11 +89,8 @@ class _Places:
 def _write_folder(source: Path, old: BaseWeights, new: BaseWeights, output: Path) -> None:
     """Copy the folder, with the weights of the changed networks in one new file each."""
     names = ["unet", *(kind.name for kind in new.family.text_encoders)]
-    changed = {
-        name: after
-        for name, (before, after) in zip(names, _components(old, new), strict=True)
-        if _changed(before, after)
-    }
+    found = {name: _changed(before, after) for name, (before, after) in zip(names, _components(old, new), strict=True)}
+    changed = {name: tensors for name, tensors in found.items() if tensors}
 
     def without_weights(folder: str, entries: list[str]) -> list[str]:
         weights = (".safetensors", ".bin", ".msgpack", ".index.json")
@@ -96,6 +98,8 @@ def _write_folder(source: Path, old: BaseWeights, new: BaseWeights, output: Path
 
     with folder_written_atomically(output) as temporary:
         shutil.copytree(source, temporary, ignore=without_weights, dirs_exist_ok=True)
-        for name, component in changed.items():
+        for name, tensors in changed.items():
             stem = "diffusion_pytorch_model" if name == "unet" else "model"
-            write_tensors(temporary / name / f"{stem}.safetensors", component.tensors, {"format": "pt"})
+            whole = read_component(source / name, stem)
+            whole |= {key if key in whole else key.removeprefix("text_model."): one for key, one in tensors.items()}
+            write_tensors(temporary / name / f"{stem}.safetensors", whole, {"format": "pt"})

@@ -28,6 +28,7 @@ from .kohya import Adapter
 from .merge import Merged, Part, aligned, merge, require_layers_fit
 from .merge_settings import LearnedMergeSettings, MergeSettings, split_prompts
 from .modules import Adaptable, modules_by_name, named_weights
+from .naming import place_of
 from .optimization import accelerate_state_kept, make_accelerator
 from .pace import Pace
 from .randomness import generator
@@ -203,10 +204,12 @@ class _LearnedMerge:
         changed = []
         for part in parts:
             layers = {name: layer for name, layer in part.adapter.layers.items() if name.startswith("lora_te")}
-            if layers:
-                one = merge(
-                    [replace(part, adapter=Adapter(layers, part.adapter.metadata))], _SUM, self._weights(layers)
-                )
+            vectors = {name: one for name, one in part.adapter.vectors.items() if name.startswith("lora_te")}
+            if layers or vectors:
+                places = [str(place_of(name)) for name in layers]
+                blocks = [one for one in part.blocks if any(map(one.pattern.search, places))]
+                adapter = Adapter(layers, part.adapter.metadata, vectors)
+                one = merge([replace(part, adapter=adapter, blocks=blocks)], _SUM, self._weights(layers))
                 changed.append((one.adapter, 1.0))
         model = self.base.family.build(apply_to_base(self.base, changed))
         for encoder in model.text_encoders.values():

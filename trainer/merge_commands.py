@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-import re
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from .errors import SettingsError
 from .events import Listener
 from .extraction import extract_between
 from .families.base import BaseWeights
-from .files import explained_os_errors, free_path, require_writable
+from .files import free_path, require_writable, write_atomic
 from .fusing import fuse
 from .kohya import Adapter, read_adapter, write_adapter
 from .learned_merge import learned_merge
@@ -136,8 +137,9 @@ def _parts(texts: Sequence[str], block_weights: Sequence[str]) -> list[Part]:
     blocks = [read_block_weights(text) for text in block_weights]
     parts: list[Part] = []
     for number, (path, unet, text) in enumerate(places):
-        same = sum(part.title.split("#")[0] == path.stem for part in parts)
-        title = f"{path.stem}#{same + 1}" if same else path.stem
+        taken = {part.title for part in parts} | {one.stem for one, _, _ in places} - {path.stem}
+        choices = [path.stem, *(f"{path.stem}#{copy}" for copy in range(2, 2 * len(places) + 2))]
+        title = next(one for one in choices if one not in taken)
         parts.append(Part(read_adapter(path), title, unet, text, blocks[number] if number < len(blocks) else ()))
     return parts
 
@@ -145,12 +147,21 @@ def _parts(texts: Sequence[str], block_weights: Sequence[str]) -> list[Part]:
 def _strengths(text: str) -> tuple[Path, float, float]:
     """Split FILE[:UNET[:TEXT]]."""
     head, _, last = text.rpartition(":")
-    if re.fullmatch(r".+:-?[\d.]+", head) and not Path(text).exists():
+    file, colon, middle = head.rpartition(":")
+    is_file = any(os.path.exists(Path(one).expanduser()) for one in (text, head) if one)
+    if colon and len(file) > 1 and _is_number(middle) and not is_file:
         path, unet = parse_strength(head)
-        _, text_strength = parse_strength(f"{path}:{last}")
-        return path, unet, text_strength
+        return path, unet, parse_strength(f"{file}:{last}")[1]
     path, strength = parse_strength(text)
     return path, strength, strength
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _require_places(output: Path, report: Path | None) -> None:
@@ -164,9 +175,10 @@ def _write(merged: Merged, output: Path, precision: SavePrecision, report: Path 
     path = free_path(output)
     write_adapter(path, merged.adapter, DTYPES[precision])
     if report is not None:
-        with explained_os_errors(report):
-            if report.suffix.lower() == ".png":
-                merged.report.heat_map().save(report)
-            else:
-                report.write_text(json.dumps(merged.report.as_json(), indent=1) + "\n", encoding="utf-8")
+        content = (json.dumps(merged.report.as_json(), indent=1) + "\n").encode()
+        if report.suffix.lower() == ".png":
+            stream = io.BytesIO()
+            merged.report.heat_map().save(stream, "PNG")
+            content = stream.getvalue()
+        write_atomic(report, content)
     return path, merged.report.as_text()

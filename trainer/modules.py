@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from .families.base import DiffusionModel
 from .kohya import PREFIXES
-from .naming import Place, kohya_name
 from .original_names import original_names
 
 _TEXT = "text_model."
@@ -78,9 +77,14 @@ def named_weights(model: DiffusionModel, *, biases: bool = False) -> dict[str, T
     """
     names = adapter_names(model)
     found = {names[place]: module.weight.detach() for place, module in modules_by_place(model).items()}
+    prefixes = {kind.name: kind.adapter_prefix for kind in model.family.text_encoders}
     for component, network in networks(model).items() if biases else ():
-        for path, module in network.named_modules():
-            name = kohya_name(Place(component, canonical_path(component, path)), sdxl=model.family.original_names)
+        paths = {canonical_path(component, path): module for path, module in network.named_modules()}
+        own: dict[str, str] = {}
+        if component == UNET and model.family.original_names:
+            own = original_names(paths, int(model.unet.config.layers_per_block))
+        for path, module in paths.items():
+            name = prefixes.get(component, PREFIXES[UNET]) + own.get(path, path).replace(".", "_")
             for kind, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 1:
                     found[f"{name}.bias" if kind == "bias" else name] = parameter.detach()

@@ -54,13 +54,19 @@ class Place:
         return f"{level[1]} {level[2]}" if level[1] else "mid"
 
 
-def place_of(name: str) -> Place:
+def place_of(name: str, layers_per_block: int = 2) -> Place:
     """The place of a module by its kohya name, with the original code's or diffusers' paths."""
     for prefix, text in _TEXT_PREFIXES.items():
         if name.startswith(prefix):
             return Place(text, _dotted(name.removeprefix(prefix)))
     path = _dotted(name.removeprefix(PREFIXES["unet"]))
-    return Place("unet", diffusers_name(path) or path)
+    return Place("unet", diffusers_name(path, layers_per_block) or path)
+
+
+def layers_per_block(names: Iterable[str]) -> int:
+    """Residual layers per level of the UNet whose modules have these names: one in some smaller SDXLs, else two."""
+    one = re.compile(r"^lora_unet_(input_blocks_(3_1|2_0_op|4_0_op)(_|$)|output_blocks_(1|3)_[12]_conv$)")
+    return 1 if any(one.match(name) for name in names) else 2
 
 
 def _dotted(underscored: str) -> str:
@@ -131,7 +137,7 @@ def with_kohya_names(adapters: Sequence[Adapter]) -> list[Adapter]:
 
 
 def _renamed(adapter: Adapter, *, sdxl: bool) -> Adapter:
-    names = {name: kohya_name(place_of(name), sdxl=sdxl) for name in adapter.layers}
+    names = {name: _own_name(name, sdxl=sdxl) for name in adapter.layers}
     if len(set(names.values())) < len(names):
         twice = next(name for name, count in Counter(names.values()).items() if count > 1)
         raise AdapterError(
@@ -142,8 +148,14 @@ def _renamed(adapter: Adapter, *, sdxl: bool) -> Adapter:
     vectors = {}
     for key, vector in adapter.vectors.items():
         module, _, part = key.rpartition(".")
-        vectors[f"{kohya_name(place_of(module), sdxl=sdxl)}.{part}"] = vector
+        vectors[f"{_own_name(module, sdxl=sdxl)}.{part}"] = vector
     return replace(adapter, layers=layers, vectors=vectors)
+
+
+def _own_name(name: str, *, sdxl: bool) -> str:
+    """Kohya's name; one of the original code stays, however many residual layers a level of its UNet has."""
+    original = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
+    return name if sdxl and name.startswith(original) else kohya_name(place_of(name), sdxl=sdxl)
 
 
 def _are_named_as_sdxl(adapters: Iterable[Adapter]) -> bool:
