@@ -3,7 +3,7 @@
     python benchmarks/merge_speed.py                              ours alone
     python benchmarks/merge_speed.py --kohya sd-scripts           and a checkout of https://github.com/kohya-ss/sd-scripts
         --kohya-python env/bin/python    with its requirements: torch as here, transformers 4, diffusers
-        --modules 60     60 of the 986 modules, evenly spaced: minutes instead of an hour
+        --modules 60     60 of the 986 modules, evenly spaced: two minutes instead of half an hour
         --limit 45       stop a script of theirs after so many minutes; its figures are then lower bounds
 
 The pair is random and of real size: rank 32, alpha 16, all modules of UNet and both text encoders, fp16, singular

@@ -20,6 +20,7 @@ FLOORS = {
     "config": 0,
     "errors": 0,
     "merge_settings": 0,
+    "score_settings": 0,
     "events": 0,
     "files": 0,
     "randomness": 0,
@@ -31,6 +32,7 @@ FLOORS = {
     "original_names": 1,
     "pace": 1,
     # the adapter file
+    "scores": 1,
     "changes": 2,
     "kohya": 2,
     "layers": 2,
@@ -71,6 +73,7 @@ FLOORS = {
     "conversion": 4,
     "export": 4,
     "extraction": 4,
+    "feature_models": 4,
     "fusing": 4,
     "inspection": 4,
     "merge": 4,
@@ -78,6 +81,7 @@ FLOORS = {
     "pictures": 4,
     "priors": 4,
     "sample": 4,
+    "scoring": 4,
     "trained_weights": 4,
     "trainee": 4,
     # the recipe

@@ -20,6 +20,7 @@ from .merge_settings import (
     MergeCommand,
     ResizeCommand,
 )
+from .score_settings import ScoreCommand
 from .settings import Settings
 from .terminal import Terminal
 
@@ -76,6 +77,15 @@ def _tool(settings: type[Settings], name: str) -> Callable[[argparse.Namespace],
     return run
 
 
+def _score(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, ScoreCommand)
+    from .commands import run_score
+
+    with Terminal() as terminal:
+        table = run_score(settings, terminal)
+    print(table.as_text())
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from .inspection import as_text, inspect
 
@@ -106,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(command("generate", _generate, "Draw pictures with a base model and adapters."), GenerateSettings)
     for name, settings, positional, text in _TOOLS:
         add_flags(command(name, _tool(settings, name.replace("-", "_")), text), settings, positional)
+    add_flags(command("score", _score, "Score pictures: CLIP-T, CLIP-I, DINO, diversity."), ScoreCommand, "pictures")
     sub = command("inspect", _inspect, "Say what an adapter or model file is.")
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("--blocks", action="store_true", help="also where an adapter works, block by block")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 from collections.abc import Sequence
@@ -19,11 +20,14 @@ from .dreambooth import Stage, TrainResult, train
 from .errors import SettingsError
 from .events import Listener, Phase
 from .families.base import BaseWeights, DiffusionModel
-from .files import explained_os_errors, require_writable
+from .feature_models import open_feature_model
+from .files import explained_os_errors, require_writable, write_atomic
 from .kohya import Adapter, read_adapter
 from .pictures import Picture, load_pictures
 from .priors import make_class_pictures, priors_folder
 from .sample import generate
+from .score_settings import ScoreCommand
+from .scoring import ScoreTable, score_pictures
 from .weights import open_base
 
 
@@ -80,6 +84,26 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
         paths.append(path)
     listener.tell(Phase("pictures", settings.count, settings.count))
     return paths
+
+
+def run_score(settings: ScoreCommand, listener: Listener) -> ScoreTable:
+    """Score pictures; the table, which is written if a file is given."""
+    device = pick_device(settings.device)
+    if settings.output is not None:
+        require_writable(settings.output.absolute().parent, 1_000_000)
+    pictures = load_pictures(settings.pictures, settings.prompt, listener)
+    references = load_pictures(settings.subject, "", listener) if settings.subject else []
+    clip, dino = (
+        open_feature_model(source, device, download=settings.download) if source else None
+        for source in (settings.clip, settings.dino)
+    )
+    prompts = [picture.caption for picture in pictures]
+    table = score_pictures(pictures, prompts if all(prompts) else [], references, clip, dino, listener)
+    if settings.output is not None:
+        is_csv = settings.output.suffix.lower() == ".csv"
+        content = table.as_csv() if is_csv else json.dumps(table.as_json(), indent=1, ensure_ascii=False) + "\n"
+        write_atomic(settings.output, content.encode())
+    return table
 
 
 def _require_picture_path(path: Path) -> None:

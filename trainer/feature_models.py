@@ -1,0 +1,139 @@
+"""Models that say what is in a picture: CLIP, DINO, DINOv2. One contract: pictures in, normalised features out.
+
+Preprocessing is each model's own, by transformers' processors that work on Pillow pictures, without torchvision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .devices import place
+from .errors import WeightsError
+
+_PROCESSORS = {"clip": "CLIPImageProcessor", "clip_vision_model": "CLIPImageProcessor", "dinov2": "BitImageProcessor"}
+_PROCESSORS |= {"vit": "ViTImageProcessor"}
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class FeatureModel:
+    """A model of pictures, and of prompts if it is a CLIP with a text tower.
+
+    Attributes:
+        name: For results: folder or hub name.
+        kind: transformers' `model_type`: "clip", "clip_vision_model", "dinov2" or "vit".
+        network: The transformers model, in float32.
+        processor: Pictures → pixels, the model's own.
+        tokenizer: Prompts → tokens; None without a text tower.
+    """
+
+    name: str
+    kind: str
+    network: Any
+    processor: Any
+    tokenizer: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return next(self.network.parameters()).device  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def image_features(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Normalised features (pictures, width), float32, on the CPU; of any size and mode."""
+        rows = []
+        for start in range(0, len(pictures), _BATCH):
+            batch = [picture.convert("RGB") for picture in pictures[start : start + _BATCH]]
+            pixels = self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
+            rows.append(torch.nn.functional.normalize(self._pooled(pixels).float(), dim=-1).cpu())
+        return torch.cat(rows)
+
+    def _pooled(self, pixels: Tensor) -> Tensor:
+        """CLIP's projected class token; of the others the class token after the last norm, as their papers compare."""
+        if self.kind == "clip":
+            pooled = self.network.vision_model(pixel_values=pixels).pooler_output
+            return self.network.visual_projection(pooled)  # type: ignore[no-any-return]
+        if self.kind == "clip_vision_model":
+            return self.network(pixel_values=pixels).image_embeds  # type: ignore[no-any-return]
+        return self.network(pixel_values=pixels).last_hidden_state[:, 0]  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
+        """Normalised features (prompts, width), float32, on the CPU; prompts are cut to what the model reads.
+
+        Raises:
+            WeightsError: The model has no text tower.
+        """
+        if self.tokenizer is None:
+            raise WeightsError(
+                f"{self.name} reads no text, so it can't compare pictures with prompts.",
+                "Give a whole CLIP model, such as openai/clip-vit-base-patch32.",
+            )
+        tokens = self.tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=self.network.config.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        pooled = self.network.text_model(**tokens).pooler_output
+        features: Tensor = self.network.text_projection(pooled)
+        return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+
+
+def open_feature_model(source: str | Path, device: torch.device, *, download: bool = False) -> FeatureModel:
+    """Open a feature model.
+
+    Args:
+        source: A folder as transformers writes it, or a hub name such as "facebook/dino-vits16".
+        device: Where it computes.
+        download: Whether a hub name may be fetched; otherwise only what the hub's cache holds is used.
+
+    Raises:
+        WeightsError: It is not there, or of no known kind; says which files to get and where to put them.
+    """
+    import transformers
+
+    local = not download
+    place_name = str(source)
+    try:
+        config = transformers.AutoConfig.from_pretrained(place_name, local_files_only=local)
+        kind = str(config.model_type)
+        if kind not in _PROCESSORS:
+            raise WeightsError(f"{source} is a {kind} model.", f"Give one of: {', '.join(_PROCESSORS)}.")
+        network = _network_class(kind).from_pretrained(place_name, local_files_only=local)
+        processor = _processor_class(kind).from_pretrained(place_name, local_files_only=local)
+        tokenizer = None
+        if kind == "clip":
+            tokenizer = transformers.AutoTokenizer.from_pretrained(place_name, local_files_only=local)
+    except (OSError, ValueError) as error:
+        folder = Path(source).name
+        raise WeightsError(
+            f"The feature model {source} can't be opened: {error}".split("\n")[0].rstrip(".") + ".",
+            "Put config.json, model.safetensors and preprocessor_config.json (and a CLIP's tokenizer) into a "
+            f"folder, such as models/feature_models/{folder}, and give that; or a hub name with --download.",
+        ) from error
+    place(network, device, torch.float32)
+    return FeatureModel(place_name if download else Path(source).name, kind, network.eval(), processor, tokenizer)
+
+
+def _network_class(kind: str) -> Any:
+    import transformers
+
+    names = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection", "dinov2": "Dinov2Model"}
+    return getattr(transformers, names.get(kind, "ViTModel"))
+
+
+def _processor_class(kind: str) -> Any:
+    """The processor that works on Pillow pictures; transformers 5 has it under a name of its own."""
+    import transformers
+
+    name = _PROCESSORS[kind]
+    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
