@@ -8,6 +8,7 @@ from .lora import ApplyLora, LoadLoraFile, SaveLora
 from .lora_tools import ExtractLora, InspectLora, ResizeLora
 from .merge import LearnedMerge, MergeLoras, ScaleLora
 from .priors import ClassPriors
+from .score import ClipScore, SubjectScore
 from .subject import Subject
 from .train import FineTuneCheckpoint, TrainingSettings, TrainLora
 
@@ -26,6 +27,8 @@ NODES: list[type[io.ComfyNode]] = [
     ResizeLora,
     ExtractLora,
     InspectLora,
+    ClipScore,
+    SubjectScore,
 ]
 
 

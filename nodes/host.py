@@ -28,13 +28,9 @@ def subject_folders() -> list[str]:
     import folder_paths
 
     root = Path(folder_paths.get_input_directory())
-    found = (
-        [p for p in root.glob("*") if p.is_dir()]
-        + [p for p in root.glob("*/*") if p.is_dir()]
-        + list(root.glob("*.zip"))
-    )
-    names = sorted(p.relative_to(root).as_posix() for p in found if not p.name.startswith("."))
-    return [NO_FOLDER, *names]
+    folders = [path for depth in ("*", "*/*") for path in root.glob(depth) if path.is_dir()]
+    found = [path for path in (*folders, *root.glob("*.zip")) if not path.name.startswith(".")]
+    return [NO_FOLDER, *sorted(path.relative_to(root).as_posix() for path in found)]
 
 
 def input_path(name: str) -> Path:
@@ -72,8 +68,7 @@ def load_checkpoint(path: Path) -> tuple[Any, Any, Any]:
     import folder_paths
 
     embeddings = folder_paths.get_folder_paths("embeddings")
-    loaded = comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=embeddings)
-    return loaded[0], loaded[1], loaded[2]
+    return comfy.sd.load_checkpoint_guess_config(str(path), embedding_directory=embeddings)[:3]  # type: ignore[no-any-return]
 
 
 def lora_names() -> list[str]:
@@ -88,6 +83,14 @@ def lora_path(name: str) -> Path:
     import folder_paths
 
     return Path(folder_paths.get_full_path_or_raise("loras", name))
+
+
+def feature_model(name: str) -> str:
+    """A feature model's folder in models/feature_models if there is one of that name, else the name itself."""
+    import folder_paths
+
+    folder = Path(folder_paths.models_dir, "feature_models", name)
+    return str(folder) if folder.is_dir() else name
 
 
 def work_folder() -> Path:

@@ -1,0 +1,127 @@
+"""Score pictures: how well they follow their prompts, and how much they show the subject."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from comfy_api.latest import io
+
+from . import host
+from .subject import SubjectValue
+from .widgets import CATEGORY, SUBJECT
+
+_MODEL = (
+    "A folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json{more}), a path, or a "
+    "hub name. {paper}"
+)
+_DOWNLOAD = "Fetch a model that is given by its hub name and is not there yet."
+
+
+def _clip_input() -> io.Input:
+    paper = "The papers' is openai/clip-vit-base-patch32."
+    tooltip = _MODEL.format(more=" and the tokenizer's files", paper=paper)
+    return io.String.Input("clip_model", default="openai/clip-vit-base-patch32", tooltip=tooltip)
+
+
+def _score(
+    node_id: str, images: Any, prompts: Sequence[str], references: Sequence[Any], clip: str, dino: str, download: bool
+) -> Any:
+    """The engine's `ScoreTable` of an IMAGE batch."""
+    import torch
+
+    from ..trainer.feature_models import open_feature_model
+    from ..trainer.pictures import load_pictures
+    from ..trainer.scoring import score_pictures
+
+    listener, device = host.NodeListener(node_id), torch.device(host.device_name())
+    pictures = load_pictures(list(images), "", listener)
+    with host.interruptible():
+        models = [
+            open_feature_model(host.feature_model(name.strip()), device, download=download) if name.strip() else None
+            for name in (clip, dino)
+        ]
+        return score_pictures(pictures, prompts, references, *models, listener)
+
+
+class ClipScore(io.ComfyNode):
+    """Scores pictures against their prompts."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothClipScore",
+            display_name="CLIP Score (DreamBooth)",
+            category=CATEGORY,
+            description="How well pictures follow their prompts: CLIP-T.",
+            search_aliases=["clip-t", "clip score", "prompt following", "evaluate"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures."),
+                io.String.Input(
+                    "prompts", multiline=True, default="", tooltip="One prompt for all, or a line for each picture."
+                ),
+                _clip_input(),
+                io.Boolean.Input("download", default=False, tooltip=_DOWNLOAD),
+            ],
+            outputs=[
+                io.Float.Output(display_name="clip_t", tooltip="Mean cosine of picture and prompt."),
+                io.Float.Output(display_name="clip_score", tooltip="Mean of 100 · max(cosine, 0)."),
+                io.String.Output(display_name="table", tooltip="A line for each picture."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, images: Any, prompts: str, clip_model: str, download: bool) -> io.NodeOutput:
+        """Score."""
+        from ..trainer.errors import PicturesError
+
+        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        if not lines:
+            raise PicturesError("There is no prompt to score by.", "Write what the pictures should show.")
+        table = _score(cls.hidden.unique_id, images, lines, [], clip_model, "", download)
+        text = table.as_text()
+        return io.NodeOutput(table.means["CLIP-T"], table.means["CLIPScore"], text, ui={"text": [text]})
+
+
+class SubjectScore(io.ComfyNode):
+    """Scores pictures against real pictures of the subject."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        dino = _MODEL.format(more="", paper="The DreamBooth paper's is facebook/dino-vits16. Empty: not measured.")
+        return io.Schema(
+            node_id="DreamBoothSubjectScore",
+            display_name="Subject Score (DreamBooth)",
+            category=CATEGORY,
+            description="How much pictures show your subject: CLIP-I and DINO, the mean cosine to its real pictures.",
+            search_aliases=["clip-i", "dino", "subject fidelity", "evaluate", "likeness"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures."),
+                SUBJECT.Input("subject", tooltip="The real pictures."),
+                _clip_input(),
+                io.String.Input("dino_model", default="facebook/dino-vits16", tooltip=dino),
+                io.Boolean.Input("download", default=False, tooltip=_DOWNLOAD),
+            ],
+            outputs=[
+                io.Float.Output(display_name="clip_i", tooltip="Mean over the pictures; NaN without a CLIP model."),
+                io.Float.Output(display_name="dino", tooltip="Mean over the pictures; NaN without a DINO model."),
+                io.String.Output(display_name="table", tooltip="A line for each picture."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, images: Any, subject: SubjectValue, clip_model: str, dino_model: str, download: bool
+    ) -> io.NodeOutput:
+        """Score."""
+        table = _score(cls.hidden.unique_id, images, [], subject.pictures, clip_model, dino_model, download)
+        means = [table.means.get(name, math.nan) for name in ("CLIP-I", "DINO")]
+        text = table.as_text()
+        return io.NodeOutput(*means, text, ui={"text": [text]})
