@@ -19,7 +19,7 @@ from .errors import WeightsError
 
 _PROCESSORS = {"clip": "CLIPImageProcessor", "clip_vision_model": "CLIPImageProcessor", "dinov2": "BitImageProcessor"}
 _PROCESSORS |= {"vit": "ViTImageProcessor"}
-_BATCH = 16
+BATCH = 16  # pictures per forward pass
 
 
 @dataclass(frozen=True)
@@ -45,15 +45,20 @@ class FeatureModel:
         """Where it computes."""
         return next(self.network.parameters()).device  # type: ignore[no-any-return]
 
-    @torch.no_grad()
     def image_features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Normalised features (pictures, width), float32, on the CPU; of any size and mode."""
-        rows = []
-        for start in range(0, len(pictures), _BATCH):
-            batch = [picture.convert("RGB") for picture in pictures[start : start + _BATCH]]
-            pixels = self.processor(batch, return_tensors="pt")["pixel_values"].to(self.device)
-            rows.append(torch.nn.functional.normalize(self._pooled(pixels).float(), dim=-1).cpu())
-        return torch.cat(rows)
+        """Normalised features (pictures, width), float32, on the CPU; of pictures of any size and mode."""
+        starts = range(0, len(pictures), BATCH)
+        return torch.cat([self.features_of(self.pixels(pictures[start : start + BATCH])) for start in starts])
+
+    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """The model's own preprocessing, (pictures, 3, height, width), on the CPU."""
+        found: Tensor = self.processor([one.convert("RGB") for one in pictures], return_tensors="pt")["pixel_values"]
+        return found
+
+    @torch.no_grad()
+    def features_of(self, pixels: Tensor) -> Tensor:
+        """Normalised features (pictures, width), float32, on the CPU, of preprocessed pictures."""
+        return torch.nn.functional.normalize(self._pooled(pixels.to(self.device)).float(), dim=-1).cpu()
 
     def _pooled(self, pixels: Tensor) -> Tensor:
         """CLIP's projected class token; of the others the class token after the last norm, as their papers compare."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,9 @@ from torch import Tensor
 
 from .errors import PicturesError
 from .events import Listener, Phase, stop_if_asked
-from .feature_models import FeatureModel
+from .feature_models import BATCH, FeatureModel
 from .pictures import Picture
 from .scores import clip_score, clip_t, diversity, own_score, subject_score
-
-_TOGETHER = 16
 
 
 @dataclass(frozen=True)
@@ -136,12 +135,21 @@ def score_pictures(
 
 
 def _features(model: FeatureModel, pictures: Sequence[Picture], title: str, listener: Listener) -> Tensor:
-    """Features of all pictures, opened a few at a time."""
+    """Features of all pictures; while the model looks at some, the next are opened and preprocessed."""
+
+    def prepared(start: int) -> Tensor:
+        return model.pixels([one.open() for one in pictures[start : start + BATCH]])
+
     rows = []
-    for start in range(0, len(pictures), _TOGETHER):
-        listener.tell(Phase(title, start, len(pictures)))
-        stop_if_asked(listener)
-        rows.append(model.image_features([one.open() for one in pictures[start : start + _TOGETHER]]))
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        coming = pool.submit(prepared, 0)
+        for start in range(0, len(pictures), BATCH):
+            listener.tell(Phase(title, start, len(pictures)))
+            stop_if_asked(listener)
+            pixels = coming.result()
+            if start + BATCH < len(pictures):
+                coming = pool.submit(prepared, start + BATCH)
+            rows.append(model.features_of(pixels))
     listener.tell(Phase(title, len(pictures), len(pictures)))
     features = torch.cat(rows)
     if not torch.isfinite(features).all():
