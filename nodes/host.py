@@ -321,6 +321,9 @@ class _LentWeights(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._weights.current(self._aliases[name])
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._aliases  # without reading the weight
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._aliases)
 
@@ -391,10 +394,6 @@ def _fit(weights: _Weights, model: Any, clip: Any, tensors: Mapping[str, Any]) -
 
     fitting, foreign = [], []
     for name, layer in parse_adapter(tensors).layers.items():
-        if (model is None and name.startswith("lora_unet")) or (clip is None and name.startswith("lora_te")):
-            fitting.append(name)  # not connected, so nothing to fit
-        elif fits(layer, weights.shape(name) or (0,)):
-            fitting.append(name)
-        else:
-            foreign.append(name)
+        apart = (model is None and name.startswith("lora_unet")) or (clip is None and name.startswith("lora_te"))
+        (fitting if apart or fits(layer, weights.shape(name) or (0,)) else foreign).append(name)
     return fitting, foreign

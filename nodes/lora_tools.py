@@ -10,10 +10,8 @@ from comfy_api.latest import io
 from ..trainer.merge_settings import ExtractSettings, ReductionSettings
 from . import host
 from .lora import as_adapter
-from .merge import as_image, merged_output, report_outputs
+from .merge import as_image, base_inputs, merged_output, report_outputs
 from .widgets import CATEGORY, widget
-
-_BASE = "For DoRA and OFT, whose change depends on the model that they were made for."
 
 
 class ResizeLora(io.ComfyNode):
@@ -32,8 +30,7 @@ class ResizeLora(io.ComfyNode):
             inputs=[
                 io.LoraModel.Input("lora", tooltip="Adapter of any kind."),
                 *(widget(ReductionSettings, name) for name in ReductionSettings.model_fields),
-                io.Model.Input("model", optional=True, tooltip=_BASE),
-                io.Clip.Input("clip", optional=True, tooltip=_BASE),
+                *base_inputs(),
             ],
             outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
             hidden=[io.Hidden.unique_id],
@@ -124,8 +121,7 @@ class InspectLora(io.ComfyNode):
             inputs=[
                 io.LoraModel.Input("lora", tooltip="The adapter."),
                 io.LoraModel.Input("other", optional=True, tooltip="Another one, to compare with."),
-                io.Model.Input("model", optional=True, tooltip=_BASE),
-                io.Clip.Input("clip", optional=True, tooltip=_BASE),
+                *base_inputs(),
             ],
             outputs=[
                 io.String.Output(display_name="text"),

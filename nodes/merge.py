@@ -25,7 +25,15 @@ _OPTIONS = {
     "prune": ("density", *_SIZE),
     "orthogonal": ("protected",),
 }
-_BASE = "For DoRA and OFT, whose change depends on the model that they were made for."
+
+
+def base_inputs() -> list[io.Input]:
+    """The base model, for the kinds of adapters that need it."""
+    why = "For DoRA and OFT, whose change depends on the model that they were made for."
+    return [
+        io.Model.Input("model", optional=True, tooltip=why),
+        io.Clip.Input("clip", optional=True, tooltip=why),
+    ]
 
 
 def report_outputs() -> list[io.Output]:
@@ -85,8 +93,7 @@ class MergeLoras(io.ComfyNode):
                 io.DynamicCombo.Input(
                     "method", options=options, tooltip=MergeSettings.model_fields["method"].description
                 ),
-                io.Model.Input("model", optional=True, tooltip=_BASE),
-                io.Clip.Input("clip", optional=True, tooltip=_BASE),
+                *base_inputs(),
             ],
             outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
             hidden=[io.Hidden.unique_id],
@@ -169,8 +176,7 @@ class ScaleLora(io.ComfyNode):
                     tooltip="Further factors of parts of the model: PATTERN=FACTOR, separated by blanks, such as "
                     "down_blocks=0.5 mid_block=0 attn1=0.8; the last that is found in a layer's place counts.",
                 ),
-                io.Model.Input("model", optional=True, tooltip=_BASE),
-                io.Clip.Input("clip", optional=True, tooltip=_BASE),
+                *base_inputs(),
             ],
             outputs=[io.LoraModel.Output(display_name="lora")],
             hidden=[io.Hidden.unique_id],

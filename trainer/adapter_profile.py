@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .changes import Change, Cut, change_of, reduced
 from .kohya import Adapter
-from .merge import Part, aligned, weight_shape
+from .merge import Part, aligned, needed_weight, weight_shape
 from .merge_report import block_order
 from .naming import place_of
 
@@ -29,7 +29,7 @@ def profile(
 
     Returns:
         Block → column → number: "energy", the block's share of the squared norm of all changes; "rank used", the
-        share of its rank that holds 95 % of its energy; "overlap", the cosine of the two adapters' changes.
+        share of its factors' rank that holds 95 % of its energy; "overlap", the cosine of the two adapters' changes.
 
     Raises:
         AdapterError: The two are of different families or shapes.
@@ -41,9 +41,9 @@ def profile(
     for name, layer in named[0].layers.items():
         if layer.needs_weight and name not in known:
             continue
-        weight = known.get(name)
+        weight = needed_weight(name, [layer], known)
         change = change_of(layer, weight_shape(name, [layer], weight), weight)
-        row = {"energy": change.inner(change), "rank used": reduced(change, Cut(energy=_MOST)).rank / layer.rank}
+        row = {"energy": change.inner(change), "rank used": reduced(change, Cut(energy=_MOST)).rank / change.rank}
         if other is not None:
             row |= _products(change, named[1], name, weight)
         rows.setdefault(place_of(name).block, []).append(row)

@@ -7,8 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
+from .changes import change_of, layer_of, total
 from .checkpoint import Saved
 from .checkpoint_file import original_state_dict, write_checkpoint
 from .config import TrainSettings
@@ -18,7 +17,7 @@ from .extraction import extract_lora
 from .families.base import BaseWeights
 from .files import free_path
 from .kohya import Adapter, read_adapter, read_header, write_adapter
-from .layers import LoraLayer
+from .layers import Layer, LoraLayer
 from .metadata import FINGERPRINT_KEY, FORM_KEY
 from .modules import own_names
 from .selection import choose_targets
@@ -124,13 +123,9 @@ def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
     return Adapter({name: _sum(layers) for name, layers in parts.items()})
 
 
-def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> LoraLayer:
-    rank = sum(layer.rank for layer, _ in layers)
-    kernel, tail = layers[-1][0].down.shape[1:], layers[-1][0].up.shape[2:]  # a 1×1 kernel may be left out in a file
-    downs = [layer.down.float().reshape(layer.rank, *kernel) for layer, _ in layers]
-    ups = [layer.up.float() * (strength * layer.alpha / layer.rank) for layer, strength in layers]
-    up = torch.cat([one.reshape(*one.shape[:2], *tail) for one in ups], dim=1)
-    return LoraLayer(torch.cat(downs), up, float(rank))
+def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> Layer:
+    shape = max((layer.shape for layer, _ in layers), key=len)  # a 1×1 kernel may be left out in a file
+    return layer_of(total([change_of(layer, shape).times(strength) for layer, strength in layers]))
 
 
 def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[Path], None]) -> Path:

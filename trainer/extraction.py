@@ -63,7 +63,8 @@ def extract_between(
         CancelledError: The listener asked to stop.
     """
     listener, device = listener or SilentListener(), device or torch.device("cpu")
-    _require_same_layers(base, tuned)
+    for name in sorted(base.keys() ^ tuned.keys()):
+        raise _different_layers(name, base.get(name), tuned.get(name))
     layers: dict[str, Layer] = {}
     vectors: dict[str, Tensor] = {}
     modules = []
@@ -71,7 +72,10 @@ def extract_between(
         if number % 16 == 0:
             listener.tell(Phase("extracting", number, len(base)))
             stop_if_asked(listener)
-        change = _difference(base[name].to(device), tuned[name].to(device))
+        before, after = base[name].to(device), tuned[name].to(device)  # each is read once: a host's is costly
+        if before.shape != after.shape:
+            raise _different_layers(name, before, after)
+        change = _difference(before, after)
         if change is None:
             continue
         if change.ndim == 1:
@@ -88,15 +92,12 @@ def extract_between(
     return Merged(Adapter(layers, {}, vectors), Report(["difference"], "extract", modules))
 
 
-def _require_same_layers(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> None:
-    for name in sorted(base.keys() | tuned.keys()):
-        shapes = [tuple(side[name].shape) if name in side else None for side in (base, tuned)]
-        if shapes[0] != shapes[1]:
-            raise AdapterError(
-                f"The models have different layers: {name} is {shapes[0] or 'missing'} in the base and "
-                f"{shapes[1] or 'missing'} in the tuned model.",
-                "Give a model and the base that it was tuned from.",
-            )
+def _different_layers(name: str, base: Tensor | None, tuned: Tensor | None) -> AdapterError:
+    shapes = ["missing" if one is None else tuple(one.shape) for one in (base, tuned)]
+    return AdapterError(
+        f"The models have different layers: {name} is {shapes[0]} in the base and {shapes[1]} in the tuned model.",
+        "Give a model and the base that it was tuned from.",
+    )
 
 
 def _difference(base: Tensor, tuned: Tensor) -> Tensor | None:

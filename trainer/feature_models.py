@@ -107,17 +107,17 @@ def open_feature_model(source: str | Path, device: torch.device, *, download: bo
     import transformers
 
     local = not download
-    place_name = str(source)
+    name = str(source)
     try:
-        config = transformers.AutoConfig.from_pretrained(place_name, local_files_only=local)
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
         kind = str(config.model_type)
         if kind not in _PROCESSORS:
             raise WeightsError(f"{source} is a {kind} model.", f"Give one of: {', '.join(_PROCESSORS)}.")
-        network = _network_class(kind).from_pretrained(place_name, local_files_only=local)
-        processor = _processor_class(kind).from_pretrained(place_name, local_files_only=local)
+        network = _network_class(kind).from_pretrained(name, local_files_only=local)
+        processor = _processor_class(kind).from_pretrained(name, local_files_only=local)
         tokenizer = None
         if kind == "clip":
-            tokenizer = transformers.AutoTokenizer.from_pretrained(place_name, local_files_only=local)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError) as error:
         folder = Path(source).name
         raise WeightsError(
@@ -126,7 +126,7 @@ def open_feature_model(source: str | Path, device: torch.device, *, download: bo
             f"folder, such as models/feature_models/{folder}, and give that; or a hub name with --download.",
         ) from error
     place(network, device, torch.float32)
-    return FeatureModel(place_name if download else Path(source).name, kind, network.eval(), processor, tokenizer)
+    return FeatureModel(Path(name).name if Path(name).is_dir() else name, kind, network.eval(), processor, tokenizer)
 
 
 def _network_class(kind: str) -> Any:

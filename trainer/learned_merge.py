@@ -175,19 +175,19 @@ class _LearnedMerge:
         """Encode the prompts, put the changes in, let each adapter draw, train the coefficients, merge."""
         reset_peak_memory(self.device)
         model = self.base.family.build(self.base)
-        weights = named_weights(model)
-        require_layers_fit(self.parts, weights)
+        self.weights = named_weights(model)
+        require_layers_fit(self.parts, self.weights)
         texts = self._encode()
         model.text_encoders.clear()
         del model.vae
         place(model.unet, self.device, DTYPES[self.precision])
-        self.layers = self._put_in(model, weights)
+        self.layers = self._put_in(model)
         latents = self._draw(model, texts)
         self._train(model, texts, latents)
         columns = {
             name: [one.detach().cpu() for one in layer.coefficients.values()] for name, layer in self.layers.items()
         }
-        return merge(self.parts, _SUM, weights, None, self.listener, columns=columns)
+        return merge(self.parts, _SUM, self.weights, None, self.listener, columns=columns)
 
     def _encode(self) -> list[_Text]:
         """The prompts of each adapter."""
@@ -209,17 +209,12 @@ class _LearnedMerge:
                 places = [str(place_of(name)) for name in layers]
                 blocks = [one for one in part.blocks if any(map(one.pattern.search, places))]
                 adapter = Adapter(layers, part.adapter.metadata, vectors)
-                one = merge([replace(part, adapter=adapter, blocks=blocks)], _SUM, self._weights(layers))
+                one = merge([replace(part, adapter=adapter, blocks=blocks)], _SUM, self.weights)
                 changed.append((one.adapter, 1.0))
         model = self.base.family.build(apply_to_base(self.base, changed))
         for encoder in model.text_encoders.values():
             place(encoder, self.device, torch.float32)
         return model
-
-    def _weights(self, layers: Mapping[str, object]) -> dict[str, Tensor]:
-        """The base's weights of some modules."""
-        known = named_weights(self.base.family.build(self.base))
-        return {name: known[name] for name in layers if name in known}
 
     @torch.no_grad()
     def _said(self, model: DiffusionModel, prompts: Sequence[str]) -> Conditioning:
@@ -228,13 +223,13 @@ class _LearnedMerge:
         size = torch.tensor([[side, side, 0, 0, side, side]], device=self.device).expand(len(prompts), -1)
         return {name: rows.to(self.device) for name, rows in model.encode_prompts(prompts).items()} | {"size": size}
 
-    def _put_in(self, model: DiffusionModel, weights: Mapping[str, Tensor]) -> dict[str, ZippedLayer]:
+    def _put_in(self, model: DiffusionModel) -> dict[str, ZippedLayer]:
         """Replace the UNet's layers that an adapter changes; their names in the file → the new ones."""
         by_name = modules_by_name(model)
         places = {id(module): path for path, module in model.unet.named_modules()}
         found = {}
         for name in sorted({name for part in self.parts for name in part.adapter.layers if "lora_unet_" in name}):
-            module, weight = by_name[name], weights[name]
+            module, weight = by_name[name], self.weights[name]
             changes = {
                 index: change_of(part.adapter.layers[name], weight.shape, weight).times(part.weight(name))
                 for index, part in enumerate(self.parts)

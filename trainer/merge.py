@@ -125,11 +125,10 @@ class _Module:
 
     @classmethod
     def of(cls, name: str, parts: Sequence[Part], weights: Mapping[str, Tensor], device: torch.device) -> _Module:
-        """Gather one module's layers, and its weight where it tells something; a host's is costly to read."""
+        """Gather one module's layers, and its weight where it tells something."""
         present = [index for index, part in enumerate(parts) if name in part.adapter.layers]
         layers = [parts[index].adapter.layers[name] for index in present]
-        plain = all(isinstance(layer, LoraLayer) and not layer.needs_weight for layer in layers)
-        weight = weights.get(name) if not plain or _CONVOLUTION.search(place_of(name).path) else None
+        weight = needed_weight(name, layers, weights)
         return cls(name, layers, [parts[index].weight(name) for index in present], present, weight, device)
 
     def changes(self) -> list[Change]:
@@ -159,6 +158,12 @@ def _merged(module: _Module, settings: MergeSettings, columns: Sequence[Tensor] 
     exact = settings.method == "sum" and columns is None
     row = compare(module.name, weighted, module.indices, result, exact=exact)
     return on_device(layer_of(result), torch.device("cpu")), row
+
+
+def needed_weight(name: str, layers: Sequence[Layer], weights: Mapping[str, Tensor]) -> Tensor | None:
+    """A module's weight, where its layers need it or don't tell the kernel; a host's is costly to read."""
+    plain = all(isinstance(layer, LoraLayer) and not layer.needs_weight for layer in layers)
+    return None if plain and not _CONVOLUTION.search(place_of(name).path) else weights.get(name)
 
 
 def cut_for(settings: ReductionSettings, shape: Sequence[int]) -> Cut:
