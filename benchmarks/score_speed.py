@@ -28,6 +28,7 @@ from PIL import Image  # noqa: E402
 
 from trainer.events import SilentListener  # noqa: E402
 from trainer.feature_models import BATCH, FeatureModel  # noqa: E402
+from trainer.judges import Judges  # noqa: E402
 from trainer.pictures import load_pictures  # noqa: E402
 from trainer.scoring import score_pictures  # noqa: E402
 
@@ -68,7 +69,7 @@ def main() -> None:
 
         rounds = []
         for _ in range(arguments.rounds + 1):
-            scoring = timed(lambda: score_pictures(pictures, [], references, model, None, listener))
+            scoring = timed(lambda: score_pictures(pictures, [], references, Judges(model), listener))
             rounds.append((scoring, timed(bare)))
     scored, passed = (statistics.median(column) for column in zip(*rounds[1:], strict=True))  # the first warms up
     facts = {"pictures": total, "side": arguments.side, "scoring": scored, "bare": passed, "ratio": scored / passed}

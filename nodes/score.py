@@ -31,18 +31,15 @@ def _score(
     """The engine's `ScoreTable` of an IMAGE batch."""
     import torch
 
-    from ..trainer.feature_models import open_feature_model
+    from ..trainer.judges import Judges
     from ..trainer.pictures import load_pictures
     from ..trainer.scoring import score_pictures
 
     listener, device = host.NodeListener(node_id), torch.device(host.device_name())
     pictures = load_pictures(list(images), "", listener)
     with host.interruptible():
-        models = [
-            open_feature_model(host.feature_model(name.strip()), device, download=download) if name.strip() else None
-            for name in (clip, dino)
-        ]
-        return score_pictures(pictures, prompts, references, *models, listener)
+        names = [host.feature_model(name.strip()) if name.strip() else "" for name in (clip, dino)]
+        return score_pictures(pictures, prompts, references, Judges.open(*names, device, download=download), listener)
 
 
 class ClipScore(io.ComfyNode):

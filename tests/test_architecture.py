@@ -76,6 +76,7 @@ FLOORS = {
     "feature_models": 4,
     "fusing": 4,
     "inspection": 4,
+    "judges": 4,
     "merge": 4,
     "merge_report": 4,
     "pictures": 4,

@@ -20,8 +20,8 @@ from .dreambooth import Stage, TrainResult, train
 from .errors import SettingsError
 from .events import Listener, Phase
 from .families.base import BaseWeights, DiffusionModel
-from .feature_models import open_feature_model
 from .files import explained_os_errors, require_writable, write_atomic
+from .judges import Judges
 from .kohya import Adapter, read_adapter
 from .pictures import Picture, load_pictures
 from .priors import make_class_pictures, priors_folder
@@ -93,12 +93,9 @@ def run_score(settings: ScoreCommand, listener: Listener) -> ScoreTable:
         require_writable(settings.output.absolute().parent, 1_000_000)
     pictures = load_pictures(settings.pictures, settings.prompt, listener)
     references = load_pictures(settings.subject, "", listener) if settings.subject else []
-    clip, dino = (
-        open_feature_model(source, device, download=settings.download) if source else None
-        for source in (settings.clip, settings.dino)
-    )
+    judges = Judges.open(settings.clip, settings.dino, device, download=settings.download)
     prompts = [picture.caption for picture in pictures]
-    table = score_pictures(pictures, prompts if all(prompts) else [], references, clip, dino, listener)
+    table = score_pictures(pictures, prompts if all(prompts) else [], references, judges, listener)
     if settings.output is not None:
         is_csv = settings.output.suffix.lower() == ".csv"
         content = table.as_csv() if is_csv else json.dumps(table.as_json(), indent=1, ensure_ascii=False) + "\n"

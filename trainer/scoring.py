@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .errors import PicturesError
-from .events import Listener, Phase, stop_if_asked
-from .feature_models import BATCH, FeatureModel
+from .events import Listener
+from .judges import CLIP, DINO, Judges
 from .pictures import Picture
 from .scores import clip_score, clip_t, diversity, own_score, subject_score
+
+SUBJECT_MEASURES = {CLIP: "CLIP-I", DINO: "DINO"}
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,7 @@ def score_pictures(
     pictures: Sequence[Picture],
     prompts: Sequence[str],
     references: Sequence[Picture],
-    clip: FeatureModel | None,
-    dino: FeatureModel | None,
+    judges: Judges,
     listener: Listener,
 ) -> ScoreTable:
     """Score pictures by every measure that there is a model and something to compare with for.
@@ -78,8 +78,7 @@ def score_pictures(
         pictures: To be scored.
         prompts: One for all or one for each picture, for CLIP-T; empty: none.
         references: Real pictures of the subject, for CLIP-I and DINO; empty: none.
-        clip: A CLIP model.
-        dino: A DINO or DINOv2 model.
+        judges: The models.
         listener: Told of the progress; may stop the work.
 
     Raises:
@@ -98,22 +97,20 @@ def score_pictures(
     means: dict[str, float] = {}
     models: dict[str, str] = {}
     same = _same(pictures, references)
-    for title, model in (("CLIP-I", clip), ("DINO", dino)):
-        if model is None:
-            continue
-        features = _features(model, pictures, f"{title}, pictures", listener)
-        if title == "CLIP-I" and prompts:
-            said = model.text_features(prompts)
-            columns |= {"CLIP-T": clip_t(features, said), "CLIPScore": clip_score(features, said)}
-            models["CLIP-T"] = model.name
+    said = judges.read(prompts) if prompts and CLIP in judges.models else None
+    seen = judges.look([*pictures, *references], listener)
+    for name, features in seen.items():
+        title, model = SUBJECT_MEASURES[name], judges.models[name].name
+        drawn, real = features[: len(pictures)], features[len(pictures) :]
+        if name == CLIP and said is not None:
+            columns |= {"CLIP-T": clip_t(drawn, said), "CLIPScore": clip_score(drawn, said)}
+            models["CLIP-T"] = model
         if references:
-            real = _features(model, references, f"{title}, references", listener)
-            columns[title] = subject_score(features, real, same)
-            models[title] = model.name
+            columns[title], models[title] = subject_score(drawn, real, same), model
             if len(real) > 1:
                 means[f"{title} of the references, each left out of its own"] = own_score(real)
         if len(pictures) > 1:
-            means[f"diversity by {model.name}"] = diversity(features)
+            means[f"diversity by {model}"] = diversity(drawn)
     if not columns:
         raise PicturesError(
             "There is nothing to measure: CLIP-T needs prompts and a CLIP model, CLIP-I and DINO need pictures of the "
@@ -132,29 +129,6 @@ def score_pictures(
     ]
     means = {name: float(values.mean()) for name, values in columns.items()} | means
     return ScoreTable(rows, means, models, notes)
-
-
-def _features(model: FeatureModel, pictures: Sequence[Picture], title: str, listener: Listener) -> Tensor:
-    """Features of all pictures; while the model looks at some, the next are opened and preprocessed."""
-
-    def prepared(start: int) -> Tensor:
-        return model.pixels([one.open() for one in pictures[start : start + BATCH]])
-
-    rows = []
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        coming = pool.submit(prepared, 0)
-        for start in range(0, len(pictures), BATCH):
-            listener.tell(Phase(title, start, len(pictures)))
-            stop_if_asked(listener)
-            pixels = coming.result()
-            if start + BATCH < len(pictures):
-                coming = pool.submit(prepared, start + BATCH)
-            rows.append(model.features_of(pixels))
-    listener.tell(Phase(title, len(pictures), len(pictures)))
-    features = torch.cat(rows)
-    if not torch.isfinite(features).all():
-        raise PicturesError(f"{model.name} gives numbers that are not finite.", "Choose another model file.")
-    return features
 
 
 def _same(pictures: Sequence[Picture], references: Sequence[Picture]) -> Tensor:
