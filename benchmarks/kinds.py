@@ -36,7 +36,6 @@ from world import subject_picture  # noqa: E402
 from trainer.adapters import TrainedAdapter  # noqa: E402
 from trainer.applying import merge_into  # noqa: E402
 from trainer.config import PriorSettings, TrainSettings  # noqa: E402
-from trainer.demo import Row, contact_sheet  # noqa: E402
 from trainer.dreambooth import Stage, TrainResult, train  # noqa: E402
 from trainer.events import SilentListener  # noqa: E402
 from trainer.families.base import BaseWeights, DiffusionModel  # noqa: E402
@@ -44,6 +43,7 @@ from trainer.kohya import Adapter  # noqa: E402
 from trainer.pictures import Picture, load_pictures  # noqa: E402
 from trainer.priors import make_class_pictures  # noqa: E402
 from trainer.sample import generate  # noqa: E402
+from trainer.sheets import Row, contact_sheet  # noqa: E402
 from trainer.weights import open_base  # noqa: E402
 
 DEMO = ROOT / "demo"

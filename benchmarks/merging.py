@@ -35,7 +35,6 @@ from torch import Tensor
 from world import compose, pixelate, subject_picture
 
 from trainer.config import TrainSettings
-from trainer.demo import Row, contact_sheet
 from trainer.events import SilentListener
 from trainer.kohya import Adapter
 from trainer.learned_merge import learned_merge
@@ -43,6 +42,7 @@ from trainer.merge import Part, merge
 from trainer.merge_settings import LearnedMergeSettings, MergeSettings
 from trainer.pictures import load_pictures
 from trainer.sample import generate
+from trainer.sheets import Row, contact_sheet
 
 PROMPT = "pixel, a sks dog {}"
 SUBJECT: dict[str, Any] = {"rank": 8, "targets": "attention-mlp"}

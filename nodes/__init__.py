@@ -7,8 +7,10 @@ from comfy_api.latest import ComfyExtension, io
 from .lora import ApplyLora, LoadLoraFile, SaveLora
 from .lora_tools import ExtractLora, InspectLora, ResizeLora
 from .merge import LearnedMerge, MergeLoras, ScaleLora
+from .pick import PickBestCheckpoint
 from .priors import ClassPriors
 from .score import ClipScore, SubjectScore
+from .score_table import ScoreTable
 from .subject import Subject
 from .train import FineTuneCheckpoint, TrainingSettings, TrainLora
 
@@ -29,6 +31,8 @@ NODES: list[type[io.ComfyNode]] = [
     InspectLora,
     ClipScore,
     SubjectScore,
+    ScoreTable,
+    PickBestCheckpoint,
 ]
 
 

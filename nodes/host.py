@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..trainer.errors import AdapterError, CancelledError, WeightsError
-from ..trainer.events import Event, Note, Phase, Step
+from ..trainer.errors import AdapterError, CancelledError, SettingsError, WeightsError
 
 logger = logging.getLogger("dreambooth_lora")
-_SECONDS_BETWEEN_MESSAGES = 0.25
 NO_FOLDER = "(connected images)"
 _TEXT_ENCODERS = ("clip_l", "clip_h", "clip_g")
 _LARGEST_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6, one with zero terminal SNR at 4518
@@ -85,19 +82,26 @@ def lora_path(name: str) -> Path:
     return Path(folder_paths.get_full_path_or_raise("loras", name))
 
 
-def feature_model(name: str) -> str:
-    """A feature model's folder in models/feature_models if there is one of that name, else the name itself."""
-    import folder_paths
-
-    folder = Path(folder_paths.models_dir, "feature_models", name)
-    return str(folder) if folder.is_dir() else name
-
-
 def work_folder() -> Path:
     """Where run state and class pictures lie."""
     import folder_paths
 
     return Path(folder_paths.get_output_directory()) / "dreambooth"
+
+
+def run_path(run: str) -> Path:
+    """A run's folder: a whole path, or a name below the runs' folder.
+
+    Raises:
+        SettingsError: None is named, or one outside of the runs' folder.
+    """
+    root = (work_folder() / "runs").resolve()
+    path = (root / run.strip()).resolve()
+    if not run.strip() or path.parent != root:
+        raise SettingsError(
+            f"'{run}' is not a run in {root}.", "Connect Train LoRA's output 'run', or give a folder's name."
+        )
+    return path
 
 
 def device_name() -> str:
@@ -143,55 +147,6 @@ def interruptible() -> Iterator[None]:
     except CancelledError:
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise comfy.model_management.InterruptProcessingException from None
-
-
-class NodeListener:
-    """Shows events on a node: progress bar and a line of text, at most four times a second."""
-
-    def __init__(self, node_id: str) -> None:
-        """Listen for the node with that (unique, maybe composite) id."""
-        self._node_id = node_id
-        self._last_sent = 0.0
-
-    def should_stop(self) -> bool:
-        """Whether the user pressed Cancel."""
-        import comfy.model_management
-
-        return bool(comfy.model_management.processing_interrupted())
-
-    def tell(self, event: Event) -> None:
-        """Show an event; warnings and notes also go to the log."""
-        if isinstance(event, Note):
-            logger.log(logging.WARNING if event.warning else logging.INFO, "%s", event.text)
-            self._send_text(event.text)
-            return
-        done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
-        now = time.monotonic()
-        if now - self._last_sent < _SECONDS_BETWEEN_MESSAGES and done not in (0, total):
-            return
-        self._last_sent = now
-        self._send_progress(done, total)
-        self._send_text(_line(event))
-
-    def _send_progress(self, done: int, total: int) -> None:
-        from comfy_api.latest import ComfyAPISync
-
-        ComfyAPISync().execution.set_progress(value=done, max_value=total, node_id=self._node_id)
-
-    def _send_text(self, text: str) -> None:
-        from server import PromptServer
-
-        PromptServer.instance.send_progress_text(text, self._node_id)
-
-
-def _line(event: Phase | Step) -> str:
-    if isinstance(event, Phase):
-        return f"{event.name}: {event.done} of {event.total}"
-    minutes, seconds = divmod(round(event.seconds_left), 60)
-    return (
-        f"step {event.step} of {event.steps} · loss {event.loss:.4f} · rate {event.learning_rate:.2g} · "
-        f"{event.rate:.2f} steps/s · {minutes}:{seconds:02d} left · {event.memory / 2**30:.1f} GB"
-    )
 
 
 def borrow_base(model: Any, clip: Any, vae: Any) -> Any:

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.merge_settings import ExtractSettings, ReductionSettings
 from . import host
+from .host_progress import NodeListener
 from .lora import as_adapter
 from .merge import as_image, base_inputs, merged_output, report_outputs
 from .widgets import CATEGORY, widget
@@ -50,7 +51,7 @@ class ResizeLora(io.ComfyNode):
                 settings,
                 host.lent_weights(model, clip),
                 torch.device(host.algebra_device()),
-                host.NodeListener(cls.hidden.unique_id),
+                NodeListener(cls.hidden.unique_id),
             )
         return merged_output(resized)
 
@@ -99,7 +100,7 @@ class ExtractLora(io.ComfyNode):
                 host.lent_weights(model, clip),
                 settings,
                 torch.device(host.algebra_device()),
-                host.NodeListener(cls.hidden.unique_id),
+                NodeListener(cls.hidden.unique_id),
             )
         return merged_output(found)
 

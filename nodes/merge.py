@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..trainer.merge_settings import LearnedMergeSettings, MergeSettings
 from . import host
+from .host_progress import NodeListener
 from .lora import as_adapter, as_wire
 from .widgets import CATEGORY, widget
 
@@ -122,7 +123,7 @@ class MergeLoras(io.ComfyNode):
                 settings,
                 host.lent_weights(model, clip),
                 torch.device(host.algebra_device()),
-                host.NodeListener(cls.hidden.unique_id),
+                NodeListener(cls.hidden.unique_id),
             )
         return merged_output(merged)
 
@@ -277,6 +278,6 @@ class LearnedMerge(io.ComfyNode):
         ]
         with host.training_mode():
             base = host.borrow_base(model, clip, vae)
-            listener = host.NodeListener(cls.hidden.unique_id)
+            listener = NodeListener(cls.hidden.unique_id)
             merged = learned_merge(base, *parts, settings, pick_device(host.device_name()), listener)
         return merged_output(merged)

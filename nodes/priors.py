@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.config import PriorSettings, TrainSettings
 from . import host
+from .host_progress import NodeListener
 from .subject import SubjectValue
 from .widgets import CATEGORY, PRIORS, SUBJECT, widget
 
@@ -89,7 +90,7 @@ class ClassPriors(io.ComfyNode):
                 host.work_folder() / "class-pictures",
                 device,
                 pick_precision(precision, device),  # type: ignore[arg-type]
-                host.NodeListener(cls.hidden.unique_id),
+                NodeListener(cls.hidden.unique_id),
             )
         shown = torch.stack([to_pixels(picture.open()) for picture in pictures[:_SHOWN]])
         return io.NodeOutput(PriorsValue(tuple(pictures)), (shown.permute(0, 2, 3, 1) + 1) / 2)

@@ -8,38 +8,59 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from . import host
+from . import host, host_models
+from .host_progress import NodeListener
 from .subject import SubjectValue
 from .widgets import CATEGORY, SUBJECT
 
 _MODEL = (
-    "A folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json{more}), a path, or a "
-    "hub name. {paper}"
+    "A folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json{more}), a file in "
+    "models/clip_vision{join}, a path, or a hub name. {paper}"
 )
 _DOWNLOAD = "Fetch a model that is given by its hub name and is not there yet."
 
 
-def _clip_input() -> io.Input:
+def clip_input() -> io.Input:
+    """Which CLIP model judges."""
     paper = "The papers' is openai/clip-vit-base-patch32."
-    tooltip = _MODEL.format(more=" and the tokenizer's files", paper=paper)
+    join = " (for prompts a whole CLIP, or vision file + text file)"
+    tooltip = _MODEL.format(more=" and the tokenizer's files", join=join, paper=paper)
     return io.String.Input("clip_model", default="openai/clip-vit-base-patch32", tooltip=tooltip)
+
+
+def dino_input(default: str = "facebook/dino-vits16") -> io.Input:
+    """Which DINO model judges."""
+    paper = "The DreamBooth paper's is facebook/dino-vits16. Empty: not measured."
+    return io.String.Input("dino_model", default=default, tooltip=_MODEL.format(more="", join="", paper=paper))
+
+
+def download_input() -> io.Input:
+    """Whether the models may be fetched."""
+    return io.Boolean.Input("download", default=False, tooltip=_DOWNLOAD)
+
+
+def open_judges(clip: str, dino: str, download: bool) -> Any:
+    """The engine's `Judges` of models named as ComfyUI's folders have them; blank: none."""
+    import torch
+
+    from ..trainer.judges import Judges
+
+    names = [host_models.feature_model(name.strip()) if name.strip() else "" for name in (clip, dino)]
+    device = torch.device(host.device_name())
+    return Judges.open(*names, device, download=download, tokenizer=host_models.clip_tokenizer())
 
 
 def _score(
     node_id: str, images: Any, prompts: Sequence[str], references: Sequence[Any], clip: str, dino: str, download: bool
 ) -> Any:
     """The engine's `ScoreTable` of an IMAGE batch."""
-    import torch
-
-    from ..trainer.judges import Judges
     from ..trainer.pictures import load_pictures
     from ..trainer.scoring import score_pictures
 
-    listener, device = host.NodeListener(node_id), torch.device(host.device_name())
+    listener = NodeListener(node_id)
     pictures = load_pictures(list(images), "", listener)
     with host.interruptible():
-        names = [host.feature_model(name.strip()) if name.strip() else "" for name in (clip, dino)]
-        return score_pictures(pictures, prompts, references, Judges.open(*names, device, download=download), listener)
+        return score_pictures(pictures, prompts, references, open_judges(clip, dino, download), listener)
 
 
 class ClipScore(io.ComfyNode):
@@ -60,8 +81,8 @@ class ClipScore(io.ComfyNode):
                 io.String.Input(
                     "prompts", multiline=True, default="", tooltip="One prompt for all, or a line for each picture."
                 ),
-                _clip_input(),
-                io.Boolean.Input("download", default=False, tooltip=_DOWNLOAD),
+                clip_input(),
+                download_input(),
             ],
             outputs=[
                 io.Float.Output(display_name="clip_t", tooltip="Mean cosine of picture and prompt."),
@@ -90,7 +111,6 @@ class SubjectScore(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        dino = _MODEL.format(more="", paper="The DreamBooth paper's is facebook/dino-vits16. Empty: not measured.")
         return io.Schema(
             node_id="DreamBoothSubjectScore",
             display_name="Subject Score (DreamBooth)",
@@ -101,9 +121,9 @@ class SubjectScore(io.ComfyNode):
             inputs=[
                 io.Image.Input("images", tooltip="The pictures."),
                 SUBJECT.Input("subject", tooltip="The real pictures."),
-                _clip_input(),
-                io.String.Input("dino_model", default="facebook/dino-vits16", tooltip=dino),
-                io.Boolean.Input("download", default=False, tooltip=_DOWNLOAD),
+                clip_input(),
+                dino_input(),
+                download_input(),
             ],
             outputs=[
                 io.Float.Output(display_name="clip_i", tooltip="Mean over the pictures; NaN without a CLIP model."),

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.errors import PicturesError
 from . import host
+from .host_progress import NodeListener
 from .widgets import CATEGORY, SUBJECT
 
 
@@ -20,11 +21,13 @@ class SubjectValue:
         pictures: The engine's `Picture`s, checked.
         instance_prompt: Caption of pictures without their own.
         class_prompt: The same without the rare word.
+        token: The rare word.
     """
 
     pictures: tuple[Any, ...]
     instance_prompt: str
     class_prompt: str
+    token: str
 
 
 class Subject(io.ComfyNode):
@@ -86,8 +89,10 @@ class Subject(io.ComfyNode):
             raise PicturesError("No pictures are given.", "Choose a folder, or connect pictures to 'images'.")
         prompt = caption.replace("{token}", token.strip()).replace("{class}", class_noun.strip())
         source = list(images) if folder == host.NO_FOLDER else host.input_path(folder)
-        pictures = load_pictures(source, " ".join(prompt.split()), host.NodeListener(cls.hidden.unique_id))
-        value = SubjectValue(tuple(pictures), " ".join(prompt.split()), _class_prompt(caption, class_noun))
+        pictures = load_pictures(source, " ".join(prompt.split()), NodeListener(cls.hidden.unique_id))
+        value = SubjectValue(
+            tuple(pictures), " ".join(prompt.split()), _class_prompt(caption, class_noun), token.strip()
+        )
         return io.NodeOutput(value, value.instance_prompt, value.class_prompt)
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer.config import TrainSettings
+from ..trainer.preview_settings import PreviewSettings
 from . import host
+from .host_progress import NodeListener
 from .lora import as_adapter, as_wire
 from .priors import PriorsValue
 from .subject import SubjectValue
@@ -27,7 +29,9 @@ _ON_THE_NODE = (
     "seed",
 )
 _WIRED = ("start_from",)
-_FURTHER = tuple(name for name in TrainSettings.model_fields if name not in (*_ON_THE_NODE, *_WIRED))
+_NEWER = (*PreviewSettings.model_fields, "keep_adapters")  # last: saved workflows hold widget values by place
+_ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER}
+_FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
 _FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
     "learning_rate": {"default": 2e-6},
     "rank": {"default": 64, "tooltip": "Rank of the extracted LoRA."},
@@ -116,6 +120,7 @@ class TrainLora(io.ComfyNode):
                 io.Clip.Output(display_name="clip"),
                 io.LoraModel.Output(display_name="lora"),
                 io.String.Output(display_name="path", tooltip="The adapter file."),
+                io.String.Output(display_name="run", tooltip="The run's folder, for Pick Best Checkpoint."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -155,7 +160,7 @@ class TrainLora(io.ComfyNode):
         )
         adapter = as_wire(result.adapter)
         trained = host.apply_adapter(*((model, clip) if checked.combine else lower), adapter, 1.0, 1.0)
-        return io.NodeOutput(*trained, adapter, str(result.path), ui={"text": [str(result.path)]})
+        return io.NodeOutput(*trained, adapter, str(result.path), str(result.run), ui={"text": [str(result.path)]})
 
 
 class FineTuneCheckpoint(io.ComfyNode):
@@ -227,7 +232,7 @@ def run_training(
     from ..trainer.dreambooth import train
     from ..trainer.pictures import load_pictures
 
-    listener = host.NodeListener(node_id)
+    listener = NodeListener(node_id)
     class_pictures = list(priors.pictures) if priors else []
     if class_images is not None:
         class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)

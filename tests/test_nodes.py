@@ -118,7 +118,7 @@ def test_example_workflow_runs(server: ComfyServer) -> None:
 
 def test_every_node_has_help_and_tooltips(server: ComfyServer) -> None:
     ours = {name: info for name, info in server.object_info().items() if name.startswith("DreamBooth")}
-    assert len(ours) == 16
+    assert len(ours) == 18
     for name, info in ours.items():
         assert (ROOT / "web" / "docs" / f"{name}.md").is_file()
         for kind in ("required", "optional"):

@@ -20,7 +20,7 @@ from .merge_settings import (
     MergeCommand,
     ResizeCommand,
 )
-from .score_settings import ScoreCommand
+from .score_settings import CompareCommand, DreamBenchCommand, ScoreCommand
 from .settings import Settings
 from .terminal import Terminal
 
@@ -79,11 +79,36 @@ def _tool(settings: type[Settings], name: str) -> Callable[[argparse.Namespace],
 
 def _score(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, ScoreCommand)
-    from .commands import run_score
+    from .score_commands import run_score
 
     with Terminal() as terminal:
         table = run_score(settings, terminal)
     print(table.as_text())
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, CompareCommand)
+    from .comparison_report import as_markdown
+    from .score_commands import run_compare
+
+    with Terminal() as terminal:
+        comparison, files = run_compare(settings, terminal)
+    print(as_markdown(comparison))
+    if comparison.best:
+        print(comparison.best.contender.path)
+    for path in files.values():
+        print(path)
+
+
+def _dreambench(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, DreamBenchCommand)
+    from .score_commands import run_dreambench
+
+    with Terminal() as terminal:
+        files = run_dreambench(settings, terminal)
+    print(files["table.md"].read_text(encoding="utf-8"))
+    for path in files.values():
+        print(path)
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
@@ -117,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
     for name, settings, positional, text in _TOOLS:
         add_flags(command(name, _tool(settings, name.replace("-", "_")), text), settings, positional)
     add_flags(command("score", _score, "Score pictures: CLIP-T, CLIP-I, DINO, diversity."), ScoreCommand, "pictures")
+    text = "Draw and score checkpoints and adapters side by side, and say which to keep."
+    add_flags(command("compare", _compare, text), CompareCommand, "runs")
+    text = "Train, draw and score every subject of the DreamBooth data set."
+    add_flags(command("dreambench", _dreambench, text), DreamBenchCommand)
     sub = command("inspect", _inspect, "Say what an adapter or model file is.")
     sub.add_argument("file", type=Path, metavar="FILE")
     sub.add_argument("--blocks", action="store_true", help="also where an adapter works, block by block")

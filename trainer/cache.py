@@ -132,13 +132,8 @@ def build_cache(
     for caption in captions:
         if model.overlong(caption):
             listener.tell(Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True))
+    text = encode_captions(model, captions, device, trained)
     with torch.no_grad():
-        text = model.tokenize(captions)
-        for name, network in model.text_encoders.items():
-            if name not in trained:
-                place(network, device, torch.float32)
-                encoded = encode_in_batches(model, name, text[f"ids{name.removeprefix('text_encoder')}"])
-                text |= {part: rows.cpu() for part, rows in encoded.items()}
         place(model.vae, device, torch.float32)
         total, done = sum(map(len, sets.values())), 0
         latents: dict[str, LatentSet | None] = {}
@@ -158,6 +153,19 @@ def build_cache(
     instance = latents["instance"]
     assert instance is not None
     return Cache(instance, latents.get("prior"), text)
+
+
+def encode_captions(
+    model: DiffusionModel, captions: Sequence[str], device: torch.device, trained: Collection[str] = ()
+) -> Conditioning:
+    """Tokens of captions, and their encodings by those text encoders that are not trained: a row each, on the CPU."""
+    text = model.tokenize(captions)
+    for name, network in model.text_encoders.items():
+        if name not in trained:
+            place(network, device, torch.float32)
+            encoded = encode_in_batches(model, name, text[f"ids{name.removeprefix('text_encoder')}"])
+            text |= {part: rows.cpu() for part, rows in encoded.items()}
+    return text
 
 
 def encode_in_batches(model: DiffusionModel, encoder: str, ids: Tensor) -> Conditioning:

@@ -15,7 +15,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,24 @@ class RunFolder:
         write_atomic(path / "run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
         return cls(path)
 
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The run in that folder.
+
+        Raises:
+            StorageError: It is not the folder of a run.
+        """
+        if not _read_json(path / "run.json").get("fingerprint"):
+            raise StorageError(
+                f"{path} is not the folder of a run.", "Give a folder below runs/, with a run.json in it."
+            )
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(_read_json(self.path / "run.json").get("name", self.path.name))
+
     @property
     def started_at(self) -> float:
         """Unix time at which the run began."""
@@ -114,6 +132,15 @@ class RunFolder:
         """Where the run's encoded pictures and captions lie."""
         return self.path / "cache.safetensors"
 
+    @property
+    def metrics_path(self) -> Path:
+        """Where the run's metrics lie (`metrics`)."""
+        return self.path / "metrics.jsonl"
+
+    def preview_path(self, step: int) -> Path:
+        """Folder of the previews of that step."""
+        return self.path / "previews" / f"step-{step:08d}"
+
     def checkpoint_path(self, step: int) -> Path:
         """Folder of the checkpoint of that step."""
         return self.path / f"step-{step:08d}"
@@ -122,8 +149,25 @@ class RunFolder:
         """Steps of the whole checkpoints, ascending."""
         return sorted(int(path.name[5:]) for path in self.path.glob("step-*") if path.name[5:].isdecimal())
 
-    def save(self, checkpoint: Checkpoint, keep: int) -> Path:
-        """Write a checkpoint, then delete the oldest of those up to its step, but for `keep`.
+    def adapters(self) -> dict[int, Path]:
+        """Step → adapter file, ascending: of the checkpoints, and those that were kept of older ones."""
+        kept = {int(path.stem[5:]): path for path in self._kept.glob("step-*.safetensors") if path.stem[5:].isdecimal()}
+        whole = {step: self.checkpoint_path(step) / _ADAPTER for step in self.steps()}
+        found = kept | {step: path for step, path in whole.items() if path.is_file()}
+        return dict(sorted(found.items()))
+
+    @property
+    def _kept(self) -> Path:
+        return self.path / "adapters"
+
+    def save(self, checkpoint: Checkpoint, keep: int, *, best: int = 0, keep_adapters: bool = False) -> Path:
+        """Write a checkpoint, then delete the oldest of those up to its step.
+
+        Args:
+            checkpoint: What to write.
+            keep: How many checkpoints stay.
+            best: Step of one that stays in any case.
+            keep_adapters: Whether the adapters of the others stay.
 
         Raises:
             StorageError: It can't be written; what was there before is untouched.
@@ -148,9 +192,17 @@ class RunFolder:
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
         old = [step for step in self.steps() if step <= checkpoint.step]
         for step in old[:-keep]:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(self.checkpoint_path(step))
+            if step != best:
+                with contextlib.suppress(OSError):
+                    self._remove(step, keep_adapters)
         return path
+
+    def _remove(self, step: int, keep_adapter: bool) -> None:
+        adapter = self.checkpoint_path(step) / _ADAPTER
+        if keep_adapter and adapter.is_file():
+            self._kept.mkdir(exist_ok=True)
+            adapter.replace(self._kept / f"step-{step:08d}.safetensors")
+        shutil.rmtree(self.checkpoint_path(step))
 
     def load(self, step: int) -> Checkpoint:
         """Read a checkpoint.
@@ -158,19 +210,42 @@ class RunFolder:
         Raises:
             StorageError: It is damaged.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
         path = self.checkpoint_path(step)
-        try:
+        with _explained_damage(path):
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             tensors = load((path / "optimizer.safetensors").read_bytes())
             return Checkpoint(step, _read_trained(path), _join_optimizer(tensors, state["optimizer"]), state["extra"])
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterError) as error:
-            raise StorageError(
-                f"The checkpoint {path} is damaged: {error}.",
-                "Delete that folder: the run goes on from the checkpoint before it.",
-            ) from error
+
+    def trained(self, step: int) -> Saved:
+        """Read what was trained from a checkpoint, without the optimiser, or from the adapter that was kept of it.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        path = self.checkpoint_path(step)
+        if not path.is_dir():
+            path = self.adapters().get(step, path)
+        with _explained_damage(path):
+            return _read_trained(path)
+
+    def has(self, step: int) -> bool:
+        """Whether what was trained up to that step is kept."""
+        return step in self.steps() or step in self.adapters()
+
+
+@contextlib.contextmanager
+def _explained_damage(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterError) as error:
+        raise StorageError(
+            f"The checkpoint {path} is damaged: {error}.",
+            f"Delete that {'file' if path.suffix else 'folder'}: the run goes on from the checkpoint before it.",
+        ) from error
 
 
 def _read_trained(path: Path) -> Saved:
@@ -178,7 +253,7 @@ def _read_trained(path: Path) -> Saved:
 
     if (path / _WEIGHTS).is_file():
         return Saved(weights=load_file(path / _WEIGHTS))
-    return Saved(adapter=read_adapter(path / _ADAPTER))
+    return Saved(adapter=read_adapter(path if path.is_file() else path / _ADAPTER))
 
 
 def run_fingerprint(

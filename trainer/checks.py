@@ -10,8 +10,9 @@ import torch
 from .adapters import planned_targets
 from .cache import LatentSet
 from .captions import Captions
+from .checkpoint import RunFolder
 from .config import TrainSettings
-from .errors import SettingsError, WeightsError
+from .errors import DivergedError, SettingsError, WeightsError
 from .events import Listener, Note
 from .export import require_combinable
 from .families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
@@ -130,4 +131,28 @@ def require_prediction_type(
         found,
         f"Set --prediction-type {other}; in ComfyUI put a ModelSamplingDiscrete node before the training "
         f"({'eps' if other == 'epsilon' else other}).",
+    )
+
+
+def diverged(loss: float, step: int, rate: float, precision: str, run: RunFolder) -> DivergedError:
+    """What to say of a loss that is no finite number.
+
+    Args:
+        loss: The loss.
+        step: At which it came.
+        rate: Peak learning rate.
+        precision: Of the run.
+        run: Its folder.
+    """
+    if step == 1:
+        return DivergedError(
+            f"The base model itself gives a loss of {loss} before anything was learned.",
+            "Choose another precision (fp32 or bf16), another VAE or another checkpoint.",
+        )
+    safer = " or choose precision bf16 or fp32" if precision == "fp16" else ""
+    kept = [one for one in run.steps() if one < step]
+    rest = f"The adapter of step {kept[-1]} is kept in {run.path}." if kept else "Nothing was saved yet."
+    return DivergedError(
+        f"The loss became {loss} at step {step}; the run was stopped.",
+        f"Lower learning_rate (it was {rate:g}){safer}. {rest}",
     )

@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from .applying import apply_to_base, merge_into
 from .checks import require_trainable
 from .config import BaseSettings, GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
-from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, place
+from .devices import explained_memory_errors, pick_device, pick_precision
 from .dreambooth import Stage, TrainResult, train
 from .errors import SettingsError
 from .events import Listener, Phase
-from .families.base import BaseWeights, DiffusionModel
-from .files import explained_os_errors, require_writable, write_atomic
-from .judges import Judges
+from .families.base import BaseWeights
+from .files import explained_os_errors, require_writable
 from .kohya import Adapter, read_adapter
 from .pictures import Picture, load_pictures
 from .priors import make_class_pictures, priors_folder
-from .sample import generate
-from .score_settings import ScoreCommand
-from .scoring import ScoreTable, score_pictures
+from .sample import generate, ready_model
 from .weights import open_base
 
 
@@ -56,7 +51,8 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
     """Draw pictures with a base model and adapters; returns the files."""
     loaded = read_adapters(settings.lora)
     _require_picture_path(settings.output)
-    model = ready_model(open_settings(settings), pick_device(settings.device), settings)
+    device = pick_device(settings.device)
+    model = ready_model(open_settings(settings), device, pick_precision(settings.precision, device))
     for adapter, strength in loaded:
         merge_into(model, adapter, strength)
     width, height = settings.width_height
@@ -86,23 +82,6 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
     return paths
 
 
-def run_score(settings: ScoreCommand, listener: Listener) -> ScoreTable:
-    """Score pictures; the table, which is written if a file is given."""
-    device = pick_device(settings.device)
-    if settings.output is not None:
-        require_writable(settings.output.absolute().parent, 1_000_000)
-    pictures = load_pictures(settings.pictures, settings.prompt, listener)
-    references = load_pictures(settings.subject, "", listener) if settings.subject else []
-    judges = Judges.open(settings.clip, settings.dino, device, download=settings.download)
-    prompts = [picture.caption for picture in pictures]
-    table = score_pictures(pictures, prompts if all(prompts) else [], references, judges, listener)
-    if settings.output is not None:
-        is_csv = settings.output.suffix.lower() == ".csv"
-        content = table.as_csv() if is_csv else json.dumps(table.as_json(), indent=1, ensure_ascii=False) + "\n"
-        write_atomic(settings.output, content.encode())
-    return table
-
-
 def _require_picture_path(path: Path) -> None:
     """Check, before anything is drawn, that a picture can be written there.
 
@@ -116,15 +95,6 @@ def _require_picture_path(path: Path) -> None:
     if path.suffix.lower() not in writable:
         raise SettingsError(f"{path} does not end like a picture file.", "Give a name ending in .png or .jpg.")
     require_writable(path.absolute().parent, 1_000_000)
-
-
-def ready_model(base: BaseWeights, device: torch.device, settings: GenerateSettings) -> DiffusionModel:
-    """A built model on the device, the UNet in the chosen precision, the rest in float32."""
-    model = base.family.build(base)
-    place(model.unet, device, DTYPES[pick_precision(settings.precision, device)])
-    for network in (model.vae, *model.text_encoders.values()):
-        place(network, device, torch.float32)
-    return model
 
 
 def parse_strength(text: str) -> tuple[Path, float]:

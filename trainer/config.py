@@ -14,6 +14,7 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from .adapter_settings import AdapterSettings
+from .preview_settings import PreviewSettings
 from .settings import Settings, TidyPath, field_extra, setting
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -135,7 +136,7 @@ class PriorSettings(Settings):
         return self
 
 
-class TrainSettings(AdapterSettings):
+class TrainSettings(AdapterSettings, PreviewSettings):
     """What and how to learn: the recipe's own settings."""
 
     name: str = setting(
@@ -195,6 +196,14 @@ class TrainSettings(AdapterSettings):
     )
     keep_checkpoints: int = setting(
         3, "How many checkpoints are kept.", group="Saving", ge=1, le=1000, advanced=True, affects_result=False
+    )
+    keep_adapters: bool = setting(
+        True,
+        "Keep the adapter of every checkpoint, without what is needed to resume from it, so that the best one can be "
+        "picked afterwards.",
+        group="Saving",
+        advanced=True,
+        affects_result=False,
     )
     resume: Literal["auto", "never"] = setting(
         "auto",
@@ -305,24 +314,10 @@ class PriorsCommand(StageSettings, BaseSettings, PriorSettings, OutputSettings):
         return self
 
 
-class GenerateSettings(BaseSettings):
-    """Everything that `generate` takes."""
+class SizeSettings(Settings):
+    """The size of drawn pictures."""
 
-    lora: tuple[str, ...] = setting(
-        (), "Adapter file, with an optional strength: FILE or FILE:0.8. May be given several times.", group="Picture"
-    )
-    prompt: str = setting(..., "What to draw.", group="Picture")
-    negative_prompt: str = setting("", "What not to draw.", group="Picture")
-    steps: int = setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=200)
-    scheduler: SchedulerName = setting("ddim", "Sampler.", group="Picture")
-    guidance: float = setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
-    seed: int = setting(0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED)
-    count: int = setting(1, "Pictures to make.", unit="pictures", group="Picture", ge=1, le=10_000)
     size: str = setting("512", "Size: SIDE or WIDTHxHEIGHT, multiples of 8.", unit="pixels", group="Picture")
-    output: TidyPath = setting(
-        Path("picture.png"), "File to write; with several pictures a number is added.", group="Picture"
-    )
-    precision: Precision = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
 
     @field_validator("size")
     @classmethod
@@ -339,3 +334,22 @@ class GenerateSettings(BaseSettings):
         """Width and height in pixels."""
         sides = [int(side) for side in self.size.lower().split("x")]
         return sides[0], sides[-1]
+
+
+class GenerateSettings(BaseSettings, SizeSettings):
+    """Everything that `generate` takes."""
+
+    lora: tuple[str, ...] = setting(
+        (), "Adapter file, with an optional strength: FILE or FILE:0.8. May be given several times.", group="Picture"
+    )
+    prompt: str = setting(..., "What to draw.", group="Picture")
+    negative_prompt: str = setting("", "What not to draw.", group="Picture")
+    steps: int = setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=200)
+    scheduler: SchedulerName = setting("ddim", "Sampler.", group="Picture")
+    guidance: float = setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
+    seed: int = setting(0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED)
+    count: int = setting(1, "Pictures to make.", unit="pictures", group="Picture", ge=1, le=10_000)
+    output: TidyPath = setting(
+        Path("picture.png"), "File to write; with several pictures a number is added.", group="Picture"
+    )
+    precision: Precision = TrainSettings.model_fields["precision"]  # type: ignore[assignment]

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from .applying import merge_into
-from .commands import ready_model, run_train
+from .commands import run_train
 from .config import GenerateSettings, TrainCommand
-from .devices import pick_device
+from .devices import pick_device, pick_precision
 from .errors import StorageError
 from .events import Listener, Phase
 from .families.base import DiffusionModel
 from .flags import read_toml
 from .kohya import read_adapter
-from .sample import generate
+from .sample import generate, ready_model
+from .sheets import Row, contact_sheet
 from .weights import open_base
 
 _HOME = Path(__file__).resolve().parent.parent / "demo"
 _PLACES = ("in the snow", "on the beach", "in the water", "on the grass")  # the subject was seen only in the last
 _SEEDS = (7, 8)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a contact sheet: a label and one picture for each column."""
-
-    label: str
-    pictures: tuple[Image.Image, ...]
 
 
 def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
@@ -51,8 +43,8 @@ def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
     drawing = GenerateSettings(
         base=settings.base, prompt=settings.instance_prompt, size=str(settings.resolution), guidance=4.0
     )
-    base = open_base(settings.base)
-    before, after = ready_model(base, device, drawing), ready_model(base, device, drawing)
+    base, precision = open_base(settings.base), pick_precision(drawing.precision, device)
+    before, after = ready_model(base, device, precision), ready_model(base, device, precision)
     merge_into(after, read_adapter(result.path), 1.0)
     columns = ((before, settings.instance_prompt), (after, settings.instance_prompt), (after, settings.class_prompt))
     rows = []
@@ -80,26 +72,3 @@ def _draw(model: DiffusionModel, prompt: str, settings: GenerateSettings) -> lis
         steps=settings.steps,
         guidance=settings.guidance,
     )
-
-
-def contact_sheet(caption: str, titles: tuple[str, ...], rows: list[Row], cell: int = 128) -> Image.Image:
-    """Pictures in a labelled grid, `cell` pixels a side, enlarged without smoothing.
-
-    Args:
-        caption: Line above the grid.
-        titles: One for each column.
-        rows: Each with a picture for every column.
-        cell: Side of a picture in the grid.
-    """
-    margin, head, gap = 100, 48, 4
-    sheet = Image.new("RGB", (margin + len(titles) * (cell + gap), head + len(rows) * (cell + gap)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    pen.text((6, 6), caption, fill="black", font=font)
-    for column, title in enumerate(titles):
-        pen.text((margin + column * (cell + gap), 28), title, fill="black", font=font)
-    for line, row in enumerate(rows):
-        top = head + line * (cell + gap)
-        pen.text((6, top + cell // 2 - 8), row.label, fill="black", font=font)
-        for column, picture in enumerate(row.pictures):
-            sheet.paste(picture.resize((cell, cell), Image.Resampling.NEAREST), (margin + column * (cell + gap), top))
-    return sheet

@@ -6,6 +6,7 @@ Read `DreamBooth.run` first, then its methods in order: open_run, prepare, resum
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from .batches import draw_batch
 from .cache import Cache, build_cache
 from .captions import Captions
 from .checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
-from .checks import require_prediction_type, require_trainable
+from .checks import diverged, require_prediction_type, require_trainable
 from .config import TrainSettings
 from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
 from .errors import CancelledError, DivergedError
@@ -26,6 +27,7 @@ from .export import export
 from .families.base import BaseWeights, DiffusionModel
 from .kohya import Adapter
 from .metadata import RunFacts, training_metadata
+from .metrics import RecordedListener
 from .optimization import (
     accelerate_state_kept,
     learning_rate_factor,
@@ -36,6 +38,7 @@ from .optimization import (
 )
 from .pace import Pace
 from .pictures import Picture
+from .previews import Previews
 from .randomness import seeded
 from .trainee import Trainee, begin
 
@@ -63,6 +66,7 @@ class TrainResult:
         adapter: The trained adapter as it stands in the file; of full fine-tuning the extracted one.
         path: The adapter file.
         run: The run's folder, with its checkpoints.
+        step: Step whose weights the files hold: the last, unless the run stopped early.
         started_from: Step from which this call went on; equal to the number of steps if the run was finished.
         checkpoint: The checkpoint file of full fine-tuning; None otherwise.
     """
@@ -70,6 +74,7 @@ class TrainResult:
     adapter: Adapter
     path: Path
     run: Path
+    step: int
     started_from: int
     checkpoint: Path | None
 
@@ -154,19 +159,23 @@ class DreamBooth:
     def run(self) -> TrainResult:
         """Open the run's folder; build, cache, adapt; resume; loop; export."""
         self.open_run()
-        if self.settings.steps in self.run_folder.steps():
+        last = self.previews.finished_at()
+        if last is not None:
             self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
-            return self._export(self.run_folder.load(self.settings.steps).trained, self.settings.steps)
+            return self._export(self.run_folder.trained(last), last, last)
         self.prepare()
         started_from = self._resume()
-        self._loop()
-        return self._export(self.trainee.saved({}), started_from)
+        self.listener = RecordedListener(self.listener, self.run_folder.metrics_path, started_from)
+        best = self._loop()
+        return self._export(self.run_folder.trained(best), best, started_from)
 
     def clean_up(self) -> None:
         """Drop every network and give the device's memory back."""
         if hasattr(self, "accelerator"):
             self.accelerator.free_memory()
-        for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions"):
+        if isinstance(self.listener, RecordedListener):
+            self.listener.close()
+        for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions", "previews"):
             if hasattr(self, name):
                 delattr(self, name)
         release(self.device)
@@ -178,10 +187,11 @@ class DreamBooth:
         require_trainable(
             self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked, self.checkpoints_dir
         )
-        shown = settings.model_dump(mode="json") | {"base": self.base.title}
+        shown = {"base": self.base.title} | settings.model_dump(mode="json")
         self.run_folder = RunFolder.open(
             self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
         )
+        self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
 
     def prepare(self) -> None:
         """Build the model around the borrowed weights, encode once, put in what is trained."""
@@ -194,6 +204,7 @@ class DreamBooth:
     def _encode(self) -> Cache:
         """Encode pictures and captions, or read what this run encoded before; what is not trained leaves."""
         trained = self.settings.text_rates
+        self.previews.encode(self.model, trained, self.listener)
         cache = Cache.load(self.run_folder.cache_path)
         if cache is None:
             sets = {"instance": self.subject, "prior": self.priors}
@@ -219,7 +230,7 @@ class DreamBooth:
         self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         self.model.unet, self.optimizer = self.accelerator.prepare(self.model.unet, optimizer)
         autocast = self.accelerator.autocast
-        text = self.cache.text
+        text = self.previews.joined(self.cache.text)
         self.captions = Captions(self.model, text, list(settings.text_rates), self.device, dtype, autocast)
 
     def _resume(self) -> int:
@@ -238,13 +249,13 @@ class DreamBooth:
         self.listener.tell(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
         return self.step
 
-    def _loop(self) -> None:
-        """Train to the last step; leave a checkpoint however the loop ends."""
+    def _loop(self) -> int:
+        """Train to the last step, or until it gets no better; leave a checkpoint however it ends. The best step."""
         settings, pace = self.settings, Pace(self.settings.steps, self.step, self.device)
         previous: tuple[int, float, Tensor] | None = None
-        self._set_training_mode()
         try:
-            while self.step < settings.steps:
+            best = self._preview()  # of the base itself, or of a step at which the run was stopped
+            while self.step < settings.steps and best is None:
                 if self.captions.trained and self.step >= settings.text_encoder_steps:
                     self._freeze_text_encoders()
                 factor = self.learning_rate_factor(self.step)
@@ -256,17 +267,28 @@ class DreamBooth:
                     self._report(pace, *previous)
                 previous = (self.step, rate, loss)
                 due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
-                if self.listener.should_stop():
-                    raise CancelledError(self.step, settings.steps)
-                if due or self.step == settings.steps:
+                stop = self.listener.should_stop()
+                if stop or due or self.step == settings.steps or self.previews.due(self.step):
                     self._report(pace, *previous)
                     previous = None
+                    if stop:
+                        raise CancelledError(self.step, settings.steps)
                     self._save()
-        except DivergedError:
+                    best = self._preview()
+        except BaseException as error:
+            if not isinstance(error, DivergedError):
+                self._save_interrupted()
             raise
-        except BaseException:
-            self._save_interrupted()
-            raise
+        if best is not None:
+            self.listener.tell(Note(f"Stopped early: step {best} shows the subject best; since then the class drifts."))
+        return best or self.step
+
+    def _preview(self) -> int | None:
+        """Draw and score what this step can do, if it is due; the best step if the run should stop here."""
+        if self.previews.due(self.step):
+            self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
+        self._set_training_mode()
+        return self.previews.stopped_at()
 
     def _set_training_mode(self) -> None:
         for network in (self.model.unet, *self.model.text_encoders.values()):
@@ -322,23 +344,8 @@ class DreamBooth:
     def _report(self, pace: Pace, step: int, rate: float, loss: Tensor) -> None:
         """Tell the listener of a step, and stop the run if its loss is not a finite number."""
         value = float(loss)
-        if not torch.isfinite(loss) and step == 1:
-            raise DivergedError(
-                f"The base model itself gives a loss of {value} before anything was learned.",
-                "Choose another precision (fp32 or bf16), another VAE or another checkpoint.",
-            )
-        if not torch.isfinite(loss):
-            kept = self.run_folder.steps()
-            safer = " or choose precision bf16 or fp32" if self.precision == "fp16" else ""
-            rest = (
-                f"The adapter of step {kept[-1]} is kept in {self.run_folder.path}."
-                if kept
-                else "Nothing was saved yet."
-            )
-            raise DivergedError(
-                f"The loss became {value} at step {step}; the run was stopped.",
-                f"Lower learning_rate (it was {self.settings.learning_rate:g}){safer}. {rest}",
-            )
+        if not math.isfinite(value):
+            raise diverged(value, step, self.settings.learning_rate, self.precision, self.run_folder)
         self.listener.tell(pace.event(step, value, rate))
 
     def _save(self) -> None:
@@ -350,9 +357,10 @@ class DreamBooth:
             )
         scaler = self.accelerator.scaler
         extra = {"scaler": scaler.state_dict() if scaler is not None else None}
-        saved = self.trainee.saved(self._metadata(self.step))
-        state = Checkpoint(self.step, saved, self.optimizer.state_dict(), extra)
-        self.run_folder.save(state, self.settings.keep_checkpoints)
+        trained = self.trainee.saved(self._metadata(self.step))
+        keep, best = self.settings.keep_checkpoints, self.previews.best()
+        state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra)
+        self.run_folder.save(state, keep, best=best, keep_adapters=self.settings.keep_adapters)
 
     def _save_interrupted(self) -> None:
         """Keep what is done when the loop ends early, unless it is saved already or mid-update."""
@@ -380,13 +388,13 @@ class DreamBooth:
         )
         return training_metadata(self.settings, facts, step)
 
-    def _export(self, saved: Saved, started_from: int) -> TrainResult:
+    def _export(self, saved: Saved, step: int, started_from: int) -> TrainResult:
         """Write the files."""
-        metadata, stacked = self._metadata(self.settings.steps), self.stage.stacked
+        metadata, stacked = self._metadata(step), self.stage.stacked
         if saved.weights is not None:
             self.listener.tell(Note("Writing the checkpoint and extracting the LoRA; this takes a minute or two."))
         files = export(self.base, saved, stacked, self.settings, metadata, self.output_dir, self.checkpoints_dir)
         for path in (files.checkpoint, files.path):
             if path is not None:
                 self.listener.tell(Note(f"{'Checkpoint' if path == files.checkpoint else 'Adapter'}: {path}"))
-        return TrainResult(files.adapter, files.path, self.run_folder.path, started_from, files.checkpoint)
+        return TrainResult(files.adapter, files.path, self.run_folder.path, step, started_from, files.checkpoint)

@@ -6,7 +6,9 @@ nothing of progress bars. Telling must be cheap: it happens once a step.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from .errors import CancelledError
@@ -63,7 +65,22 @@ class Note:
     warning: bool = False
 
 
-Event = Phase | Step | Note
+@dataclass(frozen=True)
+class Preview:
+    """Pictures drawn with the weights of a step.
+
+    Attributes:
+        step: Steps completed; 0 is the base itself.
+        pictures: File and prompt of each.
+        scores: Measure → value (`evaluation`); empty without models that judge.
+    """
+
+    step: int
+    pictures: Sequence[tuple[Path, str]]
+    scores: Mapping[str, float]
+
+
+Event = Phase | Step | Note | Preview
 
 
 class Listener(Protocol):

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .devices import place
 from .errors import WeightsError
+from .feature_files import are_files, network_class, open_feature_files
 
 _PROCESSORS = {"clip": "CLIPImageProcessor", "clip_vision_model": "CLIPImageProcessor", "dinov2": "BitImageProcessor"}
 _PROCESSORS |= {"vit": "ViTImageProcessor"}
@@ -27,7 +28,7 @@ class FeatureModel:
     """A model of pictures, and of prompts if it is a CLIP with a text tower.
 
     Attributes:
-        name: For results: folder or hub name.
+        name: For results: folder, file or hub name.
         kind: transformers' `model_type`: "clip", "clip_vision_model", "dinov2" or "vit".
         network: The transformers model, in float32.
         processor: Pictures → pixels, the model's own.
@@ -93,19 +94,28 @@ class FeatureModel:
         return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
 
 
-def open_feature_model(source: str | Path, device: torch.device, *, download: bool = False) -> FeatureModel:
+def open_feature_model(
+    source: str | Path, device: torch.device, *, download: bool = False, tokenizer: Path | None = None
+) -> FeatureModel:
     """Open a feature model.
 
     Args:
-        source: A folder as transformers writes it, or a hub name such as "facebook/dino-vits16".
+        source: A folder as transformers writes it, a hub name such as "facebook/dino-vits16", a weight file, or the
+            files of a CLIP's towers as "vision file + text file" (see `feature_files`).
         device: Where it computes.
         download: Whether a hub name may be fetched; otherwise only what the hub's cache holds is used.
+        tokenizer: Folder of the CLIP tokenizer for a weight file that none lies beside.
 
     Raises:
         WeightsError: It is not there, or of no known kind; says which files to get and where to put them.
     """
     import transformers
 
+    if are_files(source):
+        files = open_feature_files(source, tokenizer)
+        place(files.network, device, torch.float32)
+        processor = _processor_class(files.kind).from_dict(dict(files.preprocessing))
+        return FeatureModel(files.name, files.kind, files.network.eval(), processor, files.tokenizer)
     local = not download
     name = str(source)
     try:
@@ -113,11 +123,11 @@ def open_feature_model(source: str | Path, device: torch.device, *, download: bo
         kind = str(config.model_type)
         if kind not in _PROCESSORS:
             raise WeightsError(f"{source} is a {kind} model.", f"Give one of: {', '.join(_PROCESSORS)}.")
-        network = _network_class(kind).from_pretrained(name, local_files_only=local)
+        network = network_class(kind).from_pretrained(name, local_files_only=local)
         processor = _processor_class(kind).from_pretrained(name, local_files_only=local)
-        tokenizer = None
+        own_tokenizer = None
         if kind == "clip":
-            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+            own_tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
     except (OSError, ValueError) as error:
         folder = Path(source).name
         raise WeightsError(
@@ -126,14 +136,9 @@ def open_feature_model(source: str | Path, device: torch.device, *, download: bo
             f"folder, such as models/feature_models/{folder}, and give that; or a hub name with --download.",
         ) from error
     place(network, device, torch.float32)
-    return FeatureModel(Path(name).name if Path(name).is_dir() else name, kind, network.eval(), processor, tokenizer)
-
-
-def _network_class(kind: str) -> Any:
-    import transformers
-
-    names = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection", "dinov2": "Dinov2Model"}
-    return getattr(transformers, names.get(kind, "ViTModel"))
+    return FeatureModel(
+        Path(name).name if Path(name).is_dir() else name, kind, network.eval(), processor, own_tokenizer
+    )
 
 
 def _processor_class(kind: str) -> Any:

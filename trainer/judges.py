@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +33,10 @@ class Judges:
         self._read: dict[str, Tensor] = {}
 
     @classmethod
-    def open(cls, clip: str, dino: str, device: torch.device, *, download: bool = False) -> Judges:
-        """Open models by folder or hub name; blank: none.
+    def open(
+        cls, clip: str, dino: str, device: torch.device, *, download: bool = False, tokenizer: Path | None = None
+    ) -> Judges:
+        """Open models by folder, file or hub name; blank: none. See `open_feature_model`.
 
         Raises:
             WeightsError: One can't be opened.
@@ -43,7 +47,8 @@ class Judges:
                 "There is no model to score by.", "Name a CLIP or a DINO model, such as openai/clip-vit-base-patch32."
             )
         sources = (clip.strip(), dino.strip())
-        opened = [open_feature_model(one, device, download=download) if one else None for one in sources]
+        more: dict[str, Any] = {"download": download, "tokenizer": tokenizer}
+        opened = [open_feature_model(one, device, **more) if one else None for one in sources]
         return cls(*opened)
 
     @property

@@ -26,11 +26,12 @@ from .events import Listener, Phase, stop_if_asked
 from .families.base import BaseWeights, Conditioning, DiffusionModel, as_ordinary
 from .kohya import Adapter
 from .merge import Merged, Part, aligned, merge, require_layers_fit
-from .merge_settings import LearnedMergeSettings, MergeSettings, split_prompts
+from .merge_settings import LearnedMergeSettings, MergeSettings
 from .modules import Adaptable, modules_by_name, named_weights
 from .naming import place_of
 from .optimization import accelerate_state_kept, make_accelerator
 from .pace import Pace
+from .prompts import split_prompts
 from .randomness import generator
 from .sample import denoise, starting_noise
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from .changes import Change
 from .naming import place_of
+from .sheets import figure_as_picture
 
 _STRONG = 0.3  # |cosine| of two changes above which adapters are said to overlap strongly; of unrelated ones it is ~0
 
@@ -214,7 +214,6 @@ def heat_map(title: str, table: Mapping[str, Mapping[str, float]]) -> Image.Imag
         title: Line above it.
         table: Row → column → number; one that is missing or NaN is left white.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows, columns = list(table), list(dict.fromkeys(column for values in table.values() for column in values))
@@ -231,9 +230,7 @@ def heat_map(title: str, table: Mapping[str, Mapping[str, float]]) -> Image.Imag
             if not math.isnan(value):
                 color = "black" if value > 0.6 else "white"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=color, fontsize=8)
-    stream = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
-    return Image.open(stream).convert("RGB")
+    return figure_as_picture(figure)
 
 
 def _short(text: str, limit: int = 14) -> str:

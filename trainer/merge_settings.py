@@ -12,6 +12,7 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from .config import MAX_SEED, BaseSettings, GenerateSettings, Precision, TrainSettings
+from .prompts import split_prompts
 from .settings import Settings, TidyPath, setting
 
 MethodName = Literal["sum", "svd", "ties", "dare", "dare-ties", "prune", "orthogonal"]
@@ -220,11 +221,6 @@ class LearnedMergeSettings(Settings):
         if not split_prompts(text):
             raise ValueError("is empty; write what the adapter was taught")
         return text
-
-
-def split_prompts(text: str) -> list[str]:
-    """The prompts of a text that separates them by "|"."""
-    return [prompt.strip() for prompt in text.split("|") if prompt.strip()]
 
 
 class LearnedMergeCommand(LearnedMergeSettings, BaseSettings):

@@ -6,28 +6,25 @@ They lie as PNGs in a folder whose name is a digest of everything that made them
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 from pathlib import Path
 
 import torch
 
 from .config import PriorSettings
-from .devices import DTYPES, explained_memory_errors, place, release
+from .devices import explained_memory_errors, release
 from .events import Listener, Note, Phase, stop_if_asked
 from .families.base import BaseWeights
-from .files import explained_os_errors, remove_leftovers, require_writable, write_atomic
-from .pictures import Picture, decode
-from .sample import generate
+from .gallery import Gallery
+from .pictures import Picture
+from .sample import generate, ready_model
 
 
 def priors_folder(root: Path, base: BaseWeights, settings: PriorSettings, resolution: int, precision: str) -> Path:
     """The folder that belongs to these settings, below `root`."""
-    return root / hashlib.sha256(_key(base, settings, resolution, precision).encode()).hexdigest()[:16]
+    return _gallery(root, base, settings, resolution, precision).folder
 
 
-def _key(base: BaseWeights, settings: PriorSettings, resolution: int, precision: str) -> str:
+def _gallery(root: Path, base: BaseWeights, settings: PriorSettings, resolution: int, precision: str) -> Gallery:
     what = {
         "base": base.fingerprint,
         "base_title": base.title,
@@ -39,7 +36,7 @@ def _key(base: BaseWeights, settings: PriorSettings, resolution: int, precision:
         "resolution": resolution,
         "precision": precision,
     }
-    return json.dumps(what, indent=1, sort_keys=True)
+    return Gallery(root, what)
 
 
 def make_class_pictures(
@@ -70,36 +67,32 @@ def make_class_pictures(
         CancelledError: The listener asked to stop.
         OutOfMemoryError: The batch does not fit.
     """
-    folder = priors_folder(root, base, settings, resolution, precision)
-    paths = [folder / f"{number:05d}.png" for number in range(settings.prior_count)]
-    missing = [number for number, path in enumerate(paths) if not _is_whole(path)]
+    gallery = _gallery(root, base, settings, resolution, precision)
+    names = [f"{number:05d}.png" for number in range(settings.prior_count)]
+    missing = [number for number, name in enumerate(names) if not gallery.has(name)]
     if missing:
-        require_writable(folder, len(missing) * resolution * resolution * 2)
-        remove_leftovers(folder)
-        write_atomic(folder / "settings.json", _key(base, settings, resolution, precision).encode())
+        gallery.begin(len(missing), resolution * resolution)
         with explained_memory_errors("prior_batch_size or resolution"):
-            _make(base, settings, resolution, paths, missing, device, precision, listener)
+            _make(base, settings, resolution, gallery, names, missing, device, precision, listener)
         release(device)
     else:
-        listener.tell(Note(f"{len(paths)} class pictures are there already: {folder}"))
-    return [_class_picture(path, settings.class_prompt) for path in paths]
+        listener.tell(Note(f"{len(names)} class pictures are there already: {gallery.folder}"))
+    return [gallery.picture(name, settings.class_prompt) for name in names]
 
 
 def _make(
     base: BaseWeights,
     settings: PriorSettings,
     resolution: int,
-    paths: list[Path],
+    gallery: Gallery,
+    names: list[str],
     missing: list[int],
     device: torch.device,
     precision: str,
     listener: Listener,
 ) -> None:
-    model = base.family.build(base)
-    place(model.unet, device, DTYPES[precision])
-    for network in (model.vae, *model.text_encoders.values()):
-        place(network, device, torch.float32)
-    total, done = len(paths), len(paths) - len(missing)
+    model = ready_model(base, device, precision)
+    total, done = len(names), len(names) - len(missing)
     for start in range(0, len(missing), settings.prior_batch_size):
         listener.tell(Phase("class pictures", done, total))
         stop_if_asked(listener)
@@ -116,22 +109,6 @@ def _make(
             listener=listener,
         )
         for number, image in zip(numbers, images, strict=True):
-            stream = io.BytesIO()
-            image.save(stream, "PNG")
-            write_atomic(paths[number], stream.getvalue())
+            gallery.put(names[number], image)
         done += len(numbers)
     listener.tell(Phase("class pictures", done, total))
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        decode(path.read_bytes())
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _class_picture(path: Path, caption: str) -> Picture:
-    with explained_os_errors(path):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Picture(path.name, caption, digest, lambda: decode(path.read_bytes()))

@@ -10,11 +10,21 @@ from PIL import Image
 from torch import Tensor
 
 from .config import SchedulerName
+from .devices import DTYPES, place
 from .events import Listener, SilentListener, stop_if_asked
-from .families.base import Conditioning, DiffusionModel
+from .families.base import BaseWeights, Conditioning, DiffusionModel
 from .objective import Objective
 
 _SMALLEST = 4.9e-8  # signal that is left at a zero terminal SNR, so that no sampler divides by zero
+
+
+def ready_model(base: BaseWeights, device: torch.device, precision: str) -> DiffusionModel:
+    """A built model on the device: the UNet in "fp32", "bf16" or "fp16", the rest in float32."""
+    model = base.family.build(base)
+    place(model.unet, device, DTYPES[precision])
+    for network in (model.vae, *model.text_encoders.values()):
+        place(network, device, torch.float32)
+    return model
 
 
 def make_scheduler(name: SchedulerName, objective: Objective) -> Any:
@@ -98,9 +108,8 @@ def denoise(
 
 
 @torch.no_grad()
-def decode_latents(model: DiffusionModel, latents: Tensor) -> list[Image.Image]:
-    """Turn latents into RGB pictures, one at a time to save memory."""
-    vae: Any = model.vae
+def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
+    """Turn latents into RGB pictures with an `AutoencoderKL`, one at a time to save memory."""
     parameter = next(vae.parameters())
     pictures = []
     for row in latents.to(parameter.device, parameter.dtype):
@@ -138,15 +147,44 @@ def generate(
         guidance: Classifier-free guidance.
         listener: Asked before every step whether to stop.
     """
-    vae: Any = model.vae
+    encoded = model.encode_prompts([negative_prompt, prompt])
+    negative, positive = ({name: rows[i : i + 1] for name, rows in encoded.items()} for i in (0, 1))
+    latents = draw_latents(
+        model,
+        model.vae,
+        positive,
+        negative,
+        seeds,
+        width=width,
+        height=height,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        listener=listener,
+    )
+    return decode_latents(model.vae, latents)
+
+
+def draw_latents(
+    model: DiffusionModel,
+    vae: Any,
+    positive: Conditioning,
+    negative: Conditioning,
+    seeds: Sequence[int],
+    *,
+    width: int,
+    height: int,
+    scheduler: SchedulerName = "ddim",
+    steps: int = 30,
+    guidance: float = 7.5,
+    listener: Listener | None = None,
+) -> Tensor:
+    """Latents of one picture for each seed, with texts that are encoded already, one row each; see `generate`."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     noise = starting_noise(seeds, (vae.config.latent_channels, height // factor, width // factor))
-    encoded = model.encode_prompts([negative_prompt, prompt])
-    count = len(seeds)
-    negative, positive = (
-        {name: rows[i : i + 1].expand(count, *rows.shape[1:]) for name, rows in encoded.items()} for i in (0, 1)
+    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    with_prompt, without = (
+        {name: row.expand(len(seeds), *row.shape[1:]) for name, row in {**said, "size": size}.items()}
+        for said in (positive, negative)
     )
-    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32).expand(count, -1)
-    positive, negative = ({**rows, "size": size} for rows in (positive, negative))
-    latents = denoise(model, noise, positive, negative, scheduler, steps, guidance, listener)
-    return decode_latents(model, latents)
+    return denoise(model, noise, with_prompt, without, scheduler, steps, guidance, listener)

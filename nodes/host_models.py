@@ -1,0 +1,30 @@
+"""The bridge to ComfyUI, continued: where feature models and their tokenizer lie."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def feature_model(name: str) -> str:
+    """The place of a feature model, or of each part of "vision file + text file".
+
+    A folder in models/feature_models, else a file in models/clip_vision or models/text_encoders, else the name itself.
+    """
+    import folder_paths
+
+    def place(part: str) -> str:
+        folder = Path(folder_paths.models_dir, "feature_models", part)
+        if part and folder.is_dir():
+            return str(folder)
+        files = (folder_paths.get_full_path(kind, part) for kind in ("clip_vision", "text_encoders"))
+        return next((file for file in files if file), part)
+
+    whole = place(name)
+    return whole if whole != name else " + ".join(place(part.strip()) for part in name.split(" + "))
+
+
+def clip_tokenizer() -> Path:
+    """The folder of ComfyUI's own CLIP tokenizer."""
+    import comfy.sd1_clip
+
+    return Path(comfy.sd1_clip.__file__).parent / "sd1_tokenizer"
