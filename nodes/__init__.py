@@ -37,6 +37,11 @@ NODES: list[type[io.ComfyNode]] = [
 
 
 class _Extension(ComfyExtension):
+    async def on_load(self) -> None:
+        from . import host_routes
+
+        host_routes.register()
+
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return NODES
 

@@ -6,6 +6,7 @@ The host's modules are imported inside the functions, so that loading the pack c
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -42,6 +43,41 @@ def input_path(name: str) -> Path:
     path = (root / name).absolute()
     if ".." in Path(name).parts or not path.is_relative_to(root):
         raise WeightsError(f"{name} lies outside of ComfyUI's input folder.", "Choose a folder from the list.")
+    return path
+
+
+def folder_stamp(path: Path) -> str:
+    """Changes when the files of a folder change, or the zip file."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()])
+
+
+def keep_workflow(run: Any, workflow: Mapping[str, Any]) -> None:
+    """Put the graph into a run's folder; the newest graph of a run counts.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    from ..trainer.files import write_atomic
+
+    write_atomic(run.workflow_path, json.dumps(workflow, ensure_ascii=False).encode())
+
+
+def take_checkpoint(run: Any, step: int) -> Path:
+    """Copy the adapter of a run's step into the LoRA folder, under the first free name.
+
+    Raises:
+        AdapterError: The run has no adapter of that step.
+        StorageError: It can't be written.
+    """
+    from ..trainer.files import free_path, write_atomic
+
+    found = run.adapters()
+    if step not in found:
+        steps = ", ".join(map(str, found)) or "none"
+        raise AdapterError(f"{run.path.name} has no adapter of step {step}.", f"Choose one of: {steps}.")
+    path = free_path(loras_folder() / f"{run.name}-{step:06d}.safetensors")
+    write_atomic(path, found[step].read_bytes())
     return path
 
 

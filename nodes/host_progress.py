@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from ..trainer.events import Event, Note, Phase, Preview, Step
+from ..trainer.checkpoint import RunFolder
+from ..trainer.errors import TrainerError
+from ..trainer.events import Event, Note, Opened, Phase, Preview, Step
+from ..trainer.files import write_atomic
+from ..trainer.pictures import Picture
+from . import host, host_pictures, live
 
 logger = logging.getLogger("dreambooth_lora")
-_SECONDS_BETWEEN_MESSAGES = 0.25
+_SECONDS_BETWEEN_MESSAGES = 0.4  # of two messages each: with the notes fewer than ten a second
+_SHOWN = 8  # pictures of the subject that a run keeps small copies of
 
 
 class NodeListener:
-    """Shows events on a node: progress bar and a line of text, at most four times a second."""
+    """Shows events on a node: progress bar and a line of text, a few times a second."""
 
     def __init__(self, node_id: str) -> None:
         """Listen for the node with that (unique, maybe composite) id."""
@@ -30,23 +39,28 @@ class NodeListener:
         if isinstance(event, Note):
             logger.log(logging.WARNING if event.warning else logging.INFO, "%s", event.text)
             self._send_text(event.text)
-            return
-        if isinstance(event, Preview):
-            scores = ", ".join(f"{name} {value:.3f}" for name, value in event.scores.items())
-            logger.info("Step %d: %s", event.step, scores or f"{len(event.pictures)} preview pictures")
-            return
-        done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
+        elif isinstance(event, Phase | Step):
+            done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
+            if self._due(done in (0, total)):
+                self._send_progress(done, total)
+                self._send_line(event)
+
+    def _due(self, at_once: bool) -> bool:
+        """Whether it is time for the next message."""
         now = time.monotonic()
-        if now - self._last_sent < _SECONDS_BETWEEN_MESSAGES and done not in (0, total):
-            return
+        if now - self._last_sent < _SECONDS_BETWEEN_MESSAGES and not at_once:
+            return False
         self._last_sent = now
-        self._send_progress(done, total)
-        self._send_text(_line(event))
+        return True
 
     def _send_progress(self, done: int, total: int) -> None:
         from comfy_api.latest import ComfyAPISync
 
         ComfyAPISync().execution.set_progress(value=done, max_value=total, node_id=self._node_id)
+
+    def _send_line(self, event: Phase | Step) -> None:
+        if isinstance(event, Phase):
+            self._send_text(f"{event.name}: {event.done} of {event.total}")
 
     def _send_text(self, text: str) -> None:
         from server import PromptServer
@@ -54,11 +68,86 @@ class NodeListener:
         PromptServer.instance.send_progress_text(text, self._node_id)
 
 
-def _line(event: Phase | Step) -> str:
-    if isinstance(event, Phase):
-        return f"{event.name}: {event.done} of {event.total}"
-    minutes, seconds = divmod(round(event.seconds_left), 60)
-    return (
-        f"step {event.step} of {event.steps} · loss {event.loss:.4f} · rate {event.learning_rate:.2g} · "
-        f"{event.rate:.2f} steps/s · {minutes}:{seconds:02d} left · {event.memory / 2**30:.1f} GB"
-    )
+class TrainingListener(NodeListener):
+    """Shows a run on the panel of its node, and keeps what later pages need, in `live` and in the run's folder."""
+
+    def __init__(self, node_id: str, name: str, subject: Sequence[Picture], workflow: Mapping[str, Any] | None) -> None:
+        """Listen for a training node.
+
+        Args:
+            node_id: Its (maybe composite) id.
+            name: Of the run.
+            subject: Small copies of the first pictures are put into the run's folder.
+            workflow: The graph as the browser sent it; None if none was sent.
+        """
+        super().__init__(node_id)
+        self._subject, self._workflow = subject, workflow
+        self._points: dict[str, list[float]] = {"steps": [], "losses": [], "rates": []}
+        live.begin(node_id)
+        self._send(state="starting", name=name)
+
+    def tell(self, event: Event) -> None:
+        """Show an event."""
+        if isinstance(event, Opened):
+            self._keep(event)
+            self._send(run=event.path.name, step=event.step, steps=event.steps)
+        elif isinstance(event, Step):
+            self._add(event)
+        elif isinstance(event, Preview):
+            names = [path.name for path, _ in event.pictures]
+            self._send(preview={"step": event.step, "pictures": names, "scores": dict(event.scores)})
+        elif isinstance(event, Phase):
+            if self._due(event.done in (0, event.total)):
+                self._send_progress(event.done, event.total)
+                self._send(state=event.name, done=event.done, total=event.total)
+        else:
+            super().tell(event)
+
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """Show how the block ends: done, stopped by the user, or failed with what to do."""
+        try:
+            yield
+        except TrainerError as error:
+            self._send(state="failed", problem=error.problem, remedy=error.remedy)
+            raise
+        except Exception as error:
+            self._send(state="failed", problem=f"{type(error).__name__}: {error}", remedy="")
+            raise
+        except BaseException:  # ComfyUI's interrupt is no Exception
+            self._send(state="stopped")
+            raise
+        self._send(state="done")
+
+    def _add(self, event: Step) -> None:
+        for name, value in (("steps", event.step), ("losses", event.loss), ("rates", event.learning_rate)):
+            self._points[name].append(value)
+        if not self._due(event.step == event.steps):
+            return
+        points, self._points = self._points, {name: [] for name in self._points}
+        facts = {"rate": event.rate, "seconds_left": event.seconds_left, "memory": event.memory}
+        self._send_progress(event.step, event.steps)
+        self._send(points, state="training", step=event.step, steps=event.steps, **facts)
+
+    def _send(self, points: Mapping[str, Sequence[float]] | None = None, **facts: Any) -> None:
+        """Keep facts, and send them with the newest points of the curve if a page is open."""
+        from server import PromptServer
+
+        kept = {name: value for name, value in facts.items() if name != "preview"}
+        known = live.note(self._node_id, **kept)
+        if PromptServer.instance.sockets:
+            message = known | facts | ({"points": points} if points else {})
+            PromptServer.instance.send_sync("dreambooth", message)
+
+    def _keep(self, event: Opened) -> None:
+        """Put the graph and small pictures of the subject into a run's folder; without them the run goes on as well."""
+        run = RunFolder(event.path)
+        try:
+            if self._workflow:
+                host.keep_workflow(run, self._workflow)
+            for number, picture in enumerate(self._subject[:_SHOWN]):
+                path = run.subject_path / f"{number:02d}.jpg"
+                if not path.exists():
+                    write_atomic(path, host_pictures.as_thumbnail(picture))
+        except TrainerError as error:
+            logger.warning("%s", error)

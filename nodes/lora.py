@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.config import TrainSettings
 from . import host
+from .base import Node
 from .widgets import CATEGORY, widget
 
 
@@ -33,7 +34,7 @@ def as_wire(adapter: Any) -> LoraTensors:
     return LoraTensors(adapter.state_dict(), adapter.metadata)
 
 
-class LoadLoraFile(io.ComfyNode):
+class LoadLoraFile(Node):
     """Reads an adapter file."""
 
     @classmethod
@@ -68,7 +69,7 @@ class LoadLoraFile(io.ComfyNode):
         return io.NodeOutput(LoraTensors(adapter.state_dict(), named))
 
 
-class ApplyLora(io.ComfyNode):
+class ApplyLora(Node):
     """Puts an adapter on a model."""
 
     @classmethod
@@ -99,7 +100,7 @@ class ApplyLora(io.ComfyNode):
         return io.NodeOutput(*host.apply_adapter(model, clip, lora, strength_model, strength_clip))
 
 
-class SaveLora(io.ComfyNode):
+class SaveLora(Node):
     """Writes an adapter file."""
 
     @classmethod

@@ -9,13 +9,14 @@ from comfy_api.latest import io
 
 from ..trainer.merge_settings import ExtractSettings, ReductionSettings
 from . import host
+from .base import Node
 from .host_progress import NodeListener
 from .lora import as_adapter
 from .merge import as_image, base_inputs, merged_output, report_outputs
 from .widgets import CATEGORY, widget
 
 
-class ResizeLora(io.ComfyNode):
+class ResizeLora(Node):
     """Brings an adapter to another rank."""
 
     @classmethod
@@ -56,7 +57,7 @@ class ResizeLora(io.ComfyNode):
         return merged_output(resized)
 
 
-class ExtractLora(io.ComfyNode):
+class ExtractLora(Node):
     """Makes a LoRA of the difference of two models."""
 
     @classmethod
@@ -105,7 +106,7 @@ class ExtractLora(io.ComfyNode):
         return merged_output(found)
 
 
-class InspectLora(io.ComfyNode):
+class InspectLora(Node):
     """Says what an adapter is and where it works."""
 
     @classmethod

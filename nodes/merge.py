@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from ..trainer.merge_settings import LearnedMergeSettings, MergeSettings
 from . import host
+from .base import Node
 from .host_progress import NodeListener
 from .lora import as_adapter, as_wire
 from .widgets import CATEGORY, widget
@@ -63,7 +64,7 @@ def _title(lora: Any, number: int) -> str:
     return f"{number}: {stated.get('modelspec.title') or stated.get('ss_output_name') or 'adapter'}"
 
 
-class MergeLoras(io.ComfyNode):
+class MergeLoras(Node):
     """Merges any number of adapters into one."""
 
     @classmethod
@@ -154,7 +155,7 @@ def read_strengths(text: str, count: int) -> list[tuple[float, float]]:
     return found + [(1.0, 1.0)] * (count - len(found))
 
 
-class ScaleLora(io.ComfyNode):
+class ScaleLora(Node):
     """Scales an adapter, or parts of it."""
 
     @classmethod
@@ -207,7 +208,7 @@ class ScaleLora(io.ComfyNode):
         return io.NodeOutput(as_wire(merged.adapter))
 
 
-class LearnedMerge(io.ComfyNode):
+class LearnedMerge(Node):
     """Merges a subject and a style with learned coefficients."""
 
     @classmethod

@@ -9,6 +9,7 @@ from comfy_api.latest import io, ui
 from ..trainer.config import TrainSettings
 from ..trainer.score_settings import CompareSettings
 from . import host
+from .base import Node
 from .host_progress import NodeListener
 from .lora import as_wire
 from .merge import as_image
@@ -20,7 +21,7 @@ _SHOWN = ("prompts", "schedulers", "steps", "count", "guidance", "size", "pictur
 _PROMPTS = "{subject} in the snow\n{subject} on the beach\n{subject} on a cobblestone street"
 
 
-class PickBestCheckpoint(io.ComfyNode):
+class PickBestCheckpoint(Node):
     """Scores every checkpoint of a run."""
 
     @classmethod

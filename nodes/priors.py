@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.config import PriorSettings, TrainSettings
 from . import host
+from .base import Node
 from .host_progress import NodeListener
 from .subject import SubjectValue
 from .widgets import CATEGORY, PRIORS, SUBJECT, widget
@@ -23,7 +24,7 @@ class PriorsValue:
     pictures: tuple[Any, ...]
 
 
-class ClassPriors(io.ComfyNode):
+class ClassPriors(Node):
     """Makes class pictures, or uses those of the same settings again."""
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from . import host, host_models
+from .base import Node
 from .host_progress import NodeListener
 from .subject import SubjectValue
 from .widgets import CATEGORY, SUBJECT
@@ -63,7 +64,7 @@ def _score(
         return score_pictures(pictures, prompts, references, open_judges(clip, dino, download), listener)
 
 
-class ClipScore(io.ComfyNode):
+class ClipScore(Node):
     """Scores pictures against their prompts."""
 
     @classmethod
@@ -105,7 +106,7 @@ class ClipScore(io.ComfyNode):
         return io.NodeOutput(table.means["CLIP-T"], table.means["CLIPScore"], text, ui={"text": [text]})
 
 
-class SubjectScore(io.ComfyNode):
+class SubjectScore(Node):
     """Scores pictures against real pictures of the subject."""
 
     @classmethod

@@ -9,6 +9,7 @@ from typing import Any
 from comfy_api.latest import io, ui
 
 from . import host
+from .base import Node
 from .host_progress import NodeListener
 from .merge import as_image
 from .score import clip_input, dino_input, download_input, open_judges
@@ -18,7 +19,7 @@ from .widgets import CATEGORY, SUBJECT
 _MOST = 20
 
 
-class ScoreTable(io.ComfyNode):
+class ScoreTable(Node):
     """Prompts by settings, with thumbnails and numbers."""
 
     @classmethod

@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.errors import PicturesError
 from . import host
+from .base import Node
 from .host_progress import NodeListener
 from .widgets import CATEGORY, SUBJECT
 
@@ -30,7 +31,7 @@ class SubjectValue:
     token: str
 
 
-class Subject(io.ComfyNode):
+class Subject(Node):
     """Pictures and words."""
 
     @classmethod
@@ -76,9 +77,7 @@ class Subject(io.ComfyNode):
         """Changes when the folder's files change."""
         if folder in ("", host.NO_FOLDER):
             return ""
-        path = host.input_path(folder)
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()])
+        return host.folder_stamp(host.input_path(folder))
 
     @classmethod
     def execute(cls, folder: str, token: str, class_noun: str, caption: str, images: Any = None) -> io.NodeOutput:

@@ -10,8 +10,9 @@ from comfy_api.latest import io
 
 from ..trainer.config import TrainSettings
 from ..trainer.preview_settings import PreviewSettings
-from . import host
-from .host_progress import NodeListener
+from . import host, host_models
+from .base import Node
+from .host_progress import TrainingListener
 from .lora import as_adapter, as_wire
 from .priors import PriorsValue
 from .subject import SubjectValue
@@ -29,8 +30,12 @@ _ON_THE_NODE = (
     "seed",
 )
 _WIRED = ("start_from",)
-_NEWER = (*PreviewSettings.model_fields, "keep_adapters")  # last: saved workflows hold widget values by place
-_ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER}
+_PREVIEW = "preview_every"
+_NEWER = (  # last: saved workflows hold widget values by place
+    *(name for name in PreviewSettings.model_fields if name != _PREVIEW),
+    "keep_adapters",
+)
+_ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
 _FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
     "learning_rate": {"default": 2e-6},
@@ -40,7 +45,7 @@ _FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
 _ADAPTERS = ["lora", "dora", "loha", "lokr"]  # all weights are trained by Fine-tune Checkpoint
 
 
-class TrainingSettings(io.ComfyNode):
+class TrainingSettings(Node):
     """Everything that Train LoRA does not show itself."""
 
     @classmethod
@@ -75,7 +80,12 @@ def _sources(model: str) -> list[io.Input]:
     ]
 
 
-class TrainLora(io.ComfyNode):
+def _preview_input() -> io.Input:
+    """How often the node shows sample pictures; graphs that were saved before have none."""
+    return widget(TrainSettings, _PREVIEW, default=100, optional=True)
+
+
+class TrainLora(Node):
     """Trains, goes on with an interrupted run, or returns a finished one."""
 
     @classmethod
@@ -114,6 +124,7 @@ class TrainLora(io.ComfyNode):
                     advanced=True,
                     tooltip="Strength of base_lora, if one is connected.",
                 ),
+                _preview_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the new adapter."),
@@ -122,7 +133,7 @@ class TrainLora(io.ComfyNode):
                 io.String.Output(display_name="path", tooltip="The adapter file."),
                 io.String.Output(display_name="run", tooltip="The run's folder, for Pick Best Checkpoint."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -155,15 +166,13 @@ class TrainLora(io.ComfyNode):
         lower = (model, clip)
         if stacked:
             lower = host.apply_adapter(model, clip, base_lora, base_lora_strength, base_lora_strength)
-        result = run_training(
-            cls.hidden.unique_id, (*lower, vae), subject, priors, class_images, checked, Stage(start, stacked)
-        )
+        result = run_training(cls.hidden, (*lower, vae), subject, priors, class_images, checked, Stage(start, stacked))
         adapter = as_wire(result.adapter)
         trained = host.apply_adapter(*((model, clip) if checked.combine else lower), adapter, 1.0, 1.0)
         return io.NodeOutput(*trained, adapter, str(result.path), str(result.run), ui={"text": [str(result.path)]})
 
 
-class FineTuneCheckpoint(io.ComfyNode):
+class FineTuneCheckpoint(Node):
     """Trains all weights of the UNet, and of the text encoder if it has a rate: DreamBooth as first published."""
 
     @classmethod
@@ -186,6 +195,7 @@ class FineTuneCheckpoint(io.ComfyNode):
                     for name in _ON_THE_NODE
                     if name != "adapter"
                 ),
+                _preview_input(),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The tuned model, loaded from its file."),
@@ -194,7 +204,7 @@ class FineTuneCheckpoint(io.ComfyNode):
                 io.LoraModel.Output(display_name="lora", tooltip="What changed, as a LoRA of the given rank."),
                 io.String.Output(display_name="path", tooltip="The checkpoint file."),
             ],
-            hidden=[io.Hidden.unique_id],
+            hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
 
     @classmethod
@@ -213,14 +223,14 @@ class FineTuneCheckpoint(io.ComfyNode):
         from ..trainer.dreambooth import Stage
 
         checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
-        result = run_training(cls.hidden.unique_id, (model, clip, vae), subject, priors, class_images, checked, Stage())
+        result = run_training(cls.hidden, (model, clip, vae), subject, priors, class_images, checked, Stage())
         adapter = as_wire(result.adapter)
         tuned = host.load_checkpoint(result.checkpoint)
         return io.NodeOutput(*tuned, adapter, str(result.checkpoint), ui={"text": [str(result.checkpoint)]})
 
 
 def run_training(
-    node_id: str,
+    hidden: Any,
     parts: tuple[Any, Any, Any],
     subject: SubjectValue,
     priors: PriorsValue | None,
@@ -232,20 +242,24 @@ def run_training(
     from ..trainer.dreambooth import train
     from ..trainer.pictures import load_pictures
 
-    listener = NodeListener(node_id)
-    class_pictures = list(priors.pictures) if priors else []
-    if class_images is not None:
-        class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)
-    with host.training_mode():
-        return train(
-            host.borrow_base(*parts),
-            subject.pictures,
-            class_pictures,
-            settings,
-            host.loras_folder(),
-            host.work_folder() / "runs",
-            host.device_name(),
-            listener,
-            stage=stage,
-            checkpoints_dir=host.checkpoints_folder(),
-        )
+    workflow = (hidden.extra_pnginfo or {}).get("workflow")
+    listener = TrainingListener(hidden.unique_id, settings.name, subject.pictures, workflow)
+    named = {name: getattr(settings, name).strip() for name in ("score_clip", "score_dino")}
+    judges = {name: host_models.feature_model(value) for name, value in named.items() if value}
+    with listener.ending():
+        class_pictures = list(priors.pictures) if priors else []
+        if class_images is not None:
+            class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)
+        with host.training_mode():
+            return train(
+                host.borrow_base(*parts),
+                subject.pictures,
+                class_pictures,
+                settings.model_copy(update=judges),
+                host.loras_folder(),
+                host.work_folder() / "runs",
+                host.device_name(),
+                listener,
+                stage=stage,
+                checkpoints_dir=host.checkpoints_folder(),
+            )

@@ -95,6 +95,7 @@ FLOORS = {
     "sample": 4,
     "score_grid": 4,
     "scoring": 4,
+    "shelf": 4,
     "studio": 4,
     "trained_weights": 4,
     "trainee": 4,

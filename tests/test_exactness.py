@@ -25,6 +25,7 @@ from pack.trainer.errors import CancelledError, StorageError
 from pack.trainer.families.base import BaseWeights
 from pack.trainer.kohya import Adapter, LoraLayer
 from pack.trainer.pictures import Picture, load_pictures
+from pack.trainer.preview_settings import PreviewSettings
 from pack.trainer.weights import open_base
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -435,6 +436,17 @@ OTHER_VALUES: dict[str, Any] = {
     "keep_checkpoints": 7,
     "resume": "never",
     "save_precision": "bf16",
+    "keep_adapters": False,
+    "preview_every": 100,
+    "preview_prompts": "sks dog in the snow",
+    "preview_count": 2,
+    "preview_steps": 5,
+    "preview_guidance": 3.0,
+    "preview_seed": 1,
+    "token": "rraj",
+    "score_clip": "clip",
+    "score_dino": "dino",
+    "early_stop": 2,
 }
 WITHOUT_EFFECT = {
     "name",
@@ -445,12 +457,17 @@ WITHOUT_EFFECT = {
     "save_precision",
     "combine",
     "start_from",  # its content counts, wherever it lies
+    "keep_adapters",
+    *PreviewSettings.model_fields,
 }
 COMPANY: dict[str, dict[str, Any]] = {
     "conv_rank": {"targets": "all"},
     "conv_alpha": {"targets": "all"},
     "lokr_factor": {"adapter": "lokr"},
     "text_encoder_until": {"text_encoder_lr": 1e-5},
+    "score_clip": {"preview_every": 100},
+    "score_dino": {"preview_every": 100},
+    "early_stop": {"preview_every": 100, "score_clip": "clip"},
 }
 
 

@@ -185,7 +185,7 @@ def test_decoded_pictures_are_the_autoencoders(model: DiffusionModel) -> None:
     with torch.no_grad():
         pixels = model.vae.decode(latents / model.vae.config.scaling_factor).sample
     expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
-    for picture, values in zip(decode_latents(model, latents), expected, strict=True):
+    for picture, values in zip(decode_latents(model.vae, latents), expected, strict=True):
         assert np.abs(np.asarray(picture, dtype=int) - values).max() <= 1
 
 

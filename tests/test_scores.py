@@ -98,24 +98,28 @@ def expected_pixels(image: Image.Image, side: int, crop: bool, mean: Any, std: A
     return ((pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None])[None]
 
 
+def plain_feature(model: FeatureModel, kind: str, image: Image.Image) -> Tensor:
+    """What transformers' network says of one picture, (width,), normalised."""
+    mean, std = ((0.5,) * 3, (0.5,) * 3) if kind == "clip" else (MEAN, STD)
+    pixels = expected_pixels(image, {"clip": 64, "dinov2": 28}.get(kind, 32), kind != "vit", mean, std)
+    with torch.no_grad():
+        if kind == "clip":
+            pooled = model.network.visual_projection(model.network.vision_model(pixels).pooler_output)
+        elif kind == "clip_vision_model":
+            pooled = model.network(pixels).image_embeds
+        else:
+            pooled = model.network(pixels).last_hidden_state[:, 0]
+    return F.normalize(pooled, dim=-1)[0]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 @pytest.mark.parametrize("kind", ["clip", "clip_vision_model", "dinov2", "vit"])
 def test_features_are_those_of_the_model(kind: str, mode: str, folders: dict[str, Path]) -> None:
     model = open_feature_model(folders[kind], CPU)
-    side = {"clip": 64, "dinov2": 28}.get(kind, 32)
-    mean, std = ((0.5,) * 3, (0.5,) * 3) if kind == "clip" else (MEAN, STD)
     images = [picture(size, number, mode) for number, size in enumerate(SIZES)]
     found = model.image_features(images)
     for image, row in zip(images, found, strict=True):
-        pixels = expected_pixels(image, side, kind != "vit", mean, std)
-        with torch.no_grad():
-            if kind == "clip":
-                pooled = model.network.visual_projection(model.network.vision_model(pixels).pooler_output)
-            elif kind == "clip_vision_model":
-                pooled = model.network(pixels).image_embeds
-            else:
-                pooled = model.network(pixels).last_hidden_state[:, 0]
-        torch.testing.assert_close(row, F.normalize(pooled, dim=-1)[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(row, plain_feature(model, kind, image), atol=1e-4, rtol=0)
     torch.testing.assert_close(found.norm(dim=1), torch.ones(len(images)))
 
 
@@ -134,6 +138,39 @@ def test_the_demo_scorer_knows_its_world(folders: dict[str, Path]) -> None:
     right, wrong = model.text_features(["a dog on the grass", "a car in the water"])
     features = model.image_features([seen.open()])[0]
     assert float(features @ right) > float(features @ wrong) + 0.1
+
+
+class ForTorchmetrics(transformers.CLIPModel):
+    """Gives features as tensors, as every transformers before the fifth did: torchmetrics takes no others."""
+
+    def get_image_features(self, *words: Any, **more: Any) -> Tensor:
+        found = super().get_image_features(*words, **more)
+        return getattr(found, "pooler_output", found)
+
+    def get_text_features(self, *words: Any, **more: Any) -> Tensor:
+        found = super().get_text_features(*words, **more)
+        return getattr(found, "pooler_output", found)
+
+
+@pytest.mark.filterwarnings("ignore:`max_length` is ignored")
+def test_clip_score_is_that_of_torchmetrics() -> None:
+    """Pictures of the subject, and noise of any size that is far from its prompt."""
+    multimodal = pytest.importorskip("torchmetrics.functional.multimodal")
+    ours = open_feature_model(DEMO / "scorer", CPU)
+    network = ForTorchmetrics.from_pretrained(DEMO / "scorer").float()
+    theirs = network, transformers.CLIPProcessor(ours.processor, ours.tokenizer)
+    images = [one.open() for one in load_pictures(DEMO / "subject", "", Recorder())]
+    images += [picture(size, number) for number, size in enumerate(SIZES)]
+    prompts = ["a dog on the grass", "a car in the water", "a dog"] * 3
+    features, said = ours.image_features(images), ours.text_features(prompts)
+    tensors = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images]
+    with torch.no_grad():
+        each = [float(multimodal.clip_score(*pair, lambda: theirs)) for pair in zip(tensors, prompts, strict=True)]
+        together = float(multimodal.clip_score(tensors, prompts, lambda: theirs))
+    assert min(each) == 0
+    assert max(each) > 40
+    assert clip_score(features, said).tolist() == pytest.approx(each, abs=1e-2)
+    assert max(0.0, 100 * float(clip_t(features, said).mean())) == pytest.approx(together, abs=1e-2)
 
 
 # Arithmetic
@@ -190,6 +227,18 @@ def test_a_table_of_all_measures(folders: dict[str, Path], tmp_path: Path) -> No
     assert json.loads(json.dumps(table.as_json(), allow_nan=False))["means"]["DINO"] == table.means["DINO"]
     assert [row["picture"] for row in csv.DictReader(table.as_csv().splitlines())] == ["0.png", "1.png"]
     assert "DINO by dino" in table.as_text()
+
+
+def test_likeness_is_the_mean_over_all_pairs(folders: dict[str, Path]) -> None:
+    """DreamBooth's protocol, picture by picture: the mean over all pairs of a generated and a real one."""
+    models = {kind: open_feature_model(folders[kind], CPU) for kind in ("clip", "vit")}
+    drawn, real = (load_pictures(DEMO / part, "", Recorder()) for part in ("style", "subject"))
+    table = score_pictures(drawn[:3], [], real, Judges(*models.values()), Recorder())
+    for measure, (kind, model) in zip(("CLIP-I", "DINO"), models.items(), strict=True):
+        rows, others = ([plain_feature(model, kind, one.open()) for one in part] for part in (drawn[:3], real))
+        cosines = [float(one @ other) for one in rows for other in others]
+        assert len(cosines) == 15
+        assert table.means[measure] == pytest.approx(sum(cosines) / 15, abs=1e-4)
 
 
 def test_every_picture_is_opened_once(folders: dict[str, Path]) -> None:

@@ -9,6 +9,8 @@ CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 XL_CHECKPOINT = "sd_xl_base_1.0.safetensors"
 LORAS = ("dog.safetensors", "pixel-art.safetensors")
 Link = tuple[str, str]
+SUBJECT: dict[str, Link] = {"subject": ("subject", "subject")}
+WITH_PRIORS: dict[str, Link] = SUBJECT | {"priors": ("priors", "priors")}
 
 
 @dataclass(frozen=True)
@@ -68,80 +70,265 @@ def note(text: str, at: tuple[int, int], title: str, size: tuple[int, int] = (72
     return Node("MarkdownNote", at, {"": text}, title=title, size=size)
 
 
+def subject(at: tuple[int, int], folder: str = "dog", token: str = "sks", noun: str = "dog", title: str = "") -> Node:
+    values = {"folder": folder, "token": token, "class_noun": noun}
+    return Node("DreamBoothSubject", at, values, title=title, size=(330, 420))
+
+
+def priors(at: tuple[int, int], subject: str = "subject", **values: Any) -> Node:
+    return Node("DreamBoothClassPriors", at, {"count": 100} | values, parts() | {"subject": (subject, "subject")})
+
+
+def train(at: tuple[int, int], links: dict[str, Link], title: str = "", **values: Any) -> Node:
+    return Node("DreamBoothTrainLora", at, {"seed": 0} | values, parts() | links, title, (380, 860))
+
+
+def drawing(model: Link, clip: Link, text: str, at: tuple[int, int], prefix: str, side: int = 512) -> dict[str, Node]:
+    """Prompt to saved picture, two columns from `at`."""
+    left, top = at
+    return {
+        "prompt": prompt(text, clip, at),
+        "negative": prompt("blurry, low quality", clip, (left, top + 170), "Negative prompt"),
+        "latent": Node(
+            "EmptyLatentImage", (left, top + 340), {"width": side, "height": side, "batch_size": 1}, size=(340, 110)
+        ),
+        "sample": sampler(model, "prompt", "negative", "latent", (left + 400, top)),
+        "decode": decoder("sample", (left + 400, top + 320)),
+        "save": Node(
+            "SaveImage",
+            (left + 760, top),
+            {"filename_prefix": prefix},
+            {"images": ("decode", "IMAGE")},
+            size=(420, 440),
+        ),
+    }
+
+
+START = """1. Drop 3 to 20 pictures of your subject on **Subject**, or put them into a folder in ComfyUI's `input`
+folder and choose it.
+2. Say what it is: `class_noun` (dog, backpack, man …). `token` is the rare word that will call it.
+3. Choose a checkpoint (Stable Diffusion 1.x, 2.x or SDXL; for SDXL set the resolution to 1024) and press
+**Run**.
+
+The node shows how it learns. **Cancel** at any moment, run again and it goes on where it stopped. The
+adapter lands in `models/loras`; a finished run is not trained twice. All runs are in the sidebar, under
+*DreamBooth runs*."""
+PRIORS = """As **train_then_generate**, and the model draws 100 pictures of the class first and trains beside them,
+so that other dogs stay what they are. They are made once, kept on disk and used again; with them, train
+longer."""
+TWO = """One adapter for each subject, then both in one picture. Give them different rare words (*sks*, *rraj*)
+and train each with class pictures of its own kind. If they mix in one picture, lower both strengths to
+0.8, or draw them one after the other with inpainting."""
+SMALL = """SDXL on a card of 8 to 12 GB: gradient checkpointing, batch 1, attention layers only, resolution 1024
+(768 still works). Precision `auto` takes bf16 where the card does it well. If the memory does not
+suffice, lower the resolution and run again: the run resumes where its settings allow, and nothing that
+is made is lost."""
+STAGES = """First a concept (clothes, a style, a pose), then a person or pet on top of it: the second training sees
+the first adapter, so that both fit each other. `combine` in **Training Settings** makes one file that
+holds both and stands alone."""
+MERGE = """Choose your subject and your style (files of the same model family) and the checkpoint. **Merge LoRAs**
+grows an input for every adapter; *strengths* has one number for each.
+
+The heat map shows what is kept of each in every block. **orthogonal** keeps the first adapter as it is
+and takes the second out of its way; **sum** is the plain stack of both."""
 SCORE = """Trains with a checkpoint every 100 steps, draws with every one, and keeps the best:
 
 1. Choose the folder in **Subject** and the checkpoint, as for training.
-2. **Pick Best Checkpoint** measures likeness, prompt following and the drift of the class. The star in its plot is the
-   step that it picks; its page (press **?**) tells how.
+2. **Pick Best Checkpoint** measures likeness, prompt following and the drift of the class. The star in
+its plot is the step that it picks; its page (press **?**) tells how.
 3. **Score Table** puts pictures without and with the picked adapter side by side, with their scores.
 
 The models that judge are folders in `models/feature_models`: *openai/clip-vit-base-patch32* and, finer,
 *facebook/dino-vits16*. Turn **download** on to fetch them once, or name a file in `models/clip_vision`."""
 
+SCORE_AND_PICK = Recipe(
+    {
+        "note": note(SCORE, (0, -340), "Know when it is good", (1110, 330)),
+        "base": loader((0, 40)),
+        "subject": subject((0, 210)),
+        "priors": priors((380, 40)),
+        "settings": Node(
+            "DreamBoothTrainingSettings",
+            (380, 440),
+            {"checkpoint_every": 100, "keep_adapters": True},
+            size=(330, 300),
+        ),
+        "train": train((770, 40), WITH_PRIORS | {"settings": ("settings", "settings")}, name="my-dog", steps=800),
+        "pick": Node(
+            "DreamBoothPickBest",
+            (1170, 40),
+            {},
+            parts() | {"subject": ("subject", "subject"), "run": ("train", "run")},
+            size=(400, 760),
+        ),
+        "apply": Node(
+            "DreamBoothApplyLora",
+            (1620, 40),
+            {},
+            {"model": ("base", "MODEL"), "clip": ("base", "CLIP"), "lora": ("pick", "lora")},
+            size=(270, 150),
+        ),
+        "plain": prompt("a photo of a dog on the beach", ("base", "CLIP"), (1620, 240), "Prompt, base"),
+        "wanted": prompt("a photo of sks dog on the beach", ("apply", "clip"), (1620, 400), "Prompt, subject"),
+        "negative": prompt("blurry, low quality", ("base", "CLIP"), (1620, 560), "Negative prompt"),
+        "latent": Node(
+            "EmptyLatentImage", (1620, 720), {"width": 512, "height": 512, "batch_size": 4}, size=(340, 110)
+        ),
+        "draw base": sampler(("base", "MODEL"), "plain", "negative", "latent", (2020, 40), "Without"),
+        "draw": sampler(("apply", "model"), "wanted", "negative", "latent", (2020, 360), "With"),
+        "decode base": decoder("draw base", (2020, 690)),
+        "decode": decoder("draw", (2020, 790)),
+        "table": Node(
+            "DreamBoothScoreTable",
+            (2400, 40),
+            {"titles": "base\nbest checkpoint", "prompts": "a photo of a dog on the beach"},
+            {
+                "settings.images_0": ("decode base", "IMAGE"),
+                "settings.images_1": ("decode", "IMAGE"),
+                "subject": ("subject", "subject"),
+            },
+            size=(480, 760),
+        ),
+    }
+)
+MERGED = Recipe(
+    {
+        "note": note(MERGE, (0, 470), "Merge two LoRAs", (330, 330)),
+        "base": loader((0, 0)),
+        "dog": Node("DreamBoothLoadLora", (0, 180), {"file": LORAS[0]}, title="Subject", size=(330, 90)),
+        "style": Node("DreamBoothLoadLora", (0, 330), {"file": LORAS[1]}, title="Style", size=(330, 90)),
+        "merge": Node(
+            "DreamBoothMergeLoras",
+            (400, 180),
+            {"strengths": "1.0, 0.8", "method": "orthogonal"},
+            {"loras.lora_0": ("dog", "LORA_MODEL"), "loras.lora_1": ("style", "LORA_MODEL")},
+            size=(330, 270),
+        ),
+        "report": Node("PreviewImage", (400, 510), {}, {"images": ("merge", "heat_map")}, "What is kept", (330, 260)),
+        "apply": Node(
+            "DreamBoothApplyLora",
+            (800, 0),
+            {},
+            {"model": ("base", "MODEL"), "clip": ("base", "CLIP"), "lora": ("merge", "lora")},
+            size=(280, 150),
+        ),
+        "keep": Node(
+            "DreamBoothSaveLora", (800, 260), {"name": "dog-pixel-art"}, {"lora": ("merge", "lora")}, size=(280, 140)
+        ),
+        **drawing(
+            ("apply", "model"),
+            ("apply", "clip"),
+            "pixel art, a photo of sks dog on the beach",
+            (1140, 0),
+            "dog-pixel-art",
+        ),
+    }
+)
 RECIPES: dict[str, Recipe] = {
-    "train_score_pick": Recipe(
+    "train_then_generate": Recipe(
         {
-            "note": note(SCORE, (0, -340), "Know when it is good", (1110, 330)),
+            "note": note(START, (0, -310), "Your subject in eight photos"),
             "base": loader((0, 40)),
-            "subject": Node(
-                "DreamBoothSubject", (0, 210), {"folder": "dog", "token": "sks", "class_noun": "dog"}, size=(330, 190)
+            "subject": subject((0, 210)),
+            "train": train((390, 40), SUBJECT, name="my-dog", steps=600),
+            **drawing(("train", "model"), ("train", "clip"), "a photo of sks dog on the beach", (830, 40), "my-dog"),
+        }
+    ),
+    "train_with_priors": Recipe(
+        {
+            "note": note(PRIORS, (0, -190), "Other dogs stay dogs", (720, 170)),
+            "base": loader((0, 40)),
+            "subject": subject((0, 210)),
+            "priors": priors((390, 40)),
+            "look": Node("PreviewImage", (390, 470), {}, {"images": ("priors", "IMAGE")}, "Class pictures", (330, 300)),
+            "train": train((780, 40), WITH_PRIORS, name="my-dog-with-priors", steps=800),
+            **drawing(("train", "model"), ("train", "clip"), "a photo of sks dog on the beach", (1220, 40), "my-dog"),
+        }
+    ),
+    "two_subjects": Recipe(
+        {
+            "note": note(TWO, (0, -200), "Two subjects in one picture", (780, 170)),
+            "base": loader((0, 40)),
+            "subject": subject((0, 210), title="First subject"),
+            "other": subject((0, 700), "cat", "rraj", "cat", "Second subject"),
+            "priors": priors((390, 40)),
+            "other priors": priors((390, 460), "other"),
+            "train": train((780, 40), WITH_PRIORS, "Train the first", name="first", steps=800),
+            "other train": train(
+                (1220, 40),
+                {"subject": ("other", "subject"), "priors": ("other priors", "priors")},
+                "Train the second",
+                name="second",
+                steps=800,
             ),
-            "priors": Node(
-                "DreamBoothClassPriors", (380, 40), {"count": 100}, parts() | {"subject": ("subject", "subject")}
-            ),
-            "settings": Node(
-                "DreamBoothTrainingSettings",
-                (380, 440),
-                {"checkpoint_every": 100, "keep_adapters": True},
-                size=(330, 300),
-            ),
-            "train": Node(
-                "DreamBoothTrainLora",
-                (770, 40),
-                {"name": "my-dog", "steps": 800, "seed": 0},
-                parts()
-                | {
-                    "subject": ("subject", "subject"),
-                    "priors": ("priors", "priors"),
-                    "settings": ("settings", "settings"),
-                },
-                size=(340, 560),
-            ),
-            "pick": Node(
-                "DreamBoothPickBest",
-                (1170, 40),
-                {},
-                parts() | {"subject": ("subject", "subject"), "run": ("train", "run")},
-                size=(400, 760),
+            "merge": Node(
+                "DreamBoothMergeLoras",
+                (1660, 40),
+                {"strengths": "1.0, 1.0", "method": "orthogonal"},
+                {"loras.lora_0": ("train", "lora"), "loras.lora_1": ("other train", "lora")},
+                size=(330, 270),
             ),
             "apply": Node(
                 "DreamBoothApplyLora",
-                (1620, 40),
+                (1660, 380),
                 {},
-                {"model": ("base", "MODEL"), "clip": ("base", "CLIP"), "lora": ("pick", "lora")},
-                size=(270, 150),
+                {"model": ("base", "MODEL"), "clip": ("base", "CLIP"), "lora": ("merge", "lora")},
+                size=(330, 150),
             ),
-            "plain": prompt("a photo of a dog on the beach", ("base", "CLIP"), (1620, 240), "Prompt, base"),
-            "wanted": prompt("a photo of sks dog on the beach", ("apply", "clip"), (1620, 400), "Prompt, subject"),
-            "negative": prompt("blurry, low quality", ("base", "CLIP"), (1620, 560), "Negative prompt"),
-            "latent": Node(
-                "EmptyLatentImage", (1620, 720), {"width": 512, "height": 512, "batch_size": 4}, size=(340, 110)
-            ),
-            "draw base": sampler(("base", "MODEL"), "plain", "negative", "latent", (2020, 40), "Without"),
-            "draw": sampler(("apply", "model"), "wanted", "negative", "latent", (2020, 360), "With"),
-            "decode base": decoder("draw base", (2020, 690)),
-            "decode": decoder("draw", (2020, 790)),
-            "table": Node(
-                "DreamBoothScoreTable",
-                (2400, 40),
-                {"titles": "base\nbest checkpoint", "prompts": "a photo of a dog on the beach"},
-                {
-                    "settings.images_0": ("decode base", "IMAGE"),
-                    "settings.images_1": ("decode", "IMAGE"),
-                    "subject": ("subject", "subject"),
-                },
-                size=(480, 760),
+            **drawing(
+                ("apply", "model"),
+                ("apply", "clip"),
+                "a photo of sks dog and rraj cat on the beach",
+                (2050, 40),
+                "both",
             ),
         }
     ),
+    "sdxl_on_a_small_card": Recipe(
+        {
+            "note": note(SMALL, (0, -200), "SDXL on a small card", (780, 170)),
+            "base": loader((0, 40), XL_CHECKPOINT),
+            "subject": subject((0, 210)),
+            "settings": Node(
+                "DreamBoothTrainingSettings",
+                (390, 40),
+                {"gradient_checkpointing": True, "batch_size": 1},
+                size=(330, 820),
+            ),
+            "train": train(
+                (780, 40),
+                SUBJECT | {"settings": ("settings", "settings")},
+                name="my-dog-xl",
+                steps=800,
+                rank=8,
+                targets="attention",
+                resolution=1024,
+            ),
+            **drawing(
+                ("train", "model"), ("train", "clip"), "a photo of sks dog on the beach", (1220, 40), "my-dog-xl", 1024
+            ),
+        }
+    ),
+    "two_stages": Recipe(
+        {
+            "note": note(STAGES, (0, -190), "A concept first, then a subject on top", (780, 160)),
+            "base": loader((0, 40)),
+            "concept": subject((0, 210), "style", "rraj", "style", "Concept"),
+            "subject": subject((0, 700)),
+            "first": train((390, 40), {"subject": ("concept", "subject")}, "First stage", name="concept", steps=800),
+            "settings": Node("DreamBoothTrainingSettings", (820, 40), {"combine": True}, size=(330, 820)),
+            "train": train(
+                (1200, 40),
+                SUBJECT | {"settings": ("settings", "settings"), "base_lora": ("first", "lora")},
+                "Second stage",
+                name="concept-and-dog",
+                steps=600,
+            ),
+            **drawing(
+                ("train", "model"), ("train", "clip"), "rraj style, a photo of sks dog", (1640, 40), "two-stages"
+            ),
+        }
+    ),
+    "merge_subject_and_style": MERGED,
+    "train_score_pick": SCORE_AND_PICK,
 }

@@ -118,14 +118,29 @@ class RunFolder:
         return cls(path)
 
     @property
+    def record(self) -> dict[str, Any]:
+        """What was written when the run began: "fingerprint", "name", "started_at" and "settings"."""
+        return _read_json(self.path / "run.json")
+
+    @property
     def name(self) -> str:
         """The run's name."""
-        return str(_read_json(self.path / "run.json").get("name", self.path.name))
+        return str(self.record.get("name", self.path.name))
 
     @property
     def started_at(self) -> float:
         """Unix time at which the run began."""
-        return float(_read_json(self.path / "run.json").get("started_at", 0.0))
+        return float(self.record.get("started_at", 0.0))
+
+    @property
+    def workflow_path(self) -> Path:
+        """Where the graph that the run belongs to lies, if it was kept."""
+        return self.path / "workflow.json"
+
+    @property
+    def subject_path(self) -> Path:
+        """Folder of small pictures of the subject, if they were kept."""
+        return self.path / "subject"
 
     @property
     def cache_path(self) -> Path:
@@ -148,6 +163,10 @@ class RunFolder:
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
         return sorted(int(path.name[5:]) for path in self.path.glob("step-*") if path.name[5:].isdecimal())
+
+    def newest(self, limit: int) -> int:
+        """Step of the newest whole checkpoint up to a step; 0 if there is none."""
+        return max((step for step in self.steps() if step <= limit), default=0)
 
     def adapters(self) -> dict[int, Path]:
         """Step → adapter file, ascending: of the checkpoints, and those that were kept of older ones."""

@@ -22,7 +22,7 @@ from .checks import diverged, require_prediction_type, require_trainable
 from .config import TrainSettings
 from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
 from .errors import CancelledError, DivergedError
-from .events import Listener, Note, SilentListener
+from .events import Listener, Note, Opened, SilentListener
 from .export import export
 from .families.base import BaseWeights, DiffusionModel
 from .kohya import Adapter
@@ -118,8 +118,7 @@ def train(
     )
     with accelerate_state_kept():
         try:
-            with explained_memory_errors(_LOWER):
-                return recipe.run()
+            return recipe.run()
         finally:
             recipe.clean_up()
 
@@ -163,18 +162,18 @@ class DreamBooth:
         if last is not None:
             self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
             return self._export(self.run_folder.trained(last), last, last)
-        self.prepare()
-        started_from = self._resume()
-        self.listener = RecordedListener(self.listener, self.run_folder.metrics_path, started_from)
-        best = self._loop()
-        return self._export(self.run_folder.trained(best), best, started_from)
+        newest = self.run_folder.newest(self.settings.steps)
+        recorded = RecordedListener(self.listener, self.run_folder.metrics_path, newest)
+        with recorded as self.listener, explained_memory_errors(_LOWER):
+            self.prepare()
+            self._resume(newest)
+            best = self._loop()
+            return self._export(self.run_folder.trained(best), best, newest)
 
     def clean_up(self) -> None:
         """Drop every network and give the device's memory back."""
         if hasattr(self, "accelerator"):
             self.accelerator.free_memory()
-        if isinstance(self.listener, RecordedListener):
-            self.listener.close()
         for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions", "previews"):
             if hasattr(self, name):
                 delattr(self, name)
@@ -191,6 +190,7 @@ class DreamBooth:
         self.run_folder = RunFolder.open(
             self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
         )
+        self.listener.tell(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
         self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
 
     def prepare(self) -> None:
@@ -233,21 +233,19 @@ class DreamBooth:
         text = self.previews.joined(self.cache.text)
         self.captions = Captions(self.model, text, list(settings.text_rates), self.device, dtype, autocast)
 
-    def _resume(self) -> int:
-        """Load the newest checkpoint of this run, if any; its step. A new run first looks whether the model fits."""
-        done = [step for step in self.run_folder.steps() if step <= self.settings.steps]
-        if not done:
+    def _resume(self, step: int) -> None:
+        """Load the checkpoint of that step; 0: the run is new, and first looks whether the model fits."""
+        if not step:
             latents, dtype, prediction = self.cache.instance, DTYPES[self.precision], self.base.prediction
             require_prediction_type(self.model, latents, self.captions, prediction, self.device, dtype, self.listener)
-            return 0
-        checkpoint = self.run_folder.load(done[-1])
+            return
+        checkpoint = self.run_folder.load(step)
         self.trainee.restore(checkpoint.trained)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
-        self.step = checkpoint.step
+        self.step = step
         self.listener.tell(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
-        return self.step
 
     def _loop(self) -> int:
         """Train to the last step, or until it gets no better; leave a checkpoint however it ends. The best step."""

@@ -66,6 +66,21 @@ class Note:
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A run's folder was found or begun.
+
+    Attributes:
+        path: The folder.
+        step: Steps that are done already.
+        steps: Steps wanted.
+    """
+
+    path: Path
+    step: int
+    steps: int
+
+
+@dataclass(frozen=True)
 class Preview:
     """Pictures drawn with the weights of a step.
 
@@ -80,7 +95,7 @@ class Preview:
     scores: Mapping[str, float]
 
 
-Event = Phase | Step | Note | Preview
+Event = Phase | Step | Note | Opened | Preview
 
 
 class Listener(Protocol):

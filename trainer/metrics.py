@@ -8,15 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from .errors import StorageError
+from .errors import CancelledError, StorageError, TrainerError
 from .events import Event, Listener, Preview, Step
 from .files import explained_os_errors, write_atomic
+
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+_TAIL = 16_384  # bytes
 
 
 class RecordedListener:
     """Writes steps and previews to a file, each at once, and tells everything to another listener.
 
-    A line holds "step" and either "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures".
+    A line holds "step" and either "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures". As a
+    context manager it ends with a line that holds "state", and "problem" and "remedy" of a failed run.
     """
 
     def __init__(self, listener: Listener, path: Path, after: int) -> None:
@@ -30,15 +34,32 @@ class RecordedListener:
         Raises:
             StorageError: The file can't be written.
         """
-        self._listener, self._path = listener, path
-        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= after]
+        self._listener, self._path, self._step = listener, path, after
+        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= after and "state" not in line]
         write_atomic(path, "".join(kept).encode())
         with explained_os_errors(path):
             self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
+    def __enter__(self) -> RecordedListener:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Note how the run ended, and close the file."""
+        line: dict[str, Any] = {"step": self._step, "state": DONE}
+        if isinstance(error, TrainerError):
+            line |= {"state": FAILED, "problem": error.problem, "remedy": error.remedy}
+        elif isinstance(error, Exception) and not isinstance(error, CancelledError):
+            line |= {"state": FAILED, "problem": f"{type(error).__name__}: {error}", "remedy": ""}
+        elif error is not None:
+            line["state"] = STOPPED
+        with contextlib.suppress(StorageError):  # the disk's trouble was said already
+            self._add(line)
+        self.close()
+
     def tell(self, event: Event) -> None:
         """Note a step or a preview; pass everything on."""
         if isinstance(event, Step):
+            self._step = event.step
             facts = {"loss": event.loss, "learning_rate": event.learning_rate, "rate": event.rate}
             self._add({"step": event.step, **facts, "memory": event.memory})
         elif isinstance(event, Preview):
@@ -70,11 +91,26 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(_lines(path))
 
 
+def last_lines(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a metrics file, in order, however long it is; none if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return list(_parsed(text))
+
+
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
+    yield from _parsed(text)
+
+
+def _parsed(text: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:
             found = json.loads(line)

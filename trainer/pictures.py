@@ -191,7 +191,8 @@ def _place(source: Path | Sequence[Tensor]) -> str:
     return str(source) if isinstance(source, Path) else "the connected images"
 
 
-def _is_picture(name: str) -> bool:
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends like a picture's, also of a format that can't be read."""
     ending = PurePosixPath(name).suffix.lower()
     return ending in _FOREIGN_ENDINGS or ending in Image.registered_extensions()
 
@@ -220,12 +221,12 @@ def _from_path(path: Path, prompt: str, listener: Listener) -> Iterator[Picture]
 
 
 def _from_folder(folder: Path, prompt: str, listener: Listener) -> list[Picture]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and _is_picture(file.name))
+    files = sorted(file for file in folder.iterdir() if file.is_file() and is_picture(file.name))
     if not files:
         filled = [
             sub.name
             for sub in sorted(folder.iterdir())
-            if sub.is_dir() and any(_is_picture(f.name) for f in sub.iterdir())
+            if sub.is_dir() and any(is_picture(f.name) for f in sub.iterdir())
         ]
         hint = (
             f"Did you mean its subfolder {', '.join(filled[:5])}?"
@@ -260,7 +261,7 @@ def _from_zip(path: Path, prompt: str, listener: Listener) -> list[Picture]:
             if entry.file_size > _MAX_FILE_BYTES:
                 raise PicturesError(f"{path.name}: {name} unpacks to {entry.file_size / 1e6:.0f} MB.", "Leave it out.")
         for name in sorted(entries):
-            if name.startswith("__MACOSX/") or not _is_picture(name):
+            if name.startswith("__MACOSX/") or not is_picture(name):
                 continue
             content = archive.read(name)
             sidecar = str(PurePosixPath(name).with_suffix(".txt"))

@@ -1,0 +1,142 @@
+"""The bridge to ComfyUI, continued: what the pack's pages ask the server, all below /dreambooth.
+
+Reading is free to whoever may open ComfyUI. What changes something wants a header that no foreign page can send, and an
+origin that is ComfyUI's own. No name leads out of the folders that it belongs to (`trainer.shelf`, `host.input_path`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from ..trainer.errors import TrainerError
+from ..trainer.shelf import Shelf
+from . import host, host_pictures, live
+
+logger = logging.getLogger("dreambooth_lora")
+_PREFIX = "/dreambooth"
+_HEADER = "X-DreamBooth"
+_LARGEST_BODY = 65_536
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def register() -> None:
+    """Add the routes to ComfyUI's server, once."""
+    from server import PromptServer
+
+    routes = PromptServer.instance.routes
+    for method, path, answer in (
+        ("GET", "/nodes", _nodes),
+        ("GET", "/runs", _runs),
+        ("GET", "/runs/{run}", _details),
+        ("GET", "/runs/{run}/curve", _curve),
+        ("GET", "/runs/{run}/files/{file:.+}", _file),
+        ("POST", "/runs/{run}/use", _use),
+        ("DELETE", "/runs/{run}", _delete),
+        ("GET", "/folders", _folders),
+        ("GET", "/folders/pictures", _pictures),
+        ("GET", "/folders/thumbnail", _thumbnail),
+    ):
+        routes.route(method, _PREFIX + path)(_explained(answer, writes=method != "GET"))
+
+
+def _explained(answer: Handler, *, writes: bool) -> Handler:
+    """Turn the engine's errors into answers, and refuse writes from elsewhere."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        try:
+            if writes:
+                _require_own_page(request)
+            return await answer(request)
+        except TrainerError as error:
+            return web.json_response({"problem": error.problem, "remedy": error.remedy}, status=404)
+        except (ValueError, KeyError) as error:
+            return web.json_response({"problem": f"The request is not understood: {error}.", "remedy": ""}, status=400)
+
+    return handler
+
+
+def _require_own_page(request: web.Request) -> None:
+    origin = request.headers.get("Origin")
+    foreign = origin is not None and urlsplit(origin).netloc.lower() != request.host.lower()
+    if request.headers.get(_HEADER) != "1" or foreign:
+        raise web.HTTPForbidden(text="Only ComfyUI's own page may do this.")
+    if (request.content_length or 0) > _LARGEST_BODY:
+        raise web.HTTPRequestEntityTooLarge(_LARGEST_BODY, request.content_length or 0)
+
+
+def _shelf() -> Shelf:
+    return Shelf(host.work_folder() / "runs")
+
+
+async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
+    """Run what reads files beside the server's loop."""
+    return await asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
+
+
+async def _nodes(request: web.Request) -> web.Response:
+    return web.json_response(live.snapshot())
+
+
+async def _runs(request: web.Request) -> web.Response:
+    shelf = _shelf()
+
+    def summaries() -> list[dict[str, Any]]:
+        found = []
+        for name in shelf.names():
+            try:
+                found.append(live.with_state(shelf.summary(name)))
+            except TrainerError:  # removed in the meantime
+                continue
+        return found
+
+    return web.json_response(await _in_thread(summaries))
+
+
+async def _details(request: web.Request) -> web.Response:
+    return web.json_response(live.with_state(await _in_thread(_shelf().details, request.match_info["run"])))
+
+
+async def _curve(request: web.Request) -> web.Response:
+    after = int(request.query.get("after", "-1"))
+    return web.json_response(await _in_thread(_shelf().curve, request.match_info["run"], after))
+
+
+async def _file(request: web.Request) -> web.StreamResponse:
+    path: Path = await _in_thread(_shelf().file, request.match_info["run"], request.match_info["file"])
+    return web.FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
+
+
+async def _use(request: web.Request) -> web.Response:
+    """Copy the adapter of a step into ComfyUI's LoRA folder, under the first free name."""
+    body = await request.json()
+    step = int(body["step"]) if isinstance(body, dict) else 0
+    path = await _in_thread(host.take_checkpoint, _shelf().run(request.match_info["run"]), step)
+    return web.json_response({"file": path.name})
+
+
+async def _delete(request: web.Request) -> web.Response:
+    run = request.match_info["run"]
+    live.require_idle(run)
+    await _in_thread(_shelf().delete, run)
+    return web.json_response({})
+
+
+async def _folders(request: web.Request) -> web.Response:
+    return web.json_response(await _in_thread(host_pictures.picture_folders))
+
+
+async def _pictures(request: web.Request) -> web.Response:
+    return web.json_response(await _in_thread(host_pictures.picture_report, request.query["folder"]))
+
+
+async def _thumbnail(request: web.Request) -> web.Response:
+    content = await _in_thread(host_pictures.thumbnail, request.query["folder"], request.query["picture"])
+    return web.Response(body=content, content_type="image/jpeg", headers={"Cache-Control": "no-cache"})

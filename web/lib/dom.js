@@ -1,0 +1,77 @@
+// Elements in a line, and the pack's style sheet.
+
+/** An element with properties and children: make("div", { className: "x" }, "text", other). */
+export function make(tag, properties = {}, ...children) {
+  const element = Object.assign(document.createElement(tag), properties);
+  element.append(...children);
+  return element;
+}
+
+const CSS = `
+.dreambooth { box-sizing: border-box; display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%;
+  min-height: 0; padding: 6px; overflow: hidden; font: 12px/1.35 system-ui, sans-serif; color: var(--fg-color, #ddd);
+  background: var(--comfy-menu-bg, #222); border-radius: 6px; }
+.dreambooth * { box-sizing: border-box; }
+.dreambooth [hidden] { display: none !important; }
+.dreambooth button, .dreambooth select, .dreambooth input[type=text] { font: inherit; color: var(--input-text, #ddd);
+  background: var(--comfy-input-bg, #333); border: 1px solid var(--border-color, #555); border-radius: 4px; padding: 1px 7px; }
+.dreambooth button { cursor: pointer; }
+.dreambooth button[aria-pressed=true] { border-color: #4a90d9; color: #4a90d9; }
+.dreambooth-head { display: flex; gap: 8px; align-items: baseline; }
+.dreambooth-state { flex: none; padding: 0 7px; border-radius: 9px; background: #666; color: #fff; }
+.dreambooth-state[data-state=training], .dreambooth-state[data-state=running] { background: #2f74b5; }
+.dreambooth-state[data-state=done] { background: #2f8a4c; }
+.dreambooth-state[data-state=stopped] { background: #a3781c; }
+.dreambooth-state[data-state=failed] { background: #b53a3a; }
+.dreambooth-bar { height: 3px; flex: none; background: var(--border-color, #444); border-radius: 2px; }
+.dreambooth-bar > div { height: 100%; width: 0; background: #4a90d9; border-radius: 2px; }
+.dreambooth-chart { position: relative; flex: 1 1 110px; min-height: 90px; }
+.dreambooth-chart canvas { position: absolute; inset: 0; width: 100%; height: 100%; }
+.dreambooth-legend { display: flex; flex-wrap: wrap; gap: 2px 10px; align-items: center; font-size: 11px; }
+.dreambooth-legend i { display: inline-block; width: 10px; height: 3px; margin-right: 4px; vertical-align: middle; }
+.dreambooth-strip { display: flex; gap: 4px; flex: none; align-items: flex-end; overflow: hidden; }
+.dreambooth-strip img { height: 72px; border-radius: 3px; image-rendering: auto; }
+.dreambooth-strip .subject { display: flex; gap: 2px; padding-right: 6px; border-right: 1px solid var(--border-color, #555); }
+.dreambooth-strip .subject img { height: 48px; }
+.dreambooth-error { flex: none; color: #e07070; white-space: pre-wrap; max-height: 5.4em; overflow: auto; }
+.dreambooth-slider { display: flex; gap: 6px; align-items: center; flex: none; }
+.dreambooth-slider input { flex: 1; min-width: 0; }
+.dreambooth-grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(56px, 1fr)); gap: 3px; overflow: auto;
+  flex: 1 1 60px; min-height: 60px; align-content: start; }
+.dreambooth-grid img { width: 100%; aspect-ratio: 1; object-fit: cover; border-radius: 3px; }
+.dreambooth-grid .bad { outline: 2px solid #a3781c; outline-offset: -2px; }
+.dreambooth.drop { outline: 2px dashed #4a90d9; outline-offset: -3px; }
+.dreambooth-warnings { flex: none; max-height: 5.4em; overflow: auto; color: #d8a23c; }
+.dreambooth-runs { overflow: auto; border-radius: 0; }
+.dreambooth-run { display: grid; grid-template-columns: auto 44px 1fr auto; gap: 2px 8px; align-items: center; padding: 6px 4px;
+  border-bottom: 1px solid var(--border-color, #444); cursor: pointer; }
+.dreambooth-run img, .dreambooth-run .none { width: 44px; height: 44px; object-fit: cover; border-radius: 3px; background: #8884; }
+.dreambooth-run b { overflow-wrap: anywhere; }
+.dreambooth-run small, .dreambooth-details small { opacity: 0.7; }
+.dreambooth-details { padding: 6px 4px; display: flex; flex-direction: column; gap: 6px; border-bottom: 1px solid var(--border-color, #444); }
+.dreambooth-details .actions { display: flex; flex-wrap: wrap; gap: 4px; }
+.dreambooth-details a { color: #4a90d9; }
+.dreambooth-details table { border-collapse: collapse; font-size: 11px; }
+.dreambooth-details td { padding: 0 8px 0 0; vertical-align: top; overflow-wrap: anywhere; }
+`;
+
+/** Put the style sheet into the page, once. */
+export function addStyle() {
+  if (!document.getElementById("dreambooth-style")) {
+    document.head.append(make("style", { id: "dreambooth-style", textContent: CSS }));
+  }
+}
+
+/** A Unix time as "20 Nov, 14:05". */
+export function shortTime(seconds) {
+  const options = { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" };
+  return new Date(seconds * 1000).toLocaleString(undefined, options);
+}
+
+/** Seconds as "8:35" or "1:02:03". */
+export function duration(seconds) {
+  const whole = Math.max(0, Math.round(seconds));
+  const parts = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
+  if (!parts[0]) parts.shift();
+  return parts.map((part, place) => (place ? String(part).padStart(2, "0") : part)).join(":");
+}

@@ -1,0 +1,189 @@
+// On Train LoRA and Fine-tune Checkpoint: how far the run is, its curve, its sample pictures.
+
+import { fileUrl, get, runPath } from "./api.js";
+import { Chart, Curve } from "./chart.js";
+import { duration, make } from "./dom.js";
+
+const ENDED = ["done", "stopped", "failed"];
+const WORDS = {
+  idle: "not trained yet",
+  waiting: "waiting",
+  starting: "starting",
+  done: "done",
+  stopped: "stopped, can go on",
+  failed: "failed",
+};
+
+export class TrainingPanel {
+  /** `runName` gives the name that the node's runs have. */
+  constructor(runName) {
+    this.runName = runName;
+    this.run = null;
+    this.previews = new Map();
+    this.shown = null;
+    this.facts = {};
+    this.curve = new Curve("loss");
+    this.chart = new Chart([this.curve]);
+    this.state = make("span", { className: "dreambooth-state", textContent: WORDS.idle });
+    this.text = make("span");
+    this.fill = make("div");
+    this.error = make("div", { className: "dreambooth-error", hidden: true });
+    this.subject = make("div", { className: "subject", title: "The subject's pictures" });
+    this.samples = make("div", { className: "samples" });
+    this.strip = make("div", { className: "dreambooth-strip", hidden: true }, this.subject, this.samples);
+    this.range = make("input", { type: "range", min: 0, max: 0, value: 0, title: "Step of the sample pictures" });
+    this.range.oninput = () => this.show(Number(this.range.value));
+    this.rangeText = make("span");
+    this.slider = make("div", { className: "dreambooth-slider", hidden: true }, this.range, this.rangeText);
+    for (const kind of ["pointerdown", "wheel"]) this.range.addEventListener(kind, (event) => event.stopPropagation());
+    this.element = make(
+      "div",
+      { className: "dreambooth dreambooth-training" },
+      make("div", { className: "dreambooth-head" }, this.state, this.text),
+      make("div", { className: "dreambooth-bar" }, this.fill),
+      this.error,
+      this.chart.element,
+      this.chart.legend,
+      this.strip,
+      this.slider,
+    );
+    this.setState("idle");
+  }
+
+  dispose() {
+    this.chart.dispose();
+  }
+
+  /** Take in what the server sends of this node; a node of another graph may have had the same id. */
+  receive(facts) {
+    if (facts.name !== this.runName()) return;
+    if (facts.run && facts.run !== this.run) {
+      this.follow(facts.run);
+    } else if (facts.points) {
+      const [first] = facts.points.steps;
+      const known = this.curve.length ? this.curve.steps[this.curve.length - 1] : 0;
+      if (first > known + 1) this.catchUp(); // messages were missed
+      else this.curve.append(facts.points);
+      this.chart.schedule();
+    }
+    if (facts.preview) this.addPreview(facts.preview);
+    this.tell(facts);
+  }
+
+  /** Show a run: what is on the disk, and from then on what is sent. */
+  async follow(run) {
+    this.run = run;
+    this.previews.clear();
+    this.curve.clear();
+    this.subject.replaceChildren();
+    this.samples.replaceChildren();
+    this.strip.hidden = this.slider.hidden = true;
+    const details = await get(runPath(run)).catch(() => null);
+    if (!details || this.run !== run) return;
+    this.subject.replaceChildren(...details.subject.map((name) => this.picture(run, `subject/${name}`)));
+    for (const [step, names] of Object.entries(details.previews)) {
+      this.addPreview({ step: Number(step), pictures: names });
+    }
+    this.strip.hidden = !details.subject.length && !this.previews.size;
+    if (details.state !== "running" || this.facts.state === undefined) this.tell(details);
+    await this.catchUp();
+  }
+
+  /** Fetch what the curve lacks. */
+  async catchUp() {
+    if (this.catching) return;
+    this.catching = true;
+    try {
+      const known = this.curve.length ? this.curve.steps[this.curve.length - 1] : -1;
+      this.curve.append(await get(runPath(this.run, `/curve?after=${known}`)));
+    } catch {
+      // the run has not written anything yet
+    } finally {
+      this.catching = false;
+    }
+    this.chart.schedule();
+  }
+
+  /** Show the newest run of the node's name, if nothing is shown: after a reload, or a restart of ComfyUI. */
+  async recover(live) {
+    const name = this.runName();
+    if (live?.name === name) {
+      this.receive(live);
+      return;
+    }
+    const runs = await get("/runs").catch(() => []);
+    const found = runs.find((one) => one.name === name);
+    if (found && !this.run) await this.follow(found.id);
+  }
+
+  tell(facts) {
+    this.facts = { ...this.facts, ...facts };
+    if (facts.state) this.setState(facts.state);
+    const { step, steps, total, done, state } = this.facts;
+    const phase = total && !["training", "running", ...ENDED].includes(state);
+    const [now, all] = phase ? [done, total] : [step, steps];
+    if (steps) this.chart.total = steps;
+    this.fill.style.width = all ? `${(100 * now) / all}%` : "0";
+    this.text.textContent = [phase ? `${done} of ${total}` : "", this.progress()].filter(Boolean).join(" · ");
+    const failed = state === "failed" && (this.facts.problem || this.facts.remedy);
+    this.error.hidden = !failed;
+    if (failed) this.error.textContent = [this.facts.remedy, this.facts.problem].filter(Boolean).join("\n");
+    this.chart.schedule();
+  }
+
+  progress() {
+    const { step, steps, rate, seconds_left: left, memory, state, best } = this.facts;
+    if (!steps) return "";
+    const parts = [`step ${step} of ${steps}`];
+    if (state === "training") {
+      if (rate) parts.push(`${rate.toPrecision(3)} steps/s`);
+      if (left != null) parts.push(`${duration(left)} left`);
+      if (memory) parts.push(`${(memory / 2 ** 30).toFixed(1)} GB`);
+    }
+    if (best) parts.push(`best: step ${best}`);
+    return parts.join(" · ");
+  }
+
+  setState(state) {
+    this.state.dataset.state = state;
+    this.state.textContent = WORDS[state] ?? state;
+  }
+
+  /** Where an end was told by ComfyUI itself, such as a stop while the node waited. */
+  end(state, facts = {}) {
+    if (!ENDED.includes(this.facts.state)) this.tell({ state, ...facts });
+  }
+
+  addPreview({ step, pictures, scores }) {
+    this.previews.set(step, pictures);
+    if (scores && Object.keys(scores).length) this.curve.append({ scores: [{ step, scores }] });
+    const steps = this.steps();
+    const followed = this.shown === null || Number(this.range.value) >= this.range.max;
+    this.range.max = steps.length - 1;
+    this.strip.hidden = false;
+    this.slider.hidden = steps.length < 2;
+    if (followed) {
+      this.range.value = steps.length - 1;
+      this.show(steps.length - 1);
+    }
+  }
+
+  steps() {
+    return [...this.previews.keys()].sort((a, b) => a - b);
+  }
+
+  /** Show the sample pictures of the place-th step that has some. */
+  show(place) {
+    const step = this.steps()[place];
+    if (step === undefined) return;
+    this.shown = step;
+    const folder = `previews/step-${String(step).padStart(8, "0")}`;
+    const pictures = this.previews.get(step).slice(0, 6);
+    this.samples.replaceChildren(...pictures.map((name) => this.picture(this.run, `${folder}/${name}`)));
+    this.rangeText.textContent = step ? `step ${step}` : "base";
+  }
+
+  picture(run, file) {
+    return make("img", { src: fileUrl(run, file), loading: "lazy", alt: file });
+  }
+}
