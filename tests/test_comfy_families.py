@@ -14,7 +14,8 @@ from comfy_host import ComfyServer, PromptFailed, find_comfyui
 from helpers import DEMO, ROOT
 from PIL import Image
 from safetensors.torch import load_file
-from test_nodes import drawing, graph, node, picture
+from test_nodes import drawing, graph, node, picture, run_template
+from workflow_recipes import XL_CHECKPOINT
 
 pytestmark = [
     pytest.mark.comfy,
@@ -68,6 +69,12 @@ def test_training_with_text_encoders_and_generating(kind: str, server: ComfyServ
     np.testing.assert_array_equal(drawn["trained"], drawn["loaded"])
     assert (drawn["trained"] != drawn["base"]).any()
     assert "not loaded" not in server.log().lower()
+    if kind == "sdxl":
+        checkpoint.rename(checkpoint.with_name(XL_CHECKPOINT))
+        history, run = run_template("sdxl_on_a_small_card", server)
+        saved = next(key for key, entry in run.items() if entry["class_type"] == "SaveImage")
+        assert picture(server, history, saved).std() > 0
+        checkpoint = checkpoint.with_name(XL_CHECKPOINT)
     server.free()
     checkpoint.unlink()
 

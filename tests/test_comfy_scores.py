@@ -122,7 +122,7 @@ def test_the_example_graph_trains_picks_and_scores(server: ComfyServer) -> None:
     workflow = json.loads((ROOT / "example_workflows" / "train_score_pick.json").read_text(encoding="utf-8"))
     prompt = as_prompt(workflow, server.object_info())
     small = {"resolution": 64, "width": 64, "height": 64, "size": "64", "count": 2, "rank": 4, "batch_size": 1}
-    small |= {"clip_model": "world", "steps": 2, "checkpoint_every": 1, "precision": "fp32"}
+    small |= {"clip_model": "world", "steps": 2, "checkpoint_every": 1, "precision": "fp32", "preview_every": 0}
     for entry in prompt.values():
         inputs = entry["inputs"]
         inputs.update({name: value for name, value in small.items() if name in inputs})

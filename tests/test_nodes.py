@@ -32,10 +32,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """ComfyUI with this pack in a folder with a space and an umlaut, the slim checkpoint, and a folder of pictures."""
     base_dir = tmp_path_factory.mktemp("comfy ü")
     checkpoint = sd15_checkpoint(base_dir / "models" / "checkpoints" / CHECKPOINT)
-    folder = base_dir / "input" / "dog"
-    folder.mkdir(parents=True)
-    for path in (DEMO / "subject").glob("*.png"):
-        Image.open(path).convert("RGB").resize((96, 80)).save(folder / f"{path.stem}.jpg")
+    for name in ("dog", "cat", "style"):
+        folder = base_dir / "input" / name
+        folder.mkdir(parents=True)
+        for path in (DEMO / "subject").glob("*.png"):
+            Image.open(path).convert("RGB").resize((96, 80)).save(folder / f"{path.stem}.jpg")
     with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as running:
         yield running
     checkpoint.unlink()
@@ -100,20 +101,36 @@ def test_start_costs_nothing(server: ComfyServer) -> None:
     assert "IMPORT FAILED): " not in server.log()
 
 
-def test_example_workflow_runs(server: ComfyServer) -> None:
-    """From checkpoint to saved picture; only sizes are lowered, so that it takes seconds."""
-    workflow = json.loads((ROOT / "example_workflows" / "train_then_generate.json").read_text(encoding="utf-8"))
-    prompt = as_prompt(workflow, server.object_info())
-    small = {"resolution": 64, "width": 64, "height": 64, "count": 2, "rank": 4, "steps": 2}
-    for entry in prompt.values():
-        entry["inputs"].update({name: value for name, value in small.items() if name in entry["inputs"]})
-    history = server.wait(server.queue(prompt))
+TEMPLATES = {  # → what a run leaves in the LoRA folder
+    "train_then_generate": ["my-dog"],
+    "train_with_priors": ["my-dog-with-priors"],
+    "two_subjects": ["first", "second"],
+    "two_stages": ["concept", "concept-and-dog"],
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_run(name: str, server: ComfyServer) -> None:
+    """From checkpoint to saved picture."""
+    history, prompt = run_template(name, server)
     saved = next(key for key, entry in prompt.items() if entry["class_type"] == "SaveImage")
     assert picture(server, history, saved).std() > 0
-    assert (server.base_dir / "models" / "loras" / "my-dog.safetensors").is_file()
-    assert len(list((server.base_dir / "output" / "dreambooth" / "class-pictures").glob("*/*.png"))) == 2
+    for file in TEMPLATES[name]:
+        assert (server.base_dir / "models" / "loras" / f"{file}.safetensors").is_file()
     assert "lora key not loaded" not in server.log()
     assert "NOT LOADED" not in server.log()
+    if name == "train_with_priors":
+        assert len(list((server.base_dir / "output" / "dreambooth" / "class-pictures").glob("*/*.png"))) == 2
+
+
+def run_template(name: str, server: ComfyServer) -> tuple[dict[str, Any], Prompt]:
+    """Run a template, smaller, so that it takes seconds; its history and the prompt."""
+    workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+    prompt = as_prompt(workflow, server.object_info())
+    small = {"resolution": 64, "width": 64, "height": 64, "count": 2, "rank": 4, "steps": 2, "preview_every": 0}
+    for entry in prompt.values():
+        entry["inputs"].update({name: value for name, value in small.items() if name in entry["inputs"]})
+    return server.wait(server.queue(prompt)), prompt
 
 
 def test_every_node_has_help_and_tooltips(server: ComfyServer) -> None:

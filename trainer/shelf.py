@@ -5,6 +5,7 @@ Names come from outside here, such as a browser: none of them leads out of the f
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import uuid
@@ -21,7 +22,8 @@ _FILES = re.compile(
     r"(run\.json|workflow\.json|metrics\.jsonl"
     r"|subject/\d{2}\.jpg"
     r"|previews/step-\d{8}/(subject|class)-\d{2}-\d{2}\.png"
-    r"|(step-\d{8}/adapter|adapters/step-\d{8})\.safetensors)"
+    r"|(step-\d{8}/adapter|adapters/step-\d{8})\.safetensors)",
+    re.ASCII,
 )
 _LONGEST_NAME = 255
 
@@ -87,41 +89,49 @@ class Shelf:
         run = self.run(name)
         settings = run.record.get("settings", {})
         lines = last_lines(run.metrics_path)
-        steps, done = int(settings.get("steps", 0)), max(run.steps(), default=0)
+        wanted, done = int(settings.get("steps", 0)), max(run.steps(), default=0)
+        step = max([done, *(line["step"] for line in lines)])
+        loss = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
         found: dict[str, Any] = {
             "id": name,
             "name": run.name,
             "base": settings.get("base", ""),
             "started_at": run.started_at,
             "changed_at": _changed_at(run.path),
-            "steps": steps,
-            "step": max([done, *(line["step"] for line in lines)]),
-            "state": DONE if steps and done >= steps else STOPPED,
-            "loss": next((line["loss"] for line in reversed(lines) if "loss" in line), None),
+            "steps": max(wanted, step),  # a run may go on for more steps than it began with
+            "step": step,
+            "state": DONE if wanted and done >= wanted else STOPPED,
+            "loss": None if loss is None else _short(loss),
             "preview": newest_preview(run),
         }
         ended = lines[-1] if lines and "state" in lines[-1] else {}
         return found | {key: ended[key] for key in ("state", "problem", "remedy", "best") if key in ended}
 
     def details(self, name: str) -> dict[str, Any]:
-        """All of a run but its curve: summary, settings, files with sizes, previews, the subject's pictures."""
+        """All of a run but its curve: summary, settings, files with sizes, previews, the subject's pictures.
+
+        Raises:
+            SettingsError: There is no such run.
+            StorageError: It can't be read, such as one that is being removed.
+        """
         run = self.run(name)
-        previews = {
-            int(folder.name[5:]): sorted(path.name for path in folder.glob("subject-*.png"))
-            for folder in sorted((run.path / "previews").glob("step-*"))
-            if folder.name[5:].isdecimal()
-        }
-        return self.summary(name) | {
-            "settings": run.record.get("settings", {}),
-            "adapters": [
-                {"step": step, "file": path.relative_to(run.path).as_posix(), "bytes": path.stat().st_size}
-                for step, path in run.adapters().items()
-            ],
-            "previews": previews,
-            "subject": sorted(path.name for path in run.subject_path.glob("*.jpg")),
-            "workflow": run.workflow_path.is_file(),
-            "bytes": sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()),
-        }
+        with explained_os_errors(run.path):
+            previews = {
+                int(folder.name[5:]): sorted(path.name for path in folder.glob("subject-*.png"))
+                for folder in sorted((run.path / "previews").glob("step-*"))
+                if folder.name[5:].isdecimal()
+            }
+            return self.summary(name) | {
+                "settings": run.record.get("settings", {}),
+                "adapters": [
+                    {"step": step, "file": path.relative_to(run.path).as_posix(), "bytes": _bytes(path)}
+                    for step, path in run.adapters().items()
+                ],
+                "previews": previews,
+                "subject": sorted(path.name for path in run.subject_path.glob("*.jpg")),
+                "workflow": run.workflow_path.is_file(),
+                "bytes": sum(_bytes(Path(place, file)) for place, _, files in os.walk(run.path) for file in files),
+            }
 
     def curve(self, name: str, after: int = -1) -> dict[str, Any]:
         """The metrics of a run beyond a step, column by column: "steps", "losses", "rates", and "scores" by step."""
@@ -131,7 +141,11 @@ class Shelf:
             "steps": [line["step"] for line in steps],
             "losses": [_short(line["loss"]) for line in steps],
             "rates": [_short(line["learning_rate"]) for line in steps],
-            "scores": [{"step": line["step"], "scores": line["scores"]} for line in lines if line.get("scores")],
+            "scores": [
+                {"step": line["step"], "scores": {name: _short(value) for name, value in line["scores"].items()}}
+                for line in lines
+                if line.get("scores")
+            ],
         }
 
     def delete(self, name: str) -> None:
@@ -159,6 +173,14 @@ def _changed_at(folder: Path) -> float:
         return max(path.stat().st_mtime for path in (folder, *folder.glob("*.json*")))
     except OSError:
         return 0.0
+
+
+def _bytes(file: Path) -> int:
+    """Its size; 0 of a file that is gone, such as that of a checkpoint while newer ones are written."""
+    try:
+        return file.lstat().st_size
+    except OSError:
+        return 0
 
 
 def _short(value: float) -> float | None:
