@@ -23,9 +23,9 @@ class Node(io.ComfyNode):
     """A node whose errors begin with their remedy."""
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Wrap the node's own `execute`."""
+        """Wrap the node's own `execute`; ComfyUI's clones of the class have it wrapped already."""
         super().__init_subclass__(**options)
-        if "execute" in cls.__dict__:
+        if "execute" in cls.__dict__ and not hasattr(cls.__dict__["execute"].__func__, "__wrapped__"):
             cls.execute = classmethod(_remedy_first(cls.__dict__["execute"].__func__))  # type: ignore[assignment]
 
 

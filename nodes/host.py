@@ -76,7 +76,8 @@ def take_checkpoint(run: Any, step: int) -> Path:
     if step not in found:
         steps = ", ".join(map(str, found)) or "none"
         raise AdapterError(f"{run.path.name} has no adapter of step {step}.", f"Choose one of: {steps}.")
-    path = free_path(loras_folder() / f"{run.name}-{step:06d}.safetensors")
+    name = run.name if Path(run.name).name == run.name else run.path.name  # a record may come from elsewhere
+    path = free_path(loras_folder() / f"{name}-{step:06d}.safetensors")
     write_atomic(path, found[step].read_bytes())
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import os
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +76,9 @@ def _inside(folder: str) -> Path:
     Raises:
         PicturesError: It lies elsewhere, or is not there.
     """
-    path = host.input_path(folder) if "\0" not in folder else None
-    root = host.input_path("").resolve()
-    if path is None or path == root or not path.exists() or not path.resolve().is_relative_to(root):
+    path, root = host.input_path(folder), host.input_path("").resolve()
+    there = path != root and os.path.exists(path)  # unlike Path.exists, no error for a path that no system takes
+    if not there or not path.resolve().is_relative_to(root):
         raise PicturesError(f"There is no folder '{folder[:80]}' to show.", "Press R to refresh the list.")
     return path
 

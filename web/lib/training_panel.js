@@ -64,6 +64,8 @@ export class TrainingPanel {
       const known = this.curve.length ? this.curve.steps[this.curve.length - 1] : 0;
       if (first > known + 1) this.catchUp(); // messages were missed
       else this.curve.append(facts.points);
+    } else if (ENDED.includes(facts.state)) {
+      this.catchUp();
       this.chart.schedule();
     }
     if (facts.preview) this.addPreview(facts.preview);
@@ -89,15 +91,19 @@ export class TrainingPanel {
     await this.catchUp();
   }
 
-  /** Fetch what the curve lacks. */
+  /** Fetch what the curve lacks; once more if something was missed meanwhile. */
   async catchUp() {
+    this.behind = true;
     if (this.catching) return;
     this.catching = true;
     try {
-      const known = this.curve.length ? this.curve.steps[this.curve.length - 1] : -1;
-      this.curve.append(await get(runPath(this.run, `/curve?after=${known}`)));
+      while (this.behind) {
+        this.behind = false;
+        const known = this.curve.length ? this.curve.steps[this.curve.length - 1] : -1;
+        this.curve.append(await get(runPath(this.run, `/curve?after=${known}`)));
+      }
     } catch {
-      // the run has not written anything yet
+      this.behind = false; // the run has not written anything yet
     } finally {
       this.catching = false;
     }
