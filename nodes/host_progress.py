@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,8 @@ from ..trainer.pictures import Picture
 from . import host, host_pictures, live
 
 logger = logging.getLogger("dreambooth_lora")
-_SECONDS_BETWEEN_MESSAGES = 0.4  # of two messages each: with the notes fewer than ten a second
+_SECONDS_BETWEEN_MESSAGES = 0.4  # of progress, two each
+_MOST_PROGRESS, _MOST_NOTES = 6, 8  # messages a second, so that with what must not be lost there are at most ten
 _SHOWN = 8  # pictures of the subject that a run keeps small copies of
 
 
@@ -27,6 +29,7 @@ class NodeListener:
         """Listen for the node with that (unique, maybe composite) id."""
         self._node_id = node_id
         self._last_sent = 0.0
+        self._sent: deque[float] = deque(maxlen=_MOST_NOTES)  # when the last messages were sent
 
     def should_stop(self) -> bool:
         """Whether the user pressed Cancel."""
@@ -38,7 +41,8 @@ class NodeListener:
         """Show an event; warnings and notes also go to the log."""
         if isinstance(event, Note):
             logger.log(logging.WARNING if event.warning else logging.INFO, "%s", event.text)
-            self._send_text(event.text)
+            if self._messages_of_a_second() < _MOST_NOTES:
+                self._send_text(event.text)
         elif isinstance(event, Phase | Step):
             done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
             if self._due(done in (0, total)):
@@ -48,14 +52,20 @@ class NodeListener:
     def _due(self, at_once: bool) -> bool:
         """Whether it is time for the next message."""
         now = time.monotonic()
-        if now - self._last_sent < _SECONDS_BETWEEN_MESSAGES and not at_once:
+        waited = at_once or now - self._last_sent >= _SECONDS_BETWEEN_MESSAGES
+        if not waited or self._messages_of_a_second() > _MOST_PROGRESS - 2:
             return False
         self._last_sent = now
         return True
 
+    def _messages_of_a_second(self) -> int:
+        """How many messages the last second saw."""
+        return sum(time.monotonic() - sent < 1 for sent in self._sent)
+
     def _send_progress(self, done: int, total: int) -> None:
         from comfy_api.latest import ComfyAPISync
 
+        self._sent.append(time.monotonic())
         ComfyAPISync().execution.set_progress(value=done, max_value=total, node_id=self._node_id)
 
     def _send_line(self, event: Phase | Step) -> None:
@@ -65,6 +75,7 @@ class NodeListener:
     def _send_text(self, text: str) -> None:
         from server import PromptServer
 
+        self._sent.append(time.monotonic())
         PromptServer.instance.send_progress_text(text, self._node_id)
 
 
@@ -122,21 +133,22 @@ class TrainingListener(NodeListener):
     def _add(self, event: Step) -> None:
         for name, value in (("steps", event.step), ("losses", event.loss), ("rates", event.learning_rate)):
             self._points[name].append(value)
-        if not self._due(event.step == event.steps):
+        if not self._due(at_once=False) and event.step < event.steps:
             return
-        points, self._points = self._points, {name: [] for name in self._points}
         facts = {"rate": event.rate, "seconds_left": event.seconds_left, "memory": event.memory}
         self._send_progress(event.step, event.steps)
-        self._send(points, state="training", step=event.step, steps=event.steps, **facts)
+        self._send(state="training", step=event.step, steps=event.steps, **facts)
 
-    def _send(self, points: Mapping[str, Sequence[float]] | None = None, **facts: Any) -> None:
+    def _send(self, **facts: Any) -> None:
         """Keep facts, and send them with the newest points of the curve if a page is open."""
         from server import PromptServer
 
+        points, self._points = self._points, {name: [] for name in self._points}
         kept = {name: value for name, value in facts.items() if name != "preview"}
         known = live.note(self._node_id, **kept)
         if PromptServer.instance.sockets:
-            message = known | facts | ({"points": points} if points else {})
+            self._sent.append(time.monotonic())
+            message = known | facts | ({"points": points} if points["steps"] else {})
             PromptServer.instance.send_sync("dreambooth", message)
 
     def _keep(self, event: Opened) -> None:

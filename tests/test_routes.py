@@ -22,13 +22,13 @@ from urllib.parse import quote, urlsplit
 import numpy as np
 import pytest
 from checkpoints import sd15_checkpoint
-from comfy_host import ComfyServer, find_comfyui
+from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, find_comfyui
 from helpers import DEMO, ROOT
 from pack.trainer.shelf import Shelf
 from PIL import Image
 from test_nodes import CHECKPOINT, graph, node
 from test_shelf import SHOWN, tree
-from worlds import World, make_world, runs_in
+from worlds import World, make_world
 
 pytestmark = [
     pytest.mark.comfy,
@@ -263,27 +263,29 @@ def test_thumbnails_are_small_jpegs(folder: str, name: str, size: tuple[int, int
 
 # Targets below /dreambooth; {run} is the quoted name of a run that is there. Each is another way out.
 RUNS = [
-    "..", "%2e%2e", ".", "%2e", "", "%", "%zz", "..%2f..%2fsecret", "%2e%2e%2f%2e%2e%2fsecret", "..%5c..%5csecret",
-    "..%252f..%252fsecret", "%c0%ae%c0%ae%c0%af..%c0%afsecret", "%e0%80%ae%e0%80%ae", "..%u2215secret", "%00", "{run}%00",
-    "{run}%0a", "{run}%20", "{run}.", "{run}%2f", "{run}%2f.", "{run}%2f..%2f{run}", "{run};x", "%2fetc", "%2f", "%5c",
-    "C:%5c", "{run}::$DATA", "CON", "nul.json", "%2fdev%2fzero", "linked", "*", "~", "%ed%a0%80", "%ff", "..%e2%88%95secret",
-    "%ef%bc%8e%ef%bc%8e", "%ef%bc%8e%ef%bc%8e%ef%bc%8fsecret", "a" * 300, "a" * 7000, "a" * 100_000, "%61" * 2000,
-    "%c3%bc" * 1000,
+    "..", "%2e%2e", ".", "%2e", "%", "%zz", "..%2f..%2fsecret", "%2e%2e%2f%2e%2e%2fsecret", "..%5c..%5csecret",
+    "..%252f..%252fsecret", "%2fetc", "%2f", "%5c", "%c0%ae%c0%ae%c0%af..%c0%afsecret", "%e0%80%ae%e0%80%ae",
+    "..%u2215secret", "..%e2%88%95secret", "%ef%bc%8e%ef%bc%8e", "%ef%bc%8e%ef%bc%8e%ef%bc%8fsecret", "%00",
+    "{run}%00", "{run}%0a", "{run}%20", "{run}.", "{run}%2f", "{run}%2f.", "{run}%2f..%2f{run}", "{run};x", "C:%5c",
+    "{run}::$DATA", "CON", "nul.json", "%2fdev%2fzero", "linked", "*", "~", "%ed%a0%80", "%ff",
 ]  # fmt: skip
+RUNS += ["", "a" * 300, "a" * 7000, "a" * 100_000, "%61" * 2000, "%c3%bc" * 1000]
 FILES = [
-    "", "..", "..%2frun.json", "%2e%2e/%2e%2e/%2e%2e/secret/run.json", "../../../../secret/run.json", "/etc/passwd",
+    "..", "..%2frun.json", "%2e%2e/%2e%2e/%2e%2e/secret/run.json", "../../../../secret/run.json", "/etc/passwd",
     "%2fetc%2fpasswd", "../{run}/run.json", "./run.json", "run.json/", "run.json%00", "run.json%0a", "run.json%20",
-    "RUN.JSON", "run.json::$DATA", "subject%5c00.jpg", "subject%252f00.jpg", "subject/%c0%ae%c0%ae/run.json", "subject",
-    "subject/00.jpg/..", "subject//00.jpg", "subject/%ef%bc%90%ef%bc%90.jpg", "cache.safetensors",
-    "step-00000003/state.json", "step-00000003%2foptimizer.safetensors", "%ff", "a" * 300, "a" * 7000, "a" * 100_000,
+    "RUN.JSON", "run.json::$DATA", "subject%5c00.jpg", "subject%252f00.jpg", "subject/%c0%ae%c0%ae/run.json",
+    "subject", "subject/00.jpg/..", "subject//00.jpg", "cache.safetensors", "subject/%ef%bc%90%ef%bc%90.jpg",
+    "step-00000003/state.json", "step-00000003%2foptimizer.safetensors", "%ff",
 ]  # fmt: skip
+FILES += ["", "a" * 300, "a" * 7000, "a" * 100_000]
 FOLDERS = [
-    "", "?folder", "?folder=", "?folder=.", "?folder=..", "?folder=%2e%2e%2fsecret%2fpictures", "?folder=../secret/pictures",
-    "?folder=dog%20%c3%bc/..", "?folder=dog%20%c3%bc%00", "?folder=%00", "?folder=/etc", "?folder=/", "?folder=/dev/zero",
-    "?folder=linked", "?folder=linked/.", "?folder=nowhere", "?folder=..%5csecret", "?folder=%c0%ae%c0%ae%c0%afsecret",
-    "?folder=%ed%a0%80", "?folder=%ff", "?folder=..%e2%88%95secret", "?folder=~", "?folder=C:%5c", "?folder=" + "a" * 300,
-    "?folder=" + "a/" * 3000, "?folder=" + "a" * 100_000,
+    "?folder", "?folder=", "?folder=.", "?folder=..", "?folder=%2e%2e%2fsecret%2fpictures",
+    "?folder=../secret/pictures", "?folder=dog%20%c3%bc/..", "?folder=dog%20%c3%bc%00", "?folder=%00", "?folder=/etc",
+    "?folder=/", "?folder=/dev/zero", "?folder=linked", "?folder=linked/.", "?folder=nowhere", "?folder=..%5csecret",
+    "?folder=%c0%ae%c0%ae%c0%afsecret", "?folder=%ed%a0%80", "?folder=%ff", "?folder=..%e2%88%95secret", "?folder=~",
+    "?folder=C:%5c",
 ]  # fmt: skip
+FOLDERS += ["", "?folder=" + "a" * 300, "?folder=" + "a/" * 3000, "?folder=" + "a" * 100_000]
 IN_DOG = "?folder=dog%20%c3%bc"
 TARGETS = [
     *(f"/runs/{name}{rest}" for name in RUNS for rest in ("", "/curve", "/files/run.json") if name or rest),
@@ -291,13 +293,10 @@ TARGETS = [
     *(f"/runs/{{run}}/curve?after={value}" for value in ("", "x", "1.5", "1e3", "%00", "[]", "9" * 5000, "null")),
     *(f"/folders/pictures{query}" for query in FOLDERS),
     *(f"/folders/thumbnail{query}&picture=0.png" for query in FOLDERS if query),
-    *(
-        f"/folders/thumbnail{IN_DOG}{query}"
-        for query in ("", "&picture", "&picture=", "&picture=../dog%20%c3%bc/0.png", "&picture=damaged.jpg", "&picture=0.txt")
-    ),
-    f"/folders/thumbnail{IN_DOG}&picture={'a' * 5000}",
-    "/nothing", "/..", "/../dreambooth/nothing", "/runs/{run}/nothing", "/folders/../folders/pictures",
-]  # fmt: skip
+    *(f"/folders/thumbnail{IN_DOG}{rest}" for rest in ("", "&picture", "&picture=", f"&picture={'a' * 5000}")),
+    *(f"/folders/thumbnail{IN_DOG}&picture={name}" for name in ("../dog%20%c3%bc/0.png", "damaged.jpg", "0.txt")),
+    *("/nothing", "/..", "/../dreambooth/nothing", "/runs/{run}/nothing", "/folders/../folders/pictures"),
+]
 
 
 def named(site: Site, target: str) -> str:
@@ -522,17 +521,28 @@ def heard(site: Site, checkpoint: Path) -> Heard:
         return Heard(page.of_node("train"), page.told("train"), run, refused)
 
 
+def points_of(told: list[dict[str, Any]]) -> dict[str, list[float]]:
+    return {
+        name: [value for message in told for value in message.get("points", {}).get(name, [])]
+        for name in ("steps", "losses", "rates")
+    }
+
+
+def assert_at_most_ten_a_second(messages: list[Message]) -> None:
+    times = [message.at for message in messages]
+    busiest = max(sum(start <= time < start + 1 for time in times) for start in times)
+    assert busiest <= 10, [(round(one.at - times[0], 2), one.kind) for one in messages]
+
+
 def test_messages_give_every_step_once_and_are_the_curve(heard: Heard, site: Site) -> None:
     """So do those up to any message, and what the server is asked for after it."""
     curve = site.get(f"/runs/{heard.run}/curve")
     assert curve["steps"] == [*range(1, 31)]
-    points: dict[str, list[float]] = {"steps": [], "losses": [], "rates": []}
-    for told in heard.told:
-        for name, values in told.get("points", {}).items():
-            points[name] += values
-        rest = site.get(f"/runs/{heard.run}/curve?after={max(points['steps'], default=-1)}")
-        assert points["steps"] + rest["steps"] == curve["steps"]
-    for name, values in points.items():
+    for number in range(len(heard.told) + 1):
+        steps = points_of(heard.told[:number])["steps"]
+        rest = site.get(f"/runs/{heard.run}/curve?after={max(steps, default=-1)}")
+        assert steps + rest["steps"] == curve["steps"]
+    for name, values in points_of(heard.told).items():
         assert values == pytest.approx(curve[name], rel=1e-5)
     assert sum("points" in told for told in heard.told) > 2
 
@@ -542,30 +552,27 @@ def test_messages_tell_states_in_their_order(heard: Heard, site: Site) -> None:
     changes = [state for state, before in zip(states, [None, *states]) if state != before]
     assert (changes[0], changes[-1]) == ("starting", "done")
     assert {*changes[changes.index("training") :]} == {"training", "preview", "done"}
-    assert states.count("starting") == 1 + sum("run" in told and told["state"] == "starting" for told in heard.told)
-    assert heard.told[0].keys() >= {"name", "node", "at"}
     assert all(told["name"] == "heard" for told in heard.told)
     opened = next(told for told in heard.told if "run" in told)
-    assert (opened["run"], opened["step"], opened["steps"]) == (heard.run, 0, 30)
+    assert (opened["run"], opened["step"], opened["steps"], opened["state"]) == (heard.run, 0, 30, "starting")
     assert heard.told[-1]["step"] == 30
-    assert site.get("/nodes")["train"] == {name: heard.told[-1][name] for name in site.get("/nodes")["train"]}
 
 
 def test_messages_name_pictures_that_are_there(heard: Heard, site: Site) -> None:
     previews = [told["preview"] for told in heard.told if "preview" in told]
     assert [preview["step"] for preview in previews] == [0, 10, 20, 30]
     for preview in previews:
-        for name in preview["pictures"]:
-            reply = site.ask(f"/dreambooth/runs/{heard.run}/files/previews/step-{preview['step']:08d}/{name}")
-            assert Image.open(io.BytesIO(reply.content)).size == (64, 64)
-    assert site.get(f"/runs/{heard.run}")["subject"] == [f"{number:02d}.jpg" for number in range(5)]
+        [name] = preview["pictures"]
+        reply = site.ask(f"/dreambooth/runs/{heard.run}/files/previews/step-{preview['step']:08d}/{name}")
+        assert Image.open(io.BytesIO(reply.content)).size == (64, 64)
+    details = site.get(f"/runs/{heard.run}")
+    assert details["subject"] == [f"0{number}.jpg" for number in range(5)]
+    for name in details["subject"]:
+        assert Image.open(site.shelf.root / heard.run / "subject" / name).format == "JPEG"
 
 
 def test_a_page_gets_at_most_ten_messages_a_second(heard: Heard) -> None:
-    times = [message.at for message in heard.messages]
-    busiest = max(sum(start <= time < start + 1 for time in times) for start in times)
-    print(busiest, [(round(one.at - times[0], 2), one.kind, one.content.get("state") if one.kind=="dreambooth" else "") for one in heard.messages])
-    assert busiest <= 10, [(round(one.at - times[0], 2), one.kind) for one in heard.messages]
+    assert_at_most_ten_a_second(heard.messages)
 
 
 def test_a_run_in_training_is_not_deleted(heard: Heard, site: Site) -> None:
@@ -573,3 +580,62 @@ def test_a_run_in_training_is_not_deleted(heard: Heard, site: Site) -> None:
     assert "is training" in heard.refused.json["problem"]
     assert site.shelf.summary(heard.run)["state"] == "done"
     assert heard.run in {run["id"] for run in site.get("/runs")}
+
+
+def test_many_notes_are_not_many_messages(site: Site) -> None:
+    """Pictures that can't be read, one warning each; the log has them all."""
+    folder = site.server.base_dir / "input" / "bad"
+    folder.mkdir()
+    noisy((64, 64), 0).save(folder / "good.png")
+    for number in range(40):
+        (folder / f"{number:02d}.png").write_bytes(b"no picture")
+    subject = node("DreamBoothSubject", folder="bad", token="sks", class_noun="dog", caption="a {token} {class}")
+    shown = node("PreviewAny", source=["subject", 1])
+    with Page(site.server, "notes") as page:
+        site.server.wait(site.server.queue({"subject": subject, "shown": shown}, client_id="notes"))
+        page.wait_for("executing", node=None)
+        messages = page.of_node("subject")
+    assert sum(one.kind == "binary 3" for one in messages) > 2
+    assert_at_most_ten_a_second(messages)
+    assert site.server.log().count(".png is left out") >= 40
+    shutil.rmtree(folder)
+
+
+def test_a_stopped_run_is_told_to_its_last_step(site: Site, checkpoint: Path) -> None:
+    """And no page need be open: later ones learn of it."""
+    prompt = training(name="stopped", seed=1, steps=400, preview_every=0)
+    with Page(site.server, "page") as page:
+        job = site.server.queue(prompt, client_id="page")
+        run = page.wait_for("dreambooth", state="training").content["run"]
+        assert site.get(f"/runs/{run}")["state"] == "running"
+        assert next(entry["state"] for entry in site.get("/runs") if entry["id"] == run) == "running"
+        site.server.interrupt()
+        with pytest.raises(PromptInterrupted):
+            site.server.wait(job)
+        page.wait_for("dreambooth", state="stopped")
+        steps = points_of(page.told("train"))["steps"]
+    details = site.get(f"/runs/{run}")
+    assert details["state"] == "stopped"
+    assert steps == [*range(1, details["step"] + 1)] == site.get(f"/runs/{run}/curve")["steps"]
+    prompt["train"]["inputs"]["steps"] = details["step"] + 2
+    site.server.wait(site.server.queue(prompt))
+    facts = site.get("/nodes")["train"]
+    assert (facts["state"], facts["step"], facts["run"]) == ("done", details["step"] + 2, run)
+    assert site.get(f"/runs/{run}")["state"] == "done"
+    assert site.ask(f"/dreambooth/runs/{run}", "DELETE", b"{}", **OWN).status == 200
+
+
+@pytest.mark.parametrize(
+    ("changes", "further"), [({"rank": 512}, {}), ({}, {"score_clip": "a" * 300})], ids=["rank", "model"]
+)
+def test_a_failed_run_says_so_on_its_node(
+    changes: dict[str, Any], further: dict[str, Any], site: Site, checkpoint: Path
+) -> None:
+    """Also one that fails before it is begun."""
+    prompt = training(name="failed", seed=2, **changes)
+    prompt["more"]["inputs"] |= further
+    with pytest.raises(PromptFailed) as failure:
+        site.server.wait(site.server.queue(prompt))
+    facts = site.get("/nodes")["train"]
+    assert (facts["state"], facts["name"]) == ("failed", "failed")
+    assert facts["problem"].split(": ")[-1] in failure.value.exception_message

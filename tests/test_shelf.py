@@ -1,4 +1,4 @@
-"""The folder of all runs, as pages see it: how each run ended, its curve and files, and no name that leads out of it."""
+"""The folder of all runs, as pages see it: how each ended, its curve and files, and no name that leads out."""
 
 from __future__ import annotations
 

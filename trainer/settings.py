@@ -75,7 +75,7 @@ def _explained(error: ValidationError) -> SettingsError:
             problems.append(f"{name} is required and was not given")
         else:
             problems.append(f"{name}: {message} (given: {item['input']!r})" if name else message)
-    return SettingsError("; ".join(problems) + ".", "Change the settings named above and start again.")
+    return SettingsError("; ".join(problems) + ".", "Change these settings and start again.")
 
 
 def _tidy_path(value: Any) -> Any:

@@ -120,7 +120,7 @@ export class RunsPanel {
       make("div", { className: "actions" }, ...actions),
       chart.element,
       chart.legend,
-      make("div", { className: "dreambooth-grid" }, ...samples),
+      make("div", { className: "dreambooth-grid", hidden: !samples.length }, ...samples),
       folded("Checkpoints", make("table", {}, ...adapters)),
       folded("Settings", make("table", {}, ...settings)),
       make("small", { textContent: `output/dreambooth/runs/${run.id} · ${(run.bytes / 1e6).toFixed(0)} MB` }),
