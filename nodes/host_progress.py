@@ -7,14 +7,14 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..trainer.checkpoint import RunFolder
 from ..trainer.errors import TrainerError
 from ..trainer.events import Event, Note, Opened, Phase, Preview, Step
-from ..trainer.files import write_atomic
-from ..trainer.pictures import Picture
-from . import host, host_pictures, live
+from . import host, live
+
+if TYPE_CHECKING:
+    from ..trainer.pictures import Picture
 
 logger = logging.getLogger("dreambooth_lora")
 _SECONDS_BETWEEN_MESSAGES = 0.4  # of progress, two each
@@ -153,6 +153,10 @@ class TrainingListener(NodeListener):
 
     def _keep(self, event: Opened) -> None:
         """Put the graph and small pictures of the subject into a run's folder; without them the run goes on as well."""
+        from ..trainer.checkpoint import RunFolder
+        from ..trainer.files import write_atomic
+        from . import host_pictures
+
         run = RunFolder(event.path)
         try:
             if self._workflow:

@@ -11,14 +11,16 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from ..trainer.errors import TrainerError
-from ..trainer.shelf import Shelf
-from . import host, host_pictures, live
+from . import host, live
+
+if TYPE_CHECKING:
+    from ..trainer.shelf import Shelf
 
 logger = logging.getLogger("dreambooth_lora")
 _PREFIX = "/dreambooth"
@@ -74,6 +76,8 @@ def _require_own_page(request: web.Request) -> None:
 
 
 def _shelf() -> Shelf:
+    from ..trainer.shelf import Shelf
+
     return Shelf(host.work_folder() / "runs")
 
 
@@ -133,13 +137,19 @@ async def _delete(request: web.Request) -> web.Response:
 
 
 async def _folders(request: web.Request) -> web.Response:
+    from . import host_pictures
+
     return web.json_response(await _in_thread(host_pictures.picture_folders))
 
 
 async def _pictures(request: web.Request) -> web.Response:
+    from . import host_pictures
+
     return web.json_response(await _in_thread(host_pictures.picture_report, request.query["folder"]))
 
 
 async def _thumbnail(request: web.Request) -> web.Response:
+    from . import host_pictures
+
     content = await _in_thread(host_pictures.thumbnail, request.query["folder"], request.query["picture"])
     return web.Response(body=content, content_type="image/jpeg", headers={"Cache-Control": "no-cache"})

@@ -64,6 +64,17 @@ OTHER: dict[str, Any] = {
     "gradient_checkpointing": True,
     "checkpoint_every": 0,
     "keep_checkpoints": 9,
+    "keep_adapters": False,
+    "preview_every": 25,
+    "preview_prompts": "ein sks Hund | sks dog im Schnee",
+    "preview_count": 3,
+    "preview_steps": 11,
+    "preview_guidance": 2.5,
+    "preview_seed": 2**63,
+    "token": "rraj",
+    "score_clip": "models/clip ü",
+    "score_dino": "models/dino",
+    "early_stop": 3,
     "resume": "never",
     "save_precision": "fp32",
     "base": "my models/sd 1.5.safetensors",
@@ -94,6 +105,9 @@ OTHER: dict[str, Any] = {
 }
 # The settings without which a setting's other value is refused.
 COMPANY: dict[str, dict[str, Any]] = {
+    "score_clip": {"preview_every": 50},
+    "score_dino": {"preview_every": 50},
+    "early_stop": {"preview_every": 50, "score_clip": "clip"},
     "lr_warmup_steps": {"lr_schedule": "linear"},
     "prior_count": {"class_prompt": "a dog"},
     "conv_rank": {"targets": "all"},
@@ -612,6 +626,11 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("conv_alpha", None)
     if not values.get("text_encoder_lr") and not values.get("text_encoder_2_lr"):
         values.pop("text_encoder_until", None)
+    if not values.get("preview_every"):
+        values.pop("score_clip", None)
+        values.pop("score_dino", None)
+    if "score_clip" not in values and "score_dino" not in values:
+        values.pop("early_stop", None)
     return values
 
 
@@ -636,6 +655,8 @@ def _values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
         step = bounds.get("multiple_of", 1)
         high = min(bounds.get("le", 10**6), 2**64 - 1)
         return st.integers(-(-bounds["ge"] // step), high // step).map(lambda number: number * step)
+    if kind is str:
+        return st.text("aZ09-_ü犬 |", max_size=60).map(lambda text: f"-{text}-")
     assert kind is float
     low, open_below = (bounds["gt"], True) if "gt" in bounds else (bounds["ge"], False)
     high, open_above = (bounds["lt"], True) if "lt" in bounds else (bounds.get("le", 1e9), False)

@@ -333,8 +333,9 @@ def test_borrowed_weights_stay_as_they_are(server: ComfyServer) -> None:
 def test_bad_input_is_named(server: ComfyServer, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(PromptFailed) as failure:
         server.wait(server.queue(graph(**changes)))
-    assert message in failure.value.exception_message
-    assert "→" in failure.value.exception_message
+    remedy, problem = failure.value.exception_message.strip().split("\n\n")
+    assert message in problem
+    assert re.match(r"(Set|Change|Lower|Choose) ", remedy)
 
 
 def test_foreign_adapter_is_refused(server: ComfyServer) -> None:

@@ -167,7 +167,9 @@ def test_previews_change_nothing_of_what_is_trained(
     assert result.run.name == shown[variant].run.name  # the same fingerprint
     assert_same_end(result, shown[variant])
     assert not (result.run / "previews").exists()
-    assert [line["step"] for line in metrics_in(result.run)] == [1, 2, 3, 4, 5]
+    *lines, end = metrics_in(result.run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert end == {"step": 5, "state": "done"}
 
 
 def drawn_by(base: BaseWeights, run: Path, step: int) -> dict[str, np.ndarray[Any, Any]]:
@@ -218,7 +220,7 @@ def test_previews_of_all_weights_are_drawn_with_those_of_the_checkpoint(shown: d
 def test_scores_are_those_of_the_files(shown: dict[str, TrainResult], world: World) -> None:
     """Lines of steps and previews in their order; drift is measured against the base, which has none."""
     run = shown[PLAIN].run
-    lines = metrics_in(run)
+    *lines, _ = metrics_in(run)  # the last tells the end
     assert [(line["step"], "scores" in line) for line in lines] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True)
     ]  # fmt: skip
