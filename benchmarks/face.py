@@ -43,6 +43,7 @@ async () => {
   const score = (_, at) => ({ step: 100 * at, scores: { "CLIP-I": Math.random(), "CLIP-T": 0.3 } });
   const losses = steps.map((step) => 0.1 + Math.random() / step), rates = steps.map(() => 1e-4);
   curve.append({ steps, losses, rates, scores: Array.from({ length: 100 }, score) });
+  chart.draw(); // the first one compiles
   const times = [];
   for (let frame = 0; frame < 60; frame += 1) {
     chart.pointer = frame / 60;

@@ -137,13 +137,15 @@ class TrainingListener(NodeListener):
             return
         facts = {"rate": event.rate, "seconds_left": event.seconds_left, "memory": event.memory}
         self._send_progress(event.step, event.steps)
-        self._send(state="training", step=event.step, steps=event.steps, **facts)
+        self._send(state="training", steps=event.steps, **facts)
 
     def _send(self, **facts: Any) -> None:
         """Keep facts, and send them with the newest points of the curve if a page is open."""
         from server import PromptServer
 
         points, self._points = self._points, {name: [] for name in self._points}
+        if points["steps"]:
+            facts["step"] = points["steps"][-1]
         kept = {name: value for name, value in facts.items() if name != "preview"}
         known = live.note(self._node_id, **kept)
         if PromptServer.instance.sockets:

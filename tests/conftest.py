@@ -27,6 +27,11 @@ if "pack" not in sys.modules:
     _spec.loader.exec_module(sys.modules["pack"])
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start a ComfyUI come first: they take longest, so the processes end together."""
+    items.sort(key=lambda item: item.get_closest_marker("comfy") is None)
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A single-file SD 1.x checkpoint of a few MB, with the tokenizer folder beside it. Read-only by convention."""

@@ -1,4 +1,4 @@
-"""Writes example_workflows/ from the descriptions in `workflow_recipes.py`, in the browser of a real ComfyUI.
+"""Writes example_workflows/ and subgraphs/ as `workflow_recipes.py` describes them, in the browser of a real ComfyUI.
 
     python tests/make_workflows.py [NAME ...]
 
@@ -20,7 +20,15 @@ sys.path[:0] = [str(Path(__file__).resolve().parent)]
 from browser import opened_page  # noqa: E402
 from comfy_host import ComfyServer  # noqa: E402
 from PIL import Image  # noqa: E402
-from workflow_recipes import CHECKPOINT, LORAS, RECIPES, XL_CHECKPOINT, Recipe  # noqa: E402
+from workflow_recipes import (  # noqa: E402
+    BLUEPRINTS,
+    CHECKPOINT,
+    LORAS,
+    RECIPES,
+    XL_CHECKPOINT,
+    Blueprint,
+    Recipe,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 _BUILD = """
@@ -82,6 +90,29 @@ _FIT = """
 """
 
 
+_WRAP = """
+([title, description, inside, shown]) => {
+  const graph = window.app.graph, nodes = [...graph.nodes];
+  const within = nodes.filter((node) => inside.includes(node.type));
+  const { node, subgraph } = graph.convertToSubgraph(new Set(within));
+  for (const other of nodes.filter((one) => !inside.includes(one.type))) graph.remove(other);
+  node.title = subgraph.name = title;
+  node.properties = { ...node.properties, proxyWidgets: shown.map(([type, name]) => {
+    return [String(subgraph.nodes.find((one) => one.type === type).id), name];
+  }) };
+  const saved = graph.serialize();
+  saved.definitions.subgraphs[0].category = "DreamBooth LoRA";
+  saved.definitions.subgraphs[0].description = description;
+  for (const one of [...saved.nodes, ...saved.definitions.subgraphs[0].nodes]) {
+    delete one.properties.cnr_id;
+    delete one.properties.aux_id;
+    delete one.properties.ver;
+  }
+  return saved;
+}
+"""
+
+
 def prepare(base_dir: Path) -> None:
     """Files of the names that the workflows choose, so that the browser accepts them; empty, since nothing runs."""
     for name in (CHECKPOINT, XL_CHECKPOINT):
@@ -112,14 +143,26 @@ def write(page: Any, name: str, recipe: Recipe, folder: Path) -> None:
     shot.unlink()
 
 
+def write_blueprint(page: Any, name: str, blueprint: Blueprint, folder: Path) -> None:
+    """Build a workflow, and keep some of its nodes as a subgraph."""
+    nodes = {key: one.as_json() for key, one in blueprint.recipe.nodes.items()}
+    page.evaluate(_BUILD, [nodes, ""])
+    saved = page.evaluate(_WRAP, [name, blueprint.description, list(blueprint.inside), list(blueprint.shown)])
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Write the named workflows, or all."""
-    wanted = sys.argv[1:] or list(RECIPES)
+    """Write the named workflows and blueprints, or all."""
+    wanted = sys.argv[1:] or [*RECIPES, *BLUEPRINTS]
     with tempfile.TemporaryDirectory() as scratch:
         prepare(Path(scratch))
         with ComfyServer(Path(scratch), pack=ROOT) as server, opened_page(server.url, width=2400, height=1350) as page:
             for name in wanted:
-                write(page, name, RECIPES[name], ROOT / "example_workflows")
+                if name in RECIPES:
+                    write(page, name, RECIPES[name], ROOT / "example_workflows")
+                else:
+                    write_blueprint(page, name, BLUEPRINTS[name], ROOT / "subgraphs")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,16 @@ class Recipe:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Blueprint:
+    """A subgraph: the types of the nodes of a workflow that go into it, and (type, widget) of what it shows."""
+
+    description: str
+    recipe: Recipe
+    inside: tuple[str, ...]
+    shown: tuple[tuple[str, str], ...]
+
+
 def loader(at: tuple[int, int], checkpoint: str = CHECKPOINT) -> Node:
     return Node("CheckpointLoaderSimple", at, {"ckpt_name": checkpoint}, size=(330, 110))
 
@@ -331,4 +341,31 @@ RECIPES: dict[str, Recipe] = {
     ),
     "merge_subject_and_style": MERGED,
     "train_score_pick": SCORE_AND_PICK,
+}
+BLUEPRINTS: dict[str, Blueprint] = {
+    "DreamBooth - Train with Priors": Blueprint(
+        "Pictures of a subject and class pictures in, the trained model out.",
+        RECIPES["train_with_priors"],
+        ("DreamBoothSubject", "DreamBoothClassPriors", "DreamBoothTrainLora"),
+        (
+            ("DreamBoothSubject", "folder"),
+            ("DreamBoothSubject", "token"),
+            ("DreamBoothSubject", "class_noun"),
+            ("DreamBoothClassPriors", "count"),
+            ("DreamBoothTrainLora", "name"),
+            ("DreamBoothTrainLora", "steps"),
+            ("DreamBoothTrainLora", "resolution"),
+        ),
+    ),
+    "DreamBooth - Pick and Apply": Blueprint(
+        "The best checkpoint of a run, put on its model.",
+        SCORE_AND_PICK,
+        ("DreamBoothPickBest", "DreamBoothApplyLora"),
+        (
+            ("DreamBoothPickBest", "prompts"),
+            ("DreamBoothPickBest", "count"),
+            ("DreamBoothPickBest", "clip_model"),
+            ("DreamBoothApplyLora", "strength_model"),
+        ),
+    ),
 }
