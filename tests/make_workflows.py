@@ -97,10 +97,10 @@ _WRAP = """
   const { node, subgraph } = graph.convertToSubgraph(new Set(within));
   for (const other of nodes.filter((one) => !inside.includes(one.type))) graph.remove(other);
   node.title = subgraph.name = title;
-  node.properties = { ...node.properties, proxyWidgets: shown.map(([type, name]) => {
-    return [String(subgraph.nodes.find((one) => one.type === type).id), name];
-  }) };
   const saved = graph.serialize();
+  saved.nodes[0].properties.proxyWidgets = shown.map(([type, name]) => {
+    return [String(subgraph.nodes.find((one) => one.type === type).id), name];
+  });
   saved.definitions.subgraphs[0].category = "DreamBooth LoRA";
   saved.definitions.subgraphs[0].description = description;
   for (const one of [...saved.nodes, ...saved.definitions.subgraphs[0].nodes]) {
