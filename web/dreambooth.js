@@ -40,6 +40,15 @@ function addPanel(node, name, panel, height) {
 function addTrainingPanel(node) {
   const panel = new TrainingPanel(() => widgetOf(node, "name")?.value);
   addPanel(node, "dreambooth_training", panel, 300);
+  const name = widgetOf(node, "name");
+  const changed = name?.callback;
+  if (name) {
+    name.callback = function (...given) {
+      const result = changed?.apply(this, given);
+      panel.recover(); // another name is another run
+      return result;
+    };
+  }
 }
 
 function addSubjectPanel(node) {
@@ -48,7 +57,7 @@ function addSubjectPanel(node) {
     chosen: () => folder.value,
     choose: async (name) => {
       const values = folder.options.values;
-      if (Array.isArray(values) && !values.includes(name)) values.push(name);
+      if (Array.isArray(values) && !values.includes(name)) await app.refreshComboInNodes();
       folder.value = name;
       folder.callback?.(name);
       node.graph?.change?.();

@@ -117,9 +117,12 @@ export class TrainingPanel {
       this.receive(live);
       return;
     }
+    if (this.facts.name === name || this.shownName === name) return;
     const runs = await get("/runs").catch(() => []);
     const found = runs.find((one) => one.name === name);
-    if (found && !this.run) await this.follow(found.id);
+    if (!found || this.runName() !== name) return;
+    this.shownName = name;
+    await this.follow(found.id);
   }
 
   tell(facts) {
