@@ -12,7 +12,7 @@ demo: $(READY)
 	$(RUN) -m trainer demo --output-dir demo/output
 
 test: $(READY)
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
