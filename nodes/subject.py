@@ -8,6 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer.errors import PicturesError
+from ..trainer.prompts import article
 from . import host
 from .base import Node
 from .host_progress import NodeListener
@@ -98,6 +99,6 @@ class Subject(Node):
 def _class_prompt(caption: str, class_noun: str) -> str:
     """The caption without the rare word, with the article that the noun wants: a photo of a dog."""
     noun = class_noun.strip()
-    article = "an" if noun[:1].lower() in tuple("aeiou") else "a"
-    prompt = caption.replace("{token} {class}", f"{article} {noun}").replace("{token}", "").replace("{class}", noun)
+    prompt = caption.replace("{token} {class}", f"{article(noun)} {noun}")
+    prompt = prompt.replace("{token}", "").replace("{class}", noun)
     return " ".join(prompt.split())

@@ -122,7 +122,7 @@ folder and choose it.
 
 The node shows how it learns. **Cancel** at any moment, run again and it goes on where it stopped. The
 adapter lands in `models/loras`; a finished run is not trained twice. All runs are in the sidebar, under
-*DreamBooth runs*."""
+*Trainings*."""
 PRIORS = """As **train_then_generate**, and the model draws 100 pictures of the class first and trains beside them,
 so that other dogs stay what they are. They are made once, kept on disk and used again; with them, train
 longer."""

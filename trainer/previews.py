@@ -86,7 +86,7 @@ class Previews:
         """
         for network in (model.unet, *model.text_encoders.values()):
             network.eval()
-        with explained_memory_errors("preview_count, or set preview_every to 0"):
+        with explained_memory_errors("the resolution, or set preview_every to 0"):
             decoder = self._base.family.build(self._base)
             place(decoder.vae, self._device, torch.float32)
             drawn = []
