@@ -10,7 +10,8 @@ from typing import Any
 
 from ..trainer.errors import PicturesError
 from ..trainer.events import Event, Note
-from ..trainer.pictures import Picture, is_picture, load_pictures
+from ..trainer.picture_files import is_picture
+from ..trainer.pictures import Picture, load_pictures
 from . import host
 
 _THUMBNAIL = 192  # pixels

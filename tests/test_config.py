@@ -15,13 +15,16 @@ from helpers import DEMO
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.trainer.config import GenerateSettings, PriorsCommand, TrainCommand, TrainSettings
+from pack.trainer.data_settings import DataSettings
 from pack.trainer.errors import SettingsError
 from pack.trainer.flags import add_flags, read_toml, settings_from
+from pack.trainer.objective_settings import ObjectiveSettings
 from pack.trainer.settings import Settings, field_extra
 from pydantic.fields import FieldInfo
 
 COMMANDS = {"train": TrainCommand, "priors": PriorsCommand, "generate": GenerateSettings}
-FIELDS = [(command, name) for command, kind in COMMANDS.items() for name in kind.model_fields]
+TABLES = {"subject"}  # only in settings files
+FIELDS = [(command, name) for command, kind in COMMANDS.items() for name in kind.model_fields if name not in TABLES]
 REQUIRED = {
     "train": {"base": "model.safetensors", "images": "dog"},
     "priors": {"base": "model.safetensors", "class_prompt": "a photo of a dog", "prior_count": 1},
@@ -75,6 +78,30 @@ OTHER: dict[str, Any] = {
     "score_clip": "models/clip ü",
     "score_dino": "models/dino",
     "early_stop": 3,
+    "aspect_buckets": True,
+    "bucket_step": 32,
+    "mask_background": 0.5,
+    "caption_dropout": 0.25,
+    "shuffle_tags": True,
+    "keep_tags": 2,
+    "validation_pictures": 2,
+    "loss": "huber",
+    "huber_c": 0.25,
+    "loss_weighting": "min-snr",
+    "min_snr_gamma": 3.0,
+    "noise_offset": 0.0625,
+    "multires_noise_iterations": 6,
+    "multires_noise_discount": 0.5,
+    "input_perturbation": 0.125,
+    "zero_terminal_snr": True,
+    "min_timestep": 10,
+    "max_timestep": 900,
+    "timestep_bias": 0.5,
+    "class_noun": "Hündin",
+    "captions": "file-names",
+    "masks": "alpha",
+    "repeats": 3,
+    "class_images": "Bilder/Hunde",
     "resume": "never",
     "save_precision": "fp32",
     "base": "my models/sd 1.5.safetensors",
@@ -151,7 +178,7 @@ def as_words(values: dict[str, Any]) -> list[str]:
 
 
 def other_values(command: str) -> dict[str, Any]:
-    return {name: OTHER[name] for name in COMMANDS[command].model_fields if name not in APART}
+    return {name: OTHER[name] for name in COMMANDS[command].model_fields if name not in APART | TABLES}
 
 
 def company(name: str, kind: type[Settings]) -> dict[str, Any]:
@@ -233,7 +260,16 @@ PATHS = [
 
 
 def test_all_paths_are_found() -> None:
-    assert {name for _, name in PATHS} == {"base", "images", "output", "output_dir", "start_from", "tokenizer", "vae"}
+    assert {name for _, name in PATHS} == {
+        "base",
+        "class_images",
+        "images",
+        "output",
+        "output_dir",
+        "start_from",
+        "tokenizer",
+        "vae",
+    }
 
 
 @pytest.mark.parametrize(
@@ -347,6 +383,18 @@ BOUNDS = [
     ("prediction_type", "epsilon", "eps"),
     ("clip_skip", 0, -1),
     ("clip_skip", 32, 33),
+    ("bucket_step", 8, 12),
+    ("mask_background", 0.0, -0.1),
+    ("caption_dropout", 1.0, 1.1),
+    ("loss", "huber", "l3"),
+    ("huber_c", 0.001, 0.0),
+    ("min_snr_gamma", 0.1, 0.0),
+    ("noise_offset", 0.0, -0.1),
+    ("multires_noise_discount", 1.0, 1.1),
+    ("min_timestep", 999, 1000),
+    ("max_timestep", 1, 0),
+    ("timestep_bias", -4.0, -4.5),
+    ("repeats", 1, 0),
 ]
 
 
@@ -401,6 +449,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"lr_warmup_steps": 5}, ("lr_schedule", "constant_with_warmup", "lr_warmup_steps to 0")),
     ({"lr_warmup_steps": 800, "lr_schedule": "linear"}, ("lr_warmup_steps (800)", "steps (800)", "train longer")),
     ({"prior_count": 1}, ("prior_count", "give class_prompt")),
+    ({"min_timestep": 500, "max_timestep": 500}, ("min_timestep (500)", "max_timestep (500)")),
+    ({"aspect_buckets": True, "resolution": 64}, ("bucket_step (64)", "resolution 64", "lower it")),
+    ({"subject": [{"images": "cat"}]}, ("images", "[[subject]]", "table")),
 ]
 
 
@@ -552,6 +603,8 @@ AFFECTING = {
     "max_grad_norm",
     "weight_decay",
     "precision",
+    *DataSettings.model_fields,
+    *ObjectiveSettings.model_fields,
 }
 
 
@@ -631,6 +684,10 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("score_dino", None)
     if "score_clip" not in values and "score_dino" not in values:
         values.pop("early_stop", None)
+    if values.get("min_timestep", 0) >= values.get("max_timestep", 1000):
+        values.pop("min_timestep", None)
+    if 2 * values.get("bucket_step", 64) > values.get("resolution", 512):
+        values.pop("aspect_buckets", None)
     return values
 
 

@@ -447,6 +447,25 @@ OTHER_VALUES: dict[str, Any] = {
     "score_clip": "clip",
     "score_dino": "dino",
     "early_stop": 2,
+    "aspect_buckets": True,
+    "bucket_step": 32,
+    "mask_background": 0.5,
+    "caption_dropout": 0.25,
+    "shuffle_tags": True,
+    "keep_tags": 2,
+    "validation_pictures": 2,
+    "loss": "huber",
+    "huber_c": 0.25,
+    "loss_weighting": "min-snr",
+    "min_snr_gamma": 3.0,
+    "noise_offset": 0.0625,
+    "multires_noise_iterations": 6,
+    "multires_noise_discount": 0.5,
+    "input_perturbation": 0.125,
+    "zero_terminal_snr": True,
+    "min_timestep": 10,
+    "max_timestep": 900,
+    "timestep_bias": 0.5,
 }
 WITHOUT_EFFECT = {
     "name",
@@ -536,7 +555,7 @@ def test_an_exception_in_the_listener_loses_nothing(
 @pytest.mark.parametrize(
     ("function", "event", "occurrence"),
     [
-        ("_loss", "call", 3),  # the third step has begun
+        ("losses", "call", 3),  # the third step has begun
         ("step", "return", 3),  # the third update is done
         ("train_step", "return", 3),
     ],
@@ -550,7 +569,8 @@ def test_an_interrupt_at_any_moment_loses_nothing(
     tmp_path: Path,
 ) -> None:
     """A second Ctrl-C raises KeyboardInterrupt wherever the program is; also right after an update."""
-    files = (str(ROOT / "trainer" / "dreambooth.py"), torch.optim.Adam.step.__code__.co_filename)
+    ours = [str(ROOT / "trainer" / name) for name in ("dreambooth.py", "passes.py")]
+    files = (*ours, torch.optim.Adam.step.__code__.co_filename)
     seen = 0
 
     def watch(frame: FrameType, happened: str, _: Any) -> Any:

@@ -27,7 +27,7 @@ SHAPE = (4, 8, 8)
 
 
 def drawn(seed: int = 0, kind: str = "instance", step: int = 0, slot: int = 0, slots: int = 1, **more: Any) -> Draw:
-    return draw(seed, kind, step, slot, slots, more.pop("count", 5), SHAPE, **more)
+    return draw(seed, kind, step, slot, slots, [SHAPE] * more.pop("count", 5), **more)
 
 
 def same(first: Draw, second: Draw) -> bool:

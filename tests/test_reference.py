@@ -79,7 +79,7 @@ def draws_of(settings: TrainSettings, kind: str, step: int, micro: int, count: i
     first = micro * settings.batch_size
     flip = settings.flip and kind == "instance"
     return [
-        draw(settings.seed, kind, step, slot, slots, count, LATENT_SHAPE, 1000, flip)
+        draw(settings.seed, kind, step, slot, slots, [LATENT_SHAPE] * count, 1000, flip)
         for slot in range(first, first + settings.batch_size)
     ]
 

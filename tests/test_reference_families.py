@@ -262,7 +262,7 @@ def draws_of(trainer: PlainTrainer, kind: str, step: int, micro: int, count: int
     first = micro * settings.batch_size
     flip = settings.flip and kind == "instance"
     return [
-        draw(settings.seed, kind, step, slot, slots, count, trainer.latent_shape, 1000, flip)
+        draw(settings.seed, kind, step, slot, slots, [trainer.latent_shape] * count, 1000, flip)
         for slot in range(first, first + settings.batch_size)
     ]
 

@@ -14,15 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .config import TrainSettings
 from .devices import place, release
 from .errors import WeightsError
 from .events import Listener, Note, Phase, stop_if_asked
 from .families.base import Conditioning, DiffusionModel
 from .files import write_atomic
-from .pictures import Picture, crop, crop_place, to_pixels
-from .randomness import Draw
+from .pictures import Picture, crop, crop_place, mask_weights, to_pixels
+from .prompts import shuffled_tags
+from .randomness import Draw, generator
+from .shapes import bucket_shapes, nearest_shape
 
-_PARTS = ("mean", "std", "caption", "size")
+_KINDS = ("instance", "prior", "validation")
+_SHUFFLED = 16  # orders of a caption's parts that are encoded, at the most
 
 
 @dataclass(frozen=True)
@@ -30,33 +34,63 @@ class LatentSet:
     """The pictures of one kind, ready for training.
 
     Attributes:
-        mean: Posterior mean, (pictures, versions, channels, height, width), float32, already multiplied by the
+        mean: Posterior mean of each picture, (versions, channels, height, width), float32, already multiplied by the
             autoencoder's scaling factor. Version 1, if any, is the mirrored picture.
         std: Posterior standard deviation, likewise.
-        caption: Row of each picture's caption in the encodings, (pictures,), int64.
+        captions: Rows of each picture's captions in the encodings, int64.
         size: Original height and width, top and left of the crop, target height and width: (pictures, 6), float32.
+        order: The pictures of an epoch, one as often as it is repeated.
+        masks: How much of each place belongs to the subject, (1, height, width) in [0, 1]; None: no mask.
     """
 
-    mean: Tensor
-    std: Tensor
-    caption: Tensor
+    mean: Sequence[Tensor]
+    std: Sequence[Tensor]
+    captions: Sequence[Tensor]
     size: Tensor
+    order: Sequence[int]
+    masks: Sequence[Tensor | None]
 
     def __len__(self) -> int:
         return len(self.mean)
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Shape of one picture's latents, (channels, height, width)."""
-        return tuple(self.mean.shape[2:])
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shape of the latents, (channels, height, width), of each picture of an epoch."""
+        return [tuple(self.mean[picture].shape[1:]) for picture in self.order]
 
-    def sample(self, draws: Sequence[Draw]) -> Tensor:
-        """A sample of the posterior for each draw: (draws, channels, height, width)."""
-        rows = [
-            self.mean[d.item, int(d.flip)] + self.std[d.item, int(d.flip)] * d.posterior_noise.to(self.mean.device)
-            for d in draws
-        ]
-        return torch.stack(rows)
+    def sample(self, picture: int, drawn: Draw) -> Tensor:
+        """A sample of a picture's posterior: (channels, height, width)."""
+        version = int(drawn.flip)
+        return self.mean[picture][version] + self.std[picture][version] * drawn.posterior_noise
+
+    def mask_of(self, picture: int, drawn: Draw, background: float) -> Tensor | None:
+        """Weight of each place of a picture's sample, (1, 1, height, width); None: all alike."""
+        mask = self.masks[picture]
+        if mask is None or background == 1:
+            return None
+        return background + (1 - background) * (mask.flip(-1) if drawn.flip else mask)[None]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything under names for a file."""
+        found = {"size": self.size, "order": torch.tensor(self.order)}
+        for name in ("mean", "std", "captions", "masks"):
+            parts = enumerate(getattr(self, name))
+            found |= {f"{name}.{number}": part.contiguous() for number, part in parts if part is not None}
+        return found
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LatentSet:
+        """What `tensors` gave.
+
+        Raises:
+            KeyError: Something is missing.
+        """
+        numbers = range(len(tensors["size"]))
+        mean, std, captions = (
+            [tensors[f"{name}.{number}"] for number in numbers] for name in ("mean", "std", "captions")
+        )
+        masks = [tensors.get(f"masks.{number}") for number in numbers]
+        return cls(mean, std, captions, tensors["size"], tensors["order"].tolist(), masks)
 
 
 @dataclass(frozen=True)
@@ -66,93 +100,124 @@ class Cache:
     Attributes:
         instance: The subject's pictures.
         prior: The class pictures; None without.
+        validation: Pictures of the subject that are held out; None without.
         text: Tokens of the distinct captions, and encodings of those text encoders that are not trained; one row each.
+        empty: Row of the empty caption; None if it is not needed.
     """
 
     instance: LatentSet
     prior: LatentSet | None
+    validation: LatentSet | None
     text: Conditioning
+    empty: int | None
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, atomically."""
         from safetensors.torch import save
 
         tensors = {f"text.{name}": rows.contiguous() for name, rows in self.text.items()}
-        for kind, latents in (("instance", self.instance), ("prior", self.prior)):
+        for kind in _KINDS:
+            latents: LatentSet | None = getattr(self, kind)
             if latents is not None:
-                tensors |= {f"{kind}.{name}": getattr(latents, name).contiguous() for name in _PARTS}
+                tensors |= {f"{kind}.{name}": part for name, part in latents.tensors().items()}
+        if self.empty is not None:
+            tensors["empty"] = torch.tensor(self.empty)
         write_atomic(path, save(tensors))
 
     @classmethod
     def load(cls, path: Path) -> Cache | None:
-        """Read a saved cache; None if there is none or it is damaged."""
+        """Read a saved cache; None if there is none, or it is damaged or of an older version."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
             tensors = load(path.read_bytes())
-        except (OSError, SafetensorError, ValueError):
+            sets: dict[str, LatentSet | None] = {
+                kind: LatentSet.from_tensors(_below(tensors, kind)) if f"{kind}.size" in tensors else None
+                for kind in _KINDS
+            }
+        except (OSError, SafetensorError, ValueError, KeyError):
             return None
-        if "instance.size" not in tensors or not any(name.startswith("text.") for name in tensors):
+        text, instance = _below(tensors, "text"), sets["instance"]
+        if instance is None or not text:
             return None
-        sets = {
-            kind: LatentSet(*(tensors[f"{kind}.{name}"] for name in _PARTS))
-            for kind in ("instance", "prior")
-            if f"{kind}.mean" in tensors
-        }
-        text = {name.removeprefix("text."): rows for name, rows in tensors.items() if name.startswith("text.")}
-        return cls(sets["instance"], sets.get("prior"), text)
+        empty = int(tensors["empty"]) if "empty" in tensors else None
+        return cls(instance, sets["prior"], sets["validation"], text, empty)
+
+
+def _below(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}."): one for name, one in tensors.items() if name.startswith(f"{kind}.")}
 
 
 def build_cache(
     model: DiffusionModel,
     sets: Mapping[str, Sequence[Picture]],
-    resolution: int,
-    flip: bool,
+    settings: TrainSettings,
     device: torch.device,
     listener: Listener,
-    trained: Collection[str] = (),
 ) -> Cache:
     """Encode all pictures and captions.
 
     Args:
         model: Its autoencoder and text encoders compute in float32 on `device`, whatever their weights' type: SDXL's
             autoencoder overflows in half precision.
-        sets: "instance" → pictures, and "prior" → pictures (may be empty).
-        resolution: Side in pixels.
-        flip: Whether mirrored versions of the subject's pictures are needed.
+        sets: "instance", "prior" and "validation" → pictures (may be empty, but for the first).
+        settings: Resolution, shapes, flip, what becomes of captions, which text encoders are trained: their encodings
+            would not last.
         device: Where to compute.
         listener: Told of the progress; may stop the work.
-        trained: Text encoders that are trained, whose encodings would not last.
 
     Returns:
         The cache, on the CPU.
     """
-    captions = list(dict.fromkeys(picture.caption for pictures in sets.values() for picture in pictures))
-    for caption in captions:
+    texts = {
+        kind: [_captions(picture, settings if kind == "instance" else None) for picture in pictures]
+        for kind, pictures in sets.items()
+    }
+    rows = {one: row for row, one in enumerate(dict.fromkeys(t for set_ in texts.values() for ts in set_ for t in ts))}
+    if settings.caption_dropout:
+        rows.setdefault("", len(rows))
+    for caption in rows:
         if model.overlong(caption):
             listener.tell(Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True))
-    text = encode_captions(model, captions, device, trained)
+    text = encode_captions(model, list(rows), device, settings.text_rates)
+    latents = {}
     with torch.no_grad():
         place(model.vae, device, torch.float32)
         total, done = sum(map(len, sets.values())), 0
-        latents: dict[str, LatentSet | None] = {}
         for kind, pictures in sets.items():
-            rows, sizes = [], []
+            found = []
             for picture in pictures:
                 listener.tell(Phase("encoding pictures", done, total))
                 stop_if_asked(listener)
-                image = picture.open()
-                sizes.append(crop_place(image.size, resolution, resolution))
-                pixels = to_pixels(crop(image, resolution, resolution))
-                rows.append(_posterior(model.vae, picture.name, pixels, flip and kind == "instance", device))
+                found.append(_encoded(model.vae, picture, settings, settings.flip and kind == "instance", device))
                 done += 1
-            latents[kind] = _stack(rows, [captions.index(picture.caption) for picture in pictures], sizes)
+            captions = [torch.tensor([rows[text] for text in own]) for own in texts[kind]]
+            latents[kind] = _set(pictures, found, captions) if found else None
         listener.tell(Phase("encoding pictures", total, total))
     release(device)
     instance = latents["instance"]
     assert instance is not None
-    return Cache(instance, latents.get("prior"), text)
+    return Cache(instance, latents.get("prior"), latents.get("validation"), text, rows.get(""))
+
+
+def _captions(picture: Picture, settings: TrainSettings | None) -> list[str]:
+    """A picture's captions, one of which each sample takes; with `settings` that shuffle, in several orders."""
+    if settings is None or not settings.shuffle_tags:
+        return list(picture.captions)
+    return [
+        shuffled_tags(caption, settings.keep_tags, generator(settings.seed, "shuffle", caption, number))
+        for caption in picture.captions
+        for number in range(_SHUFFLED)
+    ]
+
+
+def _set(
+    pictures: Sequence[Picture], encoded: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], captions: list[Tensor]
+) -> LatentSet:
+    mean, std, sizes, masks = zip(*encoded, strict=True)
+    order = [number for number, picture in enumerate(pictures) for _ in range(picture.repeats)]
+    return LatentSet(mean, std, captions, torch.stack(sizes), order, masks)
 
 
 def encode_captions(
@@ -175,15 +240,20 @@ def encode_in_batches(model: DiffusionModel, encoder: str, ids: Tensor) -> Condi
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _stack(
-    rows: list[tuple[Tensor, Tensor]], captions: list[int], sizes: list[tuple[int, int, int, int, int, int]]
-) -> LatentSet | None:
-    if not rows:
-        return None
-    means, stds = zip(*rows, strict=True)
-    return LatentSet(
-        torch.stack(means), torch.stack(stds), torch.tensor(captions), torch.tensor(sizes, dtype=torch.float32)
-    )
+def _encoded(
+    vae: Any, picture: Picture, settings: TrainSettings, flip: bool, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Mean and standard deviation of a picture's latents, its size and crop, and its mask at the latents' size."""
+    image, side = picture.open(), settings.resolution
+    shape = (side, side)
+    if settings.aspect_buckets:
+        shape = nearest_shape(image.size, bucket_shapes(side, settings.bucket_step))
+    mean, std = _posterior(vae, picture.name, to_pixels(crop(image, *shape)), flip, device)
+    size = torch.tensor(crop_place(image.size, *shape), dtype=torch.float32)
+    if picture.mask is None:
+        return mean, std, size, None
+    mask = crop(picture.mask().resize(image.size), *shape)
+    return mean, std, size, mask_weights(mask, mean.shape[-1], mean.shape[-2])
 
 
 def _posterior(vae: Any, name: str, pixels: Tensor, flip: bool, device: torch.device) -> tuple[Tensor, Tensor]:

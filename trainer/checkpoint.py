@@ -282,15 +282,17 @@ def run_fingerprint(
     settings: TrainSettings,
     precision: str,
     start: Adapter | None = None,
+    processes: int = 1,
 ) -> str:
     """Digest of everything on which the trained weights depend."""
+    several = {"processes": processes} if processes > 1 else {}
     what = {
-        "recipe": 2,
+        "recipe": 3,
         "start": file_hashes(start.state_dict(), {})[0] if start else "",
         "base": base.fingerprint,
-        "subject": [[picture.digest, picture.caption] for picture in subject],
-        "priors": [[picture.digest, picture.caption] for picture in priors],
-        "settings": settings.result_settings() | {"precision": precision},
+        "subject": [picture.facts for picture in subject],
+        "priors": [picture.facts for picture in priors],
+        "settings": settings.result_settings() | {"precision": precision} | several,
     }
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 

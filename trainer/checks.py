@@ -44,6 +44,12 @@ def require_trainable(
         AdapterError: The adapter to start from does not.
         StorageError: A folder can't be written, or its disk is full.
     """
+    if settings.zero_terminal_snr and base.prediction.type != "v_prediction":
+        raise SettingsError(
+            "zero_terminal_snr is for models that predict the velocity: from pure noise, its noise says nothing. This "
+            f"one predicts {base.prediction.type}.",
+            "Turn zero_terminal_snr off.",
+        )
     if settings.combine:
         for adapter in [*(one for one, _ in stacked), *([start] if start else [])]:
             require_combinable(adapter)
@@ -104,12 +110,13 @@ def require_prediction_type(
     velocity = model.objective.as_type("v_prediction").to(device)
     likeness: dict[str, list[float]] = {"epsilon": [], "v_prediction": []}
     for number, (place, kind) in enumerate(_PLACES):
-        item = torch.tensor([number % len(latents)])
-        clean = latents.mean[item, 0].to(device)
+        picture = number % len(latents)
+        clean = latents.mean[picture][:1].to(device)
         noise = torch.randn(clean.shape, generator=generator("prediction type", number)).to(device)
         timesteps = torch.tensor([int(place * velocity.timesteps)], device=device)
         noisy = velocity.add_noise(clean, noise, timesteps)
-        conditioning = captions.conditioning(latents.caption[item].to(device)) | {"size": latents.size[item].to(device)}
+        told = captions.conditioning(latents.captions[picture][:1].to(device))
+        conditioning = told | {"size": latents.size[picture][None].to(device)}
         output = model.predict(noisy.to(dtype), timesteps, conditioning).float()
         wanted = velocity.target(velocity.alphas_cumprod, clean, noise, timesteps) if kind == "v_prediction" else noise
         likeness[kind].append(float(torch.cosine_similarity(output.flatten(), wanted.flatten(), dim=0)))

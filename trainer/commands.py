@@ -20,23 +20,49 @@ from .events import Listener, Phase
 from .families.base import BaseWeights
 from .files import explained_os_errors, require_writable
 from .kohya import Adapter, read_adapter
+from .picture_files import Reading
 from .pictures import Picture, load_pictures
 from .priors import make_class_pictures, priors_folder
 from .sample import generate, ready_model
+from .subject_settings import SubjectTable
 from .weights import open_base
 
 
 def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     """Check everything, make the class pictures, train."""
-    pictures = load_pictures(settings.images, settings.instance_prompt, listener)
+    pictures = [
+        picture
+        for one in settings.subjects
+        for picture in load_pictures(one.images, one.instance_prompt, listener, _reading(one))
+    ]
+    own = [
+        picture
+        for one in settings.subjects
+        if one.class_images
+        for picture in load_pictures(one.class_images, one.class_prompt, listener)
+    ]
     start = read_adapter(settings.start_from) if settings.start_from else None
     stacked = read_adapters(settings.base_lora)
     base = apply_to_base(open_settings(settings), stacked)
     runs = settings.output_dir / "runs"
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
-    priors = _class_pictures(base, settings, settings.resolution, settings, listener)
-    stage = Stage(start, stacked)
+    made = [
+        picture
+        for one in settings.subjects
+        for picture in _class_pictures(base, _priors_of(settings, one), settings.resolution, settings, listener)
+    ]
+    stage, priors = Stage(start, stacked), [*own, *made]
     return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener, stage=stage)
+
+
+def _reading(subject: SubjectTable) -> Reading:
+    return Reading(subject.captions, subject.masks, subject.repeats, subject.token, subject.class_noun)
+
+
+def _priors_of(settings: TrainCommand, subject: SubjectTable) -> PriorSettings:
+    """How the class pictures of one subject are made."""
+    how = settings.model_dump(include=set(PriorSettings.model_fields))
+    return PriorSettings(**how | {"class_prompt": subject.class_prompt, "prior_count": subject.prior_count})
 
 
 def run_priors(settings: PriorsCommand, listener: Listener) -> Path:

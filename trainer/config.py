@@ -14,8 +14,12 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from .adapter_settings import AdapterSettings
+from .data_settings import DataSettings
+from .objective_settings import ObjectiveSettings
 from .preview_settings import PreviewSettings
+from .prompts import filled, split_prompts
 from .settings import Settings, TidyPath, field_extra, setting
+from .subject_settings import SubjectSettings, SubjectTable
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 PredictionType = Literal["auto", "epsilon", "v_prediction"]
@@ -72,27 +76,6 @@ class BaseSettings(Settings):
     )
 
 
-class SubjectSettings(Settings):
-    """The subject's pictures and what they show."""
-
-    images: TidyPath = setting(
-        ..., "Pictures of the subject: a folder or a zip file. 3 to 20 pictures are right.", group="Subject"
-    )
-    instance_prompt: str = setting(
-        "a photo of sks dog",
-        "Caption of every picture that has no .txt file of its own: a rare word and the class of the subject.",
-        group="Subject",
-        min_length=1,
-    )
-
-    @field_validator("instance_prompt")
-    @classmethod
-    def _prompt_has_words(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("is blank; give a prompt such as 'a photo of sks dog'")
-        return prompt
-
-
 class PriorSettings(Settings):
     """Class pictures, made by the base model itself, that keep the class from turning into the subject."""
 
@@ -136,7 +119,7 @@ class PriorSettings(Settings):
         return self
 
 
-class TrainSettings(AdapterSettings, PreviewSettings):
+class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSettings):
     """What and how to learn: the recipe's own settings."""
 
     name: str = setting(
@@ -291,14 +274,42 @@ class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, 
     """Everything that `train` takes."""
 
     @model_validator(mode="after")
+    def _class_prompt_is_given(self) -> Self:
+        if not self.subject:
+            return self if self.class_images else PriorSettings._class_prompt_is_given(self)  # type: ignore[operator]
+        if self.prior_count and not any(one.class_prompt.strip() for one in self.subject):
+            raise ValueError("prior_count asks for class pictures: give tables [[subject]] a class_prompt")
+        return self
+
+    @model_validator(mode="after")
     def _prompts_differ(self) -> Self:
-        if self.prior_count and self.class_prompt.strip() == self.instance_prompt.strip():
-            raise ValueError(
-                "class_prompt equals instance_prompt: leave the rare word out of class_prompt ('a photo of a dog')"
-            )
+        for one in self.subjects:
+            if one.prior_count and one.class_prompt in split_prompts(one.instance_prompt):
+                raise ValueError(
+                    "class_prompt equals instance_prompt: leave the rare word out of class_prompt ('a photo of a dog')"
+                )
         if self.combine and not self.base_lora:
             raise ValueError("combine is on but there is nothing to combine with: give base_lora or turn combine off")
         return self
+
+    @property
+    def subjects(self) -> list[SubjectTable]:
+        """The subjects, each with the number of its class pictures, and its words in the prompts."""
+        if not self.subject:
+            names = set(SubjectTable.model_fields)
+            tables = [SubjectTable(**{name: value for name, value in self if name in names})]
+        else:
+            tables = list(self.subject)
+        found = []
+        for one in tables:
+            count = self.prior_count if one.prior_count is None else one.prior_count
+            prompts = {
+                name: filled(getattr(one, name), one.token, one.class_noun).strip()
+                for name in ("instance_prompt", "class_prompt")
+            }
+            wanted = count if prompts["class_prompt"] and not one.class_images else 0
+            found.append(one.model_copy(update=prompts | {"prior_count": wanted}))
+        return found
 
 
 class PriorsCommand(StageSettings, BaseSettings, PriorSettings, OutputSettings):

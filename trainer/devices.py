@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import traceback
 from collections.abc import Iterator
 
@@ -25,6 +26,8 @@ def pick_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes that a launcher started
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(name)
     missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
         device.type == "mps" and not torch.backends.mps.is_available()

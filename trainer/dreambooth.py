@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .batches import draw_batch
 from .cache import Cache, build_cache
 from .captions import Captions
 from .checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
@@ -22,7 +21,7 @@ from .checks import diverged, require_prediction_type, require_trainable
 from .config import TrainSettings
 from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
 from .errors import CancelledError, DivergedError
-from .events import Listener, Note, Opened, SilentListener
+from .events import Listener, Note, Opened, SilentListener, Validation
 from .export import export
 from .families.base import BaseWeights, DiffusionModel
 from .kohya import Adapter
@@ -37,9 +36,10 @@ from .optimization import (
     set_learning_rates,
 )
 from .pace import Pace
-from .pictures import Picture
+from .passes import Passes
+from .pictures import Picture, split_off
 from .previews import Previews
-from .randomness import seeded
+from .team import Team
 from .trainee import Trainee, begin
 
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
@@ -150,7 +150,10 @@ class DreamBooth:
         self.stage, self.checkpoints_dir = stage or Stage(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
         self.precision = pick_precision(settings.precision, device)
-        self.fingerprint = run_fingerprint(base, subject, priors, settings, self.precision, self.stage.start)
+        self.team = Team.here(cpu=device.type == "cpu")
+        self.fingerprint = run_fingerprint(
+            base, subject, priors, settings, self.precision, self.stage.start, self.team.count
+        )
         self.step = 0
         self.model: DiffusionModel
         self._consistent = True
@@ -158,23 +161,28 @@ class DreamBooth:
     def run(self) -> TrainResult:
         """Open the run's folder; build, cache, adapt; resume; loop; export."""
         self.open_run()
-        last = self.previews.finished_at()
+        last, newest = self.previews.finished_at(), self.run_folder.newest(self.settings.steps)
+        self.team.wait()
         if last is not None:
             self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
             return self._export(self.run_folder.trained(last), last, last)
-        newest = self.run_folder.newest(self.settings.steps)
-        recorded = RecordedListener(self.listener, self.run_folder.metrics_path, newest)
-        with recorded as self.listener, explained_memory_errors(_LOWER):
+        with self._recorded(newest) as self.listener, explained_memory_errors(_LOWER):
             self.prepare()
             self._resume(newest)
             best = self._loop()
             return self._export(self.run_folder.trained(best), best, newest)
 
+    def _recorded(self, newest: int) -> contextlib.AbstractContextManager[Listener]:
+        """The listener, and a record of what it is told, from a step on; the leader alone writes one."""
+        if not self.team.leads:
+            return contextlib.nullcontext(self.listener)
+        return RecordedListener(self.listener, self.run_folder.metrics_path, newest)
+
     def clean_up(self) -> None:
         """Drop every network and give the device's memory back."""
         if hasattr(self, "accelerator"):
             self.accelerator.free_memory()
-        for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions", "previews"):
+        for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions", "passes", "previews"):
             if hasattr(self, name):
                 delattr(self, name)
         release(self.device)
@@ -187,9 +195,9 @@ class DreamBooth:
             self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked, self.checkpoints_dir
         )
         shown = {"base": self.base.title} | settings.model_dump(mode="json")
-        self.run_folder = RunFolder.open(
-            self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
-        )
+        anew = settings.resume == "never" and self.team.leads
+        with self.team.leader_first():
+            self.run_folder = RunFolder.open(self.runs_dir, settings.name, self.fingerprint, shown, anew=anew)
         self.listener.tell(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
         self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
 
@@ -197,8 +205,9 @@ class DreamBooth:
         """Build the model around the borrowed weights, encode once, put in what is trained."""
         reset_peak_memory(self.device)
         self.model = self.base.family.build(self.base)
-        self.objective = self.model.objective.to(self.device)
-        self.cache = self._encode()
+        self.objective = self.model.objective.shaped(self.settings).to(self.device)
+        with self.team.leader_first():
+            self.cache = self._encode()
         self._begin_training()
 
     def _encode(self) -> Cache:
@@ -207,9 +216,9 @@ class DreamBooth:
         self.previews.encode(self.model, trained, self.listener)
         cache = Cache.load(self.run_folder.cache_path)
         if cache is None:
-            sets = {"instance": self.subject, "prior": self.priors}
-            resolution, flip = self.settings.resolution, self.settings.flip
-            cache = build_cache(self.model, sets, resolution, flip, self.device, self.listener, trained)
+            taught, held_out = split_off(self.subject, self.settings.validation_pictures, self.settings.seed)
+            sets = {"instance": taught, "prior": self.priors, "validation": held_out}
+            cache = build_cache(self.model, sets, self.settings, self.device, self.listener)
             cache.save(self.run_folder.cache_path)
         for name in [name for name in self.model.text_encoders if name not in trained]:
             del self.model.text_encoders[name]
@@ -228,10 +237,12 @@ class DreamBooth:
         optimizer = make_optimizer(self.trainee.groups(), settings)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
         self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
-        self.model.unet, self.optimizer = self.accelerator.prepare(self.model.unet, optimizer)
+        self.model.unet = self.accelerator.prepare_model(self.model.unet, evaluation_mode=True)  # we reduce ourselves
+        self.optimizer = self.accelerator.prepare(optimizer)
         autocast = self.accelerator.autocast
         text = self.previews.joined(self.cache.text)
         self.captions = Captions(self.model, text, list(settings.text_rates), self.device, dtype, autocast)
+        self.passes = Passes(self.model, self.objective, self.cache, self.captions, settings, dtype, self.team.share)
 
     def _resume(self, step: int) -> None:
         """Load the checkpoint of that step; 0: the run is new, and first looks whether the model fits."""
@@ -265,7 +276,7 @@ class DreamBooth:
                     self._report(pace, *previous)
                 previous = (self.step, rate, loss)
                 due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
-                stop = self.listener.should_stop()
+                stop = self.team.anyone(self.listener.should_stop(), self.device)
                 if stop or due or self.step == settings.steps or self.previews.due(self.step):
                     self._report(pace, *previous)
                     previous = None
@@ -283,8 +294,13 @@ class DreamBooth:
 
     def _preview(self) -> int | None:
         """Draw and score what this step can do, if it is due; the best step if the run should stop here."""
-        if self.previews.due(self.step):
-            self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
+        if self.team.leads:
+            if self.previews.due(self.step):
+                self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
+            validation_loss = self.passes.validation_loss()
+            if validation_loss is not None:
+                self.listener.tell(Validation(self.step, validation_loss))
+        self.team.wait()
         self._set_training_mode()
         return self.previews.stopped_at()
 
@@ -306,38 +322,21 @@ class DreamBooth:
         """
         settings = self.settings
         set_learning_rates(self.optimizer, factor)
-        losses = []
+        total = torch.zeros((), device=self.device)
         for micro in range(settings.gradient_accumulation):
             with self.accelerator.accumulate(self.model.unet):
-                loss = self._loss(micro)
-                self.accelerator.backward(loss)
-                losses.append(loss.detach())
+                for loss in self.passes.losses(self.step, micro):
+                    self.accelerator.backward(loss)
+                    total = total + loss.detach() / settings.gradient_accumulation
                 if self.accelerator.sync_gradients:
+                    total = self.team.average(self.trainee.parameters(), total)
                     if settings.max_grad_norm:
                         self.accelerator.clip_grad_norm_(self.trainee.parameters(), settings.max_grad_norm)
                     self._consistent = False  # until the step is counted
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     self.trainee.after_update(("unet", *self.captions.trained))
-        return torch.stack(losses).mean()
-
-    def _loss(self, micro: int) -> Tensor:
-        """Instance loss + prior_weight · prior loss of one micro-batch, from one forward pass."""
-        settings, objective = self.settings, self.objective
-        batch = draw_batch(self.cache, settings, self.step, micro, objective.timesteps, self.device)
-        noisy = objective.add_noise(batch.latents, batch.noise, batch.timesteps).to(DTYPES[self.precision])
-        with self._reproducible(micro):
-            conditioning = self.captions.conditioning(batch.captions) | {"size": batch.sizes}
-            prediction = self.model.predict(noisy, batch.timesteps, conditioning)
-        losses = objective.loss(prediction, batch.latents, batch.noise, batch.timesteps)
-        means = losses.view(len(batch.weights), -1).mean(dim=1)
-        return torch.stack([weight * mean for weight, mean in zip(batch.weights, means, strict=True)]).sum()
-
-    def _reproducible(self, micro: int) -> contextlib.AbstractContextManager[None]:
-        """Let dropout depend on seed and step alone, if there is any."""
-        if not self.settings.dropout:
-            return contextlib.nullcontext()
-        return seeded(self.device, self.settings.seed, "dropout", self.step, micro)
+        return total
 
     def _report(self, pace: Pace, step: int, rate: float, loss: Tensor) -> None:
         """Tell the listener of a step, and stop the run if its loss is not a finite number."""
@@ -358,7 +357,8 @@ class DreamBooth:
         trained = self.trainee.saved(self._metadata(self.step))
         keep, best = self.settings.keep_checkpoints, self.previews.best()
         state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra)
-        self.run_folder.save(state, keep, best=best, keep_adapters=self.settings.keep_adapters)
+        if self.team.leads:
+            self.run_folder.save(state, keep, best=best, keep_adapters=self.settings.keep_adapters)
 
     def _save_interrupted(self) -> None:
         """Keep what is done when the loop ends early, unless it is saved already or mid-update."""
@@ -391,7 +391,8 @@ class DreamBooth:
         metadata, stacked = self._metadata(step), self.stage.stacked
         if saved.weights is not None:
             self.listener.tell(Note("Writing the checkpoint and extracting the LoRA; this takes a minute or two."))
-        files = export(self.base, saved, stacked, self.settings, metadata, self.output_dir, self.checkpoints_dir)
+        with self.team.leader_first():  # the others find what it wrote
+            files = export(self.base, saved, stacked, self.settings, metadata, self.output_dir, self.checkpoints_dir)
         for path in (files.checkpoint, files.path):
             if path is not None:
                 self.listener.tell(Note(f"{'Checkpoint' if path == files.checkpoint else 'Adapter'}: {path}"))

@@ -95,7 +95,20 @@ class Preview:
     scores: Mapping[str, float]
 
 
-Event = Phase | Step | Note | Opened | Preview
+@dataclass(frozen=True)
+class Validation:
+    """The loss on the held-out pictures with the weights of a step.
+
+    Attributes:
+        step: Steps completed; 0 is the base itself.
+        loss: Mean squared error, always at the same timesteps with the same noise.
+    """
+
+    step: int
+    loss: float
+
+
+Event = Phase | Step | Note | Opened | Preview | Validation
 
 
 class Listener(Protocol):

@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Settings], positio
         parser.add_argument("config", nargs="?", type=Path, metavar="RUN.toml", help=_CONFIG)
     groups: dict[str, Any] = {}
     for name, field in settings.model_fields.items():
-        if name == positional:
+        if name == positional or _is_table(field):
             continue
         title = field_extra(settings, name)["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
@@ -70,6 +70,11 @@ def settings_from(arguments: argparse.Namespace, settings: type[SettingsT]) -> S
     values: dict[str, Any] = read_toml(arguments.config) if arguments.config else {}
     flags = {name: value for name, value in vars(arguments).items() if name in settings.model_fields}
     return settings.checked(values | flags)
+
+
+def _is_table(field: FieldInfo) -> bool:
+    """Whether a field holds tables of a settings file."""
+    return any(isinstance(part, type) and issubclass(part, Settings) for part in get_args(field.annotation))
 
 
 def _choices(field: FieldInfo) -> Sequence[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from .errors import CancelledError, StorageError, TrainerError
-from .events import Event, Listener, Preview, Step
+from .events import Event, Listener, Preview, Step, Validation
 from .files import explained_os_errors, write_atomic
 
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
@@ -65,6 +65,8 @@ class RecordedListener:
         elif isinstance(event, Preview):
             pictures = [[path.name, prompt] for path, prompt in event.pictures]
             self._add({"step": event.step, "scores": dict(event.scores), "pictures": pictures})
+        elif isinstance(event, Validation):
+            self._add({"step": event.step, "validation_loss": event.loss})
         self._listener.tell(event)
 
     def should_stop(self) -> bool:

@@ -1,16 +1,21 @@
 """What the denoiser predicts, and the loss of that prediction.
 
-A prediction type differs from another in `target` alone, so that no caller branches on it.
+A prediction type differs from another in `target` and in a weight of the timesteps, a way to count errors in
+`distance`, so that no caller branches on them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .objective_settings import ObjectiveSettings
+
+_MOST_SNR = 1000.0  # above which debiasing weighs no less, as kohya's trainer does it
 
 
 def scaled_linear_alphas_cumprod(timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
@@ -41,6 +46,54 @@ def velocity_target(alphas_cumprod: Tensor, latents: Tensor, noise: Tensor, time
 
 _TARGETS = {"epsilon": epsilon_target, "v_prediction": velocity_target}
 
+Distance = Callable[[Tensor, Tensor, float], Tensor]
+"""(error, signal-to-noise ratio, (batch, 1, 1, 1), c) → what the error counts, of its shape."""
+
+
+def squared(error: Tensor, snr: Tensor, c: float) -> Tensor:
+    """The error squared."""
+    return error.pow(2)
+
+
+def pseudo_huber(error: Tensor, snr: Tensor, c: float) -> Tensor:
+    """2c(√(error² + c²) - c): squared for small errors, 2c·|error| for large (Song & Dhariwal 2023; kohya's scale)."""
+    return 2 * c * ((error.pow(2) + c**2).sqrt() - c)
+
+
+def pseudo_huber_snr(error: Tensor, snr: Tensor, c: float) -> Tensor:
+    """Pseudo-Huber whose c goes from 1 without noise to `c` with much of it (kohya's schedule "snr")."""
+    sigma = snr.rsqrt()
+    sizes = (1 - c) / (1 + sigma) ** 2 + c
+    return 2 * sizes * ((error.pow(2) + sizes**2).sqrt() - sizes)
+
+
+_DISTANCES: dict[str, Distance] = {"mse": squared, "huber": pseudo_huber, "huber-snr": pseudo_huber_snr}
+
+
+def min_snr_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
+    """min(snr, γ) over snr, or over snr + 1 for velocity (Hang et al. 2023, equation 7 and section 3.4).
+
+    Args:
+        snr: Signal-to-noise ratio of each timestep.
+        gamma: γ.
+        velocity: Whether the model predicts the velocity.
+    """
+    return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+
+
+def debiased_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
+    """1/√snr, or 1/(snr + 1) for velocity (Yu et al. 2023; kohya's debiased estimation); arguments as before."""
+    snr = snr.clamp(max=_MOST_SNR)
+    return 1 / (snr + 1) if velocity else snr.rsqrt()
+
+
+def constant_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
+    """One for every timestep; arguments as before."""
+    return torch.ones_like(snr)
+
+
+_WEIGHTS = {"constant": constant_weight, "min-snr": min_snr_weight, "debiased": debiased_weight}
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -50,41 +103,79 @@ class Objective:
         prediction_type: diffusers' name, "epsilon" or "v_prediction".
         alphas_cumprod: Shape (timesteps,), float32.
         target: (alphas_cumprod, latents, noise, timesteps) → what the denoiser should predict.
+        weights: Of each timestep's loss, shape (timesteps,), float32; None: all alike.
+        distance: What an error counts.
+        c: The distance's parameter.
     """
 
     prediction_type: str
     alphas_cumprod: Tensor
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+    weights: Tensor | None = None
+    distance: Distance = squared
+    c: float = 0.1
 
     @property
     def timesteps(self) -> int:
         """Number of diffusion timesteps."""
         return len(self.alphas_cumprod)
 
+    @property
+    def snr(self) -> Tensor:
+        """Signal-to-noise ratio of each timestep, ᾱ / (1 - ᾱ), shape (timesteps,)."""
+        return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+
     def as_type(self, prediction_type: str) -> Objective:
-        """The same schedule with another prediction type."""
+        """The same schedule with another prediction type, plainly."""
         return Objective(prediction_type, self.alphas_cumprod, _TARGETS[prediction_type])
+
+    def shaped(self, settings: ObjectiveSettings) -> Objective:
+        """The same prediction, its error weighed as the settings say."""
+        schedule = _rescaled(self.alphas_cumprod) if settings.zero_terminal_snr else self.alphas_cumprod
+        plain = replace(self, alphas_cumprod=schedule, distance=_DISTANCES[settings.loss], c=settings.huber_c)
+        if settings.loss_weighting == "constant":
+            return plain
+        velocity = self.prediction_type == "v_prediction"
+        weights = _WEIGHTS[settings.loss_weighting](plain.snr, settings.min_snr_gamma, velocity)
+        return replace(plain, weights=weights)
 
     def to(self, device: torch.device) -> Objective:
         """The same objective with its schedule on `device`."""
-        return Objective(self.prediction_type, self.alphas_cumprod.to(device), self.target)
+        weights = None if self.weights is None else self.weights.to(device)
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device), weights=weights)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """√ᾱ·latents + √(1-ᾱ)·noise, all (batch, channels, height, width); timesteps (batch,), int64."""
         signal, sigma = _coefficients(self.alphas_cumprod, timesteps)
         return signal * latents + sigma * noise
 
-    def loss(self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Mean squared error of each sample, shape (batch,), float32."""
+    def loss(
+        self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """What the error of each sample counts, shape (batch,), float32.
+
+        Args:
+            prediction: The denoiser's, (batch, channels, height, width).
+            latents: As `prediction`.
+            noise: As `prediction`.
+            timesteps: (batch,), int64.
+            mask: Weight of each place, (batch, 1, height, width), with a sum above 0; None: all alike.
+        """
         target = self.target(self.alphas_cumprod, latents, noise, timesteps)
-        return (prediction.float() - target.float()).pow(2).mean(dim=(1, 2, 3))
+        snr = self.snr[timesteps].view(-1, 1, 1, 1)
+        counted = self.distance(prediction.float() - target.float(), snr, self.c)
+        if mask is None:
+            losses = counted.mean(dim=(1, 2, 3))
+        else:
+            losses = (counted.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+        return losses if self.weights is None else losses * self.weights[timesteps]
 
 
 def _rescaled(alphas_cumprod: Tensor) -> Tensor:
     """Rescale a schedule so that its last timestep is pure noise (Lin et al. 2023, algorithm 1); same shape."""
     root = alphas_cumprod.double().sqrt()
     first, last = root[0].clone(), root[-1].clone()
-    rescaled: Tensor = ((root - last) * first / (first - last)) ** 2
+    rescaled: Tensor = ((root - last) * first / (first - last)) ** 2  # of one that ends so already: itself
     return rescaled.to(alphas_cumprod.dtype)
 
 

@@ -1,18 +1,16 @@
-"""Pictures and their captions, from a folder, a zip file or tensors: found, checked, decoded, cropped."""
+"""Pictures, their captions and masks, from a folder, a zip file or tensors: checked, decoded, cropped."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import os
 import struct
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +19,9 @@ from torch import Tensor
 
 from .errors import PicturesError
 from .events import Listener, Note
+from .picture_files import PictureFile, Reading, find_picture_files
+from .prompts import filled, split_prompts
+from .randomness import generator
 
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 32
@@ -33,8 +34,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_MAX_FILE_BYTES = 512 * 1024 * 1024
-_FOREIGN_ENDINGS = {".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".nef", ".dng"}
 
 
 @dataclass(frozen=True)
@@ -46,12 +45,31 @@ class Picture:
         caption: What it shows.
         digest: Hexadecimal digest of its content.
         open: Decodes it: an upright RGB picture of any size.
+        further: Other captions; each sample takes one of all.
+        repeats: How often it is taken in an epoch.
+        mask: Decodes its mask, a grey picture of any size: white where the subject is. None: no mask.
+        mask_digest: Hexadecimal digest of the mask's content.
     """
 
     name: str
     caption: str
     digest: str
     open: Callable[[], Image.Image]
+    further: tuple[str, ...] = ()
+    repeats: int = 1
+    mask: Callable[[], Image.Image] | None = None
+    mask_digest: str = ""
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All of its captions."""
+        return (self.caption, *self.further)
+
+    @property
+    def facts(self) -> list[Any]:
+        """Everything on which training depends, as JSON values; what is usual is left out."""
+        further = {"further": self.further, "repeats": self.repeats - 1, "mask": self.mask_digest}
+        return [self.digest, self.caption, *[{name: value} for name, value in further.items() if value]]
 
 
 def decode(content: bytes) -> Image.Image:
@@ -59,6 +77,29 @@ def decode(content: bytes) -> Image.Image:
 
     Args:
         content: The file's bytes; any format and mode that Pillow reads (palette, grey, 16 bit, CMYK …).
+
+    Raises:
+        ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; says so.
+    """
+    return _decoded(content, _as_rgb)
+
+
+def decode_mask(content: bytes) -> Image.Image:
+    """Decode a mask's file: upright, grey; as `decode`."""
+    return _decoded(content, lambda image: _as_rgb(image).convert("L"))
+
+
+def decode_alpha(content: bytes) -> Image.Image:
+    """How opaque a picture is, upright, grey; white all over if it has no transparency. As `decode`."""
+    return _decoded(content, lambda image: image.convert("RGBA").getchannel("A"))
+
+
+def _decoded(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Decode a picture file and convert it.
+
+    Args:
+        content: The file's bytes.
+        convert: Of the upright picture.
 
     Raises:
         ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; says so.
@@ -74,7 +115,7 @@ def decode(content: bytes) -> Image.Image:
                 raise ValueError(f"{width}×{height} is too small; at least {MIN_SIDE} pixels a side are needed")
             image.draft("RGB", (4096, 4096))  # lets the JPEG decoder skip detail that no resolution uses
             image.seek(0)
-            return _as_rgb(_upright(image))
+            return convert(_upright(image))
     except Image.DecompressionBombError as error:
         raise ValueError("it is too large; scale it down to at most 8000 pixels a side") from error
     except UnidentifiedImageError as error:
@@ -137,14 +178,23 @@ def to_pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
-def load_pictures(source: Path | Sequence[Tensor], prompt: str, listener: Listener) -> list[Picture]:
+def mask_weights(mask: Image.Image, width: int, height: int) -> Tensor | None:
+    """How much of each place lies within a mask: (1, height, width) in [0, 1]; None if nothing does."""
+    if not mask.getbbox():
+        return None
+    return torch.from_numpy(np.array(mask.resize((width, height), Image.Resampling.BOX))).float()[None] / 255
+
+
+def load_pictures(
+    source: Path | Sequence[Tensor], prompt: str, listener: Listener, reading: Reading | None = None
+) -> list[Picture]:
     """Find and check the pictures of a subject; every one is decoded once, here.
 
     Args:
-        source: A folder, a zip file, or tensors of shape (height, width, 3 or 4) in [0, 1]. In folders and zip
-            files a text file of the same name is a picture's caption.
-        prompt: Caption of pictures without one.
+        source: A folder, a zip file, or tensors of shape (height, width, 3 or 4) in [0, 1].
+        prompt: Caption of pictures without one; several, separated by "|", are used in turn by chance.
         listener: Told what was skipped and what looks wrong.
+        reading: Where captions and masks come from.
 
     Returns:
         The pictures, ordered by name.
@@ -152,7 +202,13 @@ def load_pictures(source: Path | Sequence[Tensor], prompt: str, listener: Listen
     Raises:
         PicturesError: The place is missing, empty or unreadable, a zip entry points outside, or no picture is good.
     """
-    found = _from_path(source, prompt, listener) if isinstance(source, Path) else _from_tensors(source, prompt)
+    reading = reading or Reading()
+    prompts = split_prompts(filled(prompt, reading.token, reading.noun)) or [""]
+    if isinstance(source, Path):
+        files = find_picture_files(source, reading, prompts[0], listener)
+        found = iter([_from_file(file, prompts, reading) for file in files])
+    else:
+        found = _from_tensors(source, prompts, reading)
     good: list[Picture] = []
     bad: list[str] = []
     for picture in found:
@@ -162,7 +218,7 @@ def load_pictures(source: Path | Sequence[Tensor], prompt: str, listener: Listen
             bad.append(f"{picture.name}: {error}")
             listener.tell(Note(f"{picture.name} is left out: {error}.", warning=True))
         else:
-            good.append(picture)
+            good.append(_with_good_mask(picture, listener))
     if not good:
         detail = f" ({'; '.join(bad[:3])})" if bad else ""
         raise PicturesError(
@@ -171,6 +227,39 @@ def load_pictures(source: Path | Sequence[Tensor], prompt: str, listener: Listen
         )
     _advise(good, listener)
     return good
+
+
+def split_off(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:
+    """Pictures to train on, and `count` others by chance that are held out, both in their order.
+
+    Raises:
+        PicturesError: None would be left to train on.
+    """
+    if count >= len(pictures):
+        raise PicturesError(
+            f"validation_pictures is {count}, but there are only {len(pictures)} pictures.",
+            "Lower validation_pictures, so that some are left to learn from.",
+        )
+    chosen = set(torch.randperm(len(pictures), generator=generator(seed, "validation"))[:count].tolist())
+    return (
+        [one for number, one in enumerate(pictures) if number not in chosen],
+        [one for number, one in enumerate(pictures) if number in chosen],
+    )
+
+
+def _with_good_mask(picture: Picture, listener: Listener) -> Picture:
+    """The picture, without a mask that says nothing or can't be read."""
+    if picture.mask is None:
+        return picture
+    try:
+        darkest, brightest = picture.mask().getextrema()
+    except ValueError as error:
+        raise PicturesError(
+            f"The mask of {picture.name} can't be used: {error}.", "Make it anew, or turn masks off."
+        ) from error
+    if brightest == 0:
+        listener.tell(Note(f"The mask of {picture.name} is black all over; it is left out.", warning=True))
+    return replace(picture, mask=None, mask_digest="") if darkest == 255 or brightest == 0 else picture
 
 
 def _advise(pictures: Sequence[Picture], listener: Listener) -> None:
@@ -191,90 +280,28 @@ def _place(source: Path | Sequence[Tensor]) -> str:
     return str(source) if isinstance(source, Path) else "the connected images"
 
 
-def is_picture(name: str) -> bool:
-    """Whether a file's name ends like a picture's, also of a format that can't be read."""
-    ending = PurePosixPath(name).suffix.lower()
-    return ending in _FOREIGN_ENDINGS or ending in Image.registered_extensions()
+def _from_file(file: PictureFile, prompts: Sequence[str], reading: Reading) -> Picture:
+    captions = [file.caption] if file.caption else prompts
+    read, mask_digest = file.read, ""
+    mask: Callable[[], Image.Image] | None = None
+    if file.mask is not None:
+        mask_content = file.mask()
+        mask, mask_digest = partial(decode_mask, mask_content), hashlib.sha256(mask_content).hexdigest()
+    elif reading.masks == "alpha":
+        mask, mask_digest = (lambda: decode_alpha(read())), "alpha"
+    return Picture(
+        file.name,
+        captions[0],
+        file.digest,
+        lambda: decode(read()),
+        tuple(captions[1:]),
+        file.repeats,
+        mask,
+        mask_digest,
+    )
 
 
-def _from_path(path: Path, prompt: str, listener: Listener) -> Iterator[Picture]:
-    path = Path(str(path).strip().strip("\"'"))
-    if not os.path.exists(path) and "\\" in str(path):  # unlike Path.exists, no error for a path that no system takes
-        path = Path(str(path).replace("\\", "/"))
-    try:
-        if os.path.isdir(path):
-            return iter(_from_folder(path, prompt, listener))
-        if os.path.isfile(path) and (zipfile.is_zipfile(path) or path.suffix.lower() == ".zip"):
-            return iter(_from_zip(path, prompt, listener))
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise PicturesError(f"The zip file {path} is damaged: {error}.", "Make the zip file anew.") from error
-    except RuntimeError as error:
-        raise PicturesError(f"The zip file {path} can't be opened: {error}.", "Make it without a password.") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise PicturesError(f"{path} can't be read: {reason}.", "Check the path, and that you may read it.") from error
-    if os.path.isfile(path):
-        raise PicturesError(
-            f"{path} is neither a folder nor a zip file.", "Give the folder or zip file that holds the pictures."
-        )
-    raise PicturesError(f"The picture folder {path} does not exist.", "Check the path for a typing error.")
-
-
-def _from_folder(folder: Path, prompt: str, listener: Listener) -> list[Picture]:
-    files = sorted(file for file in folder.iterdir() if file.is_file() and is_picture(file.name))
-    if not files:
-        filled = [
-            sub.name
-            for sub in sorted(folder.iterdir())
-            if sub.is_dir() and any(is_picture(f.name) for f in sub.iterdir())
-        ]
-        hint = (
-            f"Did you mean its subfolder {', '.join(filled[:5])}?"
-            if filled
-            else "Put 3 to 20 pictures of the subject into it."
-        )
-        raise PicturesError(f"The folder {folder} holds no pictures.", hint)
-    pictures = []
-    for file in files:
-        sidecar = file.with_suffix(".txt")
-        try:
-            content = file.read_bytes()
-            text = sidecar.read_bytes() if sidecar.is_file() else None
-        except OSError as error:
-            listener.tell(Note(f"{file.name} is left out: it can't be read ({error.strerror}).", warning=True))
-            continue
-        caption = prompt if text is None else _caption(sidecar.name, text, prompt, listener)
-        pictures.append(_picture(file.name, caption, content, file.read_bytes))
-    return pictures
-
-
-def _from_zip(path: Path, prompt: str, listener: Listener) -> list[Picture]:
-    pictures = []
-    with zipfile.ZipFile(path) as archive:
-        entries = {entry.filename: entry for entry in archive.infolist() if not entry.is_dir()}
-        for name, entry in entries.items():
-            parts = PurePosixPath(name.replace("\\", "/"))
-            if parts.is_absolute() or ".." in parts.parts or ":" in name:
-                raise PicturesError(
-                    f"{path.name} holds an entry that points outside: {name}.", "Make the zip file anew."
-                )
-            if entry.file_size > _MAX_FILE_BYTES:
-                raise PicturesError(f"{path.name}: {name} unpacks to {entry.file_size / 1e6:.0f} MB.", "Leave it out.")
-        for name in sorted(entries):
-            if name.startswith("__MACOSX/") or not is_picture(name):
-                continue
-            content = archive.read(name)
-            sidecar = str(PurePosixPath(name).with_suffix(".txt"))
-            caption = prompt if sidecar not in entries else _caption(sidecar, archive.read(sidecar), prompt, listener)
-            pictures.append(_picture(name, caption, content, partial(bytes, content)))
-    return pictures
-
-
-def _picture(name: str, caption: str, content: bytes, read: Callable[[], bytes]) -> Picture:
-    return Picture(name, caption, hashlib.sha256(content).hexdigest(), lambda: decode(read()))
-
-
-def _from_tensors(tensors: Sequence[Tensor], prompt: str) -> Iterator[Picture]:
+def _from_tensors(tensors: Sequence[Tensor], prompts: Sequence[str], reading: Reading) -> Iterator[Picture]:
     for number, tensor in enumerate(tensors, start=1):
         name = f"connected image {number}"
         if tensor.ndim != 3 or tensor.shape[2] not in (1, 3, 4):
@@ -285,18 +312,14 @@ def _from_tensors(tensors: Sequence[Tensor], prompt: str) -> Iterator[Picture]:
         image.save(stream, "PNG", compress_level=1)
         content = stream.getvalue()
         digest = hashlib.sha256(values.tobytes() + str(values.shape).encode()).hexdigest()
-        yield Picture(name, prompt, digest, partial(decode, content))
-
-
-def _caption(name: str, content: bytes, prompt: str, listener: Listener) -> str:
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text = content.decode("cp1252", errors="replace")
-        listener.tell(
-            Note(f"{name} is not UTF-8; it was read as Windows-1252. Caption: {text.strip()[:60]}", warning=True)
+        alpha = reading.masks == "alpha" and values.shape[2] == 4
+        yield Picture(
+            name,
+            prompts[0],
+            digest,
+            partial(decode, content),
+            tuple(prompts[1:]),
+            reading.repeats,
+            partial(decode_alpha, content) if alpha else None,
+            "alpha" if alpha else "",
         )
-    text = " ".join(text.split())
-    if not text:
-        listener.tell(Note(f"{name} is empty; the prompt '{prompt}' is used.", warning=True))
-    return text or prompt

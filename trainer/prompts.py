@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 _BEFORE_NOUN = re.compile(
     "about|above|across|and|around|as|at|before|behind|below|beside|between|by|for|from|in|inside|into|like|near|of|on"
@@ -43,6 +47,26 @@ def without_token(prompt: str, token: str) -> str:
         elif found[-1].lower() in ("a", "an"):
             found[-1] = article(words[at])
     return " ".join(found) if seen else prompt
+
+
+def shuffled_tags(caption: str, keep: int, source: torch.Generator) -> str:
+    """A caption whose parts between commas are in another order.
+
+    Args:
+        caption: Of any number of parts.
+        keep: How many at the beginning stay where they are.
+        source: Draws the order.
+    """
+    import torch
+
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    first, rest = tags[:keep], tags[keep:]
+    return ", ".join(first + [rest[place] for place in torch.randperm(len(rest), generator=source).tolist()])
+
+
+def filled(template: str, token: str, noun: str) -> str:
+    """A template with the rare word in the place of {token} and the class in that of {class}."""
+    return template.replace("{token}", token.strip()).replace("{class}", noun.strip())
 
 
 def article(noun: str) -> str:

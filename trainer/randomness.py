@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,10 @@ class Draw:
         timestep: Diffusion timestep, in [0, timesteps).
         posterior_noise: Standard normal, shape of the latents: picks a sample of the posterior.
         noise: Standard normal, shape of the latents: the noise to be added.
+        fraction: In (0, 1): the place within the timestep.
+        caption: In (0, 1): picks one of the picture's captions.
+        drop: In (0, 1): the caption is left out if it is below the run's caption_dropout.
+        source: Generator for whatever else the sample needs.
     """
 
     item: int
@@ -54,6 +58,10 @@ class Draw:
     timestep: int
     posterior_noise: torch.Tensor
     noise: torch.Tensor
+    fraction: float
+    caption: float
+    drop: float
+    source: torch.Generator
 
 
 def _item(seed: int, kind: str, number: int, count: int) -> int:
@@ -68,8 +76,7 @@ def draw(
     step: int,
     slot: int,
     slots: int,
-    count: int,
-    latent_shape: tuple[int, ...],
+    latent_shapes: Sequence[tuple[int, ...]],
     timesteps: int = 1000,
     flip: bool = False,
 ) -> Draw:
@@ -81,16 +88,21 @@ def draw(
         step: Optimiser step, from 0.
         slot: Place of the sample within the step, in [0, slots); counts over micro-batches and processes.
         slots: Samples of this kind per step.
-        count: Pictures in the set.
-        latent_shape: Shape of one picture's latents, (channels, height, width).
+        latent_shapes: Shape of the latents of each picture in the set, (channels, height, width).
         timesteps: Number of diffusion timesteps.
         flip: Whether half of the samples are mirrored.
     """
-    source = generator(seed, kind, step, slot)
+    source, further = generator(seed, kind, step, slot), generator(seed, kind, step, slot, "further")
+    fraction, caption, dropped = (torch.rand(3, generator=further, dtype=torch.float64) * (1 - 2e-9) + 1e-9).tolist()
+    item = _item(seed, kind, step * slots + slot, len(latent_shapes))
     return Draw(
-        item=_item(seed, kind, step * slots + slot, count),
+        item=item,
         flip=bool(torch.randint(2, (), generator=source)) and flip,
         timestep=int(torch.randint(timesteps, (), generator=source)),
-        posterior_noise=torch.randn(latent_shape, generator=source),
-        noise=torch.randn(latent_shape, generator=source),
+        posterior_noise=torch.randn(latent_shapes[item], generator=source),
+        noise=torch.randn(latent_shapes[item], generator=source),
+        fraction=fraction,
+        caption=caption,
+        drop=dropped,
+        source=further,
     )

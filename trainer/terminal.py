@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
 from typing import Any
 
-from .events import Event, Note, Phase, Step
+from .events import Event, Note, Phase, Step, Validation
 
 
 class Terminal:
@@ -20,6 +21,7 @@ class Terminal:
         self._bar: Any = None
         self._title = ""
         self._stop = False
+        self._quiet = os.environ.get("RANK", "0") != "0"  # one of several processes, of which the first speaks
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Terminal:
@@ -44,6 +46,8 @@ class Terminal:
 
     def tell(self, event: Event) -> None:
         """Show an event."""
+        if self._quiet:
+            return
         if isinstance(event, Note):
             self._write(("warning: " if event.warning else "") + event.text)
         elif isinstance(event, Phase):
@@ -52,6 +56,8 @@ class Terminal:
             memory = f"{event.memory / 2**30:.1f} GB" if event.memory >= 2**29 else f"{event.memory / 2**20:.0f} MB"
             self._show("training", event.step, event.steps)
             self._bar.set_postfix_str(f"loss {event.loss:.4f}, lr {event.learning_rate:.2g}, {memory}", refresh=False)
+        elif isinstance(event, Validation):
+            self._write(f"Validation loss after step {event.step}: {event.loss:.4f}")
 
     def _show(self, title: str, done: int, total: int) -> None:
         from tqdm import tqdm

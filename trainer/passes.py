@@ -1,0 +1,102 @@
+"""The forward passes of a run: the loss of a step's samples, and that of pictures which are held out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .batches import ALONE, Batch, draw_batches
+from .cache import Cache, LatentSet
+from .captions import Captions
+from .config import TrainSettings
+from .families.base import DiffusionModel
+from .objective import Objective
+from .randomness import generator, seeded
+
+_PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps at which held-out pictures are looked at
+
+
+class Passes:
+    """What a model says of samples, and how far that is from what it should."""
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        objective: Objective,
+        cache: Cache,
+        captions: Captions,
+        settings: TrainSettings,
+        dtype: torch.dtype,
+        share: tuple[int, int] = ALONE,
+    ) -> None:
+        """Take the parts.
+
+        Args:
+            model: Its denoiser is on the device of the objective.
+            objective: Noise schedule, target and loss.
+            cache: Encoded pictures.
+            captions: What the denoiser is told of each caption.
+            settings: Of the run.
+            dtype: Type of the denoiser's input.
+            share: Which of how many processes this is.
+        """
+        self._model, self._objective, self._cache, self._captions = model, objective, cache, captions
+        self._settings, self._dtype, self._share = settings, dtype, share
+        self._device = objective.alphas_cumprod.device
+
+    def losses(self, step: int, micro: int) -> Iterator[Tensor]:
+        """The loss of a micro-batch in parts, 0-D, one for each shape of its pictures: instance + λ · prior in all.
+
+        Args:
+            step: Optimiser step, from 0.
+            micro: Micro-batch of the step, from 0.
+        """
+        settings = self._settings
+        timesteps = self._objective.timesteps
+        for batch in draw_batches(self._cache, settings, step, micro, timesteps, self._device, self._share):
+            with self._reproducible(step, micro):
+                losses = self._losses(batch)
+            yield (losses * batch.weights).sum()
+
+    def _losses(self, batch: Batch) -> Tensor:
+        """The loss of each sample, (batch,)."""
+        noisy = self._objective.add_noise(batch.latents, batch.added, batch.timesteps).to(self._dtype)
+        conditioning = self._captions.conditioning(batch.captions) | {"size": batch.sizes}
+        prediction = self._model.predict(noisy, batch.timesteps, conditioning)
+        return self._objective.loss(prediction, batch.latents, batch.noise, batch.timesteps, batch.masks)
+
+    def _reproducible(self, step: int, micro: int) -> contextlib.AbstractContextManager[None]:
+        """Let dropout depend on seed and step alone, if there is any."""
+        if not self._settings.dropout:
+            return contextlib.nullcontext()
+        return seeded(self._device, self._settings.seed, "dropout", step, micro, *filter(None, self._share[:1]))
+
+    @torch.no_grad()
+    def validation_loss(self) -> float | None:
+        """Mean squared error on the held-out pictures, always at the same timesteps with the same noise; None without.
+
+        The networks are left in evaluation mode.
+        """
+        if self._cache.validation is None:
+            return None
+        for network in (self._model.unet, *self._model.text_encoders.values()):
+            network.eval()
+        plain = self._objective.as_type(self._objective.prediction_type)  # whatever the run's loss is
+        found = [
+            float(self._held_out(plain, self._cache.validation, picture, number, place))
+            for picture in range(len(self._cache.validation))
+            for number, place in enumerate(_PLACES)
+        ]
+        return sum(found) / len(found)
+
+    def _held_out(self, plain: Objective, latents: LatentSet, picture: int, number: int, place: float) -> Tensor:
+        clean = latents.mean[picture][:1].to(self._device)
+        noise = torch.randn(clean.shape, generator=generator("validation", picture, number)).to(self._device)
+        timesteps = torch.tensor([int(place * plain.timesteps)], device=self._device)
+        noisy = plain.add_noise(clean, noise, timesteps).to(self._dtype)
+        told = self._captions.conditioning(latents.captions[picture][:1].to(self._device))
+        size = {"size": latents.size[picture][None].to(self._device)}
+        return plain.loss(self._model.predict(noisy, timesteps, told | size), clean, noise, timesteps)

@@ -1,0 +1,43 @@
+"""Aspect-ratio buckets: the shapes in which pictures are trained."""
+
+from __future__ import annotations
+
+import math
+
+_MOST_STRETCHED = 4.0  # width over height, or height over width
+
+
+def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
+    """Widths and heights with as many pixels as a square, or fewer; the square first, then from narrow to wide.
+
+    Args:
+        resolution: Side of the square in pixels.
+        step: Sides are multiples of it, but for the square's, which is as given.
+
+    Returns:
+        (width, height) pairs: for each width the largest height that the number of pixels allows.
+    """
+    found: dict[tuple[int, int], None] = {}
+    for width in range(step, int(resolution * math.sqrt(_MOST_STRETCHED)) + 1, step):
+        height = resolution * resolution // width // step * step
+        if height and max(width / height, height / width) <= _MOST_STRETCHED:
+            found[width, height] = None
+            found[height, width] = None
+    shapes = sorted(shape for shape in found if shape[0] != shape[1])
+    return [(resolution, resolution), *shapes]
+
+
+def nearest_shape(size: tuple[int, int], shapes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The shape in which the least of a picture is cut away; of several the first.
+
+    Args:
+        size: Width and height of the picture.
+        shapes: Widths and heights to choose from.
+    """
+    return max(shapes, key=lambda shape: (kept_share(size, shape), shape[0] * shape[1]))
+
+
+def kept_share(size: tuple[int, int], shape: tuple[int, int]) -> float:
+    """The share of a picture that is left when it covers `shape` without being distorted: in (0, 1]."""
+    ours, theirs = size[0] / size[1], shape[0] / shape[1]
+    return min(ours / theirs, theirs / ours)

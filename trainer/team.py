@@ -1,0 +1,89 @@
+"""The processes of a run: one, or several that `accelerate launch` started, which share every step's samples."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+
+import torch
+from torch import Tensor, nn
+
+_PATIENCE = timedelta(days=2)  # of processes that wait until the first has made the class pictures
+
+
+class Team:
+    """The processes of a run, which take the same steps; the first of them, the leader, writes all files.
+
+    Attributes:
+        index: Which process this is, from 0.
+        count: How many there are.
+    """
+
+    def __init__(self, index: int = 0, count: int = 1) -> None:
+        """A team whose processes are connected already, or a single process."""
+        self.index, self.count = index, count
+
+    @classmethod
+    def here(cls, *, cpu: bool) -> Team:
+        """The processes that a launcher started with this one (RANK and WORLD_SIZE say so), connected.
+
+        Args:
+            cpu: Whether they compute on the CPU.
+        """
+        index, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if count > 1 and not torch.distributed.is_initialized():
+            from accelerate.state import PartialState
+
+            PartialState(cpu=cpu, timeout=_PATIENCE)
+        return cls(index, count)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the files."""
+        return self.index == 0
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """Which of how many shares of a step's samples this process takes."""
+        return self.index, self.count
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.count > 1:
+            torch.distributed.barrier()
+
+    @contextlib.contextmanager
+    def leader_first(self) -> Iterator[None]:
+        """The leader does the block first, then the others, who find what it made; then all go on."""
+        if not self.leads:
+            self.wait()
+        yield
+        if self.leads:
+            self.wait()
+        self.wait()
+
+    def anyone(self, wish: bool, device: torch.device) -> bool:
+        """Whether any process wishes something; all get the same answer."""
+        if self.count == 1:
+            return wish
+        wishes = torch.tensor([int(wish)], device=device)
+        torch.distributed.all_reduce(wishes)
+        return bool(wishes.item())
+
+    def average(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """Bring the mean of all processes' gradients into the parameters; returns the mean of their losses, 0-D.
+
+        A parameter without a gradient has one in no process: all compute the same graph.
+        """
+        if self.count == 1:
+            return loss
+        gradients = [one.grad for one in parameters if one.grad is not None]
+        whole = torch.cat([loss.reshape(1).float(), *(one.flatten().float() for one in gradients)])
+        torch.distributed.all_reduce(whole)
+        whole /= self.count
+        parts = torch.split(whole[1:], [one.numel() for one in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        return whole[0]
