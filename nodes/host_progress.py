@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..trainer.errors import TrainerError
-from ..trainer.events import Event, Note, Opened, Phase, Preview, Step
+from ..trainer.events import Event, Note, Opened, Phase, Preview, Step, Validation
+from ..trainer.metrics import VALIDATION_LOSS
 from . import host, live
 
 if TYPE_CHECKING:
@@ -107,6 +108,8 @@ class TrainingListener(NodeListener):
         elif isinstance(event, Preview):
             names = [path.name for path, _ in event.pictures]
             self._send(preview={"step": event.step, "pictures": names, "scores": dict(event.scores)})
+        elif isinstance(event, Validation):
+            self._send(scores={"step": event.step, "scores": {VALIDATION_LOSS: event.loss}})
         elif isinstance(event, Phase):
             if self._due(event.done in (0, event.total)):
                 self._send_progress(event.done, event.total)
@@ -146,7 +149,7 @@ class TrainingListener(NodeListener):
         points, self._points = self._points, {name: [] for name in self._points}
         if points["steps"]:
             facts["step"] = points["steps"][-1]
-        kept = {name: value for name, value in facts.items() if name != "preview"}
+        kept = {name: value for name, value in facts.items() if name not in ("preview", "scores")}
         known = live.note(self._node_id, **kept)
         if PromptServer.instance.sockets:
             self._sent.append(time.monotonic())

@@ -41,7 +41,11 @@ class ClassPriors(Node):
                 io.Model.Input("model", tooltip="The base model, without your subject."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
                 io.Vae.Input("vae", tooltip="Its VAE, which turns latents into pictures."),
-                SUBJECT.Input("subject", optional=True, tooltip="Gives the prompt, unless one is typed."),
+                SUBJECT.Input(
+                    "subject",
+                    optional=True,
+                    tooltip="Gives the prompt, unless one is typed; if chained, several.",
+                ),
                 widget(PriorSettings, "class_prompt", id="prompt", advanced=None),
                 widget(PriorSettings, "prior_count", id="count", default=100, min=1),
                 widget(TrainSettings, "resolution"),
@@ -78,20 +82,24 @@ class ClassPriors(Node):
         from ..trainer.pictures import to_pixels
         from ..trainer.priors import make_class_pictures
 
-        prompt = prompt.strip() or (subject.class_prompt if subject else "")
+        prompts = [prompt.strip()] if prompt.strip() else list(subject.class_prompts if subject else [""])
         named = {f"prior_{name}": value for name, value in values.items()}
-        settings = PriorSettings.checked(named | {"class_prompt": prompt})
+        each = [PriorSettings.checked(named | {"class_prompt": one}) for one in prompts]
         device = pick_device(host.device_name())
         with host.training_mode(), torch.no_grad():
             base = host.borrow_base(model, clip, vae)
-            pictures = make_class_pictures(
-                base,
-                settings,
-                resolution,
-                host.work_folder() / "class-pictures",
-                device,
-                pick_precision(precision, device),  # type: ignore[arg-type]
-                NodeListener(cls.hidden.unique_id),
-            )
+            pictures = [
+                picture
+                for settings in each
+                for picture in make_class_pictures(
+                    base,
+                    settings,
+                    resolution,
+                    host.work_folder() / "class-pictures",
+                    device,
+                    pick_precision(precision, device),  # type: ignore[arg-type]
+                    NodeListener(cls.hidden.unique_id),
+                )
+            ]
         shown = torch.stack([to_pixels(picture.open()) for picture in pictures[:_SHOWN]])
         return io.NodeOutput(PriorsValue(tuple(pictures)), (shown.permute(0, 2, 3, 1) + 1) / 2)

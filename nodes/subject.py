@@ -8,11 +8,13 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer.errors import PicturesError
-from ..trainer.prompts import article
+from ..trainer.picture_files import CaptionSource, MaskSource, Reading
+from ..trainer.prompts import article, filled, split_prompts
+from ..trainer.subject_settings import PictureSettings
 from . import host
 from .base import Node
 from .host_progress import NodeListener
-from .widgets import CATEGORY, SUBJECT
+from .widgets import CATEGORY, SUBJECT, widget
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,14 @@ class SubjectValue:
         instance_prompt: Caption of pictures without their own.
         class_prompt: The same without the rare word.
         token: The rare word.
+        class_prompts: Class prompts of all chained subjects, in their order.
     """
 
     pictures: tuple[Any, ...]
     instance_prompt: str
     class_prompt: str
     token: str
+    class_prompts: tuple[str, ...]
 
 
 class Subject(Node):
@@ -60,10 +64,29 @@ class Subject(Node):
                 io.String.Input(
                     "caption",
                     default="a photo of {token} {class}",
-                    tooltip="Caption of the pictures; {token} and {class} stand for the words above.",
+                    tooltip="Caption of the pictures; {token} and {class} stand for the words above. Several, "
+                    "separated by '|', are used in turn by chance.",
                     advanced=True,
                 ),
                 io.Image.Input("images", optional=True, tooltip="Pictures from other nodes, instead of a folder."),
+                SUBJECT.Input(
+                    "subject", optional=True, tooltip="Another subject that is learned in the same run: chain nodes."
+                ),
+                io.String.Input(
+                    "captions",
+                    optional=True,
+                    force_input=True,
+                    tooltip="Captions of the connected images, one per line, e.g. from Caption Images.",
+                ),
+                io.Mask.Input(
+                    "mask",
+                    optional=True,
+                    tooltip="Masks of the connected images, white where the subject is. (Load Image's are the other "
+                    "way round: use InvertMask.)",
+                ),
+                widget(PictureSettings, "captions", id="captions_from", optional=True),
+                widget(PictureSettings, "masks", id="masks_from", optional=True),
+                widget(PictureSettings, "repeats", optional=True),
             ],
             outputs=[
                 SUBJECT.Output(display_name="subject"),
@@ -81,18 +104,45 @@ class Subject(Node):
         return host.folder_stamp(host.input_path(folder))
 
     @classmethod
-    def execute(cls, folder: str, token: str, class_noun: str, caption: str, images: Any = None) -> io.NodeOutput:
+    def execute(
+        cls,
+        folder: str,
+        token: str,
+        class_noun: str,
+        caption: str,
+        images: Any = None,
+        subject: SubjectValue | None = None,
+        captions: str = "",
+        mask: Any = None,
+        captions_from: CaptionSource = "files",
+        masks_from: MaskSource = "files",
+        repeats: int = 1,
+    ) -> io.NodeOutput:
         """Read and check the pictures."""
         from ..trainer.pictures import load_pictures
 
-        if folder == host.NO_FOLDER and images is None:
+        connected = folder == host.NO_FOLDER
+        if connected and images is None:
             raise PicturesError("No pictures are given.", "Choose a folder, or connect pictures to 'images'.")
-        prompt = caption.replace("{token}", token.strip()).replace("{class}", class_noun.strip())
-        source = list(images) if folder == host.NO_FOLDER else host.input_path(folder)
-        pictures = load_pictures(source, " ".join(prompt.split()), NodeListener(cls.hidden.unique_id))
-        value = SubjectValue(
-            tuple(pictures), " ".join(prompt.split()), _class_prompt(caption, class_noun), token.strip()
+        if not connected and (captions.strip() or mask is not None):
+            raise PicturesError(
+                "Captions or masks are connected, but the pictures come from a folder.",
+                "Connect pictures to 'images' and choose no folder, or put text files and masks into the folder.",
+            )
+        template = (split_prompts(caption) or [""])[0]
+        pictures = load_pictures(
+            list(images) if connected else host.input_path(folder),
+            caption,
+            NodeListener(cls.hidden.unique_id),
+            Reading(captions_from, masks_from, repeats, token, class_noun),
+            captions=[line for line in captions.splitlines() if line.strip()],
+            masks=[] if mask is None else list(mask),
         )
+        prompt = " ".join(filled(template, token, class_noun).split())
+        class_prompt = _class_prompt(template, class_noun)
+        before: tuple[Any, ...] = (subject.pictures, subject.class_prompts) if subject else ((), ())
+        prompts = tuple(dict.fromkeys((*before[1], class_prompt)))
+        value = SubjectValue((*before[0], *pictures), prompt, class_prompt, token.strip(), prompts)
         return io.NodeOutput(value, value.instance_prompt, value.class_prompt)
 
 

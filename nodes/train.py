@@ -9,6 +9,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer.config import TrainSettings
+from ..trainer.data_settings import DataSettings
+from ..trainer.objective_settings import ObjectiveSettings
 from ..trainer.preview_settings import PreviewSettings
 from . import host, host_models
 from .base import Node
@@ -34,6 +36,8 @@ _PREVIEW = "preview_every"
 _NEWER = (  # last: saved workflows hold widget values by place
     *(name for name in PreviewSettings.model_fields if name != _PREVIEW),
     "keep_adapters",
+    *DataSettings.model_fields,
+    *ObjectiveSettings.model_fields,
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)

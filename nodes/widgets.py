@@ -24,6 +24,12 @@ _FLOAT_STEPS = {
     "protected": 0.01,
     "density": 0.05,
     "split": 0.05,
+    "mask_background": 0.05,
+    "caption_dropout": 0.01,
+    "huber_c": 0.01,
+    "noise_offset": 0.01,
+    "multires_noise_discount": 0.05,
+    "input_perturbation": 0.01,
 }
 
 

@@ -40,7 +40,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
     with Terminal() as terminal:
         result = run_train(settings, terminal)
-    print(result.path)
+    if not terminal.quiet:
+        print(result.path)
 
 
 def _priors(arguments: argparse.Namespace) -> None:

@@ -25,6 +25,7 @@ from .pictures import Picture, load_pictures
 from .priors import make_class_pictures, priors_folder
 from .sample import generate, ready_model
 from .subject_settings import SubjectTable
+from .team import Team
 from .weights import open_base
 
 
@@ -46,11 +47,13 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     base = apply_to_base(open_settings(settings), stacked)
     runs = settings.output_dir / "runs"
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
-    made = [
-        picture
-        for one in settings.subjects
-        for picture in _class_pictures(base, _priors_of(settings, one), settings.resolution, settings, listener)
-    ]
+    team = Team.here(cpu=pick_device(settings.device).type == "cpu")
+    with team.leader_first():
+        made = [
+            picture
+            for one in settings.subjects
+            for picture in _class_pictures(base, _priors_of(settings, one), settings.resolution, settings, listener)
+        ]
     stage, priors = Stage(start, stacked), [*own, *made]
     return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener, stage=stage)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from .export import export
 from .families.base import BaseWeights, DiffusionModel
 from .kohya import Adapter
 from .metadata import RunFacts, training_metadata
-from .metrics import RecordedListener
+from .metrics import RecordedListener, is_validated
 from .optimization import (
     accelerate_state_kept,
     learning_rate_factor,
@@ -297,12 +298,15 @@ class DreamBooth:
         if self.team.leads:
             if self.previews.due(self.step):
                 self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
-            validation_loss = self.passes.validation_loss()
-            if validation_loss is not None:
-                self.listener.tell(Validation(self.step, validation_loss))
+            self._validate()
         self.team.wait()
         self._set_training_mode()
         return self.previews.stopped_at()
+
+    def _validate(self) -> None:
+        """Tell the loss on the held-out pictures, if there are any and it was not told before."""
+        if self.cache.validation is not None and not is_validated(self.run_folder.metrics_path, self.step):
+            self.listener.tell(Validation(self.step, self.passes.validation_loss(self.cache.validation)))
 
     def _set_training_mode(self) -> None:
         for network in (self.model.unet, *self.model.text_encoders.values()):
@@ -376,8 +380,8 @@ class DreamBooth:
             base_fingerprint=self.base.fingerprint,
             run_fingerprint=self.fingerprint,
             captions=[picture.caption for picture in self.subject],
-            class_prompt=self.priors[0].caption if self.priors else "",
-            class_pictures=len(self.priors),
+            repeats=[picture.repeats for picture in self.subject],
+            class_pictures=Counter(picture.caption for picture in self.priors),
             precision=self.precision,
             started_at=self.run_folder.started_at,
             prediction=self.base.prediction,

@@ -31,8 +31,8 @@ class RunFacts:
         base_fingerprint: Digest of its weights.
         run_fingerprint: Digest of everything on which the adapter depends.
         captions: Caption of every subject picture.
-        class_prompt: Prompt of the class pictures; empty without.
-        class_pictures: Number of class pictures.
+        repeats: How often every subject picture is taken in an epoch.
+        class_pictures: Class prompt → number of its pictures.
         precision: Precision of the base model while training.
         started_at: Unix time.
         prediction: What the model predicts.
@@ -45,8 +45,8 @@ class RunFacts:
     base_fingerprint: str
     run_fingerprint: str
     captions: Sequence[str]
-    class_prompt: str
-    class_pictures: int
+    repeats: Sequence[int]
+    class_pictures: Mapping[str, int]
     precision: str
     started_at: float
     prediction: Prediction
@@ -58,7 +58,8 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
     """Metadata of an adapter after `step` steps; every value is a string."""
     name, kind, rank, alpha = settings.name, *_shape(settings, facts.start)
     words = Counter(facts.captions)
-    trigger = words.most_common(1)[0][0] if words else ""
+    common = [caption for caption, count in words.items() if count > 1]  # the prompts of one subject or several
+    trigger = ", ".join(common or list(words)[:1])
     kohya = {
         "ss_output_name": name,
         "ss_base_model_version": facts.family.base_version(facts.prediction),
@@ -84,24 +85,27 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_prior_loss_weight": settings.prior_weight,
         "ss_resolution": f"({settings.resolution}, {settings.resolution})",
         "ss_num_train_images": len(facts.captions),
-        "ss_num_reg_images": facts.class_pictures,
+        "ss_num_reg_images": sum(facts.class_pictures.values()),
         "ss_total_batch_size": settings.batch_size * settings.gradient_accumulation,
         "ss_batch_size_per_device": settings.batch_size,
         "ss_gradient_accumulation_steps": settings.gradient_accumulation,
         "ss_gradient_checkpointing": settings.gradient_checkpointing,
         "ss_flip_aug": settings.flip,
         "ss_clip_skip": facts.clip_skip or "None",
-        "ss_noise_offset": "None",
-        "ss_min_snr_gamma": "None",
+        **_objective(settings),
+        "ss_enable_bucket": settings.aspect_buckets,
+        "ss_shuffle_caption": settings.shuffle_tags,
+        "ss_keep_tokens": settings.keep_tags if settings.shuffle_tags else 0,
+        "ss_caption_dropout_rate": settings.caption_dropout,
         "ss_datasets": json.dumps([_dataset(settings, facts)]),
-        "ss_dataset_dirs": json.dumps({name: {"n_repeats": 1, "img_count": len(facts.captions)}}),
+        "ss_dataset_dirs": json.dumps(
+            {f"{count}_{name}" if count > 1 else name: one for count, one in _by_repeats(facts).items()}
+        ),
         "ss_reg_dataset_dirs": json.dumps(
-            {facts.class_prompt: {"n_repeats": 1, "img_count": facts.class_pictures}} if facts.class_pictures else {}
+            {prompt: {"n_repeats": 1, "img_count": count} for prompt, count in facts.class_pictures.items()}
         ),
         "ss_tag_frequency": json.dumps({name: _tags(facts.captions)}),
-        "ss_bucket_info": json.dumps(
-            {"buckets": {"0": {"resolution": [settings.resolution] * 2, "count": len(facts.captions)}}}
-        ),
+        "ss_bucket_info": json.dumps(_buckets(settings, facts)),
     }
     modelspec = {
         "modelspec.sai_model_spec": "1.0.1",
@@ -118,7 +122,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
             _without_places(settings)
             | {
                 "base_fingerprint": facts.base_fingerprint,
-                "class_prompt": facts.class_prompt,
+                "class_prompt": " | ".join(facts.class_pictures),
                 "captions": list(facts.captions),
             },
             sort_keys=True,
@@ -180,11 +184,43 @@ def _dataset(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:
         "is_dreambooth": True,
         "batch_size_per_device": settings.batch_size,
         "num_train_images": count,
-        "num_reg_images": facts.class_pictures,
+        "num_reg_images": sum(facts.class_pictures.values()),
         "resolution": [side, side],
-        "enable_bucket": False,
-        "bucket_info": {"buckets": {"0": {"resolution": [side, side], "count": count}}},
-        "subsets": [{"img_count": count, "num_repeats": 1, "flip_aug": settings.flip, "is_reg": False}],
+        "enable_bucket": settings.aspect_buckets,
+        "bucket_info": _buckets(settings, facts),
+        "subsets": [
+            {"img_count": one["img_count"], "num_repeats": repeats, "flip_aug": settings.flip, "is_reg": False}
+            for repeats, one in _by_repeats(facts).items()
+        ],
+    }
+
+
+def _buckets(settings: TrainSettings, facts: RunFacts) -> dict[str, object] | None:
+    """The one bucket of a run without aspect buckets; how many pictures are in which is not known here else."""
+    if settings.aspect_buckets:
+        return None
+    return {"buckets": {"0": {"resolution": [settings.resolution] * 2, "count": len(facts.captions)}}}
+
+
+def _by_repeats(facts: RunFacts) -> dict[int, dict[str, int]]:
+    """Repeats → what kohya says of the pictures that have so many."""
+    return {count: {"n_repeats": count, "img_count": pictures} for count, pictures in Counter(facts.repeats).items()}
+
+
+def _objective(settings: TrainSettings) -> dict[str, object]:
+    """Noise and loss under kohya's names; "None" where kohya has it."""
+    weighting = settings.loss_weighting
+    return {
+        "ss_noise_offset": settings.noise_offset or "None",
+        "ss_multires_noise_iterations": settings.multires_noise_iterations or "None",
+        "ss_multires_noise_discount": settings.multires_noise_discount,
+        "ss_ip_noise_gamma": settings.input_perturbation or "None",
+        "ss_zero_terminal_snr": settings.zero_terminal_snr,
+        "ss_min_snr_gamma": settings.min_snr_gamma if weighting == "min-snr" else "None",
+        "ss_debiased_estimation": weighting == "debiased",
+        "ss_loss_type": {"mse": "l2"}.get(settings.loss, "huber"),
+        "ss_huber_schedule": {"huber-snr": "snr"}.get(settings.loss, "constant"),
+        "ss_huber_c": settings.huber_c,
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,13 +13,15 @@ from .events import Event, Listener, Preview, Step, Validation
 from .files import explained_os_errors, write_atomic
 
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
+VALIDATION_LOSS = "validation_loss"
 _TAIL = 16_384  # bytes
 
 
 class RecordedListener:
     """Writes steps and previews to a file, each at once, and tells everything to another listener.
 
-    A line holds "step" and either "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures". As a
+    A line holds "step" and "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures", or
+    "validation_loss". As a
     context manager it ends with a line that holds "state", and "problem" and "remedy" of a failed run.
     """
 
@@ -57,7 +59,7 @@ class RecordedListener:
         self.close()
 
     def tell(self, event: Event) -> None:
-        """Note a step or a preview; pass everything on."""
+        """Note a step, a preview or a validation; pass everything on."""
         if isinstance(event, Step):
             self._step = event.step
             facts = {"loss": event.loss, "learning_rate": event.learning_rate, "rate": event.rate}
@@ -66,7 +68,7 @@ class RecordedListener:
             pictures = [[path.name, prompt] for path, prompt in event.pictures]
             self._add({"step": event.step, "scores": dict(event.scores), "pictures": pictures})
         elif isinstance(event, Validation):
-            self._add({"step": event.step, "validation_loss": event.loss})
+            self._add({"step": event.step, VALIDATION_LOSS: event.loss})
         self._listener.tell(event)
 
     def should_stop(self) -> bool:
@@ -125,3 +127,14 @@ def _parsed(text: str) -> Iterator[dict[str, Any]]:
 def preview_scores(path: Path) -> dict[int, dict[str, float]]:
     """Step → scores of the previews in a metrics file."""
     return {line["step"]: line["scores"] for line in read_metrics(path) if isinstance(line.get("scores"), dict)}
+
+
+def measured(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a line of a metrics file says of a step beside its loss: scores of previews, loss on held-out pictures."""
+    found = dict(line.get("scores") or {})
+    return found | {VALIDATION_LOSS: line[VALIDATION_LOSS]} if VALIDATION_LOSS in line else found
+
+
+def is_validated(path: Path, step: int) -> bool:
+    """Whether a metrics file holds the loss on the held-out pictures at a step."""
+    return any(line["step"] == step and VALIDATION_LOSS in line for line in read_metrics(path))

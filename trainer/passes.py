@@ -75,19 +75,17 @@ class Passes:
         return seeded(self._device, self._settings.seed, "dropout", step, micro, *filter(None, self._share[:1]))
 
     @torch.no_grad()
-    def validation_loss(self) -> float | None:
-        """Mean squared error on the held-out pictures, always at the same timesteps with the same noise; None without.
+    def validation_loss(self, held_out: LatentSet) -> float:
+        """Mean squared error on held-out pictures, always at the same timesteps with the same noise.
 
         The networks are left in evaluation mode.
         """
-        if self._cache.validation is None:
-            return None
         for network in (self._model.unet, *self._model.text_encoders.values()):
             network.eval()
         plain = self._objective.as_type(self._objective.prediction_type)  # whatever the run's loss is
         found = [
-            float(self._held_out(plain, self._cache.validation, picture, number, place))
-            for picture in range(len(self._cache.validation))
+            float(self._held_out(plain, held_out, picture, number, place))
+            for picture in range(len(held_out))
             for number, place in enumerate(_PLACES)
         ]
         return sum(found) / len(found)

@@ -186,7 +186,13 @@ def mask_weights(mask: Image.Image, width: int, height: int) -> Tensor | None:
 
 
 def load_pictures(
-    source: Path | Sequence[Tensor], prompt: str, listener: Listener, reading: Reading | None = None
+    source: Path | Sequence[Tensor],
+    prompt: str,
+    listener: Listener,
+    reading: Reading | None = None,
+    *,
+    captions: Sequence[str] = (),
+    masks: Sequence[Tensor] = (),
 ) -> list[Picture]:
     """Find and check the pictures of a subject; every one is decoded once, here.
 
@@ -195,12 +201,15 @@ def load_pictures(
         prompt: Caption of pictures without one; several, separated by "|", are used in turn by chance.
         listener: Told what was skipped and what looks wrong.
         reading: Where captions and masks come from.
+        captions: Of tensors, one each, if there are any.
+        masks: Of tensors, (height, width) in [0, 1], 1 where the subject is, one each, if there are any.
 
     Returns:
         The pictures, ordered by name.
 
     Raises:
-        PicturesError: The place is missing, empty or unreadable, a zip entry points outside, or no picture is good.
+        PicturesError: The place is missing, empty or unreadable, a zip entry points outside, no picture is good, or
+            there are more or fewer captions or masks than pictures.
     """
     reading = reading or Reading()
     prompts = split_prompts(filled(prompt, reading.token, reading.noun)) or [""]
@@ -208,7 +217,13 @@ def load_pictures(
         files = find_picture_files(source, reading, prompts[0], listener)
         found = iter([_from_file(file, prompts, reading) for file in files])
     else:
-        found = _from_tensors(source, prompts, reading)
+        for kind, several in (("captions", captions), ("masks", masks)):
+            if len(several) not in (0, len(source)):
+                raise PicturesError(
+                    f"There are {len(source)} connected images, but {len(several)} {kind}.",
+                    f"Connect as many {kind} as images, or none.",
+                )
+        found = _from_tensors(source, prompts, reading, captions, masks)
     good: list[Picture] = []
     bad: list[str] = []
     for picture in found:
@@ -301,25 +316,35 @@ def _from_file(file: PictureFile, prompts: Sequence[str], reading: Reading) -> P
     )
 
 
-def _from_tensors(tensors: Sequence[Tensor], prompts: Sequence[str], reading: Reading) -> Iterator[Picture]:
-    for number, tensor in enumerate(tensors, start=1):
-        name = f"connected image {number}"
+def _from_tensors(
+    tensors: Sequence[Tensor],
+    prompts: Sequence[str],
+    reading: Reading,
+    captions: Sequence[str],
+    masks: Sequence[Tensor],
+) -> Iterator[Picture]:
+    for number, tensor in enumerate(tensors):
+        name = f"connected image {number + 1}"
         if tensor.ndim != 3 or tensor.shape[2] not in (1, 3, 4):
             raise PicturesError(f"{name} has the shape {tuple(tensor.shape)}.", "Connect pictures: (height, width, 3).")
-        values = (tensor.detach().float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-        image = Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
-        stream = io.BytesIO()
-        image.save(stream, "PNG", compress_level=1)
-        content = stream.getvalue()
-        digest = hashlib.sha256(values.tobytes() + str(values.shape).encode()).hexdigest()
-        alpha = reading.masks == "alpha" and values.shape[2] == 4
-        yield Picture(
-            name,
-            prompts[0],
-            digest,
-            partial(decode, content),
-            tuple(prompts[1:]),
-            reading.repeats,
-            partial(decode_alpha, content) if alpha else None,
-            "alpha" if alpha else "",
-        )
+        content, digest = _as_png(tensor)
+        own = filled(captions[number].strip(), reading.token, reading.noun) if captions else ""
+        said = [own] if own else prompts
+        mask: Callable[[], Image.Image] | None = None
+        mask_digest = ""
+        if masks and reading.masks != "off":
+            mask_content, mask_digest = _as_png(masks[number][:, :, None])
+            mask = partial(decode_mask, mask_content)
+        elif reading.masks == "alpha" and tensor.shape[2] == 4:
+            mask, mask_digest = partial(decode_alpha, content), "alpha"
+        opened = partial(decode, content)
+        yield Picture(name, said[0], digest, opened, tuple(said[1:]), reading.repeats, mask, mask_digest)
+
+
+def _as_png(tensor: Tensor) -> tuple[bytes, str]:
+    """A tensor, (height, width, 1, 3 or 4) in [0, 1], as a PNG file and the digest of its values."""
+    values = (tensor.detach().float().nan_to_num().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    image = Image.fromarray(values[:, :, 0] if values.shape[2] == 1 else values)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", compress_level=1)
+    return stream.getvalue(), hashlib.sha256(values.tobytes() + str(values.shape).encode()).hexdigest()

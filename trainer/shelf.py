@@ -16,7 +16,7 @@ from typing import Any
 from .checkpoint import RunFolder
 from .errors import SettingsError
 from .files import explained_os_errors
-from .metrics import DONE, STOPPED, last_lines, read_metrics
+from .metrics import DONE, STOPPED, last_lines, measured, read_metrics
 
 _FILES = re.compile(
     r"(run\.json|workflow\.json|metrics\.jsonl"
@@ -142,9 +142,9 @@ class Shelf:
             "losses": [_short(line["loss"]) for line in steps],
             "rates": [_short(line["learning_rate"]) for line in steps],
             "scores": [
-                {"step": line["step"], "scores": {name: _short(value) for name, value in line["scores"].items()}}
+                {"step": line["step"], "scores": {name: _short(value) for name, value in scores.items()}}
                 for line in lines
-                if line.get("scores")
+                if (scores := measured(line))
             ],
         }
 

@@ -21,7 +21,7 @@ class Terminal:
         self._bar: Any = None
         self._title = ""
         self._stop = False
-        self._quiet = os.environ.get("RANK", "0") != "0"  # one of several processes, of which the first speaks
+        self.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes, of which the first speaks
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Terminal:
@@ -46,7 +46,7 @@ class Terminal:
 
     def tell(self, event: Event) -> None:
         """Show an event."""
-        if self._quiet:
+        if self.quiet:
             return
         if isinstance(event, Note):
             self._write(("warning: " if event.warning else "") + event.text)

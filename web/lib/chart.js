@@ -53,7 +53,9 @@ export class Curve {
       this.length += 1;
     }
     for (const one of scores) {
-      this.scores = [...this.scores.filter((known) => known.step !== one.step), one].sort((a, b) => a.step - b.step);
+      const known = this.scores.find((other) => other.step === one.step);
+      const whole = { step: one.step, scores: { ...known?.scores, ...one.scores } };
+      this.scores = [...this.scores.filter((other) => other !== known), whole].sort((a, b) => a.step - b.step);
     }
   }
 

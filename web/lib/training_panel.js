@@ -69,6 +69,7 @@ export class TrainingPanel {
       this.chart.schedule();
     }
     if (facts.preview) this.addPreview(facts.preview);
+    if (facts.scores) this.curve.append({ scores: [facts.scores] });
     this.tell(facts);
   }
 
