@@ -88,6 +88,7 @@ FLOORS = {
     "judges": 4,
     "merge": 4,
     "metrics": 4,
+    "trackers": 4,
     "merge_report": 4,
     "pictures": 4,
     "previews": 4,
@@ -105,6 +106,7 @@ FLOORS = {
     "dreambench": 5,
     # the command line
     "flags": 6,
+    "presets": 6,
     "terminal": 6,
     "commands": 6,
     "merge_commands": 6,

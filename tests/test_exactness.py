@@ -447,8 +447,12 @@ OTHER_VALUES: dict[str, Any] = {
     "score_clip": "clip",
     "score_dino": "dino",
     "early_stop": 2,
+    "preset": "animal",
+    "log_with": "tensorboard",
 }
 WITHOUT_EFFECT = {
+    "preset",  # its values have
+    "log_with",
     "name",
     "gradient_checkpointing",
     "checkpoint_every",
