@@ -27,7 +27,6 @@ from .export import export
 from .families.base import BaseWeights, DiffusionModel
 from .kohya import Adapter
 from .metadata import RunFacts, training_metadata
-from .metrics import RecordedListener
 from .optimization import (
     accelerate_state_kept,
     learning_rate_factor,
@@ -40,6 +39,7 @@ from .pace import Pace
 from .pictures import Picture
 from .previews import Previews
 from .randomness import seeded
+from .trackers import watched
 from .trainee import Trainee, begin
 
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
@@ -163,8 +163,8 @@ class DreamBooth:
             self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
             return self._export(self.run_folder.trained(last), last, last)
         newest = self.run_folder.newest(self.settings.steps)
-        recorded = RecordedListener(self.listener, self.run_folder.metrics_path, newest)
-        with recorded as self.listener, explained_memory_errors(_LOWER):
+        watching = watched(self.listener, self.run_folder, self.settings, newest)
+        with watching as self.listener, explained_memory_errors(_LOWER):
             self.prepare()
             self._resume(newest)
             best = self._loop()
