@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import Recorder
+from pack.trainer import trackers
 from pack.trainer.checks import require_trainable
 from pack.trainer.config import TrainSettings
 from pack.trainer.dreambooth import TrainResult
@@ -234,6 +236,17 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning() -> None:
     [warning] = listener.warnings
     assert "Ours failed" in warning
     assert "Unreachable: no route to host" in warning
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_PATIENCE", 0.05)
+    listener, tracker, answered = Recorder(), Tracker(9), threading.Event()
+    tracker.finish = answered.wait  # type: ignore[method-assign]
+    with TrackedListener(listener, "Ours", lambda: tracker) as told:
+        told.tell(step(1))
+    [warning] = listener.warnings
+    assert "Ours is still busy" in warning
+    answered.set()
 
 
 class Interrupted(Recorder):

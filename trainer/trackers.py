@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from .metrics import RecordedListener
 
 PROJECT = "dreambooth-lora"
 _TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
+_PATIENCE = 60.0  # seconds
 _PLACES = ("start_from", "score_clip", "score_dino")
 _NOT_SENT = ("offline", "disabled", "dryrun")  # values of WANDB_MODE that need no account
 
@@ -122,8 +124,13 @@ class TrackedListener:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Finish the log."""
-        self._attempt(lambda tracker: tracker.finish())
+        """Finish the log; a server that can't be reached is not waited for, since the run is done without it."""
+        ending = threading.Thread(target=self._attempt, args=(lambda tracker: tracker.finish(),), daemon=True)
+        ending.start()
+        ending.join(_PATIENCE)
+        if ending.is_alive():
+            text = f"{self._title} is still busy with the log; what it has not sent lies in the run's folder, in logs/."
+            self._listener.tell(Note(text, warning=True))
 
     def tell(self, event: Event) -> None:
         """Pass everything on; log steps and previews."""
