@@ -32,14 +32,15 @@ _ON_THE_NODE = (
     "seed",
 )
 _WIRED = ("start_from",)
-_PREVIEW = "preview_every"
+_PREVIEW, _PRESET = "preview_every", "preset"
 _NEWER = (  # last: saved workflows hold widget values by place
     *(name for name in PreviewSettings.model_fields if name != _PREVIEW),
     "keep_adapters",
     *DataSettings.model_fields,
     *ObjectiveSettings.model_fields,
+    "log_with",
 )
-_ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW}
+_ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
 _FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
     "learning_rate": {"default": 2e-6},
@@ -129,6 +130,7 @@ class TrainLora(Node):
                     tooltip="Strength of base_lora, if one is connected.",
                 ),
                 _preview_input(),
+                widget(TrainSettings, _PRESET, optional=True),
             ],
             outputs=[
                 io.Model.Output(display_name="model", tooltip="The model with the new adapter."),
@@ -245,6 +247,7 @@ def run_training(
     """Train on ComfyUI's MODEL, CLIP and VAE; returns the engine's `TrainResult`."""
     from ..trainer.dreambooth import train
     from ..trainer.pictures import load_pictures
+    from ..trainer.presets import changed, filled
 
     workflow = (hidden.extra_pnginfo or {}).get("workflow")
     listener = TrainingListener(hidden.unique_id, settings.name, subject.pictures, workflow)
@@ -255,8 +258,10 @@ def run_training(
         if class_images is not None:
             class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)
         with host.training_mode():
+            base = host.borrow_base(*parts)
+            settings = filled(settings, base.family, listener, changed(settings))
             return train(
-                host.borrow_base(*parts),
+                base,
                 subject.pictures,
                 class_pictures,
                 settings.model_copy(update=judges),

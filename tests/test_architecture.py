@@ -94,6 +94,7 @@ FLOORS = {
     "judges": 4,
     "merge": 4,
     "metrics": 4,
+    "trackers": 4,
     "merge_report": 4,
     "passes": 4,
     "picture_files": 4,
@@ -113,6 +114,7 @@ FLOORS = {
     "dreambench": 5,
     # the command line
     "flags": 6,
+    "presets": 6,
     "terminal": 6,
     "commands": 6,
     "merge_commands": 6,

@@ -32,6 +32,8 @@ REQUIRED = {
 }
 # A value other than the default for every setting of every command.
 OTHER: dict[str, Any] = {
+    "preset": "animal",
+    "log_with": "tensorboard",
     "name": "hündin-1",
     "steps": 77,
     "learning_rate": 3.5e-05,
@@ -417,6 +419,7 @@ FOR_ADAPTERS = {
     "start_from": "dog.safetensors",
     "dropout": 0.1,
     "rank_stabilized": True,
+    "preset": "person",
 }
 CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *(({"adapter": "full", name: value}, (name, "'full'", f"unset {name}")) for name, value in FOR_ADAPTERS.items()),

@@ -466,8 +466,12 @@ OTHER_VALUES: dict[str, Any] = {
     "min_timestep": 10,
     "max_timestep": 900,
     "timestep_bias": 0.5,
+    "preset": "animal",
+    "log_with": "tensorboard",
 }
 WITHOUT_EFFECT = {
+    "preset",  # its values have
+    "log_with",
     "name",
     "gradient_checkpointing",
     "checkpoint_every",

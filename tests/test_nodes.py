@@ -280,6 +280,22 @@ def test_cancel_keeps_a_checkpoint_and_queueing_again_resumes_exactly(server: Co
         assert (tensor == twice[key]).all(), key
 
 
+def test_a_preset_takes_the_place_of_what_was_left_alone(server: ComfyServer) -> None:
+    """Widgets that still have their defaults, on both nodes; what was changed stays."""
+    prompt = graph(name="preset", preset="style", settings=["further", 0])
+    prompt["further"] = node("DreamBoothTrainingSettings", **further_settings(gradient_accumulation=2))
+    server.wait(server.queue(prompt))
+    _, facts = read_header(server.base_dir / "models" / "loras" / "preset.safetensors")
+    taken = {"ss_lr_scheduler": "linear", "ss_flip_aug": "True", "ss_text_encoder_lr": "1e-05"}
+    kept = {"ss_max_train_steps": "2", "ss_learning_rate": "0.001", "ss_network_dim": "4", "ss_resolution": "(64, 64)"}
+    expected = taken | kept | {"ss_gradient_accumulation_steps": "2"}
+    assert {name: facts[name] for name in expected} == expected
+    told = (
+        "Preset style for Stable Diffusion 1.x: text_encoder_lr 1e-05, lr_schedule linear, prior_weight 1, flip true;"
+    )
+    assert told in server.log()
+
+
 def further_settings(**changes: Any) -> dict[str, Any]:
     values = {
         "alpha": 0.0,

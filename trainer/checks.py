@@ -20,6 +20,7 @@ from .families.clip import HEAD
 from .files import require_writable
 from .kohya import Adapter
 from .randomness import generator
+from .trackers import require_tracker
 
 _ROOM = 50_000_000  # bytes that an adapter and its checkpoints take at the least
 _STATE = 12  # bytes that full fine-tuning keeps of every trained number: the weight and AdamW's two moments
@@ -50,6 +51,7 @@ def require_trainable(
             f"one predicts {base.prediction.type}.",
             "Turn zero_terminal_snr off.",
         )
+    require_tracker(settings.log_with)
     if settings.combine:
         for adapter in [*(one for one, _ in stacked), *([start] if start else [])]:
             require_combinable(adapter)

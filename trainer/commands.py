@@ -22,6 +22,7 @@ from .files import explained_os_errors, require_writable
 from .kohya import Adapter, read_adapter
 from .picture_files import Reading
 from .pictures import Picture, load_pictures
+from .presets import filled
 from .priors import make_class_pictures, priors_folder
 from .sample import generate, ready_model
 from .subject_settings import SubjectTable
@@ -45,6 +46,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     start = read_adapter(settings.start_from) if settings.start_from else None
     stacked = read_adapters(settings.base_lora)
     base = apply_to_base(open_settings(settings), stacked)
+    settings = filled(settings, base.family, listener)
     runs = settings.output_dir / "runs"
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
     team = Team.here(cpu=pick_device(settings.device).type == "cpu")

@@ -122,6 +122,12 @@ class PriorSettings(Settings):
 class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSettings):
     """What and how to learn: the recipe's own settings."""
 
+    preset: Literal["none", "object", "animal", "person", "style"] = setting(
+        "none",
+        "Good values for what is learned and for the model's family: they replace every setting that was left alone. "
+        "What they are and where they come from stands in trainer/presets/.",
+        affects_result=False,  # its values do
+    )
     name: str = setting(
         "my-subject",
         "Name of the adapter file, without ending.",
@@ -199,6 +205,15 @@ class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSet
         "fp16", "Precision of the adapter file.", group="Saving", advanced=True, affects_result=False
     )
 
+    log_with: Literal["none", "tensorboard", "wandb"] = setting(
+        "none",
+        "Also log losses, scores and previews with TensorBoard (into logs/ in the run's folder) or Weights & Biases "
+        "(sends them to its server, unless the environment says WANDB_MODE=offline).",
+        group="Watching",
+        advanced=True,
+        affects_result=False,
+    )
+
     @field_validator("name")
     @classmethod
     def _name_is_a_file_name(cls, name: str) -> str:
@@ -208,6 +223,12 @@ class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSet
         if len(name.encode()) > 180:
             raise ValueError("is too long for a file name; choose a shorter one")
         return name
+
+    @model_validator(mode="after")
+    def _presets_are_for_adapters(self) -> Self:
+        if self.preset != "none" and self.adapter == "full":
+            raise ValueError("preset is for adapters, but adapter is 'full': unset preset or choose lora")
+        return self
 
     @model_validator(mode="after")
     def _warmup_fits(self) -> Self:

@@ -27,7 +27,7 @@ from .export import export
 from .families.base import BaseWeights, DiffusionModel
 from .kohya import Adapter
 from .metadata import RunFacts, training_metadata
-from .metrics import RecordedListener, is_validated
+from .metrics import is_validated
 from .optimization import (
     accelerate_state_kept,
     learning_rate_factor,
@@ -41,6 +41,7 @@ from .passes import Passes
 from .pictures import Picture, split_off
 from .previews import Previews
 from .team import Team
+from .trackers import watched
 from .trainee import Trainee, begin
 
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
@@ -167,17 +168,13 @@ class DreamBooth:
         if last is not None:
             self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
             return self._export(self.run_folder.trained(last), last, last)
-        with self._recorded(newest) as self.listener, explained_memory_errors(_LOWER):
+        alone = contextlib.nullcontext(self.listener)
+        watching = watched(self.listener, self.run_folder, self.settings, newest) if self.team.leads else alone
+        with watching as self.listener, explained_memory_errors(_LOWER):
             self.prepare()
             self._resume(newest)
             best = self._loop()
             return self._export(self.run_folder.trained(best), best, newest)
-
-    def _recorded(self, newest: int) -> contextlib.AbstractContextManager[Listener]:
-        """The listener, and a record of what it is told, from a step on; the leader alone writes one."""
-        if not self.team.leads:
-            return contextlib.nullcontext(self.listener)
-        return RecordedListener(self.listener, self.run_folder.metrics_path, newest)
 
     def clean_up(self) -> None:
         """Drop every network and give the device's memory back."""

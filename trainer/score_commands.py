@@ -20,6 +20,7 @@ from .files import require_writable, write_atomic
 from .judges import Judges
 from .kohya import read_adapter
 from .pictures import load_pictures
+from .presets import filled
 from .prompts import split_prompts
 from .score_settings import CompareCommand, DreamBenchCommand, ScoreCommand
 from .scoring import ScoreTable, score_pictures
@@ -61,7 +62,8 @@ def run_dreambench(settings: DreamBenchCommand, listener: Listener) -> dict[str,
     """Train and score every subject of a data set; the files of the table."""
     read_subjects(settings.data, settings.live.split(), settings.subjects.split())  # what is wrong comes first
     judges = Judges.open(settings.clip, settings.dino, pick_device(settings.device), download=settings.download)
-    return dreambench(open_settings(settings), settings, judges, listener)
+    base = open_settings(settings)
+    return dreambench(base, filled(settings, base.family, listener), judges, listener)
 
 
 def contenders(settings: CompareCommand) -> list[Contender]:

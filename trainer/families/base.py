@@ -161,6 +161,7 @@ class Family(Protocol):
     """A family of models: what is true of all of its members.
 
     Attributes:
+        name: Short name, as its presets' files are called: "sd1".
         title: Name for people.
         targets: Preset name → regular expression of the denoiser's modules that get an adapter.
         text_targets: Preset name → regular expression of the text encoders' modules, if they are trained.
@@ -170,6 +171,8 @@ class Family(Protocol):
         trains_fully: Whether all weights can be trained and written as a checkpoint.
     """
 
+    @property
+    def name(self) -> str: ...  # noqa: D102
     @property
     def title(self) -> str: ...  # noqa: D102
     @property

@@ -14,6 +14,7 @@ from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads
 class StableDiffusion1:
     """The family: SD 1.1 to 1.5, their fine-tunes, and slim relatives with fewer blocks."""
 
+    name = "sd1"
     title = "Stable Diffusion 1.x"
     scaling_factor = 0.18215
     targets: Mapping[str, str] = TARGETS

@@ -18,6 +18,7 @@ _VELOCITY_STD = 0.09
 class StableDiffusion2:
     """The family: SD 2.0 and 2.1, both the 512 (epsilon) and the 768 (velocity) models, and their fine-tunes."""
 
+    name = "sd2"
     title = "Stable Diffusion 2.x"
     scaling_factor = 0.18215
     targets: Mapping[str, str] = TARGETS

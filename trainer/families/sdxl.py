@@ -21,6 +21,7 @@ class StableDiffusionXL:
     The presets "b-lora-content" and "b-lora-style" are the two transformer blocks of Frenkel et al. 2024 (B-LoRA).
     """
 
+    name = "sdxl"
     title = "Stable Diffusion XL"
     scaling_factor = 0.13025
     targets: Mapping[str, str] = {
