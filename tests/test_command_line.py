@@ -333,7 +333,10 @@ def test_help_names_every_flag_with_unit_and_default(run: Shell, command: str, m
     entries = re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)(.*(?:\n {8}.*)*)", run.output, re.MULTILINE)
     lines = {name: " ".join(text.split()) for name, text in entries}
     kind = COMMANDS[command]
+    assert "--subject" not in lines  # tables, in settings files alone
     for name, field in kind.model_fields.items():
+        if name == "subject":
+            continue
         line = lines[f"--{name.replace('_', '-')}"]
         assert field.description
         assert field.description in line

@@ -121,7 +121,8 @@ def filled(settings: SettingsT, family: Family, listener: Listener, given: Colle
     if settings.preset == NONE:
         return settings
     given = settings.model_fields_set if given is None else given
-    priors = bool(getattr(settings, "class_prompt", "").strip())
+    prompts = [getattr(one, "class_prompt", "") for one in (settings, *getattr(settings, "subject", ()))]
+    priors = any(prompt.strip() for prompt in prompts)
     taken = apply(settings.preset, family, given, priors=priors)
     wanted = apply(settings.preset, family, (), priors=priors)
     listener.tell(Note(_told(settings.preset, family, taken, [name for name in wanted if name not in taken])))
