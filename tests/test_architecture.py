@@ -23,6 +23,7 @@ FLOORS = {
     "score_settings": 0,
     "events": 0,
     "files": 0,
+    "optimizer_settings": 0,
     "preview_settings": 0,
     "prompts": 0,
     "randomness": 0,
@@ -31,6 +32,7 @@ FLOORS = {
     # mathematics and the machine
     "objective": 1,
     "devices": 1,
+    "averaging": 1,
     "optimization": 1,
     "original_names": 1,
     "pace": 1,

@@ -60,6 +60,10 @@ OTHER: dict[str, Any] = {
     "lr_warmup_steps": 7,
     "max_grad_norm": 0.0,
     "weight_decay": 0.0,
+    "optimizer": "lion",
+    "optimizer_options": "betas=(0.9, 0.95)",
+    "lora_plus_ratio": 16.5,
+    "ema_decay": 0.9995,
     "precision": "bf16",
     "gradient_checkpointing": True,
     "checkpoint_every": 0,
@@ -551,6 +555,10 @@ AFFECTING = {
     "lr_warmup_steps",
     "max_grad_norm",
     "weight_decay",
+    "optimizer",
+    "optimizer_options",
+    "lora_plus_ratio",
+    "ema_decay",
     "precision",
 }
 

@@ -14,6 +14,7 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from .adapter_settings import AdapterSettings
+from .optimizer_settings import OptimizerSettings
 from .preview_settings import PreviewSettings
 from .settings import Settings, TidyPath, field_extra, setting
 
@@ -136,7 +137,7 @@ class PriorSettings(Settings):
         return self
 
 
-class TrainSettings(AdapterSettings, PreviewSettings):
+class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings):
     """What and how to learn: the recipe's own settings."""
 
     name: str = setting(
@@ -172,7 +173,7 @@ class TrainSettings(AdapterSettings, PreviewSettings):
     max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm; 0: not clipped.", ge=0.0, le=1000.0, advanced=True
     )
-    weight_decay: float = setting(0.01, "AdamW's weight decay.", ge=0.0, le=1.0, advanced=True)
+    weight_decay: float = setting(0.01, "Weight decay of the optimiser.", ge=0.0, le=1.0, advanced=True)
     precision: Precision = setting(
         "auto",
         "Precision of the base model while training: auto takes bf16 where the GPU has it, else fp16 on CUDA "
@@ -238,6 +239,10 @@ class TrainSettings(AdapterSettings, PreviewSettings):
                 "lr_schedule 'constant' has no warm-up: choose 'constant_with_warmup' or set lr_warmup_steps to 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        return self.require_fitting(self.learning_rate, self.text_rates, self.lr_schedule, self.adapter, self.max_norm)
 
     @property
     def text_encoder_steps(self) -> int:

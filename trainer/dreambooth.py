@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .averaging import Averaging
 from .batches import draw_batch
 from .cache import Cache, build_cache
 from .captions import Captions
@@ -34,6 +35,7 @@ from .optimization import (
     make_accelerator,
     make_optimizer,
     recompute_activations,
+    restore_optimizer,
     set_learning_rates,
 )
 from .pace import Pace
@@ -174,7 +176,7 @@ class DreamBooth:
         """Drop every network and give the device's memory back."""
         if hasattr(self, "accelerator"):
             self.accelerator.free_memory()
-        for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions", "previews"):
+        for name in ("model", "trainee", "averaging", "optimizer", "accelerator", "cache", "captions", "previews"):
             if hasattr(self, name):
                 delattr(self, name)
         release(self.device)
@@ -184,7 +186,8 @@ class DreamBooth:
         settings = self.settings
         stage = self.stage
         require_trainable(
-            self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked, self.checkpoints_dir
+            *(self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked),
+            *(self.checkpoints_dir, self.device),
         )
         shown = {"base": self.base.title} | settings.model_dump(mode="json")
         self.run_folder = RunFolder.open(
@@ -225,7 +228,8 @@ class DreamBooth:
             self.model.unet.enable_gradient_checkpointing()
             for encoder in self.model.text_encoders.values():
                 recompute_activations(encoder)
-        optimizer = make_optimizer(self.trainee.groups(), settings)
+        optimizer = make_optimizer(self.trainee.groups(), settings, self.trainee.starting_at_zero())
+        self.averaging = Averaging(self.trainee.parameters(), optimizer, settings)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
         self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         self.model.unet, self.optimizer = self.accelerator.prepare(self.model.unet, optimizer)
@@ -241,7 +245,8 @@ class DreamBooth:
             return
         checkpoint = self.run_folder.load(step)
         self.trainee.restore(checkpoint.trained)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.averaging.restore(checkpoint.live, step)
+        restore_optimizer(self.optimizer, checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
         self.step = step
@@ -284,7 +289,8 @@ class DreamBooth:
     def _preview(self) -> int | None:
         """Draw and score what this step can do, if it is due; the best step if the run should stop here."""
         if self.previews.due(self.step):
-            self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
+            with self.averaging.shown():
+                self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
         self._set_training_mode()
         return self.previews.stopped_at()
 
@@ -294,6 +300,10 @@ class DreamBooth:
 
     def _freeze_text_encoders(self) -> None:
         """Leave the text encoders as they are: their captions are encoded one last time, and they leave."""
+        groups = self.trainee.groups()
+        self._consistent = False
+        self.averaging.settle(one for name in self.captions.trained for one in groups[name])
+        self._consistent = True
         self.captions.freeze()
         release(self.device)
         self.listener.tell(Note(f"The text encoders stay as they are after step {self.step}."))
@@ -319,6 +329,7 @@ class DreamBooth:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     self.trainee.after_update(("unet", *self.captions.trained))
+                    self.averaging.update()
         return torch.stack(losses).mean()
 
     def _loss(self, micro: int) -> Tensor:
@@ -355,9 +366,10 @@ class DreamBooth:
             )
         scaler = self.accelerator.scaler
         extra = {"scaler": scaler.state_dict() if scaler is not None else None}
-        trained = self.trainee.saved(self._metadata(self.step))
+        with self.averaging.shown():
+            trained = self.trainee.saved(self._metadata(self.step))
         keep, best = self.settings.keep_checkpoints, self.previews.best()
-        state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra)
+        state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra, self.averaging.raw())
         self.run_folder.save(state, keep, best=best, keep_adapters=self.settings.keep_adapters)
 
     def _save_interrupted(self) -> None:
