@@ -82,6 +82,17 @@ def test_ema_by_its_formula(decay: float) -> None:
     assert not close(small.shown(), small.raw(), 1e-4)
 
 
+@pytest.mark.parametrize("decay", [0.3, 0.9999])
+def test_ema_like_that_of_diffusers(decay: float) -> None:
+    training_utils = pytest.importorskip("diffusers.training_utils")
+    small = Small(ema_decay=decay)
+    reference = training_utils.EMAModel(small.parameters, decay=decay)
+    for step in range(1, 21):
+        small.go(step)
+        reference.step(small.parameters)
+        assert close(small.shown(), reference.shadow_params, 1e-6)
+
+
 def test_ema_without_memory_is_what_is_trained() -> None:
     small = Small(ema_decay=1e-12)
     for step in range(1, 6):

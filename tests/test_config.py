@@ -614,13 +614,21 @@ def words(entries: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 def repaired(values: dict[str, Any]) -> dict[str, Any]:
     """Settings of which each is good, without those that contradict others."""
     values = dict(values)
+    alone = {
+        "prodigy": ["text_encoder_lr", "text_encoder_2_lr", "lora_plus_ratio"],
+        "adamw-schedule-free": ["lr_schedule", "ema_decay", "max_norm"],
+    }
+    for name in alone.get(values.get("optimizer", "adamw"), []):
+        values.pop(name, None)
+    if values.get("optimizer") == "prodigy":
+        values["learning_rate"] = 1.0
     if values.get("lr_schedule", "constant") == "constant":
         values.pop("lr_warmup_steps", None)
     if "lr_warmup_steps" in values:
         values["lr_warmup_steps"] %= values.get("steps", 800)
     kind = values.get("adapter", "lora")
     unfit = {
-        "full": list(FOR_ADAPTERS),
+        "full": [*FOR_ADAPTERS, "lora_plus_ratio"],
         "dora": ["combine"],
         "loha": ["combine", "dropout", "rank_stabilized"],
         "lokr": ["combine", "dropout", "rank_stabilized", "alpha", "conv_alpha", "block_ranks"],
@@ -653,6 +661,8 @@ def _values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     if name == "block_ranks":
         entries = st.builds("{}={}{}".format, PATTERNS, st.integers(0, 9999), st.sampled_from(["", ":1", ":16.25"]))
         return words(entries)
+    if name == "optimizer_options":
+        return st.sampled_from(["", "betas=(0.5, 0.75)", "eps=1e-6  d_coef=2", "amsgrad=True betas=(0.9,None)"])
     if Path in (kind, *get_args(kind)):
         return st.none() | st.text("aZ09-_ü犬[]{}%$./\\", max_size=60).map(lambda text: f"-{text}-")
     if name == "name":

@@ -16,10 +16,11 @@ class Averaging:
     """The two sets of weights of a run: the raw ones, which the parameters hold, and the shown ones.
 
     With `ema_decay` the shown weights are an exponential moving average, updated after each step k = 1, 2, … by
-        shown ← shown - (1 - d_k) · (shown - raw),  d_k = min(ema_decay, k / (k + 9)), d_1 = 0
-    (diffusers' `EMAModel`; TensorFlow's warm-up of the decay). With schedule-free AdamW (Defazio et al. 2024,
-    arXiv:2405.15682) the raw weights are y, at which gradients are taken, and the shown ones x, computed from y and the
-    optimiser's z. Otherwise both are the same, and nothing here does or costs anything.
+        shown ← d_k · shown + (1 - d_k) · raw,  d_k = min(ema_decay, k / (k + 9)),  d_1 = 0
+    (diffusers' `EMAModel` computes the same, but its module imports torchvision, which may be broken). With
+    schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682) the raw weights are y, at which gradients are taken, and
+    the shown ones x, computed from y and the optimiser's z. Otherwise both are the same, and nothing here does or
+    costs anything.
     """
 
     def __init__(
@@ -34,17 +35,21 @@ class Averaging:
         """
         self._parameters = dict(enumerate(parameters)) if settings.averages else {}
         self._free: Any = optimizer if settings.optimizer == "adamw-schedule-free" else None
-        self._ema: Any = None
+        self._decay, self._step = settings.ema_decay, 0
         self._raw: list[Tensor] | None = None
-        if settings.ema_decay:
-            from diffusers.training_utils import EMAModel
+        self._averages = self._copies() if settings.ema_decay else []
 
-            self._ema = EMAModel(list(self._parameters.values()), decay=settings.ema_decay, foreach=True)
+    def _copies(self) -> list[Tensor]:
+        return [parameter.detach().clone() for parameter in self._parameters.values()]
 
+    @torch.no_grad()
     def update(self) -> None:
         """Take a step into the average; to be called after each step of the optimiser."""
-        if self._ema is not None:
-            self._ema.step(list(self._parameters.values()))
+        if not self._averages:
+            return
+        self._step += 1
+        decay = min(self._decay, self._step / (self._step + 9)) if self._step > 1 else 0.0
+        torch._foreach_lerp_(self._averages, list(self._parameters.values()), 1 - decay)
 
     @contextlib.contextmanager
     def shown(self) -> Iterator[None]:
@@ -53,25 +58,28 @@ class Averaging:
         if not self._parameters:
             yield
             return
-        self._raw = [parameter.detach().clone() for parameter in self._parameters.values()]
+        self._raw = self._copies()
         try:
-            if self._ema is not None:
-                self._ema.copy_to(list(self._parameters.values()))
-            else:
+            if self._free is not None:
                 self._free.eval()
+            else:
+                self._hold(self._averages)
             yield
         finally:
             self._go_back()
 
     @torch.no_grad()
+    def _hold(self, values: Iterable[Tensor]) -> None:
+        for parameter, value in zip(self._parameters.values(), values, strict=True):
+            parameter.copy_(value)
+
     def _go_back(self) -> None:
         """Put the kept copies back; the optimiser's own way from x to y loses the last bits."""
         if self._raw is None:
             return
         if self._free is not None:
             self._free.train()
-        for parameter, raw in zip(self._parameters.values(), self._raw, strict=True):
-            parameter.copy_(raw)
+        self._hold(self._raw)
         self._raw = None
 
     @torch.no_grad()
@@ -84,9 +92,9 @@ class Averaging:
         with self.shown():
             last = [self._parameters[place].detach().clone() for place in places]
         kept = [place for place in self._parameters if place not in places]
-        if self._ema is not None:
-            averages = dict(zip(self._parameters, self._ema.shadow_params, strict=True))
-            self._ema.shadow_params = [averages[place] for place in kept]
+        if self._averages:
+            averages = dict(zip(self._parameters, self._averages, strict=True))
+            self._averages = [averages[place] for place in kept]
         for place, value in zip(places, last, strict=True):
             self._parameters[place].copy_(value)
             if self._free is not None:
@@ -109,9 +117,8 @@ class Averaging:
             raw: What `raw` gave. The parameters hold the shown weights of the same checkpoint.
             step: Steps completed.
         """
-        if self._ema is not None:
-            for average, parameter in zip(self._ema.shadow_params, self._parameters.values(), strict=True):
-                average.copy_(parameter)
-            self._ema.optimization_step = step
+        self._step = step
+        if self._averages:
+            self._averages = self._copies()
         for place, value in raw.items():
             self._parameters[int(place)].copy_(value)
