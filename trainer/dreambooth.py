@@ -302,7 +302,7 @@ class DreamBooth:
         """Leave the text encoders as they are: their captions are encoded one last time, and they leave."""
         groups = self.trainee.groups()
         self._consistent = False
-        self.averaging.settle(one for name in self.captions.trained for one in groups[name])
+        self.averaging.settle(one for name in self.captions.trained for one in groups.get(name, ()))
         self._consistent = True
         self.captions.freeze()
         release(self.device)
