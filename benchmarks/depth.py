@@ -6,7 +6,7 @@ subjects   Two subjects in one run: the striped dog and a dotted one, and the st
            "other" are CLIP-I (the demo's scorer) of a subject's drawings, in places where it never was, to what the
            world's program draws of it and of the other one; "told apart" is the share of drawings nearer to their own.
 style      Pixel art from 24 pictures, with a caption for each and with one word for all. "with the word" and "without"
-           are how pixelated drawings are (0 smooth, 1 pixel art); "content" is CLIP-I to the true picture of the prompt.
+           are how pixelated drawings are (0 smooth, 1 pixel art); "content" is CLIP-I to the true pictures.
 masks      The striped dog, photographed on pink fabric alone, with and without masks. "leak" is the share of pink in
            drawings of other places, above that in the base's; "fidelity" is CLIP-I to the truth there.
 presets    Every preset (at 64 pixels, with the demo's learning rate for a model of this size) on the striped dog and on

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..trainer.config import TrainSettings
 from ..trainer.data_settings import DataSettings
 from ..trainer.objective_settings import ObjectiveSettings
+from ..trainer.optimizer_settings import OptimizerSettings
 from ..trainer.preview_settings import PreviewSettings
 from . import host, host_models
 from .base import Node
@@ -39,6 +40,7 @@ _NEWER = (  # last: saved workflows hold widget values by place
     *DataSettings.model_fields,
     *ObjectiveSettings.model_fields,
     "log_with",
+    *OptimizerSettings.model_fields,
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
@@ -158,7 +160,7 @@ class TrainLora(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train and apply the adapter."""
-        from ..trainer.dreambooth import Stage
+        from ..trainer.ends import Stage
         from ..trainer.errors import SettingsError
 
         checked = TrainSettings.checked({**(settings or {}), **values})
@@ -226,7 +228,7 @@ class FineTuneCheckpoint(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train, and load the checkpoint."""
-        from ..trainer.dreambooth import Stage
+        from ..trainer.ends import Stage
 
         checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
         result = run_training(cls.hidden, (model, clip, vae), subject, priors, class_images, checked, Stage())

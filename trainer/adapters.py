@@ -105,6 +105,11 @@ class TrainedAdapter:
         """All trained parameters."""
         return [parameter for group in self.groups().values() for parameter in group]
 
+    def starting_at_zero(self) -> list[nn.Parameter]:
+        """The parameters of the parts that begin at zero, so that the model predicts at first as without an adapter."""
+        zero = self._kind.starts_at_zero
+        return [one for layer in self.layers.values() for part, one in layer.parts.items() if part in zero]
+
     def adapter(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of the current state on the CPU, float32."""
         layers = {}

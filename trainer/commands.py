@@ -14,7 +14,8 @@ from .applying import apply_to_base, merge_into
 from .checks import require_trainable
 from .config import BaseSettings, GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
 from .devices import explained_memory_errors, pick_device, pick_precision
-from .dreambooth import Stage, TrainResult, train
+from .dreambooth import train
+from .ends import Stage, TrainResult
 from .errors import SettingsError
 from .events import Listener, Phase
 from .families.base import BaseWeights

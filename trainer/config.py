@@ -16,6 +16,7 @@ from typing_extensions import Self
 from .adapter_settings import AdapterSettings
 from .data_settings import DataSettings
 from .objective_settings import ObjectiveSettings
+from .optimizer_settings import OptimizerSettings
 from .preview_settings import PreviewSettings
 from .prompts import filled, split_prompts
 from .settings import Settings, TidyPath, field_extra, setting
@@ -119,7 +120,7 @@ class PriorSettings(Settings):
         return self
 
 
-class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSettings):
+class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSettings, ObjectiveSettings):
     """What and how to learn: the recipe's own settings."""
 
     preset: Literal["none", "object", "animal", "person", "style"] = setting(
@@ -161,7 +162,7 @@ class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSet
     max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm; 0: not clipped.", ge=0.0, le=1000.0, advanced=True
     )
-    weight_decay: float = setting(0.01, "AdamW's weight decay.", ge=0.0, le=1.0, advanced=True)
+    weight_decay: float = setting(0.01, "Weight decay of the optimiser.", ge=0.0, le=1.0, advanced=True)
     precision: Precision = setting(
         "auto",
         "Precision of the base model while training: auto takes bf16 where the GPU has it, else fp16 on CUDA "
@@ -242,6 +243,10 @@ class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSet
                 "lr_schedule 'constant' has no warm-up: choose 'constant_with_warmup' or set lr_warmup_steps to 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        return self.require_fitting(self.learning_rate, self.text_rates, self.lr_schedule, self.adapter, self.max_norm)
 
     @property
     def text_encoder_steps(self) -> int:

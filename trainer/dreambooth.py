@@ -9,23 +9,23 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .averaging import Averaging
 from .cache import Cache, build_cache
 from .captions import Captions
 from .checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
 from .checks import diverged, require_prediction_type, require_trainable
 from .config import TrainSettings
 from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
+from .ends import Stage, TrainResult
 from .errors import CancelledError, DivergedError
 from .events import Listener, Note, Opened, SilentListener, Validation
 from .export import export
 from .families.base import BaseWeights, DiffusionModel
-from .kohya import Adapter
 from .metadata import RunFacts, training_metadata
 from .metrics import is_validated
 from .optimization import (
@@ -34,6 +34,7 @@ from .optimization import (
     make_accelerator,
     make_optimizer,
     recompute_activations,
+    restore_optimizer,
     set_learning_rates,
 )
 from .pace import Pace
@@ -45,40 +46,6 @@ from .trackers import watched
 from .trainee import Trainee, begin
 
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a run builds upon beside the base model.
-
-    Attributes:
-        start: An adapter to go on training.
-        stacked: Adapters that were applied to the base, with their strengths; for a file that holds them, too.
-    """
-
-    start: Adapter | None = None
-    stacked: Sequence[tuple[Adapter, float]] = ()
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run gives.
-
-    Attributes:
-        adapter: The trained adapter as it stands in the file; of full fine-tuning the extracted one.
-        path: The adapter file.
-        run: The run's folder, with its checkpoints.
-        step: Step whose weights the files hold: the last, unless the run stopped early.
-        started_from: Step from which this call went on; equal to the number of steps if the run was finished.
-        checkpoint: The checkpoint file of full fine-tuning; None otherwise.
-    """
-
-    adapter: Adapter
-    path: Path
-    run: Path
-    step: int
-    started_from: int
-    checkpoint: Path | None
 
 
 def train(
@@ -180,7 +147,17 @@ class DreamBooth:
         """Drop every network and give the device's memory back."""
         if hasattr(self, "accelerator"):
             self.accelerator.free_memory()
-        for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions", "passes", "previews"):
+        for name in (
+            "model",
+            "trainee",
+            "averaging",
+            "optimizer",
+            "accelerator",
+            "cache",
+            "captions",
+            "passes",
+            "previews",
+        ):
             if hasattr(self, name):
                 delattr(self, name)
         release(self.device)
@@ -190,7 +167,8 @@ class DreamBooth:
         settings = self.settings
         stage = self.stage
         require_trainable(
-            self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked, self.checkpoints_dir
+            *(self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked),
+            *(self.checkpoints_dir, self.device),
         )
         shown = {"base": self.base.title} | settings.model_dump(mode="json")
         anew = settings.resume == "never" and self.team.leads
@@ -232,7 +210,8 @@ class DreamBooth:
             self.model.unet.enable_gradient_checkpointing()
             for encoder in self.model.text_encoders.values():
                 recompute_activations(encoder)
-        optimizer = make_optimizer(self.trainee.groups(), settings)
+        optimizer = make_optimizer(self.trainee.groups(), settings, self.trainee.starting_at_zero())
+        self.averaging = Averaging(self.trainee.parameters(), optimizer, settings)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
         self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         self.model.unet = self.accelerator.prepare_model(self.model.unet, evaluation_mode=True)  # we reduce ourselves
@@ -250,7 +229,8 @@ class DreamBooth:
             return
         checkpoint = self.run_folder.load(step)
         self.trainee.restore(checkpoint.trained)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.averaging.restore(checkpoint.live, step)
+        restore_optimizer(self.optimizer, checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
         self.step = step
@@ -293,9 +273,10 @@ class DreamBooth:
     def _preview(self) -> int | None:
         """Draw and score what this step can do, if it is due; the best step if the run should stop here."""
         if self.team.leads:
-            if self.previews.due(self.step):
-                self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
-            self._validate()
+            with self.averaging.shown():
+                if self.previews.due(self.step):
+                    self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
+                self._validate()
         self.team.wait()
         self._set_training_mode()
         return self.previews.stopped_at()
@@ -311,6 +292,10 @@ class DreamBooth:
 
     def _freeze_text_encoders(self) -> None:
         """Leave the text encoders as they are: their captions are encoded one last time, and they leave."""
+        groups = self.trainee.groups()
+        self._consistent = False
+        self.averaging.settle(one for name in self.captions.trained for one in groups.get(name, ()))
+        self._consistent = True
         self.captions.freeze()
         release(self.device)
         self.listener.tell(Note(f"The text encoders stay as they are after step {self.step}."))
@@ -337,6 +322,7 @@ class DreamBooth:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     self.trainee.after_update(("unet", *self.captions.trained))
+                    self.averaging.update()
         return total
 
     def _report(self, pace: Pace, step: int, rate: float, loss: Tensor) -> None:
@@ -355,9 +341,10 @@ class DreamBooth:
             )
         scaler = self.accelerator.scaler
         extra = {"scaler": scaler.state_dict() if scaler is not None else None}
-        trained = self.trainee.saved(self._metadata(self.step))
+        with self.averaging.shown():
+            trained = self.trainee.saved(self._metadata(self.step))
         keep, best = self.settings.keep_checkpoints, self.previews.best()
-        state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra)
+        state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra, self.averaging.raw())
         if self.team.leads:
             self.run_folder.save(state, keep, best=best, keep_adapters=self.settings.keep_adapters)
 

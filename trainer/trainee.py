@@ -27,6 +27,9 @@ class Trainee(Protocol):
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters."""
 
+    def starting_at_zero(self) -> list[nn.Parameter]:
+        """Those of an adapter's parts that begin at zero, which LoRA+ trains faster."""
+
     def saved(self, metadata: Mapping[str, str]) -> Saved:
         """A copy of the current state, for a checkpoint."""
 
