@@ -46,6 +46,7 @@ from .trackers import watched
 from .trainee import Trainee, begin
 
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
+_BUILT = ("model", "trainee", "averaging", "optimizer", "accelerator", "cache", "captions", "passes", "previews")
 
 
 def train(
@@ -147,17 +148,7 @@ class DreamBooth:
         """Drop every network and give the device's memory back."""
         if hasattr(self, "accelerator"):
             self.accelerator.free_memory()
-        for name in (
-            "model",
-            "trainee",
-            "averaging",
-            "optimizer",
-            "accelerator",
-            "cache",
-            "captions",
-            "passes",
-            "previews",
-        ):
+        for name in _BUILT:
             if hasattr(self, name):
                 delattr(self, name)
         release(self.device)
