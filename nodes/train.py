@@ -240,11 +240,13 @@ def run_training(
 ) -> Any:
     """Train on ComfyUI's MODEL, CLIP and VAE; returns the engine's `TrainResult`."""
     from ..trainer.dreambooth import train
+    from ..trainer.picture_check import check_pictures
     from ..trainer.pictures import load_pictures
 
     workflow = (hidden.extra_pnginfo or {}).get("workflow")
     listener = TrainingListener(hidden.unique_id, settings.name, subject.pictures, workflow)
     with listener.ending():
+        check_pictures(subject.pictures, settings.resolution, listener)
         named = {name: getattr(settings, name).strip() for name in ("score_clip", "score_dino")}
         judges = {name: host_models.feature_model(value) for name, value in named.items() if value}
         class_pictures = list(priors.pictures) if priors else []

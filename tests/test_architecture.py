@@ -89,6 +89,7 @@ FLOORS = {
     "merge": 4,
     "metrics": 4,
     "merge_report": 4,
+    "picture_check": 4,
     "pictures": 4,
     "previews": 4,
     "priors": 4,

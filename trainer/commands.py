@@ -20,6 +20,7 @@ from .events import Listener, Phase
 from .families.base import BaseWeights
 from .files import explained_os_errors, require_writable
 from .kohya import Adapter, read_adapter
+from .picture_check import check_pictures
 from .pictures import Picture, load_pictures
 from .priors import make_class_pictures, priors_folder
 from .sample import generate, ready_model
@@ -34,6 +35,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     base = apply_to_base(open_settings(settings), stacked)
     runs = settings.output_dir / "runs"
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
+    check_pictures(pictures, settings.resolution, listener)
     priors = _class_pictures(base, settings, settings.resolution, settings, listener)
     stage = Stage(start, stacked)
     return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener, stage=stage)
