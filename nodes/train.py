@@ -246,13 +246,13 @@ def run_training(
     workflow = (hidden.extra_pnginfo or {}).get("workflow")
     listener = TrainingListener(hidden.unique_id, settings.name, subject.pictures, workflow)
     with listener.ending():
-        check_pictures(subject.pictures, settings.resolution, listener)
         named = {name: getattr(settings, name).strip() for name in ("score_clip", "score_dino")}
         judges = {name: host_models.feature_model(value) for name, value in named.items() if value}
         class_pictures = list(priors.pictures) if priors else []
         if class_images is not None:
             class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)
         with host.training_mode():
+            check_pictures(subject.pictures, settings.resolution, listener)
             return train(
                 host.borrow_base(*parts),
                 subject.pictures,

@@ -17,6 +17,7 @@ FLOORS = {
     # what can be said without a model
     "": 0,
     "adapter_settings": 0,
+    "caption_settings": 0,
     "config": 0,
     "errors": 0,
     "merge_settings": 0,
@@ -60,6 +61,7 @@ FLOORS = {
     "kinds": 3,
     "metadata": 3,
     "modules": 3,
+    "pretrained": 3,
     "reading": 3,
     "selection": 3,
     "weights": 3,
@@ -69,6 +71,7 @@ FLOORS = {
     "applying": 4,
     "batches": 4,
     "cache": 4,
+    "captioning": 4,
     "captions": 4,
     "checkpoint": 4,
     "checkpoint_file": 4,

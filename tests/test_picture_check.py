@@ -12,6 +12,8 @@ import pytest
 from helpers import DEMO, Recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pack.trainer.commands import run_train
+from pack.trainer.config import TrainCommand
 from pack.trainer.errors import CancelledError
 from pack.trainer.picture_check import (
     BLURRED,
@@ -341,3 +343,18 @@ def test_many_pictures_are_counted_and_can_be_stopped() -> None:
     ]
     with pytest.raises(CancelledError):
         check_pictures(pictures, 64, Recorder(stop_after=1))
+
+
+def test_the_command_gives_the_advice_before_it_trains(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for seed in range(3):
+        scene(seed).save(folder / f"{seed}.png")
+    softened(5)(scene(3)).save(folder / "soft.png")
+    values = {"base": tiny_checkpoint, "images": folder, "name": "dog", "resolution": 64, "steps": 1, "rank": 2}
+    values |= {"instance_prompt": "a photo of sks dog", "output_dir": tmp_path / "out", "device": "cpu"}
+    recorder = Recorder()
+    run_train(TrainCommand.checked(values), recorder)
+    assert recorder.warnings == ["soft.png is blurred: take a sharper one."]
+    kinds = ["Step" if hasattr(event, "loss") else getattr(event, "text", "") for event in recorder.events]
+    assert kinds.index("soft.png is blurred: take a sharper one.") < kinds.index("Step")
