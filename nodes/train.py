@@ -248,6 +248,7 @@ def run_training(
 ) -> Any:
     """Train on ComfyUI's MODEL, CLIP and VAE; returns the engine's `TrainResult`."""
     from ..trainer.dreambooth import train
+    from ..trainer.picture_check import check_pictures
     from ..trainer.pictures import load_pictures
     from ..trainer.presets import changed, filled
 
@@ -262,6 +263,7 @@ def run_training(
         with host.training_mode():
             base = host.borrow_base(*parts)
             settings = filled(settings, base.family, listener, changed(settings))
+            check_pictures(subject.pictures, settings.resolution, listener)
             return train(
                 base,
                 subject.pictures,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from .caption_settings import CaptionCommand
 from .config import GenerateSettings, PriorsCommand, TrainCommand
 from .errors import CancelledError, TrainerError
 from .flags import add_flags, settings_from
@@ -61,6 +62,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         paths = run_generate(settings, terminal)
     for path in paths:
         print(path)
+
+
+def _caption(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, CaptionCommand)
+    from .captioning import caption_folder
+
+    with Terminal() as terminal:
+        captions = caption_folder(settings, terminal)
+    for name, caption in captions.items():
+        print(f"{name}: {caption}")
 
 
 def _tool(settings: type[Settings], name: str) -> Callable[[argparse.Namespace], None]:
@@ -140,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(command("train", _train, "Train a LoRA on pictures of a subject."), TrainCommand)
     add_flags(command("priors", _priors, "Make class pictures with the base model."), PriorsCommand)
     add_flags(command("generate", _generate, "Draw pictures with a base model and adapters."), GenerateSettings)
+    add_flags(command("caption", _caption, "Caption pictures with BLIP."), CaptionCommand, "images")
     for name, settings, positional, text in _TOOLS:
         add_flags(command(name, _tool(settings, name.replace("-", "_")), text), settings, positional)
     add_flags(command("score", _score, "Score pictures: CLIP-T, CLIP-I, DINO, diversity."), ScoreCommand, "pictures")

@@ -21,6 +21,7 @@ from .events import Listener, Phase
 from .families.base import BaseWeights
 from .files import explained_os_errors, require_writable
 from .kohya import Adapter, read_adapter
+from .picture_check import check_pictures
 from .picture_files import Reading
 from .pictures import Picture, load_pictures
 from .presets import filled
@@ -50,6 +51,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     settings = filled(settings, base.family, listener)
     runs = settings.output_dir / "runs"
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
+    check_pictures(pictures, settings.resolution, listener)
     team = Team.here(cpu=pick_device(settings.device).type == "cpu")
     with team.leader_first():
         made = [
