@@ -62,6 +62,8 @@ OTHER: dict[str, Any] = {
     "weight_decay": 0.0,
     "precision": "bf16",
     "gradient_checkpointing": True,
+    "fit": "off",
+    "base_quantization": "nf4",
     "checkpoint_every": 0,
     "keep_checkpoints": 9,
     "keep_adapters": False,

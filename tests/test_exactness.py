@@ -432,6 +432,8 @@ OTHER_VALUES: dict[str, Any] = {
     "weight_decay": 0.1,
     "precision": "bf16",
     "gradient_checkpointing": True,
+    "fit": "off",
+    "base_quantization": "nf4",
     "checkpoint_every": 7,
     "keep_checkpoints": 7,
     "resume": "never",
@@ -451,6 +453,7 @@ OTHER_VALUES: dict[str, Any] = {
 WITHOUT_EFFECT = {
     "name",
     "gradient_checkpointing",
+    "fit",
     "checkpoint_every",
     "keep_checkpoints",
     "resume",

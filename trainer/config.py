@@ -185,6 +185,15 @@ class TrainSettings(AdapterSettings, PreviewSettings):
         advanced=True,
         affects_result=False,
     )
+    fit: Literal["auto", "off"] = setting(
+        "auto",
+        "auto: on a CUDA GPU the memory of a step is estimated before the first one, and what saves memory without "
+        "changing what is learned is turned on if it is needed: gradient checkpointing, then batches in several parts. "
+        "If the memory runs out all the same, the run goes on once with less. off: everything as set.",
+        group="Memory",
+        advanced=True,
+        affects_result=False,
+    )
     checkpoint_every: int = setting(
         100,
         "Steps between checkpoints; 0: only at the end.",
@@ -299,6 +308,21 @@ class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, 
         if self.combine and not self.base_lora:
             raise ValueError("combine is on but there is nothing to combine with: give base_lora or turn combine off")
         return self
+
+
+class PlanCommand(TrainCommand):
+    """Everything that `plan` takes: what `train` does, and the memory to plan for. Pictures need not be there yet."""
+
+    images: TidyPath | None = setting(None, "Pictures of the subject; not needed to plan.", group="Subject")  # type: ignore[assignment]
+    memory: float | None = setting(
+        None,
+        "Memory of the card to plan for. Not set: what is free on the device.",
+        unit="GB",
+        group="Memory",
+        affects_result=False,
+        gt=0.0,
+        le=10_000.0,
+    )
 
 
 class PriorsCommand(StageSettings, BaseSettings, PriorSettings, OutputSettings):

@@ -25,6 +25,7 @@ from .errors import CancelledError, DivergedError
 from .events import Listener, Note, Opened, SilentListener
 from .export import export
 from .families.base import BaseWeights, DiffusionModel
+from .fitting import Fit
 from .kohya import Adapter
 from .metadata import RunFacts, training_metadata
 from .metrics import RecordedListener
@@ -39,10 +40,11 @@ from .optimization import (
 from .pace import Pace
 from .pictures import Picture
 from .previews import Previews
+from .quantization import require_quantizable
 from .randomness import seeded
 from .trainee import Trainee, begin
 
-_LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
+_LOWER = "resolution or batch_size, turn gradient_checkpointing on, or set base_quantization; the run then resumes"
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,10 @@ def train(
         SettingsError: The settings don't fit the model or the device.
         StorageError: The folders can't be written or have no room.
     """
-    recipe = DreamBooth(
-        base, subject, priors, settings, output_dir, runs_dir, pick_device(device), listener, stage, checkpoints_dir
-    )
+    fit = Fit(settings, pick_device(device))
+    places = (base, subject, priors, settings, output_dir, runs_dir, fit.device, listener, stage, checkpoints_dir)
     with accelerate_state_kept():
-        try:
-            return recipe.run()
-        finally:
-            recipe.clean_up()
+        return fit.attempt(lambda: DreamBooth(*places, fit), listener or SilentListener())
 
 
 class DreamBooth:
@@ -143,9 +141,11 @@ class DreamBooth:
         listener: Listener | None = None,
         stage: Stage | None = None,
         checkpoints_dir: Path | None = None,
+        fit: Fit | None = None,
     ) -> None:
         """Take the inputs; nothing is built yet."""
-        self.base, self.subject, self.priors, self.settings = base, list(subject), list(priors), settings
+        self.base, self.subject, self.priors, self.given = base, list(subject), list(priors), settings
+        self.settings, self.fit = settings, fit or Fit(settings, device)
         self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
         self.stage, self.checkpoints_dir = stage or Stage(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
@@ -168,6 +168,7 @@ class DreamBooth:
             self.prepare()
             self._resume(newest)
             best = self._loop()
+            self.fit.tell_peak(self.listener)
             return self._export(self.run_folder.trained(best), best, newest)
 
     def clean_up(self) -> None:
@@ -181,13 +182,13 @@ class DreamBooth:
 
     def open_run(self) -> None:
         """Check the folders; find this run's folder by its fingerprint, or begin one."""
-        settings = self.settings
-        stage = self.stage
+        settings, stage = self.settings, self.stage
+        require_quantizable(settings.base_quantization, self.device)
         require_trainable(
             self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked, self.checkpoints_dir
         )
         shown = {"base": self.base.title} | settings.model_dump(mode="json")
-        self.run_folder = RunFolder.open(
+        self.run_folder = self.fit.folder = self.fit.folder or RunFolder.open(
             self.runs_dir, settings.name, self.fingerprint, shown, anew=settings.resume == "never"
         )
         self.listener.tell(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
@@ -195,6 +196,7 @@ class DreamBooth:
 
     def prepare(self) -> None:
         """Build the model around the borrowed weights, encode once, put in what is trained."""
+        self.settings = self.fit.settings(self.base, self.stage.start, bool(self.priors), self.precision, self.listener)
         reset_peak_memory(self.device)
         self.model = self.base.family.build(self.base)
         self.objective = self.model.objective.to(self.device)
@@ -384,7 +386,7 @@ class DreamBooth:
             clip_skip=self.base.clip_skip,
             start=self.stage.start,
         )
-        return training_metadata(self.settings, facts, step)
+        return training_metadata(self.given, facts, step)
 
     def _export(self, saved: Saved, step: int, started_from: int) -> TrainResult:
         """Write the files."""
