@@ -34,6 +34,8 @@ _PREVIEW = "preview_every"
 _NEWER = (  # last: saved workflows hold widget values by place
     *(name for name in PreviewSettings.model_fields if name != _PREVIEW),
     "keep_adapters",
+    "fit",
+    "base_quantization",
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)

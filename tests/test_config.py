@@ -554,6 +554,7 @@ AFFECTING = {
     "max_grad_norm",
     "weight_decay",
     "precision",
+    "base_quantization",
 }
 
 
