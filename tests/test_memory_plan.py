@@ -368,6 +368,16 @@ def test_nothing_is_planned_unasked(device: str, fit: str, world: World) -> None
     assert listener.events == []
 
 
+def test_a_plan_that_fails_stops_no_run(world: World, small_card: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        torch.empty(2, device="meta").item()
+
+    monkeypatch.setattr(fitting, "make_plan", fails)
+    settings, listener = settings_of(), Recorder()
+    assert Fit(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == settings
+    assert "could not be planned" in listener.warnings[0]
+
+
 def test_weights_that_lie_there_need_no_more_room(world: World) -> None:
     size = sum(tensor.nbytes for tensor in world.base.unet.tensors.values())
     cpu = torch.device("cpu")

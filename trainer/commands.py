@@ -22,12 +22,14 @@ from .files import explained_os_errors, require_writable
 from .kohya import Adapter, read_adapter
 from .pictures import Picture, load_pictures
 from .priors import make_class_pictures, priors_folder
+from .quantization import require_quantizable
 from .sample import generate, ready_model
 from .weights import open_base
 
 
 def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     """Check everything, make the class pictures, train."""
+    require_quantizable(settings.base_quantization, pick_device(settings.device))
     pictures = load_pictures(settings.images, settings.instance_prompt, listener)
     start = read_adapter(settings.start_from) if settings.start_from else None
     stacked = read_adapters(settings.base_lora)

@@ -65,9 +65,13 @@ class Fit:
         settings = self._settings
         if settings.fit == "auto" and self.device.type == "cuda" and not self._tried_again:
             memory = free_memory(self.device) + lent_bytes(base, settings, precision, self.device)
-            plan = make_plan(Planner(base, settings, precision, start, priors), settings, memory)
-            self._way, self._need = self._ways.index(plan.chosen.lean), plan.chosen.need
-            listener.tell(told(plan, settings))
+            try:
+                plan = make_plan(Planner(base, settings, precision, start, priors), settings, memory)
+                self._way, self._need = self._ways.index(plan.chosen.lean), plan.chosen.need
+                listener.tell(told(plan, settings))
+            except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
+                text = f"The memory could not be planned ({error}), so everything stays as it is set."
+                listener.tell(Note(text, warning=True))
         return self._ways[self._way].applied(settings)
 
     def tell_peak(self, listener: Listener) -> None:

@@ -7,7 +7,8 @@ alive; `AsOnCuda` makes the computation the one that a CUDA device does, with au
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,17 +60,26 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         peak: The most that were alive at once.
     """
 
-    def __init__(self, device: str = "meta", known: Iterable[Tensor] = (), granule: int = 1) -> None:
+    def __init__(
+        self,
+        device: str = "meta",
+        known: Iterable[Tensor] = (),
+        granule: int = 1,
+        seen: dict[Hashable, Any] | None = None,
+    ) -> None:
         """Begin at zero.
 
         Args:
             device: Type of the device whose tensors count.
             known: Tensors that are counted elsewhere, such as weights.
             granule: Every storage is rounded up to a multiple of this, in bytes; 512 is CUDA's.
+            seen: What operations on the meta device made of which shapes, to be kept from one measurement to the next:
+                networks repeat themselves, and finding out a shape takes long.
         """
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._device, self._granule = device, granule
+        self._seen: dict[Hashable, Any] = {} if seen is None else seen
         self._alive: dict[int, weakref.ref[Any]] = {}
         self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that no number is used again
         self._known_ids = {storage._cdata for storage in self._known}
@@ -78,10 +88,20 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operation and take note of what it made."""
-        result = func(*args, **(kwargs or {}))
+        result = self._result(func, tuple(args), dict(kwargs or {}))
         for one in tree_leaves(result):
             if isinstance(one, Tensor) and one.device.type == self._device:
                 self._note(one.untyped_storage())
+        return result
+
+    def _result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The operation's result, from what was made of the same shapes before, if it is on meta and all new."""
+        key = _key(func, args, kwargs) if self._device == "meta" and _makes_new_tensors(func) else None
+        if key in self._seen:
+            return tree_map(lambda one: one.made() if isinstance(one, _Shape) else one, self._seen[key])
+        result = func(*args, **kwargs)
+        if key is not None and _is_new(result, [*args, *kwargs.values()]):
+            self._seen[key] = tree_map(lambda one: None if one is None else _Shape.of(one), result)
         return result
 
     def _note(self, storage: Any) -> None:
@@ -132,6 +152,52 @@ class AsOnCuda(TorchFunctionMode):
             engine.run_backward(
                 (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
             )
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What there is to know of a tensor on the meta device."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Shape:
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def made(self) -> Tensor:
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
+
+
+def _is_new(result: object, arguments: list[Any]) -> bool:
+    """Whether a result is made of tensors on meta that share nothing with the arguments (some views don't say so)."""
+    old = {one.untyped_storage()._cdata for one in tree_leaves(arguments) if isinstance(one, Tensor)}
+    made = [one for one in tree_leaves(result) if one is not None]
+    return all(isinstance(one, Tensor) and one.is_meta and one.untyped_storage()._cdata not in old for one in made)
+
+
+def _makes_new_tensors(func: Any) -> bool:
+    """Whether an operation changes none of its arguments and gives no view of them."""
+    return all(one.alias_info is None for one in [*func._schema.arguments, *func._schema.returns])
+
+
+def _key(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """The operation with its arguments' shapes; None if one of them is a tensor elsewhere or can't be compared."""
+    found: list[Hashable] = [func]
+    for one in [*args, *kwargs.items()]:
+        parts = one if isinstance(one, list | tuple) else [one]
+        for part in parts:
+            if isinstance(part, Tensor):
+                if not part.is_meta:
+                    return None
+                found.append(_Shape.of(part))
+            elif isinstance(part, Hashable):
+                found.append((type(part), part))
+            else:
+                return None
+        found.append(len(parts))
+    return tuple(found)
 
 
 def _cast(arguments: Any, dtype: torch.dtype) -> Any:

@@ -7,7 +7,7 @@ run's own networks, with its own adapter, go through a step on the meta device, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,6 +131,7 @@ class Planner:
         self._settings, self._dtype, self._start, self._priors = settings, DTYPES[precision], start, priors
         self._built: dict[str, _Built] = {}
         self._steps: dict[tuple[str, Lean], int] = {}
+        self._seen: dict[Hashable, Any] = {}
 
     def need(self, lean: Lean, *, quantization: str | None = None, optimizer: str | None = None) -> Need:
         """Measure one way to train.
@@ -184,7 +185,7 @@ class Planner:
         cuda = AsOnCuda(None if self._dtype == torch.float32 else self._dtype)
         known = [one for network in networks(model).values() for one in _tensors(network)]
         gradients = [one.grad for one in parameters if one.grad is not None]
-        live = LiveBytes(self._device.type, [*known, *gradients], _GRANULE)
+        live = LiveBytes(self._device.type, [*known, *gradients], _GRANULE, self._seen)
         with live:
             with cuda:
                 for name in settings.text_rates:
