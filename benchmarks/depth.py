@@ -8,7 +8,7 @@ subjects   Two subjects in one run: the striped dog and a dotted one, and the st
 style      Pixel art from 24 pictures, with a caption for each and with one word for all. "with the word" and "without"
            are how pixelated drawings are (0 smooth, 1 pixel art); "content" is CLIP-I to the true pictures.
 masks      The striped dog, photographed on pink fabric alone, with and without masks. "pink of the fabric" is the share
-           of pixels of its colour in drawings of "a photo of sks dog"; "fidelity" is CLIP-I to the truth in other places.
+           of pixels of its colour in drawings of "a photo of sks dog"; "fidelity" is CLIP-I to the truth elsewhere.
 presets    Every preset (at 64 pixels, with the demo's learning rate for a model of this size) on the striped dog and on
            the pixel art: fidelity and drift of plain dogs, pixel art with the word and without.
 """
@@ -44,6 +44,7 @@ from trainer.sample import generate
 from trainer.sheets import Row, contact_sheet
 
 DRAWN = 6
+OTHERS = ("a photo of a dog", "a photo of a cat", "a photo of a car", "a photo of a robot", "a photo of a house")
 FABRIC = "on pink fabric"
 QUIET = SilentListener()
 DOTS = dots((40, 60, 190), (250, 215, 60))
@@ -168,6 +169,10 @@ def style(depth: Depth) -> tuple[str, list[Row]]:
             load_pictures(DEMO / "style", "pixel", QUIET, Reading(captions="prompt")), [], **STYLE
         ),
     }
+    plain = [one for prompt in OTHERS for one in depth.priors(prompt, 16)]
+    how["a caption each, class pictures"] = lambda: depth.train(
+        load_pictures(DEMO / "style", "pixel", QUIET), plain, **STYLE
+    )
     lines = ["| captions | with the word | without | content |", "|---|---|---|---|"]
     rows = []
     for title, make in how.items():

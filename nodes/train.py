@@ -41,6 +41,8 @@ _NEWER = (  # last: saved workflows hold widget values by place
     *ObjectiveSettings.model_fields,
     "log_with",
     *OptimizerSettings.model_fields,
+    "fit",
+    "base_quantization",
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)

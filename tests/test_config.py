@@ -71,6 +71,8 @@ OTHER: dict[str, Any] = {
     "ema_decay": 0.9995,
     "precision": "bf16",
     "gradient_checkpointing": True,
+    "fit": "off",
+    "base_quantization": "nf4",
     "checkpoint_every": 0,
     "keep_checkpoints": 9,
     "keep_adapters": False,
@@ -616,6 +618,7 @@ AFFECTING = {
     "precision",
     *DataSettings.model_fields,
     *ObjectiveSettings.model_fields,
+    "base_quantization",
 }
 
 

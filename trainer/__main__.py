@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .caption_settings import CaptionCommand
-from .config import GenerateSettings, PriorsCommand, TrainCommand
+from .config import GenerateSettings, PlanCommand, PriorsCommand, TrainCommand
 from .errors import CancelledError, TrainerError
 from .flags import add_flags, settings_from
 from .merge_settings import (
@@ -43,6 +43,13 @@ def _train(arguments: argparse.Namespace) -> None:
         result = run_train(settings, terminal)
     if not terminal.quiet:
         print(result.path)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, PlanCommand)
+    from .plan_commands import run_plan
+
+    print(run_plan(settings))
 
 
 def _priors(arguments: argparse.Namespace) -> None:
@@ -149,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     add_flags(command("train", _train, "Train a LoRA on pictures of a subject."), TrainCommand)
+    text = "Say how much GPU memory a training needs and what would fit; trains nothing, needs no GPU."
+    add_flags(command("plan", _plan, text), PlanCommand)
     add_flags(command("priors", _priors, "Make class pictures with the base model."), PriorsCommand)
     add_flags(command("generate", _generate, "Draw pictures with a base model and adapters."), GenerateSettings)
     add_flags(command("caption", _caption, "Caption pictures with BLIP."), CaptionCommand, "images")

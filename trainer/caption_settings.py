@@ -7,7 +7,7 @@ import re
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
-from .config import BaseSettings
+from .base_settings import BaseSettings
 from .settings import Settings, TidyPath, setting
 
 _WORDS = "Words"

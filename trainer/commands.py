@@ -11,8 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from .applying import apply_to_base, merge_into
+from .base_settings import BaseSettings
 from .checks import require_trainable
-from .config import BaseSettings, GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
+from .config import GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
 from .devices import explained_memory_errors, pick_device, pick_precision
 from .dreambooth import train
 from .ends import Stage, TrainResult
@@ -26,6 +27,7 @@ from .picture_files import Reading
 from .pictures import Picture, load_pictures
 from .presets import filled
 from .priors import make_class_pictures, priors_folder
+from .quantization import require_quantizable
 from .sample import generate, ready_model
 from .subject_settings import SubjectTable
 from .team import Team
@@ -34,6 +36,7 @@ from .weights import open_base
 
 def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     """Check everything, make the class pictures, train."""
+    require_quantizable(settings.base_quantization, pick_device(settings.device))
     pictures = [
         picture
         for one in settings.subjects

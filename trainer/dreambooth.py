@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .averaging import Averaging
-from .cache import Cache, build_cache
+from .cache import Cache, build_cache, leave
 from .captions import Captions
 from .checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
 from .checks import diverged, require_prediction_type, require_trainable
@@ -26,6 +26,7 @@ from .errors import CancelledError, DivergedError
 from .events import Listener, Note, Opened, SilentListener, Validation
 from .export import export
 from .families.base import BaseWeights, DiffusionModel
+from .fitting import Fit
 from .metadata import RunFacts, training_metadata
 from .metrics import is_validated
 from .optimization import (
@@ -41,11 +42,12 @@ from .pace import Pace
 from .passes import Passes
 from .pictures import Picture, split_off
 from .previews import Previews
+from .quantization import require_quantizable
 from .team import Team
 from .trackers import watched
 from .trainee import Trainee, begin
 
-_LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
+_LOWER = "resolution or batch_size, turn gradient_checkpointing on, or set base_quantization; the run then resumes"
 _BUILT = ("model", "trainee", "averaging", "optimizer", "accelerator", "cache", "captions", "passes", "previews")
 
 
@@ -83,14 +85,11 @@ def train(
         SettingsError: The settings don't fit the model or the device.
         StorageError: The folders can't be written or have no room.
     """
-    recipe = DreamBooth(
-        base, subject, priors, settings, output_dir, runs_dir, pick_device(device), listener, stage, checkpoints_dir
-    )
+    place = pick_device(device)
+    fit = Fit(settings, place, Team.here(cpu=place.type == "cpu"))
+    places = (base, subject, priors, settings, output_dir, runs_dir, fit.device, listener, stage, checkpoints_dir)
     with accelerate_state_kept():
-        try:
-            return recipe.run()
-        finally:
-            recipe.clean_up()
+        return fit.attempt(lambda: DreamBooth(*places, fit), listener or SilentListener())
 
 
 class DreamBooth:
@@ -113,14 +112,16 @@ class DreamBooth:
         listener: Listener | None = None,
         stage: Stage | None = None,
         checkpoints_dir: Path | None = None,
+        fit: Fit | None = None,
     ) -> None:
         """Take the inputs; nothing is built yet."""
-        self.base, self.subject, self.priors, self.settings = base, list(subject), list(priors), settings
+        self.base, self.subject, self.priors, self.given = base, list(subject), list(priors), settings
+        self.settings, self.fit = settings, fit or Fit(settings, device)
         self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
         self.stage, self.checkpoints_dir = stage or Stage(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
         self.precision = pick_precision(settings.precision, device)
-        self.team = Team.here(cpu=device.type == "cpu")
+        self.team = self.fit.team
         self.fingerprint = run_fingerprint(
             base, subject, priors, settings, self.precision, self.stage.start, self.team.count
         )
@@ -142,6 +143,7 @@ class DreamBooth:
             self.prepare()
             self._resume(newest)
             best = self._loop()
+            self.fit.tell_peak(self.listener)
             return self._export(self.run_folder.trained(best), best, newest)
 
     def clean_up(self) -> None:
@@ -155,8 +157,8 @@ class DreamBooth:
 
     def open_run(self) -> None:
         """Check the folders; find this run's folder by its fingerprint, or begin one."""
-        settings = self.settings
-        stage = self.stage
+        settings, stage = self.settings, self.stage
+        require_quantizable(settings.base_quantization, self.device)
         require_trainable(
             *(self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked),
             *(self.checkpoints_dir, self.device),
@@ -164,12 +166,15 @@ class DreamBooth:
         shown = {"base": self.base.title} | settings.model_dump(mode="json")
         anew = settings.resume == "never" and self.team.leads
         with self.team.leader_first():
-            self.run_folder = RunFolder.open(self.runs_dir, settings.name, self.fingerprint, shown, anew=anew)
+            self.run_folder = self.fit.folder = self.fit.folder or RunFolder.open(
+                self.runs_dir, settings.name, self.fingerprint, shown, anew=anew
+            )
         self.listener.tell(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
         self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
 
     def prepare(self) -> None:
         """Build the model around the borrowed weights, encode once, put in what is trained."""
+        self.settings = self.fit.settings(self.base, self.stage.start, bool(self.priors), self.precision, self.listener)
         reset_peak_memory(self.device)
         self.model = self.base.family.build(self.base)
         self.objective = self.model.objective.shaped(self.settings).to(self.device)
@@ -187,8 +192,7 @@ class DreamBooth:
             sets = {"instance": taught, "prior": self.priors, "validation": held_out}
             cache = build_cache(self.model, sets, self.settings, self.device, self.listener)
             cache.save(self.run_folder.cache_path)
-        for name in [name for name in self.model.text_encoders if name not in trained]:
-            del self.model.text_encoders[name]
+        leave(self.model, trained)
         del self.model.vae
         release(self.device)
         return cache
@@ -363,7 +367,7 @@ class DreamBooth:
             clip_skip=self.base.clip_skip,
             start=self.stage.start,
         )
-        return training_metadata(self.settings, facts, step)
+        return training_metadata(self.given, facts, step)
 
     def _export(self, saved: Saved, step: int, started_from: int) -> TrainResult:
         """Write the files."""
