@@ -710,6 +710,8 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("min_timestep", None)
     if 2 * values.get("bucket_step", 64) > values.get("resolution", 512):
         values.pop("aspect_buckets", None)
+    if kind == "full":
+        values.pop("base_quantization", None)
     return values
 
 

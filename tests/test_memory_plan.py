@@ -11,7 +11,7 @@ import torch
 from helpers import Recorder
 from pack.trainer import fitting
 from pack.trainer.__main__ import main
-from pack.trainer.batches import draw_batch
+from pack.trainer.batches import draw_batches
 from pack.trainer.cache import Cache, LatentSet
 from pack.trainer.config import TrainSettings
 from pack.trainer.fitting import Fit, told
@@ -253,18 +253,21 @@ def test_what_is_tried_comes_fastest_first() -> None:
 
 def latents(count: int) -> LatentSet:
     values = torch.randn((2, count, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
-    return LatentSet(values[0], values[1].exp(), torch.arange(count), torch.zeros(count, 6))
+    captions = [torch.tensor([number]) for number in range(count)]
+    size, order, masks = torch.zeros(count, 6), list(range(count)), [None] * count
+    return LatentSet(list(values[0]), list(values[1].exp()), captions, size, order, masks)
 
 
 @pytest.mark.parametrize("split", [2, 3, 6])
 def test_a_batch_in_parts_has_the_same_samples(split: int) -> None:
     settings = settings_of(batch_size=6, gradient_accumulation=2, flip=False)
-    cache = Cache(latents(5), None, {"ids": torch.zeros(5, 4)})
+    cache = Cache(latents(5), None, None, {"ids": torch.zeros(5, 4)}, None)
 
     def samples(settings: TrainSettings) -> list[torch.Tensor]:
         found = [
-            draw_batch(cache, settings, 3, micro, 1000, torch.device("cpu"))
+            batch
             for micro in range(settings.gradient_accumulation)
+            for batch in draw_batches(cache, settings, 3, micro, 1000, torch.device("cpu"))
         ]
         return [torch.cat([getattr(one, part) for one in found]) for part in ("latents", "noise", "timesteps")]
 
