@@ -317,8 +317,8 @@ ROOMY, TIGHT = Need(5 * GB, GB, 9 * GB), Need(5 * GB, GB, GB // 2)
             [(Lean(False), ROOMY), (Lean(True), TIGHT)],
             6,
             {},
-            "7.1 GB, and 6.0 GB are free, even with gradient checkpointing. Lower resolution or set base_quantization "
-            "to nf4.",
+            "7.1 GB, and 6.0 GB are free, even with gradient checkpointing. Lower resolution, set base_quantization "
+            "to nf4 or set optimizer to adamw-8bit.",
             True,
         ),
     ],
