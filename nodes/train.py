@@ -46,6 +46,12 @@ _NEWER = (  # last: saved workflows hold widget values by place
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
+_COMMON = (  # not folded away
+    *("text_encoder_2_lr", "batch_size", "gradient_accumulation", "prior_weight", "flip", "lr_schedule"),
+    *("lr_warmup_steps", "precision", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints"),
+    *("preview_prompts", "token", "score_clip", "score_dino", "early_stop", "aspect_buckets", "caption_dropout"),
+    *("validation_pictures", "loss_weighting", "log_with", "optimizer", "ema_decay", "fit", "base_quantization"),
+)
 _FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
     "learning_rate": {"default": 2e-6},
     "rank": {"default": 64, "tooltip": "Rank of the extracted LoRA."},
@@ -66,7 +72,10 @@ class TrainingSettings(Node):
             category=CATEGORY,
             description="Batch size, schedule, precision, checkpoints and so on. Train LoRA works without this node.",
             search_aliases=["optimizer", "learning rate schedule", "gradient checkpointing", "batch size"],
-            inputs=[widget(TrainSettings, name, advanced=None, optional=True) for name in _FURTHER],
+            inputs=[
+                widget(TrainSettings, name, advanced=None if name in _COMMON else True, optional=True)
+                for name in _FURTHER
+            ],
             outputs=[SETTINGS.Output(display_name="settings")],
         )
 
