@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Made = TypeVar("Made")
 _PATIENCE = timedelta(days=2)  # of processes that wait until the first has made the class pictures
 
 
@@ -29,9 +31,13 @@ class Team:
     def here(cls, *, cpu: bool) -> Team:
         """The processes that a launcher started with this one (RANK and WORLD_SIZE say so), connected.
 
+        Clusters set these two for a program that nobody launched several times, but not LOCAL_RANK.
+
         Args:
             cpu: Whether they compute on the CPU.
         """
+        if "LOCAL_RANK" not in os.environ:
+            return cls()
         index, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if count > 1 and not torch.distributed.is_initialized():
             from accelerate.state import PartialState
@@ -63,6 +69,15 @@ class Team:
         if self.leads:
             self.wait()
         self.wait()
+
+    def of_leader(self, make: Callable[[], Made]) -> Made:
+        """What the leader makes, a value that can be pickled; the others get a copy and make nothing."""
+        if self.count == 1:
+            return make()
+        made: list[Made | None] = [make() if self.leads else None]
+        torch.distributed.broadcast_object_list(made)
+        assert made[0] is not None
+        return made[0]
 
     def anyone(self, wish: bool, device: torch.device) -> bool:
         """Whether any process wishes something; all get the same answer."""
