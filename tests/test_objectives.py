@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import traceback
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from pack.trainer.errors import SettingsError
 from pack.trainer.noise import perturbed_noise, pyramid_noise, shaped_noise, timestep_at
 from pack.trainer.objective import Objective, make_objective
 from pack.trainer.objective_settings import ObjectiveSettings
+from pack.trainer.pace import Pace
 from pack.trainer.randomness import draw, generator
 from pack.trainer.weights import open_base
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from worlds import World, assert_same_end, make_world
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -424,6 +427,33 @@ def test_a_step_has_the_loss_of_the_formulas(
             assert len(each) == 2 * size  # the subject's and the class's
             total = total + each[:size].mean() + 0.7 * each[size:].mean()
     assert float(found) == pytest.approx(float(total), rel=1e-4)
+
+
+class Waits(TorchDispatchMode):
+    """Notes which files ask for a tensor's value, which waits for a device that is still computing it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(word in str(function) for word in ("_local_scalar_dense", "nonzero", "aten.equal")):
+            places = [Path(frame.filename) for frame in traceback.extract_stack()]
+            self.files.add([path for path in places if "torch" not in path.parts][-2].name)  # the last is this one
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("further", [{}, {"dropout": 0.2, "text_encoder_lr": 1e-3, "max_norm": 1.0, "flip": True}])
+def test_a_step_waits_for_no_device(further: dict[str, Any], world: World, tmp_path: Path) -> None:
+    """What is asked for its value lies on the CPU on every device: what is drawn, and AdamW's count of steps."""
+    recipe = prepared(world, tmp_path, **SETTINGS["all"], **further)
+    recipe.train_step(1.0)
+    with Waits() as waits:
+        recipe.train_step(1.0)
+    assert waits.files == {"randomness.py", "noise.py", "batches.py", "optimizer.py"}
+    with Waits() as waits:
+        recipe._report(Pace(4, 0, recipe.device), 1, 1e-2, torch.ones(()))
+    assert waits.files == {"dreambooth.py"}  # as it is found where it is meant to be
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -18,13 +18,15 @@ from typing import Any
 import pytest
 import torch
 from helpers import ROOT, Recorder
+from hypothesis import given
+from hypothesis import strategies as st
 from pack.trainer.checkpoint import run_fingerprint
 from pack.trainer.commands import run_train
 from pack.trainer.config import TrainCommand
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.metrics import read_metrics
 from pack.trainer.optimization import accelerate_state_kept
-from pack.trainer.team import Team
+from pack.trainer.team import Team, groups_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from worlds import differing, newest_step, noisy_pictures, runs_in
@@ -241,6 +243,17 @@ def test_an_error_of_one_ends_all_with_its_words(course: Course) -> None:
     assert course.ended.status != 0
     assert course.ended.errors.count(f"error: {run / 'metrics.jsonl'} can't be") == 1
     assert newest_step(run) == 0
+
+
+@given(st.lists(st.integers(1, 9), min_size=1), st.integers(1, 20))
+def test_gradients_travel_in_groups_of_limited_size(sizes: list[int], most: int) -> None:
+    tensors = [torch.empty(size) for size in sizes]
+    groups = list(groups_of(tensors, most))
+    assert [id(one) for group in groups for one in group] == [id(one) for one in tensors]
+    counts = [sum(one.numel() for one in group) for group in groups]
+    assert all(count <= most or len(group) == 1 for count, group in zip(counts, groups, strict=True))
+    joined = zip(counts, groups[1:], strict=False)
+    assert all(count + following[0].numel() > most for count, following in joined)
 
 
 def test_a_clusters_variables_alone_are_no_team(monkeypatch: pytest.MonkeyPatch) -> None:

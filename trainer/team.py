@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 Made = TypeVar("Made")
 _PATIENCE = timedelta(days=2)  # of processes that wait until the first has made the class pictures
+_AT_ONCE = 2**26  # numbers in one message: all of an adapter, while a whole model is never there twice
 
 
 class Team:
@@ -94,11 +95,23 @@ class Team:
         """
         if self.count == 1:
             return loss
-        gradients = [one.grad for one in parameters if one.grad is not None]
-        whole = torch.cat([loss.reshape(1).float(), *(one.flatten().float() for one in gradients)])
-        torch.distributed.all_reduce(whole)
-        whole /= self.count
-        parts = torch.split(whole[1:], [one.numel() for one in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return whole[0]
+        mean = loss.detach().float().clone()
+        for group in groups_of([mean, *(one.grad for one in parameters if one.grad is not None)], _AT_ONCE):
+            whole = torch.cat([one.flatten().float() for one in group])
+            torch.distributed.all_reduce(whole)
+            whole /= self.count
+            parts = torch.split(whole, [one.numel() for one in group])
+            for tensor, part in zip(group, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+        return mean
+
+
+def groups_of(tensors: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Tensors in their order, in groups of at most so many numbers, or of one tensor that has more."""
+    group: list[Tensor] = []
+    for one in tensors:
+        if group and sum(map(Tensor.numel, group)) + one.numel() > most:
+            yield group
+            group = []
+        group.append(one)
+    yield group
