@@ -217,10 +217,12 @@ def test_the_command_line_refuses_before_class_pictures_are_made(tiny_checkpoint
 
 
 def test_longer_runs_keep_the_same_pictures_apart(world: World, tmp_path: Path) -> None:
-    """A run that goes on for more steps has no picture held out that it learned from before."""
-    short = world.train(tmp_path, **HELD)
-    long = world.train(tmp_path, **{**HELD, "steps": 7})
+    """A run that goes on for more steps has no picture held out that it learned from, and tells nothing twice."""
+    first, second = Recorder(), Recorder()
+    short = world.train(tmp_path, first, **HELD)
+    long = world.train(tmp_path, second, **{**HELD, "steps": 7})
     assert long.started_from == 5
+    assert (list(told(first)), list(told(second))) == ([0, 2, 4, 5], [6, 7])
     straight = world.train(tmp_path / "straight", **{**HELD, "steps": 7})
     assert short.run == long.run
     assert differing(long.path, straight.path) == []
