@@ -36,7 +36,8 @@ from world import subject_picture  # noqa: E402
 from trainer.adapters import TrainedAdapter  # noqa: E402
 from trainer.applying import merge_into  # noqa: E402
 from trainer.config import PriorSettings, TrainSettings  # noqa: E402
-from trainer.dreambooth import Stage, TrainResult, train  # noqa: E402
+from trainer.dreambooth import train  # noqa: E402
+from trainer.ends import Stage, TrainResult  # noqa: E402
 from trainer.events import SilentListener  # noqa: E402
 from trainer.families.base import BaseWeights, DiffusionModel  # noqa: E402
 from trainer.kohya import Adapter  # noqa: E402

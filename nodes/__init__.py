@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .caption import CaptionImages
 from .lora import ApplyLora, LoadLoraFile, SaveLora
 from .lora_tools import ExtractLora, InspectLora, ResizeLora
 from .merge import LearnedMerge, MergeLoras, ScaleLora
@@ -33,6 +34,7 @@ NODES: list[type[io.ComfyNode]] = [
     SubjectScore,
     ScoreTable,
     PickBestCheckpoint,
+    CaptionImages,
 ]
 
 

@@ -47,9 +47,11 @@ def input_path(name: str) -> Path:
 
 
 def folder_stamp(path: Path) -> str:
-    """Changes when the files of a folder change, or the zip file."""
-    files = sorted(path.iterdir()) if path.is_dir() else [path]
-    return repr([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()])
+    """Changes when the files of a subject's folder change, or the zip file."""
+    from ..trainer.picture_files import folder_files
+
+    files = folder_files(path) if path.is_dir() else {path.name: path}
+    return repr([(name, f.stat().st_size, f.stat().st_mtime_ns) for name, f in files.items() if f.is_file()])
 
 
 def keep_workflow(run: Any, workflow: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The bridge to ComfyUI, continued: where feature models and their tokenizer lie."""
+"""The bridge to ComfyUI, continued: where feature models, their tokenizer and caption models lie."""
 
 from __future__ import annotations
 
@@ -21,6 +21,21 @@ def feature_model(name: str) -> str:
 
     whole = place(name)
     return whole if whole != name else " + ".join(place(part.strip()) for part in name.split(" + "))
+
+
+def caption_model(name: str) -> str:
+    """The place of a BLIP model: a folder in models/BLIP or models/blip, by its whole or its last name, else the name.
+
+    So Salesforce/blip-image-captioning-base is also found as models/BLIP/blip-image-captioning-base.
+    """
+    import folder_paths
+
+    for part in (name, Path(name).name):
+        for kind in ("BLIP", "blip"):
+            folder = Path(folder_paths.models_dir, kind, part)
+            if part and (folder / "config.json").is_file():
+                return str(folder)
+    return name
 
 
 def clip_tokenizer() -> Path:

@@ -11,6 +11,7 @@ from comfy_api.latest import io
 from ..trainer.config import TrainSettings
 from ..trainer.data_settings import DataSettings
 from ..trainer.objective_settings import ObjectiveSettings
+from ..trainer.optimizer_settings import OptimizerSettings
 from ..trainer.preview_settings import PreviewSettings
 from . import host, host_models
 from .base import Node
@@ -39,9 +40,18 @@ _NEWER = (  # last: saved workflows hold widget values by place
     *DataSettings.model_fields,
     *ObjectiveSettings.model_fields,
     "log_with",
+    *OptimizerSettings.model_fields,
+    "fit",
+    "base_quantization",
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
+_COMMON = (  # not folded away
+    *("text_encoder_2_lr", "batch_size", "gradient_accumulation", "prior_weight", "flip", "lr_schedule"),
+    *("lr_warmup_steps", "precision", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints"),
+    *("preview_prompts", "token", "score_clip", "score_dino", "early_stop", "aspect_buckets", "caption_dropout"),
+    *("validation_pictures", "loss_weighting", "log_with", "optimizer", "ema_decay", "fit", "base_quantization"),
+)
 _FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
     "learning_rate": {"default": 2e-6},
     "rank": {"default": 64, "tooltip": "Rank of the extracted LoRA."},
@@ -62,7 +72,10 @@ class TrainingSettings(Node):
             category=CATEGORY,
             description="Batch size, schedule, precision, checkpoints and so on. Train LoRA works without this node.",
             search_aliases=["optimizer", "learning rate schedule", "gradient checkpointing", "batch size"],
-            inputs=[widget(TrainSettings, name, advanced=None, optional=True) for name in _FURTHER],
+            inputs=[
+                widget(TrainSettings, name, advanced=None if name in _COMMON else True, optional=True)
+                for name in _FURTHER
+            ],
             outputs=[SETTINGS.Output(display_name="settings")],
         )
 
@@ -158,7 +171,7 @@ class TrainLora(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train and apply the adapter."""
-        from ..trainer.dreambooth import Stage
+        from ..trainer.ends import Stage
         from ..trainer.errors import SettingsError
 
         checked = TrainSettings.checked({**(settings or {}), **values})
@@ -226,7 +239,7 @@ class FineTuneCheckpoint(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train, and load the checkpoint."""
-        from ..trainer.dreambooth import Stage
+        from ..trainer.ends import Stage
 
         checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
         result = run_training(cls.hidden, (model, clip, vae), subject, priors, class_images, checked, Stage())
@@ -246,6 +259,7 @@ def run_training(
 ) -> Any:
     """Train on ComfyUI's MODEL, CLIP and VAE; returns the engine's `TrainResult`."""
     from ..trainer.dreambooth import train
+    from ..trainer.picture_check import check_pictures
     from ..trainer.pictures import load_pictures
     from ..trainer.presets import changed, filled
 
@@ -260,6 +274,7 @@ def run_training(
         with host.training_mode():
             base = host.borrow_base(*parts)
             settings = filled(settings, base.family, listener, changed(settings))
+            check_pictures(subject.pictures, settings.resolution, listener)
             return train(
                 base,
                 subject.pictures,

@@ -25,16 +25,28 @@ if "pack" not in sys.modules:  # as tests/conftest.py loads it
     _spec.loader.exec_module(sys.modules["pack"])
 
 from pack.trainer.__main__ import _TOOLS, _parser  # noqa: E402
-from pack.trainer.config import GenerateSettings, PriorsCommand, PriorSettings, TrainCommand, TrainSettings  # noqa: E402
+from pack.trainer.caption_settings import CaptionCommand  # noqa: E402
+from pack.trainer.config import (  # noqa: E402
+    GenerateSettings,
+    PlanCommand,
+    PriorsCommand,
+    PriorSettings,
+    TrainCommand,
+    TrainSettings,
+)
+from pack.trainer.flags import is_table  # noqa: E402
 from pack.trainer.score_settings import CompareCommand, DreamBenchCommand, ScoreCommand  # noqa: E402
 from pack.trainer.settings import Settings, field_extra  # noqa: E402
+from pack.trainer.subject_settings import SubjectTable  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 COMMANDS: dict[str, type[Settings]] = {
     "train": TrainCommand,
+    "plan": PlanCommand,
     "priors": PriorsCommand,
     "generate": GenerateSettings,
+    "caption": CaptionCommand,
     **{name: kind for name, kind, _, _ in _TOOLS},
     "score": ScoreCommand,
     "compare": CompareCommand,
@@ -42,7 +54,11 @@ COMMANDS: dict[str, type[Settings]] = {
 }
 OTHERS = ("inspect", "demo")  # which have no settings
 NODES: Mapping[str, Sequence[str]] = {  # which do the same as a command
-    "train": ("DreamBoothTrainLora", "DreamBoothTrainingSettings", "DreamBoothFineTune", "DreamBoothClassPriors"),
+    "train": (
+        *("DreamBoothTrainLora", "DreamBoothTrainingSettings", "DreamBoothFineTune", "DreamBoothClassPriors"),
+        "DreamBoothSubject",
+    ),
+    "caption": ("DreamBoothCaptionImages",),
     "priors": ("DreamBoothClassPriors",),
     "merge": ("DreamBoothMergeLoras", "DreamBoothScaleLora"),
     "learned-merge": ("DreamBoothLearnedMerge",),
@@ -52,6 +68,13 @@ NODES: Mapping[str, Sequence[str]] = {  # which do the same as a command
     "compare": ("DreamBoothPickBest",),
 }
 _PRIORS = "DreamBoothClassPriors"
+_SUBJECT = {
+    "captions": "",
+    "captions_from": "captions",
+    "masks_from": "masks",
+    "caption": "instance_prompt",
+    "folder": "images",
+}
 _ORDER = ("Base model", "Subject", "Class pictures", "Training", "Adapter", "Text encoders", "Previews", "Saving")
 _KINDS = {int: "whole number", float: "number", bool: "on or off", str: "text", Path: "path"}
 _HEAD = """# Settings
@@ -121,9 +144,19 @@ def _section(
         lines += [_row(head), "|---" * len(head) + "|"]
         lines += [_row(_cells(kind, name, name in places, learns, nodes)) for name in names]
         lines.append("")
+    if command == "train":
+        lines += _tables()
     for earlier, names in before.items():
         lines.append(f"As for [{earlier}](#{earlier}): {', '.join(f'`{name}`' for name in names)}.\n")
     return "\n".join(lines)
+
+
+def _tables() -> list[str]:
+    """The keys of a table [[subject]]."""
+    head = ["Key", "Value", "Default", "What it is"]
+    rows = [_row(_cells(SubjectTable, name, False, False, {})) for name in SubjectTable.model_fields]
+    keys = [row.replace(f"<br>`--{name.replace('_', '-')}`", "") for row, name in zip(rows, SubjectTable.model_fields)]
+    return ["### Tables `[[subject]]`\n", _row(head), "|---" * len(head) + "|", *keys, ""]
 
 
 def _place(group: str) -> int:
@@ -141,6 +174,8 @@ def _cells(
 ) -> list[str]:
     field, extra = kind.model_fields[name], field_extra(kind, name)
     flag = "given without a flag" if positional else f"`--{name.replace('_', '-')}`"
+    if is_table(field):
+        flag = "in a settings file alone"
     cells = [f"`{name}`<br>{flag}", value_of(field, extra["unit"]), _default(field), field.description or ""]
     if learns:
         cells.append("yes" if extra["affects_result"] else "–")
@@ -158,6 +193,7 @@ def _node_inputs(nodes: Iterable[str]) -> dict[str, set[str]]:
         if node == _PRIORS:
             own = {"resolution", "precision"} & names
             names = own | {f"{prefix}_{name}" for name in names - own for prefix in ("prior", "class")}
+        names = {_SUBJECT.get(name, name) for name in names} if node == "DreamBoothSubject" else names
         names |= {name.removeprefix("method_") for name in names} | {name.removesuffix("_model") for name in names}
         found[texts[node]["display_name"].removesuffix(" (DreamBooth)")] = names
     return found
@@ -167,6 +203,8 @@ def value_of(field: FieldInfo, unit: str = "") -> str:
     """Type or choices, range and unit of a setting, for people."""
     if get_origin(field.annotation) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
+    if is_table(field):
+        return "[tables](#tables-subject)"
     if get_origin(field.annotation) is tuple:
         return "list of texts"
     parts = [field.annotation, *get_args(field.annotation)]

@@ -1402,7 +1402,7 @@ def fail_at_call(monkeypatch: pytest.MonkeyPatch, number: int) -> list[weakref.r
 def test_out_of_memory_keeps_the_steps_and_says_what_to_lower(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_at_call(monkeypatch, PROBES + 3)
     with pytest.raises(OutOfMemoryError) as caught:
-        runs(steps=4, checkpoint_every=0)
+        runs(steps=4, checkpoint_every=0, fit="off")
     assert "memory" in caught.value.problem
     assert all(word in caught.value.remedy for word in ("resolution", "batch_size", "gradient_checkpointing"))
     assert runs.steps == [2]
@@ -1416,7 +1416,7 @@ def test_out_of_memory_keeps_the_steps_and_says_what_to_lower(runs: Runs, monkey
 def test_out_of_memory_at_once_leaves_nothing_half(runs: Runs, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     fail_at_call(monkeypatch, call)
     with pytest.raises(OutOfMemoryError):
-        runs(steps=2)
+        runs(steps=2, fit="off")
     assert runs.steps == []
     assert not list((runs.path / "loras").iterdir())
 
@@ -1425,7 +1425,7 @@ def test_out_of_memory_frees_the_networks(runs: Runs, monkeypatch: pytest.Monkey
     """Also while the error is still being shown: the host needs the memory then."""
     networks = fail_at_call(monkeypatch, PROBES + 2)
     with pytest.raises(OutOfMemoryError) as caught:
-        runs(steps=4)
+        runs(steps=4, fit="off")
     gc.collect()
     assert caught.value.remedy
     assert len(networks) == PROBES + 2

@@ -65,8 +65,14 @@ OTHER: dict[str, Any] = {
     "lr_warmup_steps": 7,
     "max_grad_norm": 0.0,
     "weight_decay": 0.0,
+    "optimizer": "lion",
+    "optimizer_options": "betas=(0.9, 0.95)",
+    "lora_plus_ratio": 16.5,
+    "ema_decay": 0.9995,
     "precision": "bf16",
     "gradient_checkpointing": True,
+    "fit": "off",
+    "base_quantization": "nf4",
     "checkpoint_every": 0,
     "keep_checkpoints": 9,
     "keep_adapters": False,
@@ -605,9 +611,14 @@ AFFECTING = {
     "lr_warmup_steps",
     "max_grad_norm",
     "weight_decay",
+    "optimizer",
+    "optimizer_options",
+    "lora_plus_ratio",
+    "ema_decay",
     "precision",
     *DataSettings.model_fields,
     *ObjectiveSettings.model_fields,
+    "base_quantization",
 }
 
 
@@ -662,13 +673,21 @@ def words(entries: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
 def repaired(values: dict[str, Any]) -> dict[str, Any]:
     """Settings of which each is good, without those that contradict others."""
     values = dict(values)
+    alone = {
+        "prodigy": ["text_encoder_lr", "text_encoder_2_lr", "lora_plus_ratio"],
+        "adamw-schedule-free": ["lr_schedule", "ema_decay", "max_norm"],
+    }
+    for name in alone.get(values.get("optimizer", "adamw"), []):
+        values.pop(name, None)
+    if values.get("optimizer") == "prodigy":
+        values["learning_rate"] = 1.0
     if values.get("lr_schedule", "constant") == "constant":
         values.pop("lr_warmup_steps", None)
     if "lr_warmup_steps" in values:
         values["lr_warmup_steps"] %= values.get("steps", 800)
     kind = values.get("adapter", "lora")
     unfit = {
-        "full": list(FOR_ADAPTERS),
+        "full": [*FOR_ADAPTERS, "lora_plus_ratio"],
         "dora": ["combine"],
         "loha": ["combine", "dropout", "rank_stabilized"],
         "lokr": ["combine", "dropout", "rank_stabilized", "alpha", "conv_alpha", "block_ranks"],
@@ -691,6 +710,8 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("min_timestep", None)
     if 2 * values.get("bucket_step", 64) > values.get("resolution", 512):
         values.pop("aspect_buckets", None)
+    if kind == "full":
+        values.pop("base_quantization", None)
     return values
 
 
@@ -705,6 +726,8 @@ def _values(name: str, field: FieldInfo) -> st.SearchStrategy[Any]:
     if name == "block_ranks":
         entries = st.builds("{}={}{}".format, PATTERNS, st.integers(0, 9999), st.sampled_from(["", ":1", ":16.25"]))
         return words(entries)
+    if name == "optimizer_options":
+        return st.sampled_from(["", "betas=(0.5, 0.75)", "eps=1e-6  d_coef=2", "amsgrad=True betas=(0.9,None)"])
     if Path in (kind, *get_args(kind)):
         return st.none() | st.text("aZ09-_ü犬[]{}%$./\\", max_size=60).map(lambda text: f"-{text}-")
     if name == "name":

@@ -135,7 +135,7 @@ def run_template(name: str, server: ComfyServer) -> tuple[dict[str, Any], Prompt
 
 def test_every_node_has_help_and_tooltips(server: ComfyServer) -> None:
     ours = {name: info for name, info in server.object_info().items() if name.startswith("DreamBooth")}
-    assert len(ours) == 18
+    assert len(ours) == 19
     for name, info in ours.items():
         assert (ROOT / "web" / "docs" / f"{name}.md").is_file()
         for kind in ("required", "optional"):

@@ -126,7 +126,9 @@ def assert_same_end(ours: TrainResult, theirs: TrainResult) -> None:
         assert differing(ours.checkpoint, theirs.checkpoint) == []
     step = f"step-{newest_step(theirs.run):08d}"
     files = {path.name for path in (theirs.run / step).glob("*.safetensors")}
-    assert files == {"optimizer.safetensors", "weights.safetensors" if theirs.checkpoint else "adapter.safetensors"}
+    trained = "weights.safetensors" if theirs.checkpoint else "adapter.safetensors"
+    assert files - {"live.safetensors"} == {"optimizer.safetensors", trained}
+    assert {path.name for path in (ours.run / step).glob("*.safetensors")} == files
     for file in files:
         assert differing(ours.run / step / file, theirs.run / step / file) == []
 

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .config import GenerateSettings, PriorsCommand, TrainCommand
+from .caption_settings import CaptionCommand
+from .config import GenerateSettings, PlanCommand, PriorsCommand, TrainCommand
 from .errors import CancelledError, TrainerError
 from .flags import add_flags, settings_from
 from .merge_settings import (
@@ -44,6 +45,13 @@ def _train(arguments: argparse.Namespace) -> None:
         print(result.path)
 
 
+def _plan(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, PlanCommand)
+    from .plan_commands import run_plan
+
+    print(run_plan(settings))
+
+
 def _priors(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, PriorsCommand)
     from .commands import run_priors
@@ -61,6 +69,16 @@ def _generate(arguments: argparse.Namespace) -> None:
         paths = run_generate(settings, terminal)
     for path in paths:
         print(path)
+
+
+def _caption(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, CaptionCommand)
+    from .captioning import caption_folder
+
+    with Terminal() as terminal:
+        captions = caption_folder(settings, terminal)
+    for name, caption in captions.items():
+        print(f"{name}: {caption}")
 
 
 def _tool(settings: type[Settings], name: str) -> Callable[[argparse.Namespace], None]:
@@ -138,8 +156,11 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     add_flags(command("train", _train, "Train a LoRA on pictures of a subject."), TrainCommand)
+    text = "Say how much GPU memory a training needs and what would fit; trains nothing, needs no GPU."
+    add_flags(command("plan", _plan, text), PlanCommand)
     add_flags(command("priors", _priors, "Make class pictures with the base model."), PriorsCommand)
     add_flags(command("generate", _generate, "Draw pictures with a base model and adapters."), GenerateSettings)
+    add_flags(command("caption", _caption, "Caption pictures with BLIP."), CaptionCommand, "images")
     for name, settings, positional, text in _TOOLS:
         add_flags(command(name, _tool(settings, name.replace("-", "_")), text), settings, positional)
     add_flags(command("score", _score, "Score pictures: CLIP-T, CLIP-I, DINO, diversity."), ScoreCommand, "pictures")

@@ -13,7 +13,16 @@ from typing_extensions import Self
 from .settings import Settings, TidyPath, setting
 
 AdapterKind = Literal["lora", "dora", "loha", "lokr", "full"]
-_ONLY_FOR_ADAPTERS = ("include", "exclude", "block_ranks", "max_norm", "start_from", "dropout", "rank_stabilized")
+_ONLY_FOR_ADAPTERS = (
+    "include",
+    "exclude",
+    "block_ranks",
+    "max_norm",
+    "start_from",
+    "dropout",
+    "rank_stabilized",
+    "base_quantization",
+)
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,13 @@ class AdapterSettings(Settings):
         group="Adapter",
         advanced=True,
         affects_result=False,
+    )
+    base_quantization: Literal["none", "nf4"] = setting(
+        "none",
+        "Hold the frozen UNet's Linear layers in fewer bits. nf4: in four (QLoRA), by the package bitsandbytes; takes "
+        "less memory, is slower, and changes what is learned a little. The adapter is an ordinary one.",
+        group="Memory",
+        advanced=True,
     )
     text_encoder_lr: float = setting(
         0.0,

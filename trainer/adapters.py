@@ -59,19 +59,19 @@ class TrainedAdapter:
         self._max_norm = settings.max_norm
         start = fitted_start(model, start) if start else None
         targets = planned_targets(model, settings, start)
-        weights = {key: module.weight for key, module in modules_by_place(model).items()}
+        modules = modules_by_place(model)  # as they are now; reading a quantised weight makes it anew
         self._inject(model, targets, settings)
         self.layers: dict[str, TrainedLayer] = {}
         injected = _injected(model)
         for target in targets:
             module = injected[target.component, target.path]
-            parts = self._kind.parts(module)
+            parts, base = self._kind.parts(module), modules[target.component, target.path]
             for part, parameter in parts.items():
                 parameter.data = torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
                 source = generator(settings.seed, "start", target.name, part)
-                weight = weights[target.component, target.path]
-                with torch.no_grad():
-                    parameter.copy_(start_of(self._kind, part, parameter.shape, weight, source))
+                if not parameter.is_meta:  # as it is while a run is planned
+                    with torch.no_grad():
+                        parameter.copy_(start_of(self._kind, part, parameter.shape, base, source))
                 parameter.requires_grad_(True)
             self.layers[target.name] = TrainedLayer(target, parts)
             module.scaling[PEFT_NAME] = _scale(target, parts)
@@ -104,6 +104,11 @@ class TrainedAdapter:
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters."""
         return [parameter for group in self.groups().values() for parameter in group]
+
+    def starting_at_zero(self) -> list[nn.Parameter]:
+        """The parameters of the parts that begin at zero, so that the model predicts at first as without an adapter."""
+        zero = self._kind.starts_at_zero
+        return [one for layer in self.layers.values() for part, one in layer.parts.items() if part in zero]
 
     def adapter(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of the current state on the CPU, float32."""

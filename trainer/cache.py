@@ -160,7 +160,7 @@ def build_cache(
 
     Args:
         model: Its autoencoder and text encoders compute in float32 on `device`, whatever their weights' type: SDXL's
-            autoencoder overflows in half precision.
+            autoencoder overflows in half precision. The text encoders that are not trained leave it.
         sets: "instance", "prior" and "validation" → pictures (may be empty, but for the first).
         settings: Resolution, shapes, flip, what becomes of captions, which text encoders are trained: their encodings
             would not last.
@@ -181,6 +181,8 @@ def build_cache(
         if model.overlong(caption):
             listener.tell(Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True))
     text = encode_captions(model, list(rows), device, settings.text_rates)
+    leave(model, settings.text_rates)  # before the autoencoder comes
+    release(device)
     latents = {}
     with torch.no_grad():
         place(model.vae, device, torch.float32)
@@ -218,6 +220,12 @@ def _set(
     mean, std, sizes, masks = zip(*encoded, strict=True)
     order = [number for number, picture in enumerate(pictures) for _ in range(picture.repeats)]
     return LatentSet(mean, std, captions, torch.stack(sizes), order, masks)
+
+
+def leave(model: DiffusionModel, trained: Collection[str]) -> None:
+    """Drop the text encoders that are not trained; what they say is encoded."""
+    for name in [name for name in model.text_encoders if name not in trained]:
+        del model.text_encoders[name]
 
 
 def encode_captions(

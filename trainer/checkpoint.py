@@ -4,7 +4,8 @@ A run's folder `<name>-<first digits of its fingerprint>` holds `run.json` (the 
 `cache.safetensors` and checkpoints `step-00000100/` with
     adapter.safetensors    a complete adapter file in float32, which every program loads; or, in full fine-tuning,
     weights.safetensors    the trained weights in float32, "<component>.<parameter>"
-    optimizer.safetensors  the optimiser's tensors, "<parameter>.<name>"
+    live.safetensors       the weights that are updated, "<parameter>", if those above are an average of them
+    optimizer.safetensors  the optimiser's tensors, "<parameter>.<name>" and "group <number>.<name>"
     state.json             step, losses, and what of the optimiser is not a tensor
 """
 
@@ -33,6 +34,7 @@ from .pictures import Picture
 _DIGITS = 12
 _ADAPTER = "adapter.safetensors"
 _WEIGHTS = "weights.safetensors"
+_LIVE = "live.safetensors"
 
 
 @dataclass(frozen=True)
@@ -56,15 +58,17 @@ class Checkpoint:
 
     Attributes:
         step: Steps completed.
-        trained: What was trained.
+        trained: What was trained; the weights that are shown.
         optimizer: The optimiser's `state_dict()`.
         extra: Whatever else the recipe saved; JSON values.
+        live: "<parameter>" → the weights that are updated, where they are not the shown ones.
     """
 
     step: int
     trained: Saved
     optimizer: dict[str, Any]
     extra: dict[str, Any]
+    live: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class RunFolder:
@@ -202,12 +206,15 @@ class RunFolder:
                 if checkpoint.trained.weights:
                     save_file(dict(checkpoint.trained.weights), folder / _WEIGHTS, dict(checkpoint.trained.metadata))
                 save_file(tensors, folder / "optimizer.safetensors")
+                if checkpoint.live:
+                    save_file(dict(checkpoint.live), folder / _LIVE)
             except Exception as error:  # safetensors reports a full disk as an error of its own
                 raise StorageError(
                     f"{path} can't be written: {error}.",
                     "Free some space on the disk and start again: the run resumes.",
                 ) from error
-            state = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra}
+            names = {"live": True} if checkpoint.live else {}
+            state = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra, **names}
             (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
         old = [step for step in self.steps() if step <= checkpoint.step]
         for step in old[:-keep]:
@@ -235,7 +242,9 @@ class RunFolder:
         with _explained_damage(path):
             state = json.loads((path / "state.json").read_text(encoding="utf-8"))
             tensors = load((path / "optimizer.safetensors").read_bytes())
-            return Checkpoint(step, _read_trained(path), _join_optimizer(tensors, state["optimizer"]), state["extra"])
+            optimizer = _join_optimizer(tensors, state["optimizer"])
+            live = load((path / _LIVE).read_bytes()) if state.get("live") else {}
+            return Checkpoint(step, _read_trained(path), optimizer, state["extra"], live)
 
     def trained(self, step: int) -> Saved:
         """Read what was trained from a checkpoint, without the optimiser, or from the adapter that was kept of it.
@@ -314,18 +323,45 @@ def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
     """An optimiser's state dict as tensors for safetensors and a rest for JSON."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
+    places: set[int] = set()
+
+    def keep(key: str, tensor: Tensor) -> None:
+        copy = tensor.detach().cpu().contiguous()
+        if copy.data_ptr() in places:  # safetensors refuses memory that is shared, as bitsandbytes' tables are
+            copy = copy.clone()
+        places.add(copy.data_ptr())
+        tensors[key] = copy
+
     for index, entry in state["state"].items():
-        for name, value in entry.items():
+        for name, value in _flat(entry):
             if isinstance(value, Tensor):
-                tensors[f"{index}.{name}"] = value.detach().cpu().contiguous()
+                keep(f"{index}.{name}", value)
             else:
                 values.setdefault(str(index), {})[name] = value
-    return tensors, {"values": values, "param_groups": state["param_groups"]}
+    groups = []
+    for number, group in enumerate(state["param_groups"]):
+        groups.append({name: value for name, value in group.items() if not isinstance(value, Tensor)})
+        for name in set(group) - set(groups[-1]):  # of Prodigy
+            keep(f"group {number}.{name}", group[name])
+    return tensors, {"values": values, "param_groups": groups}
+
+
+def _flat(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A parameter's state without the mapping in which newer versions of bitsandbytes keep what is quantised."""
+    for name, value in entry.items():
+        if isinstance(value, Mapping):
+            yield from value.items()
+        else:
+            yield name, value
 
 
 def _join_optimizer(tensors: Mapping[str, Tensor], rest: Mapping[str, Any]) -> dict[str, Any]:
     state: dict[int, dict[str, Any]] = {int(index): dict(entry) for index, entry in rest["values"].items()}
+    groups = [dict(group) for group in rest["param_groups"]]
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = tensor
-    return {"state": state, "param_groups": rest["param_groups"]}
+        if index.startswith("group "):
+            groups[int(index.removeprefix("group "))][name] = tensor
+        else:
+            state.setdefault(int(index), {})[name] = tensor
+    return {"state": state, "param_groups": groups}

@@ -19,12 +19,12 @@ from .families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
 from .families.clip import HEAD
 from .files import require_writable
 from .kohya import Adapter
+from .optimization import require_optimizer
 from .randomness import generator
 from .trackers import require_tracker
 
 _ROOM = 50_000_000  # bytes that an adapter and its checkpoints take at the least
-_STATE = 12  # bytes that full fine-tuning keeps of every trained number: the weight and AdamW's two moments
-_WRITTEN = 4  # bytes of it in a checkpoint file, at the most
+_WRITTEN = 4  # bytes of a trained number in a checkpoint file, at the most
 _PLACES = ((0.9, "epsilon"), (0.9, "epsilon"), (0.3, "v_prediction"), (0.5, "v_prediction"))  # of the timesteps
 _SURELY_NOISE, _NOT_NOISE, _VELOCITY = 0.8, 0.5, 0.4  # cosines
 
@@ -37,11 +37,12 @@ def require_trainable(
     runs_dir: Path,
     stacked: Sequence[tuple[Adapter, float]] = (),
     checkpoints_dir: Path | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Check what can be checked at once, so that a mistake is told before class pictures are made, not after.
 
     Raises:
-        SettingsError: A setting does not fit the model.
+        SettingsError: A setting does not fit the model, or the optimiser can't be used.
         AdapterError: The adapter to start from does not.
         StorageError: A folder can't be written, or its disk is full.
     """
@@ -52,6 +53,7 @@ def require_trainable(
             "Turn zero_terminal_snr off.",
         )
     require_tracker(settings.log_with)
+    require_optimizer(settings, device)
     if settings.combine:
         for adapter in [*(one for one, _ in stacked), *([start] if start else [])]:
             require_combinable(adapter)
@@ -64,7 +66,8 @@ def require_trainable(
     parts = [base.unet, *base.text_encoders]
     numbers = sum(tensor.numel() for part in parts for tensor in part.tensors.values())
     made = settings.steps // settings.checkpoint_every + 1 if settings.checkpoint_every else 1
-    require_writable(runs_dir, _STATE * numbers * min(made, settings.keep_checkpoints + 1))
+    state = _WRITTEN * (2 if settings.averages else 1) + settings.optimizer_class.bytes_per_number
+    require_writable(runs_dir, int(state * numbers) * min(made, settings.keep_checkpoints + 1))
     require_writable(checkpoints_dir or output_dir, _WRITTEN * numbers)
 
 

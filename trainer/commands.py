@@ -11,19 +11,23 @@ from pathlib import Path
 from PIL import Image
 
 from .applying import apply_to_base, merge_into
+from .base_settings import BaseSettings
 from .checks import require_trainable
-from .config import BaseSettings, GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
+from .config import GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
 from .devices import explained_memory_errors, pick_device, pick_precision
-from .dreambooth import Stage, TrainResult, train
+from .dreambooth import train
+from .ends import Stage, TrainResult
 from .errors import SettingsError
 from .events import Listener, Phase
 from .families.base import BaseWeights
 from .files import explained_os_errors, require_writable
 from .kohya import Adapter, read_adapter
+from .picture_check import check_pictures
 from .picture_files import Reading
 from .pictures import Picture, load_pictures, split_off
 from .presets import filled
 from .priors import make_class_pictures, priors_folder
+from .quantization import require_quantizable
 from .sample import generate, ready_model
 from .subject_settings import SubjectTable
 from .team import Team
@@ -32,6 +36,7 @@ from .weights import open_base
 
 def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     """Check everything, make the class pictures, train."""
+    require_quantizable(settings.base_quantization, pick_device(settings.device))
     pictures = [
         picture
         for one in settings.subjects
@@ -50,6 +55,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     runs = settings.output_dir / "runs"
     split_off(pictures, settings.validation_pictures, settings.seed)  # so that too many are told before long work
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
+    check_pictures(pictures, settings.resolution, listener)
     team = Team.here(cpu=pick_device(settings.device).type == "cpu")
     with team.leader_first():
         made = [

@@ -14,66 +14,19 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from .adapter_settings import AdapterSettings
+from .base_settings import BaseSettings
 from .data_settings import DataSettings
 from .objective_settings import ObjectiveSettings
+from .optimizer_settings import OptimizerSettings
 from .preview_settings import PreviewSettings
 from .prompts import filled, split_prompts
 from .settings import Settings, TidyPath, field_extra, setting
 from .subject_settings import SubjectSettings, SubjectTable
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
-PredictionType = Literal["auto", "epsilon", "v_prediction"]
 SchedulerName = Literal["ddim", "pndm", "euler", "dpm++"]
 MAX_SEED = 2**64 - 1
 _TEXT_ENCODER = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_until")
-
-
-class BaseSettings(Settings):
-    """Where the base model comes from and where it runs."""
-
-    base: TidyPath = setting(
-        ...,
-        "Base model: a single-file checkpoint (.safetensors or .ckpt) or a folder in diffusers' layout.",
-        group="Base model",
-    )
-    tokenizer: TidyPath | None = setting(
-        None,
-        "Folder with the CLIP tokenizer (vocab.json, merges.txt). Needed only for a single-file checkpoint that "
-        "lies outside a ComfyUI installation; found by itself otherwise.",
-        group="Base model",
-        advanced=True,
-        affects_result=False,
-    )
-    vae: TidyPath | None = setting(
-        None,
-        "Another autoencoder: a file, or a folder of diffusers. It computes in fp32, so SDXL's own works, too.",
-        group="Base model",
-        advanced=True,
-    )
-    prediction_type: PredictionType = setting(
-        "auto",
-        "What the base model predicts. auto: as the checkpoint or folder says, and for Stable Diffusion 2.x as its "
-        "weights show.",
-        group="Base model",
-        advanced=True,
-    )
-    clip_skip: int = setting(
-        0,
-        "Layer of the text encoders that is read, counted from the end (2: the one before the last); 0: the family's.",
-        unit="layers",
-        group="Base model",
-        advanced=True,
-        ge=0,
-        le=32,
-    )
-    device: str = setting(
-        "auto",
-        "Device to run on: auto, cpu, cuda, cuda:N or mps.",
-        group="Base model",
-        advanced=True,
-        affects_result=False,
-        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
-    )
 
 
 class PriorSettings(Settings):
@@ -119,7 +72,7 @@ class PriorSettings(Settings):
         return self
 
 
-class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSettings):
+class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSettings, ObjectiveSettings):
     """What and how to learn: the recipe's own settings."""
 
     preset: Literal["none", "object", "animal", "person", "style"] = setting(
@@ -161,7 +114,7 @@ class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSet
     max_grad_norm: float = setting(
         1.0, "Gradients are clipped to this norm; 0: not clipped.", ge=0.0, le=1000.0, advanced=True
     )
-    weight_decay: float = setting(0.01, "AdamW's weight decay.", ge=0.0, le=1.0, advanced=True)
+    weight_decay: float = setting(0.01, "Weight decay of the optimiser.", ge=0.0, le=1.0, advanced=True)
     precision: Precision = setting(
         "auto",
         "Precision of the base model while training: auto takes bf16 where the GPU has it, else fp16 on CUDA "
@@ -171,6 +124,15 @@ class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSet
     gradient_checkpointing: bool = setting(
         False,
         "Recompute activations in the backward pass: about half the memory, about a third slower.",
+        advanced=True,
+        affects_result=False,
+    )
+    fit: Literal["auto", "off"] = setting(
+        "auto",
+        "auto: on a CUDA GPU the memory of a step is estimated before the first one, and what saves memory without "
+        "changing what is learned is turned on if it is needed: gradient checkpointing, then batches in several parts. "
+        "If the memory runs out all the same, the run goes on once with less. off: everything as set.",
+        group="Memory",
         advanced=True,
         affects_result=False,
     )
@@ -242,6 +204,10 @@ class TrainSettings(AdapterSettings, PreviewSettings, DataSettings, ObjectiveSet
                 "lr_schedule 'constant' has no warm-up: choose 'constant_with_warmup' or set lr_warmup_steps to 0"
             )
         return self
+
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> Self:
+        return self.require_fitting(self.learning_rate, self.text_rates, self.lr_schedule, self.adapter, self.max_norm)
 
     @property
     def text_encoder_steps(self) -> int:
@@ -318,7 +284,7 @@ class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, 
         """The subjects, each with the number of its class pictures, and its words in the prompts."""
         if not self.subject:
             names = set(SubjectTable.model_fields)
-            tables = [SubjectTable(**{name: value for name, value in self if name in names})]
+            tables = [SubjectTable.model_construct(**{name: value for name, value in self if name in names})]
         else:
             tables = list(self.subject)
         found = []
@@ -331,6 +297,25 @@ class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, 
             wanted = count if prompts["class_prompt"] and not one.class_images else 0
             found.append(one.model_copy(update=prompts | {"prior_count": wanted}))
         return found
+
+
+class PlanCommand(TrainCommand):
+    """Everything that `plan` takes: what `train` does, and the memory to plan for. Pictures need not be there yet."""
+
+    images: TidyPath | None = setting(None, "Pictures of the subject; not needed to plan.", group="Subject")
+    memory: float | None = setting(
+        None,
+        "Memory of the card to plan for. Not set: what is free on the device.",
+        unit="GB",
+        group="Memory",
+        affects_result=False,
+        gt=0.0,
+        le=10_000.0,
+    )
+
+    @model_validator(mode="after")
+    def _one_subject_or_several(self) -> Self:
+        return self
 
 
 class PriorsCommand(StageSettings, BaseSettings, PriorSettings, OutputSettings):

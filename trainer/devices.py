@@ -82,6 +82,12 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes of a CUDA device that are free, or held by this process for tensors to come."""
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
+
+
 def used_memory(device: torch.device) -> int:
     """Bytes: the peak since the last reset on CUDA, the current use on MPS, the process's resident size on the CPU."""
     if device.type == "cuda":

@@ -17,7 +17,8 @@ import torch
 from .checks import require_trainable
 from .config import PriorSettings, TrainSettings
 from .devices import pick_device, pick_precision
-from .dreambooth import Stage, train
+from .dreambooth import train
+from .ends import Stage
 from .errors import SettingsError
 from .evaluation import DRIFT, FIDELITY, FOLLOWING, Evaluation
 from .events import Listener, Note, SilentListener

@@ -9,23 +9,24 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .cache import Cache, build_cache
+from .averaging import Averaging
+from .cache import Cache, build_cache, leave
 from .captions import Captions
 from .checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
 from .checks import diverged, require_prediction_type, require_trainable
 from .config import TrainSettings
 from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
+from .ends import Stage, TrainResult
 from .errors import CancelledError, DivergedError
 from .events import Listener, Note, Opened, SilentListener, Validation
 from .export import export
 from .families.base import BaseWeights, DiffusionModel
-from .kohya import Adapter
+from .fitting import Fit
 from .metadata import RunFacts, training_metadata
 from .metrics import is_validated
 from .optimization import (
@@ -34,51 +35,20 @@ from .optimization import (
     make_accelerator,
     make_optimizer,
     recompute_activations,
+    restore_optimizer,
     set_learning_rates,
 )
 from .pace import Pace
 from .passes import Passes
 from .pictures import Picture, split_off
 from .previews import Previews
+from .quantization import require_quantizable
 from .team import Team
 from .trackers import watched
 from .trainee import Trainee, begin
 
-_LOWER = "resolution or batch_size, turn gradient_checkpointing on, or choose bf16 or fp16; the run then resumes"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What a run builds upon beside the base model.
-
-    Attributes:
-        start: An adapter to go on training.
-        stacked: Adapters that were applied to the base, with their strengths; for a file that holds them, too.
-    """
-
-    start: Adapter | None = None
-    stacked: Sequence[tuple[Adapter, float]] = ()
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """What a run gives.
-
-    Attributes:
-        adapter: The trained adapter as it stands in the file; of full fine-tuning the extracted one.
-        path: The adapter file.
-        run: The run's folder, with its checkpoints.
-        step: Step whose weights the files hold: the last, unless the run stopped early.
-        started_from: Step from which this call went on; equal to the number of steps if the run was finished.
-        checkpoint: The checkpoint file of full fine-tuning; None otherwise.
-    """
-
-    adapter: Adapter
-    path: Path
-    run: Path
-    step: int
-    started_from: int
-    checkpoint: Path | None
+_LOWER = "resolution or batch_size, turn gradient_checkpointing on, or set base_quantization; the run then resumes"
+_BUILT = ("model", "trainee", "averaging", "optimizer", "accelerator", "cache", "captions", "passes", "previews")
 
 
 def train(
@@ -115,14 +85,11 @@ def train(
         SettingsError: The settings don't fit the model or the device.
         StorageError: The folders can't be written or have no room.
     """
-    recipe = DreamBooth(
-        base, subject, priors, settings, output_dir, runs_dir, pick_device(device), listener, stage, checkpoints_dir
-    )
+    place = pick_device(device)
+    fit = Fit(settings, place, Team.here(cpu=place.type == "cpu"))
+    places = (base, subject, priors, settings, output_dir, runs_dir, fit.device, listener, stage, checkpoints_dir)
     with accelerate_state_kept():
-        try:
-            return recipe.run()
-        finally:
-            recipe.clean_up()
+        return fit.attempt(lambda: DreamBooth(*places, fit), listener or SilentListener())
 
 
 class DreamBooth:
@@ -145,14 +112,16 @@ class DreamBooth:
         listener: Listener | None = None,
         stage: Stage | None = None,
         checkpoints_dir: Path | None = None,
+        fit: Fit | None = None,
     ) -> None:
         """Take the inputs; nothing is built yet."""
-        self.base, self.subject, self.priors, self.settings = base, list(subject), list(priors), settings
+        self.base, self.subject, self.priors, self.given = base, list(subject), list(priors), settings
+        self.settings, self.fit = settings, fit or Fit(settings, device)
         self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
         self.stage, self.checkpoints_dir = stage or Stage(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
         self.precision = pick_precision(settings.precision, device)
-        self.team = Team.here(cpu=device.type == "cpu")
+        self.team = self.fit.team
         self.fingerprint = run_fingerprint(
             base, subject, priors, settings, self.precision, self.stage.start, self.team.count
         )
@@ -174,13 +143,14 @@ class DreamBooth:
             self.prepare()
             self._resume(newest)
             best = self._loop()
+            self.fit.tell_peak(self.listener)
             return self._export(self.run_folder.trained(best), best, newest)
 
     def clean_up(self) -> None:
         """Drop every network and give the device's memory back."""
         if hasattr(self, "accelerator"):
             self.accelerator.free_memory()
-        for name in ("model", "trainee", "optimizer", "accelerator", "cache", "captions", "passes", "previews"):
+        for name in _BUILT:
             if hasattr(self, name):
                 delattr(self, name)
         release(self.device)
@@ -188,18 +158,23 @@ class DreamBooth:
     def open_run(self) -> None:
         """Check the folders; find this run's folder by its fingerprint, or begin one."""
         settings, stage = self.settings, self.stage
+        require_quantizable(settings.base_quantization, self.device)
         self.taught, self.held_out = split_off(self.subject, settings.validation_pictures, settings.seed)
         require_trainable(
-            self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked, self.checkpoints_dir
+            *(self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked),
+            *(self.checkpoints_dir, self.device),
         )
         shown = {"base": self.base.title} | settings.model_dump(mode="json")
-        which = self.runs_dir, settings.name, self.fingerprint, shown
-        self.run_folder = self.team.of_leader(lambda: RunFolder.open(*which, anew=settings.resume == "never"))
+        which, anew = (self.runs_dir, settings.name, self.fingerprint, shown), settings.resume == "never"
+        self.run_folder = self.fit.folder = self.fit.folder or self.team.of_leader(
+            lambda: RunFolder.open(*which, anew=anew)
+        )
         self.listener.tell(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
         self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
 
     def prepare(self) -> None:
         """Build the model around the borrowed weights, encode once, put in what is trained."""
+        self.settings = self.fit.settings(self.base, self.stage.start, bool(self.priors), self.precision, self.listener)
         reset_peak_memory(self.device)
         self.model = self.base.family.build(self.base)
         self.objective = self.model.objective.shaped(self.settings).to(self.device)
@@ -218,8 +193,7 @@ class DreamBooth:
             sets = {"instance": self.taught, "prior": self.priors, "validation": self.held_out}
             cache = build_cache(self.model, sets, self.settings, self.device, self.listener)
             cache.save(self.run_folder.cache_path)
-        for name in [name for name in self.model.text_encoders if name not in trained]:
-            del self.model.text_encoders[name]
+        leave(self.model, trained)
         del self.model.vae
         release(self.device)
         return cache
@@ -232,7 +206,8 @@ class DreamBooth:
             self.model.unet.enable_gradient_checkpointing()
             for encoder in self.model.text_encoders.values():
                 recompute_activations(encoder)
-        optimizer = make_optimizer(self.trainee.groups(), settings)
+        optimizer = make_optimizer(self.trainee.groups(), settings, self.trainee.starting_at_zero())
+        self.averaging = Averaging(self.trainee.parameters(), optimizer, settings)
         self.learning_rate_factor = learning_rate_factor(optimizer, settings)
         self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         self.model.unet = self.accelerator.prepare_model(self.model.unet, evaluation_mode=True)  # we reduce ourselves
@@ -250,7 +225,8 @@ class DreamBooth:
             return
         checkpoint = self.run_folder.load(step)
         self.trainee.restore(checkpoint.trained)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
+        self.averaging.restore(checkpoint.live, step)
+        restore_optimizer(self.optimizer, checkpoint.optimizer)
         if self.accelerator.scaler is not None and checkpoint.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
         self.step = step
@@ -294,9 +270,10 @@ class DreamBooth:
     def _preview(self) -> int | None:
         """Draw and score what this step can do, if it is due; the best step if the run should stop here."""
         if self.team.leads:
-            if self.previews.due(self.step):
-                self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
-            self._validate()
+            with self.averaging.shown():
+                if self.previews.due(self.step):
+                    self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
+                self._validate()
         self.team.wait()
         for network in (self.model.unet, *self.model.text_encoders.values()):
             network.train()
@@ -309,6 +286,10 @@ class DreamBooth:
 
     def _freeze_text_encoders(self) -> None:
         """Leave the text encoders as they are: their captions are encoded one last time, and they leave."""
+        groups = self.trainee.groups()
+        self._consistent = False
+        self.averaging.settle(one for name in self.captions.trained for one in groups.get(name, ()))
+        self._consistent = True
         self.captions.freeze()
         release(self.device)
         self.listener.tell(Note(f"The text encoders stay as they are after step {self.step}."))
@@ -335,6 +316,7 @@ class DreamBooth:
                     self.optimizer.step()
                     self.optimizer.zero_grad(set_to_none=True)
                     self.trainee.after_update(("unet", *self.captions.trained))
+                    self.averaging.update()
         return total
 
     def _report(self, pace: Pace, step: int, rate: float, loss: Tensor) -> None:
@@ -353,9 +335,10 @@ class DreamBooth:
             )
         scaler = self.accelerator.scaler
         extra = {"scaler": scaler.state_dict() if scaler is not None else None}
-        trained = self.trainee.saved(self._metadata(self.step))
+        with self.averaging.shown():
+            trained = self.trainee.saved(self._metadata(self.step))
         keep, best = self.settings.keep_checkpoints, self.previews.best()
-        state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra)
+        state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra, self.averaging.raw())
         if self.team.leads:
             self.run_folder.save(state, keep, best=best, keep_adapters=self.settings.keep_adapters)
 
@@ -384,7 +367,7 @@ class DreamBooth:
             start=self.stage.start,
             processes=self.team.count,
         )
-        return training_metadata(self.settings, facts, step)
+        return training_metadata(self.given, facts, step)
 
     def _export(self, saved: Saved, step: int, started_from: int) -> TrainResult:
         """Write the files."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from .devices import place
 from .errors import WeightsError
 from .feature_files import are_files, network_class, open_feature_files
+from .pretrained import explained_opening, model_type, pillow_processor, title_of
 
 _PROCESSORS = {"clip": "CLIPImageProcessor", "clip_vision_model": "CLIPImageProcessor", "dinov2": "BitImageProcessor"}
 _PROCESSORS |= {"vit": "ViTImageProcessor"}
@@ -114,36 +115,16 @@ def open_feature_model(
     if are_files(source):
         files = open_feature_files(source, tokenizer)
         place(files.network, device, torch.float32)
-        processor = _processor_class(files.kind).from_dict(dict(files.preprocessing))
+        processor = pillow_processor(_PROCESSORS[files.kind]).from_dict(dict(files.preprocessing))
         return FeatureModel(files.name, files.kind, files.network.eval(), processor, files.tokenizer)
-    local = not download
-    name = str(source)
-    try:
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=local)
-        kind = str(config.model_type)
-        if kind not in _PROCESSORS:
-            raise WeightsError(f"{source} is a {kind} model.", f"Give one of: {', '.join(_PROCESSORS)}.")
+    local, name = not download, str(source)
+    files_wanted = "config.json, model.safetensors and preprocessor_config.json (and a CLIP's tokenizer)"
+    with explained_opening("feature model", name, files_wanted, "models/feature_models"):
+        kind = model_type(name, _PROCESSORS, download=download)
         network = network_class(kind).from_pretrained(name, local_files_only=local)
-        processor = _processor_class(kind).from_pretrained(name, local_files_only=local)
+        processor = pillow_processor(_PROCESSORS[kind]).from_pretrained(name, local_files_only=local)
         own_tokenizer = None
         if kind == "clip":
             own_tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-    except (OSError, ValueError) as error:
-        folder = Path(source).name
-        raise WeightsError(
-            f"The feature model {source} can't be opened: {error}".split("\n")[0].rstrip(".") + ".",
-            "Put config.json, model.safetensors and preprocessor_config.json (and a CLIP's tokenizer) into a "
-            f"folder, such as models/feature_models/{folder}, and give that; or a hub name with --download.",
-        ) from error
     place(network, device, torch.float32)
-    return FeatureModel(
-        Path(name).name if Path(name).is_dir() else name, kind, network.eval(), processor, own_tokenizer
-    )
-
-
-def _processor_class(kind: str) -> Any:
-    """The processor that works on Pillow pictures; transformers 5 has it under a name of its own."""
-    import transformers
-
-    name = _PROCESSORS[kind]
-    return getattr(transformers, f"{name}Pil", None) or getattr(transformers, name)
+    return FeatureModel(title_of(name), kind, network.eval(), processor, own_tokenizer)

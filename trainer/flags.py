@@ -46,7 +46,7 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Settings], positio
         parser.add_argument("config", nargs="?", type=Path, metavar="RUN.toml", help=_CONFIG)
     groups: dict[str, Any] = {}
     for name, field in settings.model_fields.items():
-        if name == positional or _is_table(field):
+        if name == positional or is_table(field):
             continue
         title = field_extra(settings, name)["group"]
         group = groups.setdefault(title, None) or parser.add_argument_group(title)
@@ -72,7 +72,7 @@ def settings_from(arguments: argparse.Namespace, settings: type[SettingsT]) -> S
     return settings.checked(values | flags)
 
 
-def _is_table(field: FieldInfo) -> bool:
+def is_table(field: FieldInfo) -> bool:
     """Whether a field holds tables of a settings file."""
     return any(isinstance(part, type) and issubclass(part, Settings) for part in get_args(field.annotation))
 

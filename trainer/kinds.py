@@ -118,13 +118,14 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-def start_of(kind: Kind, part: str, shape: torch.Size, weight: Tensor, generator: torch.Generator) -> Tensor:
+def start_of(kind: Kind, part: str, shape: torch.Size, module: nn.Module, generator: torch.Generator) -> Tensor:
     """Where a part's training begins, float32 on the CPU.
 
     Zero, or uniform within ±1/√fan_in as PEFT does (Kaiming with a = √5), or for DoRA's magnitudes the lengths of the
     rows of the module's weight.
     """
     if part == DORA_SCALE:
+        weight: Any = module.weight
         lengths: Tensor = torch.linalg.vector_norm(weight.detach().float().flatten(1), dim=1)
         return lengths.cpu().reshape(shape)
     if part in kind.starts_at_zero:

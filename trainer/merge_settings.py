@@ -11,7 +11,8 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
-from .config import MAX_SEED, BaseSettings, GenerateSettings, Precision, TrainSettings
+from .base_settings import BaseSettings
+from .config import MAX_SEED, GenerateSettings, Precision, TrainSettings
 from .prompts import split_prompts
 from .settings import Settings, TidyPath, setting
 

@@ -78,7 +78,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_learning_rate": settings.learning_rate,
         "ss_unet_lr": settings.learning_rate,
         "ss_text_encoder_lr": ", ".join(map(str, settings.text_rates.values())) or "0.0",
-        "ss_optimizer": f"torch.optim.AdamW(weight_decay={settings.weight_decay})",
+        "ss_optimizer": settings.optimizer_title(settings.weight_decay),
         "ss_lr_scheduler": settings.lr_schedule,
         "ss_lr_warmup_steps": settings.lr_warmup_steps,
         "ss_max_grad_norm": settings.max_grad_norm,
@@ -159,6 +159,7 @@ def _network_args(settings: TrainSettings, kind: str) -> dict[str, object]:
         "block_ranks": settings.block_ranks,
         "include": settings.include,
         "exclude": settings.exclude,
+        "loraplus_lr_ratio": settings.lora_plus_ratio and str(settings.lora_plus_ratio),
         "rank_stabilized": "True" if settings.rank_stabilized else "",
     }
     return {name: value for name, value in found.items() if value}

@@ -121,25 +121,45 @@ Files = Mapping[str, Callable[[], bytes]]
 """Name within the place, with slashes → a way to read the file."""
 
 
-def _folder_files(folder: Path) -> Files:
-    """The files of a folder and of its folder of masks; if it has no pictures, of kohya's folders in it."""
+def folder_files(folder: Path) -> dict[str, Path]:
+    """The files that a subject's folder has, name → path: its own and those of its folder of masks.
+
+    If it has no pictures itself, those of the folders in it that are named as kohya's trainer wants them: "10_sks dog".
+
+    Raises:
+        OSError: It can't be read.
+    """
     below = sorted(folder.iterdir())
-    own = {file.name: file.read_bytes for file in below if file.is_file()}
-    subfolders = [sub for sub in below if sub.is_dir()]
-    taken = [sub for sub in subfolders if sub.name == _MASK_FOLDER]
-    if not any(map(is_picture, own)):
-        taken = [sub for sub in subfolders if _REPEATED.fullmatch(sub.name)]
-    for sub in taken:
-        own |= {f"{sub.name}/{file.name}": file.read_bytes for file in sorted(sub.iterdir()) if file.is_file()}
-    if not any(map(is_picture, own)):
-        filled = [sub.name for sub in subfolders if any(is_picture(file.name) for file in sub.iterdir())]
+    found = {path.name: path for path in below if path.is_file()}
+    kohya = not any(map(is_picture, found))
+    for sub in below:
+        if sub.is_dir() and (_REPEATED.fullmatch(sub.name) if kohya else sub.name == _MASK_FOLDER):
+            found |= {f"{sub.name}/{path.name}": path for path in sorted(sub.iterdir()) if path.is_file()}
+    return found
+
+
+def pictures_among(names: Iterable[str]) -> list[str]:
+    """Those of a place's files that are pictures to train on: no masks; ordered by name."""
+    found = sorted(filter(is_picture, names))
+    masks = set(_masks(found).values())
+    return [name for name in found if name not in masks]
+
+
+def _folder_files(folder: Path) -> Files:
+    found = folder_files(folder)
+    if not any(map(is_picture, found)):
+        filled = [
+            sub.name
+            for sub in sorted(folder.iterdir())
+            if sub.is_dir() and any(is_picture(file.name) for file in sub.iterdir())
+        ]
         hint = (
             f"Did you mean its subfolder {', '.join(filled[:5])}?"
             if filled
             else "Put 3 to 20 pictures of the subject into it."
         )
         raise PicturesError(f"The folder {folder} holds no pictures.", hint)
-    return own
+    return {name: path.read_bytes for name, path in found.items()}
 
 
 def _zip_files(path: Path, archive: zipfile.ZipFile) -> Files:
@@ -162,13 +182,10 @@ def _read_all(
     files: Files, reading: Reading, prompt: str, listener: Listener, *, keep: bool = False
 ) -> list[PictureFile]:
     """Read every picture once; `keep` its content where it can't be read again."""
-    names = sorted(name for name in files if is_picture(name))
-    masks = _masks(names)
+    masks = _masks(filter(is_picture, files))
     described = _described(files) if reading.captions == "files" else {}
     found = []
-    for name in names:
-        if name in masks.values():
-            continue
+    for name in pictures_among(files):
         try:
             content = files[name]()
             text, repeats = _caption(name, files, described, reading, prompt, listener)
@@ -184,6 +201,7 @@ def _read_all(
 
 def _masks(names: Iterable[str]) -> dict[str, str]:
     """Picture → its mask: x.jpg → x-masklabel.png, x_mask.png, x.mask.png or masks/x.png."""
+    names = sorted(names)
     by_stem = {str(PurePosixPath(name).with_suffix("")): name for name in names}
     found = {}
     for name in names:

@@ -8,7 +8,8 @@ from typing import get_args
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
-from .config import BaseSettings, OutputSettings, PriorSettings, SchedulerName, SizeSettings, TrainSettings
+from .base_settings import BaseSettings
+from .config import OutputSettings, PriorSettings, SchedulerName, SizeSettings, TrainSettings
 from .prompts import split_prompts
 from .settings import Settings, TidyPath, setting
 

@@ -82,11 +82,15 @@ class Team:
 
     def anyone(self, wish: bool, device: torch.device) -> bool:
         """Whether any process wishes something; all get the same answer."""
+        return bool(self.largest(int(wish), device))
+
+    def largest(self, number: int, device: torch.device) -> int:
+        """The largest of the processes' numbers."""
         if self.count == 1:
-            return wish
-        wishes = torch.tensor([int(wish)], device=device)
-        torch.distributed.all_reduce(wishes)
-        return bool(wishes.item())
+            return number
+        numbers = torch.tensor([number], device=device)
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+        return int(numbers.item())
 
     def average(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
         """Bring the mean of all processes' gradients into the parameters; returns the mean of their losses, 0-D.

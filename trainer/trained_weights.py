@@ -34,6 +34,10 @@ class TrainedWeights:
         """All trained parameters."""
         return [parameter for group in self.groups().values() for parameter in group]
 
+    def starting_at_zero(self) -> list[nn.Parameter]:
+        """None: there is no adapter."""
+        return []
+
     def _named(self) -> dict[str, nn.Parameter]:
         """Parameters by "<component>.<parameter>"."""
         return {

@@ -15,6 +15,7 @@ from .devices import place
 from .families.base import DiffusionModel
 from .kohya import Adapter
 from .modules import UNET, networks
+from .quantization import quantize
 from .trained_weights import TrainedWeights
 
 
@@ -26,6 +27,9 @@ class Trainee(Protocol):
 
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters."""
+
+    def starting_at_zero(self) -> list[nn.Parameter]:
+        """Those of an adapter's parts that begin at zero, which LoRA+ trains faster."""
 
     def saved(self, metadata: Mapping[str, str]) -> Saved:
         """A copy of the current state, for a checkpoint."""
@@ -59,5 +63,7 @@ def begin(
     full = settings.adapter == "full"
     for component, network in networks(model).items():
         if component == UNET or component in settings.text_rates:
+            if component == UNET and settings.base_quantization == "nf4":
+                quantize(network, device, dtype)
             place(network, device, torch.float32 if full else dtype)
     return TrainedWeights(model, settings) if full else TrainedAdapter(model, settings, start)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base_settings import PredictionType
 from .clip_tokenizer import find_tokenizer, load_tokenizer
-from .config import PredictionType
 from .errors import UnsupportedModelError, WeightsError
 from .families import identify, refuse_foreign_class, refuse_foreign_keys
 from .families.base import CHOSEN, BaseWeights, Component, DiffusionModel, Family, Prediction
@@ -29,6 +29,7 @@ from .families.ldm import (
     vae_component,
     with_prefix,
 )
+from .quantization import load_bitsandbytes_if_there
 from .reading import network_config, read_component, read_json, read_single_file, with_current_attention_names
 
 logger = logging.getLogger("dreambooth_lora")
@@ -79,6 +80,7 @@ def open_base(
         WeightsError: Not found, damaged, incomplete, or not a base model.
         SettingsError: The text encoders have no such layer.
     """
+    load_bitsandbytes_if_there()  # else diffusers does
     if isinstance(source, HostTensors):
         weights = _from_original(source)
     elif os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not take
@@ -108,6 +110,7 @@ def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
         UnsupportedModelError: A model of a family that is not supported.
         WeightsError: It is incomplete or no base model.
     """
+    load_bitsandbytes_if_there()
     return checked(_from_original(_lent(tensors, path)))
 
 

@@ -1,0 +1,245 @@
+"""What a training takes of a GPU's memory, beside what the plan said of it: random weights of real size.
+
+    python benchmarks/fit.py                         SDXL's size, 1024², rank 16, batch 1, bf16
+    python benchmarks/fit.py --size sd15 --resolution 512
+    python benchmarks/fit.py --card 8                the allocator refuses more than a card of 8 GB has
+    python benchmarks/fit.py --plan                  the plan alone; so it is also where there is no GPU
+
+Every way to train runs in a process of its own: as it is, with gradient checkpointing, and beside that with 8-bit Adam
+(where the setting optimizer exists), with NF4, with both.
+
+Reported in GB, planned and measured:
+    encoding    peak of the tensors while pictures and captions are encoded
+    steps       peak of the tensors while steps are made
+    in all      planned: with the plan's margin; measured: what the allocator reserved
+    steps/s     median of the steps after the third
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.dont_write_bytecode = True
+
+TOKENIZER = ROOT / "demo" / "base" / "tokenizer"
+LEAN = {"gradient_checkpointing": True}
+EIGHT_BIT, FOUR_BIT = {"optimizer": "adamw-8bit"}, {"base_quantization": "nf4"}
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "checkpointing": LEAN,
+    "checkpointing, 8-bit Adam": {**LEAN, **EIGHT_BIT},
+    "checkpointing, NF4": {**LEAN, **FOUR_BIT},
+    "checkpointing, 8-bit Adam, NF4": {**LEAN, **EIGHT_BIT, **FOUR_BIT},
+}
+STEPS, WARM_UP = 12, 3
+GB = 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="sdxl", choices=("sd15", "sd2", "sdxl"), help="size of the random weights")
+    parser.add_argument("--resolution", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--card", type=float, help="memory of the card that is pretended, in GB")
+    parser.add_argument("--plan", action="store_true", help="only plan")
+    parser.add_argument("--out", type=Path, help="file for the figures, such as benchmarks/results/fit-4060.json")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.way:
+        print(json.dumps(measured(arguments)))
+        return
+    import torch
+
+    if not arguments.plan and not torch.cuda.is_available():
+        print("There is no CUDA GPU here: nothing is measured, what follows is the plan alone.\n")
+        arguments.plan = True
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments.scratch = Path(scratch)
+        report(arguments)
+
+
+def report(arguments: argparse.Namespace) -> None:
+    """Plan every way, and measure it if there is a GPU; print the figures."""
+    base = arguments.scratch / "random.safetensors"
+    if arguments.plan:
+        write_empty(base, arguments.size)
+    else:
+        import checkpoints
+        import torch
+
+        getattr(checkpoints, f"{arguments.size}_checkpoint")(base, size="full", dtype=torch.float16)
+        write_pictures(arguments.scratch / "pictures")
+    began = time.perf_counter()
+    plans = planned(arguments)
+    seconds = time.perf_counter() - began
+    print(
+        f"{arguments.size}, bf16, {arguments.resolution}², batch {arguments.batch_size}, rank {arguments.rank}; "
+        f"planned in {seconds:.1f} s"
+    )
+    print(f"{'':32}{'encoding':>16}{'steps':>16}{'in all':>16}{'steps/s':>9}")
+    figures: dict[str, Any] = {}
+    for way, plan in plans.items():
+        real = {} if arguments.plan else run_way(way, arguments)
+        figures[way] = {"planned": plan, "measured": real}
+        cells = "".join(f"{_pair(plan[part], real.get(part)):>16}" for part in ("encoding", "steps", "in all"))
+        speed = f"{real['rate']:9.2f}" if "rate" in real else ""
+        print(f"{way:32}{cells}{speed}{'   out of memory' if real.get('failed') else ''}")
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        names = ("size", "resolution", "rank", "batch_size", "card")
+        facts = {name: getattr(arguments, name) for name in names} | {"ways": figures}
+        arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+
+def _pair(plan: float, real: float | None) -> str:
+    return f"{plan / GB:.2f}" + ("" if real is None else f" | {real / GB:.2f}")
+
+
+def settings_for(way: str, arguments: argparse.Namespace) -> Any:
+    """Settings of a way to train; None where a setting of it does not exist."""
+    from trainer.config import TrainSettings
+
+    changes = WAYS[way]
+    if not set(changes) <= set(TrainSettings.model_fields):
+        return None
+    return TrainSettings(
+        name="fit",
+        steps=STEPS,
+        rank=arguments.rank,
+        resolution=arguments.resolution,
+        batch_size=arguments.batch_size,
+        precision="bf16",
+        checkpoint_every=0,
+        resume="never",
+        fit="off",
+        **changes,
+    )
+
+
+def planned(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Way → planned bytes."""
+    from trainer.config import TrainSettings
+    from trainer.memory_plan import Lean, Planner
+    from trainer.weights import open_base
+
+    base = open_base(arguments.scratch / "random.safetensors", TOKENIZER)
+    settings = TrainSettings(
+        rank=arguments.rank, resolution=arguments.resolution, batch_size=arguments.batch_size, precision="bf16"
+    )
+    planner = Planner(base, settings, "bf16", None, False)
+    found = {}
+    for way, changes in WAYS.items():
+        need = planner.need(
+            Lean(bool(changes.get("gradient_checkpointing"))),
+            quantization=changes.get("base_quantization"),
+            optimizer=changes.get("optimizer"),
+        )
+        found[way] = {
+            "encoding": need.encoding,
+            "steps": need.base + need.trained + need.activations,
+            "in all": need.total,
+        }
+    return found
+
+
+def run_way(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one way in a fresh process; its last line of output is JSON."""
+    command = [sys.executable, __file__, "--way", way, "--scratch", str(arguments.scratch)]
+    for name in ("resolution", "rank", "batch_size", "card"):
+        if getattr(arguments, name) is not None:
+            command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return dict(json.loads(output.splitlines()[-1]))
+
+
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train a few steps on the GPU."""
+    import torch
+
+    from trainer.dreambooth import train
+    from trainer.errors import OutOfMemoryError
+    from trainer.events import Phase
+    from trainer.pictures import load_pictures
+    from trainer.weights import open_base
+
+    settings = settings_for(arguments.way, arguments)
+    if settings is None:
+        return {}
+    if arguments.card:
+        whole = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (arguments.card - 0.5) * GB / whole))
+    found: dict[str, Any] = {}
+    times: list[float] = []
+
+    class Clock:
+        """The recipe asks whether to stop right after every step."""
+
+        def tell(self, event: object) -> None:
+            if isinstance(event, Phase) and event.name == "encoding pictures" and event.done == event.total:
+                found["encoding"] = torch.cuda.max_memory_allocated()
+                torch.cuda.reset_peak_memory_stats()
+
+        def should_stop(self) -> bool:
+            if "encoding" in found:
+                torch.cuda.synchronize()
+                times.append(time.perf_counter())
+            return False
+
+    clock = Clock()
+    pictures = load_pictures(arguments.scratch / "pictures", "a photo of sks dog", clock)
+    out = arguments.scratch / arguments.way.replace(",", "").replace(" ", "-")
+    try:
+        base = open_base(arguments.scratch / "random.safetensors", TOKENIZER)
+        train(base, pictures, [], settings, out, out / "runs", "cuda", clock)
+    except OutOfMemoryError:
+        found["failed"] = True
+    found |= {"steps": torch.cuda.max_memory_allocated(), "in all": torch.cuda.max_memory_reserved()}
+    seconds = [after - before for before, after in itertools.pairwise(times)][WARM_UP:]
+    return found | ({"rate": 1 / statistics.median(seconds)} if seconds else {})
+
+
+def write_pictures(folder: Path) -> None:
+    """Three noisy pictures."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir()
+    for number in range(3):
+        noise = np.random.default_rng(number).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((1024, 1024)).save(folder / f"{number}.jpg")
+
+
+def write_empty(path: Path, size: str) -> None:
+    """A checkpoint of zeros of real size, as a file with a hole that takes no room on most disks: shapes are enough."""
+    import checkpoints
+
+    shapes = {"sd15": checkpoints.SHAPES, "sd2": checkpoints.SD2_SHAPES, "sdxl": checkpoints.SDXL_SHAPES}
+    header: dict[str, Any] = {}
+    end = 0
+    for name, dims in checkpoints.parameter_shapes(shapes[size]["full"]):
+        begin, end = end, end + 2 * math.prod(dims)
+        header[name] = {"dtype": "F16", "shape": list(dims), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+
+
+if __name__ == "__main__":
+    main()

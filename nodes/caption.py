@@ -1,0 +1,67 @@
+"""Caption Images: what pictures show, in BLIP's words and the subject's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..trainer.caption_settings import CaptionSettings
+from . import host, host_models
+from .base import Node
+from .host_progress import NodeListener
+from .widgets import CATEGORY, widget
+
+
+class CaptionImages(Node):
+    """Writes captions."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        """Describe the node to ComfyUI."""
+        return io.Schema(
+            node_id="DreamBoothCaptionImages",
+            display_name="Caption Images (DreamBooth)",
+            category=CATEGORY,
+            description="Says what each picture shows, by BLIP, with your subject's rare word put in. Captions keep "
+            "the subject apart from what else is in its pictures.",
+            search_aliases=["blip", "caption", "tag", "describe", "interrogate", "image to text"],
+            is_output_node=True,
+            inputs=[
+                io.Image.Input("images", tooltip="The pictures."),
+                io.String.Input(
+                    "model",
+                    default="Salesforce/blip-image-captioning-base",
+                    tooltip="A folder in models/BLIP (config.json, model.safetensors, preprocessor_config.json and the "
+                    "tokenizer's files), a path, or a hub name.",
+                ),
+                widget(CaptionSettings, "token", default="sks"),
+                widget(CaptionSettings, "class_noun", default="dog"),
+                widget(CaptionSettings, "text"),
+                widget(CaptionSettings, "template", advanced=True),
+                widget(CaptionSettings, "beams", advanced=True),
+                io.Boolean.Input(
+                    "download", default=False, tooltip="Fetch a model that is given by its hub name and is not there."
+                ),
+            ],
+            outputs=[io.String.Output(display_name="captions", tooltip="A line for each picture.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, images: Any, model: str, download: bool, **values: Any) -> io.NodeOutput:
+        """Describe the pictures."""
+        import torch
+
+        from ..trainer.captioning import caption_pictures, open_captioner
+        from ..trainer.events import SilentListener
+        from ..trainer.pictures import load_pictures
+
+        settings = CaptionSettings.checked(values)
+        pictures = load_pictures(list(images), "", SilentListener())  # of one size: all are good, or none
+        device = torch.device(host.device_name())
+        with host.interruptible():
+            captioner = open_captioner(host_models.caption_model(model.strip()), device, download=download)
+            found = list(caption_pictures(captioner, pictures, settings, NodeListener(cls.hidden.unique_id)))
+        text = "\n".join(caption for _, caption in found)
+        return io.NodeOutput(text, ui={"text": [text]})
