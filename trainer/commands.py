@@ -24,7 +24,7 @@ from .files import explained_os_errors, require_writable
 from .kohya import Adapter, read_adapter
 from .picture_check import check_pictures
 from .picture_files import Reading
-from .pictures import Picture, load_pictures
+from .pictures import Picture, load_pictures, split_off
 from .presets import filled
 from .priors import make_class_pictures, priors_folder
 from .quantization import require_quantizable
@@ -53,6 +53,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     base = apply_to_base(open_settings(settings), stacked)
     settings = filled(settings, base.family, listener)
     runs = settings.output_dir / "runs"
+    split_off(pictures, settings.validation_pictures, settings.seed)  # so that too many are told before long work
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
     check_pictures(pictures, settings.resolution, listener)
     team = Team.here(cpu=pick_device(settings.device).type == "cpu")

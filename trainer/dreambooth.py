@@ -159,16 +159,16 @@ class DreamBooth:
         """Check the folders; find this run's folder by its fingerprint, or begin one."""
         settings, stage = self.settings, self.stage
         require_quantizable(settings.base_quantization, self.device)
+        self.taught, self.held_out = split_off(self.subject, settings.validation_pictures, settings.seed)
         require_trainable(
             *(self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked),
             *(self.checkpoints_dir, self.device),
         )
         shown = {"base": self.base.title} | settings.model_dump(mode="json")
-        anew = settings.resume == "never" and self.team.leads
-        with self.team.leader_first():
-            self.run_folder = self.fit.folder = self.fit.folder or RunFolder.open(
-                self.runs_dir, settings.name, self.fingerprint, shown, anew=anew
-            )
+        which, anew = (self.runs_dir, settings.name, self.fingerprint, shown), settings.resume == "never"
+        self.run_folder = self.fit.folder = self.fit.folder or self.team.of_leader(
+            lambda: RunFolder.open(*which, anew=anew)
+        )
         self.listener.tell(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
         self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
 
@@ -178,6 +178,7 @@ class DreamBooth:
         reset_peak_memory(self.device)
         self.model = self.base.family.build(self.base)
         self.objective = self.model.objective.shaped(self.settings).to(self.device)
+        self.model.objective = self.objective.as_type(self.objective.prediction_type)  # which previews are drawn with
         with self.team.leader_first():
             self.cache = self._encode()
         self._begin_training()
@@ -185,11 +186,11 @@ class DreamBooth:
     def _encode(self) -> Cache:
         """Encode pictures and captions, or read what this run encoded before; what is not trained leaves."""
         trained = self.settings.text_rates
-        self.previews.encode(self.model, trained, self.listener)
+        if self.team.leads:
+            self.previews.encode(self.model, trained, self.listener)
         cache = Cache.load(self.run_folder.cache_path)
         if cache is None:
-            taught, held_out = split_off(self.subject, self.settings.validation_pictures, self.settings.seed)
-            sets = {"instance": taught, "prior": self.priors, "validation": held_out}
+            sets = {"instance": self.taught, "prior": self.priors, "validation": self.held_out}
             cache = build_cache(self.model, sets, self.settings, self.device, self.listener)
             cache.save(self.run_folder.cache_path)
         leave(self.model, trained)
@@ -241,16 +242,15 @@ class DreamBooth:
                 if self.captions.trained and self.step >= settings.text_encoder_steps:
                     self._freeze_text_encoders()
                 factor = self.learning_rate_factor(self.step)
-                rate = settings.learning_rate * factor
                 loss = self.train_step(factor)
                 self.step += 1
                 self._consistent = True
                 if previous is not None:  # one step late, so that the device is never waited for
                     self._report(pace, *previous)
-                previous = (self.step, rate, loss)
+                previous = (self.step, settings.learning_rate * factor, loss)
                 due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
                 stop = self.team.anyone(self.listener.should_stop(), self.device)
-                if stop or due or self.step == settings.steps or self.previews.due(self.step):
+                if stop or due or self.step == settings.steps or self.previews.wanted(self.step):
                     self._report(pace, *previous)
                     previous = None
                     if stop:
@@ -260,6 +260,8 @@ class DreamBooth:
         except BaseException as error:
             if not isinstance(error, DivergedError):
                 self._save_interrupted()
+            if isinstance(error, CancelledError):
+                self.team.wait()  # a process that left now would let the launcher end the leader while it saves
             raise
         if best is not None:
             self.listener.tell(Note(f"Stopped early: step {best} shows the subject best; since then the class drifts."))
@@ -273,17 +275,14 @@ class DreamBooth:
                     self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
                 self._validate()
         self.team.wait()
-        self._set_training_mode()
+        for network in (self.model.unet, *self.model.text_encoders.values()):
+            network.train()
         return self.previews.stopped_at()
 
     def _validate(self) -> None:
         """Tell the loss on the held-out pictures, if there are any and it was not told before."""
         if self.cache.validation is not None and not is_validated(self.run_folder.metrics_path, self.step):
             self.listener.tell(Validation(self.step, self.passes.validation_loss(self.cache.validation)))
-
-    def _set_training_mode(self) -> None:
-        for network in (self.model.unet, *self.model.text_encoders.values()):
-            network.train()
 
     def _freeze_text_encoders(self) -> None:
         """Leave the text encoders as they are: their captions are encoded one last time, and they leave."""
@@ -345,8 +344,8 @@ class DreamBooth:
 
     def _save_interrupted(self) -> None:
         """Keep what is done when the loop ends early, unless it is saved already or mid-update."""
-        done = self.run_folder.steps()
-        if self.step and self.step not in done and self._consistent and self.trainee.is_finite():
+        saved = self.step in self.run_folder.steps()
+        if self.step and not saved and self._consistent and self.trainee.is_finite():
             self._save()
             self.listener.tell(
                 Note(f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}")
@@ -366,6 +365,7 @@ class DreamBooth:
             prediction=self.base.prediction,
             clip_skip=self.base.clip_skip,
             start=self.stage.start,
+            processes=self.team.count,
         )
         return training_metadata(self.given, facts, step)
 

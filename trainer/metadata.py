@@ -38,6 +38,7 @@ class RunFacts:
         prediction: What the model predicts.
         clip_skip: Layer of the text encoders that is read; 0: the family's.
         start: The adapter that the run went on with; its kind, rank and alpha replace the settings'.
+        processes: How many share every step.
     """
 
     family: Family
@@ -52,6 +53,7 @@ class RunFacts:
     prediction: Prediction
     clip_skip: int
     start: Adapter | None = None
+    processes: int = 1
 
 
 def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> dict[str, str]:
@@ -86,7 +88,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_resolution": f"({settings.resolution}, {settings.resolution})",
         "ss_num_train_images": len(facts.captions),
         "ss_num_reg_images": sum(facts.class_pictures.values()),
-        "ss_total_batch_size": settings.batch_size * settings.gradient_accumulation,
+        "ss_total_batch_size": settings.batch_size * settings.gradient_accumulation * facts.processes,
         "ss_batch_size_per_device": settings.batch_size,
         "ss_gradient_accumulation_steps": settings.gradient_accumulation,
         "ss_gradient_checkpointing": settings.gradient_checkpointing,
@@ -124,7 +126,8 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
                 "base_fingerprint": facts.base_fingerprint,
                 "class_prompt": " | ".join(facts.class_pictures),
                 "captions": list(facts.captions),
-            },
+            }
+            | ({"processes": facts.processes} if facts.processes > 1 else {}),
             sort_keys=True,
         ),
         FINGERPRINT_KEY: facts.run_fingerprint,

@@ -27,23 +27,23 @@ def shaped_noise(noise: Tensor, settings: ObjectiveSettings, source: torch.Gener
 def pyramid_noise(noise: Tensor, iterations: int, discount: float, source: torch.Generator) -> Tensor:
     """Add coarser noise, level by level, each `discount` times as strong, and bring the whole to a deviation of 1.
 
-    Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023, with kohya's random steps.
+    Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023, as kohya's trainer does it, so
+    that its values mean the same here: level 0 has full size.
 
     Args:
         noise: Standard normal, (channels, height, width).
-        iterations: Most levels; they end where a side would be one.
+        iterations: Most levels; they end where a side would be one. One level is plain noise.
         discount: Strength of each level over the one before.
         source: Of what is drawn here.
     """
     channels, height, width = noise.shape
-    total = noise.clone()
-    rows, columns = height, width
-    for level in range(iterations):
-        step = 2 + 2 * float(torch.rand((), generator=source))
-        rows, columns = max(1, int(rows / step)), max(1, int(columns / step))
+    total = noise * 2**0.5  # as if level 0 had been added: the sum of two standard normals
+    for level in range(1, iterations):
+        step = (2 + 2 * float(torch.rand((), generator=source))) ** level
+        rows, columns = max(1, int(height / step)), max(1, int(width / step))
         coarse = torch.randn((1, channels, rows, columns), generator=source)
         whole = functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
-        total = total + whole[0] * discount ** (level + 1)
+        total = total + whole[0] * discount**level
         if rows == 1 or columns == 1:
             break
     return total / total.std()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .objective_settings import ObjectiveSettings
 
-_MOST_SNR = 1000.0  # above which debiasing weighs no less, as kohya's trainer does it
+_MOST_SNR, _LEAST_SNR = 1000.0, 0.001  # debiasing weighs those beyond alike: kohya's upper limit; pure noise has 0
 
 
 def scaled_linear_alphas_cumprod(timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
@@ -57,14 +57,19 @@ def squared(error: Tensor, snr: Tensor, c: float) -> Tensor:
 
 def pseudo_huber(error: Tensor, snr: Tensor, c: float) -> Tensor:
     """2c(√(error² + c²) - c): squared for small errors, 2c·|error| for large (Song & Dhariwal 2023; kohya's scale)."""
-    return 2 * c * ((error.pow(2) + c**2).sqrt() - c)
+    return _pseudo_huber(error, c)
 
 
 def pseudo_huber_snr(error: Tensor, snr: Tensor, c: float) -> Tensor:
     """Pseudo-Huber whose c goes from 1 without noise to `c` with much of it (kohya's schedule "snr")."""
     sigma = snr.rsqrt()
     sizes = (1 - c) / (1 + sigma) ** 2 + c
-    return 2 * sizes * ((error.pow(2) + sizes**2).sqrt() - sizes)
+    return _pseudo_huber(error, sizes)
+
+
+def _pseudo_huber(error: Tensor, c: float | Tensor) -> Tensor:
+    squares = error.pow(2)
+    return 2 * c * squares / ((squares + c**2).sqrt() + c)  # the same, without a difference of large numbers
 
 
 _DISTANCES: dict[str, Distance] = {"mse": squared, "huber": pseudo_huber, "huber-snr": pseudo_huber_snr}
@@ -78,12 +83,12 @@ def min_snr_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
         gamma: γ.
         velocity: Whether the model predicts the velocity.
     """
-    return snr.clamp(max=gamma) / (snr + 1 if velocity else snr)
+    return snr.clamp(max=gamma) / (snr + 1) if velocity else (gamma / snr).clamp(max=1)  # pure noise has a ratio of 0
 
 
 def debiased_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
     """1/√snr, or 1/(snr + 1) for velocity (Yu et al. 2023; kohya's debiased estimation); arguments as before."""
-    snr = snr.clamp(max=_MOST_SNR)
+    snr = snr.clamp(_LEAST_SNR, _MOST_SNR)
     return 1 / (snr + 1) if velocity else snr.rsqrt()
 
 

@@ -63,11 +63,14 @@ class Previews:
         self._first = len(next(iter(text.values())))
         return {name: torch.cat([rows, self._encoded[name]]) for name, rows in text.items()} if self._encoded else text
 
+    def wanted(self, step: int) -> bool:
+        """Whether previews of this step are wanted; the same in all processes, whatever the first has drawn by now."""
+        every = self._settings.preview_every
+        return bool(every) and (step % every == 0 or step == self._settings.steps)
+
     def due(self, step: int) -> bool:
         """Whether previews of this step are wanted and not there yet."""
-        every = self._settings.preview_every
-        wanted = every and (step % every == 0 or step == self._settings.steps)
-        return bool(wanted) and step not in preview_scores(self._run.metrics_path)
+        return self.wanted(step) and step not in preview_scores(self._run.metrics_path)
 
     def make(
         self, step: int, model: DiffusionModel, said: Callable[[Tensor], Conditioning], listener: Listener
@@ -88,6 +91,7 @@ class Previews:
             network.eval()
         with explained_memory_errors("the resolution, or set preview_every to 0"):
             decoder = self._base.family.build(self._base)
+            decoder.objective = model.objective  # the run's schedule, which may be rescaled
             place(decoder.vae, self._device, torch.float32)
             drawn = []
             for row in range(1, len(self._texts)):

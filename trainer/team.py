@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+Made = TypeVar("Made")
 _PATIENCE = timedelta(days=2)  # of processes that wait until the first has made the class pictures
+_AT_ONCE = 2**26  # numbers in one message: all of an adapter, while a whole model is never there twice
 
 
 class Team:
@@ -29,9 +32,13 @@ class Team:
     def here(cls, *, cpu: bool) -> Team:
         """The processes that a launcher started with this one (RANK and WORLD_SIZE say so), connected.
 
+        Clusters set these two for a program that nobody launched several times, but not LOCAL_RANK.
+
         Args:
             cpu: Whether they compute on the CPU.
         """
+        if "LOCAL_RANK" not in os.environ:
+            return cls()
         index, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if count > 1 and not torch.distributed.is_initialized():
             from accelerate.state import PartialState
@@ -64,6 +71,15 @@ class Team:
             self.wait()
         self.wait()
 
+    def of_leader(self, make: Callable[[], Made]) -> Made:
+        """What the leader makes, a value that can be pickled; the others get a copy and make nothing."""
+        if self.count == 1:
+            return make()
+        made: list[Made | None] = [make() if self.leads else None]
+        torch.distributed.broadcast_object_list(made)
+        assert made[0] is not None
+        return made[0]
+
     def anyone(self, wish: bool, device: torch.device) -> bool:
         """Whether any process wishes something; all get the same answer."""
         return bool(self.largest(int(wish), device))
@@ -83,11 +99,23 @@ class Team:
         """
         if self.count == 1:
             return loss
-        gradients = [one.grad for one in parameters if one.grad is not None]
-        whole = torch.cat([loss.reshape(1).float(), *(one.flatten().float() for one in gradients)])
-        torch.distributed.all_reduce(whole)
-        whole /= self.count
-        parts = torch.split(whole[1:], [one.numel() for one in gradients])
-        for gradient, part in zip(gradients, parts, strict=True):
-            gradient.copy_(part.view_as(gradient))
-        return whole[0]
+        mean = loss.detach().float().clone()
+        for group in groups_of([mean, *(one.grad for one in parameters if one.grad is not None)], _AT_ONCE):
+            whole = torch.cat([one.flatten().float() for one in group])
+            torch.distributed.all_reduce(whole)
+            whole /= self.count
+            parts = torch.split(whole, [one.numel() for one in group])
+            for tensor, part in zip(group, parts, strict=True):
+                tensor.copy_(part.view_as(tensor))
+        return mean
+
+
+def groups_of(tensors: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
+    """Tensors in their order, in groups of at most so many numbers, or of one tensor that has more."""
+    group: list[Tensor] = []
+    for one in tensors:
+        if group and sum(map(Tensor.numel, group)) + one.numel() > most:
+            yield group
+            group = []
+        group.append(one)
+    yield group

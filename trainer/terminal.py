@@ -21,7 +21,8 @@ class Terminal:
         self._bar: Any = None
         self._title = ""
         self._stop = False
-        self.quiet = os.environ.get("RANK", "0") != "0"  # one of several processes, of which the first speaks
+        launched = "LOCAL_RANK" in os.environ  # as one of several processes, of which the first speaks
+        self.quiet = launched and os.environ.get("RANK", "0") != "0"
         self._former: dict[int, Any] = {}
 
     def __enter__(self) -> Terminal:
@@ -38,7 +39,8 @@ class Terminal:
         if self._stop:
             raise KeyboardInterrupt
         self._stop = True
-        self._write("Stopping after this step; what is done is kept. Again to stop at once.")
+        if not self.quiet:
+            self._write("Stopping after this step; what is done is kept. Again to stop at once.")
 
     def should_stop(self) -> bool:
         """Whether a signal came."""

@@ -276,9 +276,10 @@ export class Chart {
       }
       items.push(item(curve.color, `step ${curve.steps[at]} · loss ${curve.losses[at].toPrecision(3)} · smoothed ${curve.smooth[at].toPrecision(3)}`));
       items.push(item(frame.ink, `lr ${curve.rates[at].toPrecision(2)}`));
-      const before = curve.scores.filter((one) => one.step <= curve.steps[at]).at(-1);
+      const before = curve.scores.filter((one) => one.step <= curve.steps[at]);
       this.scoreNames(curve).forEach((name, number) => {
-        if (before?.scores[name] != null) items.push(item(SCORE_COLORS[number % SCORE_COLORS.length], `${name} ${before.scores[name].toFixed(3)}`));
+        const value = before.findLast((one) => one.scores[name] != null)?.scores[name];
+        if (value != null) items.push(item(SCORE_COLORS[number % SCORE_COLORS.length], `${name} ${value.toFixed(3)}`));
       });
       if (this.pointer !== null) {
         pen.strokeStyle = frame.ink;
