@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from pack.trainer.checkpoint import run_fingerprint
 from pack.trainer.commands import run_train
 from pack.trainer.config import TrainCommand
+from pack.trainer.devices import pick_device
 from pack.trainer.dreambooth import TrainResult
+from pack.trainer.errors import SettingsError
 from pack.trainer.metrics import read_metrics
 from pack.trainer.optimization import accelerate_state_kept
 from pack.trainer.team import Team, groups_of
@@ -265,3 +267,12 @@ def test_a_clusters_variables_alone_are_no_team(monkeypatch: pytest.MonkeyPatch)
         team = Team.here(cpu=True)
     assert (team.leads, team.share) == (True, (0, 1))
     assert team.of_leader(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_processes_don_t_share_a_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="share") as caught:
+        pick_device(device)
+    assert "--device auto" in caught.value.remedy

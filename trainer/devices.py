@@ -22,8 +22,13 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" takes CUDA, else MPS, else the CPU.
 
     Raises:
-        SettingsError: This computer has no such device.
+        SettingsError: This computer has no such device, or several processes would share it.
     """
+    several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and (name == "mps" or ":" in name):
+        raise SettingsError(
+            f"Several processes can't share the device {name}.", "Use --device auto, so that each takes its own GPU."
+        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         if name == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes that a launcher started

@@ -56,7 +56,7 @@ class ObjectiveSettings(Settings):
     )
     multires_noise_iterations: int = setting(
         0,
-        "Levels of coarser noise that are added (pyramid noise), to the same end as noise_offset; 0: none. 6 is usual.",
+        "Levels of coarser noise that are added (pyramid noise), to the same end as noise_offset; 0: none, 6 is usual.",
         unit="levels",
         group=_GROUP,
         ge=0,
