@@ -148,6 +148,7 @@ class DreamBooth:
     ) -> None:
         """Take the inputs; nothing is built yet."""
         self.base, self.subject, self.priors, self.settings = base, list(subject), list(priors), settings
+        self.taught, self.held_out = split_off(self.subject, settings.validation_pictures, settings.seed)
         self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
         self.stage, self.checkpoints_dir = stage or Stage(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
@@ -214,8 +215,7 @@ class DreamBooth:
         self.previews.encode(self.model, trained, self.listener)
         cache = Cache.load(self.run_folder.cache_path)
         if cache is None:
-            taught, held_out = split_off(self.subject, self.settings.validation_pictures, self.settings.seed)
-            sets = {"instance": taught, "prior": self.priors, "validation": held_out}
+            sets = {"instance": self.taught, "prior": self.priors, "validation": self.held_out}
             cache = build_cache(self.model, sets, self.settings, self.device, self.listener)
             cache.save(self.run_folder.cache_path)
         for name in [name for name in self.model.text_encoders if name not in trained]:
