@@ -130,9 +130,10 @@ class Subject(Node):
                 "Connect pictures to 'images' and choose no folder, or put text files and masks into the folder.",
             )
         template = (split_prompts(caption) or [""])[0]
+        prompts = " ".join(filled(caption, token, class_noun).split())
         pictures = load_pictures(
             list(images) if connected else host.input_path(folder),
-            caption,
+            prompts,
             NodeListener(cls.hidden.unique_id),
             Reading(captions_from, masks_from, repeats, token, class_noun),
             captions=[line for line in captions.splitlines() if line.strip()],
@@ -141,8 +142,8 @@ class Subject(Node):
         prompt = " ".join(filled(template, token, class_noun).split())
         class_prompt = _class_prompt(template, class_noun)
         before: tuple[Any, ...] = (subject.pictures, subject.class_prompts) if subject else ((), ())
-        prompts = tuple(dict.fromkeys((*before[1], class_prompt)))
-        value = SubjectValue((*before[0], *pictures), prompt, class_prompt, token.strip(), prompts)
+        class_prompts = tuple(dict.fromkeys((*before[1], class_prompt)))
+        value = SubjectValue((*before[0], *pictures), prompt, class_prompt, token.strip(), class_prompts)
         return io.NodeOutput(value, value.instance_prompt, value.class_prompt)
 
 
