@@ -93,9 +93,7 @@ THREE = {f"{name}.png": photo(number) for number, name in enumerate("abc")}
         ({"notes.txt": b"no caption", "d.txt": b"of no picture"}, PROMPT),
     ],
 )
-def test_the_caption_that_is_nearest_counts(
-    files: dict[str, bytes], expected: str, kind: str, tmp_path: Path
-) -> None:
+def test_the_caption_that_is_nearest_counts(files: dict[str, bytes], expected: str, kind: str, tmp_path: Path) -> None:
     pictures, listener = load(place(tmp_path, THREE | files, kind))
     assert captions(pictures) == {"a.png": PROMPT, "b.png": expected, "c.png": PROMPT}
     assert not listener.notes
