@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import Recorder
 from pack.trainer.errors import PicturesError
-from pack.trainer.picture_files import Reading
+from pack.trainer.picture_files import Reading, picture_names
 from pack.trainer.pictures import Picture, load_pictures
 from PIL import Image
 
@@ -291,6 +291,7 @@ def test_nothing_that_is_named_like_a_mask_is_trained_on(masks: str, kind: str, 
     files = {**THREE, **lost, **doubled, "bad.png": b"no picture", "bad_mask.png": left_half()}
     pictures, listener = load(place(tmp_path, files, kind), masks=masks)
     assert [one.name for one in pictures] == sorted(THREE)
+    assert kind == "zip" or picture_names(tmp_path / "dög pictures") == sorted([*THREE, "bad.png"])
     told = " ".join(listener.warnings)
     for name in (*lost, "a_mask.bmp", "bad.png"):
         assert name in told
@@ -444,6 +445,7 @@ def test_a_folder_and_its_zip_make_the_same_run(tmp_path: Path) -> None:
     shuffled = dict(sorted(files.items(), key=lambda item: item[0][::-1]))
     again, _ = load(place(tmp_path, shuffled, "zip", name="again"), "x|y", repeats=2)
     assert [one.facts for one in again] == [one.facts for one in both[0]]
+    assert picture_names(tmp_path / "dög pictures") == [one.name for one in both[0]]
 
 
 def images(count: int) -> list[torch.Tensor]:

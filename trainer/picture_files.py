@@ -19,7 +19,7 @@ from typing import Any, Literal
 from PIL import Image
 
 from .errors import PicturesError
-from .events import Listener, Note
+from .events import Listener, Note, SilentListener
 from .prompts import filled
 
 CaptionSource = Literal["files", "file-names", "prompt"]
@@ -117,6 +117,20 @@ def find_picture_files(path: Path, reading: Reading, prompt: str, listener: List
             f"{path} is neither a folder nor a zip file.", "Give the folder or zip file that holds the pictures."
         )
     raise PicturesError(f"The picture folder {path} does not exist.", "Check the path for a typing error.")
+
+
+def picture_names(folder: Path) -> list[str]:
+    """Names of the pictures that a folder gives, without its masks; none of them is opened.
+
+    Raises:
+        OSError: The folder can't be listed.
+    """
+    try:
+        names = sorted(name for name in _folder_files(folder, SilentListener()) if is_picture(name))
+    except PicturesError:
+        return []
+    masks = _masks(names)[1]
+    return [name for name in names if name not in masks]
 
 
 Files = Mapping[str, Callable[[], bytes]]
