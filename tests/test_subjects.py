@@ -228,6 +228,7 @@ def test_errors_come_before_long_work(
 ) -> None:
     places = {"class_images": dog_and_cat["cats"]} if "class_images" in changes else {}
     values = {"base": tiny_checkpoint, "images": dog_and_cat["dog"], "output_dir": tmp_path / "output", "device": "cpu"}
+    values |= {"steps": 1, "resolution": 64, "rank": 2, "prior_steps": 1}
     with pytest.raises(PicturesError) as caught:
         run_train(TrainCommand.checked({**values, **changes, **places}), Recorder())
     assert words in caught.value.problem
