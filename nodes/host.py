@@ -47,11 +47,10 @@ def input_path(name: str) -> Path:
 
 
 def folder_stamp(path: Path) -> str:
-    """Changes when the files of a subject's folder change, or the zip file."""
-    from ..trainer.picture_files import folder_files
-
-    files = folder_files(path) if path.is_dir() else {path.name: path}
-    return repr([(name, f.stat().st_size, f.stat().st_mtime_ns) for name, f in files.items() if f.is_file()])
+    """Changes when the files of a folder change, also those in its folders (masks, kohya's), or the zip file."""
+    files = sorted(found for depth in ("*", "*/*", "*/*/*") for found in path.glob(depth)) if path.is_dir() else [path]
+    stamps = [(f.relative_to(path.parent).as_posix(), f.stat()) for f in files if f.is_file()]
+    return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stamps])
 
 
 def keep_workflow(run: Any, workflow: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..trainer.errors import PicturesError
 from ..trainer.events import Event, Note
-from ..trainer.picture_files import folder_files, pictures_among
+from ..trainer.picture_files import picture_names
 from ..trainer.pictures import Picture, load_pictures
 from . import host
 
@@ -38,8 +38,7 @@ def picture_folders() -> list[dict[str, Any]]:
         if name == host.NO_FOLDER:
             continue
         path = host.input_path(name)
-        count = len(pictures_among(folder_files(path))) if path.is_dir() else None
-        found.append({"name": name, "count": count})
+        found.append({"name": name, "count": len(picture_names(path)) if path.is_dir() else None})
     return found
 
 

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.errors import PicturesError
 from ..trainer.picture_files import CaptionSource, MaskSource, Reading
-from ..trainer.prompts import article, filled, split_prompts
+from ..trainer.prompts import article, filled, split_prompts, without_token
 from ..trainer.subject_settings import PictureSettings
 from . import host
 from .base import Node
@@ -130,25 +130,27 @@ class Subject(Node):
                 "Connect pictures to 'images' and choose no folder, or put text files and masks into the folder.",
             )
         template = (split_prompts(caption) or [""])[0]
+        prompts = " ".join(filled(caption, token, class_noun).split())
         pictures = load_pictures(
             list(images) if connected else host.input_path(folder),
-            caption,
+            prompts,
             NodeListener(cls.hidden.unique_id),
             Reading(captions_from, masks_from, repeats, token, class_noun),
             captions=[line for line in captions.splitlines() if line.strip()],
             masks=[] if mask is None else list(mask),
         )
         prompt = " ".join(filled(template, token, class_noun).split())
-        class_prompt = _class_prompt(template, class_noun)
+        class_prompt = _class_prompt(template, token, class_noun)
         before: tuple[Any, ...] = (subject.pictures, subject.class_prompts) if subject else ((), ())
-        prompts = tuple(dict.fromkeys((*before[1], class_prompt)))
-        value = SubjectValue((*before[0], *pictures), prompt, class_prompt, token.strip(), prompts)
+        class_prompts = tuple(dict.fromkeys((*before[1], class_prompt)))
+        value = SubjectValue((*before[0], *pictures), prompt, class_prompt, token.strip(), class_prompts)
         return io.NodeOutput(value, value.instance_prompt, value.class_prompt)
 
 
-def _class_prompt(caption: str, class_noun: str) -> str:
+def _class_prompt(caption: str, token: str, class_noun: str) -> str:
     """The caption without the rare word, with the article that the noun wants: a photo of a dog."""
-    noun = class_noun.strip()
-    prompt = caption.replace("{token} {class}", f"{article(noun)} {noun}")
-    prompt = prompt.replace("{token}", "").replace("{class}", noun)
-    return " ".join(prompt.split())
+    noun, start = class_noun.strip(), "{token} {class}"
+    if caption.startswith(start):
+        caption = f"{article(noun)} {noun}{caption.removeprefix(start)}"
+    prompt = without_token(caption.replace("{class}", noun), "{token}")
+    return " ".join(without_token(prompt.replace("{token}", ""), token).split())

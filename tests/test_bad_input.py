@@ -1304,14 +1304,14 @@ def poison(runs: Runs, picture: int) -> None:
     """Make the encoding of one picture NaN, as a text or picture encoder does that overflows."""
     path = runs.folder / "cache.safetensors"
     tensors = load_file(path)
-    tensors["instance.mean"][picture, ..., 0, 0] = torch.nan
+    tensors[f"instance.mean.{picture}"][..., 0, 0] = torch.nan
     save_file(tensors, path)
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 4, 0])
 def test_nan_stops_the_run_and_names_the_step(runs: Runs, checkpoint_every: int) -> None:
     runs.begin(2)
-    items = [draw(TrainSettings().seed, "instance", step, 0, 1, 4, (4, 8, 8)).item for step in range(8)]
+    items = [draw(TrainSettings().seed, "instance", step, 0, 1, [(4, 8, 8)] * 4).item for step in range(8)]
     poison(runs, items[3])
     wrong = next(step for step in range(2, 8) if items[step] == items[3]) + 1
     earlier, listener = files_below(runs.path), Recorder()

@@ -692,7 +692,7 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         "loha": ["combine", "dropout", "rank_stabilized"],
         "lokr": ["combine", "dropout", "rank_stabilized", "alpha", "conv_alpha", "block_ranks"],
     }
-    for name in [*unfit.get(kind, []), *([] if kind == "lokr" else ["lokr_factor"])]:
+    for name in [*unfit.get(kind, []), *([] if kind == "lokr" and values.get("lokr_factor") else ["lokr_factor"])]:
         values.pop(name, None)
     if values.get("targets") == "none" and not values.get("include"):
         del values["targets"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class LatentSet:
     def __len__(self) -> int:
         return len(self.mean)
 
-    @property
+    @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shape of the latents, (channels, height, width), of each picture of an epoch."""
         return [tuple(self.mean[picture].shape[1:]) for picture in self.order]
@@ -177,7 +178,7 @@ def build_cache(
     rows = {one: row for row, one in enumerate(dict.fromkeys(t for set_ in texts.values() for ts in set_ for t in ts))}
     if settings.caption_dropout:
         rows.setdefault("", len(rows))
-    for caption in rows:
+    for caption in dict.fromkeys(one for pictures in sets.values() for picture in pictures for one in picture.captions):
         if model.overlong(caption):
             listener.tell(Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True))
     text = encode_captions(model, list(rows), device, settings.text_rates)
@@ -193,6 +194,8 @@ def build_cache(
                 listener.tell(Phase("encoding pictures", done, total))
                 stop_if_asked(listener)
                 found.append(_encoded(model.vae, picture, settings, settings.flip and kind == "instance", device))
+                if picture.mask and found[-1][3] is None:
+                    listener.tell(Note(f"The mask of {picture.name} is cut away with the picture's edges.", True))
                 done += 1
             captions = [torch.tensor([rows[text] for text in own]) for own in texts[kind]]
             latents[kind] = _set(pictures, found, captions) if found else None

@@ -18,7 +18,7 @@ from .devices import explained_memory_errors, pick_device, place
 from .errors import PicturesError, SettingsError, WeightsError
 from .events import Listener, Note, Phase, stop_if_asked
 from .files import require_writable, write_atomic
-from .picture_files import folder_files, pictures_among
+from .picture_files import picture_names
 from .pictures import Picture, decode
 from .pretrained import explained_opening, model_type, pillow_processor, title_of
 from .prompts import article
@@ -221,10 +221,9 @@ def _to_caption(folder: Path, overwrite: bool, listener: Listener) -> list[Path]
     if not os.path.isdir(folder):
         raise PicturesError(f"The picture folder {folder} does not exist.", "Check the path for a typing error.")
     try:
-        files = folder_files(folder)
+        pictures = [folder / name for name in picture_names(folder)]
     except OSError as error:
         raise PicturesError(f"{folder} can't be read: {error.strerror}.", "Check that you may read it.") from error
-    pictures = [files[name] for name in pictures_among(files)]
     if not pictures:
         raise PicturesError(f"The folder {folder} holds no pictures.", "Put pictures into it, or give another folder.")
     first: dict[Path, Path] = {}

@@ -17,7 +17,7 @@ from .config import GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
 from .devices import explained_memory_errors, pick_device, pick_precision
 from .dreambooth import train
 from .ends import Stage, TrainResult
-from .errors import SettingsError
+from .errors import PicturesError, SettingsError
 from .events import Listener, Phase
 from .families.base import BaseWeights
 from .files import explained_os_errors, require_writable
@@ -46,14 +46,14 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
         picture
         for one in settings.subjects
         if one.class_images
-        for picture in load_pictures(one.class_images, one.class_prompt, listener)
+        for picture in _class_images(one.class_images, one, listener)
     ]
+    split_off(pictures, settings.validation_pictures, settings.seed)  # its error comes before the class pictures
     start = read_adapter(settings.start_from) if settings.start_from else None
     stacked = read_adapters(settings.base_lora)
     base = apply_to_base(open_settings(settings), stacked)
     settings = filled(settings, base.family, listener)
     runs = settings.output_dir / "runs"
-    split_off(pictures, settings.validation_pictures, settings.seed)  # so that too many are told before long work
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
     check_pictures(pictures, settings.resolution, listener)
     team = Team.here(cpu=pick_device(settings.device).type == "cpu")
@@ -69,6 +69,19 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
 
 def _reading(subject: SubjectTable) -> Reading:
     return Reading(subject.captions, subject.masks, subject.repeats, subject.token, subject.class_noun)
+
+
+def _class_images(path: Path, subject: SubjectTable, listener: Listener) -> list[Picture]:
+    """Class pictures of the user's own.
+
+    Raises:
+        PicturesError: They can't be used, or have no caption.
+    """
+    reading = Reading(token=subject.token, noun=subject.class_noun)
+    pictures = load_pictures(path, subject.class_prompt, listener, reading)
+    if not all(picture.caption for picture in pictures):
+        raise PicturesError(f"The class pictures in {path} have no captions.", "Give class_prompt: 'a photo of a dog'.")
+    return pictures
 
 
 def _priors_of(settings: TrainCommand, subject: SubjectTable) -> PriorSettings:

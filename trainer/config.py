@@ -264,7 +264,7 @@ class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, 
     def _class_prompt_is_given(self) -> Self:
         if not self.subject:
             return self if self.class_images else PriorSettings._class_prompt_is_given(self)  # type: ignore[operator]
-        if self.prior_count and not any(one.class_prompt.strip() for one in self.subject):
+        if self.prior_count and not any(one.class_prompt.strip() or one.class_images for one in self.subject):
             raise ValueError("prior_count asks for class pictures: give tables [[subject]] a class_prompt")
         return self
 

@@ -117,6 +117,7 @@ class DreamBooth:
         """Take the inputs; nothing is built yet."""
         self.base, self.subject, self.priors, self.given = base, list(subject), list(priors), settings
         self.settings, self.fit = settings, fit or Fit(settings, device)
+        self.taught, self.held_out = split_off(self.subject, settings.validation_pictures, settings.seed)
         self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
         self.stage, self.checkpoints_dir = stage or Stage(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
@@ -159,7 +160,6 @@ class DreamBooth:
         """Check the folders; find this run's folder by its fingerprint, or begin one."""
         settings, stage = self.settings, self.stage
         require_quantizable(settings.base_quantization, self.device)
-        self.taught, self.held_out = split_off(self.subject, settings.validation_pictures, settings.seed)
         require_trainable(
             *(self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked),
             *(self.checkpoints_dir, self.device),

@@ -121,4 +121,13 @@ def read_toml(path: Path) -> dict[str, Any]:
             "Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: "
             "base = 'C:\\models\\x.safetensors'.",
         ) from error
-    return {key.replace("-", "_"): value for key, value in content.items()}
+    return _underscored(content)
+
+
+def _underscored(table: dict[str, Any]) -> dict[str, Any]:
+    """A table, and those in its lists, with underscores for dashes in keys."""
+
+    def inside(value: Any) -> Any:
+        return [_underscored(one) if isinstance(one, dict) else one for one in value]
+
+    return {key.replace("-", "_"): inside(one) if isinstance(one, list) else one for key, one in table.items()}

@@ -86,7 +86,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_mixed_precision": {"fp32": "no"}.get(facts.precision, facts.precision),
         "ss_prior_loss_weight": settings.prior_weight,
         "ss_resolution": f"({settings.resolution}, {settings.resolution})",
-        "ss_num_train_images": len(facts.captions),
+        "ss_num_train_images": sum(facts.repeats),
         "ss_num_reg_images": sum(facts.class_pictures.values()),
         "ss_total_batch_size": settings.batch_size * settings.gradient_accumulation * facts.processes,
         "ss_batch_size_per_device": settings.batch_size,
@@ -183,7 +183,7 @@ def _without_places(settings: TrainSettings) -> dict[str, object]:
 
 def _dataset(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:
     """The run's pictures as kohya lists them."""
-    side, count = settings.resolution, len(facts.captions)
+    side, count = settings.resolution, sum(facts.repeats)
     return {
         "is_dreambooth": True,
         "batch_size_per_device": settings.batch_size,
@@ -203,7 +203,7 @@ def _buckets(settings: TrainSettings, facts: RunFacts) -> dict[str, object] | No
     """The one bucket of a run without aspect buckets; how many pictures are in which is not known here else."""
     if settings.aspect_buckets:
         return None
-    return {"buckets": {"0": {"resolution": [settings.resolution] * 2, "count": len(facts.captions)}}}
+    return {"buckets": {"0": {"resolution": [settings.resolution] * 2, "count": sum(facts.repeats)}}}
 
 
 def _by_repeats(facts: RunFacts) -> dict[int, dict[str, int]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
 import re
+import unicodedata
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -17,14 +19,14 @@ from typing import Any, Literal
 from PIL import Image
 
 from .errors import PicturesError
-from .events import Listener, Note
+from .events import Listener, Note, SilentListener
 from .prompts import filled
 
 CaptionSource = Literal["files", "file-names", "prompt"]
 MaskSource = Literal["files", "alpha", "off"]
 _MAX_FILE_BYTES = 512 * 1024 * 1024
 _FOREIGN_ENDINGS = {".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".nef", ".dng"}
-_REPEATED = re.compile(r"(\d+)_(.*\S)")  # kohya's folders: "10_sks dog"
+_REPEATED = re.compile(r"(\d{1,3})_(.*\S)")  # kohya's folders: "10_sks dog"; longer numbers are years and dates
 _COUNTED = re.compile(r"[\s_-]*\(?\d+\)?$")
 _METADATA = "metadata.jsonl"
 _CAPTION_KEYS = ("text", "caption", "prompt")
@@ -99,7 +101,7 @@ def find_picture_files(path: Path, reading: Reading, prompt: str, listener: List
         path = Path(str(path).replace("\\", "/"))
     try:
         if os.path.isdir(path):
-            return _read_all(_folder_files(path), reading, prompt, listener)
+            return _read_all(_folder_files(path, listener), reading, prompt, listener)
         if os.path.isfile(path) and (zipfile.is_zipfile(path) or path.suffix.lower() == ".zip"):
             with zipfile.ZipFile(path) as archive:
                 return _read_all(_zip_files(path, archive), reading, prompt, listener, keep=True)
@@ -117,64 +119,68 @@ def find_picture_files(path: Path, reading: Reading, prompt: str, listener: List
     raise PicturesError(f"The picture folder {path} does not exist.", "Check the path for a typing error.")
 
 
+def picture_names(folder: Path) -> list[str]:
+    """Names of the pictures that a folder gives, without its masks; none of them is opened.
+
+    Raises:
+        OSError: The folder can't be listed.
+    """
+    try:
+        names = sorted(name for name in _folder_files(folder, SilentListener()) if is_picture(name))
+    except PicturesError:
+        return []
+    masks = _masks(names)[1]
+    return [name for name in names if name not in masks]
+
+
 Files = Mapping[str, Callable[[], bytes]]
 """Name within the place, with slashes → a way to read the file."""
 
 
-def folder_files(folder: Path) -> dict[str, Path]:
-    """The files that a subject's folder has, name → path: its own and those of its folder of masks.
-
-    If it has no pictures itself, those of the folders in it that are named as kohya's trainer wants them: "10_sks dog".
-
-    Raises:
-        OSError: It can't be read.
-    """
+def _folder_files(folder: Path, listener: Listener) -> Files:
+    """The files of a folder and of its folder of masks; if it has no pictures, of kohya's folders in it."""
     below = sorted(folder.iterdir())
-    found = {path.name: path for path in below if path.is_file()}
-    kohya = not any(map(is_picture, found))
-    for sub in below:
-        if sub.is_dir() and (_REPEATED.fullmatch(sub.name) if kohya else sub.name == _MASK_FOLDER):
-            found |= {f"{sub.name}/{path.name}": path for path in sorted(sub.iterdir()) if path.is_file()}
-    return found
-
-
-def pictures_among(names: Iterable[str]) -> list[str]:
-    """Those of a place's files that are pictures to train on: no masks; ordered by name."""
-    found = sorted(filter(is_picture, names))
-    masks = set(_masks(found).values())
-    return [name for name in found if name not in masks]
-
-
-def _folder_files(folder: Path) -> Files:
-    found = folder_files(folder)
-    if not any(map(is_picture, found)):
-        filled = [
-            sub.name
-            for sub in sorted(folder.iterdir())
-            if sub.is_dir() and any(is_picture(file.name) for file in sub.iterdir())
-        ]
+    own = {file.name: file.read_bytes for file in below if file.is_file()}
+    subfolders = [sub for sub in below if sub.is_dir()]
+    repeated = [sub for sub in subfolders if _REPEATED.fullmatch(sub.name)]
+    taken = [folder / _MASK_FOLDER]
+    if not any(map(is_picture, own)):
+        taken = [place for sub in repeated for place in (sub, sub / _MASK_FOLDER)]
+    elif full := _with_pictures(repeated):
+        names = ", ".join(full[:5])
+        listener.tell(Note(f"{folder.name} holds pictures of its own, so those in {names} are left out.", warning=True))
+    for place in taken:
+        start = place.relative_to(folder).as_posix()
+        files = sorted(place.iterdir()) if place.is_dir() else []
+        own |= {f"{start}/{file.name}": file.read_bytes for file in files if file.is_file()}
+    if not any(map(is_picture, own)):
+        full = _with_pictures(subfolders)
         hint = (
-            f"Did you mean its subfolder {', '.join(filled[:5])}?"
-            if filled
+            f"Did you mean its subfolder {', '.join(full[:5])}?"
+            if full
             else "Put 3 to 20 pictures of the subject into it."
         )
         raise PicturesError(f"The folder {folder} holds no pictures.", hint)
-    return {name: path.read_bytes for name, path in found.items()}
+    return own
+
+
+def _with_pictures(folders: Sequence[Path]) -> list[str]:
+    return [folder.name for folder in folders if any(is_picture(file.name) for file in folder.iterdir())]
 
 
 def _zip_files(path: Path, archive: zipfile.ZipFile) -> Files:
     found: dict[str, Callable[[], bytes]] = {}
     for entry in archive.infolist():
         name = entry.filename
-        parts = PurePosixPath(name.replace("\\", "/"))
+        parts = PurePosixPath(name.replace("\\", "/"))  # old Windows programs write backslashes
         if entry.is_dir():
             continue
         if parts.is_absolute() or ".." in parts.parts or ":" in name:
             raise PicturesError(f"{path.name} holds an entry that points outside: {name}.", "Make the zip file anew.")
         if entry.file_size > _MAX_FILE_BYTES:
             raise PicturesError(f"{path.name}: {name} unpacks to {entry.file_size / 1e6:.0f} MB.", "Leave it out.")
-        if not name.startswith("__MACOSX/"):
-            found[name] = partial(archive.read, name)
+        if parts.parts[0] != "__MACOSX":
+            found[str(parts)] = partial(archive.read, entry)
     return found
 
 
@@ -182,42 +188,70 @@ def _read_all(
     files: Files, reading: Reading, prompt: str, listener: Listener, *, keep: bool = False
 ) -> list[PictureFile]:
     """Read every picture once; `keep` its content where it can't be read again."""
-    masks = _masks(filter(is_picture, files))
-    described = _described(files) if reading.captions == "files" else {}
+    names = sorted(name for name in files if is_picture(name))
+    masks, no_pictures = _masks(names)
+    for name in sorted(no_pictures - set(masks.values())):
+        listener.tell(Note(f"{name} is named like a mask, but no picture uses it; it is left out.", warning=True))
+    names = [name for name in names if name not in no_pictures]
+    described = _described(files, names, listener) if reading.captions == "files" else {}
+    beside = _captions_beside(files)
     found = []
-    for name in pictures_among(files):
+    for name in names:
         try:
             content = files[name]()
-            text, repeats = _caption(name, files, described, reading, prompt, listener)
+            text, repeats = _caption(name, described, reading)
+            if reading.captions == "files" and _stem(name) in beside:
+                text = _text(beside[_stem(name)], files[beside[_stem(name)]](), prompt, listener)
             mask = files[masks[name]]() if name in masks and reading.masks != "off" else None
         except OSError as error:
             listener.tell(Note(f"{name} is left out: it can't be read ({error.strerror}).", warning=True))
             continue
         read = partial(bytes, content) if keep else files[name]
         caption, digest = filled(text, reading.token, reading.noun), hashlib.sha256(content).hexdigest()
-        found.append(PictureFile(name, digest, read, caption, partial(bytes, mask) if mask else None, repeats))
+        found.append(PictureFile(name, digest, read, caption, mask if mask is None else partial(bytes, mask), repeats))
     return found
 
 
-def _masks(names: Iterable[str]) -> dict[str, str]:
-    """Picture → its mask: x.jpg → x-masklabel.png, x_mask.png, x.mask.png or masks/x.png."""
-    names = sorted(names)
-    by_stem = {str(PurePosixPath(name).with_suffix("")): name for name in names}
-    found = {}
+def _stem(name: str) -> str:
+    """A name without its ending, with its folders."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _masks(names: Sequence[str]) -> tuple[dict[str, str], set[str]]:
+    """Picture → its mask: x.jpg → x-masklabel.png, x_mask.png, x.mask.png or masks/x.png; and all that are masks.
+
+    What lies in a folder of masks beside pictures, or ends with -masklabel, is a mask also where no picture goes with
+    it: nobody wants to train on it.
+    """
+    by_stem = {_stem(name): name for name in names}
+    places = {}
     for name in names:
         path = PurePosixPath(name)
-        stem = str(path.with_suffix(""))
-        places = [f"{stem}{ending}" for ending in _MASK_ENDINGS] + [str(path.parent / _MASK_FOLDER / path.stem)]
-        mask = next((by_stem[place] for place in places if place in by_stem), None)
-        if mask is not None and mask != name:
-            found[name] = mask
+        ends = [f"{_stem(name)}{ending}" for ending in _MASK_ENDINGS]
+        places[name] = [*ends, str(path.parent / _MASK_FOLDER / path.stem)]
+    named = {place for own in places.values() for place in own}
+    with_pictures = {str(PurePosixPath(name).parent) for name in names}
+    masks = {name for name in names if _stem(name) in named or _is_mask_alone(PurePosixPath(name), with_pictures)}
+    chosen = {name: [by_stem[place] for place in places[name] if place in by_stem] for name in names}
+    return {name: found[0] for name, found in chosen.items() if found and name not in masks}, masks
+
+
+def _is_mask_alone(path: PurePosixPath, with_pictures: Collection[str]) -> bool:
+    """Whether a file must be a mask although there may be no picture of its name."""
+    in_folder = path.parent.name == _MASK_FOLDER and str(path.parent.parent) in with_pictures
+    return in_folder or path.stem.endswith(_MASK_ENDINGS[0])
+
+
+def _captions_beside(files: Files) -> dict[str, str]:
+    """Name without ending → caption file of that name; .txt comes before .caption."""
+    found: dict[str, str] = {}
+    for ending in reversed(_CAPTION_ENDINGS):
+        found |= {_stem(name): name for name in sorted(files) if PurePosixPath(name).suffix.lower() == ending}
     return found
 
 
-def _caption(
-    name: str, files: Files, described: Mapping[str, str], reading: Reading, prompt: str, listener: Listener
-) -> tuple[str, int]:
-    """A picture's own caption, if it has one, and its repeats."""
+def _caption(name: str, described: Mapping[str, str], reading: Reading) -> tuple[str, int]:
+    """A picture's own caption, if it has one without a file beside it, and its repeats."""
     path = PurePosixPath(name)
     folder = _REPEATED.fullmatch(path.parent.name)
     repeats = reading.repeats * (int(folder[1]) or 1 if folder else 1)
@@ -225,15 +259,12 @@ def _caption(
         return "", repeats
     if reading.captions == "file-names":
         return " ".join(_COUNTED.sub("", path.stem).replace("_", " ").split()), repeats
-    for ending in _CAPTION_ENDINGS:
-        beside = str(path.with_suffix(ending))
-        if beside in files:
-            return _text(PurePosixPath(beside).name, files[beside](), prompt, listener), repeats
-    return described.get(name, folder[2] if folder else ""), repeats
+    return described.get(_composed(name), folder[2] if folder else ""), repeats
 
 
 def _text(name: str, content: bytes, prompt: str, listener: Listener) -> str:
     """A caption file's text in one line; empty, and the listener is told, if it has none."""
+    name = PurePosixPath(name).name
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -247,31 +278,42 @@ def _text(name: str, content: bytes, prompt: str, listener: Listener) -> str:
     return text
 
 
-def _described(files: Files) -> dict[str, str]:
-    """Picture → caption, from the metadata.jsonl files as Hugging Face's datasets has them.
+def _composed(name: str) -> str:
+    """A name as it compares: macOS stores umlauts in two parts."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _described(files: Files, pictures: Sequence[str], listener: Listener) -> dict[str, str]:
+    """Picture, composed → caption, from the metadata.jsonl files as Hugging Face's datasets has them.
 
     Raises:
         PicturesError: A line is no JSON, or names no picture.
     """
     found = {}
-    for name in files:
+    for name in sorted(files):
         if PurePosixPath(name).name != _METADATA:
             continue
-        for number, line in enumerate(files[name]().decode("utf-8-sig", "replace").splitlines(), start=1):
+        content = files[name]().removeprefix(codecs.BOM_UTF8)
+        for number, line in enumerate(content.split(b"\n"), start=1):
             if line.strip():
                 picture, caption = _described_line(line, f"line {number} of {name}")
-                if caption:
-                    found[str(PurePosixPath(name).parent / picture)] = " ".join(caption.split())
-    return found
+                place = PurePosixPath(name).parent / picture.replace("\\", "/")
+                found[_composed(str(place))] = " ".join(caption.split())
+    missing = sorted(set(found) - set(map(_composed, pictures)))
+    if missing:
+        several = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        text = f"{_METADATA} names pictures that are not there: {', '.join(missing[:3])}{several}."
+        listener.tell(Note(text, warning=True))
+    return {picture: caption for picture, caption in found.items() if caption}
 
 
-def _described_line(line: str, where: str) -> tuple[str, str]:
-    remedy = 'Write one line for each picture: {"file_name": "1.jpg", "text": "a photo of sks dog"}.'
+def _described_line(line: bytes, where: str) -> tuple[str, str]:
+    remedy = 'Write one line for each picture, in UTF-8: {"file_name": "1.jpg", "text": "a photo of sks dog"}.'
     try:
-        entry: Any = json.loads(line)
+        entry: Any = json.loads(line.decode())
     except ValueError as error:
         raise PicturesError(f"{where} is no JSON: {error}.", remedy) from error
     if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
         raise PicturesError(f"{where} names no picture.", remedy)
     texts = [entry[key] for key in _CAPTION_KEYS if isinstance(entry.get(key), str)]
-    return entry["file_name"], texts[0] if texts else ""
+    return entry["file_name"], next(filter(str.strip, texts), "")

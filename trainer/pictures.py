@@ -25,6 +25,7 @@ from .randomness import generator
 
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 32
+_ROUNDED = 0.05  # by which the shape of a small mask may differ from its picture's
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,13 +86,13 @@ def decode(content: bytes) -> Image.Image:
 
 
 def decode_mask(content: bytes) -> Image.Image:
-    """Decode a mask's file: upright, grey; as `decode`."""
-    return _decoded(content, lambda image: _as_rgb(image).convert("L"))
+    """Decode a mask's file: upright, grey, transparency on black; as `decode`."""
+    return _decoded(content, lambda image: _as_rgb(image, "black").convert("L"))
 
 
 def decode_alpha(content: bytes) -> Image.Image:
     """How opaque a picture is, upright, grey; white all over if it has no transparency. As `decode`."""
-    return _decoded(content, lambda image: image.convert("RGBA").getchannel("A"))
+    return _decoded(content, _opacity)
 
 
 def _decoded(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
@@ -137,7 +138,15 @@ def _upright(image: Image.Image) -> Image.Image:
     return image if turn is None else image.transpose(turn)
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _is_transparent(image: Image.Image) -> bool:
+    return "A" in image.mode or "transparency" in image.info
+
+
+def _opacity(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA").getchannel("A") if _is_transparent(image) else Image.new("L", image.size, 255)
+
+
+def _as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
         return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -145,10 +154,9 @@ def _as_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image)
         scale = 255 if values.max() <= 1 else 1
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if "A" in image.mode or "transparency" in image.info:
+    if _is_transparent(image):
         layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, "white")
-        return Image.alpha_composite(white, layer).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer).convert("RGB")
     return image.convert("RGB")
 
 
@@ -180,9 +188,8 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 def mask_weights(mask: Image.Image, width: int, height: int) -> Tensor | None:
     """How much of each place lies within a mask: (1, height, width) in [0, 1]; None if nothing does."""
-    if not mask.getbbox():
-        return None
-    return torch.from_numpy(np.array(mask.resize((width, height), Image.Resampling.BOX))).float()[None] / 255
+    weights = torch.from_numpy(np.array(mask.resize((width, height), Image.Resampling.BOX))).float()[None] / 255
+    return weights if weights.any() else None
 
 
 def load_pictures(
@@ -228,12 +235,12 @@ def load_pictures(
     bad: list[str] = []
     for picture in found:
         try:
-            picture.open()
+            size = picture.open().size
         except ValueError as error:
             bad.append(f"{picture.name}: {error}")
             listener.tell(Note(f"{picture.name} is left out: {error}.", warning=True))
         else:
-            good.append(_with_good_mask(picture, listener))
+            good.append(_with_good_mask(picture, size, listener))
     if not good:
         detail = f" ({'; '.join(bad[:3])})" if bad else ""
         raise PicturesError(
@@ -262,16 +269,25 @@ def split_off(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[
     )
 
 
-def _with_good_mask(picture: Picture, listener: Listener) -> Picture:
-    """The picture, without a mask that says nothing or can't be read."""
+def _with_good_mask(picture: Picture, size: tuple[int, int], listener: Listener) -> Picture:
+    """The picture, which has that size, without a mask that says nothing.
+
+    Raises:
+        PicturesError: The mask can't be read.
+    """
     if picture.mask is None:
         return picture
     try:
-        darkest, brightest = picture.mask().getextrema()
+        mask = picture.mask()
     except ValueError as error:
         raise PicturesError(
             f"The mask of {picture.name} can't be used: {error}.", "Make it anew, or turn masks off."
         ) from error
+    darkest, brightest = mask.getextrema()
+    (width, height), stretched = mask.size, mask.width * size[1] / (mask.height * size[0])
+    if max(stretched, 1 / stretched) > 1 + _ROUNDED:
+        text = f"The mask of {picture.name} is {width}×{height}, the picture {size[0]}×{size[1]}: it is stretched."
+        listener.tell(Note(text, warning=True))
     if brightest == 0:
         listener.tell(Note(f"The mask of {picture.name} is black all over; it is left out.", warning=True))
     return replace(picture, mask=None, mask_digest="") if darkest == 255 or brightest == 0 else picture
@@ -333,6 +349,9 @@ def _from_tensors(
         mask: Callable[[], Image.Image] | None = None
         mask_digest = ""
         if masks and reading.masks != "off":
+            if masks[number].ndim != 2:
+                shape = tuple(masks[number].shape)
+                raise PicturesError(f"The mask of {name} has the shape {shape}.", "Connect masks: (height, width).")
             mask_content, mask_digest = _as_png(masks[number][:, :, None])
             mask = partial(decode_mask, mask_content)
         elif reading.masks == "alpha" and tensor.shape[2] == 4:

@@ -7,6 +7,7 @@ and a run split over several processes sees the same samples.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Draw:
     """What one sample slot of one step uses.
 
     Attributes:
-        item: Index of the picture in its set.
+        item: Place of the picture in the list of an epoch.
         flip: Whether its mirrored version is used.
         timestep: Diffusion timestep, in [0, timesteps).
         posterior_noise: Standard normal, shape of the latents: picks a sample of the posterior.
@@ -67,7 +68,12 @@ class Draw:
 def _item(seed: int, kind: str, number: int, count: int) -> int:
     """The picture of the `number`-th sample of a run: every epoch is a permutation of its own."""
     epoch, place = divmod(number, count)
-    return int(torch.randperm(count, generator=generator(seed, kind, "epoch", epoch))[place])
+    return int(_order(seed, kind, epoch, count)[place])
+
+
+@functools.lru_cache(maxsize=8)  # many repeats make an epoch long, and every sample asks
+def _order(seed: int, kind: str, epoch: int, count: int) -> torch.Tensor:
+    return torch.randperm(count, generator=generator(seed, kind, "epoch", epoch))
 
 
 def draw(
@@ -88,7 +94,7 @@ def draw(
         step: Optimiser step, from 0.
         slot: Place of the sample within the step, in [0, slots); counts over micro-batches and processes.
         slots: Samples of this kind per step.
-        latent_shapes: Shape of the latents of each picture in the set, (channels, height, width).
+        latent_shapes: Shape of the latents of each picture of an epoch, (channels, height, width).
         timesteps: Number of diffusion timesteps.
         flip: Whether half of the samples are mirrored.
     """

@@ -67,10 +67,14 @@ class Settings(BaseModel):
 def _explained(error: ValidationError) -> SettingsError:
     problems = []
     for item in error.errors():
-        name = ".".join(str(part) for part in item["loc"])
+        name = ".".join(str(part + 1 if isinstance(part, int) else part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "string_pattern_mismatch" and name == "device":
             message = "must be auto, cpu, cuda, cuda:N or mps"
+        if item["type"] == "extra_forbidden":
+            message = "is no setting of this table"
+        if item["type"] == "tuple_type":
+            message = f"must be a list; tables are written [[{name}]]"
         if item["type"] == "missing":
             problems.append(f"{name} is required and was not given")
         else:

@@ -10,6 +10,7 @@ from typing_extensions import Self
 from .settings import Settings, TidyPath, setting
 
 _GROUP = "Subject"
+_OF_THE_RUN = {"token", "prior_count"}  # what a table has, but the run has, too
 
 
 class PictureSettings(Settings):
@@ -72,6 +73,12 @@ class SubjectTable(PictureSettings):
         None, "Class pictures of your own: a folder or a zip file, instead of those that the model makes.", group=_GROUP
     )
 
+    @model_validator(mode="after")
+    def _class_prompt_is_given(self) -> Self:
+        if self.prior_count and not self.class_prompt.strip() and self.class_images is None:
+            raise ValueError("prior_count asks for class pictures but class_prompt is empty: give class_prompt")
+        return self
+
 
 class SubjectSettings(PictureSettings):
     """The subject, or the subjects."""
@@ -98,6 +105,9 @@ class SubjectSettings(PictureSettings):
             raise ValueError(
                 "images and tables [[subject]] are both given: move images into a table of its own, with its prompts"
             )
+        beside = self.model_fields_set & set(SubjectTable.model_fields) - _OF_THE_RUN
+        if self.subject and beside:
+            raise ValueError(f"{', '.join(sorted(beside))} stand beside tables [[subject]]: move them into the tables")
         if not self.subject and self.images is None:
             raise ValueError("images is required and was not given")
         return self
