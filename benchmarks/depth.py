@@ -44,6 +44,7 @@ from trainer.sample import generate
 from trainer.sheets import Row, contact_sheet
 
 DRAWN = 6
+SECOND = "art painting"  # this world's small text encoder hardly tells its other rare words from no word at all
 OTHERS = ("a photo of a dog", "a photo of a cat", "a photo of a car", "a photo of a robot", "a photo of a house")
 FABRIC = "on pink fabric"
 QUIET = SilentListener()
@@ -118,7 +119,7 @@ def subjects(depth: Depth) -> tuple[str, list[Row]]:
     lines = ["| run | drawn | own | other | told apart |", "|---|---|---|---|---|"]
     rows = []
     for title, noun in (("two dogs", "dog"), ("dog and cat", "cat")):
-        second_prompt = f"a photo of rraj {noun}"
+        second_prompt = f"a photo of {SECOND} {noun}"
         second = subject(depth.folder / title, noun, RED_COAT, SUBJECT_PLACES, 3)
         pictures = [*depth.bench.subject, *load_pictures(second, second_prompt, QUIET)]
         priors = [*depth.bench.priors, *(depth.priors("a photo of a cat") if noun == "cat" else [])]
