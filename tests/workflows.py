@@ -64,7 +64,8 @@ def _widget_values(node: Mapping[str, Any], specs: Mapping[str, Any]) -> dict[st
     while waiting:
         name, spec = waiting.pop(0)
         dynamic = spec[0] == "COMFY_DYNAMICCOMBO_V3"
-        if not (dynamic or isinstance(spec[0], list) or spec[0] in _WIDGETS):
+        socket = len(spec) > 1 and spec[1].get("forceInput")
+        if socket or not (dynamic or isinstance(spec[0], list) or spec[0] in _WIDGETS):
             continue
         if not values:
             raise ValueError(f"{node['type']}: no value for {name}")
