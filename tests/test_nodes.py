@@ -105,6 +105,7 @@ TEMPLATES = {  # → what a run leaves in the LoRA folder
     "train_then_generate": ["my-dog"],
     "train_with_priors": ["my-dog-with-priors"],
     "two_subjects": ["first", "second"],
+    "two_subjects_one_run": ["dog-and-cat"],
     "two_stages": ["concept", "concept-and-dog"],
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
@@ -129,10 +129,13 @@ longer."""
 TWO = """One adapter for each subject, then both in one picture. Give them different rare words (*sks*, *rraj*)
 and train each with class pictures of its own kind. If they mix in one picture, lower both strengths to
 0.8, or draw them one after the other with inpainting."""
+ONE_RUN = """Both subjects in one training and one adapter: the second **Subject** goes into the first one's *subject*.
+**Class Priors** makes pictures of both classes. Give them different rare words; *repeats* balances them if one
+has fewer pictures. Train longer than for one subject."""
 SMALL = """SDXL on a card of 8 to 12 GB: gradient checkpointing, batch 1, attention layers only, resolution 1024
-(768 still works). Precision `auto` takes bf16 where the card does it well. If the memory does not
-suffice, lower the resolution and run again: the run resumes where its settings allow, and nothing that
-is made is lost."""
+(768 still works). Precision `auto` takes bf16 where the card does it well. Before the first step the log says
+what the training needs; `base_quantization` nf4 and `optimizer` adamw-8bit (both want bitsandbytes) need less.
+If the memory runs out, nothing that is made is lost."""
 STAGES = """First a concept (clothes, a style, a pose), then a person or pet on top of it: the second training sees
 the first adapter, so that both fit each other. `combine` in **Training Settings** makes one file that
 holds both and stands alone."""
@@ -290,6 +293,25 @@ RECIPES: dict[str, Recipe] = {
                 ("apply", "clip"),
                 "a photo of sks dog and rraj cat on the beach",
                 (2050, 40),
+                "both",
+            ),
+        }
+    ),
+    "two_subjects_one_run": Recipe(
+        {
+            "note": note(ONE_RUN, (0, -200), "Two subjects in one adapter", (780, 170)),
+            "base": loader((0, 40)),
+            "other": subject((0, 210), "cat", "rraj", "cat", "Second subject"),
+            "subject": replace(
+                subject((0, 700), title="First subject"), links={"subject": ("other", "subject")}, size=(330, 440)
+            ),
+            "priors": priors((390, 40)),
+            "train": train((780, 40), WITH_PRIORS, name="dog-and-cat", steps=1600),
+            **drawing(
+                ("train", "model"),
+                ("train", "clip"),
+                "a photo of sks dog and rraj cat on the beach",
+                (1220, 40),
                 "both",
             ),
         }
