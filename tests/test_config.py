@@ -460,6 +460,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"prior_count": 1}, ("prior_count", "give class_prompt")),
     ({"min_timestep": 500, "max_timestep": 500}, ("min_timestep (500)", "max_timestep (500)")),
     ({"aspect_buckets": True, "resolution": 64}, ("bucket_step (64)", "resolution 64", "lower it")),
+    ({"instance_prompt": "a {token} {class}"}, ("{class}", "class_noun", "give class_noun")),
     ({"subject": [{"images": "cat"}]}, ("images", "[[subject]]", "table")),
 ]
 

@@ -270,6 +270,9 @@ class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, 
 
     @model_validator(mode="after")
     def _prompts_differ(self) -> Self:
+        for one in self.subject or [self]:
+            if not one.class_noun.strip() and "{class}" in one.instance_prompt + one.class_prompt:
+                raise ValueError("the prompts hold {class}, but class_noun is empty: give class_noun, such as 'dog'")
         for one in self.subjects:
             if one.prior_count and one.class_prompt in split_prompts(one.instance_prompt):
                 raise ValueError(
