@@ -59,14 +59,29 @@ def picture_folder(tmp_path: Path) -> Callable[..., Path]:
 def quick() -> Iterator[None]:
     """For modules that train the tiny model often: it computes fastest in one thread, and the recipe, which collects
     garbage several times a run, need not search what was imported."""
-    import diffusers  # noqa: F401
-    import peft  # noqa: F401
     import torch
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    search_no_imports()
+    yield
+    torch.set_num_threads(threads)
+
+
+def search_no_imports() -> None:
+    """Import what every run imports, and let the garbage collector leave it alone from now on."""
+    import diffusers  # noqa: F401
+    import peft  # noqa: F401
+
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
-    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_of_several_processes() -> None:
+    """Where all tests run, in two processes, every module is a quick one."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        import torch
+
+        torch.set_num_threads(1)
+        search_no_imports()
