@@ -2,8 +2,8 @@
 
     python benchmarks/depth.py [subjects] [style] [masks] [presets] [--out benchmarks/results] [--sheets docs]
 
-subjects   Two subjects in one run: the demo's dog and another, red and yellow, and the dog and a cat so coloured. "own"
-           and "other" are CLIP-I (the demo's scorer) of a subject's drawings, in places where it never was, to what the
+subjects   Two subjects in one run that trains the text encoder, too: the demo's dog and another, red and yellow, and the
+           dog and a cat so coloured. "own" and "other" are CLIP-I (the demo's scorer) of a subject's drawings, in places where it never was, to what the
            world's program draws of it and of the other one; "told apart" is the share of drawings nearer to their own.
 style      Pixel art from 24 pictures, with a caption for each and with one word for all. "with the word" and "without"
            are how pixelated drawings are (0 smooth, 1 pixel art); "content" is CLIP-I to the true pictures.
@@ -44,7 +44,7 @@ from trainer.sample import generate
 from trainer.sheets import Row, contact_sheet
 
 DRAWN = 6
-SECOND = "art painting"  # this world's small text encoder hardly tells its other rare words from no word at all
+SECOND = "art painting"  # this world's small text encoder hardly tells one more rare word from no word at all
 OTHERS = ("a photo of a dog", "a photo of a cat", "a photo of a car", "a photo of a robot", "a photo of a house")
 FABRIC = "on pink fabric"
 QUIET = SilentListener()
@@ -123,7 +123,7 @@ def subjects(depth: Depth) -> tuple[str, list[Row]]:
         second = subject(depth.folder / title, noun, RED_COAT, SUBJECT_PLACES, 3)
         pictures = [*depth.bench.subject, *load_pictures(second, second_prompt, QUIET)]
         priors = [*depth.bench.priors, *(depth.priors("a photo of a cat") if noun == "cat" else [])]
-        adapter = depth.train(pictures, priors, steps=800)
+        adapter = depth.train(pictures, priors, steps=1200, text_encoder_lr=4e-4)
         truths = [truth_of("dog", SUBJECT_COAT), truth_of(noun, RED_COAT)]
         for number, prompt in enumerate(("a photo of sks dog", second_prompt)):
             drawn = depth.draw(adapter, [f"{prompt} {place}" for place in PLACES])
