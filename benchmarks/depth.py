@@ -2,9 +2,10 @@
 
     python benchmarks/depth.py [subjects] [style] [masks] [presets] [--out benchmarks/results] [--sheets docs]
 
-subjects   Two subjects in one run that trains the text encoder, too: the demo's dog and another, red and yellow, and the
-           dog and a cat so coloured. "own" and "other" are CLIP-I (the demo's scorer) of a subject's drawings, in places where it never was, to what the
-           world's program draws of it and of the other one; "told apart" is the share of drawings nearer to their own.
+subjects   Two subjects in one run that trains the text encoder, too: the demo's dog and another, red and yellow, and
+           the dog and a cat so coloured. "own" and "other" are CLIP-I (the demo's scorer) of a subject's drawings, in
+           places where it never was, to what the world's program draws of it and of the other one; "told apart" is the
+           share of drawings nearer to their own.
 style      Pixel art from 24 pictures, with a caption for each and with one word for all. "with the word" and "without"
            are how pixelated drawings are (0 smooth, 1 pixel art); "content" is CLIP-I to the true pictures.
 masks      The striped dog, photographed on pink fabric alone, with and without masks. "pink of the fabric" is the share
