@@ -280,7 +280,7 @@ HALF: dict[str, Any] = {**TEXT, "text_encoder_until": 0.5}
 )
 def test_a_run_with_an_average_that_was_stopped(changes: dict[str, Any], world: World, tmp_path: Path) -> None:
     straight = world.train(tmp_path / "straight", **changes)
-    for step in (1, 2, 3):
+    for step in (1, 3):
         world.stop_after(step, tmp_path / "stopped", **changes)
     resumed = world.train(tmp_path / "stopped", **changes)
     assert resumed.started_from == 3

@@ -234,12 +234,11 @@ def test_a_state_on_disk_is_whole(name: str) -> None:
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(name: str, world: World, tmp_path: Path) -> None:
     changes = {**WITH[name], "optimizer_options": WITH[name].get("optimizer_options", "")}
     straight = world.train(tmp_path / "straight", **changes)
-    for step in (1, 3):
-        world.stop_after(step, tmp_path / "stopped", **changes)
-        [run] = runs_in(tmp_path / "stopped")
-        assert newest_step(run) == step
+    world.stop_after(2, tmp_path / "stopped", **changes)
+    [run] = runs_in(tmp_path / "stopped")
+    assert newest_step(run) == 2
     resumed = world.train(tmp_path / "stopped", **changes)
-    assert resumed.started_from == 3
+    assert resumed.started_from == 2
     assert_same_end(resumed, straight)
     states = [json.loads((one.run / "step-00000004" / "state.json").read_text()) for one in (resumed, straight)]
     assert states[0] == states[1]
@@ -271,7 +270,7 @@ RICH: dict[str, Any] = {**TEXT, "text_encoder_until": 0.5, "gradient_accumulatio
 def test_stops_with_text_encoders_that_leave(name: str, changes: dict[str, Any], world: World, tmp_path: Path) -> None:
     changes = {**WITH[name], **changes}
     straight = world.train(tmp_path / "straight", **changes)
-    for step in (1, 2, 3):
+    for step in (1, 3):
         world.stop_after(step, tmp_path / "stopped", **changes)
     assert_same_end(world.train(tmp_path / "stopped", **changes), straight)
 
