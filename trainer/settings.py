@@ -41,7 +41,13 @@ def setting(
 class Settings(BaseModel):
     """A set of settings; unknown names are refused, values are checked, nothing can be changed afterwards."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        validate_default=True,
+        allow_inf_nan=False,
+        defer_build=True,  # a host that only shows settings starts sooner
+    )
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> Self:
