@@ -167,7 +167,8 @@ class Objective:
             mask: Weight of each place, (batch, 1, height, width), with a sum above 0; None: all alike.
         """
         target = self.target(self.alphas_cumprod, latents, noise, timesteps)
-        snr = self.snr[timesteps].view(-1, 1, 1, 1)
+        alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+        snr = alpha / (1.0 - alpha)
         counted = self.distance(prediction.float() - target.float(), snr, self.c)
         if mask is None:
             losses = counted.mean(dim=(1, 2, 3))
