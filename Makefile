@@ -18,6 +18,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict -p trainer
+	$(RUN) tools/lint_imports.py
 
 bench: $(READY)
 	$(RUN) benchmarks/$(BENCH).py $(ARGS)

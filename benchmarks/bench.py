@@ -133,7 +133,7 @@ def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings_for(arguments: argparse.Namespace, steps: int) -> Any:
-    from trainer.config import TrainSettings
+    from trainer.settings.train import TrainSettings
 
     return TrainSettings(
         name="bench",
@@ -152,11 +152,11 @@ def step_ratio(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time a step of the recipe and a bare forward + backward in turn, in one process."""
     import torch
 
-    from trainer.devices import DTYPES, pick_device
+    from trainer.core.devices import DTYPES, pick_device
+    from trainer.core.events import SilentListener
+    from trainer.data.images import load_pictures
     from trainer.dreambooth import DreamBooth
-    from trainer.events import SilentListener
-    from trainer.pictures import load_pictures
-    from trainer.weights import open_base
+    from trainer.models.open import open_base
 
     pictures = load_pictures(arguments.scratch / "pictures", PROMPT, SilentListener())
     base = open_base(arguments.base, arguments.tokenizer)
@@ -212,10 +212,10 @@ def start_and_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     import psutil
 
     began = psutil.Process().create_time()
+    from trainer.core.events import Phase
+    from trainer.data.images import load_pictures
     from trainer.dreambooth import train
-    from trainer.events import Phase
-    from trainer.pictures import load_pictures
-    from trainer.weights import open_base
+    from trainer.models.open import open_base
 
     first: list[float] = []
 
@@ -286,7 +286,7 @@ def as_diffusers_folder(arguments: argparse.Namespace) -> Path:
     """The base as a folder in diffusers' layout, which the script wants."""
     from diffusers import DDPMScheduler, StableDiffusionPipeline
 
-    from trainer.weights import open_base
+    from trainer.models.open import open_base
 
     base = open_base(arguments.base, arguments.tokenizer)
     model = base.family.build(base)

@@ -33,16 +33,16 @@ from places import background
 from things import draw_thing
 from world import SUBJECT_COAT, SUBJECT_PLACES, compose, pixelate, stripes
 
-from trainer.config import PriorSettings, TrainSettings
+from trainer.adapters.kohya import Adapter
+from trainer.core.events import SilentListener
+from trainer.core.figures import Row, contact_sheet
+from trainer.data.class_images import make_class_pictures
+from trainer.data.folder import Reading
+from trainer.data.images import Picture, load_pictures
 from trainer.dreambooth import train
-from trainer.events import SilentListener
-from trainer.kohya import Adapter
-from trainer.picture_files import Reading
-from trainer.pictures import Picture, load_pictures
-from trainer.presets import load, names
-from trainer.priors import make_class_pictures
-from trainer.sample import generate
-from trainer.sheets import Row, contact_sheet
+from trainer.models.sampling import generate
+from trainer.settings.train import PriorSettings, TrainSettings
+from trainer.training.presets import load, names
 
 DRAWN = 6
 SECOND = "art painting"  # this world's small text encoder hardly tells one more rare word from no word at all

@@ -112,7 +112,7 @@ def _pair(plan: float, real: float | None) -> str:
 
 def settings_for(way: str, arguments: argparse.Namespace) -> Any:
     """Settings of a way to train; None where a setting of it does not exist."""
-    from trainer.config import TrainSettings
+    from trainer.settings.train import TrainSettings
 
     changes = WAYS[way]
     if not set(changes) <= set(TrainSettings.model_fields):
@@ -133,9 +133,9 @@ def settings_for(way: str, arguments: argparse.Namespace) -> Any:
 
 def planned(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Way → planned bytes."""
-    from trainer.config import TrainSettings
-    from trainer.memory_plan import Lean, Planner
-    from trainer.weights import open_base
+    from trainer.models.open import open_base
+    from trainer.settings.train import TrainSettings
+    from trainer.training.memory.plan import Lean, Planner
 
     base = open_base(arguments.scratch / "random.safetensors", TOKENIZER)
     settings = TrainSettings(
@@ -171,11 +171,11 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps on the GPU."""
     import torch
 
+    from trainer.core.errors import OutOfMemoryError
+    from trainer.core.events import Phase
+    from trainer.data.images import load_pictures
     from trainer.dreambooth import train
-    from trainer.errors import OutOfMemoryError
-    from trainer.events import Phase
-    from trainer.pictures import load_pictures
-    from trainer.weights import open_base
+    from trainer.models.open import open_base
 
     settings = settings_for(arguments.way, arguments)
     if settings is None:

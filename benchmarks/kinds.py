@@ -33,19 +33,19 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from world import subject_picture  # noqa: E402
 
-from trainer.adapters import TrainedAdapter  # noqa: E402
-from trainer.applying import merge_into  # noqa: E402
-from trainer.config import PriorSettings, TrainSettings  # noqa: E402
+from trainer.adapters.apply import merge_into  # noqa: E402
+from trainer.adapters.kohya import Adapter  # noqa: E402
+from trainer.core.events import SilentListener  # noqa: E402
+from trainer.core.figures import Row, contact_sheet  # noqa: E402
+from trainer.data.class_images import make_class_pictures  # noqa: E402
+from trainer.data.images import Picture, load_pictures  # noqa: E402
 from trainer.dreambooth import train  # noqa: E402
-from trainer.ends import Stage, TrainResult  # noqa: E402
-from trainer.events import SilentListener  # noqa: E402
-from trainer.families.base import BaseWeights, DiffusionModel  # noqa: E402
-from trainer.kohya import Adapter  # noqa: E402
-from trainer.pictures import Picture, load_pictures  # noqa: E402
-from trainer.priors import make_class_pictures  # noqa: E402
-from trainer.sample import generate  # noqa: E402
-from trainer.sheets import Row, contact_sheet  # noqa: E402
-from trainer.weights import open_base  # noqa: E402
+from trainer.models.families.base import BaseWeights, DiffusionModel  # noqa: E402
+from trainer.models.open import open_base  # noqa: E402
+from trainer.models.sampling import generate  # noqa: E402
+from trainer.settings.train import PriorSettings, TrainSettings  # noqa: E402
+from trainer.training.export import Stage, TrainResult  # noqa: E402
+from trainer.training.lora import TrainedAdapter  # noqa: E402
 
 DEMO = ROOT / "demo"
 PLACES = ("in the snow", "on the beach", "in the water")
@@ -232,7 +232,7 @@ def as_markdown(table: list[dict[str, Any]], ends: dict[str, float], seeds: int)
 
 def two_stages(bench: Bench) -> tuple[dict[str, float], list[Row]]:
     """Pixel art first, then the subject on top of it: the second file stacked on the first, and combined with it."""
-    from trainer.applying import apply_to_base
+    from trainer.adapters.apply import apply_to_base
 
     style = load_pictures(DEMO / "style", "pixel", SilentListener())
     values = {**RECIPE, "rank": 8, "targets": "attention-mlp", "save_precision": "fp32"}

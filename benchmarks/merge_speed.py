@@ -261,8 +261,8 @@ def write_pair(scratch: Path, modules: int) -> None:
     import torch
 
     sys.path.insert(0, str(ROOT))
-    from trainer.kohya import Adapter, write_adapter
-    from trainer.layers import LoraLayer
+    from trainer.adapters.kohya import Adapter, write_adapter
+    from trainer.adapters.layers import LoraLayer
 
     known: dict[str, list[list[int]]] = json.loads(NAMES.read_text(encoding="utf-8"))
     names = evenly(sorted(known), modules)

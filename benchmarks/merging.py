@@ -34,15 +34,15 @@ from things import THINGS
 from torch import Tensor
 from world import compose, pixelate, subject_picture
 
-from trainer.config import TrainSettings
-from trainer.events import SilentListener
-from trainer.kohya import Adapter
-from trainer.learned_merge import learned_merge
-from trainer.merge import Part, merge
-from trainer.merge_settings import LearnedMergeSettings, MergeSettings
-from trainer.pictures import load_pictures
-from trainer.sample import generate
-from trainer.sheets import Row, contact_sheet
+from trainer.adapters.kohya import Adapter
+from trainer.core.events import SilentListener
+from trainer.core.figures import Row, contact_sheet
+from trainer.data.images import load_pictures
+from trainer.merging.merge import Part, merge
+from trainer.merging.ziplora import learned_merge
+from trainer.models.sampling import generate
+from trainer.settings.merge import LearnedMergeSettings, MergeSettings
+from trainer.settings.train import TrainSettings
 
 PROMPT = "pixel, a sks dog {}"
 SUBJECT: dict[str, Any] = {"rank": 8, "targets": "attention-mlp"}

@@ -4,7 +4,7 @@ the truth.
     python benchmarks/picking.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
     python benchmarks/picking.py --again    # picks anew from the figures of the last time
 
-Every run learns the striped dog of demo/subject for 800 steps and keeps a checkpoint every 100. `trainer.comparison`
+Every run learns the striped dog of demo/subject for 800 steps and keeps a checkpoint every 100. `trainer.evaluation.comparison`
 draws and scores them as `python -m trainer compare` does, in places where the subject never was. Reported, as mean and
 spread over the seeds:
     CLIP-I, CLIP-T, drift   what the comparison measures, against the five pictures of the subject
@@ -26,16 +26,16 @@ from typing import Any
 import torch
 from kinds import DEMO, DRAWN, PLACES, RECIPE, ROOT, Bench
 
-from trainer.checkpoint import RunFolder
-from trainer.comparison import Comparison, Entry, base_alone, checkpoints, compare
-from trainer.comparison_report import sheet
-from trainer.config import TrainSettings
+from trainer.core.events import SilentListener
+from trainer.core.figures import figure_as_picture
 from trainer.dreambooth import train
-from trainer.evaluation import DRIFT, FIDELITY, FOLLOWING, Evaluation, best_of
-from trainer.events import SilentListener
-from trainer.judges import CLIP, Judges
-from trainer.sheets import figure_as_picture
-from trainer.studio import Drawing, Studio
+from trainer.evaluation.comparison import Comparison, Entry, base_alone, checkpoints, compare
+from trainer.evaluation.comparison_report import sheet
+from trainer.evaluation.evaluator import DRIFT, FIDELITY, FOLLOWING, Evaluation, best_of
+from trainer.evaluation.feature_extractors import CLIP, Judges
+from trainer.evaluation.generator import Drawing, Studio
+from trainer.settings.train import TrainSettings
+from trainer.training.runs.checkpoint import RunFolder
 
 WAYS = ("with priors", "without")
 SETTINGS: dict[str, Any] = {**RECIPE, "steps": 800, "checkpoint_every": 100, "targets": "attention-mlp", "rank": 8}
@@ -50,7 +50,7 @@ def compared(bench: Bench, judges: Judges, seed: int, way: str) -> Comparison:
     evaluation = Evaluation(judges, bench.subject, [f"a photo of sks dog {place}" for place in PLACES], "sks", quiet)
     studio = Studio(bench.base, folder / "pictures", cpu, "fp32", quiet)
     how = Drawing(count=DRAWN, width=64, height=64, steps=25, guidance=4.0)
-    return compare(studio, evaluation, [base_alone(), *checkpoints(RunFolder(result.run))], [how])
+    return compare(studio, evaluation, [base_alone(), *checkpoints(RunFolder(result.run).adapters(), "run")], [how])
 
 
 def truth(bench: Bench, entry: Entry) -> float:

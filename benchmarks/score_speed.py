@@ -26,11 +26,14 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from trainer.events import SilentListener  # noqa: E402
-from trainer.feature_models import BATCH, FeatureModel  # noqa: E402
-from trainer.judges import Judges  # noqa: E402
-from trainer.pictures import load_pictures  # noqa: E402
-from trainer.scoring import score_pictures  # noqa: E402
+from trainer.core.events import SilentListener  # noqa: E402
+from trainer.data.images import load_pictures  # noqa: E402
+from trainer.evaluation.feature_extractors import (  # noqa: E402
+    BATCH,
+    FeatureModel,
+    Judges,
+)
+from trainer.evaluation.score_table import score_pictures  # noqa: E402
 
 
 def timed(work: Callable[[], object]) -> float:

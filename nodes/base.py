@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.errors import TrainerError
+from ..trainer.core.errors import TrainerError
 
 
 class NodeError(Exception):

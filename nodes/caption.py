@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.caption_settings import CaptionSettings
+from ..trainer.settings.caption import CaptionSettings
 from . import host, host_models
 from .base import Node
 from .host_progress import NodeListener
@@ -53,9 +53,9 @@ class CaptionImages(Node):
         """Describe the pictures."""
         import torch
 
-        from ..trainer.captioning import caption_pictures, open_captioner
-        from ..trainer.events import SilentListener
-        from ..trainer.pictures import load_pictures
+        from ..trainer.core.events import SilentListener
+        from ..trainer.data.captioning import caption_pictures, open_captioner
+        from ..trainer.data.images import load_pictures
 
         settings = CaptionSettings.checked(values)
         pictures = load_pictures(list(images), "", SilentListener())  # of one size: all are good, or none

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..trainer.errors import AdapterError, CancelledError, SettingsError, WeightsError
+from ..trainer.core.errors import AdapterError, CancelledError, SettingsError, WeightsError
 
 logger = logging.getLogger("dreambooth_lora")
 NO_FOLDER = "(connected images)"
@@ -59,7 +59,7 @@ def keep_workflow(run: Any, workflow: Mapping[str, Any]) -> None:
     Raises:
         StorageError: It can't be written.
     """
-    from ..trainer.files import write_atomic
+    from ..trainer.core.files import write_atomic
 
     write_atomic(run.workflow_path, json.dumps(workflow, ensure_ascii=False).encode())
 
@@ -71,7 +71,7 @@ def take_checkpoint(run: Any, step: int) -> Path:
         AdapterError: The run has no adapter of that step.
         StorageError: It can't be written.
     """
-    from ..trainer.files import free_path, write_atomic
+    from ..trainer.core.files import free_path, write_atomic
 
     found = run.adapters()
     if step not in found:
@@ -197,7 +197,7 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
         UnsupportedModelError: Its family can't be trained; named.
         WeightsError: A part is missing, quantised, or the model predicts neither epsilon nor velocity.
     """
-    from ..trainer.weights import HostTensors, open_base
+    from ..trainer.models.open import HostTensors, open_base
 
     encoders = {name: part for name, part in vars(clip.cond_stage_model)["_modules"].items() if name in _TEXT_ENCODERS}
     lent = HostTensors(
@@ -225,7 +225,7 @@ def _prediction(model: Any) -> Any:
     """
     import comfy.model_sampling as kinds
 
-    from ..trainer.families.base import Prediction
+    from ..trainer.models.families.base import Prediction
 
     sampling = model.get_model_object("model_sampling")
     source = "the model's sampling in the graph"
@@ -304,7 +304,7 @@ def lent_weights(model: Any, clip: Any) -> Mapping[str, Any]:
 
 class _LentWeights(Mapping[str, Any]):
     def __init__(self, weights: _Weights) -> None:
-        from ..trainer.naming import kohya_name, place_of
+        from ..trainer.adapters.names import kohya_name, place_of
 
         self._weights = weights
         aliases = [name for name in weights.names() if len(weights.shape(name) or ()) > 1]
@@ -362,7 +362,7 @@ def _dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any
     """The magnitudes of DoRA layers, such that ComfyUI's division by the wrong length gives the right weight."""
     import torch
 
-    from ..trainer.kohya import parse_adapter
+    from ..trainer.adapters.kohya import parse_adapter
 
     names = {key.rpartition(".")[0] for key in tensors if key.endswith(".dora_scale")}
     if not names:
@@ -382,8 +382,8 @@ def _dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any
 
 def _fit(weights: _Weights, model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """Names of the adapter's modules that have a counterpart of their shape, and of those that have none."""
-    from ..trainer.kohya import parse_adapter
-    from ..trainer.layers import fits
+    from ..trainer.adapters.kohya import parse_adapter
+    from ..trainer.adapters.layers import fits
 
     fitting, foreign = [], []
     for name, layer in parse_adapter(tensors).layers.items():

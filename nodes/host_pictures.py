@@ -8,10 +8,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..trainer.errors import PicturesError
-from ..trainer.events import Event, Note
-from ..trainer.picture_files import picture_names
-from ..trainer.pictures import Picture, load_pictures
+from ..trainer.core.errors import PicturesError
+from ..trainer.core.events import Event, Note
+from ..trainer.data.folder import picture_names
+from ..trainer.data.images import Picture, load_pictures
 from . import host
 
 _THUMBNAIL = 192  # pixels

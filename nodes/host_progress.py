@@ -9,13 +9,13 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..trainer.errors import TrainerError
-from ..trainer.events import Event, Note, Opened, Phase, Preview, Step, Validation
-from ..trainer.metrics import VALIDATION_LOSS
+from ..trainer.core.errors import TrainerError
+from ..trainer.core.events import Event, Note, Opened, Phase, Preview, Step, Validation
+from ..trainer.training.runs.metrics import VALIDATION_LOSS
 from . import host, live
 
 if TYPE_CHECKING:
-    from ..trainer.pictures import Picture
+    from ..trainer.data.images import Picture
 
 logger = logging.getLogger("dreambooth_lora")
 _SECONDS_BETWEEN_MESSAGES = 0.4  # of progress, two each
@@ -158,8 +158,8 @@ class TrainingListener(NodeListener):
 
     def _keep(self, event: Opened) -> None:
         """Put the graph and small pictures of the subject into a run's folder; without them the run goes on as well."""
-        from ..trainer.checkpoint import RunFolder
-        from ..trainer.files import write_atomic
+        from ..trainer.core.files import write_atomic
+        from ..trainer.training.runs.checkpoint import RunFolder
         from . import host_pictures
 
         run = RunFolder(event.path)

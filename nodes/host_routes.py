@@ -1,7 +1,7 @@
 """The bridge to ComfyUI, continued: what the pack's pages ask the server, all below /dreambooth.
 
 Reading is free to whoever may open ComfyUI. What changes something wants a header that no foreign page can send, and an
-origin that is ComfyUI's own. No name leads out of the folders that it belongs to (`trainer.shelf`, `host.input_path`).
+origin that is ComfyUI's own. No name leads out of the folders that it belongs to (`trainer.training.runs.index`, `host.input_path`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from ..trainer.errors import TrainerError
+from ..trainer.core.errors import TrainerError
 from . import host, live
 
 if TYPE_CHECKING:
-    from ..trainer.shelf import Shelf
+    from ..trainer.training.runs.index import Shelf
 
 logger = logging.getLogger("dreambooth_lora")
 _PREFIX = "/dreambooth"
@@ -76,7 +76,7 @@ def _require_own_page(request: web.Request) -> None:
 
 
 def _shelf() -> Shelf:
-    from ..trainer.shelf import Shelf
+    from ..trainer.training.runs.index import Shelf
 
     return Shelf(host.work_folder() / "runs")
 

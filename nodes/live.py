@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ..trainer.errors import SettingsError
+from ..trainer.core.errors import SettingsError
 
 _MOST_NODES = 200
 _nodes: dict[str, dict[str, Any]] = {}

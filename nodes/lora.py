@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.config import TrainSettings
+from ..trainer.settings.train import TrainSettings
 from . import host
 from .base import Node
 from .widgets import CATEGORY, widget
@@ -24,7 +24,7 @@ class LoraTensors(dict[str, Any]):
 
 def as_adapter(lora: Mapping[str, Any]) -> Any:
     """The engine's `Adapter` of what a LORA_MODEL wire carries."""
-    from ..trainer.kohya import parse_adapter
+    from ..trainer.adapters.kohya import parse_adapter
 
     return parse_adapter(lora, getattr(lora, "metadata", {}))
 
@@ -61,7 +61,7 @@ class LoadLoraFile(Node):
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
         """Read and name the tensors as kohya does."""
-        from ..trainer.kohya import read_adapter
+        from ..trainer.adapters.kohya import read_adapter
 
         path = host.lora_path(file)
         adapter = read_adapter(path)
@@ -124,9 +124,9 @@ class SaveLora(Node):
     @classmethod
     def execute(cls, lora: Mapping[str, Any], name: str, precision: str) -> io.NodeOutput:
         """Write under the first free name."""
-        from ..trainer.devices import DTYPES
-        from ..trainer.files import free_path
-        from ..trainer.kohya import write_adapter
+        from ..trainer.adapters.kohya import write_adapter
+        from ..trainer.core.devices import DTYPES
+        from ..trainer.core.files import free_path
 
         name = TrainSettings.checked({"name": name}).name
         path = free_path(host.loras_folder() / f"{name}.safetensors")

@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.merge_settings import ExtractSettings, ReductionSettings
+from ..trainer.settings.merge import ExtractSettings, ReductionSettings
 from . import host
 from .base import Node
 from .host_progress import NodeListener
@@ -43,7 +43,7 @@ class ResizeLora(Node):
         """Resize."""
         import torch
 
-        from ..trainer.merge import Part, resize
+        from ..trainer.merging.merge import Part, resize
 
         settings = ReductionSettings.checked(values)
         with host.interruptible():
@@ -87,8 +87,8 @@ class ExtractLora(Node):
         """Extract."""
         import torch
 
-        from ..trainer.errors import SettingsError
-        from ..trainer.extraction import extract_between
+        from ..trainer.core.errors import SettingsError
+        from ..trainer.merging.extract import extract_between
 
         if (clip is None) != (base_clip is None):
             raise SettingsError(
@@ -135,9 +135,9 @@ class InspectLora(Node):
     @classmethod
     def execute(cls, lora: Any, other: Any = None, model: Any = None, clip: Any = None) -> io.NodeOutput:
         """Describe."""
-        from ..trainer.adapter_profile import profile
-        from ..trainer.inspection import as_text, describe_adapter
-        from ..trainer.merge_report import heat_map
+        from ..trainer.cli.inspect import as_text, describe_adapter
+        from ..trainer.merging.profile import profile
+        from ..trainer.merging.report import heat_map
 
         adapter = as_adapter(lora)
         second = None if other is None else as_adapter(other)

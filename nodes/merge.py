@@ -8,7 +8,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.merge_settings import LearnedMergeSettings, MergeSettings
+from ..trainer.settings.merge import LearnedMergeSettings, MergeSettings
 from . import host
 from .base import Node
 from .host_progress import NodeListener
@@ -48,7 +48,7 @@ def report_outputs() -> list[io.Output]:
 
 def as_image(picture: Any) -> Any:
     """A PIL picture as IMAGE, (1, height, width, 3) in [0, 1]."""
-    from ..trainer.pictures import to_pixels
+    from ..trainer.data.images import to_pixels
 
     return (to_pixels(picture).permute(1, 2, 0)[None] + 1) / 2
 
@@ -108,7 +108,7 @@ class MergeLoras(Node):
         """Merge."""
         import torch
 
-        from ..trainer.merge import Part, merge
+        from ..trainer.merging.merge import Part, merge
 
         settings = MergeSettings.checked(method)
         connected = [lora for lora in loras.values() if lora is not None]
@@ -135,7 +135,7 @@ def read_strengths(text: str, count: int) -> list[tuple[float, float]]:
     Raises:
         SettingsError: It is no such list, or too long.
     """
-    from ..trainer.errors import SettingsError
+    from ..trainer.core.errors import SettingsError
 
     entries = [entry.strip() for entry in text.replace("\n", ",").split(",") if entry.strip()]
     default = "1.0, 1.0"
@@ -195,9 +195,9 @@ class ScaleLora(Node):
         clip: Any = None,
     ) -> io.NodeOutput:
         """Scale."""
-        from ..trainer.errors import SettingsError
-        from ..trainer.merge import Part, merge
-        from ..trainer.merge_settings import read_block_weights
+        from ..trainer.core.errors import SettingsError
+        from ..trainer.merging.merge import Part, merge
+        from ..trainer.settings.merge import read_block_weights
 
         try:
             blocks = read_block_weights(block_weights)
@@ -267,9 +267,9 @@ class LearnedMerge(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train the coefficients and merge."""
-        from ..trainer.devices import pick_device
-        from ..trainer.learned_merge import learned_merge
-        from ..trainer.merge import Part
+        from ..trainer.core.devices import pick_device
+        from ..trainer.merging.merge import Part
+        from ..trainer.merging.ziplora import learned_merge
 
         settings = LearnedMergeSettings.checked(values)
         given = ((subject_lora, subject_strength), (style_lora, style_strength))

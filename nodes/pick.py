@@ -6,8 +6,8 @@ from typing import Any
 
 from comfy_api.latest import io, ui
 
-from ..trainer.config import TrainSettings
-from ..trainer.score_settings import CompareSettings
+from ..trainer.settings.evaluate import CompareSettings
+from ..trainer.settings.train import TrainSettings
 from . import host
 from .base import Node
 from .host_progress import NodeListener
@@ -74,7 +74,7 @@ class PickBestCheckpoint(Node):
     @classmethod
     def fingerprint_inputs(cls, run: str = "", **_: Any) -> str:
         """Changes when the run has other checkpoints."""
-        from ..trainer.checkpoint import RunFolder
+        from ..trainer.training.runs.checkpoint import RunFolder
 
         return repr(list(RunFolder(host.run_path(run)).adapters())) if isinstance(run, str) and run.strip() else ""
 
@@ -95,18 +95,18 @@ class PickBestCheckpoint(Node):
         """Draw, score, choose."""
         import torch
 
-        from ..trainer.checkpoint import RunFolder
-        from ..trainer.comparison import base_alone, checkpoints, compare
-        from ..trainer.comparison_report import as_markdown, plot, sheet, write_report
-        from ..trainer.devices import pick_device, pick_precision
-        from ..trainer.evaluation import Evaluation
-        from ..trainer.prompts import split_prompts
-        from ..trainer.studio import Studio, drawings
+        from ..trainer.core.devices import pick_device, pick_precision
+        from ..trainer.core.prompts import split_prompts
+        from ..trainer.evaluation.comparison import base_alone, checkpoints, compare
+        from ..trainer.evaluation.comparison_report import as_markdown, plot, sheet, write_report
+        from ..trainer.evaluation.evaluator import Evaluation
+        from ..trainer.evaluation.generator import Studio, drawings
+        from ..trainer.training.runs.checkpoint import RunFolder
 
         values["prompts"] = values["prompts"].replace("{subject}", subject.instance_prompt)
         settings = CompareSettings.checked({**values, "token": subject.token})
         folder = RunFolder.existing(host.run_path(run))
-        found = checkpoints(folder)
+        found = checkpoints(folder.adapters(), folder.name)
         listener, device = NodeListener(cls.hidden.unique_id), pick_device(host.device_name())
         with host.training_mode(), torch.no_grad():
             judges = open_judges(clip_model, dino_model, download)

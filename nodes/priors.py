@@ -7,7 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.config import PriorSettings, TrainSettings
+from ..trainer.settings.train import PriorSettings, TrainSettings
 from . import host
 from .base import Node
 from .host_progress import NodeListener
@@ -78,9 +78,9 @@ class ClassPriors(Node):
         """Make what is missing."""
         import torch
 
-        from ..trainer.devices import pick_device, pick_precision
-        from ..trainer.pictures import to_pixels
-        from ..trainer.priors import make_class_pictures
+        from ..trainer.core.devices import pick_device, pick_precision
+        from ..trainer.data.class_images import make_class_pictures
+        from ..trainer.data.images import to_pixels
 
         prompts = [prompt.strip()] if prompt.strip() else list(subject.class_prompts if subject else [""])
         named = {f"prior_{name}": value for name, value in values.items()}

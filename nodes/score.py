@@ -44,7 +44,7 @@ def open_judges(clip: str, dino: str, download: bool) -> Any:
     """The engine's `Judges` of models named as ComfyUI's folders have them; blank: none."""
     import torch
 
-    from ..trainer.judges import Judges
+    from ..trainer.evaluation.feature_extractors import Judges
 
     names = [host_models.feature_model(name.strip()) if name.strip() else "" for name in (clip, dino)]
     device = torch.device(host.device_name())
@@ -55,8 +55,8 @@ def _score(
     node_id: str, images: Any, prompts: Sequence[str], references: Sequence[Any], clip: str, dino: str, download: bool
 ) -> Any:
     """The engine's `ScoreTable` of an IMAGE batch."""
-    from ..trainer.pictures import load_pictures
-    from ..trainer.scoring import score_pictures
+    from ..trainer.data.images import load_pictures
+    from ..trainer.evaluation.score_table import score_pictures
 
     listener = NodeListener(node_id)
     pictures = load_pictures(list(images), "", listener)
@@ -96,7 +96,7 @@ class ClipScore(Node):
     @classmethod
     def execute(cls, images: Any, prompts: str, clip_model: str, download: bool) -> io.NodeOutput:
         """Score."""
-        from ..trainer.errors import PicturesError
+        from ..trainer.core.errors import PicturesError
 
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:

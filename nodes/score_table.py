@@ -82,11 +82,11 @@ class ScoreTable(Node):
         subject: SubjectValue | None = None,
     ) -> io.NodeOutput:
         """Score, and write the table."""
-        from ..trainer.config import TrainSettings
-        from ..trainer.files import free_path, write_atomic
-        from ..trainer.gallery import as_png
-        from ..trainer.pictures import load_pictures
-        from ..trainer.score_grid import score_grid
+        from ..trainer.core.files import free_path, write_atomic
+        from ..trainer.data.image_cache import as_png
+        from ..trainer.data.images import load_pictures
+        from ..trainer.evaluation.score_table import score_grid
+        from ..trainer.settings.train import TrainSettings
 
         name = TrainSettings.checked({"name": name}).name
         listener = NodeListener(cls.hidden.unique_id)

@@ -7,10 +7,10 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.errors import PicturesError
-from ..trainer.picture_files import CaptionSource, MaskSource, Reading
-from ..trainer.prompts import article, filled, split_prompts, without_token
-from ..trainer.subject_settings import PictureSettings
+from ..trainer.core.errors import PicturesError
+from ..trainer.core.prompts import article, filled, split_prompts, without_token
+from ..trainer.data.folder import CaptionSource, MaskSource, Reading
+from ..trainer.settings.data import PictureSettings
 from . import host
 from .base import Node
 from .host_progress import NodeListener
@@ -119,7 +119,7 @@ class Subject(Node):
         repeats: int = 1,
     ) -> io.NodeOutput:
         """Read and check the pictures."""
-        from ..trainer.pictures import load_pictures
+        from ..trainer.data.images import load_pictures
 
         connected = folder == host.NO_FOLDER
         if connected and images is None:

@@ -8,11 +8,11 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..trainer.config import TrainSettings
-from ..trainer.data_settings import DataSettings
-from ..trainer.objective_settings import ObjectiveSettings
-from ..trainer.optimizer_settings import OptimizerSettings
-from ..trainer.preview_settings import PreviewSettings
+from ..trainer.settings.data import DataSettings
+from ..trainer.settings.objective import ObjectiveSettings
+from ..trainer.settings.optimizer import OptimizerSettings
+from ..trainer.settings.preview import PreviewSettings
+from ..trainer.settings.train import TrainSettings
 from . import host, host_models
 from .base import Node
 from .host_progress import TrainingListener
@@ -171,8 +171,8 @@ class TrainLora(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train and apply the adapter."""
-        from ..trainer.ends import Stage
-        from ..trainer.errors import SettingsError
+        from ..trainer.core.errors import SettingsError
+        from ..trainer.training.export import Stage
 
         checked = TrainSettings.checked({**(settings or {}), **values})
         if checked.combine and base_lora is None:
@@ -239,7 +239,7 @@ class FineTuneCheckpoint(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train, and load the checkpoint."""
-        from ..trainer.ends import Stage
+        from ..trainer.training.export import Stage
 
         checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
         result = run_training(cls.hidden, (model, clip, vae), subject, priors, class_images, checked, Stage())
@@ -258,10 +258,10 @@ def run_training(
     stage: Any,
 ) -> Any:
     """Train on ComfyUI's MODEL, CLIP and VAE; returns the engine's `TrainResult`."""
+    from ..trainer.data.image_check import check_pictures
+    from ..trainer.data.images import load_pictures
     from ..trainer.dreambooth import train
-    from ..trainer.picture_check import check_pictures
-    from ..trainer.pictures import load_pictures
-    from ..trainer.presets import changed, filled
+    from ..trainer.training.presets import changed, filled
 
     workflow = (hidden.extra_pnginfo or {}).get("workflow")
     listener = TrainingListener(hidden.unique_id, settings.name, subject.pictures, workflow)

@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from comfy_api.latest import io
 
-from ..trainer.settings import Settings, field_extra
+from ..trainer.settings.base import Settings, field_extra
 
 CATEGORY = "DreamBooth LoRA"
 SUBJECT = io.Custom("DREAMBOOTH_SUBJECT")

@@ -9,11 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .caption_settings import CaptionCommand
-from .config import GenerateSettings, PlanCommand, PriorsCommand, TrainCommand
-from .errors import CancelledError, TrainerError
-from .flags import add_flags, settings_from
-from .merge_settings import (
+from .cli.flags import add_flags, settings_from
+from .cli.terminal import Terminal
+from .core.errors import CancelledError, TrainerError
+from .settings.base import Settings
+from .settings.caption import CaptionCommand
+from .settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand
+from .settings.merge import (
     ConvertCommand,
     ExtractCommand,
     FuseCommand,
@@ -21,9 +23,7 @@ from .merge_settings import (
     MergeCommand,
     ResizeCommand,
 )
-from .score_settings import CompareCommand, DreamBenchCommand, ScoreCommand
-from .settings import Settings
-from .terminal import Terminal
+from .settings.train import GenerateSettings, PlanCommand, PriorsCommand, TrainCommand
 
 _TOOLS: tuple[tuple[str, type[Settings], str, str], ...] = (
     ("merge", MergeCommand, "loras", "Merge adapters into one; with one adapter, scale it."),
@@ -37,7 +37,7 @@ _TOOLS: tuple[tuple[str, type[Settings], str, str], ...] = (
 
 def _train(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, TrainCommand)
-    from .commands import run_train
+    from .cli.train import run_train
 
     with Terminal() as terminal:
         result = run_train(settings, terminal)
@@ -47,14 +47,14 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, PlanCommand)
-    from .plan_commands import run_plan
+    from .cli.plan import run_plan
 
     print(run_plan(settings))
 
 
 def _priors(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, PriorsCommand)
-    from .commands import run_priors
+    from .cli.train import run_priors
 
     with Terminal() as terminal:
         folder = run_priors(settings, terminal)
@@ -63,7 +63,7 @@ def _priors(arguments: argparse.Namespace) -> None:
 
 def _generate(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, GenerateSettings)
-    from .commands import run_generate
+    from .cli.train import run_generate
 
     with Terminal() as terminal:
         paths = run_generate(settings, terminal)
@@ -73,7 +73,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 def _caption(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, CaptionCommand)
-    from .captioning import caption_folder
+    from .data.captioning import caption_folder
 
     with Terminal() as terminal:
         captions = caption_folder(settings, terminal)
@@ -86,7 +86,7 @@ def _tool(settings: type[Settings], name: str) -> Callable[[argparse.Namespace],
 
     def run(arguments: argparse.Namespace) -> None:
         checked = settings_from(arguments, settings)
-        from . import merge_commands
+        from .cli import merge as merge_commands
 
         with Terminal() as terminal:
             path, report = getattr(merge_commands, f"run_{name}")(checked, terminal)
@@ -98,7 +98,7 @@ def _tool(settings: type[Settings], name: str) -> Callable[[argparse.Namespace],
 
 def _score(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, ScoreCommand)
-    from .score_commands import run_score
+    from .cli.evaluate import run_score
 
     with Terminal() as terminal:
         table = run_score(settings, terminal)
@@ -107,8 +107,8 @@ def _score(arguments: argparse.Namespace) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, CompareCommand)
-    from .comparison_report import as_markdown
-    from .score_commands import run_compare
+    from .cli.evaluate import run_compare
+    from .evaluation.comparison_report import as_markdown
 
     with Terminal() as terminal:
         comparison, files = run_compare(settings, terminal)
@@ -121,7 +121,7 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 def _dreambench(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, DreamBenchCommand)
-    from .score_commands import run_dreambench
+    from .cli.evaluate import run_dreambench
 
     with Terminal() as terminal:
         files = run_dreambench(settings, terminal)
@@ -131,14 +131,14 @@ def _dreambench(arguments: argparse.Namespace) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from .inspection import as_text, inspect
+    from .cli.inspect import as_text, inspect
 
     facts = inspect(arguments.file, blocks=arguments.blocks)
     print(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else as_text(facts))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
-    from .demo import run_demo
+    from .cli.demo import run_demo
 
     with Terminal() as terminal:
         paths = run_demo(arguments.output_dir, terminal)

@@ -14,38 +14,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .averaging import Averaging
-from .cache import Cache, build_cache, leave
-from .captions import Captions
-from .checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
-from .checks import diverged, require_prediction_type, require_trainable
-from .config import TrainSettings
-from .devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
-from .ends import Stage, TrainResult
-from .errors import CancelledError, DivergedError
-from .events import Listener, Note, Opened, SilentListener, Validation
-from .export import export
-from .families.base import BaseWeights, DiffusionModel
-from .fitting import Fit
-from .metadata import RunFacts, training_metadata
-from .metrics import is_validated
-from .optimization import (
-    accelerate_state_kept,
+from .adapters.metadata import RunFacts, training_metadata
+from .core.devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
+from .core.distributed import Team, accelerate_state_kept, make_accelerator
+from .core.errors import CancelledError, DivergedError
+from .core.events import Listener, Note, Opened, SilentListener, Validation
+from .core.throughput import Pace
+from .data.images import Picture, split_off
+from .data.latent_cache import Cache, build_cache, leave
+from .models.families.base import BaseWeights, DiffusionModel
+from .models.nf4 import require_quantizable
+from .settings.train import TrainSettings
+from .training.averaging import Averaging
+from .training.export import Stage, TrainResult, export
+from .training.loss import Captions, Passes
+from .training.memory.fit import Fit
+from .training.optimizers import (
     learning_rate_factor,
-    make_accelerator,
     make_optimizer,
     recompute_activations,
     restore_optimizer,
     set_learning_rates,
 )
-from .pace import Pace
-from .passes import Passes
-from .pictures import Picture, split_off
-from .previews import Previews
-from .quantization import require_quantizable
-from .team import Team
-from .trackers import watched
-from .trainee import Trainee, begin
+from .training.preflight import diverged, require_prediction_type, require_trainable
+from .training.previews import Previews
+from .training.runs.checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
+from .training.runs.metrics import is_validated
+from .training.runs.trackers import watched
+from .training.trainable import Trainee, begin
 
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or set base_quantization; the run then resumes"
 _BUILT = ("model", "trainee", "averaging", "optimizer", "accelerator", "cache", "captions", "passes", "previews")

@@ -1,0 +1,359 @@
+"""Aspect buckets: nothing is distorted, little is cut away, every picture counts alike, and a run stays exact."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import Recorder
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from pack.trainer.data.batches import Batch, draw_batches
+from pack.trainer.data.buckets import bucket_shapes, kept_share, nearest_shape
+from pack.trainer.data.images import Picture, crop, crop_place, load_pictures
+from pack.trainer.data.latent_cache import Cache, LatentSet
+from pack.trainer.dreambooth import DreamBooth
+from pack.trainer.settings.train import TrainSettings
+from PIL import Image, ImageDraw
+from torch import Tensor
+from worlds import (
+    TOKENIZER,
+    World,
+    assert_same_end,
+    make_world,
+    make_xl_world,
+    newest_step,
+    open_base,
+    runs_in,
+)
+
+pytestmark = pytest.mark.usefixtures("quick")
+CPU = torch.device("cpu")
+BUCKETS: dict[str, Any] = {"aspect_buckets": True, "bucket_step": 16}
+SIZES = [(64, 64), (128, 64), (64, 128), (100, 80), (90, 65), (64, 200)]
+sides = st.integers(32, 6000)
+grids = st.sampled_from([(64, 8), (64, 16), (64, 32), (512, 64), (512, 8), (768, 64), (1024, 64), (520, 64)])
+
+
+@pytest.mark.parametrize("step", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("resolution", [256, 512, 520, 768, 1024])
+def test_shapes(resolution: int, step: int) -> None:
+    square, *shapes = bucket_shapes(resolution, step)
+    assert square == (resolution, resolution)
+    assert len(set(shapes)) == len(shapes) > 2
+    for width, height in shapes:
+        assert width % step == height % step == 0
+        assert width * height <= resolution**2
+        assert (height, width) in shapes
+        assert 1 / 4 <= width / height <= 4
+        assert width != height
+    # none could be a step longer on both sides, or a step longer on its longer side
+    assert all(max(shape) * (min(shape) + step) > resolution**2 for shape in shapes)
+
+
+def test_shapes_of_sdxl() -> None:
+    """Those of appendix I of its paper (Podell et al. 2023) up to 1:4, whose areas are no larger than the square's."""
+    published = [(512, 1984), (576, 1792), (640, 1600), (704, 1408), (768, 1344), (832, 1216), (896, 1152), (960, 1088)]
+    published += [(512, 2048), (576, 1728), (640, 1536), (704, 1472), (768, 1280), (832, 1152), (896, 1088)]
+    fitting = [shape for shape in published if math.prod(shape) <= 1024**2]
+    ours = bucket_shapes(1024, 64)
+    largest = {side: max(other for one, other in fitting if one == side) for side, _ in fitting}
+    for shape in largest.items():
+        assert shape in ours
+        assert shape[::-1] in ours
+
+
+def worst_share(shapes: Sequence[tuple[int, int]]) -> float:
+    """What is left of a picture half-way, by logarithm, between the two neighbouring shapes that differ most."""
+    ratios = sorted(width / height for width, height in shapes)
+    return min(math.sqrt(low / high) for low, high in itertools.pairwise(ratios))
+
+
+@hypothesis_settings(max_examples=300, deadline=None)
+@given(width=sides, height=sides, grid=grids)
+def test_little_is_cut_away(width: int, height: int, grid: tuple[int, int]) -> None:
+    shapes = bucket_shapes(*grid)
+    narrowest, widest = min(w / h for w, h in shapes), max(w / h for w, h in shapes)
+    shape = nearest_shape((width, height), shapes)
+    share = kept_share((width, height), shape)
+    assert shape in shapes
+    assert 0 < share <= 1
+    beyond = min(1.0, width / height / narrowest, widest / (width / height))  # of pictures beyond the last shapes
+    assert share >= min(worst_share(shapes), beyond) - 1e-9
+    assert all(share >= kept_share((width, height), other) for other in shapes)
+    if (width, height) in shapes or width == height:
+        assert share == 1
+
+
+def test_how_much_is_cut_away_at_the_most() -> None:
+    assert 1 - worst_share(bucket_shapes(512, 64)) < 0.15
+    assert 1 - worst_share(bucket_shapes(1024, 64)) < 0.08
+    assert 1 - worst_share(bucket_shapes(512, 8)) < 0.02
+
+
+@hypothesis_settings(max_examples=60, deadline=None)
+@given(width=st.integers(32, 400), height=st.integers(32, 400), step=st.sampled_from([8, 16, 32]))
+def test_what_is_cut_is_what_is_said(width: int, height: int, step: int) -> None:
+    """Each pixel holds its own column or row, so the cut tells where it comes from."""
+    shape = nearest_shape((width, height), bucket_shapes(64, step))
+    original_height, original_width, top, left, cut_height, cut_width = crop_place((width, height), *shape)
+    assert (original_width, original_height, cut_width, cut_height) == (width, height, *shape)
+    rows, columns = np.mgrid[:height, :width].astype(np.float32)
+    scales = []
+    for axis, values, offset, length in ((1, columns, left, width), (0, rows, top, height)):
+        cut = np.array(crop(Image.fromarray(values), *shape)).mean(axis=1 - axis)
+        places = np.arange(len(cut))[4:-4]  # Lanczos reaches over the edges
+        slope, first = np.polyfit(places, cut[4:-4], 1)
+        scales.append(1 / slope)
+        assert (first + 0.5) / slope - 0.5 == pytest.approx(offset, abs=0.6)
+        assert len(cut) / scales[-1] <= length * 1.01
+    assert scales[0] == pytest.approx(scales[1], rel=0.02)
+    assert scales[0] == pytest.approx(max(shape[0] / width, shape[1] / height), rel=0.02)
+    assert shape[0] * shape[1] / scales[0] ** 2 / (width * height) == pytest.approx(
+        kept_share((width, height), shape), rel=0.04
+    )
+
+
+@pytest.mark.parametrize("size", [(400, 300), (300, 400), (500, 200), (333, 222), (256, 256), (1000, 120)], ids=str)
+def test_a_circle_stays_a_circle(size: tuple[int, int]) -> None:
+    image, radius = Image.new("L", size), 0.4 * min(size)
+    middle = size[0] / 2, size[1] / 2
+    box = (middle[0] - radius, middle[1] - radius, middle[0] + radius, middle[1] + radius)
+    ImageDraw.Draw(image).ellipse(box, fill=255)
+    shape = nearest_shape(size, bucket_shapes(128, 16))
+    lit = np.array(crop(image, *shape)) > 127
+    width, height = lit.any(axis=0).sum(), lit.any(axis=1).sum()
+    assert abs(int(width) - int(height)) <= 2
+    expected = 2 * radius * max(shape[0] / size[0], shape[1] / size[1])
+    assert abs(width - expected) <= 2
+
+
+def latents_of(sizes: Sequence[tuple[int, int]], repeats: Sequence[int], versions: int = 1) -> LatentSet:
+    """Latents of these sizes; a picture's number stands in its size, so that samples can be told apart."""
+    count = len(sizes)
+    tensors = [torch.full((versions, 4, *size), float(number)) for number, size in enumerate(sizes)]
+    order = [number for number in range(count) for _ in range(repeats[number])]
+    size = torch.arange(count).float()[:, None].repeat(1, 6)
+    captions = [torch.tensor([number]) for number in range(count)]
+    return LatentSet(tensors, [torch.zeros_like(one) for one in tensors], captions, size, order, [None] * count)
+
+
+def cache_of(instance: LatentSet, prior: LatentSet | None = None) -> Cache:
+    return Cache(instance, prior, None, {"ids": torch.zeros(len(instance), 4)}, None)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "processes"), [(1, 1, 1), (3, 1, 1), (2, 3, 1), (4, 1, 3)], ids=str
+)
+def test_every_picture_of_every_shape_is_used_equally_often(batch_size: int, accumulation: int, processes: int) -> None:
+    sizes, repeats = [(8, 8), (8, 16), (16, 8), (8, 16), (8, 8), (4, 24)], [1, 2, 1, 3, 1, 4]
+    cache = cache_of(latents_of(sizes, repeats))
+    settings = TrainSettings(batch_size=batch_size, gradient_accumulation=accumulation, seed=3)
+    seen: Counter[int] = Counter()
+    steps = sum(repeats)  # so many steps are a whole number of epochs
+    for step, micro, index in itertools.product(range(steps), range(accumulation), range(processes)):
+        batches = list(draw_batches(cache, settings, step, micro, 1000, CPU, (index, processes)))
+        shapes = [tuple(batch.latents.shape[1:]) for batch in batches]
+        assert len(set(shapes)) == len(shapes)
+        assert sum(len(batch.latents) for batch in batches) == batch_size
+        for batch in batches:
+            assert batch.latents.shape == batch.noise.shape == batch.added.shape
+            for row, (size, caption) in enumerate(zip(batch.sizes, batch.captions, strict=True)):
+                picture = int(size[0])
+                assert int(caption) == picture
+                assert tuple(batch.latents.shape[2:]) == sizes[picture]
+                assert batch.latents[row].eq(picture).all()
+                seen[picture] += 1
+    slots = batch_size * accumulation * processes
+    assert seen == {number: times * slots for number, times in enumerate(repeats)}
+
+
+def test_an_epoch_is_listed_once() -> None:
+    """Not for every sample: with many repeats that would take longer than the step."""
+    latents = latents_of([(8, 8), (8, 16)], [10_000, 10_000])
+    assert latents.shapes is latents.shapes
+    assert Counter(latents.shapes) == {(4, 8, 8): 10_000, (4, 8, 16): 10_000}
+
+
+def test_a_set_of_several_shapes_comes_back_from_its_file(tmp_path: Path) -> None:
+    instance = latents_of([(8, 8), (8, 16)], [1, 3])
+    masks = [None, torch.rand(1, 8, 16)]
+    cache = replace(cache_of(replace(instance, masks=masks)), empty=1)
+    cache.save(tmp_path / "cache.safetensors")
+    loaded = Cache.load(tmp_path / "cache.safetensors")
+    assert loaded is not None
+    assert (loaded.empty, loaded.prior, loaded.validation) == (1, None, None)
+    assert loaded.instance.order == instance.order
+    assert loaded.instance.shapes == instance.shapes
+    assert loaded.instance.masks[0] is None
+    for name in ("mean", "std", "captions"):
+        assert all(map(torch.equal, getattr(loaded.instance, name), getattr(instance, name)))
+    assert torch.equal(loaded.instance.masks[1], masks[1])
+
+
+def pictures_of(folder: Path, sizes: Sequence[tuple[int, int]], prompt: str, masked: bool = False) -> list[Picture]:
+    folder.mkdir(parents=True)
+    for number, (width, height) in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        if masked and number % 2:
+            mask = Image.new("L", (width, height))
+            mask.paste(255, (0, 0, width // 2, height))
+            mask.save(folder / f"{number}_mask.png")
+    return load_pictures(folder, prompt, Recorder())
+
+
+@pytest.fixture(scope="module")
+def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Pictures of several shapes."""
+    subject = pictures_of(tmp_path_factory.mktemp("shapes") / "subject", SIZES, "sks, dog, in the snow, at noon", True)
+    return World(open_base(tiny_checkpoint, TOKENIZER), subject)
+
+
+def test_square_pictures_train_as_without_buckets(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    world = make_world(tiny_checkpoint, tmp_path / "subject").with_priors(tmp_path / "class")
+    changes: dict[str, Any] = {"flip": True, "batch_size": 2}
+    plain, plainly = world.train(tmp_path / "plain", listener := Recorder(), **changes), listener
+    ours, told = world.train(tmp_path / "buckets", listener := Recorder(), **changes, **BUCKETS), listener
+    assert ours.run.name != plain.run.name
+    assert told.losses == plainly.losses
+    assert_same_end(ours, plain)
+
+
+def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
+    recipe = world.recipe(folder, **changes)
+    recipe.open_run()
+    recipe.prepare()
+    return recipe
+
+
+def test_latents_have_the_nearest_shape(world: World, tmp_path: Path) -> None:
+    recipe = prepared(world, tmp_path, flip=True, **BUCKETS)
+    shapes = bucket_shapes(64, 16)
+    for number, size in enumerate(SIZES):
+        width, height = nearest_shape(size, shapes)
+        mean, mask = recipe.cache.instance.mean[number], recipe.cache.instance.masks[number]
+        assert mean.shape == (2, 4, height // 8, width // 8)
+        assert (mask is not None) == bool(number % 2)
+        assert mask is None or mask.shape == (1, height // 8, width // 8)
+        assert recipe.cache.instance.size[number].tolist() == list(crop_place(size, width, height))
+    assert len({one.shape for one in recipe.cache.instance.mean}) >= 4
+
+
+def alone(recipe: DreamBooth, batch: Batch, row: int) -> Tensor:
+    """The loss of one sample, by itself."""
+    one = slice(row, row + 1)
+    latents, noise, timesteps = batch.latents[one], batch.noise[one], batch.timesteps[one]
+    noisy = recipe.objective.add_noise(latents, batch.added[one], timesteps)
+    told = recipe.captions.conditioning(batch.captions[one]) | {"size": batch.sizes[one]}
+    mask = None if batch.masks is None else batch.masks[one]
+    return recipe.objective.loss(recipe.model.predict(noisy, timesteps, told), latents, noise, timesteps, mask)[0]
+
+
+def test_the_loss_of_a_mixed_batch_is_that_of_its_samples(world: World, tmp_path: Path) -> None:
+    world = world.with_priors(tmp_path / "class")
+    recipe = prepared(world, tmp_path, batch_size=5, prior_weight=0.25, **BUCKETS)
+    settings, kinds = recipe.settings, Counter[float]()
+    with torch.no_grad():
+        for step in range(3):
+            batches = list(draw_batches(recipe.cache, settings, step, 0, 1000, CPU))
+            assert len(batches) > 2
+            together = torch.stack(list(recipe.passes.losses(step, 0)))
+            assert len(together) == len(batches)
+            expected = torch.zeros(())
+            for batch in batches:
+                for row, weight in enumerate(batch.weights.tolist()):
+                    expected = expected + weight * alone(recipe, batch, row)
+                    kinds[round(weight, 6)] += 1
+            torch.testing.assert_close(together.sum(), expected, rtol=1e-5, atol=1e-6)
+    assert kinds == {0.2: 15, 0.05: 15}  # one over five, and a quarter of it
+
+
+def test_sdxl_is_told_the_size_of_the_bucket(tmp_path: Path) -> None:
+    square = make_xl_world(tmp_path)
+    world = replace(square, subject=pictures_of(tmp_path / "shapes", SIZES, "a photo of sks dog"))
+    recipe = prepared(world, tmp_path, batch_size=3, **BUCKETS)
+    told: list[tuple[tuple[int, ...], Tensor]] = []
+
+    def watch(_: Any, inputs: Any, named: dict[str, Any]) -> None:
+        sample = inputs[0] if inputs else named["sample"]
+        told.append((tuple(sample.shape), named["added_cond_kwargs"]["time_ids"]))
+
+    handle = recipe.model.unet.register_forward_pre_hook(watch, with_kwargs=True)
+    expected = {size: crop_place(size, *nearest_shape(size, bucket_shapes(64, 16))) for size in SIZES}
+    seen = set()
+    with torch.no_grad():
+        for step in range(4):
+            list(recipe.passes.losses(step, 0))
+    handle.remove()
+    for shape, ids in told:
+        for row in ids.tolist():
+            size = (int(row[1]), int(row[0]))  # the original's height comes first
+            assert row == list(expected[size])
+            assert row[4:] == [8 * shape[2], 8 * shape[3]]
+            seen.add(size)
+    assert seen == set(SIZES)
+
+
+EVERYTHING: dict[str, Any] = {
+    **BUCKETS,
+    "flip": True,
+    "gradient_accumulation": 2,
+    "batch_size": 2,
+    "caption_dropout": 0.3,
+    "shuffle_tags": True,
+    "mask_background": 0.25,
+    "text_encoder_lr": 1e-3,
+    "noise_offset": 0.05,
+    "multires_noise_iterations": 2,
+    "input_perturbation": 0.1,
+    "loss": "huber-snr",
+    "loss_weighting": "min-snr",
+    "timestep_bias": 0.5,
+    "validation_pictures": 1,
+    "dropout": 0.1,
+    "steps": 6,
+}
+
+
+def test_stops_leave_no_trace_with_everything_on(world: World, tmp_path: Path) -> None:
+    repeated = [replace(picture, repeats=1 + number % 3) for number, picture in enumerate(world.subject)]
+    world = replace(world, subject=repeated).with_priors(tmp_path / "class")
+    straight = world.train(tmp_path / "straight", listener := Recorder(), **EVERYTHING)
+    losses = listener.losses
+    assert all(map(math.isfinite, losses))
+    for step in (1, 4):
+        world.stop_after(step, tmp_path / "stopped", **EVERYTHING)
+        assert [newest_step(run) for run in runs_in(tmp_path / "stopped")] == [step]
+    resumed = world.train(tmp_path / "stopped", listener := Recorder(), **EVERYTHING)
+    assert resumed.started_from == 4
+    assert listener.losses[-3:] == losses[-3:]  # of the last two steps, and on the held-out picture
+    assert_same_end(resumed, straight)
+
+
+def test_the_course_does_not_depend_on_the_cache_file(world: World, tmp_path: Path) -> None:
+    """A run that was stopped reads what it encoded; without the file it encodes anew, to the same bits."""
+    changes = {**BUCKETS, "shuffle_tags": True, "caption_dropout": 0.3}
+    straight = world.train(tmp_path / "straight", **changes)
+    world.stop_after(2, tmp_path / "stopped", **changes)
+    [run] = runs_in(tmp_path / "stopped")
+    (run / "cache.safetensors").unlink()
+    assert_same_end(world.train(tmp_path / "stopped", **changes), straight)
+
+
+def test_pictures_of_one_shape_alone_and_in_the_company_of_others(world: World, tmp_path: Path) -> None:
+    """Buckets change the shape of a picture, and nothing else of it: alone it is encoded to the same latents."""
+    changes = {**BUCKETS, "flip": True}
+    together = prepared(world, tmp_path / "together", **changes).cache.instance
+    for number in (1, 4):
+        alone = prepared(replace(world, subject=[world.subject[number]]), tmp_path / str(number), **changes)
+        assert torch.equal(alone.cache.instance.mean[0], together.mean[number])

@@ -1,0 +1,277 @@
+"""Several processes share every step of a run: they learn what one would, stop and go on together, and one of them
+writes. Real processes, as a launcher starts them, on the CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ROOT, Recorder
+from hypothesis import given
+from hypothesis import strategies as st
+from pack.trainer.cli.train import run_train
+from pack.trainer.core.devices import pick_device
+from pack.trainer.core.distributed import Team, accelerate_state_kept, groups_of
+from pack.trainer.core.errors import SettingsError
+from pack.trainer.dreambooth import TrainResult
+from pack.trainer.settings.train import TrainCommand
+from pack.trainer.training.runs.checkpoint import run_fingerprint
+from pack.trainer.training.runs.metrics import read_metrics
+from safetensors import safe_open
+from safetensors.torch import load_file
+from worlds import differing, newest_step, noisy_pictures, runs_in
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+STEPS, LONGEST = 8, 120.0
+SETTINGS: dict[str, Any] = {
+    "name": "dög 1",
+    "steps": STEPS,
+    "rank": 2,
+    "targets": "attention",
+    "resolution": 64,
+    "learning_rate": 1e-3,
+    "save_precision": "fp32",
+    "checkpoint_every": 3,
+    "gradient_accumulation": 2,
+    "max_grad_norm": 0.01,  # below the gradients' norm, so that it counts
+    "text_encoder_lr": 1e-3,
+    "flip": True,
+    "prior_weight": 0.5,
+    "class_prompt": "a photo of a dog",
+    "instance_prompt": "a photo of sks dog",
+    "validation_pictures": 1,
+    "preview_every": 8,
+    "preview_steps": 1,
+    "device": "cpu",
+}
+
+
+SCRIPT = """import sys
+from trainer.__main__ import main
+sys.exit(max(main(words) for words in {words!r}))
+"""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A launched command that ended."""
+
+    status: int
+    output: str
+    errors: str
+
+
+def flags_of(values: dict[str, Any]) -> list[str]:
+    found = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        found += [flag] if value is True else [flag, str(value)]
+    return found
+
+
+def launched(*trained: dict[str, Any], stop_at: int | None = None) -> Ended:
+    """Train in two processes, run after run; once step `stop_at` is told, the launcher gets Ctrl-C's signal."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, "-m", "trainer", "train", *flags_of(trained[0])]
+    if len(trained) > 1:
+        script = Path(trained[0]["output_dir"]) / "several.py"
+        words = [["train", *flags_of(one)] for one in trained]
+        script.write_text(SCRIPT.format(words=words), encoding="utf-8")
+        command = [*launcher, str(script)]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            deadline = time.monotonic() + LONGEST
+            while stop_at is not None and process.poll() is None and time.monotonic() < deadline:
+                if any(step_told(run, stop_at) for run in runs_in(trained[0]["output_dir"])):
+                    process.send_signal(signal.SIGINT)
+                    break
+                time.sleep(0.005)
+            output, errors = process.communicate(timeout=LONGEST)
+        except BaseException:
+            process.kill()
+            raise
+    return Ended(process.returncode, output, errors)
+
+
+def step_told(run: Path, step: int) -> bool:
+    return any(line["step"] >= step for line in read_metrics(run / "metrics.jsonl"))
+
+
+@dataclass(frozen=True)
+class Course:
+    """A run of two processes: stopped; then, in other processes, resumed, once more from the start beside it, and a
+    third time where the leader can't write its metrics."""
+
+    values: dict[str, Any]
+    stopped: Ended
+    kept: int
+    ended: Ended
+
+
+@pytest.fixture(scope="module")
+def values(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("several procésses")
+    places = {"base": tiny_checkpoint, "output_dir": folder / "output"}
+    places |= {"images": noisy_pictures(folder / "dog", 4, 0), "class_images": noisy_pictures(folder / "class", 2, 50)}
+    return SETTINGS | places
+
+
+@pytest.fixture(scope="module")
+def course(values: dict[str, Any]) -> Course:
+    stopped = launched(values, stop_at=1)
+    [run] = runs_in(values["output_dir"])
+    kept = newest_step(run)
+    broken = values["output_dir"] / "broken"
+    (broken / "runs" / run.name / "metrics.jsonl").mkdir(parents=True)
+    shutil.copy(run / "run.json", broken / "runs" / run.name)
+    ended = launched(values, values | {"resume": "never"}, values | {"output_dir": broken})
+    return Course(values, stopped, kept, ended)
+
+
+@pytest.fixture(scope="module")
+def alone(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """One process with all samples of a step."""
+    changes = {"batch_size": 2, "output_dir": tmp_path_factory.mktemp("alone")}
+    return run_train(TrainCommand.checked(values | changes), Recorder())
+
+
+def runs_of(course: Course) -> list[Path]:
+    """The folders of the resumed run and of the straight one."""
+    return sorted(runs_in(course.values["output_dir"]), key=lambda run: len(run.name))
+
+
+def test_a_stop_is_one_for_all_and_keeps_its_step(course: Course) -> None:
+    assert course.stopped.status != 0
+    assert course.stopped.output == ""
+    assert 0 < course.kept < STEPS, course.stopped.errors
+    assert course.stopped.errors.count(f"step {course.kept} is saved") == 1
+    assert course.stopped.errors.count("Stopping after this step") == 1
+    assert "KeyboardInterrupt" not in course.stopped.errors
+    assert "RuntimeError" not in course.stopped.errors
+
+
+def test_the_leader_alone_speaks(course: Course) -> None:
+    ended = course.ended
+    assert len(ended.output.splitlines()) == 2, ended.errors
+    first, second = ended.output.splitlines()
+    assert first == second  # both runs give the same adapter, and its file is there
+    assert [str(path) for path in course.values["output_dir"].glob("*.safetensors")] == [first]
+    assert ended.errors.count("Adapter: ") == 2
+    assert ended.errors.count(f"Going on after step {course.kept}") == 1
+    assert ended.errors.count(f"Validation loss after step {STEPS}:") == 2
+
+
+def test_stop_and_resume_leave_no_trace(course: Course) -> None:
+    """The straight run began anew although the resumed one, with more steps, lay beside it: for all processes."""
+    old, new = runs_of(course)
+    assert new.name == f"{old.name}-2"
+    for file in ("adapter", "optimizer"):
+        step = f"step-{STEPS:08d}/{file}.safetensors"
+        assert differing(old / step, new / step) == []
+
+
+def test_two_learn_what_one_would(course: Course, alone: TrainResult) -> None:
+    """With the same samples in a step: class pictures, accumulation, clipping, a trained text encoder, flips."""
+    _, run = runs_of(course)
+    ours, theirs = load_file(run / f"step-{STEPS:08d}" / "adapter.safetensors"), load_file(alone.path)
+    assert set(ours) == set(theirs)
+    assert any(name.startswith("lora_te") for name in ours)
+    for name, tensor in theirs.items():
+        distance = torch.linalg.vector_norm(ours[name] - tensor) / torch.linalg.vector_norm(tensor)
+        assert float(distance) < 1e-5, name
+    ours_told, theirs_told = (losses_of(one) for one in (run, alone.run))
+    assert ours_told == pytest.approx(theirs_told, rel=1e-4)
+
+
+def losses_of(run: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
+
+
+def test_every_file_is_written_once(course: Course) -> None:
+    for run in runs_of(course):
+        lines = read_metrics(run / "metrics.jsonl")
+        assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+        told = [line["step"] for line in lines if "validation_loss" in line]
+        assert len(told) == len(set(told))
+        assert {0, 3, 6, STEPS} <= set(told)
+        assert [line["step"] for line in lines if "scores" in line] == [0, STEPS]
+        assert [line["state"] for line in lines if "state" in line] == ["done"]
+        assert not list(run.rglob(".tmp-*"))
+
+
+def test_the_number_of_processes_is_part_of_a_run(course: Course, alone: TrainResult) -> None:
+    path = course.ended.output.splitlines()[0]
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    ours, theirs = (json.loads(one["dreambooth.config"]) for one in (metadata, alone.adapter.metadata))
+    assert (ours["processes"], ours["batch_size"], metadata["ss_total_batch_size"]) == (2, 1, "4")
+    assert ("processes" in theirs, theirs["batch_size"]) == (False, 2)
+    assert metadata["ss_total_batch_size"] == alone.adapter.metadata["ss_total_batch_size"]
+    assert metadata["dreambooth.fingerprint"] != alone.adapter.metadata["dreambooth.fingerprint"]
+
+
+def test_the_fingerprint_counts_processes(tiny_checkpoint: Path) -> None:
+    from pack.trainer.models.open import open_base
+    from pack.trainer.settings.train import TrainSettings
+
+    base = open_base(tiny_checkpoint)
+    found = [run_fingerprint(base, [], [], TrainSettings(), "fp32", None, count) for count in (1, 2, 3)]
+    assert len(set(found)) == 3
+    assert found[0] == run_fingerprint(base, [], [], TrainSettings(), "fp32")
+
+
+def test_an_error_of_one_ends_all_with_its_words(course: Course) -> None:
+    """The leader can't write its metrics, while the other waits for it."""
+    [run] = runs_in(course.values["output_dir"] / "broken")
+    assert course.ended.status != 0
+    assert course.ended.errors.count(f"error: {run / 'metrics.jsonl'} can't be") == 1
+    assert newest_step(run) == 0
+
+
+@given(st.lists(st.integers(1, 9), min_size=1), st.integers(1, 20))
+def test_gradients_travel_in_groups_of_limited_size(sizes: list[int], most: int) -> None:
+    tensors = [torch.empty(size) for size in sizes]
+    groups = list(groups_of(tensors, most))
+    assert [id(one) for group in groups for one in group] == [id(one) for one in tensors]
+    counts = [sum(one.numel() for one in group) for group in groups]
+    assert all(count <= most or len(group) == 1 for count, group in zip(counts, groups, strict=True))
+    joined = zip(counts, groups[1:], strict=False)
+    assert all(count + following[0].numel() > most for count, following in joined)
+
+
+def test_a_clusters_variables_alone_are_no_team(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a launcher sets LOCAL_RANK; without one there is nobody to wait for."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with accelerate_state_kept():
+        team = Team.here(cpu=True)
+    assert (team.leads, team.share) == (True, (0, 1))
+    assert team.of_leader(lambda: 3) == 3
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "mps"])
+def test_processes_don_t_share_a_device(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SettingsError, match="share") as caught:
+        pick_device(device)
+    assert "--device auto" in caught.value.remedy

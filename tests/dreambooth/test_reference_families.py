@@ -1,0 +1,337 @@
+"""The recipe with SD 2, SDXL and trained text encoders against a plain loop of diffusers, PEFT and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from checkpoints_folders import diffusers_folder
+from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from helpers import DEMO, Recorder
+from pack.trainer.adapters.names import canonical_path
+from pack.trainer.core.seeding import Draw, draw
+from pack.trainer.data.images import Picture, load_pictures
+from pack.trainer.dreambooth import train
+from pack.trainer.models.open import open_base
+from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.lora import TrainedAdapter
+from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+STEPS = 8
+SIDE = 64
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+MLP = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
+RESIDUAL = ["conv1", "conv2", "time_emb_proj", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+TARGETS = {"attention": ATTENTION, "attention-mlp": MLP, "all": [*MLP, *RESIDUAL]}
+SELF_ATTENTION = ["q_proj", "k_proj", "v_proj", "out_proj"]
+TEXT_TARGETS = {"attention": SELF_ATTENTION, "attention-mlp": [*SELF_ATTENTION, "fc1", "fc2"]}
+# Widths and heights; scaled to cover a square of 64, all sides are whole numbers, so that there is one way to round.
+SIZES = [(96, 64), (128, 192), (160, 128), (256, 256)]
+CAPTIONS = ["photo of sks dog", "picture of sks dog in the snow", "sks dog by night", "sks dog"]
+
+
+@dataclass
+class Case:
+    """A model and what is trained on it."""
+
+    base: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    prior: bool = False
+    clip_skip: int = 0
+
+
+CASES = {
+    "sd2": Case("sd2", {"targets": "attention-mlp", "rank": 2}),
+    "sd2-v, prior, accumulation 2, flip": Case(
+        "sd2-v",
+        {"targets": "attention", "rank": 4, "alpha": 8.0, "gradient_accumulation": 2, "flip": True},
+        prior=True,
+    ),
+    "sd2-v ztsnr, convolutions": Case("sd2-v-ztsnr", {"targets": "all", "rank": 4, "batch_size": 2}),
+    "sdxl, prior, accumulation 2, flip": Case(
+        "sdxl",
+        {"targets": "attention-mlp", "rank": 4, "gradient_accumulation": 2, "prior_weight": 0.5, "flip": True},
+        prior=True,
+    ),
+    # where every channel is normalised alone, what the timestep adds to it has no gradient but rounding
+    "sdxl-v ztsnr, convolutions, clip skip 1": Case(
+        "sdxl-v-ztsnr", {"targets": "all", "exclude": "time_emb_proj", "rank": 4}, clip_skip=1
+    ),
+    "sd1, text encoder, prior, until a half": Case(
+        "sd1",
+        {"targets": "attention", "rank": 4, "text_encoder_lr": 2e-3, "text_encoder_until": 0.5},
+        prior=True,
+    ),
+    "sd1, text encoder, clip skip 2": Case(
+        "sd1", {"targets": "attention-mlp", "rank": 4, "text_encoder_lr": 1e-3}, clip_skip=2
+    ),
+    "sd2-v, text encoder, until a half": Case(
+        "sd2-v", {"targets": "attention-mlp", "rank": 4, "text_encoder_lr": 1e-3, "text_encoder_until": 0.5}
+    ),
+    "sdxl, both text encoders, prior, batch 2, tight clip": Case(
+        "sdxl",
+        {
+            "targets": "attention-mlp",
+            "rank": 4,
+            "text_encoder_lr": 1e-3,
+            "text_encoder_2_lr": 4e-4,
+            "batch_size": 2,
+            "max_grad_norm": 0.01,
+            "weight_decay": 0.5,
+        },
+        prior=True,
+    ),
+    "sdxl, both text encoders, until a half, accumulation 2": Case(
+        "sdxl",
+        {
+            "targets": "attention",
+            "rank": 4,
+            "alpha": 2.0,
+            "text_encoder_lr": 4e-4,
+            "text_encoder_2_lr": 1e-3,
+            "text_encoder_until": 0.5,
+            "gradient_accumulation": 2,
+        },
+    ),
+    "sdxl, the second text encoder alone": Case(
+        "sdxl", {"targets": "attention", "rank": 4, "text_encoder_2_lr": 1e-3, "flip": True}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("bases")
+    folders = {
+        f"{family}{mark}": diffusers_folder(root / f"{family}{mark}", family, velocity="v" in mark, ztsnr="z" in mark)
+        for family in ("sd2", "sdxl")
+        for mark in ("", "-v", "-v-ztsnr")
+        if (family, mark) != ("sdxl", "-v")
+    }
+    return {**folders, "sd1": DEMO / "base"}
+
+
+def pictures_in(folder: Path, sizes: Sequence[tuple[int, int]], captions: Sequence[str], seed: int) -> list[Picture]:
+    """Pictures of coarse noise, so that cropping elsewhere would give other latents, each with a caption."""
+    folder.mkdir()
+    source = np.random.default_rng(seed)
+    for number, (size, caption) in enumerate(zip(sizes, captions, strict=True)):
+        noise = Image.fromarray(source.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+        noise.resize(size, Image.Resampling.BILINEAR).save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption)
+    return load_pictures(folder, "unused", Recorder())
+
+
+@pytest.fixture(scope="module")
+def subject(tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
+    return pictures_in(tmp_path_factory.mktemp("pictures") / "subject", SIZES, CAPTIONS, 0)
+
+
+@pytest.fixture(scope="module")
+def priors(tmp_path_factory: pytest.TempPathFactory) -> list[Picture]:
+    sizes = [(64, 64), (192, 128), (64, 64)]
+    return pictures_in(tmp_path_factory.mktemp("pictures") / "class", sizes, ["photo of the dog"] * 3, 1)
+
+
+class PlainTrainer:
+    """The networks as diffusers loads them, with LoRA by PEFT; steps as diffusers' example scripts write them."""
+
+    def __init__(self, folder: Path, settings: TrainSettings, clip_skip: int, pictures: Sequence[Picture]) -> None:
+        self.pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(torch.float32)
+        self.settings, self.clip_skip = settings, clip_skip
+        self.is_xl = hasattr(self.pipe, "text_encoder_2")
+        self.noise_scheduler = DDPMScheduler.from_config(self.pipe.scheduler.config)
+        self.networks: dict[str, nn.Module] = {"unet": self.pipe.unet, "text_encoder": self.pipe.text_encoder}
+        if self.is_xl:
+            self.networks["text_encoder_2"] = self.pipe.text_encoder_2
+        for network in (self.pipe.vae, *self.networks.values()):
+            network.requires_grad_(False)
+        with torch.no_grad():
+            self.posteriors = {
+                (picture.digest, flip): self._posterior(picture, flip) for picture in pictures for flip in (False, True)
+            }
+        self.latent_shape = next(iter(self.posteriors.values()))[0].shape[1:]
+        self.rates = {"unet": settings.learning_rate, **settings.text_rates}
+
+    def _posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
+        pixels = torch.from_numpy(np.array(centre(picture.open()))).permute(2, 0, 1)[None] / 127.5 - 1
+        posterior = self.pipe.vae.encode(pixels.flip(-1) if flip else pixels).latent_dist
+        factor = self.pipe.vae.config.scaling_factor
+        return posterior.mean * factor, posterior.std * factor
+
+    def add_lora(self, start: TrainedAdapter) -> None:
+        """LoRA on the modules that kohya and diffusers train, from the recipe's start."""
+        settings, wanted = self.settings, {}
+        for component in self.rates:
+            targets = (TARGETS if component == "unet" else TEXT_TARGETS)[settings.targets]
+            config = LoraConfig(
+                r=settings.rank,
+                lora_alpha=settings.alpha or settings.rank,
+                target_modules=[name for name in targets if name != settings.exclude],
+            )
+            network = inject_adapter_in_model(config, self.networks[component])
+            wanted |= {
+                (component, canonical_path(component, path)): module
+                for path, module in network.named_modules()
+                if hasattr(module, "lora_A")
+            }
+        layers = start.adapter().layers
+        self.lora = {name: wanted.pop((one.target.component, one.target.path)) for name, one in start.layers.items()}
+        assert not wanted
+        with torch.no_grad():
+            for name, module in self.lora.items():
+                module.lora_A["default"].weight.copy_(layers[name].down)
+                module.lora_B["default"].weight.copy_(layers[name].up)
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups, each network's own rate."""
+        return [
+            {"params": [p for p in self.networks[component].parameters() if p.requires_grad], "lr": rate}
+            for component, rate in self.rates.items()
+        ]
+
+    def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor, dict[str, Tensor] | None]:
+        """Text, and for SDXL pooled text and time ids, as `train_dreambooth_lora_sdxl.py` makes them."""
+        captions = [picture.caption for picture in pictures]
+        options: dict[str, Any] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": "cpu"}
+        if not self.is_xl:
+            if self.clip_skip:
+                return self._skipped(captions), None
+            return self.pipe.encode_prompt(captions, **options)[0], None
+        if self.clip_skip:  # diffusers counts the layers to leave out beyond the one that it always leaves out
+            options["clip_skip"] = self.clip_skip - 2
+        text, _, pooled, _ = self.pipe.encode_prompt(captions, **options)
+        sizes = torch.tensor([time_ids(picture.open().size) for picture in pictures])
+        return text, {"text_embeds": pooled, "time_ids": sizes}
+
+    def _skipped(self, captions: list[str]) -> Tensor:
+        """An earlier layer with the final layer norm; diffusers' pipeline can't with every version of transformers."""
+        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
+        ids = tokenizer(captions, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt")
+        states = encoder(ids.input_ids, output_hidden_states=True).hidden_states
+        skipped: Tensor = getattr(encoder, "text_model", encoder).final_layer_norm(states[-self.clip_skip])
+        return skipped
+
+    def loss(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> Tensor:
+        """The mean squared error of one set's samples."""
+        chosen = [pictures[drawn.item] for drawn in draws]
+        rows = []
+        for drawn, picture in zip(draws, chosen, strict=True):
+            mean, std = self.posteriors[picture.digest, drawn.flip]
+            rows.append(mean + std * drawn.posterior_noise)
+        latents = torch.cat(rows)
+        noise = torch.stack([drawn.noise for drawn in draws])
+        timesteps = torch.tensor([drawn.timestep for drawn in draws])
+        noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
+        text, added = self.conditions(chosen)
+        predicted = self.pipe.unet(noisy, timesteps, text, added_cond_kwargs=added).sample
+        if self.noise_scheduler.config.prediction_type == "v_prediction":
+            return F.mse_loss(predicted, self.noise_scheduler.get_velocity(latents, noise, timesteps))
+        return F.mse_loss(predicted, noise)
+
+
+def centre(image: Image.Image) -> Image.Image:
+    """The largest square in the middle, scaled."""
+    short = min(image.size)
+    left, top = ((side - short) / 2 for side in image.size)
+    return image.resize((SIDE, SIDE), Image.Resampling.LANCZOS, box=(left, top, left + short, top + short))
+
+
+def time_ids(size: tuple[int, int]) -> list[float]:
+    """Original size, top left of the crop, target size; every pair height first."""
+    width, height = size
+    resized = (int(SIDE * height / min(size)), int(SIDE * width / min(size)))
+    top_left = [max(0, round((side - SIDE) / 2.0)) for side in resized]
+    return [float(number) for number in (height, width, *top_left, SIDE, SIDE)]
+
+
+def draws_of(trainer: PlainTrainer, kind: str, step: int, micro: int, count: int) -> list[Draw]:
+    settings = trainer.settings
+    slots = settings.batch_size * settings.gradient_accumulation
+    first = micro * settings.batch_size
+    flip = settings.flip and kind == "instance"
+    return [
+        draw(settings.seed, kind, step, slot, slots, [trainer.latent_shape] * count, 1000, flip)
+        for slot in range(first, first + settings.batch_size)
+    ]
+
+
+def plain_losses(trainer: PlainTrainer, subject: Sequence[Picture], priors: Sequence[Picture]) -> list[float]:
+    """The losses of all steps."""
+    settings = trainer.settings
+    groups = trainer.groups()
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    assert len(parameters) == 2 * len(trainer.lora)
+    optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
+    schedule = get_scheduler(
+        settings.lr_schedule,
+        optimizer,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=settings.steps,
+    )
+    losses = []
+    for step in range(settings.steps):
+        if settings.text_rates and step == settings.steps * settings.text_encoder_until:
+            for group in groups[1:]:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(False)
+        values = []
+        for micro in range(settings.gradient_accumulation):
+            loss = trainer.loss(draws_of(trainer, "instance", step, micro, len(subject)), subject)
+            if priors:
+                drawn = draws_of(trainer, "class", step, micro, len(priors))
+                loss = loss + settings.prior_weight * trainer.loss(drawn, priors)
+            (loss / settings.gradient_accumulation).backward()
+            values.append(loss.item())
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(sum(values) / len(values))
+    return losses
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recipe_equals_the_plain_loop(
+    name: str, folders: dict[str, Path], subject: list[Picture], priors: list[Picture], tmp_path: Path
+) -> None:
+    case = CASES[name]
+    settings = TrainSettings(
+        steps=STEPS,
+        resolution=SIDE,
+        learning_rate=3e-3,
+        precision="fp32",
+        save_precision="fp32",
+        seed=7,
+        lr_schedule="cosine",
+        lr_warmup_steps=2,
+        **case.settings,
+    )
+    base = open_base(folders[case.base], clip_skip=case.clip_skip)
+    class_pictures = priors if case.prior else []
+    listener = Recorder()
+    result = train(base, subject, class_pictures, settings, tmp_path / "loras", tmp_path / "runs", "cpu", listener)
+
+    trainer = PlainTrainer(folders[case.base], settings, case.clip_skip, [*subject, *class_pictures])
+    trainer.add_lora(TrainedAdapter(base.family.build(base), settings))
+    expected = plain_losses(trainer, subject, class_pictures)
+    assert listener.losses == pytest.approx(expected, rel=0, abs=1e-5)
+    for layer, module in trainer.lora.items():
+        ours = result.adapter.layers[layer]
+        for learned, plain in ((ours.down, module.lora_A), (ours.up, module.lora_B)):
+            weight = plain["default"].weight.detach()
+            assert (learned - weight).norm() <= 1e-3 * weight.norm()
+    moved = {layer.rsplit("_text_model")[0] for layer, one in result.adapter.layers.items() if one.up.abs().max() > 0}
+    assert len([name for name in moved if name.startswith("lora_te")]) == len(settings.text_rates)

@@ -1,0 +1,255 @@
+"""The loss on held-out pictures: they are never learned from, and watching them changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers import DDPMScheduler
+from helpers import ROOT, Recorder
+from pack.trainer.cli.train import run_train
+from pack.trainer.core.errors import CancelledError, PicturesError
+from pack.trainer.core.events import Step, Validation
+from pack.trainer.core.seeding import generator
+from pack.trainer.data.images import load_pictures, split_off
+from pack.trainer.dreambooth import DreamBooth
+from pack.trainer.settings.train import TrainCommand
+from pack.trainer.training.runs.index import Shelf
+from pack.trainer.training.runs.metrics import is_validated, read_metrics
+from worlds import (
+    PROMPT,
+    World,
+    assert_same_end,
+    differing,
+    make_world,
+    noisy_pictures,
+    perturb,
+)
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+HELD: dict[str, Any] = {"validation_pictures": 2, "checkpoint_every": 2, "steps": 5}
+# All that validation could disturb: random numbers of layers, and networks that are trained besides the denoiser.
+TOUCHY: dict[str, Any] = {**HELD, "dropout": 0.3, "text_encoder_lr": 1e-2, "flip": True, "noise_offset": 0.1}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = tmp_path_factory.mktemp("validation")
+    pictures = load_pictures(noisy_pictures(folder / "subject", 5, 0), PROMPT, Recorder())
+    return replace(make_world(tiny_checkpoint, folder / "unused"), subject=pictures)
+
+
+def told(listener: Recorder) -> dict[int, float]:
+    found = [event for event in listener.events if isinstance(event, Validation)]
+    assert len({one.step for one in found}) == len(found)
+    return {one.step: one.loss for one in found}
+
+
+def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
+    recipe = world.recipe(folder, **{**HELD, **changes})
+    recipe.open_run()
+    recipe.prepare()
+    return recipe
+
+
+def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path: Path) -> None:
+    for seed in range(20):
+        taught, held = split_off(world.subject, 2, seed)
+        assert (len(taught), len(held)) == (3, 2)
+        assert sorted(one.digest for one in [*taught, *held]) == sorted(one.digest for one in world.subject)
+    assert len({tuple(one.digest for one in split_off(world.subject, 2, seed)[1]) for seed in range(20)}) > 3
+    recipe = prepared(world, tmp_path)
+    assert recipe.cache.validation is not None
+    taught, held = split_off(world.subject, 2, 0)
+    alone = [prepared(replace(world, subject=[one]), tmp_path, validation_pictures=0) for one in [*taught, *held]]
+    latents = [one.cache.instance.mean[0] for one in alone]
+    for found, wanted in zip([*recipe.cache.instance.mean, *recipe.cache.validation.mean], latents, strict=True):
+        torch.testing.assert_close(found, wanted)
+    assert len(recipe.cache.validation) == 2
+
+
+def test_a_run_learns_only_from_the_others(world: World, tmp_path: Path) -> None:
+    """Bit for bit what a run without the held-out pictures learns, with dropout and a trained text encoder, too."""
+    taught, _ = split_off(world.subject, 2, 0)
+    watched = world.train(tmp_path / "watched", **TOUCHY)
+    fewer = replace(world, subject=taught)
+    plain = fewer.train(tmp_path / "plain", **{**TOUCHY, "validation_pictures": 0})
+    assert_same_end(watched, plain)
+    assert watched.run.name != plain.run.name
+
+
+def test_the_loss_is_that_of_a_plain_loop(world: World, tmp_path: Path) -> None:
+    """The base's own, written out with diffusers' schedule; whatever the run's loss, noise and timesteps are."""
+    recipe = prepared(world, tmp_path / "plain")
+    latents = recipe.cache.validation
+    assert latents is not None
+    schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    losses = []
+    recipe.model.unet.eval()
+    for picture in range(2):
+        clean = latents.mean[picture][:1]
+        for number, timestep in enumerate((100, 300, 500, 700, 900)):
+            noise = torch.randn(clean.shape, generator=generator("validation", picture, number))
+            at = torch.tensor([timestep])
+            said = recipe.captions.conditioning(latents.captions[picture][:1]) | {"size": latents.size[picture][None]}
+            with torch.no_grad():
+                found = recipe.model.predict(schedule.add_noise(clean, noise, at), at, said)
+            losses.append(float(F.mse_loss(found, noise)))
+    wanted = sum(losses) / len(losses)
+    assert recipe.passes.validation_loss(latents) == pytest.approx(wanted, rel=1e-5)
+    other = {"loss": "huber", "loss_weighting": "min-snr", "noise_offset": 0.5, "min_timestep": 900, "dropout": 0.5}
+    for folder, changes in (("plain", {}), ("other", other)):
+        listener = Recorder()
+        world.train(tmp_path / folder, listener, **{**HELD, "steps": 1, **changes})
+        assert told(listener)[0] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_the_same_weights_have_the_same_loss_whenever_it_is_asked(world: World, tmp_path: Path) -> None:
+    recipe = prepared(world, tmp_path, dropout=0.5, text_encoder_lr=1e-2)
+    latents = recipe.cache.validation
+    assert latents is not None
+    before = recipe.passes.validation_loss(latents)
+    state = torch.random.get_rng_state()
+    assert [recipe.passes.validation_loss(latents) for _ in range(3)] == [before] * 3
+    assert torch.equal(torch.random.get_rng_state(), state)
+    for network in (recipe.model.unet, *recipe.model.text_encoders.values()):
+        network.train()
+    torch.manual_seed(1)
+    assert recipe.passes.validation_loss(latents) == before
+    assert all(parameter.grad is None for parameter in recipe.trainee.parameters())
+    perturb(recipe.trainee)  # type: ignore[arg-type]
+    assert recipe.passes.validation_loss(latents) != before
+
+
+def test_training_goes_on_in_training_mode(world: World, tmp_path: Path) -> None:
+    """Else dropout would end with the first look at held-out pictures."""
+
+    class Watching(Recorder):
+        def tell(self, event: Any) -> None:
+            super().tell(event)
+            if isinstance(event, Step):
+                modes.append([one.training for one in (recipe.model.unet, *recipe.model.text_encoders.values())])
+
+    modes: list[list[bool]] = []
+    recipe = world.recipe(tmp_path, Watching(), **{**TOUCHY, "checkpoint_every": 1})
+    recipe.run()
+    assert modes == [[True, True]] * 5
+
+
+def test_every_checkpoint_is_told_once_and_recorded(world: World, tmp_path: Path) -> None:
+    listener = Recorder()
+    result = world.train(tmp_path, listener, **HELD)
+    found = told(listener)
+    assert list(found) == [0, 2, 4, 5]
+    assert len(set(found.values())) == 4
+    lines = read_metrics(result.run / "metrics.jsonl")
+    assert {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line} == found
+    assert [is_validated(result.run / "metrics.jsonl", step) for step in range(6)] == [
+        step in found for step in range(6)
+    ]
+    scores = Shelf(result.run.parent).curve(result.run.name)["scores"]
+    assert {one["step"]: one["scores"]["validation_loss"] for one in scores} == pytest.approx(found, rel=1e-5)
+    assert [one["step"] for one in Shelf(result.run.parent).curve(result.run.name, after=2)["scores"]] == [4, 5]
+    again = Recorder()
+    world.train(tmp_path, again, **HELD)
+    assert told(again) == {}
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3])
+def test_a_resumed_run_tells_what_the_straight_one_told(stop: int, world: World, tmp_path: Path) -> None:
+    straight = Recorder()
+    expected = world.train(tmp_path / "straight", straight, **TOUCHY)
+    first, second = Recorder(stop_after=5 + stop), Recorder()
+    with pytest.raises(CancelledError) as stopped:
+        world.train(tmp_path / "two", first, **TOUCHY)
+    assert stopped.value.step == stop
+    result = world.train(tmp_path / "two", second, **TOUCHY)
+    assert result.started_from == stop
+    assert_same_end(result, expected)
+    assert not set(told(first)) & set(told(second))
+    together = told(first) | told(second)
+    assert {step: loss for step, loss in together.items() if step != stop or stop == 2} == told(straight)
+    lines = [line["step"] for line in read_metrics(result.run / "metrics.jsonl") if "validation_loss" in line]
+    assert lines == sorted(together)
+
+
+def test_a_run_without_held_out_pictures_tells_nothing(world: World, tmp_path: Path) -> None:
+    listener = Recorder()
+    result = world.train(tmp_path, listener, **{**HELD, "validation_pictures": 0})
+    assert told(listener) == {}
+    assert all("validation_loss" not in line for line in read_metrics(result.run / "metrics.jsonl"))
+
+
+@pytest.mark.parametrize("count", [5, 6])
+def test_too_many_held_out_pictures_are_told_before_any_work(count: int, world: World, tmp_path: Path) -> None:
+    listener = Recorder()
+    with pytest.raises(PicturesError, match=f"validation_pictures is {count}, but there are only 5") as refused:
+        world.train(tmp_path, listener, validation_pictures=count)
+    assert "Lower validation_pictures" in refused.value.remedy
+    assert not listener.events
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_line_refuses_before_class_pictures_are_made(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    values = {
+        "base": tiny_checkpoint,
+        "images": noisy_pictures(tmp_path / "dog", 2, 0),
+        "instance_prompt": PROMPT,
+        "class_prompt": "a photo of a dog",
+        "prior_count": 2,
+        "validation_pictures": 2,
+        "resolution": 64,
+        "output_dir": tmp_path / "output",
+        "device": "cpu",
+    }
+    with pytest.raises(PicturesError, match="validation_pictures is 2"):
+        run_train(TrainCommand.checked(values), Recorder())
+    assert not (tmp_path / "output" / "class-pictures").exists()
+    assert not (tmp_path / "output" / "runs").exists()
+
+
+def test_longer_runs_keep_the_same_pictures_apart(world: World, tmp_path: Path) -> None:
+    """A run that goes on for more steps has no picture held out that it learned from, and tells nothing twice."""
+    first, second = Recorder(), Recorder()
+    short = world.train(tmp_path, first, **HELD)
+    long = world.train(tmp_path, second, **{**HELD, "steps": 7})
+    assert long.started_from == 5
+    assert (list(told(first)), list(told(second))) == ([0, 2, 4, 5], [6, 7])
+    straight = world.train(tmp_path / "straight", **{**HELD, "steps": 7})
+    assert short.run == long.run
+    assert differing(long.path, straight.path) == []
+
+
+MERGED = """
+import { Curve } from "./web/lib/chart.js";
+const curve = new Curve();
+curve.append({ steps: [1, 2], losses: [1, 1], rates: [0, 0], scores: [{ step: 2, scores: { "CLIP-I": 0.5 } }] });
+curve.append({ scores: [{ step: 2, scores: { validation_loss: 0.25 } }] });
+curve.append({ scores: [{ step: 0, scores: { validation_loss: 0.5 } }] });
+curve.append({ scores: [{ step: 2, scores: { validation_loss: 0.125 } }] });
+const all = JSON.parse(JSON.stringify(curve.scores));
+curve.cut(1);
+console.log(JSON.stringify([all, curve.scores]));
+"""
+
+
+def test_the_chart_joins_what_is_told_of_one_step() -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node")
+    done = subprocess.run(
+        [node, "--input-type=module", "-e", MERGED], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    whole, cut = json.loads(done.stdout)
+    first = {"step": 0, "scores": {"validation_loss": 0.5}}
+    assert whole == [first, {"step": 2, "scores": {"CLIP-I": 0.5, "validation_loss": 0.125}}]
+    assert cut == [first]

@@ -1,0 +1,203 @@
+"""Generation against diffusers' own pipeline, and the promise that a seed is a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+)
+from helpers import DEMO, Recorder
+from pack.trainer.core.errors import CancelledError
+from pack.trainer.models.families.base import DiffusionModel
+from pack.trainer.models.open import open_base
+from pack.trainer.models.sampling import decode_latents, denoise, generate, make_scheduler, starting_noise
+from pack.trainer.settings.train import GenerateSettings, SchedulerName
+from torch import Tensor, nn
+
+PROMPT, NEGATIVE = "a photo of a red dog in the snow", "a blue cat"
+SCHEDULERS: dict[SchedulerName, Any] = {
+    "ddim": lambda config: DDIMScheduler.from_config(config, clip_sample=False, set_alpha_to_one=False),
+    "pndm": lambda config: PNDMScheduler.from_config(config, skip_prk_steps=True, set_alpha_to_one=False),
+    "euler": EulerDiscreteScheduler.from_config,
+    "dpm++": DPMSolverMultistepScheduler.from_config,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> DiffusionModel:
+    base = open_base(DEMO / "base")
+    built = base.family.build(base)
+    for network in (built.unet, built.vae, *built.text_encoders.values()):
+        nn.Module.float(network)
+    return built
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    pipeline = StableDiffusionPipeline.from_pretrained(DEMO / "base", local_files_only=True).to(torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def latents_of(
+    model: DiffusionModel,
+    seeds: list[int],
+    scheduler: SchedulerName = "ddim",
+    *,
+    steps: int = 6,
+    guidance: float = 4.0,
+    negative: str = "",
+    listener: Any = None,
+) -> Tensor:
+    with torch.no_grad():
+        rows = model.encode_prompts([PROMPT, negative])["text"]
+    prompt, without = ({"text": row.expand(len(seeds), -1, -1)} for row in rows)
+    noise = starting_noise(seeds, (4, 16, 16))
+    return denoise(model, noise, prompt, without, scheduler, steps, guidance, listener)
+
+
+CASES = [
+    pytest.param("ddim", 4.0, "", 6, id="ddim"),
+    pytest.param("ddim", 7.5, NEGATIVE, 6, id="ddim, negative prompt"),
+    pytest.param("ddim", 1.0, "", 6, id="ddim, no guidance"),
+    pytest.param("pndm", 4.0, "", 7, id="pndm"),
+    pytest.param("euler", 4.0, NEGATIVE, 6, id="euler, negative prompt"),
+    pytest.param("dpm++", 4.0, "", 6, id="dpm++"),
+    pytest.param("dpm++", 1.0, "", 15, id="dpm++, no guidance, 15 steps"),
+]
+
+
+@pytest.mark.parametrize(("name", "guidance", "negative", "steps"), CASES)
+def test_latents_equal_the_pipelines(
+    name: SchedulerName, guidance: float, negative: str, steps: int, model: DiffusionModel, pipe: Any
+) -> None:
+    pipe.scheduler = SCHEDULERS[name](pipe.scheduler.config)
+    expected = pipe(
+        PROMPT,
+        negative_prompt=negative,
+        guidance_scale=guidance,
+        num_inference_steps=steps,
+        height=64,
+        width=64,
+        generator=torch.Generator().manual_seed(11),
+        output_type="latent",
+    ).images
+    ours = latents_of(model, [11], name, steps=steps, guidance=guidance, negative=negative)
+    assert expected.abs().max() > 0.5
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 64), (64, 48)])
+def test_pictures_equal_the_pipelines(width: int, height: int, model: DiffusionModel, pipe: Any) -> None:
+    pipe.scheduler = SCHEDULERS["ddim"](pipe.scheduler.config)
+    [expected] = pipe(
+        PROMPT,
+        guidance_scale=4.0,
+        num_inference_steps=3,
+        height=height,
+        width=width,
+        generator=torch.Generator().manual_seed(5),
+    ).images
+    [ours] = generate(model, PROMPT, [5], width=width, height=height, steps=3, guidance=4.0)
+    assert ours.size == expected.size == (width, height)
+    difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int))
+    assert difference.max() <= 1  # rounding
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_noise_schedule_is_the_models(name: SchedulerName, model: DiffusionModel, pipe: Any) -> None:
+    ours = make_scheduler(name, model.objective)
+    theirs = SCHEDULERS[name](pipe.scheduler.config)
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod)
+    for steps in (1, 2, 30, 50):
+        ours.set_timesteps(steps)
+        theirs.set_timesteps(steps)
+        torch.testing.assert_close(ours.timesteps, theirs.timesteps)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_seed_is_a_picture(name: SchedulerName, model: DiffusionModel) -> None:
+    """The same alone, again, and beside others in a batch; another seed is another picture."""
+    together = latents_of(model, [3, 4, 2**64 - 1], name, steps=3)
+    for row, seed in enumerate((3, 4, 2**64 - 1)):
+        alone = latents_of(model, [seed], name, steps=3)
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-4)
+    assert torch.equal(alone, latents_of(model, [2**64 - 1], name, steps=3))
+    assert (together[0] - together[1]).abs().max() > 0.1
+    assert (together[1] - together[2]).abs().max() > 0.1
+
+
+def test_generate_gives_one_picture_a_seed(model: DiffusionModel) -> None:
+    first, second = generate(model, PROMPT, [8, 9], width=64, height=64, steps=2)
+    [again] = generate(model, PROMPT, [8], width=64, height=64, steps=2)
+    difference = np.abs(np.asarray(first, dtype=int) - np.asarray(again, dtype=int))
+    assert difference.max() <= 1
+    assert first.mode == "RGB"
+    assert first.tobytes() != second.tobytes()
+
+
+@pytest.fixture
+def batches(model: DiffusionModel) -> Iterator[list[int]]:
+    """Sizes of the batches that run through the UNet."""
+    seen: list[int] = []
+    handle = model.unet.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    yield seen
+    handle.remove()
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(1.0, 2), (4.0, 4), (0.0, 4)])
+def test_guidance_one_needs_one_pass(guidance: float, rows: int, model: DiffusionModel, batches: list[int]) -> None:
+    latents_of(model, [1, 2], steps=3, guidance=guidance)
+    assert batches == [rows] * 3
+
+
+def test_guidance_steers(model: DiffusionModel) -> None:
+    """Zero follows the negative prompt alone, one the prompt alone, and more goes further the same way."""
+    one, zero, half = (latents_of(model, [1], steps=1, guidance=g, negative=NEGATIVE) for g in (1.0, 0.0, 0.5))
+    assert (one - zero).abs().max() > 1e-3
+    torch.testing.assert_close(half, (one + zero) / 2, rtol=0, atol=1e-4)
+
+
+MOST_STEPS = next(limit.le for limit in GenerateSettings.model_fields["steps"].metadata if hasattr(limit, "le"))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("steps", [1, 2, 3, MOST_STEPS])
+def test_any_allowed_number_of_steps_works(
+    name: SchedulerName, steps: int, model: DiffusionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if steps > 3:  # so many passes take too long
+        monkeypatch.setattr(model, "predict", lambda latents, timesteps, conditioning: 0.1 * latents)
+    assert torch.isfinite(latents_of(model, [1], name, steps=steps, guidance=1.0)).all()
+
+
+def test_decoded_pictures_are_the_autoencoders(model: DiffusionModel) -> None:
+    latents = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels = model.vae.decode(latents / model.vae.config.scaling_factor).sample
+    expected = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for picture, values in zip(decode_latents(model.vae, latents), expected, strict=True):
+        assert np.abs(np.asarray(picture, dtype=int) - values).max() <= 1
+
+
+def test_drawing_can_be_stopped(model: DiffusionModel, batches: list[int]) -> None:
+    with pytest.raises(CancelledError):
+        latents_of(model, [1], steps=6, listener=Recorder(stop_after=3))
+    assert len(batches) == 2
+
+
+def test_drawing_leaves_the_global_generator_alone(model: DiffusionModel) -> None:
+    torch.manual_seed(77)
+    before = torch.get_rng_state()
+    for name in SCHEDULERS:
+        latents_of(model, [1], name, steps=2)
+    assert torch.equal(torch.get_rng_state(), before)

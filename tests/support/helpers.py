@@ -1,0 +1,55 @@
+"""What the tests share: the smallest real model, and a listener that remembers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from checkpoints import SD1Shape
+
+ROOT = Path(__file__).resolve().parents[2]
+DEMO = ROOT / "demo"
+# As small as SD 1.x gets with two levels, both with attention; text encoder and tokenizer of the demo's vocabulary.
+TINY = SD1Shape(
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=1,
+    attention_levels=(0, 1),
+    context_dim=64,
+    clip_layers=2,
+    clip_mlp=128,
+    vocab_size=234,
+    max_tokens=32,
+    vae_channels=32,
+    vae_channel_mult=(1, 1, 2, 2),
+    vae_res_blocks=1,
+)
+
+
+class Recorder:
+    """A listener that keeps every event, and can be told to stop after a step."""
+
+    def __init__(self, stop_after: int | None = None) -> None:
+        self.events: list[Any] = []
+        self.stop_after = stop_after
+        self.steps_seen = 0
+
+    def tell(self, event: Any) -> None:
+        self.events.append(event)
+
+    def should_stop(self) -> bool:
+        """Asked once after every step by the recipe (and between pictures by other work)."""
+        self.steps_seen += 1
+        return self.stop_after is not None and self.steps_seen >= self.stop_after
+
+    @property
+    def losses(self) -> list[float]:
+        return [event.loss for event in self.events if hasattr(event, "loss")]
+
+    @property
+    def warnings(self) -> list[str]:
+        return [event.text for event in self.events if getattr(event, "warning", False)]
+
+    @property
+    def notes(self) -> list[str]:
+        return [event.text for event in self.events if hasattr(event, "text")]

@@ -1,0 +1,171 @@
+"""Where runs of a few steps take place: a tiny base model, pictures, and the ways to look at what came out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import sdxl_checkpoint
+from helpers import DEMO, Recorder
+from pack.trainer.core.errors import CancelledError
+from pack.trainer.data.images import Picture, load_pictures
+from pack.trainer.dreambooth import DreamBooth, Stage, TrainResult, train
+from pack.trainer.models.families.base import BaseWeights, DiffusionModel
+from pack.trainer.models.open import open_base
+from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.lora import TrainedAdapter
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+PROMPT = "a photo of sks dog"
+TOKENIZER = DEMO / "base" / "tokenizer"
+COMMON: dict[str, Any] = {
+    "name": "dog",
+    "steps": 4,
+    "rank": 2,
+    "targets": "attention",
+    "resolution": 64,
+    "learning_rate": 1e-2,
+    "save_precision": "fp32",
+    "keep_checkpoints": 100,
+    "checkpoint_every": 0,
+}
+# Every kind of adapter, with ranks and alphas that differ wherever a mistake in the scale would show.
+KINDS: dict[str, dict[str, Any]] = {
+    "LoRA": {"alpha": 1.0},
+    "LoCon": {"targets": "all", "rank": 4, "conv_rank": 2, "conv_alpha": 1.0},
+    "rsLoRA": {"rank_stabilized": True, "rank": 4, "alpha": 3.0},
+    "DoRA": {"adapter": "dora", "targets": "all", "alpha": 1.0},
+    "LoHa": {"adapter": "loha", "targets": "all", "alpha": 1.0},
+    "LoKr": {"adapter": "lokr", "targets": "all"},
+    "LoKr of 4": {"adapter": "lokr", "targets": "all", "lokr_factor": 4},
+}
+TEXT = {"text_encoder_lr": 1e-2}
+BOTH_TEXTS = {"text_encoder_lr": 1e-2, "text_encoder_2_lr": 1e-2}
+
+
+@dataclass(frozen=True)
+class World:
+    """A base model and pictures; runs start from here."""
+
+    base: BaseWeights
+    subject: Sequence[Picture]
+    priors: Sequence[Picture] = ()
+
+    def recipe(self, folder: Path, listener: Any = None, *, stage: Stage | None = None, **changes: Any) -> DreamBooth:
+        """A run that has not begun, with its files below `folder`."""
+        settings, cpu = TrainSettings(**{**COMMON, **changes}), torch.device("cpu")
+        listener = listener or Recorder()
+        places = (folder / "loras", folder / "runs", cpu, listener, stage, folder / "checkpoints")
+        return DreamBooth(self.base, self.subject, self.priors, settings, *places)
+
+    def train(self, folder: Path, listener: Any = None, *, stage: Stage | None = None, **changes: Any) -> TrainResult:
+        """A whole run, with its files below `folder`."""
+        settings, checkpoints = TrainSettings(**{**COMMON, **changes}), folder / "checkpoints"
+        places = (folder / "loras", folder / "runs", "cpu", listener or Recorder())
+        return train(self.base, self.subject, self.priors, settings, *places, stage=stage, checkpoints_dir=checkpoints)
+
+    def stop_after(self, step: int, folder: Path, **changes: Any) -> None:
+        """Begin a run, or go on with it, and stop it after that step."""
+        [done] = [newest_step(run) for run in runs_in(folder)] or [None]
+        asked_before = len(self.subject) + len(self.priors) if done is None else -done
+        with pytest.raises(CancelledError) as stopped:
+            self.train(folder, Recorder(stop_after=asked_before + step), **changes)
+        assert stopped.value.step == step
+
+    def with_priors(self, folder: Path) -> World:
+        """The same with class pictures."""
+        return replace(self, priors=load_pictures(noisy_pictures(folder, 2, 50), "a photo of a dog", Recorder()))
+
+
+def make_world(checkpoint: Path, folder: Path) -> World:
+    """A checkpoint that goes with the demo's tokenizer, and three pictures in `folder`."""
+    pictures = load_pictures(noisy_pictures(folder, 3, 0), PROMPT, Recorder())
+    return World(open_base(checkpoint, TOKENIZER), pictures)
+
+
+def make_xl_world(folder: Path) -> World:
+    """The smallest SDXL."""
+    return make_world(sdxl_checkpoint(folder / "tiny-xl.safetensors", size="tiny"), folder / "subject")
+
+
+def noisy_pictures(folder: Path, count: int, first_seed: int) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(count):
+        pixels = np.random.default_rng(first_seed + number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def runs_in(folder: Path) -> list[Path]:
+    return sorted((folder / "runs").glob("*-*"))
+
+
+def newest_step(run: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in run.glob("step-*")), default=0)
+
+
+def differing(ours: Path, theirs: Path) -> list[str]:
+    """Names of the tensors that are not equal bit for bit in two safetensors files."""
+    first, second = load_file(ours), load_file(theirs)
+    assert set(first) == set(second)
+    return [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
+
+
+def assert_same_end(ours: TrainResult, theirs: TrainResult) -> None:
+    """The files, and the last checkpoints with all of the optimiser, are equal bit for bit."""
+    assert differing(ours.path, theirs.path) == []
+    assert (ours.checkpoint is None) == (theirs.checkpoint is None)
+    if ours.checkpoint and theirs.checkpoint:
+        assert differing(ours.checkpoint, theirs.checkpoint) == []
+    step = f"step-{newest_step(theirs.run):08d}"
+    files = {path.name for path in (theirs.run / step).glob("*.safetensors")}
+    trained = "weights.safetensors" if theirs.checkpoint else "adapter.safetensors"
+    assert files - {"live.safetensors"} == {"optimizer.safetensors", trained}
+    assert {path.name for path in (ours.run / step).glob("*.safetensors")} == files
+    for file in files:
+        assert differing(ours.run / step / file, theirs.run / step / file) == []
+
+
+def conditioned(model: DiffusionModel) -> dict[str, Tensor]:
+    """What a model's text encoders say of the prompt."""
+    with torch.no_grad():
+        return model.encode_prompts([PROMPT]) | {"size": torch.tensor([[64.0, 64, 0, 0, 64, 64]])}
+
+
+def predicted(model: DiffusionModel, conditioning: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """What a model's networks say: of the prompt, by their own text encoders if it is not given, and of some noise."""
+    said = dict(conditioning or conditioned(model))
+    noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        return said | {"prediction": model.predict(noise, torch.tensor([300]), said)}
+
+
+def distances(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[str, float]:
+    """Relative distance of everything that two models predicted and that is no fact."""
+    assert set(ours) == set(theirs)
+    return {
+        name: float(torch.linalg.vector_norm(ours[name] - value) / torch.linalg.vector_norm(value))
+        for name, value in theirs.items()
+        if name != "size"
+    }
+
+
+def perturb(adapter: TrainedAdapter, by: float = 0.05) -> None:
+    """Random numbers on all parameters, as training would leave them."""
+    source = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(by * torch.randn(parameter.shape, generator=source))
+
+
+def lent_tensors(base: BaseWeights) -> dict[str, Tensor]:
+    """Every tensor of a base model."""
+    parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoders[0], "text_2": base.text_encoders[-1]}
+    return {f"{part}.{name}": tensor for part, one in parts.items() for name, tensor in one.tensors.items()}

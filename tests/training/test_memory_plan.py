@@ -1,0 +1,430 @@
+"""The memory of a training, planned on the meta device: counted by hand, and equal to what really lives on the CPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Recorder
+from pack.trainer.__main__ import main
+from pack.trainer.data.batches import draw_batches
+from pack.trainer.data.latent_cache import Cache, LatentSet
+from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.memory import fit as fitting
+from pack.trainer.training.memory.fit import Fit, told
+from pack.trainer.training.memory.meter import AsOnCuda, LiveBytes
+from pack.trainer.training.memory.plan import (
+    Candidate,
+    Lean,
+    Need,
+    Plan,
+    Planner,
+    leans,
+    lent_bytes,
+    make_plan,
+    remedies,
+    state_bytes,
+)
+from torch import nn
+from torch.nn import functional as F
+from worlds import BOTH_TEXTS, COMMON, TEXT, TOKENIZER, World, make_world, make_xl_world
+
+pytestmark = pytest.mark.usefixtures("quick")
+META = torch.device("meta")
+FLOAT = 4
+MANY = {"batch_size": 61, "resolution": 128}  # so many that the steps take most; they can be cut in one way only
+
+
+@pytest.fixture(scope="module")
+def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("plan") / "subject")
+
+
+@pytest.fixture(scope="module")
+def xl_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_xl_world(tmp_path_factory.mktemp("plan xl"))
+
+
+@pytest.fixture(scope="module")
+def planner(world: World) -> Planner:
+    return Planner(world.base, settings_of(**MANY), "bf16", None, False)
+
+
+def settings_of(**changes: Any) -> TrainSettings:
+    return TrainSettings(**{**COMMON, **changes})
+
+
+# What lives
+
+
+def test_two_layers_counted_by_hand() -> None:
+    """Batch 3, widths 8 → 16 → 4, float32: every tensor that is alive, in the order of the computation."""
+    first, second = nn.Linear(8, 16, device="meta"), nn.Linear(16, 4, device="meta")
+    x = torch.empty(3, 8, device="meta")
+    weights = [*first.parameters(), *second.parameters()]
+    with LiveBytes(known=weights) as live:
+        hidden = first(x)
+        assert live.now == live.peak == FLOAT * 3 * 16
+        output = second(hidden)
+        assert live.now == FLOAT * (3 * 16 + 3 * 4)
+        loss = output.sum()
+        assert live.now == FLOAT * (3 * 16 + 3 * 4 + 1)
+        del hidden, output  # the second layer keeps what it was given
+        assert live.now == FLOAT * (3 * 16 + 1)
+        loss.backward()
+        del loss
+        gradients = FLOAT * (8 * 16 + 16 + 16 * 4 + 4)
+        assert live.now == gradients
+    assert live.peak >= gradients
+
+
+def test_storages_are_rounded_up_and_views_counted_once() -> None:
+    with LiveBytes(granule=512) as live:
+        one = torch.empty(3, device="meta")
+        views = [one[:2], one.view(3, 1), one.detach()]
+        assert live.now == 512
+        other = torch.empty(129, device="meta")
+        assert live.now == 512 + 1024
+        del one, views, other
+        assert live.now == 0
+    assert live.peak == 512 + 1024
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_attention_keeps_no_matrix(device: str) -> None:
+    """Query, key and value are there; a fused kernel adds the output and a float32 number for each of its rows."""
+    parts = [torch.zeros(1, 2, 64, 8, device=device, requires_grad=True) for _ in range(3)]
+    with LiveBytes(device) as live, AsOnCuda(None):
+        output = F.scaled_dot_product_attention(*parts)
+        assert output.shape == (1, 2, 64, 8)
+        assert live.peak == FLOAT * (2 * 64 * 8 + 2 * 64)
+    AsOnCuda(None).backward(output.sum())
+    assert all(one.grad is not None and one.grad.shape == one.shape for one in parts)
+
+
+def test_autocast_is_that_of_cuda() -> None:
+    """Products in bf16, norms in float32, whatever comes in; the rest as it comes."""
+    layer = nn.Linear(8, 8, device="meta")
+    norm = nn.LayerNorm(8, device="meta", dtype=torch.bfloat16)
+    x = torch.empty(2, 8, device="meta")
+    with AsOnCuda(torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+        assert norm(layer(x)).dtype == torch.float32
+        assert F.silu(layer(x)).dtype == torch.bfloat16
+    with AsOnCuda(None):
+        assert layer(x).dtype == torch.float32
+    assert layer(x).dtype == torch.float32
+
+
+WAYS: dict[str, tuple[dict[str, Any], str, Lean]] = {
+    "plain": ({}, "fp32", Lean(False)),
+    "bf16": ({"targets": "all"}, "bf16", Lean(False)),
+    "checkpointing": ({}, "bf16", Lean(True)),
+    "batch in parts": ({"batch_size": 4}, "bf16", Lean(True, 2)),
+    "text encoder": (TEXT, "bf16", Lean(False)),
+    "text encoder, checkpointing": (TEXT, "fp32", Lean(True)),
+    "DoRA": ({"adapter": "dora"}, "bf16", Lean(True)),
+    "LoHa": ({"adapter": "loha"}, "bf16", Lean(False)),
+    "LoKr": ({"adapter": "lokr", "targets": "all"}, "bf16", Lean(False)),
+    "full": ({"adapter": "full"}, "bf16", Lean(False)),
+    "nf4": ({"base_quantization": "nf4"}, "bf16", Lean(True)),
+    "previews": ({"preview_every": 1}, "fp32", Lean(False)),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_plan_equals_what_lives_in_a_real_step(way: str, world: World) -> None:
+    changes, precision, lean = WAYS[way]
+    settings = settings_of(**changes)
+    planned, real = (
+        Planner(world.base, settings, precision, None, True, device).need(lean)
+        for device in (META, torch.device("cpu"))
+    )
+    on_the_cpu = 512 * 100 if way == "LoHa" else 0  # a number for each layer that PEFT makes on the CPU
+    assert abs(planned.activations - real.activations) <= on_the_cpu
+    assert replace(planned, activations=0) == replace(real, activations=0)
+    assert min(planned.trained, planned.activations, planned.encoding) > 0
+
+
+def test_the_plan_equals_a_real_step_of_sdxl(xl_world: World) -> None:
+    settings = settings_of(**BOTH_TEXTS)
+    planned, real = (
+        Planner(xl_world.base, settings, "bf16", None, False, device).need(Lean(True))
+        for device in (META, torch.device("cpu"))
+    )
+    assert planned == real
+
+
+def test_every_part_is_what_it_says(world: World) -> None:
+    settings = settings_of(batch_size=4, targets="all", resolution=128)
+    planner = Planner(world.base, settings, "bf16", None, False)
+    plain, lean, parts = (planner.need(lean) for lean in (Lean(False), Lean(True), Lean(True, 4)))
+    assert plain.base == sum(2 * tensor.numel() for tensor in world.base.unet.tensors.values())
+    recipe = world.recipe(Path("unused"), targets="all")
+    recipe.model = recipe.base.family.build(recipe.base)
+    from pack.trainer.training.lora import TrainedAdapter
+
+    numbers = sum(one.numel() for one in TrainedAdapter(recipe.model, recipe.settings).parameters())
+    assert plain.trained == numbers * (4 + 4 + 8)
+    assert plain.activations > lean.activations > parts.activations
+    assert (plain.base, plain.trained) == (lean.base, lean.trained) == (parts.base, parts.trained)
+    assert plain.previews == 0
+    assert plain.peak == plain.base + plain.trained + plain.activations
+    assert plain.total > plain.peak
+
+
+def test_activations_grow_with_the_batch_and_the_class_pictures(world: World) -> None:
+    def activations(batch: int, priors: bool) -> int:
+        settings = settings_of(batch_size=batch, resolution=128)
+        return Planner(world.base, settings, "fp32", None, priors).need(Lean(False)).activations
+
+    one, two, four = (activations(batch, False) for batch in (1, 2, 4))
+    assert four - two == pytest.approx(2 * (two - one), rel=0.01)
+    assert activations(2, True) == four
+
+
+def test_quantised_weights_take_a_quarter(world: World) -> None:
+    planner = Planner(world.base, settings_of(), "bf16", None, False)
+    plain, packed = planner.need(Lean(False)), planner.need(Lean(False), quantization="nf4")
+    model = world.base.family.build(world.base)
+    linear = [module.weight.numel() for module in model.unet.modules() if isinstance(module, nn.Linear)]
+    saved = plain.base - packed.base
+    codes = 1100 * len(linear)  # the tables of the codes, for each layer
+    assert 2 * sum(linear) - saved == pytest.approx(sum(linear) * 4.127 / 8 + codes, rel=0.02)
+    assert packed.trained == plain.trained
+
+
+def optimizer_of(name: str, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if name == "adamw":
+        return torch.optim.AdamW(parameters)
+    if name == "adafactor":
+        from transformers.optimization import Adafactor
+
+        return Adafactor(parameters, lr=1e-3, relative_step=False, scale_parameter=False)
+    if name == "adamw-8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(parameters)
+    import pytorch_optimizer
+
+    made = {
+        "lion": pytorch_optimizer.Lion,
+        "prodigy": pytorch_optimizer.Prodigy,
+        "adamw-schedule-free": pytorch_optimizer.ScheduleFreeAdamW,
+    }
+    return made[name](parameters)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion", "adamw-schedule-free", "prodigy", "adamw-8bit"])
+def test_states_are_as_large_as_those_of_the_optimisers(name: str) -> None:
+    shapes = [(64, 65), (16, 8, 3, 3), (32,)]
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    optimizer = optimizer_of(name, parameters)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    tables = {id(state.get(key)) for state in optimizer.state.values() for key in ("qmap1", "qmap2")}  # shared by all
+    found = [
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.ndim and id(value) not in tables
+    ]
+    assert sum(found) == sum(state_bytes(name, shape) for shape in shapes)
+
+
+def test_paged_states_of_large_tensors_leave_the_device() -> None:
+    assert state_bytes("adamw-8bit-paged", (1000, 1000)) == 0
+    assert state_bytes("adamw-8bit-paged", (100, 100)) == state_bytes("adamw-8bit", (100, 100))
+
+
+# What is chosen
+
+
+def test_what_is_tried_comes_fastest_first() -> None:
+    assert leans(settings_of()) == [Lean(False), Lean(True)]
+    assert leans(settings_of(gradient_checkpointing=True)) == [Lean(True)]
+    assert leans(settings_of(batch_size=6)) == [Lean(False), Lean(True), Lean(True, 2), Lean(True, 3), Lean(True, 6)]
+    assert leans(settings_of(batch_size=6, dropout=0.1)) == [Lean(False), Lean(True)]
+
+
+def latents(count: int) -> LatentSet:
+    values = torch.randn((2, count, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    captions = [torch.tensor([number]) for number in range(count)]
+    size, order, masks = torch.zeros(count, 6), list(range(count)), [None] * count
+    return LatentSet(list(values[0]), list(values[1].exp()), captions, size, order, masks)
+
+
+@pytest.mark.parametrize("split", [2, 3, 6])
+def test_a_batch_in_parts_has_the_same_samples(split: int) -> None:
+    settings = settings_of(batch_size=6, gradient_accumulation=2, flip=False)
+    cache = Cache(latents(5), None, None, {"ids": torch.zeros(5, 4)}, None)
+
+    def samples(settings: TrainSettings) -> list[torch.Tensor]:
+        found = [
+            batch
+            for micro in range(settings.gradient_accumulation)
+            for batch in draw_batches(cache, settings, 3, micro, 1000, torch.device("cpu"))
+        ]
+        return [torch.cat([getattr(one, part) for one in found]) for part in ("latents", "noise", "timesteps")]
+
+    whole, parts = samples(settings), samples(Lean(True, split).applied(settings))
+    assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
+
+
+def test_the_first_that_fits_is_chosen(planner: Planner) -> None:
+    settings = settings_of(**MANY)
+    ways = leans(settings)
+    assert ways == [Lean(False), Lean(True), Lean(True, 61)]
+    totals = [planner.need(lean).total for lean in ways]
+    assert totals == sorted(set(totals), reverse=True)
+    for number, lean in enumerate(ways):
+        plan = make_plan(planner, settings, totals[number])
+        assert plan.fits
+        assert [one.lean for one in plan.looked_at] == ways[: number + 1]
+        assert plan.chosen.lean == lean
+    nothing = make_plan(planner, settings, 1000)
+    assert not nothing.fits
+    assert nothing.chosen.need.total == min(one.need.total for one in nothing.looked_at)
+
+
+GB = 2**30
+ROOMY, TIGHT = Need(5 * GB, GB, 9 * GB), Need(5 * GB, GB, GB // 2)
+
+
+@pytest.mark.parametrize(
+    ("looked_at", "memory", "changes", "expected", "warning"),
+    [
+        ([(Lean(False), ROOMY)], 24, {}, "about 16.0 GB of the 24.0 GB that are free.", False),
+        (
+            [(Lean(False), ROOMY), (Lean(True), TIGHT)],
+            8,
+            {},
+            "about 7.1 GB of the 8.0 GB that are free: gradient checkpointing is turned on.",
+            False,
+        ),
+        (
+            [(Lean(True), ROOMY), (Lean(True, 2), TIGHT)],
+            8,
+            {"batch_size": 2, "gradient_checkpointing": True},
+            ": a batch of 2 is computed in 2 parts.",
+            False,
+        ),
+        (
+            [(Lean(False), ROOMY), (Lean(True), TIGHT)],
+            6,
+            {},
+            "7.1 GB, and 6.0 GB are free, even with gradient checkpointing. Lower resolution, set base_quantization "
+            "to nf4 or set optimizer to adamw-8bit.",
+            True,
+        ),
+    ],
+    ids=["as set", "checkpointing", "in parts", "too large"],
+)
+def test_the_user_is_told(
+    looked_at: list[tuple[Lean, Need]], memory: int, changes: dict[str, Any], expected: str, warning: bool
+) -> None:
+    plan = Plan([Candidate(*one) for one in looked_at], memory * GB)
+    note = told(plan, settings_of(**changes))
+    assert expected in note.text
+    assert note.warning == warning
+
+
+def test_remedies_are_those_that_are_left() -> None:
+    assert "nf4" in remedies(settings_of())
+    assert "nf4" not in remedies(settings_of(base_quantization="nf4"))
+    assert "nf4" not in remedies(settings_of(adapter="full"))
+
+
+@pytest.fixture
+def small_card(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A CUDA device that says how much is free; nothing is computed on it."""
+    free = [0]
+    monkeypatch.setattr(fitting, "free_memory", lambda device: free[0])
+    return free
+
+
+def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: list[int]) -> None:
+    settings = settings_of(**MANY)
+    for lean in leans(settings):
+        small_card[0] = planner.need(lean).total
+        listener = Recorder()
+        chosen = Fit(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener)
+        assert chosen == lean.applied(settings)
+        assert len(listener.notes) == 1
+        assert lean.checkpointing == ("turned on" in listener.notes[0])
+        assert (lean.split > 1) == ("in 61 parts" in listener.notes[0])
+    small_card[0] = 1
+    listener = Recorder()
+    least = settings_of(gradient_checkpointing=True)
+    assert Fit(least, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == least
+    assert len(listener.warnings) == 1
+
+
+@pytest.mark.parametrize(("device", "fit"), [("cpu", "auto"), ("mps", "auto"), ("cuda", "off")])
+def test_nothing_is_planned_unasked(device: str, fit: str, world: World) -> None:
+    settings, listener = settings_of(fit=fit), Recorder()
+    assert Fit(settings, torch.device(device)).settings(world.base, None, False, "fp32", listener) == settings
+    assert listener.events == []
+
+
+def test_a_plan_that_fails_stops_no_run(world: World, small_card: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        torch.empty(2, device="meta").item()
+
+    monkeypatch.setattr(fitting, "make_plan", fails)
+    settings, listener = settings_of(), Recorder()
+    assert Fit(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == settings
+    assert "could not be planned" in listener.warnings[0]
+
+
+def test_weights_that_lie_there_need_no_more_room(world: World) -> None:
+    size = sum(tensor.nbytes for tensor in world.base.unet.tensors.values())
+    cpu = torch.device("cpu")
+    assert lent_bytes(world.base, settings_of(), "fp32", cpu) == size
+    assert lent_bytes(world.base, settings_of(), "bf16", cpu) == 0
+    assert lent_bytes(world.base, settings_of(base_quantization="nf4"), "fp32", cpu) == 0
+    assert lent_bytes(world.base, settings_of(), "fp32", torch.device("cuda")) == 0
+
+
+# The command
+
+
+def planned(capsys: pytest.CaptureFixture[str], checkpoint: Path, *words: str) -> str:
+    status = main(["plan", "--base", str(checkpoint), "--tokenizer", str(TOKENIZER), "--resolution", "256", *words])
+    out, error = capsys.readouterr()
+    assert status == 0, error
+    return out
+
+
+def test_the_command_shows_every_way_and_what_is_picked(
+    tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = planned(capsys, tiny_checkpoint, "--memory", "8", "--rank", "4", "--batch-size", "2")
+    for line in ("as set", "gradient checkpointing", "batches of 2 computed in 2 parts", "adamw-8bit", "nf4"):
+        assert line in text
+    assert text.splitlines()[-1] == "Picked for 7.5 GB: as set."
+    tight = planned(capsys, tiny_checkpoint, "--memory", "0.7", "--gradient-checkpointing")
+    assert tight.splitlines()[-1].startswith("None of these fits into 0.2 GB. Lower resolution")
+
+
+def test_the_command_needs_a_number_without_a_gpu(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["plan", "--base", str(tiny_checkpoint), "--tokenizer", str(TOKENIZER)]) == 1
+    assert "--memory 8" in capsys.readouterr().err
+
+
+def test_a_mistake_in_the_settings_is_told(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--base", str(tiny_checkpoint), "--tokenizer", str(TOKENIZER), "--memory", "8", "--rank", "999"]
+    assert main(["plan", *words]) == 1
+    assert "rank 999" in capsys.readouterr().err
+
+
+def test_planning_writes_nothing_to_the_base(world: World) -> None:
+    before = {name: tensor.clone() for name, tensor in world.base.unet.tensors.items()}
+    Planner(replace(world.base), settings_of(targets="all"), "bf16", None, True).need(Lean(True), quantization="nf4")
+    assert all(torch.equal(before[name], tensor) for name, tensor in world.base.unet.tensors.items())

@@ -1,0 +1,532 @@
+"""Previews show what a step's weights draw, score it, stop a run by it, and change nothing of what is trained."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from helpers import DEMO, Recorder
+from pack.trainer.adapters.apply import merge_into
+from pack.trainer.adapters.kohya import read_adapter
+from pack.trainer.core.errors import CancelledError, SettingsError, StorageError, TrainerError, WeightsError
+from pack.trainer.core.events import Phase, Preview, Step
+from pack.trainer.data.images import Picture, decode
+from pack.trainer.dreambooth import TrainResult
+from pack.trainer.evaluation.evaluator import Evaluation
+from pack.trainer.evaluation.feature_extractors import Judges
+from pack.trainer.models.families.base import BaseWeights
+from pack.trainer.models.open import open_base
+from pack.trainer.models.sampling import generate, ready_model
+from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.runs.checkpoint import RunFolder
+from pack.trainer.training.runs.metrics import RecordedListener, read_metrics
+from PIL import Image
+from safetensors.torch import load_file
+from worlds import TOKENIZER, World, assert_same_end, differing, make_world, newest_step, runs_in
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+SCORER = str(DEMO / "scorer")
+PROMPTS = ["a photo of sks dog", "the sks dog on the grass"]
+CLASS_PROMPTS = ["a photo of a dog", "the dog on the grass"]
+SHOWN: dict[str, Any] = {
+    "steps": 5,
+    "checkpoint_every": 1,
+    "preview_every": 2,
+    "preview_prompts": " | ".join(PROMPTS),
+    "preview_count": 2,
+    "preview_steps": 2,
+    "preview_guidance": 3.0,
+    "preview_seed": 7,
+    "score_clip": SCORER,
+}
+# Fidelity is highest at step 2 and falls far afterwards, while the class drifts.
+FALLING: dict[str, Any] = {
+    "steps": 10,
+    "learning_rate": 0.03,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+    "keep_adapters": False,
+    "preview_prompts": PROMPTS[0],
+    "preview_count": 1,
+    "preview_guidance": 1.0,
+    "preview_seed": 0,
+}
+# Previews leave no trace in any of these.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "DoRA, dropout, text encoder for three steps": {
+        "adapter": "dora",
+        "dropout": 0.25,
+        "text_encoder_lr": 1e-2,
+        "text_encoder_until": 0.6,
+        "preview_count": 1,
+    },
+    "all weights, text encoder": {
+        "adapter": "full",
+        "learning_rate": 1e-3,
+        "text_encoder_lr": 1e-3,
+        "preview_count": 1,
+        "score_clip": "",
+    },
+}
+PLAIN, TEXT, FULL = VARIANTS
+
+
+@pytest.fixture(scope="module")
+def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    found = make_world(tiny_checkpoint, tmp_path_factory.mktemp("previews") / "subject")
+    Judges.open(SCORER, "", torch.device("cpu"))
+    gc.collect()
+    gc.freeze()  # what was imported for it need not be searched
+    return found
+
+
+@pytest.fixture(scope="module")
+def shown(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]:
+    """Five steps with previews of 0, 2, 4 and 5 and a checkpoint of every step, by variant."""
+    return {name: world.train(tmp_path_factory.mktemp("shown"), **SHOWN | VARIANTS[name]) for name in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def falling(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped early, after step 6. To be copied."""
+    folder = tmp_path_factory.mktemp("falling")
+    result = world.train(folder, **SHOWN | FALLING, early_stop=2)
+    assert (result.step, result.started_from) == (2, 0)
+    return folder
+
+
+class StopAt(Recorder):
+    """Asks to stop from when, after a step was told of, such an event is the newest."""
+
+    def __init__(self, step: int, matches: Callable[[Any], bool]) -> None:
+        super().__init__()
+        self.step, self.matches = step, matches
+
+    def should_stop(self) -> bool:
+        told = max((event.step for event in self.events if isinstance(event, Step)), default=0)
+        return told >= self.step and self.matches(self.events[-1])
+
+
+def drawing(event: Any) -> bool:
+    """The second prompt is being drawn."""
+    return bool(event == Phase("preview", 1, 4))
+
+
+def scoring(event: Any) -> bool:
+    return isinstance(event, Phase) and event.name == "scoring"
+
+
+def shown_already(event: Any) -> bool:
+    return isinstance(event, Preview)
+
+
+def previews_in(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in sorted((run / "previews").rglob("*.png"))}
+
+
+def metrics_in(run: Path) -> list[dict[str, Any]]:
+    """Without what another course of time changes. Lines that are not whole are no lines."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in ("rate", "memory")} for line in lines]
+
+
+def assert_same_metrics(ours: Path, theirs: Path) -> None:
+    """Line by line; scores but for rounding, since a judge looks at other pictures at once after a stop."""
+    for one, other in zip(metrics_in(ours), metrics_in(theirs), strict=True):
+        assert one | {"scores": {}} == other | {"scores": {}}
+        assert one.get("scores") == (pytest.approx(other["scores"], abs=1e-4) if "scores" in other else None)
+
+
+def scores_in(run: Path) -> dict[int, dict[str, float]]:
+    return {line["step"]: line["scores"] for line in metrics_in(run) if "scores" in line}
+
+
+def pixels(path: Path) -> np.ndarray[Any, Any]:
+    return np.asarray(Image.open(path), dtype=int)
+
+
+def preview(run: Path, step: int, name: str) -> Path:
+    return run / "previews" / f"step-{step:08d}" / name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_previews_change_nothing_of_what_is_trained(
+    variant: str, shown: dict[str, TrainResult], world: World, tmp_path: Path
+) -> None:
+    result = world.train(tmp_path, steps=SHOWN["steps"], **VARIANTS[variant])
+    assert result.run.name == shown[variant].run.name  # the same fingerprint
+    assert_same_end(result, shown[variant])
+    assert not (result.run / "previews").exists()
+    *lines, end = metrics_in(result.run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert end == {"step": 5, "state": "done"}
+
+
+def drawn_by(base: BaseWeights, run: Path, step: int) -> dict[str, np.ndarray[Any, Any]]:
+    """File → what the base draws with the adapter of that step's checkpoint."""
+    model = ready_model(base, torch.device("cpu"), "fp32")
+    adapter = run / f"step-{step:08d}" / "adapter.safetensors"
+    if adapter.is_file():
+        merge_into(model, read_adapter(adapter), 1.0)
+    found = {}
+    for kind, prompts in (("subject", PROMPTS), ("class", CLASS_PROMPTS)):
+        for number, prompt in enumerate(prompts):
+            for index, seed in enumerate((7, 8)):
+                [image] = generate(model, prompt, [seed], width=64, height=64, steps=2, guidance=3.0)
+                found[f"{kind}-{number:02d}-{index:02d}.png"] = np.asarray(image, dtype=int)
+    return found
+
+
+@pytest.mark.parametrize("variant", [PLAIN, TEXT])
+def test_previews_are_drawn_with_the_weights_of_their_step(
+    variant: str, shown: dict[str, TrainResult], world: World
+) -> None:
+    """And at every step from the same noise, so that nothing but the weights changes them."""
+    run = shown[variant].run
+    assert {path.name for path in (run / "previews").glob("step-*")} == {f"step-{step:08d}" for step in (0, 2, 4, 5)}
+    before: dict[str, np.ndarray[Any, Any]] = {}
+    for step in (0, 2, 4, 5):
+        expected = drawn_by(world.base, run, step)
+        found = {path.name: pixels(path) for path in preview(run, step, "").iterdir()}
+        count = 2 if variant == PLAIN else 1
+        assert set(found) == {name for name in expected if int(name[-6:-4]) < count}
+        for name, image in found.items():
+            np.testing.assert_allclose(image, expected[name], atol=1)
+            assert name not in before or np.abs(image - before[name]).max() > 3, f"{name} of {step} shows no change"
+        before = found
+
+
+def test_previews_of_all_weights_are_drawn_with_those_of_the_checkpoint(shown: dict[str, TrainResult]) -> None:
+    result = shown[FULL]
+    assert result.checkpoint is not None
+    expected = drawn_by(open_base(result.checkpoint, TOKENIZER), result.run, 5)
+    found = {path.name: pixels(path) for path in preview(result.run, 5, "").iterdir()}
+    assert set(found) == {"subject-00-00.png", "subject-01-00.png"}
+    for name, image in found.items():
+        np.testing.assert_allclose(image, expected[name], atol=1)
+        assert np.abs(image - pixels(preview(result.run, 4, name))).max() > 3
+
+
+def test_scores_are_those_of_the_files(shown: dict[str, TrainResult], world: World) -> None:
+    """Lines of steps and previews in their order; drift is measured against the base, which has none."""
+    run = shown[PLAIN].run
+    *lines, _ = metrics_in(run)  # the last tells the end
+    assert [(line["step"], "scores" in line) for line in lines] == [
+        (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True)
+    ]  # fmt: skip
+    judged = Evaluation(Judges.open(SCORER, "", torch.device("cpu")), world.subject, PROMPTS, "sks", Recorder())
+    assert judged.class_prompts == CLASS_PROMPTS
+    for step, scores in scores_in(run).items():
+
+        def kept(kind: str, step: int) -> list[Picture]:
+            paths = sorted(preview(run, step, "").glob(f"{kind}-*.png"))
+            return [Picture(path.name, "", str(path), lambda path=path: decode(path.read_bytes())) for path in paths]
+
+        assert scores == pytest.approx(
+            judged.mark(kept("subject", step), kept("class", 0), kept("class", step)), abs=1e-5
+        )
+        assert len(scores) == 6
+        drift = scores["drift (CLIP)"]
+        assert drift > 1e-4 if step else drift == pytest.approx(0, abs=1e-6)
+
+
+def test_listeners_are_told_of_previews(world: World, tmp_path: Path) -> None:
+    """Without a model that judges, nothing is drawn of the class; without prompts, the first picture's caption is."""
+    changes = {"score_clip": "", "preview_prompts": "", "preview_count": 1, "steps": 2}
+    listener = Recorder()
+    result = world.train(tmp_path, listener, **SHOWN | changes)
+    told = [event for event in listener.events if isinstance(event, Preview)]
+    assert [(event.step, event.scores) for event in told] == [(0, {}), (2, {})]
+    for event in told:
+        assert event.pictures == [(preview(result.run, event.step, "subject-00-00.png"), PROMPTS[0])]
+        assert event.pictures[0][0].is_file()
+    assert len(previews_in(result.run)) == 2
+    lines = [line for line in metrics_in(result.run) if "scores" in line]
+    pictures = [["subject-00-00.png", PROMPTS[0]]]
+    assert lines == [{"step": step, "scores": {}, "pictures": pictures} for step in (0, 2)]
+
+
+def test_stops_leave_no_trace(shown: dict[str, TrainResult], world: World, tmp_path: Path) -> None:
+    """In the previews of the base, of a step and of the last one, while scoring, and between previews."""
+    changes = SHOWN | VARIANTS[TEXT] | {"checkpoint_every": 0}
+    for stop, step in (
+        (StopAt(0, drawing), 0),
+        (StopAt(1, drawing), 2),
+        (StopAt(0, shown_already), 3),  # the previews of 2 are made, then comes a step
+        (StopAt(4, scoring), 4),
+        (StopAt(5, drawing), 5),
+    ):
+        with pytest.raises(CancelledError):
+            world.train(tmp_path, stop, **changes)
+        [run] = runs_in(tmp_path)
+        assert newest_step(run) == step
+        assert not list((tmp_path / "loras").glob("*.safetensors"))
+    listener = Recorder()
+    result = world.train(tmp_path, listener, **changes)
+    assert listener.losses == []  # the last preview alone was left
+    assert_same_end(result, shown[TEXT])
+    assert previews_in(result.run) == previews_in(shown[TEXT].run)
+    assert_same_metrics(result.run, shown[TEXT].run)
+    again = Recorder()
+    assert world.train(tmp_path, again, **changes).started_from == 5
+    assert not [event for event in again.events if isinstance(event, Phase | Preview | Step)]
+
+
+def test_a_stop_takes_effect_within_a_denoising_step(world: World, tmp_path: Path) -> None:
+    class CountsAsks(Recorder):
+        def should_stop(self) -> bool:
+            self.steps_seen += self.events[-1] == Phase("preview", 0, 4)
+            return self.steps_seen >= 5
+
+    with pytest.raises(CancelledError):
+        world.train(tmp_path, CountsAsks(), **SHOWN | {"preview_steps": 200, "preview_guidance": 1.0})
+    assert not previews_in(runs_in(tmp_path)[0])
+
+
+def test_metrics_hold_each_step_once_after_a_crash(shown: dict[str, TrainResult], world: World, tmp_path: Path) -> None:
+    """A run that was killed two steps after its last checkpoint, within a line."""
+    run = shown[PLAIN].run
+    copy = shutil.copytree(run, tmp_path / "runs" / run.name)
+    for step in (3, 4, 5):
+        shutil.rmtree(copy / f"step-{step:08d}")
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:7])[:-30])
+    result = world.train(tmp_path, **SHOWN)
+    assert result.started_from == 2
+    assert_same_metrics(copy, run)
+    assert_same_end(result, shown[PLAIN])
+
+
+STEPS = [Step(step, 3, 0.5 * step, 1e-4, 2.0, 1.0, 9) for step in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("tail", "kept"),
+    [
+        (b"", 3),
+        (b'{"step": 3, "lo', 3),
+        (b'{"step": 2, "loss": 1.0, "rate": 2.0}', 4),  # all but the line's end
+        (b'{"step": 3, "loss": 7.0}\n{"step": 4, "scores": {"CLIP-I": 9.0}}\n', 3),
+        (b'\x00\xff\xfe\n[1, 2]\nnull\n\n{"loss": 1.0}\n{"step": "2"}\n', 3),
+    ],
+)
+def test_metrics_are_kept_up_to_where_a_run_goes_on(tail: bytes, kept: int, tmp_path: Path) -> None:
+    path, listener = tmp_path / "metrics.jsonl", Recorder()
+    assert read_metrics(path) == []
+    events = [*STEPS[:2], Preview(2, [(tmp_path / "ü.png", "ein Hund\u2028 ü")], {"CLIP-I": 0.25})]
+    recorded = RecordedListener(listener, path, 0)
+    for event in events:
+        recorded.tell(event)
+    lines = read_metrics(path)  # a process that is killed closes nothing
+    recorded.close()
+    assert listener.events == events
+    assert lines[0] == {"step": 1, "loss": 0.5, "learning_rate": 1e-4, "rate": 2.0, "memory": 9}
+    assert lines[2] == {"step": 2, "scores": {"CLIP-I": 0.25}, "pictures": [["ü.png", "ein Hund\u2028 ü"]]}
+    path.write_bytes(path.read_bytes() + tail)
+    recorded = RecordedListener(listener, path, 2)
+    recorded.tell(STEPS[2])
+    recorded.close()
+    assert read_metrics(path)[:3] == lines
+    assert [line["step"] for line in metrics_in(tmp_path)] == [1, 2, 2, *[2] * (kept - 3), 3]
+
+
+def test_a_full_disk_is_named_by_the_metrics(tmp_path: Path) -> None:
+    """Once: closing what could not be written says nothing more."""
+    resource = pytest.importorskip("resource")
+    recorded = RecordedListener(Recorder(), tmp_path / "metrics.jsonl", 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        recorded.tell(STEPS[0])
+        with pytest.raises(StorageError, match=r"metrics\.jsonl can't be written") as caught:
+            recorded.tell(STEPS[1])
+        recorded.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the run resumes" in caught.value.remedy
+
+
+def test_previews_can_be_asked_for_or_changed_in_the_middle_of_a_run(
+    shown: dict[str, TrainResult], world: World, tmp_path: Path
+) -> None:
+    """They are compared with what the base draws in the same way, whatever it drew before."""
+    with pytest.raises(CancelledError):
+        world.train(
+            tmp_path, Recorder(stop_after=len(world.subject) + 1), **SHOWN | {"preview_every": 0, "score_clip": ""}
+        )
+    others = {"preview_seed": 1}
+    for stop, changes in (
+        (StopAt(0, shown_already), {"score_clip": ""}),
+        (StopAt(3, shown_already), others),
+        (None, {}),
+    ):
+        try:
+            result = world.train(tmp_path, stop, **SHOWN | changes)
+        except CancelledError:
+            assert stop is not None
+    assert_same_end(result, shown[PLAIN])
+    expected = scores_in(shown[PLAIN].run)
+    found = scores_in(result.run)
+    assert list(found) == [2, 4, 5]
+    assert found[2] == {}
+    assert found[4] != expected[4]
+    assert found[5] == pytest.approx(expected[5], abs=1e-4)
+
+
+def test_a_run_stops_early_at_its_best_step(falling: Path, world: World, tmp_path: Path) -> None:
+    """Where two previews showed the subject no better than that of step 2; its weights are those of a straight run."""
+    straight = world.train(tmp_path, **SHOWN | FALLING | {"keep_checkpoints": 100})
+    marks = scores_in(straight.run)
+    assert marks[2]["CLIP-I"] > max(marks[step]["CLIP-I"] for step in (4, 6, 8, 10)) + 0.01
+    assert min(marks[step]["drift (CLIP)"] for step in (4, 6, 8, 10)) > marks[2]["drift (CLIP)"] + 0.01
+    [run] = runs_in(falling)
+    assert scores_in(run) == {step: pytest.approx(marks[step], abs=1e-4) for step in (0, 2, 4, 6)}
+    assert RunFolder(run).steps() == [2, 6]
+    best = straight.run / "step-00000002" / "adapter.safetensors"
+    assert differing(run / "step-00000002" / "adapter.safetensors", best) == []
+    [file] = (falling / "loras").iterdir()
+    assert differing(file, best) == []
+    assert read_adapter(file).metadata["ss_steps"] == "2"
+    assert straight.step == 10
+
+
+def test_a_run_that_stopped_early_is_finished(falling: Path, world: World, tmp_path: Path) -> None:
+    shutil.copytree(falling, tmp_path / "copy")
+    listener = Recorder()
+    result = world.train(tmp_path / "copy", listener, **SHOWN | FALLING, early_stop=2)
+    assert (result.step, result.started_from, listener.losses) == (2, 2, [])
+    assert [path.read_bytes() for path in (tmp_path / "copy" / "loras").iterdir()] == [
+        path.read_bytes() for path in (falling / "loras").iterdir()
+    ]
+    assert any("finished" in note for note in listener.notes)
+
+
+@pytest.mark.parametrize(("patience", "stop", "given"), [(3, 8, 2), (0, 10, 10)])
+def test_more_patience_goes_on(
+    patience: int, stop: int, given: int, falling: Path, world: World, tmp_path: Path
+) -> None:
+    """And the former patience finds its best step again if that was kept, else all steps."""
+    shutil.copytree(falling, tmp_path / "copy")
+    before = next((tmp_path / "copy" / "loras").iterdir()).read_bytes()
+    listener = Recorder()
+    result = world.train(tmp_path / "copy", listener, **SHOWN | FALLING, early_stop=patience)
+    assert (result.step, result.started_from) == (given, 6)
+    assert [event.step for event in listener.events if isinstance(event, Step)] == list(range(7, stop + 1))
+    assert [line["step"] for line in metrics_in(result.run) if "loss" in line] == list(range(1, stop + 1))
+    again = world.train(tmp_path / "copy", Recorder(), **SHOWN | FALLING, early_stop=2)
+    assert (again.step, again.run) == (given, result.run)
+    if given == 2:
+        assert again.path.read_bytes() == before
+
+
+def test_patience_that_runs_out_with_the_steps(falling: Path, world: World, tmp_path: Path) -> None:
+    """The best step is given the first time and every time; also to a run that was not asked to stop, if it is kept."""
+    changes = SHOWN | FALLING | {"steps": 6}
+    for keep_adapters, given in ((True, 2), (False, 6)):
+        folder = tmp_path / str(keep_adapters)
+        whole = world.train(folder, **changes | {"keep_adapters": keep_adapters})
+        assert (whole.step, RunFolder(whole.run).steps()) == (6, [6])
+        listener = Recorder()
+        late = world.train(folder, listener, early_stop=2, **changes)
+        assert (late.step, late.started_from, listener.losses) == (given, given, [])
+        expected = whole.path if given == 6 else next((falling / "loras").iterdir())
+        assert differing(late.path, expected) == []
+
+
+def test_all_weights_stop_early_too(world: World, tmp_path: Path) -> None:
+    full = {"adapter": "full", "learning_rate": 1e-2, "text_encoder_lr": 1e-2, "preview_every": 1, "early_stop": 1}
+    result = world.train(tmp_path, **SHOWN | FALLING | full | {"steps": 2})
+    marks = scores_in(result.run)
+    assert marks[1]["CLIP-I"] > marks[2]["CLIP-I"] + 0.01
+    assert (result.step, RunFolder(result.run).steps()) == (1, [1, 2])
+    assert result.checkpoint is not None
+    weights = load_file(result.run / "step-00000001" / "weights.safetensors")
+    base = open_base(result.checkpoint, TOKENIZER)
+    for name, parameter in base.family.build(base).unet.named_parameters():
+        assert torch.equal(parameter, weights[f"unet.{name}"])
+    again = world.train(tmp_path, **SHOWN | FALLING | full | {"steps": 2})
+    assert (again.step, again.path, again.checkpoint) == (1, result.path, result.checkpoint)
+
+
+@pytest.mark.parametrize("keep_adapters", [True, False])
+def test_the_adapters_of_old_checkpoints_are_kept(
+    keep_adapters: bool, shown: dict[str, TrainResult], world: World, tmp_path: Path
+) -> None:
+    changes = {"steps": 5, "checkpoint_every": 1, "keep_checkpoints": 2, "keep_adapters": keep_adapters}
+    run = RunFolder(world.train(tmp_path, **changes).run)
+    assert run.steps() == [4, 5]
+    expected = RunFolder(shown[PLAIN].run).adapters()
+    found = run.adapters()
+    assert list(expected) == [1, 2, 3, 4, 5]
+    assert list(found) == ([1, 2, 3, 4, 5] if keep_adapters else [4, 5])
+    for step, path in found.items():
+        assert differing(path, expected[step]) == []
+        adapter = run.trained(step).adapter
+        assert adapter is not None
+        assert adapter.metadata["ss_steps"] == str(step)
+        assert not run.has(9)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"score_clip": SCORER}, ("preview_every",)),
+        ({"score_dino": "facebook/dino-vits16"}, ("preview_every",)),
+        ({"early_stop": 3}, ("preview_every",)),
+        ({"preview_every": 10, "early_stop": 3}, ("score_clip", "score_dino")),
+        ({"preview_every": -1}, ("preview_every",)),
+        ({"preview_count": 0}, ("preview_count",)),
+        ({"preview_steps": 0}, ("preview_steps",)),
+        ({"preview_seed": -1}, ("preview_seed",)),
+        ({"early_stop": -1}, ("early_stop",)),
+    ],
+    ids=str,
+)
+def test_settings_that_can_not_be(values: dict[str, Any], words: tuple[str, ...]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        TrainSettings.checked(values)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"preview_prompts": "a photo of a dog"}, SettingsError, ("'a photo of a dog'", "'sks'")),
+        ({"preview_prompts": f"{PROMPTS[0]}|a dog"}, SettingsError, ("'a dog'", "'sks'")),
+        ({"token": "ohwx"}, SettingsError, ("ohwx",)),
+        ({"token": ""}, SettingsError, ("rare word",)),
+        ({"score_clip": "/nowhere/clip"}, WeightsError, ("/nowhere/clip", "preprocessor_config.json")),
+        ({"score_clip": " "}, SettingsError, ("CLIP",)),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_scored_is_named_before_any_step(
+    changes: dict[str, Any], error: type[TrainerError], words: tuple[str, ...], world: World, tmp_path: Path
+) -> None:
+    listener = Recorder()
+    with pytest.raises(error) as caught:
+        world.train(tmp_path, listener, **SHOWN | changes)
+    for word in words:
+        assert word in str(caught.value)
+    assert not [event for event in listener.events if isinstance(event, Phase | Preview | Step)]
+
+
+def test_the_first_picture_s_caption_may_lack_the_rare_word_without_scores(world: World, tmp_path: Path) -> None:
+    """A preview needs no rare word, a score does."""
+    plain = replace(world, subject=[replace(one, caption="a photo of a dog") for one in world.subject])
+    changes = SHOWN | {"steps": 1, "preview_prompts": "", "preview_count": 1}
+    with pytest.raises(SettingsError, match="does not hold the rare word"):
+        plain.train(tmp_path, **changes)
+    result = plain.train(tmp_path, **changes | {"score_clip": ""})
+    assert list(previews_in(result.run)) == [f"previews/step-0000000{step}/subject-00-00.png" for step in (0, 1)]

@@ -1,0 +1,283 @@
+"""Trackers: the log holds what the metrics file holds, goes on with its run, and never costs one."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import Recorder
+from pack.trainer.core.errors import CancelledError, SettingsError
+from pack.trainer.core.events import Preview, Step
+from pack.trainer.dreambooth import TrainResult
+from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.preflight import require_trainable
+from pack.trainer.training.runs import trackers
+from pack.trainer.training.runs.metrics import read_metrics
+from pack.trainer.training.runs.trackers import TrackedListener, require_tracker
+from PIL import Image
+from worlds import World, assert_same_end, make_world
+
+pytestmark = pytest.mark.usefixtures("quick")
+LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "steps_per_second": "rate", "memory_bytes": "memory"}
+PROMPT = "sks dog, snow / ice"
+PREVIEWS = {"preview_every": 2, "preview_steps": 1, "preview_count": 2, "preview_prompts": PROMPT}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("subject") / "pictures")
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No key, no server."""
+    for name in ("WANDB_API_KEY", "WANDB_DIR", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    yield
+    import wandb
+
+    wandb.teardown()
+
+
+def tensorboard_log(run: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    return EventAccumulator(str(run / "logs"), size_guidance={"scalars": 0, "images": 0}).Reload()
+
+
+def pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("RGB"))
+
+
+def assert_the_log_is_that_of_the_metrics(result: TrainResult) -> None:
+    log = tensorboard_log(result.run)
+    lines = [line for line in read_metrics(result.run / "metrics.jsonl") if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, result.step + 1))
+    for tag, name in LOGGED.items():
+        points = log.Scalars(tag)
+        assert [point.step for point in points] == [line["step"] for line in lines]
+        assert [point.value for point in points] == [float(np.float32(line[name])) for line in lines]
+
+
+def test_tensorboard_holds_losses_and_pictures(world: World, tmp_path: Path) -> None:
+    plain = world.train(tmp_path / "plain", **PREVIEWS)
+    assert not (plain.run / "logs").exists()
+    result = world.train(tmp_path / "logged ü", log_with="tensorboard", **PREVIEWS)
+    assert_same_end(result, plain)
+    assert_the_log_is_that_of_the_metrics(result)
+    log = tensorboard_log(result.run)
+    assert log.Tags()["images"] == [f"previews/{PROMPT}"]
+    images = log.Images(f"previews/{PROMPT}")
+    assert [image.step for image in images] == [0, 2, 4]
+    drawn = [result.run / "previews" / "step-00000004" / f"subject-00-{number:02d}.png" for number in range(2)]
+    row = np.concatenate([pixels(Image.open(path)) for path in drawn], axis=1)
+    assert np.array_equal(pixels(Image.open(io.BytesIO(images[2].encoded_image_string))), row)
+
+
+def test_tensorboard_knows_the_configuration(world: World, tmp_path: Path) -> None:
+    import yaml
+
+    result = world.train(tmp_path, steps=1, log_with="tensorboard")
+    [path] = (result.run / "logs").glob("*/hparams.yml")
+    stored = yaml.safe_load(path.read_text())
+    assert set(stored) == {"base", *TrainSettings.model_fields}
+    assert (stored["rank"], stored["name"], stored["alpha"]) == (2, "dog", "")
+
+
+def test_a_resumed_run_goes_on_in_the_same_log(world: World, tmp_path: Path) -> None:
+    """Steps after the checkpoint from which it goes on were logged, too, and count no more."""
+    world.stop_after(3, tmp_path, log_with="tensorboard", checkpoint_every=2, steps=6)
+    [run] = (tmp_path / "runs").iterdir()
+    newest = run / "step-00000003"
+    assert [point.step for point in tensorboard_log(run).Scalars("loss")] == [1, 2, 3]
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    result = world.train(tmp_path, log_with="tensorboard", checkpoint_every=2, steps=6)
+    assert (result.run, result.started_from) == (run, 2)
+    assert_the_log_is_that_of_the_metrics(result)
+    assert len(list((run / "logs").glob("*/hparams.yml"))) == 1
+    assert_same_end(result, world.train(tmp_path / "straight", steps=6))
+
+
+class StopAfterTwo(Recorder):
+    """A user who stops the run after its second step."""
+
+    def should_stop(self) -> bool:
+        return len(self.losses) >= 2
+
+
+def test_wandb_offline_keeps_one_run_in_the_runs_folder(world: World, tmp_path: Path, offline: None) -> None:
+    pytest.importorskip("wandb")
+    with pytest.raises(CancelledError):
+        world.train(tmp_path, StopAfterTwo(), log_with="wandb", steps=4, **PREVIEWS)
+    listener = Recorder()
+    result = world.train(tmp_path, listener, log_with="wandb", steps=4, **PREVIEWS)
+    assert listener.warnings == []
+    assert_same_end(result, world.train(tmp_path / "straight", **PREVIEWS))
+    folders = sorted((result.run / "logs" / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    assert len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1, "one id"
+    losses: dict[int, float] = {}
+    for folder in folders:
+        for line in wandb_lines(folder):
+            if "loss" in line:
+                losses[line["_step"]] = line["loss"]
+    expected = {line["step"]: line["loss"] for line in read_metrics(result.run / "metrics.jsonl") if "loss" in line}
+    assert losses == expected
+    pictures = list((result.run / "logs").rglob("media/images/**/*.png"))
+    assert len(pictures) == 6, "of the steps 0, 2 and 4"
+
+
+def wandb_lines(folder: Path) -> list[dict[str, Any]]:
+    """The history of an offline run."""
+    from wandb.proto import wandb_internal_pb2
+
+    [path] = folder.glob("run-*.wandb")
+    lines = []
+    for data in log_records(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            lines.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return lines
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """The records of a file in LevelDB's log format, after W&B's own seven bytes: blocks of 32 KiB, in them pieces."""
+    block, head, at, whole = 32768, 7, 7, b""
+    while at + head <= len(data):
+        if block - at % block < head:
+            at += block - at % block
+            continue
+        size, kind = int.from_bytes(data[at + 4 : at + 6], "little"), data[at + 6]
+        whole += data[at + head : at + head + size]
+        at += head + size
+        if kind in (1, 4):  # the whole record, or its last piece
+            yield whole
+            whole = b""
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_missing_package_is_told_before_any_work(
+    name: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda wanted, *rest: None if wanted == name else find(wanted))
+    with pytest.raises(SettingsError, match="not installed") as caught:
+        require_trainable(world.base, TrainSettings(log_with=name), None, tmp_path / "loras", tmp_path / "runs")
+    assert f'"{sys.executable}" -m pip install {name}' in caught.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_wandb_without_an_account_is_told_before_any_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would ask for a key on a terminal that nobody may be looking at."""
+    wandb = pytest.importorskip("wandb")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HOME", "USERPROFILE", "NETRC", "WANDB_CONFIG_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "nobody"))
+    wandb.teardown()
+    with pytest.raises(SettingsError, match="knows no API key") as caught:
+        require_tracker("wandb")
+    assert "WANDB_MODE=offline" in caught.value.remedy
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    require_tracker("wandb")
+    wandb.teardown()
+
+
+class Unreachable(ConnectionError):
+    """As of a network that went away."""
+
+
+class Tracker:
+    """Logs some steps, and fails from then on."""
+
+    name = "of our own"
+
+    def __init__(self, steps: int) -> None:
+        self.left, self.logged, self.finished = steps, [], False  # type: ignore[var-annotated]
+
+    def log(self, values: dict[str, Any], step: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Unreachable("no route to host")
+        self.logged.append(step)
+
+    log_images = log
+
+    def finish(self) -> None:
+        self.finished = True
+        if self.left < 0:
+            raise Unreachable("no route to host")
+
+
+def step(number: int) -> Step:
+    return Step(number, 9, 0.5, 1e-4, 1.0, 1.0, 1)
+
+
+def test_a_tracker_that_fails_is_left_out_with_one_warning() -> None:
+    listener, tracker = Recorder(), Tracker(2)
+    with TrackedListener(listener, "Ours", lambda: tracker) as told:
+        for number in range(1, 6):
+            told.tell(step(number))
+    assert tracker.logged == [1, 2]
+    assert listener.losses == [0.5] * 5
+    [warning] = listener.warnings
+    assert "Ours failed" in warning
+    assert "Unreachable: no route to host" in warning
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers, "_PATIENCE", 0.05)
+    listener, tracker, answered = Recorder(), Tracker(9), threading.Event()
+    tracker.finish = answered.wait  # type: ignore[method-assign]
+    with TrackedListener(listener, "Ours", lambda: tracker) as told:
+        told.tell(step(1))
+    [warning] = listener.warnings
+    assert "Ours is still busy" in warning
+    answered.set()
+
+
+class Interrupted(Recorder):
+    """A listener during which the user presses Ctrl-C."""
+
+    def tell(self, event: Any) -> None:
+        raise KeyboardInterrupt
+
+
+def test_a_log_is_finished_however_the_run_ends(tmp_path: Path) -> None:
+    tracker, gone = Tracker(9), (tmp_path / "gone.png", "a dog")
+    with pytest.raises(KeyboardInterrupt), TrackedListener(Interrupted(), "Ours", lambda: tracker) as told:
+        told.tell(Preview(2, [gone], {}))
+    assert tracker.logged == []
+    assert tracker.finished
+
+
+def test_a_picture_that_is_gone_costs_the_log_alone(tmp_path: Path) -> None:
+    listener = Recorder()
+    with TrackedListener(listener, "Ours", lambda: Tracker(9)) as told:
+        told.tell(Preview(2, [(tmp_path / "gone.png", "a dog")], {"DINO": 0.5}))
+    assert len(listener.warnings) == 1
+
+
+def test_a_tracker_that_can_not_begin_is_an_error(world: World, tmp_path: Path) -> None:
+    """Here a file stands where the log's folder would be."""
+    first = world.train(tmp_path, steps=1)
+    (first.run / "logs").write_text("in the way")
+    with pytest.raises(SettingsError, match="TensorBoard can't begin") as caught:
+        world.train(tmp_path, steps=2, log_with="tensorboard")
+    assert "log_with" in caught.value.remedy
+    assert not (first.run / "step-00000002").exists()
+    assert read_metrics(first.run / "metrics.jsonl")[-1]["state"] == "failed"
+    assert world.train(tmp_path, steps=2).started_from == 1

@@ -1,0 +1,253 @@
+"""Writes docs/settings.md, the reference of every setting of every command, from their definitions.
+
+    python tools/make_settings_page.py
+
+Run it when a setting or its text has changed, and after tools/make_locales.py, from whose English file it reads which
+nodes have a setting. Needs no ComfyUI.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parents[1]
+if "pack" not in sys.modules:  # as tests/conftest.py loads it
+    _spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    assert _spec is not None
+    assert _spec.loader is not None
+    sys.modules["pack"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["pack"])
+
+from pack.trainer.__main__ import _TOOLS, _parser  # noqa: E402
+from pack.trainer.cli.flags import is_table  # noqa: E402
+from pack.trainer.settings.base import Settings, field_extra  # noqa: E402
+from pack.trainer.settings.caption import CaptionCommand  # noqa: E402
+from pack.trainer.settings.data import SubjectTable  # noqa: E402
+from pack.trainer.settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand  # noqa: E402
+from pack.trainer.settings.train import (  # noqa: E402
+    GenerateSettings,
+    PlanCommand,
+    PriorsCommand,
+    PriorSettings,
+    TrainCommand,
+    TrainSettings,
+)
+from pydantic.fields import FieldInfo  # noqa: E402
+
+PAGE = ROOT / "docs" / "settings.md"
+COMMANDS: dict[str, type[Settings]] = {
+    "train": TrainCommand,
+    "plan": PlanCommand,
+    "priors": PriorsCommand,
+    "generate": GenerateSettings,
+    "caption": CaptionCommand,
+    **{name: kind for name, kind, _, _ in _TOOLS},
+    "score": ScoreCommand,
+    "compare": CompareCommand,
+    "dreambench": DreamBenchCommand,
+}
+OTHERS = ("inspect", "demo")  # which have no settings
+NODES: Mapping[str, Sequence[str]] = {  # which do the same as a command
+    "train": (
+        *("DreamBoothTrainLora", "DreamBoothTrainingSettings", "DreamBoothFineTune", "DreamBoothClassPriors"),
+        "DreamBoothSubject",
+    ),
+    "caption": ("DreamBoothCaptionImages",),
+    "priors": ("DreamBoothClassPriors",),
+    "merge": ("DreamBoothMergeLoras", "DreamBoothScaleLora"),
+    "learned-merge": ("DreamBoothLearnedMerge",),
+    "resize": ("DreamBoothResizeLora",),
+    "extract": ("DreamBoothExtractLora",),
+    "score": ("DreamBoothClipScore", "DreamBoothSubjectScore", "DreamBoothScoreTable"),
+    "compare": ("DreamBoothPickBest",),
+}
+_PRIORS = "DreamBoothClassPriors"
+_SUBJECT = {
+    "captions": "",
+    "captions_from": "captions",
+    "masks_from": "masks",
+    "caption": "instance_prompt",
+    "folder": "images",
+}
+_ORDER = ("Base model", "Subject", "Class pictures", "Training", "Adapter", "Text encoders", "Previews", "Saving")
+_KINDS = {int: "whole number", float: "number", bool: "on or off", str: "text", Path: "path"}
+_HEAD = """# Settings
+
+Every setting of every command. Written by `tools/make_settings_page.py` from the definitions in `trainer/`: change it
+there.
+
+A setting has one name everywhere. It is a key of a TOML file (`python -m trainer train run.toml`), where dashes count
+as underscores, and a flag; flags win over the file. What is on or off is `true` or `false` in TOML, and as a flag
+`--flip` or `--no-flip`. A list is a TOML list, or a flag given several times.
+
+**Result** says whether what is learned depends on it. If so, another value is another run; if not, a run goes on, or is
+found again, whatever it is. The run's length counts only where the learning rate depends on it. A preset counts by the
+values that it gives.
+
+**Nodes** are those of ComfyUI that have the setting as an input.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    shown: dict[tuple[Any, ...], str] = {}
+    parts = [_HEAD, " · ".join(f"[{command}](#{command})" for command in COMMANDS) + "\n"]
+    commands = subparsers()
+    for command, kind in COMMANDS.items():
+        parts.append(_section(command, kind, commands[command], shown))
+    return "\n".join(parts)
+
+
+def subparsers() -> dict[str, argparse.ArgumentParser]:
+    """The command line's commands, as the command line itself has them."""
+    [action] = [one for one in _parser()._actions if isinstance(one, argparse._SubParsersAction)]
+    return dict(action.choices)
+
+
+def _section(
+    command: str, kind: type[Settings], parser: argparse.ArgumentParser, shown: dict[tuple[Any, ...], str]
+) -> str:
+    """One command: its settings by group; those that an earlier command has in the same way are only named.
+
+    Args:
+        command: Its name.
+        kind: Its settings.
+        parser: Its part of the command line.
+        shown: Definitions so far, with the command that they stand under; added to.
+    """
+    places = [action.dest for action in parser._actions if not action.option_strings and action.dest != "config"]
+    given = f"{places[0].upper()} …" if places else "[RUN.toml]"
+    lines = [
+        f"## {command}\n",
+        f"{parser.description}\n",
+        f"`python -m trainer {command} {given} [--setting value …]`\n",
+    ]
+    groups: dict[str, list[str]] = {}
+    before: dict[str, list[str]] = {}
+    for name, field in kind.model_fields.items():
+        if earlier := shown.get(_definition(kind, name, field)):
+            before.setdefault(earlier, []).append(name)
+        else:
+            shown[_definition(kind, name, field)] = command
+            groups.setdefault(field_extra(kind, name)["group"], []).append(name)
+    learns = issubclass(kind, TrainSettings | PriorSettings)
+    nodes = _node_inputs(NODES.get(command, ()))
+    head = ["Setting", "Value", "Default", "What it is", *["Result"] * learns, *["Nodes"] * bool(nodes)]
+    for group, names in sorted(groups.items(), key=lambda entry: _place(entry[0])):
+        lines.append(f"### {group}\n" if command == "train" else f"**{group}**\n")
+        lines += [_row(head), "|---" * len(head) + "|"]
+        lines += [_row(_cells(kind, name, name in places, learns, nodes)) for name in names]
+        lines.append("")
+    if command == "train":
+        lines += _tables()
+    for earlier, names in before.items():
+        lines.append(f"As for [{earlier}](#{earlier}): {', '.join(f'`{name}`' for name in names)}.\n")
+    return "\n".join(lines)
+
+
+def _tables() -> list[str]:
+    """The keys of a table [[subject]]."""
+    head = ["Key", "Value", "Default", "What it is"]
+    rows = [_row(_cells(SubjectTable, name, False, False, {})) for name in SubjectTable.model_fields]
+    keys = [row.replace(f"<br>`--{name.replace('_', '-')}`", "") for row, name in zip(rows, SubjectTable.model_fields)]
+    return ["### Tables `[[subject]]`\n", _row(head), "|---" * len(head) + "|", *keys, ""]
+
+
+def _place(group: str) -> int:
+    """Where a group stands on the page; those that are not in `_ORDER` come after it, as they are."""
+    return _ORDER.index(group) if group in _ORDER else len(_ORDER)
+
+
+def _definition(kind: type[Settings], name: str, field: FieldInfo) -> tuple[Any, ...]:
+    """What must be equal for two commands' settings to be the same one."""
+    return name, field.description, repr(field.default), repr(field.annotation), repr(field.metadata)
+
+
+def _cells(
+    kind: type[Settings], name: str, positional: bool, learns: bool, nodes: Mapping[str, Iterable[str]]
+) -> list[str]:
+    field, extra = kind.model_fields[name], field_extra(kind, name)
+    flag = "given without a flag" if positional else f"`--{name.replace('_', '-')}`"
+    if is_table(field):
+        flag = "in a settings file alone"
+    cells = [f"`{name}`<br>{flag}", value_of(field, extra["unit"]), _default(field), field.description or ""]
+    if learns:
+        cells.append("yes" if extra["affects_result"] else "–")
+    if nodes:
+        cells.append(", ".join(title for title, inputs in nodes.items() if name in inputs) or "–")
+    return cells
+
+
+def _node_inputs(nodes: Iterable[str]) -> dict[str, set[str]]:
+    """Title of a node → the settings that it has, whose names may have lost or gained a word there."""
+    texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
+    found = {}
+    for node in nodes:
+        names = set(texts[node]["inputs"])
+        if node == _PRIORS:
+            own = {"resolution", "precision"} & names
+            names = own | {f"{prefix}_{name}" for name in names - own for prefix in ("prior", "class")}
+        names = {_SUBJECT.get(name, name) for name in names} if node == "DreamBoothSubject" else names
+        names |= {name.removeprefix("method_") for name in names} | {name.removesuffix("_model") for name in names}
+        found[texts[node]["display_name"].removesuffix(" (DreamBooth)")] = names
+    return found
+
+
+def value_of(field: FieldInfo, unit: str = "") -> str:
+    """Type or choices, range and unit of a setting, for people."""
+    if get_origin(field.annotation) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(field.annotation))
+    if is_table(field):
+        return "[tables](#tables-subject)"
+    if get_origin(field.annotation) is tuple:
+        return "list of texts"
+    parts = [field.annotation, *get_args(field.annotation)]
+    parts += [get_args(part)[0] for part in parts if get_origin(part) is Annotated]
+    word = next(_KINDS[part] for part in parts if part in _KINDS)
+    bounds = {
+        rule: getattr(limit, rule)
+        for limit in field.metadata
+        for rule in ("ge", "gt", "le", "lt", "multiple_of")
+        if getattr(limit, rule, None) is not None
+    }
+    low = [f"{sign} {_number(bounds[rule])}" for rule, sign in (("ge", "≥"), ("gt", ">")) if rule in bounds]
+    high = [f"{sign} {_number(bounds[rule])}" for rule, sign in (("le", "≤"), ("lt", "<")) if rule in bounds]
+    several = [f"a multiple of {bounds['multiple_of']}"] if "multiple_of" in bounds else []
+    return ", ".join([f"{word} of {unit}" if unit and word != "text" else word, *several, *low, *high])
+
+
+def _number(value: float) -> str:
+    return (
+        "2⁶⁴ − 1" if value == 2**64 - 1 else f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:g}"
+    )
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "must be given"
+    if field.default in (None, "", ()):
+        return "none"
+    if isinstance(field.default, bool):
+        return "on" if field.default else "off"
+    if isinstance(field.default, Path):
+        return f"`{field.default.as_posix()}`"
+    return f"`{field.default:g}`" if isinstance(field.default, float) else f"`{field.default}`"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""Writes example_workflows/ and subgraphs/ as `workflow_recipes.py` describes them, in the browser of a real ComfyUI.
+
+    python tools/make_workflows.py [NAME ...]
+
+The frontend itself creates the nodes, sets their widgets and connects them, so that the files are as a user would save
+them. The thumbnail is the graph as the browser shows it. Needs a ComfyUI (see CONTRIBUTING.md) and Chromium.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1] / "tests" / "support")]
+
+from browser import opened_page  # noqa: E402
+from comfy_host import ComfyServer  # noqa: E402
+from PIL import Image  # noqa: E402
+from workflow_recipes import (  # noqa: E402
+    BLUEPRINTS,
+    CHECKPOINT,
+    LORAS,
+    RECIPES,
+    XL_CHECKPOINT,
+    Blueprint,
+    Recipe,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+_BUILD = """
+async ([nodes, note]) => {
+  const graph = window.app.graph, made = {};
+  graph.clear();
+  for (const [id, one] of Object.entries(nodes)) {
+    const node = window.LiteGraph.createNode(one.type);
+    if (!node) throw new Error("no node " + one.type);
+    graph.add(node);
+    made[id] = node;
+    node.pos = one.at;
+    if (one.title) node.title = one.title;
+    for (const [name, value] of Object.entries(one.values)) {
+      const widget = name ? node.widgets.find((candidate) => candidate.name === name) : node.widgets[0];
+      if (!widget) throw new Error("no widget " + one.type + "." + name);
+      widget.value = value;
+      widget.callback?.(value);
+    }
+  }
+  for (const [id, one] of Object.entries(nodes)) {
+    for (const [name, [source, slot]] of Object.entries(one.links)) {
+      const at = made[id].inputs.findIndex((input) => input.name === name);
+      const from = made[source].outputs.findIndex((output) => output.name === slot || output.type === slot);
+      if (at < 0 || from < 0) throw new Error("no input " + id + "." + name + " or output " + source + "." + slot);
+      made[source].connect(from, made[id], at);
+      await new Promise((done) => setTimeout(done, 60));
+    }
+    const [width, height] = made[id].computeSize();
+    made[id].setSize(one.size || [Math.max(width, 270), height]);
+  }
+  const saved = graph.serialize();
+  for (const node of saved.nodes) {
+    const name = node.properties["Node name for S&R"];
+    node.properties = name ? { "Node name for S&R": name } : {};
+  }
+  window.app.canvas.setDirty(true, true);
+  return saved;
+}
+"""
+_FIT = """
+() => {
+  const canvas = window.app.canvas, bounds = [Infinity, Infinity, -Infinity, -Infinity];
+  for (const node of window.app.graph.nodes) {
+    bounds[0] = Math.min(bounds[0], node.pos[0]);
+    bounds[1] = Math.min(bounds[1], node.pos[1] - 30);
+    bounds[2] = Math.max(bounds[2], node.pos[0] + node.size[0]);
+    bounds[3] = Math.max(bounds[3], node.pos[1] + node.size[1]);
+  }
+  const area = canvas.canvas.getBoundingClientRect();
+  const scale = 0.9 * Math.min(area.width / (bounds[2] - bounds[0]), area.height / (bounds[3] - bounds[1]));
+  canvas.ds.scale = scale;
+  canvas.ds.offset = [
+    (area.width / scale - bounds[2] - bounds[0]) / 2 + 25 / scale,
+    (area.height / scale - bounds[3] - bounds[1]) / 2,
+  ];
+  canvas.setDirty(true, true);
+}
+"""
+
+
+_WRAP = """
+([title, description, inside, shown]) => {
+  const graph = window.app.graph, nodes = [...graph.nodes];
+  const within = nodes.filter((node) => inside.includes(node.type));
+  const { node, subgraph } = graph.convertToSubgraph(new Set(within));
+  for (const other of nodes.filter((one) => !inside.includes(one.type))) graph.remove(other);
+  node.title = subgraph.name = title;
+  const saved = graph.serialize();
+  saved.nodes[0].properties.proxyWidgets = shown.map(([type, name]) => {
+    return [String(subgraph.nodes.find((one) => one.type === type).id), name];
+  });
+  saved.definitions.subgraphs[0].category = "DreamBooth LoRA";
+  saved.definitions.subgraphs[0].description = description;
+  for (const one of [...saved.nodes, ...saved.definitions.subgraphs[0].nodes]) {
+    delete one.properties.cnr_id;
+    delete one.properties.aux_id;
+    delete one.properties.ver;
+  }
+  return saved;
+}
+"""
+
+
+def prepare(base_dir: Path) -> None:
+    """Files of the names that the workflows choose, so that the browser accepts them; empty, since nothing runs."""
+    for name in (CHECKPOINT, XL_CHECKPOINT):
+        (base_dir / "models" / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (base_dir / "models" / "checkpoints" / name).write_bytes(b"")
+    for name in LORAS:
+        (base_dir / "models" / "loras").mkdir(parents=True, exist_ok=True)
+        (base_dir / "models" / "loras" / name).write_bytes(b"")
+    for name in ("dog", "cat", "style"):
+        shutil.copytree(ROOT / "demo" / "subject", base_dir / "input" / name)
+
+
+def write(page: Any, name: str, recipe: Recipe, folder: Path) -> None:
+    """Build one workflow; write the file and its thumbnail."""
+    nodes = {key: one.as_json() for key, one in recipe.nodes.items()}
+    saved = page.evaluate(_BUILD, [nodes, recipe.note])
+    saved["extra"] = {"ds": {"scale": 0.7, "offset": [60, 300]}}
+    (folder / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    page.evaluate(_FIT)
+    page.wait_for_timeout(1200)
+    shot = folder / f"{name}.png"
+    page.screenshot(path=str(shot))
+    picture = Image.open(shot).convert("RGB")
+    left, top, right, bottom = 70, 50, picture.width, picture.height - 10
+    picture.crop((left, top, right, bottom)).resize((800, 800 * (bottom - top) // (right - left))).save(
+        folder / f"{name}.jpg", quality=85
+    )
+    shot.unlink()
+
+
+def write_blueprint(page: Any, name: str, blueprint: Blueprint, folder: Path) -> None:
+    """Build a workflow, and keep some of its nodes as a subgraph."""
+    nodes = {key: one.as_json() for key, one in blueprint.recipe.nodes.items()}
+    page.evaluate(_BUILD, [nodes, ""])
+    saved = page.evaluate(_WRAP, [name, blueprint.description, list(blueprint.inside), list(blueprint.shown)])
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Write the named workflows and blueprints, or all."""
+    wanted = sys.argv[1:] or [*RECIPES, *BLUEPRINTS]
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare(Path(scratch))
+        with ComfyServer(Path(scratch), pack=ROOT) as server, opened_page(server.url, width=2400, height=1350) as page:
+            for name in wanted:
+                if name in RECIPES:
+                    write(page, name, RECIPES[name], ROOT / "example_workflows")
+                else:
+                    write_blueprint(page, name, BLUEPRINTS[name], ROOT / "subgraphs")
+
+
+if __name__ == "__main__":
+    main()

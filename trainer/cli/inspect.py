@@ -1,0 +1,121 @@
+"""What a model file is: adapter or base model, its targets, ranks, hashes and metadata."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..adapters.kohya import PREFIXES, Adapter, file_hashes, read_adapter
+from ..adapters.layers import Layer
+from ..adapters.metadata import describe
+from ..core.errors import AdapterError, UnsupportedModelError, WeightsError
+from ..core.figures import as_table
+from ..merging.profile import profile
+from ..models.families import identify, refuse_foreign_keys
+from ..models.families.ldm import UNET_PREFIX, unet_config, with_prefix
+from ..models.open import open_base
+from ..models.state_dicts import read_safetensors
+
+_MODULE = re.compile(
+    r"(attn[12]_to_(?:q|k|v|out_0)|ff_net_(?:0_proj|2)|proj_in|proj_out|conv\d?|conv_shortcut|time_emb_proj"
+    r"|self_attn_(?:q|k|v|out)_proj|mlp_fc[12])$"
+)
+
+
+def inspect(path: Path, *, blocks: bool = False) -> dict[str, Any]:
+    """Describe a file or folder; plain values, ready for JSON.
+
+    Args:
+        path: The file or folder.
+        blocks: Also where an adapter works, which takes singular values of all its layers.
+
+    Raises:
+        AdapterError: It is neither an adapter nor a base model that can be read; says why.
+    """
+    if not path.exists():
+        raise AdapterError(f"{path} does not exist.", "Check the path for a typing error.")
+    try:
+        adapter = read_adapter(path)
+        facts = {"file": str(path), **describe_adapter(adapter)}
+        return facts | {"blocks": profile(adapter)} if blocks else facts
+    except AdapterError as error:
+        try:
+            return _describe_base(path)
+        except UnsupportedModelError as other:
+            return {"file": str(path), "kind": "base model", "family": other.problem}
+        except (WeightsError, KeyError):
+            raise error from None
+
+
+def describe_adapter(adapter: Adapter) -> dict[str, Any]:
+    """Describe an adapter; plain values, ready for JSON."""
+    parts: dict[str, Counter[str]] = {}
+    for name in adapter.layers:
+        component = next(
+            (component for component, prefix in PREFIXES.items() if name.startswith(prefix)), "text_encoder"
+        )
+        kind = _MODULE.search(name)
+        parts.setdefault(component, Counter())[kind[1] if kind else "other"] += 1
+    layers = adapter.layers.values()
+    model_hash, legacy_hash = file_hashes(adapter.state_dict(), adapter.metadata)
+    return {
+        "kind": _kind(adapter),
+        "modules": {component: {"count": sum(kinds.values()), **kinds} for component, kinds in parts.items()},
+        "rank": sorted({layer.rank for layer in layers}),
+        "alpha": sorted({layer.alpha for layer in layers}),
+        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for layer in layers for tensor in _matrices(layer)}),
+        "hashes": {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash},
+        "summary": describe(adapter.metadata),
+        "metadata": dict(sorted(adapter.metadata.items())),
+    }
+
+
+def _kind(adapter: Adapter) -> str:
+    """The adapter's kinds; a LoRA that also adapts convolutions larger than 1×1 is called LoCon."""
+    convolutions = any(
+        layer.kind == "LoRA" and max(layer.shape[2:], default=1) > 1 for layer in adapter.layers.values()
+    )
+    kinds = adapter.kind.split(", ")
+    return ", ".join("LoCon" if kind == "LoRA" and convolutions else kind for kind in kinds)
+
+
+def _matrices(layer: Layer) -> list[Tensor]:
+    return [tensor for part, tensor in layer.tensors().items() if part != "dora_scale"]
+
+
+def _describe_base(path: Path) -> dict[str, Any]:
+    if path.is_dir():
+        base = open_base(path)
+        return {"file": str(path), "kind": "base model", "family": base.family.title, "fingerprint": base.fingerprint}
+    tensors = read_safetensors(path)
+    refuse_foreign_keys(tensors)
+    unet = with_prefix(tensors, UNET_PREFIX)
+    return {"file": str(path), "kind": "base model", "family": identify(unet_config(unet)).title}
+
+
+def as_text(facts: dict[str, Any]) -> str:
+    """The facts as lines for people."""
+    lines = [f"{facts.get('file', 'adapter')}: {facts['kind']}"]
+    for key, value in facts.items():
+        if key in ("file", "kind", "metadata", "blocks"):
+            continue
+        if key == "modules":
+            for component, kinds in value.items():
+                detail = ", ".join(f"{kind} {count}" for kind, count in kinds.items() if kind != "count")
+                lines.append(f"  {component}: {kinds['count']} modules ({detail})")
+        elif isinstance(value, dict):
+            lines += [f"  {name}: {entry}" for name, entry in value.items()]
+        elif isinstance(value, list):
+            lines.append(f"  {key}: {', '.join(map(str, value))}")
+        else:
+            lines.append(f"  {key}: {value}")
+    if facts.get("blocks"):
+        lines += [f"  {line}" for line in as_table(facts["blocks"]).splitlines()]
+    if facts.get("metadata"):
+        lines.append("  metadata:")
+        lines += [f"    {name} = {str(value)[:200]}" for name, value in facts["metadata"].items()]
+    return "\n".join(lines)

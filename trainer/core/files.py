@@ -1,0 +1,233 @@
+"""Writing so that nothing is ever half there: temporary name, fsync, atomic rename."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .errors import SettingsError, StorageError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+_TEMPORARY = ".tmp-"
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds
+
+
+@contextlib.contextmanager
+def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
+    """Turn operating-system errors about `path` into `StorageError`s that say what to do.
+
+    Raises:
+        StorageError: The disk is full, the place is read-only, a part of the path is not a folder,
+            the file is held open by another program, or any other `OSError`.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            size = f" (about {needed_bytes / 1e6:.0f} MB are needed)" if needed_bytes else ""
+            raise StorageError(
+                f"No space left on the disk that holds {path}{size}.",
+                "Free some space or choose another output folder; everything written before is intact.",
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise StorageError(
+                f"{path} can't be written: {error.strerror}.",
+                "Choose another output folder, give yourself the right to write there, "
+                "or close the program that holds the file open.",
+            ) from error
+        if error.errno == errno.EFBIG:
+            raise StorageError(
+                f"{path} is larger than the disk's format allows.", "Choose an output folder on another disk."
+            ) from error
+        raise StorageError(
+            f"{path} can't be used: {error.strerror or error}.", "Check the path and that its folders exist."
+        ) from error
+
+
+def _sync(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows has no handle to a folder that can be flushed
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _replace(source: Path, target: Path) -> None:
+    """`os.replace`; on Windows it waits for programs (virus scanners) that look at a new file for a moment."""
+    for pause in _PAUSES if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            os.replace(source, target)
+            return
+        time.sleep(pause)
+    os.replace(source, target)
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(_TEMPORARY + uuid.uuid4().hex[:12])
+
+
+@contextlib.contextmanager
+def file_written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """Yield the name of a temporary file that becomes `path` when the block ends without an error.
+
+    Raises:
+        StorageError: The file can't be written.
+    """
+    with explained_os_errors(path, needed_bytes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = _temporary_beside(path)
+        try:
+            yield temporary
+            _sync(temporary)
+            _replace(temporary, path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
+
+    Raises:
+        StorageError: The file can't be written.
+    """
+    with file_written_atomically(path, len(content)) as temporary, open(temporary, "xb") as file:
+        file.write(content)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file that everybody may read whom the folder's other files let, straight to the disk.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(dict(tensors), path, dict(metadata))
+    except SafetensorError as error:  # also for a full disk
+        raise StorageError(
+            f"{path} can't be written: {error}.", "Free some space on the disk and start again."
+        ) from error
+    path.chmod(mode)  # safetensors lets nobody else read its files
+
+
+@contextlib.contextmanager
+def folder_written_atomically(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends without an error.
+
+    An existing folder of that name is replaced.
+
+    Raises:
+        StorageError: Something can't be written.
+    """
+    temporary, aside = _temporary_beside(path), _temporary_beside(path)
+    try:
+        with explained_os_errors(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            for file in temporary.iterdir():
+                _sync(file)
+            _sync(temporary)
+            if path.exists():
+                _replace(path, aside)
+            try:
+                _replace(temporary, path)
+            except OSError:
+                if aside.exists():
+                    _replace(aside, path)
+                raise
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def require_writable(folder: Path, needed_bytes: int) -> None:
+    """Make `folder` and check, before any long work, that it can be written and has room.
+
+    Args:
+        folder: The folder to write to; made if missing.
+        needed_bytes: Bytes that will be written at least.
+
+    Raises:
+        StorageError: It can't be made or written, or the disk has less room than needed.
+    """
+    for part in (folder, *folder.parents):
+        if os.path.exists(part) and not os.path.isdir(part):
+            raise StorageError(f"{part} is a file, not a folder.", "Choose another output folder, or move that file.")
+    with explained_os_errors(folder, needed_bytes):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}"
+        probe.write_bytes(b"")
+        probe.unlink()
+        if shutil.disk_usage(folder).free < needed_bytes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files and folders that a killed process left in `folder`."""
+    if not folder.is_dir():
+        return
+    for entry in folder.glob(f"{_TEMPORARY}*"):
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+
+
+def free_path(path: Path) -> Path:
+    """`path`, or if it is taken the first of `name-2`, `name-3` … beside it that is not."""
+    candidate, number = path, 2
+    while candidate.exists():
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return candidate
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read settings from a TOML file with one key per setting; dashes in keys count as underscores.
+
+    Raises:
+        SettingsError: The file is missing or is no TOML.
+    """
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise SettingsError(
+            f"{path} can't be read: {error.strerror}.", "Check the path of the settings file."
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"{path} is not valid TOML: {error}.",
+            "Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: "
+            "base = 'C:\\models\\x.safetensors'.",
+        ) from error
+    return _underscored(content)
+
+
+def _underscored(table: dict[str, Any]) -> dict[str, Any]:
+    """A table, and those in its lists, with underscores for dashes in keys."""
+
+    def inside(value: Any) -> Any:
+        return [_underscored(one) if isinstance(one, dict) else one for one in value]
+
+    return {key.replace("-", "_"): inside(one) if isinstance(one, list) else one for key, one in table.items()}

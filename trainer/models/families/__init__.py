@@ -1,0 +1,129 @@
+"""The list of families, and the recognition of models that are none of them.
+
+A new family is one file beside this one plus its line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...core.errors import UnsupportedModelError, WeightsError
+from .base import Family
+from .sd1 import FAMILY as SD1
+from .sd2 import FAMILY as SD2
+from .sdxl import FAMILY as SDXL
+
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL)
+
+_FOREIGN_KEYS = (
+    ("double_blocks.0.img_attn.norm.key_norm", "Flux"),
+    ("double_blocks.0.img_mod", "Flux"),
+    ("joint_blocks.0.", "Stable Diffusion 3"),
+    ("transformer_blocks.0.attn.norm_added_k.", "a diffusion transformer (Flux, SD 3 or Qwen-Image)"),
+    ("double_layers.0.attn.w1q", "AuraFlow"),
+    ("down_blocks.0.0.depthwise", "Stable Cascade"),
+    ("clip_txt_mapper", "Stable Cascade"),
+    ("cap_embedder.", "Lumina or Z-Image"),
+    ("pos_embed.proj", "PixArt"),
+    ("t_block.1", "PixArt"),
+    ("blocks.0.cross_attn.norm_k", "Wan"),
+    ("txt_in.individual_token_refiner", "HunyuanVideo"),
+    ("mlp_t5.0", "HunyuanDiT"),
+    ("adaln_single.", "LTX-Video"),
+    ("noise_augmentor.", "Stable unCLIP"),
+)
+_FOREIGN_CLASSES = {
+    "Flux": "Flux",
+    "StableDiffusion3": "Stable Diffusion 3",
+    "SD3": "Stable Diffusion 3",
+    "PixArt": "PixArt",
+    "StableCascade": "Stable Cascade",
+    "Sana": "Sana",
+    "QwenImage": "Qwen-Image",
+    "ZImage": "Z-Image",
+    "Lumina": "Lumina",
+    "Hunyuan": "Hunyuan",
+    "Kandinsky": "Kandinsky",
+    "Wan": "Wan",
+    "LTX": "LTX-Video",
+    "Chroma": "Chroma",
+    "AuraFlow": "AuraFlow",
+}
+
+
+def supported_titles() -> str:
+    """The supported families, for messages."""
+    return ", ".join(family.title for family in FAMILIES)
+
+
+def _refuse(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"The base model is {name}, which can't be trained here yet.", f"Use a base model of: {supported_titles()}."
+    )
+
+
+def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse, by name, networks that are no UNet of Stable Diffusion's kind.
+
+    Args:
+        tensors: Names of a checkpoint or a network, with or without prefixes.
+
+    Raises:
+        UnsupportedModelError: It is a known model of another kind.
+        WeightsError: It is an adapter.
+    """
+    if any(".lora_" in name or name.startswith("lora_") or ".hada_w" in name or ".lokr_w" in name for name in tensors):
+        raise WeightsError(
+            "This file is an adapter (LoRA), not a base model.",
+            "Give the checkpoint that the adapter was made for; adapters go into --lora.",
+        )
+    for mark, name in _FOREIGN_KEYS:
+        if any(mark in key for key in tensors):
+            raise _refuse(name)
+    if any("time_stack" in key or "temporal_transformer" in key for key in tensors):
+        raise _refuse("Stable Video Diffusion")
+
+
+def refuse_foreign_class(class_name: str) -> None:
+    """Refuse a diffusers class that is no text-to-image UNet of Stable Diffusion's kind.
+
+    Raises:
+        UnsupportedModelError: Names the model.
+    """
+    if class_name == "UNet2DConditionModel":
+        return
+    known = next((title for start, title in _FOREIGN_CLASSES.items() if class_name.startswith(start)), None)
+    raise _refuse(known or f"of the class {class_name}")
+
+
+def identify(unet_config: Mapping[str, Any]) -> Family:
+    """The family of a denoiser.
+
+    Args:
+        unet_config: Configuration with diffusers' keys, read or inferred.
+
+    Raises:
+        UnsupportedModelError: It belongs to a family that is not supported; the message names it.
+    """
+    for family in FAMILIES:
+        if family.claims(unet_config):
+            return family
+    raise _refuse(_unsupported_name(unet_config))
+
+
+def _unsupported_name(config: Mapping[str, Any]) -> str:
+    context = config.get("cross_attention_dim")
+    extra = config.get("addition_embed_type") is not None
+    generation = "SDXL" if extra else "SD 2.x" if config.get("use_linear_projection") else "SD 1.x"
+    special = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
+    channels = config.get("in_channels", 4)
+    if channels in special:
+        return f"{special[channels]} ({generation})"
+    if extra and context == 1280:
+        return "the SDXL refiner"
+    if extra or config.get("class_embed_type") is not None:
+        return "Stable unCLIP"
+    return f"an unknown UNet ({channels} input channels, context width {context})"

@@ -1,0 +1,276 @@
+"""What a model family is: the contract between the recipe and the models it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import WeightsError
+from ..objective import Objective
+
+_INCOMPLETE = "Use a complete, unchanged checkpoint of this family; if it was downloaded, download it again."
+
+CHOSEN = "your setting prediction_type"  # as the source of a `Prediction`
+
+Conditioning = dict[str, Tensor]
+"""What a denoiser is told beside latents and timesteps: named tensors, batch first."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """Tensors of one network under diffusers'/transformers' names, and the configuration they fit.
+
+    Attributes:
+        tensors: Name → tensor; may be borrowed, memory-mapped or on any device. Never written to.
+        config: Keyword arguments for the network's class.
+        file_names: Name → the tensor's name in the file it came from, where that differs; for messages.
+    """
+
+    tensors: Mapping[str, Tensor]
+    config: Mapping[str, Any]
+    file_names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TextEncoderKind:
+    """One text encoder of a family: where it is kept, and what of it the denoiser reads.
+
+    Attributes:
+        name: The component's name and folder in diffusers, "text_encoder" or "text_encoder_2".
+        short_name: Its usual short name: "clip_l", "clip_h" or "clip_g".
+        file_prefixes: What its tensors' names begin with in a single file, the usual one first.
+        adapter_prefix: What its modules' names begin with in a kohya file.
+        hidden_act: Activation of its MLPs.
+        pads_with_end: Whether prompts are filled up with the end token; else with token 0.
+        layer: Which hidden state is read, counted from the end: 1 the last, 2 the one before.
+        normed: Whether the final layer norm is applied to that hidden state.
+        pooled: Whether the projected embedding of the end token is read, too.
+        unused_layers: Layers at the end that an original file holds and nobody reads; they are left out.
+        published_layers: How many layers the published encoder has, unused ones among them; 0 where none is unused.
+    """
+
+    name: str
+    short_name: str
+    file_prefixes: tuple[str, ...]
+    adapter_prefix: str
+    hidden_act: str
+    pads_with_end: bool
+    layer: int
+    normed: bool
+    pooled: bool = False
+    unused_layers: int = 0
+    published_layers: int = 0
+
+    @property
+    def number(self) -> str:
+        """What follows the bare word in names: "" or "_2"."""
+        return self.name.removeprefix("text_encoder")
+
+    @property
+    def tokenizer(self) -> str:
+        """Folder of its tokenizer in diffusers' layout."""
+        return f"tokenizer{self.number}"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a denoiser predicts, on which noise schedule.
+
+    Attributes:
+        type: "epsilon" or "v_prediction", diffusers' words.
+        zero_terminal_snr: Whether the schedule is rescaled so that the last timestep is pure noise.
+        source: Who says so, for messages, such as "the scheduler's configuration"; `CHOSEN` for the user.
+    """
+
+    type: str = "epsilon"
+    zero_terminal_snr: bool = False
+    source: str = "the family"
+
+
+@dataclass(frozen=True)
+class BaseWeights:
+    """A base model, opened but not built.
+
+    Attributes:
+        family: The family it belongs to.
+        unet: The denoiser.
+        vae: The autoencoder.
+        text_encoders: Text encoders in the family's order.
+        tokenizers: Hugging Face tokenizers, one for each text encoder.
+        scheduler: The noise schedule's configuration as diffusers writes it; empty where unknown.
+        prediction: What the denoiser predicts.
+        clip_skip: Layer of the text encoders that is read, counted from the end; 0: the family's.
+        title: Name for people, e.g. the file's.
+        fingerprint: Hexadecimal digest of the weights.
+    """
+
+    family: Family
+    unet: Component
+    vae: Component
+    text_encoders: Sequence[Component]
+    tokenizers: Sequence[Any]
+    scheduler: Mapping[str, Any]
+    prediction: Prediction
+    clip_skip: int
+    title: str
+    fingerprint: str
+
+
+class DiffusionModel(Protocol):
+    """A built model: networks that may share storage with a host's, and what is known about them.
+
+    Conditioning has these names, "_2" being the second text encoder: "ids", "ids_2" (tokens, int64), "text", "text_2"
+    (hidden states), "pooled_2" (projected embedding), and "size" (original height and width, top and left of the
+    crop, target height and width, in pixels).
+
+    Attributes:
+        family: Its family.
+        unet: The denoiser, a diffusers `UNet2DConditionModel`.
+        vae: The autoencoder, a diffusers `AutoencoderKL`.
+        text_encoders: Component name ("text_encoder") → text encoder.
+        objective: Noise schedule and prediction type.
+    """
+
+    family: Family
+    unet: Any
+    vae: Any
+    text_encoders: dict[str, nn.Module]
+    objective: Objective
+
+    def tokenize(self, prompts: Sequence[str]) -> Conditioning:
+        """Tokens of the prompts for every text encoder, cut or filled up: (prompts, tokens) each, on the CPU."""
+
+    def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
+        """What one text encoder, by its component's name, says of tokens; on its own device."""
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with all text encoders; every tensor has one row a prompt."""
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run the denoiser: latents (batch, channels, height, width), timesteps (batch,) → same shape as latents."""
+
+    def overlong(self, prompt: str) -> bool:
+        """Whether the text encoders would cut the prompt."""
+
+
+class Family(Protocol):
+    """A family of models: what is true of all of its members.
+
+    Attributes:
+        name: Short name, as its presets' files are called: "sd1".
+        title: Name for people.
+        targets: Preset name → regular expression of the denoiser's modules that get an adapter.
+        text_targets: Preset name → regular expression of the text encoders' modules, if they are trained.
+        scaling_factor: What the autoencoder's latents are multiplied with.
+        text_encoders: Its text encoders.
+        original_names: Whether adapter files name the denoiser's modules as the original code does.
+        trains_fully: Whether all weights can be trained and written as a checkpoint.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+    @property
+    def title(self) -> str: ...  # noqa: D102
+    @property
+    def targets(self) -> Mapping[str, str]: ...  # noqa: D102
+    @property
+    def text_targets(self) -> Mapping[str, str]: ...  # noqa: D102
+    @property
+    def scaling_factor(self) -> float: ...  # noqa: D102
+    @property
+    def text_encoders(self) -> Sequence[TextEncoderKind]: ...  # noqa: D102
+    @property
+    def original_names(self) -> bool: ...  # noqa: D102
+    @property
+    def trains_fully(self) -> bool: ...  # noqa: D102
+
+    def architecture(self, prediction: Prediction) -> str:
+        """Value of `modelspec.architecture` without the `/lora`."""
+
+    def base_version(self, prediction: Prediction) -> str:
+        """Value of `ss_base_model_version`."""
+
+    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+        """Whether a denoiser of this configuration (diffusers' keys) belongs to the family."""
+
+    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+        """A configuration inferred from shapes, with what shapes do not show."""
+
+    def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
+        """What a denoiser (original names without prefix) predicts, if nothing beside its weights says so."""
+
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """What the denoiser is told beside the text, as diffusers' `added_cond_kwargs`."""
+
+    def build(self, weights: BaseWeights) -> DiffusionModel:
+        """Build the networks around the tensors, without a copy.
+
+        Raises:
+            WeightsError: Something is missing, unknown or of another shape.
+        """
+
+
+def on_meta(make: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Module:
+    """Build a network without memory for its weights.
+
+    Raises:
+        WeightsError: No such network can be built.
+    """
+    try:
+        with torch.device("meta"):
+            return make(**config)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise WeightsError(f"The base model's shape is not known: {error}.", _INCOMPLETE) from error
+
+
+def build_around(network: nn.Module, component: Component) -> nn.Module:
+    """Put a component's tensors into a network built on the meta device; the network shares their storage.
+
+    Args:
+        network: Built under `torch.device("meta")`.
+        component: Every parameter and persistent buffer of the network, and nothing else. Each is wrapped anew,
+            so that a later change of the network's device or dtype leaves the given tensors alone.
+
+    Raises:
+        WeightsError: A tensor is missing, unknown, or of another shape than the network's.
+    """
+    expected = network.state_dict()
+    kind = type(network).__name__
+    for name in component.tensors:
+        if name not in expected:
+            shown = component.file_names.get(name, name)
+            raise WeightsError(f"The base model's {kind} has a tensor that is not known: {shown}.", _INCOMPLETE)
+    borrowed = {}
+    for name, place in expected.items():
+        tensor = component.tensors.get(name)
+        if tensor is None:
+            raise WeightsError(f"The base model's {kind} lacks the tensor {name}.", _INCOMPLETE)
+        if tensor.shape != place.shape:
+            name = component.file_names.get(name, name)
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(place.shape)}"
+            raise WeightsError(
+                f"The base model's {kind} has a tensor of another shape: {name} is {shapes}.", _INCOMPLETE
+            )
+        borrowed[name] = as_ordinary(tensor)
+    network.load_state_dict(borrowed, assign=True, strict=True)
+    for module in network.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_meta and name == "position_ids":
+                device = next(network.parameters()).device
+                positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+                module.register_buffer(name, positions, persistent=False)
+    return network.requires_grad_(False).eval()
+
+
+def as_ordinary(tensor: Tensor) -> Tensor:
+    """A tensor over the same storage that autograd accepts, also if `tensor` was made in inference mode."""
+    if not tensor.is_inference():
+        return tensor.detach()
+    ordinary = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    with torch.no_grad():
+        ordinary.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return ordinary

@@ -1,0 +1,170 @@
+"""CLIP text encoders: configuration from shapes, names to transformers', tokens, and what a denoiser reads of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import SettingsError, WeightsError
+from .base import Component, Conditioning, TextEncoderKind, build_around, on_meta
+
+HEAD = 64  # channels of an attention head in every CLIP
+_OPEN_CLIP = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+_OPEN_CLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+_LAYER = re.compile(r"^transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$")
+
+
+def text_component(
+    tensors: Mapping[str, Tensor], kind: TextEncoderKind, config: Mapping[str, Any] | None = None
+) -> Component:
+    """Infer a transformers `CLIPTextConfig` from a text encoder's tensors and give them transformers' names.
+
+    Args:
+        tensors: In Hugging Face's layout (with or without the leading "text_model.") or in OpenCLIP's; without the
+            file's prefix. Other tensors are ignored. None is copied.
+        kind: Which encoder of the family it is.
+        config: Its configuration where it is known, as in a folder of diffusers; no layer is left out then.
+
+    Raises:
+        WeightsError: A tensor that the configuration depends on is missing.
+    """
+    if "positional_embedding" in tensors:
+        tensors = _from_open_clip(tensors)
+    named = {}
+    for name, tensor in tensors.items():
+        inner = name.removeprefix("text_model.")
+        if inner.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and not inner.endswith("position_ids"):
+            named[f"text_model.{inner}"] = tensor
+        elif name == "text_projection.weight" and kind.pooled:
+            named[name] = tensor
+    embedding = named.get("text_model.embeddings.token_embedding.weight")
+    if embedding is None:
+        raise WeightsError(
+            f"The checkpoint holds no CLIP text encoder ({kind.short_name}).",
+            "Use a full checkpoint (UNet, VAE and text encoder).",
+        )
+    if config is not None:
+        return Component(named, config)
+    found = {int(match[1]) for name in named if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
+    left_out = len(found) + kind.unused_layers == kind.published_layers  # by diffusers' script for original files
+    layers = len(found) - (0 if left_out else kind.unused_layers)
+    unused = tuple(f"text_model.encoder.layers.{number}." for number in range(layers, len(found)))
+    named = {name: tensor for name, tensor in named.items() if not (unused and name.startswith(unused))}
+    try:
+        config = {
+            "vocab_size": embedding.shape[0],
+            "hidden_size": embedding.shape[1],
+            "intermediate_size": named["text_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+            "num_hidden_layers": layers,
+            "num_attention_heads": max(1, embedding.shape[1] // HEAD),
+            "max_position_embeddings": named["text_model.embeddings.position_embedding.weight"].shape[0],
+            "hidden_act": kind.hidden_act,
+            "projection_dim": named["text_projection.weight"].shape[0] if kind.pooled else embedding.shape[1],
+        }
+    except KeyError as error:
+        raise WeightsError(
+            f"The base model lacks the tensor {error.args[0]} of its text encoder {kind.short_name}.",
+            "Use a complete checkpoint; if it was downloaded, download it again and compare its size.",
+        ) from None
+    return Component(named, config)
+
+
+def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """OpenCLIP's text tower under Hugging Face's names; views, no copies."""
+    named = {}
+    for name, tensor in tensors.items():
+        layer = _LAYER.match(name)
+        if name in _OPEN_CLIP:
+            named[_OPEN_CLIP[name]] = tensor
+        elif name == "text_projection":
+            named["text_projection.weight"] = tensor.t()
+        elif name.endswith(("attn.in_proj_weight", "attn.in_proj_bias")):
+            start, kind = name.rsplit(".attn.in_proj_", 1)
+            number = start.rsplit(".", 1)[1]
+            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+                named[f"encoder.layers.{number}.self_attn.{part}_proj.{kind}"] = rows
+        elif layer and layer[2] in _OPEN_CLIP_LAYER:
+            named[f"encoder.layers.{layer[1]}.{_OPEN_CLIP_LAYER[layer[2]]}.{layer[3]}"] = tensor
+    return named
+
+
+class ClipTextEncoder:
+    """A built text encoder with its tokenizer."""
+
+    def __init__(self, kind: TextEncoderKind, component: Component, tokenizer: Any, clip_skip: int) -> None:
+        """Build around the component's tensors; `clip_skip` as in `BaseWeights`.
+
+        Raises:
+            WeightsError: They don't fit together.
+            SettingsError: There is no such layer.
+        """
+        self.kind = kind
+        self._tokenizer = tokenizer
+        self._max_tokens: int = component.config["max_position_embeddings"]
+        self.network = _build(kind, component, tokenizer)
+        layers = int(component.config["num_hidden_layers"])
+        self._layer = (clip_skip or kind.layer + kind.unused_layers) - kind.unused_layers
+        if not 1 <= self._layer <= layers:
+            raise SettingsError(
+                f"clip_skip {clip_skip} does not exist in {kind.short_name}.",
+                f"Choose 0 (as usual) or {1 + kind.unused_layers} to {layers + kind.unused_layers}.",
+            )
+
+    def tokens(self, prompt: str) -> list[int]:
+        """All tokens of a prompt, with the start and end token."""
+        return list(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+    def overlong(self, prompt: str) -> bool:
+        """Whether the prompt has more tokens than the encoder reads."""
+        return len(self.tokens(prompt)) > self._max_tokens
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Tokens of prompts, cut or filled up to the encoder's length: (prompts, tokens), int64."""
+        end = self._tokenizer.eos_token_id
+        rows = []
+        for prompt in prompts:
+            ids = self.tokens(prompt)
+            if len(ids) > self._max_tokens:
+                ids = [*ids[: self._max_tokens - 1], end]
+            rows.append(ids + [end if self.kind.pads_with_end else 0] * (self._max_tokens - len(ids)))
+        return torch.tensor(rows)
+
+    def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:
+        """Hidden states (prompts, tokens, width), and the projected embedding (prompts, width) where it is read."""
+        any_network: Any = network
+        output = any_network(ids.to(next(network.parameters()).device), output_hidden_states=True)
+        hidden = output.hidden_states[-self._layer]
+        if self.kind.normed:
+            hidden = getattr(any_network, "text_model", any_network).final_layer_norm(hidden)
+        encoded = {f"text{self.kind.number}": hidden}
+        if self.kind.pooled:
+            encoded[f"pooled{self.kind.number}"] = output.text_embeds
+        return encoded
+
+
+def _build(kind: TextEncoderKind, component: Component, tokenizer: Any) -> nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")}
+    config = {**component.config, **{name: value for name, value in special.items() if value is not None}}
+    model = CLIPTextModelWithProjection if kind.pooled else CLIPTextModel
+    encoder = on_meta(lambda **values: model(CLIPTextConfig(**values)), config)
+    if not any(name.startswith("text_model.") for name in encoder.state_dict()):  # transformers 5
+        tensors = {name.removeprefix("text_model."): tensor for name, tensor in component.tensors.items()}
+        component = Component(tensors, component.config)
+    return build_around(encoder, component)

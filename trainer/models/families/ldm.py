@@ -1,0 +1,191 @@
+"""The original ("LDM") layout of Stable Diffusion checkpoints: configuration from shapes, names to diffusers'.
+
+Nothing here copies a tensor. The renaming itself is diffusers' own.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...core.errors import WeightsError
+from .base import Component
+
+UNET_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+_REMEDY = "Use a complete checkpoint; if it was downloaded, download it again and compare its size."
+
+
+def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _need(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of that name.
+
+    Raises:
+        WeightsError: There is none.
+    """
+    if name not in tensors:
+        raise WeightsError(f"The base model lacks the tensor {name}.", _REMEDY)
+    return tensors[name]
+
+
+def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """How many different numbers stand in the group of `pattern` among the names."""
+    matches = (re.match(pattern, name) for name in tensors)
+    return len({match[1] for match in matches if match})
+
+
+def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Infer a diffusers `UNet2DConditionModel` configuration from the shapes of an original UNet.
+
+    Args:
+        tensors: Original names without prefix ("input_blocks.0.0.weight" …).
+
+    Returns:
+        Keyword arguments. `attention_head_dim` is left out: shapes do not show the number of heads.
+
+    Raises:
+        WeightsError: Blocks are missing or uneven.
+    """
+    channels: list[int] = []
+    depths: list[list[int]] = [[]]
+    for index in range(1, _count(tensors, r"input_blocks\.(\d+)\.")):
+        if f"input_blocks.{index}.0.op.weight" in tensors:
+            depths.append([])
+            continue
+        out = _need(tensors, f"input_blocks.{index}.0.out_layers.3.weight")
+        if not depths[-1]:
+            channels.append(out.shape[0])
+        depths[-1].append(_depth(tensors, f"input_blocks.{index}.1"))
+    layers = len(depths[0])
+    if not channels or any(len(level) != layers for level in depths):
+        raise WeightsError("The UNet's levels differ in their number of layers; that shape is not known.", _REMEDY)
+    up = [
+        [_depth(tensors, f"output_blocks.{level * (layers + 1) + layer}.1") for layer in range(layers + 1)]
+        for level in range(len(depths))
+    ]
+    conv_in = _need(tensors, "input_blocks.0.0.weight")
+    context = next((t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), None)
+    projection = next((t for name, t in tensors.items() if name.endswith("1.proj_in.weight")), None)
+    if context is None or projection is None:
+        raise WeightsError("The UNet has no cross-attention, so no prompt can steer it.", _REMEDY)
+    config = {
+        "in_channels": conv_in.shape[1],
+        "out_channels": _need(tensors, "out.2.weight").shape[0],
+        "block_out_channels": tuple(channels),
+        "layers_per_block": layers,
+        "down_block_types": tuple("CrossAttnDownBlock2D" if any(level) else "DownBlock2D" for level in depths),
+        "up_block_types": tuple("CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in up),
+        "cross_attention_dim": context,
+        "use_linear_projection": projection.ndim == 2,
+        "addition_embed_type": "text_time" if "label_emb.0.0.weight" in tensors else None,
+    }
+    if "label_emb.0.0.weight" in tensors:
+        config["projection_class_embeddings_input_dim"] = tensors["label_emb.0.0.weight"].shape[1]
+    middle = _depth(tensors, "middle_block.1")
+    if not middle:  # the distilled relatives of SDXL have a residual block there, or nothing
+        config["mid_block_type"] = "UNetMidBlock2D" if "middle_block.0.in_layers.2.weight" in tensors else None
+    if {*itertools.chain(*depths, *up), middle} - {0, 1}:
+        config["transformer_layers_per_block"] = tuple(_even(level) for level in depths)
+        if [_even(level) for level in up] != [_even(level) for level in reversed(depths)]:
+            config["reverse_transformer_layers_per_block"] = tuple(_even(level) for level in up)
+    return config
+
+
+def _depth(tensors: Mapping[str, Tensor], block: str) -> int:
+    """How many transformer layers a block has; 0 if it is no transformer."""
+    return _count(tensors, re.escape(block) + r"\.transformer_blocks\.(\d+)\.")
+
+
+def _even(level: list[int]) -> int | tuple[int, ...]:
+    """A level's transformer depths as diffusers writes them: one number if all are equal; without attention 1."""
+    return max(level[0], 1) if len(set(level)) == 1 else tuple(level)
+
+
+def unet_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+    """Rename an original UNet's tensors to diffusers' names; they stay where they are."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    prefixed = {UNET_PREFIX + name: tensor for name, tensor in tensors.items()}
+    renamed = convert_ldm_unet_checkpoint(prefixed, dict(config))
+    new_names = {id(tensor): name for name, tensor in renamed.items()}
+    for name, tensor in tensors.items():
+        if id(tensor) not in new_names:
+            raise WeightsError(f"The UNet has a tensor that is not known: {name}.", _REMEDY)
+    file_names = {new_names[id(tensor)]: name for name, tensor in tensors.items()}
+    return Component({name: tensor for name, tensor in renamed.items() if tensor is not None}, config, file_names)
+
+
+def diffusers_vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
+    """Infer the configuration of an autoencoder that already has diffusers' names, as single files on the hub have.
+
+    Args:
+        tensors: Names such as "encoder.down_blocks.0.resnets.0.conv1.weight".
+        scaling_factor: What latents are multiplied with.
+
+    Raises:
+        WeightsError: A tensor that the configuration depends on is missing.
+    """
+    levels = _count(tensors, r"encoder\.down_blocks\.(\d+)\.")
+    first = "encoder.down_blocks.{}.resnets.0.conv1.weight"
+    return Component(
+        tensors,
+        {
+            "block_out_channels": tuple(_need(tensors, first.format(level)).shape[0] for level in range(levels)),
+            "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
+            **_vae_blocks(levels),
+            "latent_channels": _need(tensors, "quant_conv.weight").shape[0] // 2,
+            "scaling_factor": scaling_factor,
+        },
+    )
+
+
+def _vae_blocks(levels: int) -> dict[str, Any]:
+    return {
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
+def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
+    """Infer a diffusers `AutoencoderKL` configuration from an original VAE and rename its tensors.
+
+    Args:
+        tensors: Original names without prefix ("encoder.conv_in.weight" …).
+        scaling_factor: What latents are multiplied with, a fact of the family.
+
+    Raises:
+        WeightsError: It is no KL autoencoder of this layout.
+    """
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    if "encoder.conv_in.weight" not in tensors or "quant_conv.weight" not in tensors:
+        raise WeightsError(
+            "The VAE has no encoder of Stable Diffusion's kind, so pictures can't be turned into latents.",
+            "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD or a decoder alone).",
+        )
+    levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    config = {
+        "block_out_channels": tuple(
+            _need(tensors, f"encoder.down.{level}.block.0.conv1.weight").shape[0] for level in range(levels)
+        ),
+        "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
+        **_vae_blocks(levels),
+        "latent_channels": tensors["quant_conv.weight"].shape[0] // 2,
+        "scaling_factor": scaling_factor,
+    }
+    prefixed = {VAE_PREFIX + name: tensor for name, tensor in tensors.items()}
+    renamed = convert_ldm_vae_checkpoint(prefixed, config)
+    linear = re.compile(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
+    flat = {
+        name: tensor[:, :, 0, 0] if tensor.ndim == 4 and linear.search(name) else tensor
+        for name, tensor in renamed.items()
+    }
+    return Component(flat, config)

@@ -1,0 +1,299 @@
+"""Where base weights come from: a host's tensors, a single file, a diffusers folder. One door: `open_base`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.errors import UnsupportedModelError, WeightsError
+from ..settings.model import PredictionType
+from .families import identify, refuse_foreign_class, refuse_foreign_keys
+from .families.base import CHOSEN, BaseWeights, Component, DiffusionModel, Family, Prediction
+from .families.clip import text_component
+from .families.ldm import (
+    UNET_PREFIX,
+    VAE_PREFIX,
+    diffusers_vae_component,
+    unet_component,
+    unet_config,
+    vae_component,
+    with_prefix,
+)
+from .nf4 import load_bitsandbytes_if_there
+from .state_dicts import network_config, read_component, read_json, read_single_file, with_current_attention_names
+from .tokenizer import find_tokenizer, load_tokenizer
+
+logger = logging.getLogger("dreambooth_lora")
+
+
+@dataclass(frozen=True)
+class HostTensors:
+    """Networks that a host has loaded, in the original layout, lent without a copy.
+
+    Attributes:
+        unet: Original names without prefix.
+        vae: Original names without prefix.
+        text_encoders: Short name ("clip_l", "clip_h", "clip_g") → tensors, in Hugging Face's or OpenCLIP's layout.
+        tokenizers: Short name → Hugging Face tokenizer.
+        title: Name for people.
+        prediction: What the host takes the model to predict; None: to be detected.
+        clip_skip: Layer of the text encoders that the host reads, counted from the end; 0: as usual.
+    """
+
+    unet: Mapping[str, Tensor]
+    vae: Mapping[str, Tensor]
+    text_encoders: Mapping[str, Mapping[str, Tensor]]
+    tokenizers: Mapping[str, Any]
+    title: str
+    prediction: Prediction | None = None
+    clip_skip: int = 0
+
+
+def open_base(
+    source: Path | HostTensors,
+    tokenizer: Path | None = None,
+    *,
+    vae: Path | None = None,
+    prediction_type: PredictionType = "auto",
+    clip_skip: int = 0,
+) -> BaseWeights:
+    """Open a base model without copying or building anything.
+
+    Args:
+        source: A host's tensors, a `.safetensors` or `.ckpt` file, or a folder in diffusers' layout.
+        tokenizer: Folder of the CLIP tokenizer, for single files; looked for near the file if None.
+        vae: File or diffusers folder of another autoencoder.
+        prediction_type: Overrides what the model is taken to predict.
+        clip_skip: Layer of the text encoders that is read, counted from the end; 0: as usual.
+
+    Raises:
+        UnsupportedModelError: A model of a family that can't be trained; the message names it.
+        WeightsError: Not found, damaged, incomplete, or not a base model.
+        SettingsError: The text encoders have no such layer.
+    """
+    load_bitsandbytes_if_there()  # else diffusers does
+    if isinstance(source, HostTensors):
+        weights = _from_original(source)
+    elif os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not take
+        weights = _from_folder(source)
+    elif os.path.isfile(source):
+        weights = _from_original(_from_file(source, tokenizer))
+    else:
+        raise WeightsError(f"The base model {source} does not exist.", "Check the path for a typing error.")
+    if vae is not None:
+        weights = replace(weights, vae=_open_vae(vae, weights.family))
+    if prediction_type != "auto":
+        rescaled = weights.prediction.zero_terminal_snr and prediction_type == "v_prediction"
+        weights = replace(weights, prediction=Prediction(prediction_type, rescaled, CHOSEN))
+    skip = clip_skip or weights.clip_skip
+    usual = all(skip == kind.layer + kind.unused_layers for kind in weights.family.text_encoders)
+    return checked(replace(weights, clip_skip=0 if usual else skip))
+
+
+def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
+    """Open the tensors of a single file, for what needs no tokenizer; those of the result are views of them.
+
+    Args:
+        tensors: From `read_single_file`.
+        path: The file, for messages.
+
+    Raises:
+        UnsupportedModelError: A model of a family that is not supported.
+        WeightsError: It is incomplete or no base model.
+    """
+    load_bitsandbytes_if_there()
+    return checked(_from_original(_lent(tensors, path)))
+
+
+def _from_file(path: Path, tokenizer: Path | None) -> HostTensors:
+    lent = _lent(read_single_file(path), path)
+    return replace(lent, tokenizers=dict.fromkeys(lent.text_encoders, find_tokenizer(path, tokenizer)))
+
+
+def _lent(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
+    """The networks of a single file, without tokenizers."""
+    refuse_foreign_keys(tensors)
+    unet = with_prefix(tensors, UNET_PREFIX)
+    if not unet:
+        raise WeightsError(
+            f"{path.name} holds no Stable Diffusion UNet.",
+            "Give a full checkpoint (UNet, VAE and text encoder in one file).",
+        )
+    family = identify(unet_config(unet))  # a wrong family is named before a missing tokenizer or text encoder is
+    texts = {}
+    for kind in family.text_encoders:
+        found = (with_prefix(tensors, prefix) for prefix in kind.file_prefixes)
+        texts[kind.short_name] = next((one for one in found if one), {})
+        if not texts[kind.short_name]:
+            raise WeightsError(
+                f"{path.name} lacks a text encoder of {family.title} ({kind.short_name}).",
+                "Give a full checkpoint, not a UNet alone.",
+            )
+    vae = with_prefix(tensors, VAE_PREFIX)
+    return HostTensors(unet, vae, texts, dict.fromkeys(texts), path.stem, _declared_prediction(tensors))
+
+
+def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:
+    """What a checkpoint says of itself by the keys `v_pred` and `ztsnr`, which ComfyUI goes by, too."""
+    if "edm_mean" in tensors or "edm_vpred.sigma_max" in tensors:
+        raise UnsupportedModelError(
+            "The base model was trained in the EDM formulation (Playground 2.5 …), which can't be trained yet.",
+            "Use a Stable Diffusion XL model that predicts epsilon or velocity.",
+        )
+    if "v_pred" not in tensors:
+        return None
+    return Prediction("v_prediction", "ztsnr" in tensors, "the checkpoint's key v_pred")
+
+
+def _from_original(source: HostTensors) -> BaseWeights:
+    refuse_foreign_keys(source.unet)
+    if "input_blocks.0.0.weight" not in source.unet:
+        raise WeightsError("The model holds no Stable Diffusion UNet.", "Connect a Stable Diffusion checkpoint.")
+    config = unet_config(source.unet)
+    family = identify(config)
+    for part in (source.unet, source.vae, *source.text_encoders.values()):
+        _require_plain_floats(part)
+    return BaseWeights(
+        family=family,
+        unet=unet_component(source.unet, family.complete(config)),
+        vae=vae_component(source.vae, family.scaling_factor),
+        text_encoders=[
+            text_component(source.text_encoders.get(kind.short_name, {}), kind) for kind in family.text_encoders
+        ],
+        tokenizers=[source.tokenizers[kind.short_name] for kind in family.text_encoders],
+        scheduler={},
+        prediction=source.prediction or family.detect(source.unet),
+        clip_skip=source.clip_skip,
+        title=source.title,
+        fingerprint="",
+    )
+
+
+def checked(weights: BaseWeights) -> BaseWeights:
+    """Build the model once, which costs milliseconds and no memory, to see that it is whole; add the fingerprint.
+
+    Raises:
+        WeightsError: A tensor is missing, unknown or of another shape.
+    """
+    model = weights.family.build(weights)
+    parts = [weights.unet, weights.vae, *weights.text_encoders]
+    digest = fingerprint(_computing_facts(weights, model), *(part.tensors for part in parts))
+    return replace(weights, fingerprint=digest)
+
+
+def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
+    """What else than the tensors decides what the model computes; the same however the model was opened."""
+    unet, vae = model.unet.config, model.vae.config
+    text = [getattr(encoder, "config") for encoder in model.text_encoders.values()]  # noqa: B009
+    facts = {
+        "prediction": model.objective.prediction_type,
+        "schedule": [f"{value:.5e}" for value in model.objective.alphas_cumprod[::37].tolist()],
+        "unet": [unet[name] for name in ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "freq_shift")],
+        "vae": [vae[name] for name in ("scaling_factor", "norm_num_groups", "act_fn")],
+        "text": [[one.num_attention_heads, one.hidden_act, one.layer_norm_eps] for one in text],
+        "clip_skip": weights.clip_skip,
+    }
+    return json.dumps(facts, sort_keys=True)
+
+
+def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
+    """Refuse quantised weights, which can't be read as numbers without their scales."""
+    for name, tensor in tensors.items():
+        if name.endswith((".scale_weight", ".weight_scale", ".comfy_quant")) or tensor.dtype in (
+            torch.uint8,
+            torch.int8,
+        ):
+            raise WeightsError(
+                f"The base model is quantised ({name}: {tensor.dtype}).",
+                "Use an fp16, bf16 or fp32 version of the model for training; the adapter fits the quantised one too.",
+            )
+
+
+def _from_folder(folder: Path) -> BaseWeights:
+    index = read_json(folder / "model_index.json")
+    if "unet" not in index:
+        refuse_foreign_class(str(index.get("_class_name", "unknown")))
+    unet_settings = network_config(folder / "unet" / "config.json")
+    refuse_foreign_class(unet_settings.pop("_class_name", "UNet2DConditionModel"))
+    family = identify(unet_settings)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    return BaseWeights(
+        family=family,
+        unet=Component(read_component(folder / "unet", "diffusion_pytorch_model"), unet_settings),
+        vae=_vae_folder(folder / "vae"),
+        text_encoders=[
+            text_component(
+                read_component(folder / kind.name, "model"), kind, network_config(folder / kind.name / "config.json")
+            )
+            for kind in family.text_encoders
+        ],
+        tokenizers=[load_tokenizer(folder / kind.tokenizer) for kind in family.text_encoders],
+        scheduler=scheduler,
+        prediction=_scheduled_prediction(scheduler),
+        clip_skip=0,
+        title=folder.resolve().name,
+        fingerprint="",
+    )
+
+
+def _scheduled_prediction(scheduler: Mapping[str, Any]) -> Prediction:
+    kind = scheduler.get("prediction_type", "epsilon")
+    if kind not in ("epsilon", "v_prediction"):
+        raise WeightsError(
+            f"The model predicts {kind}, which can't be trained.",
+            "Use a model that predicts epsilon or velocity (v_prediction).",
+        )
+    return Prediction(kind, bool(scheduler.get("rescale_betas_zero_snr")), "the scheduler's configuration")
+
+
+def _vae_folder(folder: Path) -> Component:
+    settings = network_config(folder / "config.json")
+    settings.pop("_class_name", None)
+    return Component(with_current_attention_names(read_component(folder, "diffusion_pytorch_model")), settings)
+
+
+def _open_vae(path: Path, family: Family) -> Component:
+    """An autoencoder of its own: a folder of diffusers, or a file in the original layout.
+
+    Raises:
+        WeightsError: There is none.
+    """
+    if os.path.isdir(path):
+        return _vae_folder(path / "vae" if (path / "vae").is_dir() else path)
+    if not os.path.isfile(path):
+        raise WeightsError(f"The VAE {path} does not exist.", "Check the path for a typing error.")
+    tensors = read_single_file(path)
+    _require_plain_floats(tensors)
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        return diffusers_vae_component(with_current_attention_names(tensors), family.scaling_factor)
+    return vae_component(with_prefix(tensors, VAE_PREFIX) or tensors, family.scaling_factor)
+
+
+def fingerprint(facts: str, *parts: Mapping[str, Tensor]) -> str:
+    """A digest of networks that notices any retraining or merging, in a fraction of a second.
+
+    Of every tensor it takes name, shape and 256 evenly spaced values, as float32: the same model gives the
+    same digest whether it comes from a file or from a host that loaded it at the same precision or a higher one.
+
+    Args:
+        facts: What else than the tensors belongs to the model.
+        parts: Name → tensor of each network.
+    """
+    digest = hashlib.sha256(facts.encode())
+    for part in parts:
+        for name in sorted(part):
+            flat = part[name].detach().flatten()
+            places = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64).long()
+            values = flat[places.to(flat.device)].to("cpu", torch.float32)
+            digest.update(f"{name} {tuple(part[name].shape)}".encode())
+            digest.update(values.contiguous().numpy().tobytes())
+    return digest.hexdigest()

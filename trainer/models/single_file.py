@@ -1,0 +1,110 @@
+"""A whole model as one checkpoint file in the original layout, as ComfyUI and Automatic1111 load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..core.files import file_written_atomically, save_tensors
+from .families.base import BaseWeights
+from .families.ldm import UNET_PREFIX, VAE_PREFIX
+from .ldm_names import original_names
+
+_VAE_PARTS = (  # diffusers' names → the original's, in this order
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    (r"\.mid_block\.resnets\.(\d)\.", lambda match: f".mid.block_{int(match[1]) + 1}."),
+    (r"\.mid_block\.attentions\.0\.group_norm\.", ".mid.attn_1.norm."),
+    (r"\.mid_block\.attentions\.0\.to_out\.0\.", ".mid.attn_1.proj_out."),
+    (r"\.mid_block\.attentions\.0\.to_([qkv])\.", r".mid.attn_1.\1."),
+    (r"\.down_blocks\.(\d)\.resnets\.(\d)\.", r".down.\1.block.\2."),
+    (r"\.down_blocks\.(\d)\.downsamplers\.0\.", r".down.\1.downsample."),
+)
+_VAE_UP = re.compile(r"\.up_blocks\.(\d)\.(resnets\.(\d)|upsamplers\.0)\.")
+
+
+def original_state_dict(base: BaseWeights, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a model under the names of a single-file checkpoint.
+
+    Args:
+        base: The base model.
+        changed: "<component>.<parameter>" → tensor that replaces the base's, as `Saved.weights`.
+    """
+    parts: dict[str, Tensor] = {}
+    unet = {**base.unet.tensors, **_of(changed, "unet")}
+    modules = {name.rpartition(".")[0] for name in unet}
+    names = original_names(modules, int(base.unet.config["layers_per_block"]))
+    for name, tensor in unet.items():
+        module, _, kind = name.rpartition(".")
+        parts[f"{UNET_PREFIX}{names[module]}.{kind}"] = tensor
+    levels = len(base.vae.config["block_out_channels"])
+    for name, tensor in base.vae.tensors.items():
+        attention = ".mid_block.attentions." in name and tensor.ndim == 2
+        parts[VAE_PREFIX + _vae_name(name, levels)] = tensor[:, :, None, None] if attention else tensor
+    for encoder, component in zip(base.family.text_encoders, base.text_encoders, strict=True):
+        own = {_whole_name(name): tensor for name, tensor in _of(changed, encoder.name).items()}
+        prefix = encoder.file_prefixes[0]
+        parts |= {prefix + name: tensor for name, tensor in {**component.tensors, **own}.items()}
+    return parts
+
+
+def write_checkpoint(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
+) -> None:
+    """Write a checkpoint file, whole or not at all.
+
+    Args:
+        path: The file.
+        tensors: Under the original names.
+        metadata: Written along; strings.
+        dtype: Type of the floating-point tensors in the file.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    converted = {
+        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in tensors.items()
+    }
+    write_tensors(path, converted, {"format": "pt", **metadata})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all; every tensor keeps its type.
+
+    Raises:
+        StorageError: It can't be written.
+    """
+    plain: dict[str, Tensor] = {}
+    storages = set()
+    for name, tensor in tensors.items():
+        whole = tensor.detach().cpu().contiguous()
+        storage = whole.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() > whole.nbytes:  # safetensors refuses shared memory
+            whole = whole.clone()
+        storages.add(storage.data_ptr())
+        plain[name] = whole
+    with file_written_atomically(path) as temporary:
+        save_tensors(temporary, plain, metadata)
+
+
+def _of(changed: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+    start = f"{component}."
+    return {name.removeprefix(start): tensor for name, tensor in changed.items() if name.startswith(start)}
+
+
+def _whole_name(name: str) -> str:
+    """A text encoder's tensor with the level "text_model." that transformers 5 dropped."""
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+
+
+def _vae_name(name: str, levels: int) -> str:
+    dotted = f".{name}"
+    for pattern, replacement in _VAE_PARTS:
+        dotted = re.sub(pattern, replacement, dotted)
+    return _VAE_UP.sub(
+        lambda match: f".up.{levels - 1 - int(match[1])}." + (f"block.{match[3]}." if match[3] else "upsample."), dotted
+    )[1:]

@@ -1,0 +1,111 @@
+"""The settings of previews: pictures that are drawn, and scored, while a run is training."""
+
+from __future__ import annotations
+
+from pydantic import model_validator
+from typing_extensions import Self
+
+from .base import Settings, setting
+
+_GROUP = "Previews"
+
+
+class PreviewSettings(Settings):
+    """What is drawn every so many steps, and how it is scored. None of it changes what is learned."""
+
+    preview_every: int = setting(
+        0,
+        "Steps between previews: pictures drawn with the weights of that step, for which a checkpoint is written too. "
+        "0: none.",
+        unit="steps",
+        group=_GROUP,
+        ge=0,
+        affects_result=False,
+    )
+    preview_prompts: str = setting(
+        "",
+        "Prompts of the previews, separated by '|'. Empty: the caption of the first picture.",
+        group=_GROUP,
+        advanced=True,
+        affects_result=False,
+    )
+    preview_count: int = setting(
+        1,
+        "Pictures of each preview prompt; 4 or more for scores that don't jump.",
+        unit="pictures",
+        group=_GROUP,
+        ge=1,
+        le=64,
+        advanced=True,
+        affects_result=False,
+    )
+    preview_steps: int = setting(
+        20,
+        "Denoising steps of a preview.",
+        unit="steps",
+        group=_GROUP,
+        ge=1,
+        le=200,
+        advanced=True,
+        affects_result=False,
+    )
+    preview_guidance: float = setting(
+        7.5,
+        "Classifier-free guidance of the previews; 1 is none.",
+        group=_GROUP,
+        ge=0.0,
+        le=100.0,
+        advanced=True,
+        affects_result=False,
+    )
+    preview_seed: int = setting(
+        0,
+        "Seed of the first preview picture of every prompt; the same at every step.",
+        group=_GROUP,
+        ge=0,
+        le=2**64 - 1,
+        advanced=True,
+        affects_result=False,
+    )
+    token: str = setting(
+        "sks",
+        "Rare word of the subject. Scores read prompts without it, since CLIP does not know it; drift is measured on "
+        "what is left, 'a photo of a dog'.",
+        group=_GROUP,
+        advanced=True,
+        affects_result=False,
+    )
+    score_clip: str = setting(
+        "",
+        "CLIP model that scores the previews (CLIP-T, CLIP-I, drift): a folder or a hub name, such as "
+        "openai/clip-vit-base-patch32. Empty: none. It computes on the CPU and takes no memory of the GPU.",
+        group=_GROUP,
+        advanced=True,
+        affects_result=False,
+    )
+    score_dino: str = setting(
+        "",
+        "DINO or DINOv2 model that scores the previews, such as facebook/dino-vits16. Empty: none.",
+        group=_GROUP,
+        advanced=True,
+        affects_result=False,
+    )
+    early_stop: int = setting(
+        0,
+        "Stop once so many previews in a row show the subject no better while the class drifts on, and keep the best "
+        "one. 0: train all steps.",
+        unit="previews",
+        group=_GROUP,
+        ge=0,
+        le=100,
+        advanced=True,
+        affects_result=False,
+    )
+
+    @model_validator(mode="after")
+    def _scores_need_previews(self) -> Self:
+        if (self.score_clip or self.score_dino or self.early_stop) and not self.preview_every:
+            raise ValueError("scores and early_stop are taken at previews: set preview_every, e.g. to 100")
+        if self.early_stop and not (self.score_clip or self.score_dino):
+            raise ValueError("early_stop goes by scores: name a model in score_clip or score_dino")
+        return self

@@ -1,0 +1,140 @@
+"""A run's metrics as JSON lines: one for every step, and one for every preview with its scores."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from ...core.errors import CancelledError, StorageError, TrainerError
+from ...core.events import Event, Listener, Preview, Step, Validation
+from ...core.files import explained_os_errors, write_atomic
+
+DONE, STOPPED, FAILED = "done", "stopped", "failed"
+VALIDATION_LOSS = "validation_loss"
+_TAIL = 16_384  # bytes
+
+
+class RecordedListener:
+    """Writes steps and previews to a file, each at once, and tells everything to another listener.
+
+    A line holds "step" and "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures", or
+    "validation_loss". As a
+    context manager it ends with a line that holds "state", and "problem" and "remedy" of a failed run.
+    """
+
+    def __init__(self, listener: Listener, path: Path, after: int) -> None:
+        """Go on with a file.
+
+        Args:
+            listener: Told of everything.
+            path: The file; what it holds beyond step `after` is another course of the run and is dropped.
+            after: Steps that count.
+
+        Raises:
+            StorageError: The file can't be written.
+        """
+        self._listener, self._path, self._step = listener, path, after
+        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= after and "state" not in line]
+        write_atomic(path, "".join(kept).encode())
+        with explained_os_errors(path):
+            self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
+
+    def __enter__(self) -> RecordedListener:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Note how the run ended, and close the file."""
+        line: dict[str, Any] = {"step": self._step, "state": DONE}
+        if isinstance(error, TrainerError):
+            line |= {"state": FAILED, "problem": error.problem, "remedy": error.remedy}
+        elif isinstance(error, Exception) and not isinstance(error, CancelledError):
+            line |= {"state": FAILED, "problem": f"{type(error).__name__}: {error}", "remedy": ""}
+        elif error is not None:
+            line["state"] = STOPPED
+        with contextlib.suppress(StorageError):  # the disk's trouble was said already
+            self._add(line)
+        self.close()
+
+    def tell(self, event: Event) -> None:
+        """Note a step, a preview or a validation; pass everything on."""
+        if isinstance(event, Step):
+            self._step = event.step
+            facts = {"loss": event.loss, "learning_rate": event.learning_rate, "rate": event.rate}
+            self._add({"step": event.step, **facts, "memory": event.memory})
+        elif isinstance(event, Preview):
+            pictures = [[path.name, prompt] for path, prompt in event.pictures]
+            self._add({"step": event.step, "scores": dict(event.scores), "pictures": pictures})
+        elif isinstance(event, Validation):
+            self._add({"step": event.step, VALIDATION_LOSS: event.loss})
+        self._listener.tell(event)
+
+    def should_stop(self) -> bool:
+        """Whether the other listener asks to stop."""
+        return self._listener.should_stop()
+
+    def close(self) -> None:
+        """Close the file."""
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was said then
+            self._file.close()
+
+    def _add(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} can't be written: {error.strerror}.",
+                "Free some space on the disk and start again: the run resumes.",
+            ) from error
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file, in order; none if there is none. A line that was not written whole is left out."""
+    return list(_lines(path))
+
+
+def last_lines(path: Path) -> list[dict[str, Any]]:
+    """The last lines of a metrics file, in order, however long it is; none if there is none."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - _TAIL))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return []
+    return list(_parsed(text))
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return
+    yield from _parsed(text)
+
+
+def _parsed(text: str) -> Iterator[dict[str, Any]]:
+    for line in text.splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and isinstance(found.get("step"), int):
+            yield found
+
+
+def preview_scores(path: Path) -> dict[int, dict[str, float]]:
+    """Step → scores of the previews in a metrics file."""
+    return {line["step"]: line["scores"] for line in read_metrics(path) if isinstance(line.get("scores"), dict)}
+
+
+def measured(line: Mapping[str, Any]) -> dict[str, float]:
+    """What a line of a metrics file says of a step beside its loss: scores of previews, loss on held-out pictures."""
+    found = dict(line.get("scores") or {})
+    return found | {VALIDATION_LOSS: line[VALIDATION_LOSS]} if VALIDATION_LOSS in line else found
+
+
+def is_validated(path: Path, step: int) -> bool:
+    """Whether a metrics file holds the loss on the held-out pictures at a step."""
+    return any(line["step"] == step and VALIDATION_LOSS in line for line in read_metrics(path))

@@ -1,0 +1,130 @@
+"""What a run trains: an adapter, or the weights themselves. The recipe knows this contract alone."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..adapters.kohya import Adapter
+from ..adapters.names import UNET, networks
+from ..core.devices import place
+from ..core.errors import AdapterError
+from ..models.families.base import DiffusionModel
+from ..models.nf4 import quantize
+from ..settings.train import TrainSettings
+from .lora import TrainedAdapter
+from .runs.checkpoint import Saved
+
+
+class Trainee(Protocol):
+    """Parameters inside a model's networks that are trained in float32."""
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Component → its trained parameters, always in the same order."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters."""
+
+    def starting_at_zero(self) -> list[nn.Parameter]:
+        """Those of an adapter's parts that begin at zero, which LoRA+ trains faster."""
+
+    def saved(self, metadata: Mapping[str, str]) -> Saved:
+        """A copy of the current state, for a checkpoint."""
+
+    def restore(self, saved: Saved) -> None:
+        """Set the parameters to a saved state of the same run."""
+
+    def is_finite(self) -> bool:
+        """Whether every trained number is finite."""
+
+    def after_update(self, trained: Collection[str]) -> None:
+        """Keep what must hold after every step, in the components that are still trained."""
+
+
+def begin(
+    model: DiffusionModel, settings: TrainSettings, device: torch.device, dtype: torch.dtype, start: Adapter | None
+) -> Trainee:
+    """Bring the networks to the device and make what the settings name trainable.
+
+    Args:
+        model: A built model; of its text encoders only those that are trained.
+        settings: What is trained.
+        device: Where training runs.
+        dtype: Type of the weights that are not trained.
+        start: An adapter to go on from.
+
+    Raises:
+        SettingsError: The settings do not fit the model.
+        AdapterError: `start` does not.
+    """
+    full = settings.adapter == "full"
+    for component, network in networks(model).items():
+        if component == UNET or component in settings.text_rates:
+            if component == UNET and settings.base_quantization == "nf4":
+                quantize(network, device, dtype)
+            place(network, device, torch.float32 if full else dtype)
+    return TrainedWeights(model, settings) if full else TrainedAdapter(model, settings, start)
+
+
+class TrainedWeights:
+    """All weights of the UNet, and of the text encoders that have a learning rate, as private float32 copies."""
+
+    def __init__(self, model: DiffusionModel, settings: TrainSettings) -> None:
+        """Replace the borrowed parameters of a built model by copies and make them trainable."""
+        self._networks = {
+            name: network for name, network in networks(model).items() if name == UNET or name in settings.text_rates
+        }
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.float32, copy=True)
+            parameter.requires_grad_(True)
+
+    def groups(self) -> dict[str, list[nn.Parameter]]:
+        """Component → its parameters, in the networks' order."""
+        return {name: list(network.parameters()) for name, network in self._networks.items()}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All trained parameters."""
+        return [parameter for group in self.groups().values() for parameter in group]
+
+    def starting_at_zero(self) -> list[nn.Parameter]:
+        """None: there is no adapter."""
+        return []
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        """Parameters by "<component>.<parameter>"."""
+        return {
+            f"{component}.{name}": parameter
+            for component, network in self._networks.items()
+            for name, parameter in network.named_parameters()
+        }
+
+    def saved(self, metadata: Mapping[str, str]) -> Saved:
+        """A copy of the current state on the CPU."""
+        copies = {name: one.detach().to("cpu", copy=True).contiguous() for name, one in self._named().items()}
+        return Saved(weights=copies, metadata=metadata)
+
+    def restore(self, saved: Saved) -> None:
+        """Set the parameters to a saved state of the same run.
+
+        Raises:
+            AdapterError: It is another run's.
+        """
+        own, weights = self._named(), saved.weights or {}
+        if set(own) != set(weights):
+            raise AdapterError(
+                "The checkpoint holds other weights than this run trains.",
+                "Start anew with --resume never or another name.",
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+
+    def is_finite(self) -> bool:
+        """Whether every trained number is finite."""
+        return all(bool(torch.isfinite(p.detach()).all()) for p in self.parameters())
+
+    def after_update(self, trained: Collection[str]) -> None:
+        """Nothing has to hold."""
