@@ -224,7 +224,7 @@ def start_and_memory(arguments: argparse.Namespace) -> dict[str, Any]:
 
         encoded = False
 
-        def tell(self, event: object) -> None:
+        def report(self, event: object) -> None:
             if isinstance(event, Phase):
                 self.encoded = event.done == event.total
 

@@ -35,7 +35,7 @@ from world import SUBJECT_COAT, SUBJECT_PLACES, compose, pixelate, stripes
 
 from trainer.adapters.kohya import Adapter
 from trainer.core.events import SilentListener
-from trainer.core.figures import Row, contact_sheet
+from trainer.core.figures import SheetRow, contact_sheet
 from trainer.data.class_images import make_class_pictures
 from trainer.data.folder import Reading
 from trainer.data.images import Picture, load_pictures
@@ -115,7 +115,7 @@ def truth_of(thing: str, pattern: Any) -> list[Image.Image]:
     return [compose(thing, (0, 0, 0), place, rng, pattern) for place in PLACES for _ in range(8)]
 
 
-def subjects(depth: Depth) -> tuple[str, list[Row]]:
+def subjects(depth: Depth) -> tuple[str, list[SheetRow]]:
     """Two subjects in one run."""
     lines = ["| run | drawn | own | other | told apart |", "|---|---|---|---|---|"]
     rows = []
@@ -131,7 +131,7 @@ def subjects(depth: Depth) -> tuple[str, list[Row]]:
             own, other = (depth.likeness(drawn, truths[(number + turn) % 2]) for turn in (0, 1))
             apart = float((own > other).float().mean())
             lines.append(f"| {title} | {prompt} | {float(own.mean()):.3f} | {float(other.mean()):.3f} | {apart:.0%} |")
-            rows.append(Row(f"{title}: {prompt[11:]}", tuple(drawn[::2])))
+            rows.append(SheetRow(f"{title}: {prompt[11:]}", tuple(drawn[::2])))
     limits = [truth_of("dog", SUBJECT_COAT), truth_of("dog", RED_COAT)]
     own, other = (float(depth.likeness(limits[0], limits[turn]).mean()) for turn in (0, 1))
     lines.append(f"| the world's own drawings | the dog | {own:.3f} | {other:.3f} | |")
@@ -162,7 +162,7 @@ def style_scores(depth: Depth, adapter: Adapter | None) -> tuple[list[float], li
     return [smooth_share(worded, smooth), smooth_share(plain, smooth), float(np.mean(content))], worded
 
 
-def style(depth: Depth) -> tuple[str, list[Row]]:
+def style(depth: Depth) -> tuple[str, list[SheetRow]]:
     """A style, learned from captions or from one word."""
     how: dict[str, Callable[[], Adapter | None]] = {
         "base": lambda: None,
@@ -180,7 +180,7 @@ def style(depth: Depth) -> tuple[str, list[Row]]:
     for title, make in how.items():
         figures, drawn = style_scores(depth, make())
         lines.append(f"| {title} | {' | '.join(f'{one:.2f}' for one in figures)} |")
-        rows.append(Row(title, tuple(drawn[::2])))
+        rows.append(SheetRow(title, tuple(drawn[::2])))
     return "\n".join(lines), rows
 
 
@@ -194,7 +194,7 @@ def pinkness(pictures: Sequence[Image.Image]) -> float:
     return float(np.mean(near))
 
 
-def masks(depth: Depth) -> tuple[str, list[Row]]:
+def masks(depth: Depth) -> tuple[str, list[SheetRow]]:
     """A subject that was always in the same place, with and without masks."""
     folder = subject(depth.folder / "fabric", "dog", SUBJECT_COAT, [FABRIC] * 5, 4, masks=True)
     texts = [f"a photo of sks dog {place}" for place in PLACES]
@@ -205,18 +205,18 @@ def masks(depth: Depth) -> tuple[str, list[Row]]:
         "|---|---|---|",
         f"| base, a photo of a dog | {pinkness(before):.3f} | |",
     ]
-    rows = [Row("base, a photo of a dog", tuple(before[:9]))]
+    rows = [SheetRow("base, a photo of a dog", tuple(before[:9]))]
     for title, reading in (("without masks", Reading(masks="off")), ("with masks", Reading())):
         pictures = load_pictures(folder, "a photo of sks dog", QUIET, reading)
         adapter = depth.train(pictures, depth.bench.priors, mask_background=0.0)
         anywhere = depth.draw(adapter, ["a photo of sks dog"], 4 * DRAWN)
         fidelity = float(depth.likeness(depth.draw(adapter, texts), truth).mean())
         lines.append(f"| {title} | {pinkness(anywhere):.3f} | {fidelity:.3f} |")
-        rows.append(Row(title, tuple(anywhere[:9])))
+        rows.append(SheetRow(title, tuple(anywhere[:9])))
     return "\n".join(lines), rows
 
 
-def presets(depth: Depth) -> tuple[str, list[Row]]:
+def presets(depth: Depth) -> tuple[str, list[SheetRow]]:
     """Every preset, on the dog and on the pixel art."""
     lines = ["| preset | fidelity | dog drift | pixel with the word | without |", "|---|---|---|---|---|"]
     rows = []
@@ -236,7 +236,7 @@ def presets(depth: Depth) -> tuple[str, list[Row]]:
         [word, plain, _], art = style_scores(depth, pixels)
         fidelity = float(depth.likeness(drawn, truth).mean())
         lines.append(f"| {name} | {fidelity:.3f} | {drift:.3f} | {word:.2f} | {plain:.2f} |")
-        rows.append(Row(name, (*drawn[::3], *art[::4])))
+        rows.append(SheetRow(name, (*drawn[::3], *art[::4])))
     return "\n".join(lines), rows
 
 

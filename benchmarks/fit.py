@@ -135,7 +135,7 @@ def planned(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Way → planned bytes."""
     from trainer.models.open import open_base
     from trainer.settings.train import TrainSettings
-    from trainer.training.memory.plan import Lean, Planner
+    from trainer.training.memory.plan import MemorySaving, Planner
 
     base = open_base(arguments.scratch / "random.safetensors", TOKENIZER)
     settings = TrainSettings(
@@ -145,7 +145,7 @@ def planned(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     found = {}
     for way, changes in WAYS.items():
         need = planner.need(
-            Lean(bool(changes.get("gradient_checkpointing"))),
+            MemorySaving(bool(changes.get("gradient_checkpointing"))),
             quantization=changes.get("base_quantization"),
             optimizer=changes.get("optimizer"),
         )
@@ -189,7 +189,7 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     class Clock:
         """The recipe asks whether to stop right after every step."""
 
-        def tell(self, event: object) -> None:
+        def report(self, event: object) -> None:
             if isinstance(event, Phase) and event.name == "encoding pictures" and event.done == event.total:
                 found["encoding"] = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()

@@ -36,7 +36,7 @@ from world import subject_picture  # noqa: E402
 from trainer.adapters.apply import merge_into  # noqa: E402
 from trainer.adapters.kohya import Adapter  # noqa: E402
 from trainer.core.events import SilentListener  # noqa: E402
-from trainer.core.figures import Row, contact_sheet  # noqa: E402
+from trainer.core.figures import SheetRow, contact_sheet  # noqa: E402
 from trainer.data.class_images import make_class_pictures  # noqa: E402
 from trainer.data.images import Picture, load_pictures  # noqa: E402
 from trainer.dreambooth import train  # noqa: E402
@@ -44,8 +44,8 @@ from trainer.models.families.base import BaseWeights, DiffusionModel  # noqa: E4
 from trainer.models.open import open_base  # noqa: E402
 from trainer.models.sampling import generate  # noqa: E402
 from trainer.settings.train import PriorSettings, TrainSettings  # noqa: E402
-from trainer.training.export import Stage, TrainResult  # noqa: E402
-from trainer.training.lora import TrainedAdapter  # noqa: E402
+from trainer.training.adapter import TrainableAdapter  # noqa: E402
+from trainer.training.export import StartingPoint, TrainResult  # noqa: E402
 
 DEMO = ROOT / "demo"
 PLACES = ("in the snow", "on the beach", "in the water")
@@ -157,7 +157,7 @@ class Bench:
         self,
         subject: list[Picture],
         settings: TrainSettings,
-        stage: Stage | None = None,
+        stage: StartingPoint | None = None,
         base: BaseWeights | None = None,
     ) -> TrainResult:
         """Train in a folder of its own."""
@@ -173,7 +173,7 @@ def draw(model: DiffusionModel, prompt: str) -> list[Image.Image]:
 
 def parameters(base: BaseWeights, settings: TrainSettings) -> int:
     """How many numbers these settings train."""
-    return sum(one.numel() for one in TrainedAdapter(base.family.build(base), settings).parameters())
+    return sum(one.numel() for one in TrainableAdapter(base.family.build(base), settings).parameters())
 
 
 def at_most(base: BaseWeights, values: dict[str, Any], limit: int) -> TrainSettings:
@@ -187,11 +187,11 @@ def at_most(base: BaseWeights, values: dict[str, Any], limit: int) -> TrainSetti
     return found
 
 
-def compare(bench: Bench, seeds: int, tell: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[Row]]:
+def compare(bench: Bench, seeds: int, tell: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[SheetRow]]:
     """Train every kind with every seed; rows of the table, and of the contact sheet."""
     first = next(iter(KINDS.values()))
     limit = parameters(bench.base, TrainSettings(**{**RECIPE, **FIRST, **first}))
-    table, rows = [], [Row("base", tuple(bench.before["subject"][::2] + bench.before["dog"][::DRAWN]))]
+    table, rows = [], [SheetRow("base", tuple(bench.before["subject"][::2] + bench.before["dog"][::DRAWN]))]
     for name, values in KINDS.items():
         settings = at_most(bench.base, {**RECIPE, **values}, limit)
         found: list[Scores] = []
@@ -202,7 +202,7 @@ def compare(bench: Bench, seeds: int, tell: Callable[[str], None]) -> tuple[list
             after = bench.drawings(bench.model(bench.base, [(result.adapter, 1.0)]))
             found.append(bench.scores(result, after, seconds))
             if seed == 0:
-                rows.append(Row(name, tuple(after["subject"][::2] + after["dog"][::DRAWN])))
+                rows.append(SheetRow(name, tuple(after["subject"][::2] + after["dog"][::DRAWN])))
         count = parameters(bench.base, settings)
         entry = {"kind": name, "rank": settings.rank, "learning_rate": settings.learning_rate, "parameters": count}
         for figure in ("fidelity", "dog_drift", "other_drift", "seconds"):
@@ -230,7 +230,7 @@ def as_markdown(table: list[dict[str, Any]], ends: dict[str, float], seeds: int)
     return "\n".join(lines) + "\n"
 
 
-def two_stages(bench: Bench) -> tuple[dict[str, float], list[Row]]:
+def two_stages(bench: Bench) -> tuple[dict[str, float], list[SheetRow]]:
     """Pixel art first, then the subject on top of it: the second file stacked on the first, and combined with it."""
     from trainer.adapters.apply import apply_to_base
 
@@ -238,7 +238,7 @@ def two_stages(bench: Bench) -> tuple[dict[str, float], list[Row]]:
     values = {**RECIPE, "rank": 8, "targets": "attention-mlp", "save_precision": "fp32"}
     concept = bench.train(style, TrainSettings(**values, seed=1))
     lower = apply_to_base(bench.base, [(concept.adapter, 1.0)])
-    stage = Stage(stacked=[(concept.adapter, 1.0)])
+    stage = StartingPoint(stacked=[(concept.adapter, 1.0)])
     alone = bench.train(bench.subject, TrainSettings(**values), stage, lower)
     both = bench.train(bench.subject, TrainSettings(**values, combine=True), stage, lower)
     columns = {
@@ -254,7 +254,7 @@ def two_stages(bench: Bench) -> tuple[dict[str, float], list[Row]]:
         model = bench.model(bench.base, adapters)
         drawn[name] = [draw(model, f"{text} {place}")[0] for text in TWO_STAGES for place in PLACES]
         figures[f"fidelity, {name}"] = bench.fidelity(bench.drawings(model)["subject"])
-        rows.append(Row(name, tuple(drawn[name])))
+        rows.append(SheetRow(name, tuple(drawn[name])))
     pairs = zip(drawn["stacked"], drawn["combined"], strict=True)
     figures["largest difference of a pixel, stacked and combined"] = max(
         int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs

@@ -36,9 +36,9 @@ from world import compose, pixelate, subject_picture
 
 from trainer.adapters.kohya import Adapter
 from trainer.core.events import SilentListener
-from trainer.core.figures import Row, contact_sheet
+from trainer.core.figures import SheetRow, contact_sheet
 from trainer.data.images import load_pictures
-from trainer.merging.merge import Part, merge
+from trainer.merging.merge import WeightedAdapter, merge
 from trainer.merging.ziplora import learned_merge
 from trainer.models.sampling import generate
 from trainer.settings.merge import LearnedMergeSettings, MergeSettings
@@ -111,7 +111,7 @@ def train_two(bench: Bench, seed: int) -> tuple[Adapter, Adapter]:
 
 def results(bench: Bench, subject: Adapter, style: Adapter, seed: int) -> dict[str, list[tuple[Adapter, float]]]:
     """Row of the table → adapters to draw with."""
-    parts = [Part(subject, "subject"), Part(style, "style")]
+    parts = [WeightedAdapter(subject, "subject"), WeightedAdapter(style, "style")]
     found = {"base": [], "subject alone": [(subject, 1.0)], "style alone": [(style, 1.0)]}
     for name, values in METHODS.items():
         found[name] = [(merge(parts, MergeSettings(**values)).adapter, 1.0)]
@@ -143,7 +143,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     scores: dict[str, list[dict[str, float]]] = {}
-    rows: list[Row] = []
+    rows: list[SheetRow] = []
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch))
         judge = Judge(bench.scorer)
@@ -153,7 +153,7 @@ def main() -> None:
                 scores.setdefault(name, []).append(judge.scores(drawn))
                 print(seed, name, json.dumps(scores[name][-1]), flush=True)
                 if seed == 0:
-                    rows.append(Row(name, tuple(drawn[::2])))
+                    rows.append(SheetRow(name, tuple(drawn[::2])))
     table = as_markdown(scores)
     print(table)
     (arguments.out / "merging.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")

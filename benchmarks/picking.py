@@ -4,8 +4,8 @@ the truth.
     python benchmarks/picking.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
     python benchmarks/picking.py --again    # picks anew from the figures of the last time
 
-Every run learns the striped dog of demo/subject for 800 steps and keeps a checkpoint every 100. `trainer.evaluation.comparison`
-draws and scores them as `python -m trainer compare` does, in places where the subject never was. Reported, as mean and
+Every run learns the striped dog of demo/subject for 800 steps and keeps a checkpoint every 100.
+`trainer.evaluation.comparison` draws and scores them as `python -m trainer compare` does, in places where the subject never was. Reported, as mean and
 spread over the seeds:
     CLIP-I, CLIP-T, drift   what the comparison measures, against the five pictures of the subject
     truth      CLIP-I (the demo's scorer) between the drawings and what the world's own program draws in those places,
@@ -29,11 +29,11 @@ from kinds import DEMO, DRAWN, PLACES, RECIPE, ROOT, Bench
 from trainer.core.events import SilentListener
 from trainer.core.figures import figure_as_picture
 from trainer.dreambooth import train
-from trainer.evaluation.comparison import Comparison, Entry, base_alone, checkpoints, compare
+from trainer.evaluation.comparison import Comparison, ComparisonRow, base_alone, checkpoints, compare
 from trainer.evaluation.comparison_report import sheet
 from trainer.evaluation.evaluator import DRIFT, FIDELITY, FOLLOWING, Evaluation, best_of
-from trainer.evaluation.feature_extractors import CLIP, Judges
-from trainer.evaluation.generator import Drawing, Studio
+from trainer.evaluation.feature_extractors import CLIP, FeatureExtractors
+from trainer.evaluation.generator import CachedGenerator, Drawing
 from trainer.settings.train import TrainSettings
 from trainer.training.runs.checkpoint import RunFolder
 
@@ -42,18 +42,18 @@ SETTINGS: dict[str, Any] = {**RECIPE, "steps": 800, "checkpoint_every": 100, "ta
 MEASURES = {FIDELITY[CLIP]: "fidelity", FOLLOWING: "following", DRIFT[CLIP]: "drift"}
 
 
-def compared(bench: Bench, judges: Judges, seed: int, way: str) -> Comparison:
+def compared(bench: Bench, judges: FeatureExtractors, seed: int, way: str) -> Comparison:
     """Train one run, and score its checkpoints."""
     quiet, cpu, folder = SilentListener(), torch.device("cpu"), bench.folder
     settings, priors = TrainSettings(**SETTINGS, seed=seed), bench.priors if way == WAYS[0] else []
     result = train(bench.base, bench.subject, priors, settings, folder / "out", folder / "runs", "cpu", quiet)
     evaluation = Evaluation(judges, bench.subject, [f"a photo of sks dog {place}" for place in PLACES], "sks", quiet)
-    studio = Studio(bench.base, folder / "pictures", cpu, "fp32", quiet)
+    studio = CachedGenerator(bench.base, folder / "pictures", cpu, "fp32", quiet)
     how = Drawing(count=DRAWN, width=64, height=64, steps=25, guidance=4.0)
     return compare(studio, evaluation, [base_alone(), *checkpoints(RunFolder(result.run).adapters(), "run")], [how])
 
 
-def truth(bench: Bench, entry: Entry) -> float:
+def truth(bench: Bench, entry: ComparisonRow) -> float:
     """Likeness of an entry's pictures to the world's own."""
     return bench.fidelity([one.open() for one in entry.evaluated.pictures])
 
@@ -133,7 +133,7 @@ def drawn(arguments: argparse.Namespace) -> dict[str, list[dict[str, Any]]]:
     """Train, draw and score all runs."""
     runs: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     with tempfile.TemporaryDirectory() as scratch:
-        bench, judges = Bench(Path(scratch)), Judges.open(str(DEMO / "scorer"), "", torch.device("cpu"))
+        bench, judges = Bench(Path(scratch)), FeatureExtractors.open(str(DEMO / "scorer"), "", torch.device("cpu"))
         for seed in range(arguments.seeds):
             for way in WAYS:
                 found = compared(bench, judges, seed, way)

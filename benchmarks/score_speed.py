@@ -30,8 +30,8 @@ from trainer.core.events import SilentListener  # noqa: E402
 from trainer.data.images import load_pictures  # noqa: E402
 from trainer.evaluation.feature_extractors import (  # noqa: E402
     BATCH,
+    FeatureExtractors,
     FeatureModel,
-    Judges,
 )
 from trainer.evaluation.score_table import score_pictures  # noqa: E402
 
@@ -72,7 +72,7 @@ def main() -> None:
 
         rounds = []
         for _ in range(arguments.rounds + 1):
-            scoring = timed(lambda: score_pictures(pictures, [], references, Judges(model), listener))
+            scoring = timed(lambda: score_pictures(pictures, [], references, FeatureExtractors(model), listener))
             rounds.append((scoring, timed(bare)))
     scored, passed = (statistics.median(column) for column in zip(*rounds[1:], strict=True))  # the first warms up
     facts = {"pictures": total, "side": arguments.side, "scoring": scored, "bare": passed, "ratio": scored / passed}

@@ -304,12 +304,12 @@ def lent_weights(model: Any, clip: Any) -> Mapping[str, Any]:
 
 class _LentWeights(Mapping[str, Any]):
     def __init__(self, weights: _Weights) -> None:
-        from ..trainer.adapters.names import kohya_name, place_of
+        from ..trainer.adapters.names import kohya_name, module_path
 
         self._weights = weights
         aliases = [name for name in weights.names() if len(weights.shape(name) or ()) > 1]
         sdxl = any(name.startswith(("lora_unet_label_emb", "lora_te2_")) for name in weights.names())
-        self._aliases = {kohya_name(place_of(name), sdxl=sdxl): name for name in aliases}
+        self._aliases = {kohya_name(module_path(name), sdxl=sdxl): name for name in aliases}
 
     def __getitem__(self, name: str) -> Any:
         return self._weights.current(self._aliases[name])

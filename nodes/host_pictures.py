@@ -23,7 +23,7 @@ class _Notebook:
     def __init__(self) -> None:
         self.warnings: list[str] = []
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         if isinstance(event, Note) and event.warning:
             self.warnings.append(event.text)
 

@@ -38,7 +38,7 @@ class NodeListener:
 
         return bool(comfy.model_management.processing_interrupted())
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Show an event; warnings and notes also go to the log."""
         if isinstance(event, Note):
             logger.log(logging.WARNING if event.warning else logging.INFO, "%s", event.text)
@@ -98,7 +98,7 @@ class TrainingListener(NodeListener):
         live.begin(node_id)
         self._send(state="starting", name=name)
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Show an event."""
         if isinstance(event, Opened):
             self._keep(event)
@@ -115,7 +115,7 @@ class TrainingListener(NodeListener):
                 self._send_progress(event.done, event.total)
                 self._send(state=event.name, done=event.done, total=event.total)
         else:
-            super().tell(event)
+            super().report(event)
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:

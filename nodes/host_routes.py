@@ -1,7 +1,8 @@
 """The bridge to ComfyUI, continued: what the pack's pages ask the server, all below /dreambooth.
 
 Reading is free to whoever may open ComfyUI. What changes something wants a header that no foreign page can send, and an
-origin that is ComfyUI's own. No name leads out of the folders that it belongs to (`trainer.training.runs.index`, `host.input_path`).
+origin that is ComfyUI's own. No name leads out of the folders that it belongs to (`training.runs.index`,
+`host.input_path`).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..trainer.core.errors import TrainerError
 from . import host, live
 
 if TYPE_CHECKING:
-    from ..trainer.training.runs.index import Shelf
+    from ..trainer.training.runs.index import RunIndex
 
 logger = logging.getLogger("dreambooth_lora")
 _PREFIX = "/dreambooth"
@@ -75,10 +76,10 @@ def _require_own_page(request: web.Request) -> None:
         raise web.HTTPRequestEntityTooLarge(_LARGEST_BODY, length or 0)
 
 
-def _shelf() -> Shelf:
-    from ..trainer.training.runs.index import Shelf
+def _shelf() -> RunIndex:
+    from ..trainer.training.runs.index import RunIndex
 
-    return Shelf(host.work_folder() / "runs")
+    return RunIndex(host.work_folder() / "runs")
 
 
 async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:

@@ -43,12 +43,12 @@ class ResizeLora(Node):
         """Resize."""
         import torch
 
-        from ..trainer.merging.merge import Part, resize
+        from ..trainer.merging.merge import WeightedAdapter, resize
 
         settings = ReductionSettings.checked(values)
         with host.interruptible():
             resized = resize(
-                Part(as_adapter(lora), "the adapter"),
+                WeightedAdapter(as_adapter(lora), "the adapter"),
                 settings,
                 host.lent_weights(model, clip),
                 torch.device(host.algebra_device()),

@@ -108,12 +108,12 @@ class MergeLoras(Node):
         """Merge."""
         import torch
 
-        from ..trainer.merging.merge import Part, merge
+        from ..trainer.merging.merge import WeightedAdapter, merge
 
         settings = MergeSettings.checked(method)
         connected = [lora for lora in loras.values() if lora is not None]
         parts = [
-            Part(as_adapter(lora), _title(lora, number), *pair)
+            WeightedAdapter(as_adapter(lora), _title(lora, number), *pair)
             for number, (lora, pair) in enumerate(
                 zip(connected, read_strengths(strengths, len(connected)), strict=True), start=1
             )
@@ -196,14 +196,14 @@ class ScaleLora(Node):
     ) -> io.NodeOutput:
         """Scale."""
         from ..trainer.core.errors import SettingsError
-        from ..trainer.merging.merge import Part, merge
+        from ..trainer.merging.merge import WeightedAdapter, merge
         from ..trainer.settings.merge import read_block_weights
 
         try:
             blocks = read_block_weights(block_weights)
         except ValueError as error:
             raise SettingsError(f"block_weights: {error}.", "Write PATTERN=FACTOR, separated by blanks.") from None
-        part = Part(as_adapter(lora), _title(lora, 1), strength_model, strength_clip, blocks)
+        part = WeightedAdapter(as_adapter(lora), _title(lora, 1), strength_model, strength_clip, blocks)
         merged = merge([part], MergeSettings(), host.lent_weights(model, clip))
         return io.NodeOutput(as_wire(merged.adapter))
 
@@ -268,13 +268,13 @@ class LearnedMerge(Node):
     ) -> io.NodeOutput:
         """Train the coefficients and merge."""
         from ..trainer.core.devices import pick_device
-        from ..trainer.merging.merge import Part
+        from ..trainer.merging.merge import WeightedAdapter
         from ..trainer.merging.ziplora import learned_merge
 
         settings = LearnedMergeSettings.checked(values)
         given = ((subject_lora, subject_strength), (style_lora, style_strength))
         parts: Sequence[Any] = [
-            Part(as_adapter(lora), _title(lora, number), strength, strength)
+            WeightedAdapter(as_adapter(lora), _title(lora, number), strength, strength)
             for number, (lora, strength) in enumerate(given, start=1)
         ]
         with host.training_mode():

@@ -100,7 +100,7 @@ class PickBestCheckpoint(Node):
         from ..trainer.evaluation.comparison import base_alone, checkpoints, compare
         from ..trainer.evaluation.comparison_report import as_markdown, plot, sheet, write_report
         from ..trainer.evaluation.evaluator import Evaluation
-        from ..trainer.evaluation.generator import Studio, drawings
+        from ..trainer.evaluation.generator import CachedGenerator, drawings
         from ..trainer.training.runs.checkpoint import RunFolder
 
         values["prompts"] = values["prompts"].replace("{subject}", subject.instance_prompt)
@@ -113,7 +113,7 @@ class PickBestCheckpoint(Node):
             evaluation = Evaluation(judges, subject.pictures, split_prompts(settings.prompts), settings.token, listener)
             base = host.borrow_base(model, clip, vae)
             place = host.work_folder() / "pictures"
-            studio = Studio(base, place, device, pick_precision(precision, device), listener)  # type: ignore[arg-type]
+            studio = CachedGenerator(base, place, device, pick_precision(precision, device), listener)  # type: ignore[arg-type]
             comparison = compare(studio, evaluation, [base_alone(), *found], drawings(settings))
         write_report(comparison, host.work_folder() / "scores" / folder.path.name)
         best = comparison.best.contender if comparison.best else found[-1]

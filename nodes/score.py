@@ -41,14 +41,14 @@ def download_input() -> io.Input:
 
 
 def open_judges(clip: str, dino: str, download: bool) -> Any:
-    """The engine's `Judges` of models named as ComfyUI's folders have them; blank: none."""
+    """The engine's `FeatureExtractors` of models named as ComfyUI's folders have them; blank: none."""
     import torch
 
-    from ..trainer.evaluation.feature_extractors import Judges
+    from ..trainer.evaluation.feature_extractors import FeatureExtractors
 
     names = [host_models.feature_model(name.strip()) if name.strip() else "" for name in (clip, dino)]
     device = torch.device(host.device_name())
-    return Judges.open(*names, device, download=download, tokenizer=host_models.clip_tokenizer())
+    return FeatureExtractors.open(*names, device, download=download, tokenizer=host_models.clip_tokenizer())
 
 
 def _score(

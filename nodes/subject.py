@@ -8,7 +8,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..trainer.core.errors import PicturesError
-from ..trainer.core.prompts import article, filled, split_prompts, without_token
+from ..trainer.core.prompts import article, fill_placeholders, split_prompts, without_token
 from ..trainer.data.folder import CaptionSource, MaskSource, Reading
 from ..trainer.settings.data import PictureSettings
 from . import host
@@ -130,7 +130,7 @@ class Subject(Node):
                 "Connect pictures to 'images' and choose no folder, or put text files and masks into the folder.",
             )
         template = (split_prompts(caption) or [""])[0]
-        prompts = " ".join(filled(caption, token, class_noun).split())
+        prompts = " ".join(fill_placeholders(caption, token, class_noun).split())
         pictures = load_pictures(
             list(images) if connected else host.input_path(folder),
             prompts,
@@ -139,7 +139,7 @@ class Subject(Node):
             captions=[line for line in captions.splitlines() if line.strip()],
             masks=[] if mask is None else list(mask),
         )
-        prompt = " ".join(filled(template, token, class_noun).split())
+        prompt = " ".join(fill_placeholders(template, token, class_noun).split())
         class_prompt = _class_prompt(template, token, class_noun)
         before: tuple[Any, ...] = (subject.pictures, subject.class_prompts) if subject else ((), ())
         class_prompts = tuple(dict.fromkeys((*before[1], class_prompt)))

@@ -172,7 +172,7 @@ class TrainLora(Node):
     ) -> io.NodeOutput:
         """Train and apply the adapter."""
         from ..trainer.core.errors import SettingsError
-        from ..trainer.training.export import Stage
+        from ..trainer.training.export import StartingPoint
 
         checked = TrainSettings.checked({**(settings or {}), **values})
         if checked.combine and base_lora is None:
@@ -185,7 +185,9 @@ class TrainLora(Node):
         lower = (model, clip)
         if stacked:
             lower = host.apply_adapter(model, clip, base_lora, base_lora_strength, base_lora_strength)
-        result = run_training(cls.hidden, (*lower, vae), subject, priors, class_images, checked, Stage(start, stacked))
+        result = run_training(
+            cls.hidden, (*lower, vae), subject, priors, class_images, checked, StartingPoint(start, stacked)
+        )
         adapter = as_wire(result.adapter)
         trained = host.apply_adapter(*((model, clip) if checked.combine else lower), adapter, 1.0, 1.0)
         return io.NodeOutput(*trained, adapter, str(result.path), str(result.run), ui={"text": [str(result.path)]})
@@ -239,10 +241,10 @@ class FineTuneCheckpoint(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train, and load the checkpoint."""
-        from ..trainer.training.export import Stage
+        from ..trainer.training.export import StartingPoint
 
         checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
-        result = run_training(cls.hidden, (model, clip, vae), subject, priors, class_images, checked, Stage())
+        result = run_training(cls.hidden, (model, clip, vae), subject, priors, class_images, checked, StartingPoint())
         adapter = as_wire(result.adapter)
         tuned = host.load_checkpoint(result.checkpoint)
         return io.NodeOutput(*tuned, adapter, str(result.checkpoint), ui={"text": [str(result.checkpoint)]})
@@ -261,7 +263,7 @@ def run_training(
     from ..trainer.data.image_check import check_pictures
     from ..trainer.data.images import load_pictures
     from ..trainer.dreambooth import train
-    from ..trainer.training.presets import changed, filled
+    from ..trainer.training.presets import apply_preset, changed
 
     workflow = (hidden.extra_pnginfo or {}).get("workflow")
     listener = TrainingListener(hidden.unique_id, settings.name, subject.pictures, workflow)
@@ -273,7 +275,7 @@ def run_training(
             class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)
         with host.training_mode():
             base = host.borrow_base(*parts)
-            settings = filled(settings, base.family, listener, changed(settings))
+            settings = apply_preset(settings, base.family, listener, changed(settings))
             check_pictures(subject.pictures, settings.resolution, listener)
             return train(
                 base,

@@ -16,19 +16,19 @@ from torch import Tensor
 
 from .adapters.metadata import RunFacts, training_metadata
 from .core.devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
-from .core.distributed import Team, accelerate_state_kept, make_accelerator
+from .core.distributed import ProcessGroup, accelerate_state_kept, make_accelerator
 from .core.errors import CancelledError, DivergedError
 from .core.events import Listener, Note, Opened, SilentListener, Validation
-from .core.throughput import Pace
+from .core.throughput import Throughput
 from .data.images import Picture, split_off
 from .data.latent_cache import Cache, build_cache, leave
 from .models.families.base import BaseWeights, DiffusionModel
 from .models.nf4 import require_quantizable
 from .settings.train import TrainSettings
 from .training.averaging import Averaging
-from .training.export import Stage, TrainResult, export
-from .training.loss import Captions, Passes
-from .training.memory.fit import Fit
+from .training.export import StartingPoint, TrainResult, export
+from .training.loss import LossComputer, TextConditioning
+from .training.memory.fit import MemoryBudget
 from .training.optimizers import (
     learning_rate_factor,
     make_optimizer,
@@ -41,7 +41,7 @@ from .training.previews import Previews
 from .training.runs.checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
 from .training.runs.metrics import is_validated
 from .training.runs.trackers import watched
-from .training.trainable import Trainee, begin
+from .training.trainable import Trainable, make_trainable
 
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or set base_quantization; the run then resumes"
 _BUILT = ("model", "trainee", "averaging", "optimizer", "accelerator", "cache", "captions", "passes", "previews")
@@ -57,7 +57,7 @@ def train(
     device: str = "auto",
     listener: Listener | None = None,
     *,
-    stage: Stage | None = None,
+    stage: StartingPoint | None = None,
     checkpoints_dir: Path | None = None,
 ) -> TrainResult:
     """Train an adapter on a subject, or go on with a run that was interrupted, or return one that is finished.
@@ -82,7 +82,7 @@ def train(
         StorageError: The folders can't be written or have no room.
     """
     place = pick_device(device)
-    fit = Fit(settings, place, Team.here(cpu=place.type == "cpu"))
+    fit = MemoryBudget(settings, place, ProcessGroup.here(cpu=place.type == "cpu"))
     places = (base, subject, priors, settings, output_dir, runs_dir, fit.device, listener, stage, checkpoints_dir)
     with accelerate_state_kept():
         return fit.attempt(lambda: DreamBooth(*places, fit), listener or SilentListener())
@@ -106,16 +106,16 @@ class DreamBooth:
         runs_dir: Path,
         device: torch.device,
         listener: Listener | None = None,
-        stage: Stage | None = None,
+        stage: StartingPoint | None = None,
         checkpoints_dir: Path | None = None,
-        fit: Fit | None = None,
+        fit: MemoryBudget | None = None,
     ) -> None:
         """Take the inputs; nothing is built yet."""
         self.base, self.subject, self.priors, self.given = base, list(subject), list(priors), settings
-        self.settings, self.fit = settings, fit or Fit(settings, device)
+        self.settings, self.fit = settings, fit or MemoryBudget(settings, device)
         self.taught, self.held_out = split_off(self.subject, settings.validation_pictures, settings.seed)
         self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
-        self.stage, self.checkpoints_dir = stage or Stage(), checkpoints_dir or output_dir
+        self.stage, self.checkpoints_dir = stage or StartingPoint(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
         self.precision = pick_precision(settings.precision, device)
         self.team = self.fit.team
@@ -132,10 +132,12 @@ class DreamBooth:
         last, newest = self.previews.finished_at(), self.run_folder.newest(self.settings.steps)
         self.team.wait()
         if last is not None:
-            self.listener.tell(Note(f"This run is finished already: {self.run_folder.path}"))
+            self.listener.report(Note(f"This run is finished already: {self.run_folder.path}"))
             return self._export(self.run_folder.trained(last), last, last)
         alone = contextlib.nullcontext(self.listener)
-        watching = watched(self.listener, self.run_folder, self.settings, newest) if self.team.leads else alone
+        watching = (
+            watched(self.listener, self.run_folder, self.settings, newest) if self.team.is_main_process else alone
+        )
         with watching as self.listener, explained_memory_errors(_LOWER):
             self.prepare()
             self._resume(newest)
@@ -162,10 +164,10 @@ class DreamBooth:
         )
         shown = {"base": self.base.title} | settings.model_dump(mode="json")
         which, anew = (self.runs_dir, settings.name, self.fingerprint, shown), settings.resume == "never"
-        self.run_folder = self.fit.folder = self.fit.folder or self.team.of_leader(
+        self.run_folder = self.fit.folder = self.fit.folder or self.team.broadcast_from_main(
             lambda: RunFolder.open(*which, anew=anew)
         )
-        self.listener.tell(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
+        self.listener.report(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
         self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
 
     def prepare(self) -> None:
@@ -175,14 +177,14 @@ class DreamBooth:
         self.model = self.base.family.build(self.base)
         self.objective = self.model.objective.shaped(self.settings).to(self.device)
         self.model.objective = self.objective.as_type(self.objective.prediction_type)  # which previews are drawn with
-        with self.team.leader_first():
+        with self.team.main_process_first():
             self.cache = self._encode()
         self._begin_training()
 
     def _encode(self) -> Cache:
         """Encode pictures and captions, or read what this run encoded before; what is not trained leaves."""
         trained = self.settings.text_rates
-        if self.team.leads:
+        if self.team.is_main_process:
             self.previews.encode(self.model, trained, self.listener)
         cache = Cache.load(self.run_folder.cache_path)
         if cache is None:
@@ -197,7 +199,7 @@ class DreamBooth:
     def _begin_training(self) -> None:
         """Bring the networks to device and precision, make them trainable, set up optimiser and accelerator."""
         settings, dtype = self.settings, DTYPES[self.precision]
-        self.trainee: Trainee = begin(self.model, settings, self.device, dtype, self.stage.start)
+        self.trainee: Trainable = make_trainable(self.model, settings, self.device, dtype, self.stage.start)
         if settings.gradient_checkpointing:
             self.model.unet.enable_gradient_checkpointing()
             for encoder in self.model.text_encoders.values():
@@ -210,8 +212,10 @@ class DreamBooth:
         self.optimizer = self.accelerator.prepare(optimizer)
         autocast = self.accelerator.autocast
         text = self.previews.joined(self.cache.text)
-        self.captions = Captions(self.model, text, list(settings.text_rates), self.device, dtype, autocast)
-        self.passes = Passes(self.model, self.objective, self.cache, self.captions, settings, dtype, self.team.share)
+        self.captions = TextConditioning(self.model, text, list(settings.text_rates), self.device, dtype, autocast)
+        self.passes = LossComputer(
+            self.model, self.objective, self.cache, self.captions, settings, dtype, self.team.share
+        )
 
     def _resume(self, step: int) -> None:
         """Load the checkpoint of that step; 0: the run is new, and first looks whether the model fits."""
@@ -226,11 +230,11 @@ class DreamBooth:
         if self.accelerator.scaler is not None and checkpoint.extra.get("scaler"):
             self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
         self.step = step
-        self.listener.tell(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
+        self.listener.report(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
 
     def _loop(self) -> int:
         """Train to the last step, or until it gets no better; leave a checkpoint however it ends. The best step."""
-        settings, pace = self.settings, Pace(self.settings.steps, self.step, self.device)
+        settings, pace = self.settings, Throughput(self.settings.steps, self.step, self.device)
         previous: tuple[int, float, Tensor] | None = None
         try:
             best = self._preview()  # of the base itself, or of a step at which the run was stopped
@@ -260,12 +264,14 @@ class DreamBooth:
                 self.team.wait()  # a process that left now would let the launcher end the leader while it saves
             raise
         if best is not None:
-            self.listener.tell(Note(f"Stopped early: step {best} shows the subject best; since then the class drifts."))
+            self.listener.report(
+                Note(f"Stopped early: step {best} shows the subject best; since then the class drifts.")
+            )
         return best or self.step
 
     def _preview(self) -> int | None:
         """Draw and score what this step can do, if it is due; the best step if the run should stop here."""
-        if self.team.leads:
+        if self.team.is_main_process:
             with self.averaging.shown():
                 if self.previews.due(self.step):
                     self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
@@ -278,7 +284,7 @@ class DreamBooth:
     def _validate(self) -> None:
         """Tell the loss on the held-out pictures, if there are any and it was not told before."""
         if self.cache.validation is not None and not is_validated(self.run_folder.metrics_path, self.step):
-            self.listener.tell(Validation(self.step, self.passes.validation_loss(self.cache.validation)))
+            self.listener.report(Validation(self.step, self.passes.validation_loss(self.cache.validation)))
 
     def _freeze_text_encoders(self) -> None:
         """Leave the text encoders as they are: their captions are encoded one last time, and they leave."""
@@ -288,7 +294,7 @@ class DreamBooth:
         self._consistent = True
         self.captions.freeze()
         release(self.device)
-        self.listener.tell(Note(f"The text encoders stay as they are after step {self.step}."))
+        self.listener.report(Note(f"The text encoders stay as they are after step {self.step}."))
 
     def train_step(self, factor: float) -> Tensor:
         """One optimiser step: gradient_accumulation passes, clip, update. Returns the mean loss, on the device.
@@ -315,12 +321,12 @@ class DreamBooth:
                     self.averaging.update()
         return total
 
-    def _report(self, pace: Pace, step: int, rate: float, loss: Tensor) -> None:
+    def _report(self, pace: Throughput, step: int, rate: float, loss: Tensor) -> None:
         """Tell the listener of a step, and stop the run if its loss is not a finite number."""
         value = float(loss)
         if not math.isfinite(value):
             raise diverged(value, step, self.settings.learning_rate, self.precision, self.run_folder)
-        self.listener.tell(pace.event(step, value, rate))
+        self.listener.report(pace.event(step, value, rate))
 
     def _save(self) -> None:
         """Write a checkpoint of the current step."""
@@ -335,7 +341,7 @@ class DreamBooth:
             trained = self.trainee.saved(self._metadata(self.step))
         keep, best = self.settings.keep_checkpoints, self.previews.best()
         state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra, self.averaging.raw())
-        if self.team.leads:
+        if self.team.is_main_process:
             self.run_folder.save(state, keep, best=best, keep_adapters=self.settings.keep_adapters)
 
     def _save_interrupted(self) -> None:
@@ -343,7 +349,7 @@ class DreamBooth:
         saved = self.step in self.run_folder.steps()
         if self.step and not saved and self._consistent and self.trainee.is_finite():
             self._save()
-            self.listener.tell(
+            self.listener.report(
                 Note(f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}")
             )
 
@@ -369,10 +375,10 @@ class DreamBooth:
         """Write the files."""
         metadata, stacked = self._metadata(step), self.stage.stacked
         if saved.weights is not None:
-            self.listener.tell(Note("Writing the checkpoint and extracting the LoRA; this takes a minute or two."))
-        with self.team.leader_first():  # the others find what it wrote
+            self.listener.report(Note("Writing the checkpoint and extracting the LoRA; this takes a minute or two."))
+        with self.team.main_process_first():  # the others find what it wrote
             files = export(self.base, saved, stacked, self.settings, metadata, self.output_dir, self.checkpoints_dir)
         for path in (files.checkpoint, files.path):
             if path is not None:
-                self.listener.tell(Note(f"{'Checkpoint' if path == files.checkpoint else 'Adapter'}: {path}"))
+                self.listener.report(Note(f"{'Checkpoint' if path == files.checkpoint else 'Adapter'}: {path}"))
         return TrainResult(files.adapter, files.path, self.run_folder.path, step, started_from, files.checkpoint)

@@ -30,7 +30,7 @@ from pack.trainer.models.families.clip import text_component
 from pack.trainer.models.families.ldm import unet_component, unet_config, vae_component
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import PriorSettings, TrainCommand, TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
@@ -66,7 +66,7 @@ def sd15() -> BaseWeights:
 def test_unet_modules_are_named_and_shaped_as_kohyas(
     targets: Any, mark: tuple[str, ...], count: int, sd15: BaseWeights
 ) -> None:
-    lora = TrainedAdapter(sd15.family.build(sd15), TrainSettings(rank=4, targets=targets))
+    lora = TrainableAdapter(sd15.family.build(sd15), TrainSettings(rank=4, targets=targets))
     ours = shapes_of(lora)
     golden = {
         name: shapes
@@ -77,7 +77,7 @@ def test_unet_modules_are_named_and_shaped_as_kohyas(
     assert ours == golden
 
 
-def shapes_of(lora: TrainedAdapter, start: str = "lora_") -> Golden:
+def shapes_of(lora: TrainableAdapter, start: str = "lora_") -> Golden:
     """Shapes of the two matrices of every module whose name begins so."""
     return {
         name: [list(part.shape) for part in layer.parts.values()]
@@ -87,7 +87,7 @@ def shapes_of(lora: TrainedAdapter, start: str = "lora_") -> Golden:
 
 
 def test_text_encoder_modules_are_named_as_kohyas(sd15: BaseWeights) -> None:
-    lora = TrainedAdapter(sd15.family.build(sd15), TrainSettings(rank=4, text_encoder_lr=1e-5))
+    lora = TrainableAdapter(sd15.family.build(sd15), TrainSettings(rank=4, text_encoder_lr=1e-5))
     assert shapes_of(lora) == GOLDEN
     assert len(shapes_of(lora, "lora_te_")) == 72
     encoder = sd15.family.build(sd15).text_encoders["text_encoder"]
@@ -98,7 +98,7 @@ def test_text_encoder_modules_are_named_as_kohyas(sd15: BaseWeights) -> None:
 def test_convolutions_are_named_and_shaped_as_kohyas(sd15: BaseWeights) -> None:
     """Kohya's conv_dim is the rank of 3×3 convolutions alone."""
     settings = TrainSettings(rank=4, conv_rank=2, targets="all", text_encoder_lr=1e-5)
-    assert shapes_of(TrainedAdapter(sd15.family.build(sd15), settings)) == GOLDEN_CONV
+    assert shapes_of(TrainableAdapter(sd15.family.build(sd15), settings)) == GOLDEN_CONV
 
 
 # The file
@@ -359,7 +359,7 @@ def test_diffusers_and_merging_reproduce_the_trained_model(
 ) -> None:
     model = built(demo_base)
     plain = prediction(model)
-    lora = TrainedAdapter(model, TrainSettings(rank=4, alpha=2.0, targets=targets))
+    lora = TrainableAdapter(model, TrainSettings(rank=4, alpha=2.0, targets=targets))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.layers.values():

@@ -11,9 +11,9 @@ import torch
 from adapter_maths import added, error, lora_named, merged
 from helpers import ROOT
 from pack.trainer.adapters.kohya import Adapter, parse_adapter
-from pack.trainer.adapters.names import Place, block_order, family_of, kohya_name, place_of, with_kohya_names
+from pack.trainer.adapters.names import ModulePath, block_order, family_of, kohya_name, module_path, with_kohya_names
 from pack.trainer.core.errors import AdapterError
-from pack.trainer.merging.merge import Part, merge
+from pack.trainer.merging.merge import WeightedAdapter, merge
 from pack.trainer.settings.merge import MergeSettings
 from torch import Tensor
 
@@ -37,7 +37,7 @@ def tensors_named(adapter: Adapter, form: str) -> dict[str, Tensor]:
     """The tensors as another program names them."""
     found = {}
     for name, layer in adapter.layers.items():
-        place = place_of(name)
+        place = module_path(name)
         start = {
             "diffusers": f"{place}",
             "PEFT": f"base_model.model.{place.path}" if place.component == "unet" else f"{place}",
@@ -59,7 +59,7 @@ def tensors_named(adapter: Adapter, form: str) -> dict[str, Tensor]:
 def test_the_place_of_a_name_has_that_name(path: Path) -> None:
     xl = "sdxl" in path.stem
     names = names_in(path)
-    places = [place_of(name) for name in names]
+    places = [module_path(name) for name in names]
     assert [kohya_name(place, sdxl=xl) for place in places] == names
     assert len(set(places)) == len(names)
 
@@ -67,7 +67,7 @@ def test_the_place_of_a_name_has_that_name(path: Path) -> None:
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_blocks_are_known_and_sorted(path: Path) -> None:
     """No module of a UNet's blocks is counted as one outside of them."""
-    blocks = {place_of(name).block for name in names_in(path)}
+    blocks = {module_path(name).block for name in names_in(path)}
     levels = 3 if "sdxl" in path.stem else 4
     unet = {"mid", *(f"{side} {level}" for side in ("down", "up") for level in range(levels))}
     if "conv" not in path.stem:
@@ -105,7 +105,7 @@ def test_blocks_are_known_and_sorted(path: Path) -> None:
     ],
 )
 def test_places_by_name(name: str, place: str) -> None:
-    assert str(place_of(name)) == place
+    assert str(module_path(name)) == place
 
 
 # One module under several names
@@ -204,8 +204,8 @@ def test_names_stay_as_they_were_where_no_other_is_needed(names: list[str]) -> N
 def test_the_third_text_encoder_is_one() -> None:
     """SD 3's and Flux's T5 has the strength of text encoders."""
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
-    assert place_of(name).block.startswith("text")
-    assert Part(lora_named(1, name), "A", 2.0, 0.5).weight(name) == 0.5
+    assert module_path(name).block.startswith("text")
+    assert WeightedAdapter(lora_named(1, name), "A", 2.0, 0.5).weight(name) == 0.5
 
 
 def test_vectors_are_named_as_their_modules() -> None:
@@ -222,7 +222,7 @@ def test_two_names_of_one_module_in_one_file_are_not_lost_in_silence() -> None:
     layers = [lora_named(n).layers["m"] for n in (1, 2)]
     adapter = Adapter(dict(zip(names, layers, strict=True)), family)
     with contextlib.suppress(AdapterError):
-        result = merge([Part(adapter, "A")], MergeSettings()).adapter
+        result = merge([WeightedAdapter(adapter, "A")], MergeSettings()).adapter
         whole = sum((added(layer, SHAPE) for layer in result.layers.values()), torch.zeros(SHAPE).double())
         assert error(whole, added(layers[0], SHAPE) + added(layers[1], SHAPE)) < 1e-5
 
@@ -277,6 +277,6 @@ def test_metadata_tell_the_family_where_modules_don_t(key: str, value: str, fami
 
 
 def test_a_place_is_told_as_a_path() -> None:
-    place = Place("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1")
+    place = ModulePath("text_encoder_2", "text_model.encoder.layers.0.mlp.fc1")
     assert (str(place), place.block) == ("text_encoder_2.text_model.encoder.layers.0.mlp.fc1", "text 2")
-    assert Place("unet", "conv_in").block == "other"
+    assert ModulePath("unet", "conv_in").block == "other"

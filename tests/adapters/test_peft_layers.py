@@ -17,7 +17,7 @@ from pack.trainer.adapters.targets import choose_targets
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from worlds import (
@@ -51,9 +51,9 @@ def settings_of(kind: str, family: str = "SD 1", **values: Any) -> TrainSettings
     return TrainSettings(**{**COMMON, **KINDS[kind], **TEXTS[family], **values})
 
 
-def injected(base: BaseWeights, settings: TrainSettings) -> tuple[DiffusionModel, TrainedAdapter]:
+def injected(base: BaseWeights, settings: TrainSettings) -> tuple[DiffusionModel, TrainableAdapter]:
     model = base.family.build(base)
-    return model, TrainedAdapter(model, settings)
+    return model, TrainableAdapter(model, settings)
 
 
 # A kind in the model and in its file

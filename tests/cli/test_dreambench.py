@@ -20,7 +20,7 @@ from pack.trainer.core.events import Note, Phase, Step
 from pack.trainer.data.image_cache import drawn_picture
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.evaluation.evaluator import Evaluation
-from pack.trainer.evaluation.feature_extractors import Judges
+from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import generate, ready_model
 from pack.trainer.settings.evaluate import DreamBenchCommand
@@ -114,11 +114,13 @@ def benched(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def judges() -> Judges:
-    return Judges.open(HOW["clip"], "", CPU)
+def judges() -> FeatureExtractors:
+    return FeatureExtractors.open(HOW["clip"], "", CPU)
 
 
-def run(base: Path, data: Path, output: Path, judges: Judges, listener: Recorder, **changes: Any) -> dict[str, Path]:
+def run(
+    base: Path, data: Path, output: Path, judges: FeatureExtractors, listener: Recorder, **changes: Any
+) -> dict[str, Path]:
     """The same without the command line, so that it can be stopped."""
     settings = DreamBenchCommand.checked({"base": base, "data": data, "output_dir": output, **HOW, **changes})
     return dreambench(open_base(base), settings, judges, listener)
@@ -165,7 +167,7 @@ def test_the_table_holds_every_subject_and_what_was_published(benched: Path) -> 
 
 @pytest.mark.parametrize("name", ["my_cup", "puppy"])
 def test_marks_are_those_of_the_files_own_pictures(
-    name: str, benched: Path, data: Path, tiny_checkpoint: Path, judges: Judges
+    name: str, benched: Path, data: Path, tiny_checkpoint: Path, judges: FeatureExtractors
 ) -> None:
     """Things are drawn by the prompts for objects, live subjects by theirs; with and without the adapter file."""
     base = open_base(tiny_checkpoint)
@@ -271,12 +273,12 @@ def test_an_interrupted_bench_goes_on(
     benched: Path,
     tiny_checkpoint: Path,
     data: Path,
-    judges: Judges,
+    judges: FeatureExtractors,
     tmp_path: Path,
 ) -> None:
     """No step is trained twice, no picture drawn twice, and the table is that of the whole run."""
     first, second = StopWhen(at_subject(number, event)), Recorder()
-    fresh = Judges(judges.models["CLIP"])
+    fresh = FeatureExtractors(judges.models["CLIP"])
     with pytest.raises(CancelledError):
         run(tiny_checkpoint, data, tmp_path, fresh, first, drift=True)
     before = stamps(tmp_path)
@@ -297,7 +299,7 @@ def test_an_interrupted_bench_goes_on(
 
 
 def test_one_subject_gone_on_from_an_adapter(
-    benched: Path, tiny_checkpoint: Path, data: Path, judges: Judges, tmp_path: Path
+    benched: Path, tiny_checkpoint: Path, data: Path, judges: FeatureExtractors, tmp_path: Path
 ) -> None:
     """At a rate that moves nothing the adapter stays the one that it started from, and so do its marks."""
     start = tmp_path / "start.safetensors"

@@ -25,7 +25,7 @@ from checkpoints import sd15_checkpoint
 from comfy_graphs import CHECKPOINT, graph, node
 from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, find_comfyui
 from helpers import DEMO, ROOT
-from pack.trainer.training.runs.index import Shelf
+from pack.trainer.training.runs.index import RunIndex
 from PIL import Image
 from run_trees import SHOWN, tree
 from worlds import World, make_world
@@ -58,7 +58,7 @@ class Site:
     """A running ComfyUI with a finished run, and pictures."""
 
     server: ComfyServer
-    shelf: Shelf
+    shelf: RunIndex
     run: str
 
     @property
@@ -131,7 +131,7 @@ def site(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sit
     (run.parent / "linked").symlink_to(base_dir / "secret", target_is_directory=True)
     fill_input(base_dir / "input", base_dir / "secret")
     with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as server:
-        yield Site(server, Shelf(runs / "runs"), run.name)
+        yield Site(server, RunIndex(runs / "runs"), run.name)
 
 
 @pytest.mark.parametrize("prefix", ["", "/api"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from pack.trainer.core.figures import Row, contact_sheet, figure_as_picture
+from pack.trainer.core.figures import SheetRow, contact_sheet, figure_as_picture
 from PIL import Image
 
 LONG = "a photo of a dog on top of a purple rug in a forest with sunflowers around it"
@@ -19,8 +19,8 @@ def sheet(
     """Two rows of three plain pictures; the second row's label, title and note are given."""
     pictures = [Image.new("RGB", size, colour) for colour in COLOURS]
     rows = [
-        Row("base", tuple(pictures[:3]), ("",) * 3 if note else ()),
-        Row(label, tuple(pictures[3:]), ("", note, "") if note else ()),
+        SheetRow("base", tuple(pictures[:3]), ("",) * 3 if note else ()),
+        SheetRow(label, tuple(pictures[3:]), ("", note, "") if note else ()),
     ]
     return contact_sheet("what is shown", ["a dog", title, "a cat"], rows, cell)
 
@@ -80,10 +80,10 @@ def test_small_pictures_are_enlarged_without_smoothing_and_large_ones_shrunk() -
     """The colours of a chequered one stay its own; of fine lines only their mean is left."""
     checks = np.indices((4, 4)).sum(0) % 2 * 255
     small = Image.fromarray(np.stack([checks] * 3, -1).astype(np.uint8))
-    shown = contact_sheet("", ["a"], [Row("b", (small,))], 64).crop((100, 48, 164, 112))
+    shown = contact_sheet("", ["a"], [SheetRow("b", (small,))], 64).crop((100, 48, 164, 112))
     np.testing.assert_array_equal(np.asarray(shown)[..., 0], np.kron(checks, np.ones((16, 16))))
     fine = Image.fromarray(np.stack([np.indices((256, 256)).sum(0) % 2 * 255] * 3, -1).astype(np.uint8))
-    shown = contact_sheet("", ["a"], [Row("b", (fine,))], 64).crop((104, 52, 160, 108))
+    shown = contact_sheet("", ["a"], [SheetRow("b", (fine,))], 64).crop((104, 52, 160, 108))
     np.testing.assert_allclose(np.asarray(shown), 127.5, atol=8)
 
 
@@ -99,7 +99,7 @@ def test_proportions_are_kept_in_the_middle_of_a_white_square(size: tuple[int, i
 
 def test_a_long_caption_widens_the_sheet() -> None:
     """Nothing of it is cut off: white is left at its end."""
-    rows = [Row("a", (Image.new("RGB", (32, 32)),))]
+    rows = [SheetRow("a", (Image.new("RGB", (32, 32)),))]
     image = contact_sheet(LONG * 2, ["a"], rows, 32)
     line = np.asarray(image.convert("L"))[:25]
     assert (line[:, -6:] == 255).all()

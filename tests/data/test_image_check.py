@@ -18,10 +18,10 @@ from pack.trainer.data.image_check import (
     BLURRED,
     SAME,
     Look,
-    advice,
     blur,
     check_pictures,
     detail,
+    image_advice,
     look_alikes,
     look_at,
     perceptual_hash,
@@ -61,7 +61,7 @@ def look(name: str, image: Image.Image) -> Look:
 
 
 def advice_on(resolution: int = 64, **images: Image.Image) -> list[str]:
-    return advice([look(name, image) for name, image in images.items()], resolution)
+    return image_advice([look(name, image) for name, image in images.items()], resolution)
 
 
 def softened(radius: float) -> Change:
@@ -182,10 +182,10 @@ def test_contrast_makes_no_picture_blurred(contrast: float, seed: int) -> None:
 
 def test_a_blurred_picture_is_named_and_the_sharp_ones_are_not() -> None:
     sharp = [look(f"{seed}.png", scene(seed)) for seed in range(5)]
-    assert advice(sharp, 64) == []
+    assert image_advice(sharp, 64) == []
     for at in range(5):
         looks = [*sharp[:at], look(f"{at}.png", softened(4)(scene(at))), *sharp[at + 1 :]]
-        assert advice(looks, 64) == [f"{at}.png is blurred: take a sharper one."]
+        assert image_advice(looks, 64) == [f"{at}.png is blurred: take a sharper one."]
 
 
 def test_a_picture_softer_than_the_others_is_found_that_alone_is_not() -> None:
@@ -263,15 +263,15 @@ def test_a_dark_picture_is_named_and_a_lamp_in_the_dark_is_not() -> None:
 def test_small_pictures_say_how_much_they_are_scaled_up() -> None:
     images = {"a.png": scene(0, 512, 600), "b.png": scene(1, 256, 400), "c.png": scene(2, 500, 480)}
     looks = [look(name, image) for name, image in images.items()]
-    assert advice(looks, 512) == [
+    assert image_advice(looks, 512) == [
         "b.png (256×400) is smaller than the training resolution 512 and will be scaled up 2.0 times, which blurs: "
         "take a larger one, or lower the resolution."
     ]
-    [text] = advice(looks, 1024)
+    [text] = image_advice(looks, 1024)
     assert text.startswith("a.png (512×600), b.png (256×400) and c.png (500×480) are smaller")
     assert "up to 4.0 times" in text
     assert "take larger ones" in text
-    assert advice(looks, 256) == []
+    assert image_advice(looks, 256) == []
 
 
 def test_look_alikes_are_one_message_a_group_and_exact_copies_are_left_to_others(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_a_picture_that_has_gone_is_left_to_whoever_needs_it(tmp_path: Path) -> 
     (tmp_path / "3.png").write_bytes(b"no picture")
     check_pictures(pictures, 64, recorder)
     assert recorder.warnings == []
-    assert advice([], 64) == []
+    assert image_advice([], 64) == []
 
 
 def test_many_pictures_are_counted_and_can_be_stopped() -> None:

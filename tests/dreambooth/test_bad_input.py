@@ -1499,8 +1499,8 @@ def test_full_disk_in_the_middle_of_a_checkpoint(runs: Runs, part: str) -> None:
 
 def test_full_disk_that_says_so_in_the_middle_of_a_checkpoint(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     class FillsTheDisk(Recorder):
-        def tell(self, event: Any) -> None:
-            super().tell(event)
+        def report(self, event: Any) -> None:
+            super().report(event)
             if isinstance(event, Step) and event.step == 3:
                 monkeypatch.setattr(os, "fsync", full)
 

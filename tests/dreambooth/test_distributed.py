@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.devices import pick_device
-from pack.trainer.core.distributed import Team, accelerate_state_kept, groups_of
+from pack.trainer.core.distributed import ProcessGroup, accelerate_state_kept, groups_of
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.settings.train import TrainCommand
@@ -263,9 +263,9 @@ def test_a_clusters_variables_alone_are_no_team(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with accelerate_state_kept():
-        team = Team.here(cpu=True)
-    assert (team.leads, team.share) == (True, (0, 1))
-    assert team.of_leader(lambda: 3) == 3
+        team = ProcessGroup.here(cpu=True)
+    assert (team.is_main_process, team.share) == (True, (0, 1))
+    assert team.broadcast_from_main(lambda: 3) == 3
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "mps"])

@@ -543,8 +543,8 @@ class Faulty(Recorder):
         super().__init__()
         self.step, self.error = step, error
 
-    def tell(self, event: Any) -> None:
-        super().tell(event)
+    def report(self, event: Any) -> None:
+        super().report(event)
         if getattr(event, "step", 0) == self.step:
             raise self.error
 

@@ -23,7 +23,7 @@ from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from peft import LoraConfig
 from torch import Tensor
 
@@ -71,7 +71,7 @@ def priors() -> list[Picture]:
 
 def start_of(base: BaseWeights, settings: TrainSettings) -> Adapter:
     """The adapter before the first step."""
-    return TrainedAdapter(base.family.build(base), settings).adapter()
+    return TrainableAdapter(base.family.build(base), settings).adapter()
 
 
 def draws_of(settings: TrainSettings, kind: str, step: int, micro: int, count: int) -> list[Draw]:

@@ -21,7 +21,7 @@ from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor, nn
@@ -170,7 +170,7 @@ class PlainTrainer:
         factor = self.pipe.vae.config.scaling_factor
         return posterior.mean * factor, posterior.std * factor
 
-    def add_lora(self, start: TrainedAdapter) -> None:
+    def add_lora(self, start: TrainableAdapter) -> None:
         """LoRA on the modules that kohya and diffusers train, from the recipe's start."""
         settings, wanted = self.settings, {}
         for component in self.rates:
@@ -325,7 +325,7 @@ def test_recipe_equals_the_plain_loop(
     result = train(base, subject, class_pictures, settings, tmp_path / "loras", tmp_path / "runs", "cpu", listener)
 
     trainer = PlainTrainer(folders[case.base], settings, case.clip_skip, [*subject, *class_pictures])
-    trainer.add_lora(TrainedAdapter(base.family.build(base), settings))
+    trainer.add_lora(TrainableAdapter(base.family.build(base), settings))
     expected = plain_losses(trainer, subject, class_pictures)
     assert listener.losses == pytest.approx(expected, rel=0, abs=1e-5)
     for layer, module in trainer.lora.items():

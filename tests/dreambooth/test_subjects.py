@@ -25,7 +25,7 @@ from pack.trainer.__main__ import main
 from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import PicturesError, SettingsError
-from pack.trainer.core.prompts import filled, shuffled_tags
+from pack.trainer.core.prompts import fill_placeholders, shuffled_tags
 from pack.trainer.core.seeding import generator
 from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.images import Picture
@@ -447,7 +447,7 @@ def test_long_captions_are_told_once(world: World, tmp_path: Path) -> None:
     ],
 )
 def test_templates(template: str, expected: str) -> None:
-    assert filled(template, " sks ", "dog\n") == expected
+    assert fill_placeholders(template, " sks ", "dog\n") == expected
 
 
 needs_comfyui = pytest.mark.skipif(

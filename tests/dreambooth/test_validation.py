@@ -21,7 +21,7 @@ from pack.trainer.core.seeding import generator
 from pack.trainer.data.images import load_pictures, split_off
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.settings.train import TrainCommand
-from pack.trainer.training.runs.index import Shelf
+from pack.trainer.training.runs.index import RunIndex
 from pack.trainer.training.runs.metrics import is_validated, read_metrics
 from worlds import (
     PROMPT,
@@ -133,8 +133,8 @@ def test_training_goes_on_in_training_mode(world: World, tmp_path: Path) -> None
     """Else dropout would end with the first look at held-out pictures."""
 
     class Watching(Recorder):
-        def tell(self, event: Any) -> None:
-            super().tell(event)
+        def report(self, event: Any) -> None:
+            super().report(event)
             if isinstance(event, Step):
                 modes.append([one.training for one in (recipe.model.unet, *recipe.model.text_encoders.values())])
 
@@ -155,9 +155,9 @@ def test_every_checkpoint_is_told_once_and_recorded(world: World, tmp_path: Path
     assert [is_validated(result.run / "metrics.jsonl", step) for step in range(6)] == [
         step in found for step in range(6)
     ]
-    scores = Shelf(result.run.parent).curve(result.run.name)["scores"]
+    scores = RunIndex(result.run.parent).curve(result.run.name)["scores"]
     assert {one["step"]: one["scores"]["validation_loss"] for one in scores} == pytest.approx(found, rel=1e-5)
-    assert [one["step"] for one in Shelf(result.run.parent).curve(result.run.name, after=2)["scores"]] == [4, 5]
+    assert [one["step"] for one in RunIndex(result.run.parent).curve(result.run.name, after=2)["scores"]] == [4, 5]
     again = Recorder()
     world.train(tmp_path, again, **HELD)
     assert told(again) == {}

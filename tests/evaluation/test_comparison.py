@@ -27,9 +27,9 @@ from pack.trainer.core.events import Phase
 from pack.trainer.data.image_cache import drawn_picture
 from pack.trainer.data.images import Picture
 from pack.trainer.evaluation.comparison import (
+    Candidate,
     Comparison,
-    Contender,
-    Entry,
+    ComparisonRow,
     adapter_file,
     base_alone,
     checkpoints,
@@ -37,8 +37,8 @@ from pack.trainer.evaluation.comparison import (
 )
 from pack.trainer.evaluation.comparison_report import as_json, as_markdown, plot, sheet, write_report
 from pack.trainer.evaluation.evaluator import Evaluated, Evaluation, balance, best_of
-from pack.trainer.evaluation.feature_extractors import Judges
-from pack.trainer.evaluation.generator import Drawing, Studio, drawings
+from pack.trainer.evaluation.feature_extractors import FeatureExtractors
+from pack.trainer.evaluation.generator import CachedGenerator, Drawing, drawings
 from pack.trainer.models.sampling import generate, ready_model
 from pack.trainer.settings.base import Settings
 from pack.trainer.settings.evaluate import CompareCommand, CompareSettings, DreamBenchCommand, ScoreCommand
@@ -89,31 +89,31 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judges(dino: Path) -> Judges:
-    return Judges.open(str(DEMO / "scorer"), str(dino), CPU)
+def judges(dino: Path) -> FeatureExtractors:
+    return FeatureExtractors.open(str(DEMO / "scorer"), str(dino), CPU)
 
 
-def evaluation(judges: Judges, world: World, listener: Recorder | None = None) -> Evaluation:
+def evaluation(judges: FeatureExtractors, world: World, listener: Recorder | None = None) -> Evaluation:
     return Evaluation(judges, world.subject, PROMPTS, "sks", listener or Recorder())
 
 
 def compared_in(
     folder: Path,
     world: World,
-    judges: Judges,
-    found: Sequence[Contender],
+    judges: FeatureExtractors,
+    found: Sequence[Candidate],
     listener: Recorder | None = None,
     **grid: Any,
 ) -> Comparison:
     listener = listener or Recorder()
     ways = drawings(CompareSettings.checked({**GRID, "prompts": "|".join(PROMPTS), **grid}))
-    studio = Studio(world.base, folder, CPU, "fp32", listener)
+    studio = CachedGenerator(world.base, folder, CPU, "fp32", listener)
     return compare(studio, evaluation(judges, world, listener), found, ways)
 
 
 @pytest.fixture(scope="module")
 def compared(
-    world: World, runs: dict[str, Path], judges: Judges, tmp_path_factory: pytest.TempPathFactory
+    world: World, runs: dict[str, Path], judges: FeatureExtractors, tmp_path_factory: pytest.TempPathFactory
 ) -> Comparison:
     """The base, every checkpoint of the plain run, and its last one at strength 0; in four ways."""
     run = RunFolder.existing(runs["plain"])
@@ -145,7 +145,7 @@ def drawn_apart(model: Any, prompts: Sequence[str], how: Drawing) -> list[Pictur
 
 
 def test_marks_are_those_of_pictures_drawn_apart(
-    compared: Comparison, world: World, runs: dict[str, Path], judges: Judges
+    compared: Comparison, world: World, runs: dict[str, Path], judges: FeatureExtractors
 ) -> None:
     plain, taught = (ready_model(world.base, CPU, "fp32") for _ in range(2))
     merge_into(taught, read_adapter(RunFolder(runs["plain"]).adapters()[3]), 1.0)
@@ -251,7 +251,7 @@ def test_one_way_needs_no_table_of_ways(compared: Comparison) -> None:
 
 
 def test_a_title_with_a_bar_is_one_cell(compared: Comparison) -> None:
-    contender = Contender("a|b", list)
+    contender = Candidate("a|b", list)
     text = as_markdown(replace(compared, entries=[replace(compared.entries[0], contender=contender)]))
     assert text.splitlines()[2].startswith("| a\\|b | ddim | 2 |")
 
@@ -284,9 +284,9 @@ def crafted(judge: str = "CLIP", **marks: Sequence[tuple[float, float | None, fl
     """Contenders by title, "s12" being step 12, each with (fidelity, CLIP-T, drift) for every way."""
     entries = []
     for title, ways in marks.items():
-        contender = Contender(title, list, int(title[-2:]) if title[-1].isdecimal() else None)
+        contender = Candidate(title, list, int(title[-2:]) if title[-1].isdecimal() else None)
         entries += [
-            Entry(contender, Drawing(steps=number), Evaluated(as_marks(*one, judge), [], [], []))
+            ComparisonRow(contender, Drawing(steps=number), Evaluated(as_marks(*one, judge), [], [], []))
             for number, one in enumerate(ways, 1)
         ]
     return Comparison(entries, PROMPTS, CLASS_PROMPTS, {}, {judge: "scorer"})
@@ -421,7 +421,9 @@ def test_an_interrupted_comparison_goes_on(
     one_way = {"schedulers": "ddim", "steps": "2"}
 
     def again(told: Recorder) -> Comparison:
-        return compared_in(tmp_path, world, Judges.open(str(DEMO / "scorer"), str(dino), CPU), found, told, **one_way)
+        return compared_in(
+            tmp_path, world, FeatureExtractors.open(str(DEMO / "scorer"), str(dino), CPU), found, told, **one_way
+        )
 
     with pytest.raises(CancelledError):
         again(Recorder(stop_after=stop_after))
@@ -442,9 +444,9 @@ def test_an_interrupted_comparison_goes_on(
 
 
 def test_without_class_pictures_there_is_no_drift(
-    world: World, runs: dict[str, Path], judges: Judges, tmp_path: Path
+    world: World, runs: dict[str, Path], judges: FeatureExtractors, tmp_path: Path
 ) -> None:
-    studio = Studio(world.base, tmp_path, CPU, "fp32", Recorder())
+    studio = CachedGenerator(world.base, tmp_path, CPU, "fp32", Recorder())
     ways = [Drawing(1, 0, 64, 64, steps=1, guidance=1.0)]
     comparison = compare(
         studio, evaluation(judges, world), checkpoints(RunFolder(runs["plain"]).adapters(), "plain"), ways, prior=False

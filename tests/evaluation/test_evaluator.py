@@ -16,7 +16,7 @@ from pack.trainer.core.errors import CancelledError, PicturesError, SettingsErro
 from pack.trainer.core.prompts import split_prompts, without_token
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.evaluation.evaluator import Evaluation, balance, best_of, fidelity_and_drift, peak, stalled
-from pack.trainer.evaluation.feature_extractors import FeatureModel, Judges, open_feature_model
+from pack.trainer.evaluation.feature_extractors import FeatureExtractors, FeatureModel, open_feature_model
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -53,7 +53,7 @@ def others() -> list[Picture]:
     return load_pictures(DEMO / "style", "", Recorder())[:16]
 
 
-def evaluation(judges: Judges, references: Sequence[Picture], **changes: Any) -> Evaluation:
+def evaluation(judges: FeatureExtractors, references: Sequence[Picture], **changes: Any) -> Evaluation:
     given = {"prompts": PROMPTS, "token": "sks", "listener": Recorder(), **changes}
     return Evaluation(judges, references, **given)
 
@@ -91,7 +91,9 @@ def test_marks_are_the_formulas(
         expected["CLIP-T"] = float(np.mean([one @ said[i // 2] for i, one in enumerate(looked(clip, drawn))]))
         clipped = [max(0.0, float(one @ said[i // 2])) for i, one in enumerate(looked(clip, drawn))]
         expected["CLIPScore"] = 100 * float(np.mean(clipped))
-    marks = evaluation(Judges(*(models.get(name) for name in ("CLIP", "DINO"))), subject).mark(drawn, before, after)
+    marks = evaluation(FeatureExtractors(*(models.get(name) for name in ("CLIP", "DINO"))), subject).mark(
+        drawn, before, after
+    )
     assert marks == pytest.approx(expected, abs=1e-5)
     assert fidelity_and_drift(marks) == tuple(
         pytest.approx(expected[key], abs=1e-5)
@@ -102,7 +104,7 @@ def test_marks_are_the_formulas(
 def test_one_picture_of_each_prompt_has_no_diversity(
     clip: FeatureModel, subject: list[Picture], others: list[Picture]
 ) -> None:
-    marks = evaluation(Judges(clip), subject).mark(others[:2], others[2:4], others[4:6])
+    marks = evaluation(FeatureExtractors(clip), subject).mark(others[:2], others[2:4], others[4:6])
     assert set(marks) == {"CLIP-T", "CLIPScore", "CLIP-I", "drift (CLIP)"}
 
 
@@ -110,7 +112,7 @@ def test_marks_of_each_prompt_add_up(
     clip: FeatureModel, dino: FeatureModel, subject: list[Picture], others: list[Picture]
 ) -> None:
     """And without pictures of the class nothing is said of it."""
-    judged = evaluation(Judges(clip, dino), subject)
+    judged = evaluation(FeatureExtractors(clip, dino), subject)
     marks, [one, other] = judged.mark(others[:6], [], []), judged.by_prompt(others[:6])
     assert set(marks) - set(one) == {"diversity"}
     assert {name: (one[name] + other[name]) / 2 for name in one} == pytest.approx(
@@ -121,7 +123,7 @@ def test_marks_of_each_prompt_add_up(
 
 
 def test_a_class_that_stays_does_not_drift(clip: FeatureModel, subject: list[Picture], others: list[Picture]) -> None:
-    judged = evaluation(Judges(clip), subject)
+    judged = evaluation(FeatureExtractors(clip), subject)
     same = judged.mark(others[:2], others[2:4], others[2:4])
     swapped = judged.mark(others[:2], others[2:4], others[3:1:-1])
     assert same["drift (CLIP)"] == pytest.approx(0, abs=1e-6)
@@ -132,27 +134,29 @@ def test_the_subject_itself_scores_above_others(
     clip: FeatureModel, subject: list[Picture], others: list[Picture]
 ) -> None:
     """The top of the scale leaves each picture out of its own score; one alone has none."""
-    judged = evaluation(Judges(clip), subject)
+    judged = evaluation(FeatureExtractors(clip), subject)
     real = judged.real()
     assert real == {"CLIP-I": pytest.approx(1 - unlikeness(looked(clip, subject)), abs=1e-5)}
     assert real["CLIP-I"] > judged.mark(others[:4], others[:4], others[:4])["CLIP-I"]
-    assert evaluation(Judges(clip), subject[:1]).real() == {}
+    assert evaluation(FeatureExtractors(clip), subject[:1]).real() == {}
 
 
 def test_each_measure_has_its_own_top(clip: FeatureModel, dino: FeatureModel, subject: list[Picture]) -> None:
-    assert evaluation(Judges(clip, dino), subject).real() == {
+    assert evaluation(FeatureExtractors(clip, dino), subject).real() == {
         "CLIP-I": pytest.approx(1 - unlikeness(looked(clip, subject)), abs=1e-5),
         "DINO": pytest.approx(1 - unlikeness(looked(dino, subject)), abs=1e-5),
     }
 
 
 def test_class_prompts_lose_the_rare_word(clip: FeatureModel, subject: list[Picture]) -> None:
-    assert evaluation(Judges(clip), subject).class_prompts == CLASS_PROMPTS
+    assert evaluation(FeatureExtractors(clip), subject).class_prompts == CLASS_PROMPTS
 
 
 def test_marking_can_be_stopped(clip: FeatureModel, subject: list[Picture], others: list[Picture]) -> None:
     with pytest.raises(CancelledError):
-        evaluation(Judges(clip), subject, listener=Recorder(stop_after=1)).mark(others[:2], others[:2], others[:2])
+        evaluation(FeatureExtractors(clip), subject, listener=Recorder(stop_after=1)).mark(
+            others[:2], others[:2], others[:2]
+        )
 
 
 @pytest.mark.parametrize(
@@ -173,7 +177,7 @@ def test_what_can_not_be_measured_is_named(
 ) -> None:
     values = dict(changes)
     with pytest.raises(error, match=problem) as caught:
-        evaluation(Judges(clip), values.pop("references", subject), **values)
+        evaluation(FeatureExtractors(clip), values.pop("references", subject), **values)
     assert getattr(caught.value, "remedy", "")
 
 

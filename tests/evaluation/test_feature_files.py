@@ -19,7 +19,7 @@ from feature_worlds import SIZES, picture
 from helpers import DEMO, ROOT
 from pack.trainer.core.errors import WeightsError
 from pack.trainer.evaluation.feature_configs import Part, inferred_config
-from pack.trainer.evaluation.feature_extractors import Judges, open_feature_model
+from pack.trainer.evaluation.feature_extractors import FeatureExtractors, open_feature_model
 from pack.trainer.evaluation.feature_files import are_files
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -183,7 +183,7 @@ def test_two_towers_are_the_whole(world: Path, tmp_path: Path) -> None:
         assert model.name.split(" + ")[1] == "words"
         assert_same(model, wanted)
     assert_same(open_feature_model(f"{eyes} + {world / 'folders' / 'clip'}", CPU), wanted)
-    judges = Judges.open(f"{eyes} + {words}", "", CPU, tokenizer=world / "words")
+    judges = FeatureExtractors.open(f"{eyes} + {words}", "", CPU, tokenizer=world / "words")
     torch.testing.assert_close(judges.read(PROMPTS), wanted.text_features(PROMPTS), atol=1e-5, rtol=0)
 
 

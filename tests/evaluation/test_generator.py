@@ -17,15 +17,15 @@ from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import Adapter, LoraLayer
 from pack.trainer.core.errors import AdapterError, CancelledError, OutOfMemoryError, StorageError
 from pack.trainer.core.events import Phase
-from pack.trainer.data.image_cache import Gallery, drawn_picture
+from pack.trainer.data.image_cache import ImageCache, drawn_picture
 from pack.trainer.data.images import Picture
-from pack.trainer.evaluation.generator import Adapters, Drawing, Studio
+from pack.trainer.evaluation.generator import Adapters, CachedGenerator, Drawing
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import generate, ready_model
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from PIL import Image
 from worlds import COMMON, TOKENIZER, perturb
 
@@ -44,7 +44,7 @@ def base(tiny_checkpoint: Path) -> BaseWeights:
 def learned(base: BaseWeights, **changes: Any) -> Adapter:
     """An adapter with random numbers, as training would leave it."""
     model = base.family.build(base)
-    trained = TrainedAdapter(model, TrainSettings(**{**COMMON, **changes}), None)
+    trained = TrainableAdapter(model, TrainSettings(**{**COMMON, **changes}), None)
     perturb(trained, 0.2)
     adapter = trained.saved({}).adapter
     assert adapter is not None
@@ -61,8 +61,8 @@ def style(base: BaseWeights) -> Adapter:
     return learned(base, seed=1, text_encoder_lr=1e-2)
 
 
-def studio(base: BaseWeights, root: Path, listener: Recorder | None = None, precision: str = "fp32") -> Studio:
-    return Studio(base, root, CPU, precision, listener or Recorder())
+def studio(base: BaseWeights, root: Path, listener: Recorder | None = None, precision: str = "fp32") -> CachedGenerator:
+    return CachedGenerator(base, root, CPU, precision, listener or Recorder())
 
 
 def pixels(image: Image.Image) -> np.ndarray[Any, Any]:
@@ -315,7 +315,7 @@ def test_what_can_not_be_drawn_is_named(
 
 def test_a_gallery_keeps_pictures_under_any_path(tmp_path: Path) -> None:
     root = tmp_path / "Bilder für Ünal 写真" / "a b"
-    gallery = Gallery(root, {"prompt": "a photo of ünal's dog 犬", "steps": 2})
+    gallery = ImageCache(root, {"prompt": "a photo of ünal's dog 犬", "steps": 2})
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 48, 3), dtype=np.uint8))
     assert not gallery.has("0 ü.png")
     gallery.begin(1, 64 * 48)
@@ -323,14 +323,14 @@ def test_a_gallery_keeps_pictures_under_any_path(tmp_path: Path) -> None:
     kept, drawn = gallery.picture("0 ü.png", "a dog"), drawn_picture("0 ü.png", "a dog", image)
     assert kept.open().tobytes() == drawn.open().tobytes() == image.tobytes()
     assert (kept.name, kept.caption, kept.digest) == (drawn.name, drawn.caption, drawn.digest)
-    assert Gallery(root, {"steps": 2, "prompt": "a photo of ünal's dog 犬"}).has("0 ü.png")
-    assert not Gallery(root, {"prompt": "a photo of ünal's dog 犬", "steps": 3}).has("0 ü.png")
+    assert ImageCache(root, {"steps": 2, "prompt": "a photo of ünal's dog 犬"}).has("0 ü.png")
+    assert not ImageCache(root, {"prompt": "a photo of ünal's dog 犬", "steps": 3}).has("0 ü.png")
     with pytest.raises(StorageError):
         gallery.picture("1.png", "a dog")
 
 
 def test_leftovers_of_a_killed_process_leave(tmp_path: Path) -> None:
-    gallery = Gallery(tmp_path, {})
+    gallery = ImageCache(tmp_path, {})
     gallery.begin(1, 1)
     half = gallery.folder / ".tmp-0123abcd-0.png"
     half.write_bytes(b"half a pict")

@@ -17,7 +17,7 @@ from helpers import DEMO, Recorder
 from pack.trainer.__main__ import main
 from pack.trainer.core.errors import PicturesError, SettingsError, WeightsError
 from pack.trainer.data.images import load_pictures
-from pack.trainer.evaluation.feature_extractors import FeatureModel, Judges, open_feature_model
+from pack.trainer.evaluation.feature_extractors import FeatureExtractors, FeatureModel, open_feature_model
 from pack.trainer.evaluation.metrics import clip_score, clip_t, diversity, drift, own_score, subject_score
 from pack.trainer.evaluation.score_table import score_pictures
 from pack.trainer.settings.evaluate import ScoreCommand
@@ -194,7 +194,7 @@ def test_a_table_of_all_measures(folders: dict[str, Path], tmp_path: Path) -> No
     clip, dino = (open_feature_model(folders[kind], CPU) for kind in ("clip", "vit"))
     subject = load_pictures(DEMO / "subject", "", Recorder())
     listener = Recorder()
-    table = score_pictures(subject[:2], ["a dog"], subject, Judges(clip, dino), listener)
+    table = score_pictures(subject[:2], ["a dog"], subject, FeatureExtractors(clip, dino), listener)
     assert list(table.rows[0]) == ["picture", "prompt", "CLIP-T", "CLIPScore", "CLIP-I", "DINO"]
     assert table.models == {"CLIP-T": "scorer", "CLIP-I": "scorer", "DINO": "dino"}
     assert "2 of the pictures are references themselves" in table.notes[0]
@@ -209,7 +209,7 @@ def test_likeness_is_the_mean_over_all_pairs(folders: dict[str, Path]) -> None:
     """DreamBooth's protocol, picture by picture: the mean over all pairs of a generated and a real one."""
     models = {kind: open_feature_model(folders[kind], CPU) for kind in ("clip", "vit")}
     drawn, real = (load_pictures(DEMO / part, "", Recorder()) for part in ("style", "subject"))
-    table = score_pictures(drawn[:3], [], real, Judges(*models.values()), Recorder())
+    table = score_pictures(drawn[:3], [], real, FeatureExtractors(*models.values()), Recorder())
     for measure, (kind, model) in zip(("CLIP-I", "DINO"), models.items(), strict=True):
         rows, others = ([plain_feature(model, kind, one.open()) for one in part] for part in (drawn[:3], real))
         cosines = [float(one @ other) for one in rows for other in others]
@@ -225,7 +225,7 @@ def test_every_picture_is_opened_once(folders: dict[str, Path]) -> None:
         type(one)(one.name, one.caption, one.digest, lambda one=one: opened.append(one.name) or one.open())
         for one in subject
     ]
-    score_pictures(counted[:2], [], counted[2:], Judges(None, model), Recorder())
+    score_pictures(counted[:2], [], counted[2:], FeatureExtractors(None, model), Recorder())
     assert sorted(opened) == sorted(one.name for one in subject)
 
 
@@ -270,13 +270,13 @@ def test_bad_input_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     vision = open_feature_model(folders["clip_vision_model"], CPU)
     subject = load_pictures(DEMO / "subject", "", Recorder())
     with pytest.raises(PicturesError, match="no pictures"):
-        score_pictures([], ["a"], [], Judges(clip, None), Recorder())
+        score_pictures([], ["a"], [], FeatureExtractors(clip, None), Recorder())
     with pytest.raises(PicturesError, match="7 prompts for 5 pictures"):
-        score_pictures(subject, ["a"] * 7, [], Judges(clip, None), Recorder())
+        score_pictures(subject, ["a"] * 7, [], FeatureExtractors(clip, None), Recorder())
     with pytest.raises(PicturesError, match="nothing to measure"):
-        score_pictures(subject, [], [], Judges(clip, None), Recorder())
+        score_pictures(subject, [], [], FeatureExtractors(clip, None), Recorder())
     with pytest.raises(WeightsError, match="reads no text") as caught:
-        score_pictures(subject, ["a"], [], Judges(vision, None), Recorder())
+        score_pictures(subject, ["a"], [], FeatureExtractors(vision, None), Recorder())
     assert "whole CLIP" in caught.value.remedy
     with pytest.raises(WeightsError, match="can't be opened") as caught:
         open_feature_model("nobody/nothing", CPU)
@@ -285,4 +285,4 @@ def test_bad_input_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
         clip.name, clip.kind, clip.network, lambda *_, **__: {"pixel_values": torch.full((5, 3, 64, 64), torch.nan)}
     )
     with pytest.raises(PicturesError, match="not finite"):
-        score_pictures(subject, [], subject, Judges(broken, None), Recorder())
+        score_pictures(subject, [], subject, FeatureExtractors(broken, None), Recorder())

@@ -13,15 +13,15 @@ import torch
 from helpers import DEMO, Recorder
 from pack.trainer.core.errors import CancelledError, PicturesError
 from pack.trainer.data.images import Picture, load_pictures
-from pack.trainer.evaluation.feature_extractors import Judges
+from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.evaluation.score_table import ScoreGrid, score_grid, score_pictures
 
 PROMPTS = ["a dog", "a dog on the grass"]
 
 
 @pytest.fixture(scope="module")
-def judges() -> Judges:
-    return Judges.open(str(DEMO / "scorer"), "", torch.device("cpu"))
+def judges() -> FeatureExtractors:
+    return FeatureExtractors.open(str(DEMO / "scorer"), "", torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,12 @@ def settings(pictures: list[Picture]) -> dict[str, list[Picture]]:
 
 
 @pytest.fixture(scope="module")
-def grid(settings: dict[str, list[Picture]], subject: list[Picture], judges: Judges) -> ScoreGrid:
+def grid(settings: dict[str, list[Picture]], subject: list[Picture], judges: FeatureExtractors) -> ScoreGrid:
     return score_grid(settings, PROMPTS, subject, judges, Recorder())
 
 
 def test_every_setting_is_scored_as_if_alone(
-    grid: ScoreGrid, settings: dict[str, list[Picture]], subject: list[Picture], judges: Judges
+    grid: ScoreGrid, settings: dict[str, list[Picture]], subject: list[Picture], judges: FeatureExtractors
 ) -> None:
     """Pictures come prompt by prompt."""
     assert list(grid.tables) == list(settings)
@@ -108,7 +108,11 @@ def test_the_sheet_shows_the_first_picture_of_every_prompt(grid: ScoreGrid, sett
 
 
 def test_under_a_picture_stand_the_means_of_all_of_its_prompt(
-    grid: ScoreGrid, settings: dict[str, list[Picture]], pictures: list[Picture], subject: list[Picture], judges: Judges
+    grid: ScoreGrid,
+    settings: dict[str, list[Picture]],
+    pictures: list[Picture],
+    subject: list[Picture],
+    judges: FeatureExtractors,
 ) -> None:
     """Another third picture of the second prompt changes what stands under that prompt's first picture, no more."""
     lora, base = settings.values()
@@ -121,7 +125,9 @@ def test_under_a_picture_stand_the_means_of_all_of_its_prompt(
 
 
 @pytest.mark.parametrize("title", ["a", "dpm++, 30 steps, strength 0.8, seed 1234567"])
-def test_the_size_of_the_sheet(title: str, pictures: list[Picture], subject: list[Picture], judges: Judges) -> None:
+def test_the_size_of_the_sheet(
+    title: str, pictures: list[Picture], subject: list[Picture], judges: FeatureExtractors
+) -> None:
     """It grows by a cell and its notes with every setting, and by a cell with every prompt."""
 
     def size(settings: int, prompts: int, cell: int) -> tuple[int, int]:
@@ -135,7 +141,9 @@ def test_the_size_of_the_sheet(title: str, pictures: list[Picture], subject: lis
     assert size(1, 2, 200)[0] - size(1, 1, 200)[0] == 204
 
 
-def test_without_a_subject_only_the_prompts_count(settings: dict[str, list[Picture]], judges: Judges) -> None:
+def test_without_a_subject_only_the_prompts_count(
+    settings: dict[str, list[Picture]], judges: FeatureExtractors
+) -> None:
     grid = score_grid(settings, PROMPTS, [], judges, Recorder())
     assert {name for table in grid.tables.values() for name in table.rows[0]} == {
         "picture",
@@ -158,7 +166,7 @@ def test_without_a_subject_only_the_prompts_count(settings: dict[str, list[Pictu
     ids=str,
 )
 def test_what_makes_no_grid_is_named(
-    count: list[int], prompts: Sequence[str], told: tuple[str, str], pictures: list[Picture], judges: Judges
+    count: list[int], prompts: Sequence[str], told: tuple[str, str], pictures: list[Picture], judges: FeatureExtractors
 ) -> None:
     given = {str(number): pictures[:some] for number, some in enumerate(count)}
     with pytest.raises(PicturesError) as caught:
@@ -168,6 +176,6 @@ def test_what_makes_no_grid_is_named(
 
 
 def test_scoring_can_be_stopped(settings: dict[str, list[Picture]]) -> None:
-    judges = Judges.open(str(DEMO / "scorer"), "", torch.device("cpu"))
+    judges = FeatureExtractors.open(str(DEMO / "scorer"), "", torch.device("cpu"))
     with pytest.raises(CancelledError):
         score_grid(settings, PROMPTS, [], judges, Recorder(stop_after=2))

@@ -36,8 +36,8 @@ from helpers import Recorder
 from pack.trainer.adapters.kohya import Adapter, read_adapter, write_adapter
 from pack.trainer.adapters.layers import DifferenceLayer, LoraLayer
 from pack.trainer.core.errors import AdapterError, CancelledError, SettingsError, TrainerError
-from pack.trainer.merging.deltas import Change
-from pack.trainer.merging.merge import Merged, Part, merge
+from pack.trainer.merging.deltas import Delta
+from pack.trainer.merging.merge import Merged, WeightedAdapter, merge
 from pack.trainer.settings.merge import MergeCommand, MergeSettings, read_block_weights
 from PIL import Image
 from safetensors.torch import save_file
@@ -228,7 +228,7 @@ def by_part() -> Adapter:
 def test_strengths_of_text_encoders_and_blocks(blocks: str, factors: tuple[float, ...]) -> None:
     """The last pattern that is found in a place counts, on top of the strength of the UNet or the text encoders."""
     adapter = by_part()
-    part = Part(adapter, "A", 0.8, -0.4, read_block_weights(blocks))
+    part = WeightedAdapter(adapter, "A", 0.8, -0.4, read_block_weights(blocks))
     result = merge([part], settings("sum")).adapter
     for (name, layer), factor in zip(adapter.layers.items(), factors, strict=True):
         strength = factor * (0.8 if "unet" in name else -0.4)
@@ -238,7 +238,10 @@ def test_strengths_of_text_encoders_and_blocks(blocks: str, factors: tuple[float
 
 def test_each_adapter_has_block_weights_of_its_own() -> None:
     a, b = by_part(), by_part()
-    parts = [Part(a, "A", 1.0, 1.0, read_block_weights("down_blocks=0.5")), Part(b, "B", 2.0, 3.0)]
+    parts = [
+        WeightedAdapter(a, "A", 1.0, 1.0, read_block_weights("down_blocks=0.5")),
+        WeightedAdapter(b, "B", 2.0, 3.0),
+    ]
     result = merge(parts, settings("svd", rank=0)).adapter
     for name, factor in {"lora_unet_input_blocks_4_1_proj_in": 2.5, TEXT: 4.0}.items():
         assert error(added(result.layers[name], (6, 5)), factor * added(a.layers[name], (6, 5))) < 1e-5
@@ -254,7 +257,7 @@ def test_biases_and_norms_are_summed_with_their_weights(dtype: torch.dtype) -> N
     bias, norm, text = f"{NAME}.diff_b", "lora_unet_conv_norm_out.diff", f"{SD1_TEXT}.diff_b"
     a, b = adapter(1, bias, norm), adapter(2, bias, text)
     blocks = read_block_weights("mid_block=0.5")
-    parts = [Part(a, "A", 0.8, 9.0, blocks), Part(b, "B", -2.0, 0.3)]
+    parts = [WeightedAdapter(a, "A", 0.8, 9.0, blocks), WeightedAdapter(b, "B", -2.0, 0.3)]
     for method in ("sum", "svd", "orthogonal"):
         found = merge(parts, settings(method)).adapter.vectors
         assert set(found) == {bias, norm, text}
@@ -359,7 +362,11 @@ def test_the_kernel_is_asked_of_the_weight_if_no_adapter_tells() -> None:
 def test_a_result_is_a_file_that_says_what_it_is(method: str, tmp_path: Path) -> None:
     kinds = ("LoRA", "LoHa", "full difference")
     a, b, c = (adapter_of({CONV_NAME: tensors_of(kind, WEIGHTS["conv 3×3"], n)}) for n, kind in enumerate(kinds))
-    parts = [Part(a, "first", 0.5, 0.25, read_block_weights("conv1=2")), Part(b, "second"), Part(c, "third")]
+    parts = [
+        WeightedAdapter(a, "first", 0.5, 0.25, read_block_weights("conv1=2")),
+        WeightedAdapter(b, "second"),
+        WeightedAdapter(c, "third"),
+    ]
     result = merge(parts, settings(method)).adapter
     write_adapter(tmp_path / "merged.safetensors", result, torch.float32)
     back = read_adapter(tmp_path / "merged.safetensors")
@@ -492,7 +499,7 @@ def reported(method: str = "svd", **values: Any) -> Merged:
     """A merge of two adapters with modules in common and modules of their own."""
     a = by_part()
     b = adapter_of({name: lora(6, 5, 3, 7 + n) for n, name in enumerate([*list(a.layers)[:3], "lora_unet_conv_out"])})
-    parts = [Part(a, "dog & cat", 1.0, 0.0), Part(b, "<style> ö", 0.5)]
+    parts = [WeightedAdapter(a, "dog & cat", 1.0, 0.0), WeightedAdapter(b, "<style> ö", 0.5)]
     return merge(parts, settings(method, **values))
 
 
@@ -561,12 +568,16 @@ def test_an_adapter_of_biases_alone_is_reported_too() -> None:
 def test_progress_is_told_and_a_merge_can_be_stopped() -> None:
     adapter = adapter_of({f"lora_unet_m_{n}": lora(4, 3, 1, n) for n in range(40)})
     listener = Recorder()
-    merge([Part(adapter, "A"), Part(adapter, "B")], settings("sum"), listener=listener)
+    merge([WeightedAdapter(adapter, "A"), WeightedAdapter(adapter, "B")], settings("sum"), listener=listener)
     assert [(one.name, one.done, one.total) for one in listener.events] == [
         ("merging", done, 40) for done in (0, 16, 32, 40)
     ]
     with pytest.raises(CancelledError):
-        merge([Part(adapter, "A"), Part(adapter, "B")], settings("sum"), listener=Recorder(stop_after=2))
+        merge(
+            [WeightedAdapter(adapter, "A"), WeightedAdapter(adapter, "B")],
+            settings("sum"),
+            listener=Recorder(stop_after=2),
+        )
 
 
 # Memory
@@ -576,7 +587,7 @@ def test_progress_is_told_and_a_merge_can_be_stopped() -> None:
 def test_loras_are_merged_without_a_dense_matrix(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of plain LoRAs, LoCons and Tucker LoCons, and of the largest layers of an SDXL, which take a moment."""
 
-    def refuse(self: Change) -> Tensor:
+    def refuse(self: Delta) -> Tensor:
         raise AssertionError("a dense matrix was made")
 
     def adapter(seed: int) -> Adapter:
@@ -585,14 +596,14 @@ def test_loras_are_merged_without_a_dense_matrix(method: str, monkeypatch: pytes
         tucker = {f"lora_unet_t_{n}": tensors_of("LoRA, Tucker", (48, 32, 3, 3), seed + n, 4) for n in range(1)}
         return adapter_of(linear | convs | tucker | {"lora_unet_large": lora(10240, 5120, 2, seed)})
 
-    monkeypatch.setattr(Change, "dense", refuse)
+    monkeypatch.setattr(Delta, "dense", refuse)
     result = merged(adapter(0), (adapter(100), 0.5), method=method)
     assert {layer.kind for layer in result.adapter.layers.values()} == {"LoRA"}
     assert max(layer.rank for layer in result.adapter.layers.values()) <= 8
 
 
 def test_a_flat_loha_of_a_large_convolution_stays_in_factors(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Change, "dense", lambda self: pytest.fail("a dense matrix was made"))
+    monkeypatch.setattr(Delta, "dense", lambda self: pytest.fail("a dense matrix was made"))
     a, b = (single("LoHa", (320, 320, 3, 3), n, 4) for n in (1, 2))
     assert merged(a, b).adapter.layers[NAME].rank == 32
 
@@ -634,7 +645,7 @@ FAMILIES = {
 @pytest.mark.parametrize("pair", list(itertools.combinations(FAMILIES, 2)), ids=" and ".join)
 def test_adapters_of_different_families_are_refused(pair: tuple[str, str]) -> None:
     adapters = [adapter_of({FAMILIES[family][0]: lora(32, FAMILIES[family][1], 2, n)}) for n, family in enumerate(pair)]
-    parts = [Part(one, title) for one, title in zip(adapters, ("dog", "cat"), strict=True)]
+    parts = [WeightedAdapter(one, title) for one, title in zip(adapters, ("dog", "cat"), strict=True)]
     with refused(AdapterError, f"dog is for {pair[0]}", f"cat is for {pair[1]}"):
         merge(parts, settings("sum"))
 
@@ -643,7 +654,7 @@ def test_adapters_of_different_families_are_refused_whatever_their_titles() -> N
     names = ("SD 1", "SDXL")
     a, b = (adapter_of({FAMILIES[one][0]: lora(32, FAMILIES[one][1], 2, 1)}) for one in names)
     with refused(AdapterError, "SD 1", "SDXL"):
-        merge([Part(a, "dog"), Part(b, "dog")], settings("sum"))
+        merge([WeightedAdapter(a, "dog"), WeightedAdapter(b, "dog")], settings("sum"))
 
 
 def test_adapters_of_unknown_families_without_a_common_module_are_refused() -> None:
@@ -714,7 +725,10 @@ def test_a_weight_of_another_shape_is_refused(kind: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["down_block$", "mid_blocks", "lora_unet", "conv_?9"])
 def test_block_weights_that_fit_nothing_are_refused(pattern: str) -> None:
-    parts = [Part(by_part(), "dog"), Part(by_part(), "cat", 1.0, 1.0, read_block_weights(f"proj=1 {pattern}=0.5"))]
+    parts = [
+        WeightedAdapter(by_part(), "dog"),
+        WeightedAdapter(by_part(), "cat", 1.0, 1.0, read_block_weights(f"proj=1 {pattern}=0.5")),
+    ]
     with refused(SettingsError, f"'{pattern}'", "cat"):
         merge(parts, settings("sum"))
 

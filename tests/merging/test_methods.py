@@ -29,9 +29,9 @@ from adapter_maths import (
 )
 from pack.trainer.adapters.kohya import Adapter
 from pack.trainer.adapters.layers import DifferenceLayer, LoraLayer
-from pack.trainer.merging.deltas import Change, Cut, nearest_lora, reduced
+from pack.trainer.merging.deltas import Delta, Truncation, nearest_lora, truncate
 from pack.trainer.merging.merge import Merged
-from pack.trainer.merging.methods import METHODS, Choice, column_scaled
+from pack.trainer.merging.methods import METHODS, MergeOptions, column_scaled
 from peft.utils import merge_utils
 from torch import Tensor
 
@@ -459,9 +459,11 @@ def test_dare_keeps_a_share_and_scales_it(density: float) -> None:
 def test_the_mean_of_dare_over_seeds_is_the_sum(density: float) -> None:
     shape = WEIGHTS["linear"]
     pair = [single("LoRA", shape, n, 3) for n in (1, 2)]
-    changes = [Change(shape, matrix) for matrix in matrices(pair, shape)]
+    changes = [Delta(shape, matrix) for matrix in matrices(pair, shape)]
     draws = [
-        METHODS["dare"](list(zip(changes, (0.8, -0.5), strict=True)), Choice(density, seed=seed, name=NAME)).dense()
+        METHODS["dare"](
+            list(zip(changes, (0.8, -0.5), strict=True)), MergeOptions(density, seed=seed, name=NAME)
+        ).dense()
         for seed in range(600)
     ]
     mean = torch.stack(draws).double().mean(dim=0)
@@ -526,8 +528,8 @@ def test_coefficients_of_inputs_scale_columns() -> None:
         dense = [added(one.layers[NAME], shape).float() for one in pair]
         up, down = (pair[0].layers[NAME].tensors()[f"lora_{side}.weight"].flatten(1) for side in ("up", "down"))
         for changes in (
-            [Change(shape, 1.5 * up, down), Change(shape, dense[1])],
-            [Change(shape, 1.5 * up, down), Change(shape, 1.5 * up, down)],
+            [Delta(shape, 1.5 * up, down), Delta(shape, dense[1])],
+            [Delta(shape, 1.5 * up, down), Delta(shape, 1.5 * up, down)],
         ):
             found = column_scaled(list(zip(changes, (0.5, -2.0), strict=True)), columns).dense().double()
             expected = torch.zeros(6, math.prod(shape[1:])).double()
@@ -539,10 +541,10 @@ def test_coefficients_of_inputs_scale_columns() -> None:
 
 @pytest.mark.parametrize("pair", list(itertools.product(["factored", "dense"], repeat=2)), ids=" and ".join)
 def test_inner_products_need_no_product_of_factors(pair: tuple[str, str]) -> None:
-    def change(form: str, seed: int) -> Change:
+    def change(form: str, seed: int) -> Delta:
         generator = torch.Generator().manual_seed(seed)
         up, down = torch.randn(9, 3, generator=generator), torch.randn(3, 14, generator=generator)
-        return Change((9, 14), up, down) if form == "factored" else Change((9, 14), up @ down)
+        return Delta((9, 14), up, down) if form == "factored" else Delta((9, 14), up @ down)
 
     one, other = change(pair[0], 1), change(pair[1], 2)
     expected = float((one.dense().double() * other.dense().double()).sum())
@@ -551,6 +553,6 @@ def test_inner_products_need_no_product_of_factors(pair: tuple[str, str]) -> Non
 
 
 def test_a_cut_of_rank_one_of_one_number() -> None:
-    found = reduced(Change((1, 1), torch.tensor([[-3.0]])), Cut(1))
+    found = truncate(Delta((1, 1), torch.tensor([[-3.0]])), Truncation(1))
     assert float(found.dense()) == pytest.approx(-3.0)
     assert found.down is not None

@@ -44,7 +44,7 @@ from pack.trainer.core.devices import DTYPES
 from pack.trainer.core.errors import AdapterError, CancelledError, SettingsError, TrainerError
 from pack.trainer.merging.extract import extract_between
 from pack.trainer.merging.fuse import fuse
-from pack.trainer.merging.merge import Part, resize
+from pack.trainer.merging.merge import WeightedAdapter, resize
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.merge import (
@@ -765,7 +765,7 @@ def test_resizing_is_the_truncated_decomposition(limits: dict[str, Any]) -> None
         "lora_unet_down_blocks_0_resnets_0_conv_shortcut": (12, 20, 1, 1),
     }
     adapter = adapter_of({name: tensors_of("LoRA", shape, 3, rank=8) for name, shape in shapes.items()})
-    result = resize(Part(adapter, "a"), ReductionSettings.checked(limits)).adapter
+    result = resize(WeightedAdapter(adapter, "a"), ReductionSettings.checked(limits)).adapter
     asked = {"rank": 32, "energy": 1.0, "ratio": 0.0, **limits}
     for name, shape in shapes.items():
         before, after = adapter.layers[name], result.layers[name]
@@ -818,7 +818,7 @@ def test_tools_keep_the_names_of_smaller_sdxls(size: str, tmp_path: Path) -> Non
     save_file(sdxl_state_dict(SDXL_SHAPES[size]), path)
     base = open_base(path, TOKENIZER)
     adapter = random_adapter(base, pattern=r"^lora_unet_(input|middle|output)")
-    result = resize(Part(adapter, "a"), ReductionSettings(rank=0)).adapter
+    result = resize(WeightedAdapter(adapter, "a"), ReductionSettings(rank=0)).adapter
     assert set(result.layers) == set(adapter.layers)
     assert set(with_own_names(adapter).layers) == set(adapter.layers)
     weights = weights_of(base)

@@ -29,7 +29,7 @@ from pack.trainer.adapters.names import modules_by_name, named_weights
 from pack.trainer.core.errors import AdapterError, CancelledError, SettingsError, TrainerError
 from pack.trainer.core.events import Phase, Step
 from pack.trainer.core.seeding import generator
-from pack.trainer.merging.merge import Merged, Part
+from pack.trainer.merging.merge import Merged, WeightedAdapter
 from pack.trainer.merging.ziplora import learned_merge
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
@@ -60,7 +60,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseWeights:
 
 
 @pytest.fixture(scope="module")
-def pair(base: BaseWeights) -> tuple[Part, Part]:
+def pair(base: BaseWeights) -> tuple[WeightedAdapter, WeightedAdapter]:
     """A subject with convolutions and a text encoder, a style of another rank and of other layers, at strengths."""
     subject = both(
         random_adapter(
@@ -72,15 +72,17 @@ def pair(base: BaseWeights) -> tuple[Part, Part]:
         random_adapter(base, pattern=r"mid.*(attn1_to_[qkv]|conv1|proj_in)$|time_emb_proj$", seed=2, rank=3, alpha=4.0),
         random_adapter(base, pattern=TEXT, seed=6, rank=2),
     )
-    return Part(subject, "subject", 0.8, 0.7), Part(style, "style", 1.2, 0.4)
+    return WeightedAdapter(subject, "subject", 0.8, 0.7), WeightedAdapter(style, "style", 1.2, 0.4)
 
 
-def learned(base: BaseWeights, pair: tuple[Part, Part], listener: Any = None, **changes: Any) -> Merged:
+def learned(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter], listener: Any = None, **changes: Any
+) -> Merged:
     settings = LearnedMergeSettings.checked({**QUICK, **changes})
     return learned_merge(base, *pair, settings, CPU, listener or Recorder())
 
 
-def plain_sum(base: BaseWeights, pair: tuple[Part, Part]) -> dict[str, Tensor]:
+def plain_sum(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> dict[str, Tensor]:
     """Σ wᵢ Δᵢ of every module, in the weight's shape."""
     weights = weights_of(base)
     found: dict[str, Tensor] = {}
@@ -91,7 +93,9 @@ def plain_sum(base: BaseWeights, pair: tuple[Part, Part]) -> dict[str, Tensor]:
     return found
 
 
-def coefficients(base: BaseWeights, pair: tuple[Part, Part], result: Adapter) -> dict[str, list[Tensor]]:
+def coefficients(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter], result: Adapter
+) -> dict[str, list[Tensor]]:
     """The factors of the inputs, from the result alone: of every input the two numbers that give its column.
 
     Raises an assertion if no factors give the result, so that it is Σ wᵢ Δᵢ diag(mᵢ) and nothing else.
@@ -126,14 +130,16 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 # What the result is
 
 
-def test_without_learning_it_is_the_sum(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_without_learning_it_is_the_sum(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     result = learned(base, pair, learning_rate=1e-9, steps=1)
     assert same(deltas(result.adapter, weights_of(base)), plain_sum(base, pair)) < 1e-5
     assert result.report.method == "learned"
     assert result.report.titles == ["subject", "style"]
 
 
-def test_columns_are_scaled_and_text_encoders_summed(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_columns_are_scaled_and_text_encoders_summed(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+) -> None:
     """Also of layers that one of them alone has; and the base is as it was."""
     before = digest(lent_tensors(base))
     result = learned(base, pair, learning_rate=0.05, steps=3)
@@ -153,7 +159,7 @@ def test_columns_are_scaled_and_text_encoders_summed(base: BaseWeights, pair: tu
     assert same({name: actual[name] for name in text}, {name: expected[name] for name in text}) < 1e-6
 
 
-def test_the_same_seed_gives_the_same(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_the_same_seed_gives_the_same(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     torch.manual_seed(1)
     first = learned(base, pair, steps=1).adapter.state_dict()
     torch.manual_seed(2)
@@ -165,7 +171,9 @@ def test_the_same_seed_gives_the_same(base: BaseWeights, pair: tuple[Part, Part]
     assert any(not torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
-def test_it_goes_on_learning_from_the_same_start(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_it_goes_on_learning_from_the_same_start(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+) -> None:
     """A longer run takes the steps of a shorter one first."""
     short, long = Recorder(), Recorder()
     learned(base, pair, short, steps=1)
@@ -175,14 +183,16 @@ def test_it_goes_on_learning_from_the_same_start(base: BaseWeights, pair: tuple[
     assert {event.name for event in long.events if isinstance(event, Phase)} == {"drawing", "merging"}
 
 
-def test_recomputing_activations_changes_nothing(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_recomputing_activations_changes_nothing(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+) -> None:
     plain = learned(base, pair, steps=1).adapter
     lean = learned(base, pair, steps=1, gradient_checkpointing=True).adapter
     weights = weights_of(base)
     assert same(deltas(lean, weights), deltas(plain, weights)) < 1e-4
 
 
-def test_metadata_say_where_it_comes_from(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_metadata_say_where_it_comes_from(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     subject = replace(pair[0], adapter=replace(pair[0].adapter, metadata={"modelspec.trigger_phrase": "sks dog"}))
     style = replace(pair[1], adapter=replace(pair[1].adapter, metadata={"modelspec.trigger_phrase": "pixel art"}))
     found = learned(base, (subject, style), steps=1).adapter.metadata
@@ -197,7 +207,7 @@ def test_metadata_say_where_it_comes_from(base: BaseWeights, pair: tuple[Part, P
 class Reference:
     """The learned merge in plain torch: dense weights W + Σ wᵢ Δᵢ diag(mᵢ), the prompts' encodings of merged models."""
 
-    def __init__(self, base: BaseWeights, pair: Sequence[Part], settings: LearnedMergeSettings) -> None:
+    def __init__(self, base: BaseWeights, pair: Sequence[WeightedAdapter], settings: LearnedMergeSettings) -> None:
         self.base, self.pair, self.settings = base, pair, settings
         self.weights = weights_of(base, "^lora_unet_")
         self.deltas = [
@@ -281,7 +291,9 @@ class Reference:
 
 
 @pytest.mark.parametrize("split", [0.0, 0.6])
-def test_it_is_what_plain_torch_computes(split: float, base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_it_is_what_plain_torch_computes(
+    split: float, base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+) -> None:
     """The losses and, after AdamW's steps, the coefficients."""
     changes = {"learning_rate": 0.03, "overlap_weight": 0.5, "split": split, "seed": 3, "steps": 2, "pictures": 3}
     listener = Recorder()
@@ -311,7 +323,7 @@ def test_it_is_what_plain_torch_computes(split: float, base: BaseWeights, pair: 
     assert compared > 0.8 * sum(one.numel() for one in flat)
 
 
-def test_the_penalty_pulls_shared_inputs_down(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_the_penalty_pulls_shared_inputs_down(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     """Of layers that both have; the inputs of others are not shared."""
     free, bound = (
         coefficients(base, pair, learned(base, pair, steps=6, learning_rate=0.02, overlap_weight=weight).adapter)
@@ -327,7 +339,9 @@ def test_the_penalty_pulls_shared_inputs_down(base: BaseWeights, pair: tuple[Par
 def test_the_loss_falls_on_a_trained_model() -> None:
     base = demo_base()
     pattern = r"lora_unet_.*attn[12]_to_(q|k|v|out_0)$"
-    pair = tuple(Part(random_adapter(base, pattern=pattern, seed=seed), title) for seed, title in enumerate("ab", 1))
+    pair = tuple(
+        WeightedAdapter(random_adapter(base, pattern=pattern, seed=seed), title) for seed, title in enumerate("ab", 1)
+    )
     listener = Recorder()
     changes = {"steps": 30, "learning_rate": 0.05, "pictures": 1, "overlap_weight": 0.0}
     learned_merge(base, *pair, LearnedMergeSettings.checked({**QUICK, **changes}), CPU, listener)
@@ -350,7 +364,7 @@ def test_sdxl(tmp_path: Path) -> None:
         random_adapter(base, pattern=r"lora_unet_middle.*attn2_to_[kv]$", seed=2),
         random_adapter(base, pattern=r"lora_te2.*self_attn_q_proj$", seed=4),
     )
-    pair = (Part(subject, "a", 1.0, 0.5), Part(style, "b", 0.9, 0.8))
+    pair = (WeightedAdapter(subject, "a", 1.0, 0.5), WeightedAdapter(style, "b", 0.9, 0.8))
     listener = Recorder()
     result = learned(base, pair, listener, learning_rate=0.05)
     assert all(loss > 0 for loss in listener.losses)
@@ -370,14 +384,17 @@ def test_sdxl_by_plain_torch(tmp_path: Path) -> None:
         random_adapter(base, pattern=r"lora_unet_middle.*attn2_to_[qk]$"),
         random_adapter(base, pattern=r"lora_te2.*self_attn_v_proj$", seed=3),
     )
-    pair = (Part(subject, "a"), Part(random_adapter(base, pattern=r"lora_unet_middle.*attn2_to_k$", seed=2), "b"))
+    pair = (
+        WeightedAdapter(subject, "a"),
+        WeightedAdapter(random_adapter(base, pattern=r"lora_unet_middle.*attn2_to_k$", seed=2), "b"),
+    )
     listener = Recorder()
     learned(base, pair, listener, steps=1)
     reference = Reference(base, pair, LearnedMergeSettings.checked({**QUICK, "steps": 1}))
     assert listener.losses[0] == pytest.approx(float(reference.loss(0).detach()), rel=1e-4)
 
 
-def test_bf16(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_bf16(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     before = digest(lent_tensors(base))
     listener, exact = Recorder(), Recorder()
     result = learned(base, pair, listener, precision="bf16", learning_rate=0.02, steps=1)
@@ -392,7 +409,10 @@ def test_bf16(base: BaseWeights, pair: tuple[Part, Part]) -> None:
 def test_any_kind_of_adapter(kind: str, base: BaseWeights) -> None:
     """Of the first and, beside it, in the text encoder; kinds that no factors tell become full differences."""
     subject = both(random_adapter(base, kind, r"mid.*attn1_to_[qk]$"), random_adapter(base, kind, TEXT, seed=3))
-    pair = (Part(subject, "a", 0.5, 0.5), Part(random_adapter(base, pattern=r"mid.*attn1_to_[kv]$", seed=2), "b"))
+    pair = (
+        WeightedAdapter(subject, "a", 0.5, 0.5),
+        WeightedAdapter(random_adapter(base, pattern=r"mid.*attn1_to_[kv]$", seed=2), "b"),
+    )
     still = learned(base, pair, learning_rate=1e-9, steps=1)
     coefficients(base, pair, still.adapter)
     assert same(deltas(still.adapter, weights_of(base)), plain_sum(base, pair)) < 1e-5
@@ -401,7 +421,9 @@ def test_any_kind_of_adapter(kind: str, base: BaseWeights) -> None:
 # Parts and strengths
 
 
-def test_block_weights_hold_in_the_unet_and_beside_text_encoders(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_block_weights_hold_in_the_unet_and_beside_text_encoders(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+) -> None:
     blocks: list[BlockWeight] = read_block_weights("mid_block=0.5")
     with_blocks = (replace(pair[0], blocks=blocks), pair[1])
     actual = deltas(learned(base, with_blocks, learning_rate=1e-9, steps=1).adapter, weights_of(base))
@@ -411,7 +433,9 @@ def test_block_weights_hold_in_the_unet_and_beside_text_encoders(base: BaseWeigh
     assert float((actual[name] - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_biases_of_a_text_encoder_are_heard_while_learning(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_biases_of_a_text_encoder_are_heard_while_learning(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+) -> None:
     """They are part of the result, so what is matched must hold them, too."""
     name = "lora_te_text_model_final_layer_norm.diff_b"
     width = base.text_encoders[0].tensors["text_model.final_layer_norm.bias"].shape[0]
@@ -427,7 +451,7 @@ def test_biases_of_a_text_encoder_are_heard_while_learning(base: BaseWeights, pa
 
 
 @pytest.mark.parametrize("after", [1, 3, 7, 8])
-def test_it_can_be_stopped(after: int, base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_it_can_be_stopped(after: int, base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     """While drawing and while learning; the base is as it was, and so is accelerate's state."""
     before = digest(lent_tensors(base))
     with pytest.raises(CancelledError):
@@ -435,7 +459,7 @@ def test_it_can_be_stopped(after: int, base: BaseWeights, pair: tuple[Part, Part
     assert digest(lent_tensors(base)) == before
 
 
-def test_a_stop_while_learning_tells_the_step(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_a_stop_while_learning_tells_the_step(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     asked = Recorder()
     learned(base, pair, asked, steps=1)
     drawing = asked.steps_seen - 1 - len(range(0, len(plain_sum(base, pair)), 16))
@@ -449,34 +473,36 @@ def refused(error: TrainerError, *words: str) -> None:
     assert error.remedy.strip()
 
 
-def test_adapters_that_do_not_fit_are_named(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_adapters_that_do_not_fit_are_named(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     """Before anything is drawn."""
     subject, style = pair
     name = "lora_unet_nowhere_to_q"
     nowhere = adapter_of({name: {"lora_down.weight": torch.ones(1, 4), "lora_up.weight": torch.ones(4, 1)}})
     listener = Recorder()
     with pytest.raises(AdapterError) as unknown:
-        learned(base, (subject, Part(both(style.adapter, nowhere), "lost")), listener)
+        learned(base, (subject, WeightedAdapter(both(style.adapter, nowhere), "lost")), listener)
     refused(unknown.value, "lost", name)
     place = next(iter(subject.adapter.layers))
     other = adapter_of({place: {"lora_down.weight": torch.ones(1, 7), "lora_up.weight": torch.ones(5, 1)}})
     with pytest.raises(AdapterError) as misfit:
-        learned(base, (Part(other, "odd"), Part(other, "odd too")), listener)
+        learned(base, (WeightedAdapter(other, "odd"), WeightedAdapter(other, "odd too")), listener)
     refused(misfit.value, "odd", place)
     assert listener.events == []
 
 
-def test_other_families_are_named(base: BaseWeights, pair: tuple[Part, Part], tmp_path: Path) -> None:
+def test_other_families_are_named(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter], tmp_path: Path
+) -> None:
     for stated in ("stable-diffusion-xl-v1-base/lora", "stable-diffusion-v2-512/lora", "flux-1-dev/lora"):
-        foreign = Part(replace(pair[1].adapter, metadata={"modelspec.architecture": stated}), "foreign")
+        foreign = WeightedAdapter(replace(pair[1].adapter, metadata={"modelspec.architecture": stated}), "foreign")
         known = replace(pair[0].adapter, metadata={"modelspec.architecture": "stable-diffusion-v1/lora"})
         with pytest.raises(AdapterError) as raised:
-            learned(base, (Part(known, "known"), foreign))
+            learned(base, (WeightedAdapter(known, "known"), foreign))
         refused(raised.value, "foreign", "families")
     xl = open_base(sdxl_checkpoint(tmp_path / "xl.safetensors", size="tiny"), TOKENIZER)
     adapter = random_adapter(xl, pattern=r"middle.*attn2_to_k$")
     with pytest.raises(AdapterError) as raised:
-        learned(base, (Part(adapter, "a"), Part(adapter, "b")))
+        learned(base, (WeightedAdapter(adapter, "a"), WeightedAdapter(adapter, "b")))
     refused(raised.value, "a", "base model")
 
 
@@ -484,31 +510,33 @@ def test_adapters_without_a_common_layer_are_refused(base: BaseWeights) -> None:
     text = random_adapter(base, pattern=TEXT)
     for left, right in (("attn1_to_q$", "attn1_to_k$"), ("attn1_to_q$", "mid.*attn2_to_k$")):
         pair = (
-            Part(both(random_adapter(base, pattern=left), text), "a"),
-            Part(random_adapter(base, pattern=right), "b"),
+            WeightedAdapter(both(random_adapter(base, pattern=left), text), "a"),
+            WeightedAdapter(random_adapter(base, pattern=right), "b"),
         )
         with pytest.raises(AdapterError) as raised:
             learned(base, pair)
         refused(raised.value, "in common")
-    only_text = (Part(text, "a"), Part(text, "b"))
+    only_text = (WeightedAdapter(text, "a"), WeightedAdapter(text, "b"))
     with pytest.raises(AdapterError) as raised:
         learned(base, only_text)
     refused(raised.value, "no layer of the UNet in common")
 
 
-def test_fp16_on_the_cpu_is_refused(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_fp16_on_the_cpu_is_refused(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     with pytest.raises(SettingsError, match="fp16"):
         learned(base, pair, precision="fp16")
 
 
-def test_numbers_that_explode_are_told(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_numbers_that_explode_are_told(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     loud = replace(pair[0], strength=1e30)
     with pytest.raises(TrainerError) as raised:
         learned(base, (loud, replace(pair[1], strength=-1e30)))
     assert "precision" in raised.value.remedy or "learning_rate" in raised.value.remedy
 
 
-def test_names_of_the_weights_are_those_of_the_results(base: BaseWeights, pair: tuple[Part, Part]) -> None:
+def test_names_of_the_weights_are_those_of_the_results(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+) -> None:
     result = learned(base, pair, steps=1).adapter
     known = named_weights(base.family.build(base))
     assert set(result.layers) <= set(known)

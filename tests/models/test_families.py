@@ -39,7 +39,7 @@ from pack.trainer.models.families.ldm import unet_config
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import generate
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -113,7 +113,7 @@ def test_names_and_ranks_are_kohyas(
 @pytest.mark.parametrize("family", FULL)
 def test_shapes_are_kohyas(family: str, full: dict[str, BaseWeights]) -> None:
     model = full[family].family.build(full[family])
-    adapter = TrainedAdapter(model, everything_trained(model, targets="all", conv_rank=2))
+    adapter = TrainableAdapter(model, everything_trained(model, targets="all", conv_rank=2))
     sides = [f"lora_{side}.weight" for side in ("down", "up")]
     ours = {name: [list(layer.saved_shape(side)) for side in sides] for name, layer in adapter.layers.items()}
     assert ours == golden(f"{family}_conv")

@@ -163,11 +163,11 @@ def test_it_trains_in_half_precision(precision: str, world: World, tmp_path: Pat
 
 def test_doras_magnitudes_are_those_of_the_four_bits(world: World) -> None:
     from pack.trainer.settings.train import TrainSettings
-    from pack.trainer.training.trainable import begin
+    from pack.trainer.training.trainable import make_trainable
 
     settings = TrainSettings(**{**COMMON, **NF4, "adapter": "dora"})
     model = world.base.family.build(world.base)
-    trainee: Any = begin(model, settings, CPU, torch.float32, None)
+    trainee: Any = make_trainable(model, settings, CPU, torch.float32, None)
     layer = next(iter(trainee.layers.values()))
     modules = dict(model.unet.named_modules())
     base = modules[layer.target.path].base_layer

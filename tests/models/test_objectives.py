@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.core.seeding import draw, generator
-from pack.trainer.core.throughput import Pace
+from pack.trainer.core.throughput import Throughput
 from pack.trainer.data.batches import Batch, draw_batches
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.models.objective import (
@@ -458,7 +458,7 @@ def test_a_step_waits_for_no_device(further: dict[str, Any], world: World, tmp_p
         recipe.train_step(1.0)
     assert waits.files == {"randomness.py", "noise.py", "batches.py", "optimizer.py"}
     with Waits() as waits:
-        recipe._report(Pace(4, 0, recipe.device), 1, 1e-2, torch.ones(()))
+        recipe._report(Throughput(4, 0, recipe.device), 1, 1e-2, torch.ones(()))
     assert waits.files == {"dreambooth.py"}  # as it is found where it is meant to be
 
 

@@ -14,7 +14,7 @@ from helpers import ROOT
 from pack.trainer.adapters.kohya import write_adapter
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from PIL import Image
 from workflows import as_prompt
 
@@ -100,7 +100,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def trained_file(base: BaseWeights, kind: str, folder: Path) -> Path:
     """An adapter whose every part has moved from its start, as long training would move it."""
     settings = TrainSettings(**{"rank": 4, "targets": "attention-mlp", **KINDS[kind]})
-    trained = TrainedAdapter(base.family.build(base), settings)
+    trained = TrainableAdapter(base.family.build(base), settings)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in trained.layers.values():

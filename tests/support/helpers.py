@@ -34,7 +34,7 @@ class Recorder:
         self.stop_after = stop_after
         self.steps_seen = 0
 
-    def tell(self, event: Any) -> None:
+    def report(self, event: Any) -> None:
         self.events.append(event)
 
     def should_stop(self) -> bool:

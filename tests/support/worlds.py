@@ -18,7 +18,7 @@ from pack.trainer.dreambooth import DreamBooth, Stage, TrainResult, train
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -157,7 +157,7 @@ def distances(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> dict[
     }
 
 
-def perturb(adapter: TrainedAdapter, by: float = 0.05) -> None:
+def perturb(adapter: TrainableAdapter, by: float = 0.05) -> None:
     """Random numbers on all parameters, as training would leave them."""
     source = torch.Generator().manual_seed(1)
     with torch.no_grad():

@@ -206,8 +206,8 @@ class Watcher(Recorder):
         found = saved.adapter.layers.items()
         return {f"{name}.{part}": tensor for name, layer in found for part, tensor in layer.tensors().items()}
 
-    def tell(self, event: Any) -> None:
-        super().tell(event)
+    def report(self, event: Any) -> None:
+        super().report(event)
         if isinstance(event, Phase) and event.name == "preview" and event.done == 0:
             self.previewed[self.recipe.step] = self.weights()
         if hasattr(event, "loss"):

@@ -14,17 +14,17 @@ from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.latent_cache import Cache, LatentSet
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.memory import fit as fitting
-from pack.trainer.training.memory.fit import Fit, told
+from pack.trainer.training.memory.fit import MemoryBudget, told
 from pack.trainer.training.memory.meter import AsOnCuda, LiveBytes
 from pack.trainer.training.memory.plan import (
     Candidate,
-    Lean,
-    Need,
+    MemoryNeed,
+    MemorySaving,
     Plan,
     Planner,
-    leans,
     lent_bytes,
     make_plan,
+    memory_savings,
     remedies,
     state_bytes,
 )
@@ -119,19 +119,19 @@ def test_autocast_is_that_of_cuda() -> None:
     assert layer(x).dtype == torch.float32
 
 
-WAYS: dict[str, tuple[dict[str, Any], str, Lean]] = {
-    "plain": ({}, "fp32", Lean(False)),
-    "bf16": ({"targets": "all"}, "bf16", Lean(False)),
-    "checkpointing": ({}, "bf16", Lean(True)),
-    "batch in parts": ({"batch_size": 4}, "bf16", Lean(True, 2)),
-    "text encoder": (TEXT, "bf16", Lean(False)),
-    "text encoder, checkpointing": (TEXT, "fp32", Lean(True)),
-    "DoRA": ({"adapter": "dora"}, "bf16", Lean(True)),
-    "LoHa": ({"adapter": "loha"}, "bf16", Lean(False)),
-    "LoKr": ({"adapter": "lokr", "targets": "all"}, "bf16", Lean(False)),
-    "full": ({"adapter": "full"}, "bf16", Lean(False)),
-    "nf4": ({"base_quantization": "nf4"}, "bf16", Lean(True)),
-    "previews": ({"preview_every": 1}, "fp32", Lean(False)),
+WAYS: dict[str, tuple[dict[str, Any], str, MemorySaving]] = {
+    "plain": ({}, "fp32", MemorySaving(False)),
+    "bf16": ({"targets": "all"}, "bf16", MemorySaving(False)),
+    "checkpointing": ({}, "bf16", MemorySaving(True)),
+    "batch in parts": ({"batch_size": 4}, "bf16", MemorySaving(True, 2)),
+    "text encoder": (TEXT, "bf16", MemorySaving(False)),
+    "text encoder, checkpointing": (TEXT, "fp32", MemorySaving(True)),
+    "DoRA": ({"adapter": "dora"}, "bf16", MemorySaving(True)),
+    "LoHa": ({"adapter": "loha"}, "bf16", MemorySaving(False)),
+    "LoKr": ({"adapter": "lokr", "targets": "all"}, "bf16", MemorySaving(False)),
+    "full": ({"adapter": "full"}, "bf16", MemorySaving(False)),
+    "nf4": ({"base_quantization": "nf4"}, "bf16", MemorySaving(True)),
+    "previews": ({"preview_every": 1}, "fp32", MemorySaving(False)),
 }
 
 
@@ -152,7 +152,7 @@ def test_the_plan_equals_what_lives_in_a_real_step(way: str, world: World) -> No
 def test_the_plan_equals_a_real_step_of_sdxl(xl_world: World) -> None:
     settings = settings_of(**BOTH_TEXTS)
     planned, real = (
-        Planner(xl_world.base, settings, "bf16", None, False, device).need(Lean(True))
+        Planner(xl_world.base, settings, "bf16", None, False, device).need(MemorySaving(True))
         for device in (META, torch.device("cpu"))
     )
     assert planned == real
@@ -161,13 +161,15 @@ def test_the_plan_equals_a_real_step_of_sdxl(xl_world: World) -> None:
 def test_every_part_is_what_it_says(world: World) -> None:
     settings = settings_of(batch_size=4, targets="all", resolution=128)
     planner = Planner(world.base, settings, "bf16", None, False)
-    plain, lean, parts = (planner.need(lean) for lean in (Lean(False), Lean(True), Lean(True, 4)))
+    plain, lean, parts = (
+        planner.need(lean) for lean in (MemorySaving(False), MemorySaving(True), MemorySaving(True, 4))
+    )
     assert plain.base == sum(2 * tensor.numel() for tensor in world.base.unet.tensors.values())
     recipe = world.recipe(Path("unused"), targets="all")
     recipe.model = recipe.base.family.build(recipe.base)
-    from pack.trainer.training.lora import TrainedAdapter
+    from pack.trainer.training.adapter import TrainableAdapter
 
-    numbers = sum(one.numel() for one in TrainedAdapter(recipe.model, recipe.settings).parameters())
+    numbers = sum(one.numel() for one in TrainableAdapter(recipe.model, recipe.settings).parameters())
     assert plain.trained == numbers * (4 + 4 + 8)
     assert plain.activations > lean.activations > parts.activations
     assert (plain.base, plain.trained) == (lean.base, lean.trained) == (parts.base, parts.trained)
@@ -179,7 +181,7 @@ def test_every_part_is_what_it_says(world: World) -> None:
 def test_activations_grow_with_the_batch_and_the_class_pictures(world: World) -> None:
     def activations(batch: int, priors: bool) -> int:
         settings = settings_of(batch_size=batch, resolution=128)
-        return Planner(world.base, settings, "fp32", None, priors).need(Lean(False)).activations
+        return Planner(world.base, settings, "fp32", None, priors).need(MemorySaving(False)).activations
 
     one, two, four = (activations(batch, False) for batch in (1, 2, 4))
     assert four - two == pytest.approx(2 * (two - one), rel=0.01)
@@ -188,7 +190,7 @@ def test_activations_grow_with_the_batch_and_the_class_pictures(world: World) ->
 
 def test_quantised_weights_take_a_quarter(world: World) -> None:
     planner = Planner(world.base, settings_of(), "bf16", None, False)
-    plain, packed = planner.need(Lean(False)), planner.need(Lean(False), quantization="nf4")
+    plain, packed = planner.need(MemorySaving(False)), planner.need(MemorySaving(False), quantization="nf4")
     model = world.base.family.build(world.base)
     linear = [module.weight.numel() for module in model.unet.modules() if isinstance(module, nn.Linear)]
     saved = plain.base - packed.base
@@ -245,10 +247,16 @@ def test_paged_states_of_large_tensors_leave_the_device() -> None:
 
 
 def test_what_is_tried_comes_fastest_first() -> None:
-    assert leans(settings_of()) == [Lean(False), Lean(True)]
-    assert leans(settings_of(gradient_checkpointing=True)) == [Lean(True)]
-    assert leans(settings_of(batch_size=6)) == [Lean(False), Lean(True), Lean(True, 2), Lean(True, 3), Lean(True, 6)]
-    assert leans(settings_of(batch_size=6, dropout=0.1)) == [Lean(False), Lean(True)]
+    assert memory_savings(settings_of()) == [MemorySaving(False), MemorySaving(True)]
+    assert memory_savings(settings_of(gradient_checkpointing=True)) == [MemorySaving(True)]
+    assert memory_savings(settings_of(batch_size=6)) == [
+        MemorySaving(False),
+        MemorySaving(True),
+        MemorySaving(True, 2),
+        MemorySaving(True, 3),
+        MemorySaving(True, 6),
+    ]
+    assert memory_savings(settings_of(batch_size=6, dropout=0.1)) == [MemorySaving(False), MemorySaving(True)]
 
 
 def latents(count: int) -> LatentSet:
@@ -271,14 +279,14 @@ def test_a_batch_in_parts_has_the_same_samples(split: int) -> None:
         ]
         return [torch.cat([getattr(one, part) for one in found]) for part in ("latents", "noise", "timesteps")]
 
-    whole, parts = samples(settings), samples(Lean(True, split).applied(settings))
+    whole, parts = samples(settings), samples(MemorySaving(True, split).applied(settings))
     assert all(torch.equal(*pair) for pair in zip(whole, parts, strict=True))
 
 
 def test_the_first_that_fits_is_chosen(planner: Planner) -> None:
     settings = settings_of(**MANY)
-    ways = leans(settings)
-    assert ways == [Lean(False), Lean(True), Lean(True, 61)]
+    ways = memory_savings(settings)
+    assert ways == [MemorySaving(False), MemorySaving(True), MemorySaving(True, 61)]
     totals = [planner.need(lean).total for lean in ways]
     assert totals == sorted(set(totals), reverse=True)
     for number, lean in enumerate(ways):
@@ -292,29 +300,29 @@ def test_the_first_that_fits_is_chosen(planner: Planner) -> None:
 
 
 GB = 2**30
-ROOMY, TIGHT = Need(5 * GB, GB, 9 * GB), Need(5 * GB, GB, GB // 2)
+ROOMY, TIGHT = MemoryNeed(5 * GB, GB, 9 * GB), MemoryNeed(5 * GB, GB, GB // 2)
 
 
 @pytest.mark.parametrize(
     ("looked_at", "memory", "changes", "expected", "warning"),
     [
-        ([(Lean(False), ROOMY)], 24, {}, "about 16.0 GB of the 24.0 GB that are free.", False),
+        ([(MemorySaving(False), ROOMY)], 24, {}, "about 16.0 GB of the 24.0 GB that are free.", False),
         (
-            [(Lean(False), ROOMY), (Lean(True), TIGHT)],
+            [(MemorySaving(False), ROOMY), (MemorySaving(True), TIGHT)],
             8,
             {},
             "about 7.1 GB of the 8.0 GB that are free: gradient checkpointing is turned on.",
             False,
         ),
         (
-            [(Lean(True), ROOMY), (Lean(True, 2), TIGHT)],
+            [(MemorySaving(True), ROOMY), (MemorySaving(True, 2), TIGHT)],
             8,
             {"batch_size": 2, "gradient_checkpointing": True},
             ": a batch of 2 is computed in 2 parts.",
             False,
         ),
         (
-            [(Lean(False), ROOMY), (Lean(True), TIGHT)],
+            [(MemorySaving(False), ROOMY), (MemorySaving(True), TIGHT)],
             6,
             {},
             "7.1 GB, and 6.0 GB are free, even with gradient checkpointing. Lower resolution, set base_quantization "
@@ -325,7 +333,7 @@ ROOMY, TIGHT = Need(5 * GB, GB, 9 * GB), Need(5 * GB, GB, GB // 2)
     ids=["as set", "checkpointing", "in parts", "too large"],
 )
 def test_the_user_is_told(
-    looked_at: list[tuple[Lean, Need]], memory: int, changes: dict[str, Any], expected: str, warning: bool
+    looked_at: list[tuple[MemorySaving, MemoryNeed]], memory: int, changes: dict[str, Any], expected: str, warning: bool
 ) -> None:
     plan = Plan([Candidate(*one) for one in looked_at], memory * GB)
     note = told(plan, settings_of(**changes))
@@ -349,10 +357,10 @@ def small_card(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: list[int]) -> None:
     settings = settings_of(**MANY)
-    for lean in leans(settings):
+    for lean in memory_savings(settings):
         small_card[0] = planner.need(lean).total
         listener = Recorder()
-        chosen = Fit(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener)
+        chosen = MemoryBudget(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener)
         assert chosen == lean.applied(settings)
         assert len(listener.notes) == 1
         assert lean.checkpointing == ("turned on" in listener.notes[0])
@@ -360,14 +368,14 @@ def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: l
     small_card[0] = 1
     listener = Recorder()
     least = settings_of(gradient_checkpointing=True)
-    assert Fit(least, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == least
+    assert MemoryBudget(least, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == least
     assert len(listener.warnings) == 1
 
 
 @pytest.mark.parametrize(("device", "fit"), [("cpu", "auto"), ("mps", "auto"), ("cuda", "off")])
 def test_nothing_is_planned_unasked(device: str, fit: str, world: World) -> None:
     settings, listener = settings_of(fit=fit), Recorder()
-    assert Fit(settings, torch.device(device)).settings(world.base, None, False, "fp32", listener) == settings
+    assert MemoryBudget(settings, torch.device(device)).settings(world.base, None, False, "fp32", listener) == settings
     assert listener.events == []
 
 
@@ -377,7 +385,7 @@ def test_a_plan_that_fails_stops_no_run(world: World, small_card: list[int], mon
 
     monkeypatch.setattr(fitting, "make_plan", fails)
     settings, listener = settings_of(), Recorder()
-    assert Fit(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == settings
+    assert MemoryBudget(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == settings
     assert "could not be planned" in listener.warnings[0]
 
 
@@ -426,5 +434,7 @@ def test_a_mistake_in_the_settings_is_told(tiny_checkpoint: Path, capsys: pytest
 
 def test_planning_writes_nothing_to_the_base(world: World) -> None:
     before = {name: tensor.clone() for name, tensor in world.base.unet.tensors.items()}
-    Planner(replace(world.base), settings_of(targets="all"), "bf16", None, True).need(Lean(True), quantization="nf4")
+    Planner(replace(world.base), settings_of(targets="all"), "bf16", None, True).need(
+        MemorySaving(True), quantization="nf4"
+    )
     assert all(torch.equal(before[name], tensor) for name, tensor in world.base.unet.tensors.items())

@@ -16,7 +16,7 @@ from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.families.base import Family
 from pack.trainer.settings.train import PriorSettings, TrainCommand, TrainSettings
 from pack.trainer.training import presets
-from pack.trainer.training.presets import FOLDER, apply, changed, filled, load, names
+from pack.trainer.training.presets import FOLDER, apply, apply_preset, changed, load, names
 from pack.trainer.training.runs.checkpoint import RunFolder, run_fingerprint
 from worlds import COMMON, World, make_world, noisy_pictures
 
@@ -115,7 +115,7 @@ def test_the_command_line_fills_in_what_neither_flag_nor_file_gives(
     path = tmp_path / "run.toml"
     path.write_text(f'preset = "{subject}"\nrank = 5\n', encoding="utf-8")
     listener = Recorder()
-    chosen = filled(parsed([str(path), "--steps", "800", "--no-flip", "--name", "x"]), family, listener)
+    chosen = apply_preset(parsed([str(path), "--steps", "800", "--no-flip", "--name", "x"]), family, listener)
     by_hand = load(subject, family).settings | {"rank": 5, "steps": 800, "flip": False, "name": "x"}
     words = []
     for name, value in by_hand.items():
@@ -132,28 +132,28 @@ def test_the_command_line_fills_in_what_neither_flag_nor_file_gives(
 
 def test_without_a_preset_nothing_changes() -> None:
     settings, listener = TrainSettings(), Recorder()
-    assert filled(settings, SD1, listener) is settings
+    assert apply_preset(settings, SD1, listener) is settings
     assert listener.events == []
 
 
 def test_filling_twice_gives_nothing_more() -> None:
-    once = filled(TrainSettings(preset="style"), SD2, Recorder())
+    once = apply_preset(TrainSettings(preset="style"), SD2, Recorder())
     listener = Recorder()
-    assert filled(once, SD2, listener) == once
+    assert apply_preset(once, SD2, listener) == once
     assert listener.notes[0].startswith("Preset style for Stable Diffusion 2.x: nothing; as you set them: steps,")
 
 
 def test_class_pictures_are_given_where_a_prompt_for_them_is() -> None:
     prompt = "--class-prompt=a photo of a dog"
-    assert filled(parsed(["--preset=animal", prompt]), SD1, Recorder()).prior_count == 200
-    assert filled(parsed(["--preset=animal"]), SD1, Recorder()).prior_count == 0
-    assert filled(parsed(["--preset=animal", prompt, "--prior-count=0"]), SD1, Recorder()).prior_count == 0
-    assert filled(parsed(["--preset=style", prompt]), SD1, Recorder()).prior_count == 0
+    assert apply_preset(parsed(["--preset=animal", prompt]), SD1, Recorder()).prior_count == 200
+    assert apply_preset(parsed(["--preset=animal"]), SD1, Recorder()).prior_count == 0
+    assert apply_preset(parsed(["--preset=animal", prompt, "--prior-count=0"]), SD1, Recorder()).prior_count == 0
+    assert apply_preset(parsed(["--preset=style", prompt]), SD1, Recorder()).prior_count == 0
 
 
 def test_what_was_given_may_contradict_the_preset() -> None:
     with pytest.raises(SettingsError, match="lr_warmup_steps"):
-        filled(TrainSettings(preset="object", lr_warmup_steps=700, lr_schedule="linear"), SD1, Recorder())
+        apply_preset(TrainSettings(preset="object", lr_warmup_steps=700, lr_schedule="linear"), SD1, Recorder())
     with pytest.raises(SettingsError, match="preset is for adapters"):
         TrainSettings.checked({"preset": "object", "adapter": "full"})
 
@@ -165,7 +165,7 @@ def test_on_a_node_what_was_changed_wins() -> None:
     settings = TrainSettings.checked(widgets)
     assert changed(TrainSettings()) == set()
     assert changed(settings) == {"preset", "rank", "alpha", "name"}
-    chosen = filled(settings, SD1, Recorder(), changed(settings))
+    chosen = apply_preset(settings, SD1, Recorder(), changed(settings))
     expected = load("style", SD1).settings | {"rank": 8, "alpha": 4.0, "name": "watercolour", "preset": "style"}
     assert chosen == TrainSettings.checked(expected)
 
@@ -179,7 +179,7 @@ def test_the_fingerprint_is_that_of_the_values(world: World) -> None:
     def fingerprint(settings: TrainSettings) -> str:
         return run_fingerprint(world.base, world.subject, (), settings, "fp32")
 
-    by_preset = filled(TrainSettings(preset="style", steps=90), world.base.family, Recorder())
+    by_preset = apply_preset(TrainSettings(preset="style", steps=90), world.base.family, Recorder())
     by_hand = TrainSettings.checked(load("style", SD1).settings | {"steps": 90})
     assert by_hand.preset == "none"
     assert fingerprint(by_preset) == fingerprint(by_hand) != fingerprint(TrainSettings(steps=90))

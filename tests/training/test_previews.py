@@ -21,7 +21,7 @@ from pack.trainer.core.events import Phase, Preview, Step
 from pack.trainer.data.images import Picture, decode
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.evaluation.evaluator import Evaluation
-from pack.trainer.evaluation.feature_extractors import Judges
+from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import generate, ready_model
@@ -84,7 +84,7 @@ PLAIN, TEXT, FULL = VARIANTS
 @pytest.fixture(scope="module")
 def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
     found = make_world(tiny_checkpoint, tmp_path_factory.mktemp("previews") / "subject")
-    Judges.open(SCORER, "", torch.device("cpu"))
+    FeatureExtractors.open(SCORER, "", torch.device("cpu"))
     gc.collect()
     gc.freeze()  # what was imported for it need not be searched
     return found
@@ -224,7 +224,9 @@ def test_scores_are_those_of_the_files(shown: dict[str, TrainResult], world: Wor
     assert [(line["step"], "scores" in line) for line in lines] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True)
     ]  # fmt: skip
-    judged = Evaluation(Judges.open(SCORER, "", torch.device("cpu")), world.subject, PROMPTS, "sks", Recorder())
+    judged = Evaluation(
+        FeatureExtractors.open(SCORER, "", torch.device("cpu")), world.subject, PROMPTS, "sks", Recorder()
+    )
     assert judged.class_prompts == CLASS_PROMPTS
     for step, scores in scores_in(run).items():
 
@@ -326,7 +328,7 @@ def test_metrics_are_kept_up_to_where_a_run_goes_on(tail: bytes, kept: int, tmp_
     events = [*STEPS[:2], Preview(2, [(tmp_path / "ü.png", "ein Hund\u2028 ü")], {"CLIP-I": 0.25})]
     recorded = RecordedListener(listener, path, 0)
     for event in events:
-        recorded.tell(event)
+        recorded.report(event)
     lines = read_metrics(path)  # a process that is killed closes nothing
     recorded.close()
     assert listener.events == events
@@ -334,7 +336,7 @@ def test_metrics_are_kept_up_to_where_a_run_goes_on(tail: bytes, kept: int, tmp_
     assert lines[2] == {"step": 2, "scores": {"CLIP-I": 0.25}, "pictures": [["ü.png", "ein Hund\u2028 ü"]]}
     path.write_bytes(path.read_bytes() + tail)
     recorded = RecordedListener(listener, path, 2)
-    recorded.tell(STEPS[2])
+    recorded.report(STEPS[2])
     recorded.close()
     assert read_metrics(path)[:3] == lines
     assert [line["step"] for line in metrics_in(tmp_path)] == [1, 2, 2, *[2] * (kept - 3), 3]
@@ -347,9 +349,9 @@ def test_a_full_disk_is_named_by_the_metrics(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        recorded.tell(STEPS[0])
+        recorded.report(STEPS[0])
         with pytest.raises(StorageError, match=r"metrics\.jsonl can't be written") as caught:
-            recorded.tell(STEPS[1])
+            recorded.report(STEPS[1])
         recorded.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from pack.trainer.core.errors import CancelledError, DivergedError, SettingsError, StorageError, TrainerError
 from pack.trainer.core.events import Opened, Preview, Step
 from pack.trainer.dreambooth import TrainResult
-from pack.trainer.training.runs.index import Shelf
+from pack.trainer.training.runs.index import RunIndex
 from pack.trainer.training.runs.metrics import RecordedListener, last_lines, read_metrics
 from run_trees import SHOWN, tree
 from safetensors.torch import load_file, save_file
@@ -34,7 +34,7 @@ RECORDS = [b"", b'{"name": "do', b"[]", b"{}", b"null", b"\xff\x00"]
 class Runs:
     """A shelf, with a run for every way to end, and what was told of the finished one."""
 
-    shelf: Shelf
+    shelf: RunIndex
     done: str
     stopped: str
     diverged: str
@@ -85,20 +85,20 @@ def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Runs:
         found.append(run.name)
         if go_on:
             errors[run.name] = go_on(world, folder, run.name, **changes)
-    return Runs(Shelf(folder / "runs"), *found, listener, errors)
+    return Runs(RunIndex(folder / "runs"), *found, listener, errors)
 
 
 @pytest.fixture
-def copy(runs: Runs, tmp_path: Path) -> Shelf:
+def copy(runs: Runs, tmp_path: Path) -> RunIndex:
     """The same runs, to be changed, with secrets beside their folder."""
     shutil.copytree(runs.shelf.root, tmp_path / "runs")
     shutil.copytree(runs.shelf.root / runs.done, tmp_path / "secret")
     for name in ("run.json", "metrics.jsonl", "00.jpg"):
         (tmp_path / name).write_text('{"step": 1, "name": "secret"}')
-    return Shelf(tmp_path / "runs")
+    return RunIndex(tmp_path / "runs")
 
 
-def end_lines(shelf: Shelf, name: str) -> list[dict[str, Any]]:
+def end_lines(shelf: RunIndex, name: str) -> list[dict[str, Any]]:
     return [line for line in read_metrics(shelf.run(name).metrics_path) if "state" in line]
 
 
@@ -142,7 +142,7 @@ def test_the_last_line_is_the_end(error: BaseException | None, end: dict[str, An
     path, step = tmp_path / "metrics.jsonl", Step(2, 3, 0.5, 1e-4, 2.0, 1.0, 9)
     try:
         with RecordedListener(Recorder(), path, 0) as recorded:
-            recorded.tell(step)
+            recorded.report(step)
             if error:
                 raise error
     except BaseException as caught:
@@ -157,20 +157,20 @@ def test_a_run_that_fails_before_its_first_step_says_so(runs: Runs, world: World
     run = runs.stopped
     shutil.copytree(runs.shelf.root / run, tmp_path / "runs" / run)
     error = diverge(world, tmp_path, run, seed=1, steps=4, name="stopped")
-    assert end_lines(Shelf(tmp_path / "runs"), run) == [
+    assert end_lines(RunIndex(tmp_path / "runs"), run) == [
         {"step": 2, "state": "failed", "problem": error.problem, "remedy": error.remedy}
     ]
 
 
 def test_a_run_that_goes_on_drops_its_old_end(runs: Runs, world: World, tmp_path: Path) -> None:
     """Already while it trains."""
-    shelf = Shelf(tmp_path / "runs")
+    shelf = RunIndex(tmp_path / "runs")
     shutil.copytree(runs.shelf.root / runs.stopped, shelf.root / runs.stopped)
     seen: list[int] = []
 
     class Looks(Recorder):
-        def tell(self, event: Any) -> None:
-            super().tell(event)
+        def report(self, event: Any) -> None:
+            super().report(event)
             seen.append(len(end_lines(shelf, runs.stopped)))
 
     listener = Looks()
@@ -182,7 +182,7 @@ def test_a_run_that_goes_on_drops_its_old_end(runs: Runs, world: World, tmp_path
     assert shelf.summary(runs.stopped)["state"] == "done"
 
 
-def test_a_run_without_an_end_is_stopped_or_done(copy: Shelf, runs: Runs) -> None:
+def test_a_run_without_an_end_is_stopped_or_done(copy: RunIndex, runs: Runs) -> None:
     """One that was killed, and one of the time before ends were written."""
     for name, state in ((runs.diverged, "stopped"), (runs.done, "done")):
         path = copy.run(name).metrics_path
@@ -192,7 +192,9 @@ def test_a_run_without_an_end_is_stopped_or_done(copy: Shelf, runs: Runs) -> Non
         assert "problem" not in summary
 
 
-def test_more_steps_than_a_run_began_with_are_wanted_once_they_are_done(copy: Shelf, runs: Runs, world: World) -> None:
+def test_more_steps_than_a_run_began_with_are_wanted_once_they_are_done(
+    copy: RunIndex, runs: Runs, world: World
+) -> None:
     with pytest.raises(CancelledError):
         world.train(copy.root.parent, Recorder(stop_after=2), **SHOWN | {"steps": 8, "preview_every": 0})
     summary = copy.summary(runs.done)
@@ -219,13 +221,13 @@ def test_a_curve_is_what_the_listener_was_told(runs: Runs) -> None:
     assert curve["scores"] == []  # nothing judged
 
 
-def test_a_curve_goes_on_after_any_step(copy: Shelf, runs: Runs) -> None:
+def test_a_curve_goes_on_after_any_step(copy: RunIndex, runs: Runs) -> None:
     """What was fetched and what is fetched after it are all of it, each step and score once."""
     path = copy.run(runs.done).metrics_path
     recorded = RecordedListener(Recorder(), path, 3)
     for step in range(4, 9):
-        recorded.tell(Step(step, 8, 1 / step, 1e-4, 2.0, 1.0, 9))
-        recorded.tell(Preview(step, [], {"CLIP-I": 0.1 * step}))
+        recorded.report(Step(step, 8, 1 / step, 1e-4, 2.0, 1.0, 9))
+        recorded.report(Preview(step, [], {"CLIP-I": 0.1 * step}))
     recorded.close()
     whole = copy.curve(runs.done)
     assert whole["steps"] == [*range(1, 9)]
@@ -238,11 +240,11 @@ def test_a_curve_goes_on_after_any_step(copy: Shelf, runs: Runs) -> None:
         assert rest["scores"] == [line for line in whole["scores"] if line["step"] > after]
 
 
-def test_what_is_no_number_is_nothing_to_a_browser(copy: Shelf, runs: Runs) -> None:
+def test_what_is_no_number_is_nothing_to_a_browser(copy: RunIndex, runs: Runs) -> None:
     """JSON has no NaN: a page could read nothing at all."""
     recorded = RecordedListener(Recorder(), copy.run(runs.done).metrics_path, 3)
-    recorded.tell(Step(4, 5, float("nan"), float("inf"), 2.0, 1.0, 9))
-    recorded.tell(Preview(4, [], {"CLIP-I": float("nan"), "CLIP-T": 0.25}))
+    recorded.report(Step(4, 5, float("nan"), float("inf"), 2.0, 1.0, 9))
+    recorded.report(Preview(4, [], {"CLIP-I": float("nan"), "CLIP-T": 0.25}))
     recorded.close()
     curve = copy.curve(runs.done, 3)
     assert (curve["losses"], curve["rates"]) == ([None], [None])
@@ -250,7 +252,7 @@ def test_what_is_no_number_is_nothing_to_a_browser(copy: Shelf, runs: Runs) -> N
     json.dumps([curve, copy.summary(runs.done), copy.details(runs.done)], allow_nan=False)
 
 
-def test_details_are_all_that_a_page_shows(copy: Shelf, runs: Runs) -> None:
+def test_details_are_all_that_a_page_shows(copy: RunIndex, runs: Runs) -> None:
     folder = copy.root / runs.done
     assert copy.details(runs.done)["workflow"] is False
     (folder / "workflow.json").write_text("{}")
@@ -270,7 +272,7 @@ def test_details_are_all_that_a_page_shows(copy: Shelf, runs: Runs) -> None:
     assert details["bytes"] == sum(len(content) for content in tree(folder).values())
 
 
-def test_the_newest_run_comes_first(copy: Shelf, runs: Runs) -> None:
+def test_the_newest_run_comes_first(copy: RunIndex, runs: Runs) -> None:
     order = [runs.full, runs.done, runs.diverged, runs.stopped]
     for age, name in enumerate(order):
         for path in (copy.root / name, *(copy.root / name).glob("*.json*")):
@@ -281,11 +283,11 @@ def test_the_newest_run_comes_first(copy: Shelf, runs: Runs) -> None:
     (copy.root / "no run").mkdir()
     (copy.root / "link").symlink_to(copy.root.parent / "secret", target_is_directory=True)
     assert copy.names() == [runs.stopped, *order[:-1]]
-    assert Shelf(copy.root / "nothing").names() == []
+    assert RunIndex(copy.root / "nothing").names() == []
 
 
 @pytest.mark.parametrize("record", RECORDS)
-def test_a_run_with_a_damaged_record_is_shown_and_can_be_removed(record: bytes, copy: Shelf, runs: Runs) -> None:
+def test_a_run_with_a_damaged_record_is_shown_and_can_be_removed(record: bytes, copy: RunIndex, runs: Runs) -> None:
     (copy.root / runs.stopped / "run.json").write_bytes(record)
     assert copy.summary(runs.stopped)["name"] == runs.stopped
     assert copy.details(runs.stopped)["settings"] == {}
@@ -294,7 +296,7 @@ def test_a_run_with_a_damaged_record_is_shown_and_can_be_removed(record: bytes, 
     assert len(copy.names()) == 3
 
 
-def test_a_page_may_look_at_any_moment(copy: Shelf, runs: Runs) -> None:
+def test_a_page_may_look_at_any_moment(copy: RunIndex, runs: Runs) -> None:
     """While checkpoints come and go beside it."""
     failures: list[Exception] = []
     ended, seen = threading.Event(), set()
@@ -321,7 +323,7 @@ def test_a_page_may_look_at_any_moment(copy: Shelf, runs: Runs) -> None:
     assert len(seen) > 2
 
 
-def shown_files(shelf: Shelf, name: str) -> set[str]:
+def shown_files(shelf: RunIndex, name: str) -> set[str]:
     found = set()
     folder = shelf.root / name
     for path in folder.rglob("*"):
@@ -334,7 +336,7 @@ def shown_files(shelf: Shelf, name: str) -> set[str]:
     return found
 
 
-def test_exactly_these_files_are_shown(copy: Shelf, runs: Runs) -> None:
+def test_exactly_these_files_are_shown(copy: RunIndex, runs: Runs) -> None:
     folder = copy.root / runs.done
     for name in ("workflow.json", "subject/00.jpg", "subject/notes.txt", "subject/.00.jpg", "subject/000.jpg"):
         (folder / name).parent.mkdir(exist_ok=True)
@@ -394,7 +396,7 @@ NAMES: dict[str, Callable[[Path, str], str]] = {
 }
 
 
-def assert_refused(shelf: Shelf, name: str) -> None:
+def assert_refused(shelf: RunIndex, name: str) -> None:
     for action in (shelf.run, shelf.summary, shelf.details, shelf.curve, shelf.delete):
         with pytest.raises(SettingsError) as caught:
             action(name)
@@ -404,7 +406,7 @@ def assert_refused(shelf: Shelf, name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_a_name_that_is_no_run_s_is_refused(kind: str, copy: Shelf, runs: Runs) -> None:
+def test_a_name_that_is_no_run_s_is_refused(kind: str, copy: RunIndex, runs: Runs) -> None:
     """And nothing is touched anywhere."""
     (copy.root / "link").symlink_to(copy.root.parent / "secret", target_is_directory=True)
     (copy.root / "run.json").write_text("{}")
@@ -442,7 +444,7 @@ FILES: dict[str, Callable[[Path, str], str]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_name_that_is_no_shown_file_s_is_refused(kind: str, copy: Shelf, runs: Runs) -> None:
+def test_a_name_that_is_no_shown_file_s_is_refused(kind: str, copy: RunIndex, runs: Runs) -> None:
     (copy.root / runs.done / "subject").mkdir()
     (copy.root / runs.done / "subject" / "00.jpg").write_bytes(b"x")
     with pytest.raises(SettingsError) as caught:
@@ -464,7 +466,7 @@ def lead_out(folder: Path, secret: Path) -> list[str]:
     return [*found, "step-00000009/adapter.safetensors", "adapters/step-00000001.safetensors"]
 
 
-def test_links_that_lead_out_are_refused(copy: Shelf, runs: Runs) -> None:
+def test_links_that_lead_out_are_refused(copy: RunIndex, runs: Runs) -> None:
     folder, secret = copy.root / runs.done, copy.root.parent / "secret"
     for relative in lead_out(folder, secret):
         assert (folder / relative).is_file()
@@ -473,15 +475,15 @@ def test_links_that_lead_out_are_refused(copy: Shelf, runs: Runs) -> None:
     assert copy.file(runs.done, "run.json") == folder / "run.json"
 
 
-def test_runs_may_lie_behind_a_link(copy: Shelf, runs: Runs) -> None:
+def test_runs_may_lie_behind_a_link(copy: RunIndex, runs: Runs) -> None:
     """The user's own, to a larger disk."""
     (copy.root.parent / "other").symlink_to(copy.root, target_is_directory=True)
-    linked = Shelf(copy.root.parent / "other")
+    linked = RunIndex(copy.root.parent / "other")
     assert linked.names() == copy.names()
     assert linked.file(runs.done, "run.json").read_bytes() == copy.file(runs.done, "run.json").read_bytes()
 
 
-def test_deleting_removes_that_run_and_nothing_else(copy: Shelf, runs: Runs) -> None:
+def test_deleting_removes_that_run_and_nothing_else(copy: RunIndex, runs: Runs) -> None:
     """Also if links inside lead out: what is behind them stays."""
     place, name = copy.root.parent, runs.done
     lead_out(copy.root / name, place / "secret")
@@ -500,7 +502,7 @@ def test_the_last_lines_of_a_long_file_are_its_last(tmp_path: Path) -> None:
     assert last_lines(path) == []
     recorded = RecordedListener(Recorder(), path, 0)
     for step in range(1, 1001):
-        recorded.tell(Step(step, 1000, 1 / step, 1e-4, 2.0, 1.0, 9))
+        recorded.report(Step(step, 1000, 1 / step, 1e-4, 2.0, 1.0, 9))
         if step in (1, 500, 1000):
             found, whole = last_lines(path), read_metrics(path)
             assert found == whole[-len(found) :]
@@ -516,7 +518,7 @@ FILE_PARTS += ["adapters", "step-00000001.safetensors", "step-00000009", "adapte
 
 
 @pytest.fixture(scope="module")
-def tempting(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+def tempting(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> RunIndex:
     """Runs with links that lead out, and a run beside their folder."""
     place = tmp_path_factory.mktemp("tempting")
     shutil.copytree(runs.shelf.root, place / "runs")
@@ -524,7 +526,7 @@ def tempting(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     (place / "runs" / "link").symlink_to(place / "secret", target_is_directory=True)
     (place / "00.jpg").touch()
     lead_out(place / "runs" / runs.done, place / "secret")
-    return Shelf(place / "runs")
+    return RunIndex(place / "runs")
 
 
 def joined(parts: list[str]) -> st.SearchStrategy[str]:
@@ -534,7 +536,7 @@ def joined(parts: list[str]) -> st.SearchStrategy[str]:
 
 @given(data=st.data())
 @settings(max_examples=300)
-def test_no_name_ever_leads_out(tempting: Shelf, runs: Runs, data: st.DataObject) -> None:
+def test_no_name_ever_leads_out(tempting: RunIndex, runs: Runs, data: st.DataObject) -> None:
     name = data.draw(joined([*NAME_PARTS, runs.done, str(tempting.root), str(tempting.root.parent)]))
     try:
         found = tempting.run(name).path
@@ -546,7 +548,7 @@ def test_no_name_ever_leads_out(tempting: Shelf, runs: Runs, data: st.DataObject
 
 @given(data=st.data())
 @settings(max_examples=300)
-def test_no_file_s_name_ever_leads_out(tempting: Shelf, runs: Runs, data: st.DataObject) -> None:
+def test_no_file_s_name_ever_leads_out(tempting: RunIndex, runs: Runs, data: st.DataObject) -> None:
     folder = tempting.root / runs.done
     relative = data.draw(joined([*FILE_PARTS, runs.done, str(folder), str(tempting.root.parent)]))
     try:

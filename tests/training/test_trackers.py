@@ -230,7 +230,7 @@ def test_a_tracker_that_fails_is_left_out_with_one_warning() -> None:
     listener, tracker = Recorder(), Tracker(2)
     with TrackedListener(listener, "Ours", lambda: tracker) as told:
         for number in range(1, 6):
-            told.tell(step(number))
+            told.report(step(number))
     assert tracker.logged == [1, 2]
     assert listener.losses == [0.5] * 5
     [warning] = listener.warnings
@@ -243,7 +243,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
     listener, tracker, answered = Recorder(), Tracker(9), threading.Event()
     tracker.finish = answered.wait  # type: ignore[method-assign]
     with TrackedListener(listener, "Ours", lambda: tracker) as told:
-        told.tell(step(1))
+        told.report(step(1))
     [warning] = listener.warnings
     assert "Ours is still busy" in warning
     answered.set()
@@ -252,14 +252,14 @@ def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
 class Interrupted(Recorder):
     """A listener during which the user presses Ctrl-C."""
 
-    def tell(self, event: Any) -> None:
+    def report(self, event: Any) -> None:
         raise KeyboardInterrupt
 
 
 def test_a_log_is_finished_however_the_run_ends(tmp_path: Path) -> None:
     tracker, gone = Tracker(9), (tmp_path / "gone.png", "a dog")
     with pytest.raises(KeyboardInterrupt), TrackedListener(Interrupted(), "Ours", lambda: tracker) as told:
-        told.tell(Preview(2, [gone], {}))
+        told.report(Preview(2, [gone], {}))
     assert tracker.logged == []
     assert tracker.finished
 
@@ -267,7 +267,7 @@ def test_a_log_is_finished_however_the_run_ends(tmp_path: Path) -> None:
 def test_a_picture_that_is_gone_costs_the_log_alone(tmp_path: Path) -> None:
     listener = Recorder()
     with TrackedListener(listener, "Ours", lambda: Tracker(9)) as told:
-        told.tell(Preview(2, [(tmp_path / "gone.png", "a dog")], {"DINO": 0.5}))
+        told.report(Preview(2, [(tmp_path / "gone.png", "a dog")], {"DINO": 0.5}))
     assert len(listener.warnings) == 1
 
 

@@ -16,7 +16,7 @@ from .kohya import Adapter
 from .layers import Layer, LoraLayer
 from .layers.base import balanced
 from .metadata import without_run
-from .names import layers_per_block, place_of, weight_shape, with_kohya_names
+from .names import layers_per_block, module_path, weight_shape, with_kohya_names
 
 _OF_ANOTHER_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "peft_config")
 _MAGNITUDE = "lora_magnitude_vector"
@@ -60,7 +60,7 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
                 "diffusers' format does not have.",
                 "Make a plain LoRA of it first: python -m trainer resize.",
             )
-        place = str(place_of(name, per_block))
+        place = str(module_path(name, per_block))
         scaled = layer.up.float().flatten(1) * (layer.alpha / layer.rank)
         up, down = balanced(scaled, layer.down.float().flatten(1))
         tensors[f"{place}.lora_A.weight"] = down.reshape(layer.down.shape).to(dtype).contiguous()
@@ -76,7 +76,7 @@ def _require_dora_of_all(layers: Mapping[str, Layer]) -> None:
     """PEFT has DoRA for all modules of a network or for none."""
     kinds: dict[str, dict[str, str]] = {}
     for name, layer in layers.items():
-        kinds.setdefault(place_of(name).component, {})[layer.kind] = name
+        kinds.setdefault(module_path(name).component, {})[layer.kind] = name
     for component, names in kinds.items():
         if len(names) > 1:
             raise AdapterError(

@@ -35,7 +35,7 @@ _SDXL_UP_LEVELS_WITH_ATTENTION = ("0", "1")
 
 
 @dataclass(frozen=True)
-class Place:
+class ModulePath:
     """Where a module stands.
 
     Attributes:
@@ -60,13 +60,13 @@ class Place:
         return f"{level[1]} {level[2]}" if level[1] else "mid"
 
 
-def place_of(name: str, layers_per_block: int = 2) -> Place:
+def module_path(name: str, layers_per_block: int = 2) -> ModulePath:
     """The place of a module by its kohya name, with the original code's or diffusers' paths."""
     for prefix, text in _TEXT_PREFIXES.items():
         if name.startswith(prefix):
-            return Place(text, _dotted(name.removeprefix(prefix)))
+            return ModulePath(text, _dotted(name.removeprefix(prefix)))
     path = _dotted(name.removeprefix(PREFIXES["unet"]))
-    return Place("unet", diffusers_name(path, layers_per_block) or path)
+    return ModulePath("unet", diffusers_name(path, layers_per_block) or path)
 
 
 def layers_per_block(names: Iterable[str]) -> int:
@@ -81,7 +81,7 @@ def _dotted(underscored: str) -> str:
     return kept.replace("_", ".").replace("\0", "_")
 
 
-def kohya_name(place: Place, *, sdxl: bool) -> str:
+def kohya_name(place: ModulePath, *, sdxl: bool) -> str:
     """The name that kohya's files give a module.
 
     Args:
@@ -139,10 +139,10 @@ def with_kohya_names(adapters: Sequence[Adapter]) -> list[Adapter]:
     if families & {"SD 3", "Flux"}:
         return list(adapters)
     sdxl = families == {"SDXL"} or (not families and _are_named_as_sdxl(adapters))
-    return [_renamed(adapter, sdxl=sdxl) for adapter in adapters]
+    return [_with_kohya_names(adapter, sdxl=sdxl) for adapter in adapters]
 
 
-def _renamed(adapter: Adapter, *, sdxl: bool) -> Adapter:
+def _with_kohya_names(adapter: Adapter, *, sdxl: bool) -> Adapter:
     names = {name: _own_name(name, sdxl=sdxl) for name in adapter.layers}
     if len(set(names.values())) < len(names):
         twice = next(name for name, count in Counter(names.values()).items() if count > 1)
@@ -161,7 +161,7 @@ def _renamed(adapter: Adapter, *, sdxl: bool) -> Adapter:
 def _own_name(name: str, *, sdxl: bool) -> str:
     """Kohya's name; one of the original code stays, however many residual layers a level of its UNet has."""
     original = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
-    return name if sdxl and name.startswith(original) else kohya_name(place_of(name), sdxl=sdxl)
+    return name if sdxl and name.startswith(original) else kohya_name(module_path(name), sdxl=sdxl)
 
 
 def _are_named_as_sdxl(adapters: Iterable[Adapter]) -> bool:
@@ -196,7 +196,7 @@ def adaptable_modules(model: DiffusionModel) -> dict[str, dict[str, Adaptable]]:
     }
 
 
-def modules_by_place(model: DiffusionModel) -> dict[tuple[str, str], Adaptable]:
+def modules_by_path(model: DiffusionModel) -> dict[tuple[str, str], Adaptable]:
     """(component, path) → Linear or convolution."""
     return {
         (component, path): module
@@ -237,7 +237,7 @@ def named_weights(model: DiffusionModel, *, biases: bool = False) -> dict[str, T
         biases: Also the weights of norms, and the biases as "<module>.bias".
     """
     names = adapter_names(model)
-    found = {names[place]: module.weight.detach() for place, module in modules_by_place(model).items()}
+    found = {names[place]: module.weight.detach() for place, module in modules_by_path(model).items()}
     prefixes = {kind.name: kind.adapter_prefix for kind in model.family.text_encoders}
     for component, network in networks(model).items() if biases else ():
         paths = {canonical_path(component, path): module for path, module in network.named_modules()}
@@ -279,7 +279,7 @@ def _by_name(model: DiffusionModel, modules: Mapping[str, Mapping[str, ModuleT]]
 def own_names(model: DiffusionModel) -> dict[str, str]:
     """Every name that a file may give a module → the name that this model's own files give it."""
     names = adapter_names(model)
-    own = {id(module): names[place] for place, module in modules_by_place(model).items()}
+    own = {id(module): names[place] for place, module in modules_by_path(model).items()}
     return {name: own[id(module)] for name, module in modules_by_name(model).items()}
 
 
@@ -298,7 +298,7 @@ def _original(model: DiffusionModel) -> dict[str, str]:
 
 def is_convolution(name: str) -> bool:
     """Whether a module whose name is this one is a 3×3 convolution in every family."""
-    return bool(_CONVOLUTION.search(place_of(name).path))
+    return bool(_CONVOLUTION.search(module_path(name).path))
 
 
 def weight_shape(name: str, layers: Sequence[Layer], weight: Tensor | None) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """How PEFT holds each kind of adapter: its configuration, and its parameters under the names of the file.
 
-A kind is one entry of `KINDS`; nothing else in the engine knows them apart while training.
+A kind is one entry of `PEFT_METHODS`; nothing else in the engine knows them apart while training.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ DORA_SCALE = "dora_scale"
 
 
 @dataclass(frozen=True)
-class Shape:
+class AdapterConfig:
     """What a configuration of PEFT is made from.
 
     Attributes:
@@ -47,13 +47,13 @@ class Kind:
     """
 
     title: str
-    config: Callable[[Shape], Any]
+    config: Callable[[AdapterConfig], Any]
     parts: Callable[[Any], dict[str, nn.Parameter]]
     starts_at_zero: frozenset[str]
     norm: Callable[[Mapping[str, Tensor]], Tensor]
 
 
-def _lora_config(shape: Shape, *, dora: bool = False) -> Any:
+def _lora_config(shape: AdapterConfig, *, dora: bool = False) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
@@ -76,13 +76,13 @@ def _lora_norm(parts: Mapping[str, Tensor]) -> Tensor:
     return squared.clamp(min=0).sqrt()
 
 
-def _loha_config(shape: Shape) -> Any:
+def _loha_config(shape: AdapterConfig) -> Any:
     from peft import LoHaConfig
 
     return LoHaConfig(r=shape.rank, alpha=shape.rank, target_modules=shape.targets)
 
 
-def _lokr_config(shape: Shape) -> Any:
+def _lokr_config(shape: AdapterConfig) -> Any:
     from peft import LoKrConfig
 
     return LoKrConfig(r=shape.rank, alpha=shape.rank, target_modules=shape.targets, decompose_factor=shape.factor)
@@ -110,7 +110,7 @@ def _lokr_norm(parts: Mapping[str, Tensor]) -> Tensor:
 
 
 _UP = frozenset({"lora_up.weight"})
-KINDS: Mapping[str, Kind] = {
+PEFT_METHODS: Mapping[str, Kind] = {
     "lora": Kind("LoRA", _lora_config, _lora_parts, _UP, _lora_norm),
     "dora": Kind("DoRA", lambda shape: _lora_config(shape, dora=True), _lora_parts, _UP, _lora_norm),
     "loha": Kind("LoHa", _loha_config, _lycoris_parts, frozenset({"hada_w2_b"}), _loha_norm),

@@ -13,7 +13,7 @@ from ..models.families.base import DiffusionModel, Family
 from ..settings.adapter import AdapterSettings
 from .kohya import Adapter
 from .layers import Layer, LokrLayer, fits
-from .names import UNET, Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_place, own_names
+from .names import UNET, Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_path, own_names
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def choose_targets(model: DiffusionModel, settings: AdapterSettings) -> list[Tar
                 "Choose other targets, exclude less, or give a rank above 0.",
             )
         chosen += kept
-    modules_here = modules_by_place(model)
+    modules_here = modules_by_path(model)
     for target in chosen:
         _require_rank_fits(target, modules_here[target.component, target.path], settings)
     return chosen
@@ -105,7 +105,7 @@ def _chosen_paths(
 def _require_patterns_match(model: DiffusionModel, settings: AdapterSettings) -> None:
     """Refuse a pattern that no module of a trained network matches: it has a typing error."""
     trained = {UNET, *settings.text_rates}
-    places = [place for place in modules_by_place(model) if place[0] in trained]
+    places = [place for place in modules_by_path(model) if place[0] in trained]
     unet = [path for component, path in places if component == UNET]
     patterns = {
         "include": (settings.include_patterns, unet),

@@ -11,7 +11,7 @@ from ..adapters.kohya import read_adapter
 from ..core.devices import pick_device, pick_precision
 from ..core.errors import StorageError
 from ..core.events import Listener, Phase
-from ..core.figures import Row, contact_sheet
+from ..core.figures import SheetRow, contact_sheet
 from ..core.files import read_toml
 from ..models.families.base import DiffusionModel
 from ..models.open import open_base
@@ -49,10 +49,10 @@ def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
     columns = ((before, settings.instance_prompt), (after, settings.instance_prompt), (after, settings.class_prompt))
     rows = []
     for done, place in enumerate(_PLACES):
-        listener.tell(Phase("contact sheet", done, len(_PLACES)))
+        listener.report(Phase("contact sheet", done, len(_PLACES)))
         drawn = [_draw(model, f"{prompt} {place}", drawing) for model, prompt in columns]
-        rows.append(Row(place, tuple(picture for same_seed in zip(*drawn, strict=True) for picture in same_seed)))
-    listener.tell(Phase("contact sheet", len(_PLACES), len(_PLACES)))
+        rows.append(SheetRow(place, tuple(picture for same_seed in zip(*drawn, strict=True) for picture in same_seed)))
+    listener.report(Phase("contact sheet", len(_PLACES), len(_PLACES)))
     sheet = output_dir / "contact-sheet.png"
     titles = tuple(f"{when}, seed {seed}" for seed in _SEEDS for when in ("before", "after", "prior"))
     caption = f"before | after: {settings.instance_prompt} …     prior: {settings.class_prompt} …, after training"

@@ -24,12 +24,12 @@ from ..data.class_images import make_class_pictures
 from ..data.images import load_pictures
 from ..dreambooth import train
 from ..evaluation.evaluator import DRIFT, FIDELITY, FOLLOWING, Evaluation
-from ..evaluation.feature_extractors import CLIP, DINO, Judges
-from ..evaluation.generator import Drawing, Studio
+from ..evaluation.feature_extractors import CLIP, DINO, FeatureExtractors
+from ..evaluation.generator import CachedGenerator, Drawing
 from ..models.families.base import BaseWeights
 from ..settings.evaluate import DreamBenchCommand
 from ..settings.train import PriorSettings, TrainSettings
-from ..training.export import Stage
+from ..training.export import StartingPoint
 from ..training.preflight import require_trainable
 
 PROMPTS_FILE = "prompts_and_classes.txt"
@@ -98,7 +98,9 @@ def read_subjects(data: Path, live: Sequence[str], only: Sequence[str] = ()) -> 
     return found
 
 
-def dreambench(base: BaseWeights, settings: DreamBenchCommand, judges: Judges, listener: Listener) -> dict[str, Path]:
+def dreambench(
+    base: BaseWeights, settings: DreamBenchCommand, judges: FeatureExtractors, listener: Listener
+) -> dict[str, Path]:
     """Train, draw and score every subject; the table is written anew after each.
 
     Args:
@@ -123,7 +125,7 @@ def dreambench(base: BaseWeights, settings: DreamBenchCommand, judges: Judges, l
     real: dict[str, dict[str, float]] = {}
     files: dict[str, Path] = {}
     for number, subject in enumerate(subjects, 1):
-        listener.tell(Note(f"{subject.name}, {number} of {len(subjects)}"))
+        listener.report(Note(f"{subject.name}, {number} of {len(subjects)}"))
         evaluation = _evaluation(subject, settings, judges, listener)
         rows[subject.name] = _bench(base, subject, evaluation, start, settings, listener)
         real[subject.name] = evaluation.real()
@@ -135,7 +137,9 @@ def _training(settings: DreamBenchCommand, **changes: str) -> TrainSettings:
     return TrainSettings.checked({name: getattr(settings, name) for name in _TRAINING} | changes)
 
 
-def _evaluation(subject: BenchSubject, settings: DreamBenchCommand, judges: Judges, listener: Listener) -> Evaluation:
+def _evaluation(
+    subject: BenchSubject, settings: DreamBenchCommand, judges: FeatureExtractors, listener: Listener
+) -> Evaluation:
     """What a subject is measured by; its references are what it is learned from."""
     pictures = load_pictures(settings.data / subject.name, f"a photo of {settings.token} {subject.noun}", listener)
     return Evaluation(judges, pictures, subject.prompts_with(settings.token), settings.token, listener)
@@ -166,9 +170,9 @@ def _bench(
         root = output / "class-pictures"
         priors = make_class_pictures(base, wanted, settings.resolution, root, device, precision, listener)
     training, runs = _training(settings, name=subject.name), output / "runs"
-    pictures, stage = evaluation.references, Stage(start)
+    pictures, stage = evaluation.references, StartingPoint(start)
     result = train(base, pictures, priors, training, output, runs, settings.device, listener, stage=stage)
-    studio = Studio(base, output / "pictures", device, precision, listener)
+    studio = CachedGenerator(base, output / "pictures", device, precision, listener)
     with torch.no_grad():
         adapters = [(result.adapter, 1.0)]
         found = evaluation.draw_and_mark(studio, adapters, _drawing(settings), subject.name, prior=settings.drift)
@@ -194,7 +198,7 @@ def _write(
     subjects: Sequence[BenchSubject],
     rows: Mapping[str, Mapping[str, float]],
     real: Mapping[str, Mapping[str, float]],
-    judges: Judges,
+    judges: FeatureExtractors,
 ) -> dict[str, Path]:
     nouns = {one.name: one.noun for one in subjects}
     table: dict[str, Mapping[str, float]] = {f"{name} ({nouns[name]})": marks for name, marks in rows.items()}

@@ -14,14 +14,14 @@ from ..core.events import Listener
 from ..core.files import require_writable, write_atomic
 from ..core.prompts import split_prompts
 from ..data.images import load_pictures
-from ..evaluation.comparison import Comparison, Contender, adapter_file, base_alone, checkpoints, compare
+from ..evaluation.comparison import Candidate, Comparison, adapter_file, base_alone, checkpoints, compare
 from ..evaluation.comparison_report import write_report
 from ..evaluation.evaluator import Evaluation
-from ..evaluation.feature_extractors import Judges
-from ..evaluation.generator import Studio, drawings
+from ..evaluation.feature_extractors import FeatureExtractors
+from ..evaluation.generator import CachedGenerator, drawings
 from ..evaluation.score_table import ScoreTable, score_pictures
 from ..settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand
-from ..training.presets import filled
+from ..training.presets import apply_preset
 from ..training.runs.checkpoint import RunFolder
 from .dreambench import dreambench, read_subjects
 from .train import open_settings, parse_strength
@@ -34,7 +34,7 @@ def run_score(settings: ScoreCommand, listener: Listener) -> ScoreTable:
         require_writable(settings.output.absolute().parent, 1_000_000)
     pictures = load_pictures(settings.pictures, settings.prompt, listener)
     references = load_pictures(settings.subject, "", listener) if settings.subject else []
-    judges = Judges.open(settings.clip, settings.dino, device, download=settings.download)
+    judges = FeatureExtractors.open(settings.clip, settings.dino, device, download=settings.download)
     prompts = [picture.caption for picture in pictures]
     table = score_pictures(pictures, prompts if all(prompts) else [], references, judges, listener)
     if settings.output is not None:
@@ -49,11 +49,11 @@ def run_compare(settings: CompareCommand, listener: Listener) -> tuple[Compariso
     device = pick_device(settings.device)
     chosen = contenders(settings)
     references = load_pictures(settings.subject, "", listener)
-    judges = Judges.open(settings.clip, settings.dino, device, download=settings.download)
+    judges = FeatureExtractors.open(settings.clip, settings.dino, device, download=settings.download)
     evaluation = Evaluation(judges, references, split_prompts(settings.prompts), settings.token, listener)
-    precision, base = pick_precision(settings.precision, device), open_settings(settings)  # type: ignore[arg-type]
+    precision, base = pick_precision(settings.precision, device), open_settings(settings)
     require_writable(settings.output_dir, 10_000_000)
-    studio = Studio(base, settings.output_dir / "pictures", device, precision, listener)
+    studio = CachedGenerator(base, settings.output_dir / "pictures", device, precision, listener)
     comparison = compare(studio, evaluation, chosen, drawings(settings))
     return comparison, write_report(comparison, settings.output_dir)
 
@@ -61,12 +61,14 @@ def run_compare(settings: CompareCommand, listener: Listener) -> tuple[Compariso
 def run_dreambench(settings: DreamBenchCommand, listener: Listener) -> dict[str, Path]:
     """Train and score every subject of a data set; the files of the table."""
     read_subjects(settings.data, settings.live.split(), settings.subjects.split())  # what is wrong comes first
-    judges = Judges.open(settings.clip, settings.dino, pick_device(settings.device), download=settings.download)
+    judges = FeatureExtractors.open(
+        settings.clip, settings.dino, pick_device(settings.device), download=settings.download
+    )
     base = open_settings(settings)
-    return dreambench(base, filled(settings, base.family, listener), judges, listener)
+    return dreambench(base, apply_preset(settings, base.family, listener), judges, listener)
 
 
-def contenders(settings: CompareCommand) -> list[Contender]:
+def contenders(settings: CompareCommand) -> list[Candidate]:
     """The base and the adapters that the settings name.
 
     Raises:
@@ -88,7 +90,7 @@ def contenders(settings: CompareCommand) -> list[Contender]:
     return _told_apart(found)
 
 
-def _of_run(run: RunFolder, strength: float, settings: CompareCommand, runs: int) -> list[Contender]:
+def _of_run(run: RunFolder, strength: float, settings: CompareCommand, runs: int) -> list[Candidate]:
     all_steps = checkpoints(run.adapters(), run.name, strength)
     there = [one.step for one in all_steps if one.step is not None]
     wanted = settings.chosen_steps(there, runs)
@@ -100,7 +102,7 @@ def _of_run(run: RunFolder, strength: float, settings: CompareCommand, runs: int
     return [one for one in all_steps if one.step in wanted]
 
 
-def _told_apart(found: Sequence[Contender]) -> list[Contender]:
+def _told_apart(found: Sequence[Candidate]) -> list[Candidate]:
     """The same, with a number after titles that occur twice."""
     seen: dict[str, int] = {}
     result = []

@@ -21,7 +21,7 @@ from ..core.events import Listener
 from ..core.files import free_path, require_writable, write_atomic
 from ..merging.extract import extract_between
 from ..merging.fuse import fuse
-from ..merging.merge import Merged, Part, merge, resize
+from ..merging.merge import Merged, WeightedAdapter, merge, resize
 from ..merging.ziplora import learned_merge
 from ..models.families.base import BaseWeights
 from ..models.open import open_base, open_tensors
@@ -131,16 +131,18 @@ def _device(name: str) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _parts(texts: Sequence[str], block_weights: Sequence[str]) -> list[Part]:
+def _parts(texts: Sequence[str], block_weights: Sequence[str]) -> list[WeightedAdapter]:
     """Adapters from FILE[:UNET[:TEXT]], with titles that differ."""
     places = [_strengths(text) for text in texts]
     blocks = [read_block_weights(text) for text in block_weights]
-    parts: list[Part] = []
+    parts: list[WeightedAdapter] = []
     for number, (path, unet, text) in enumerate(places):
         taken = {part.title for part in parts} | {one.stem for one, _, _ in places} - {path.stem}
         choices = [path.stem, *(f"{path.stem}#{copy}" for copy in range(2, 2 * len(places) + 2))]
         title = next(one for one in choices if one not in taken)
-        parts.append(Part(read_adapter(path), title, unet, text, blocks[number] if number < len(blocks) else ()))
+        parts.append(
+            WeightedAdapter(read_adapter(path), title, unet, text, blocks[number] if number < len(blocks) else ())
+        )
     return parts
 
 

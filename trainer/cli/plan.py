@@ -8,7 +8,7 @@ from ..adapters.kohya import read_adapter
 from ..core.devices import free_memory, pick_device, pick_precision
 from ..core.errors import SettingsError
 from ..settings.train import PlanCommand, TrainSettings
-from ..training.memory.plan import CONTEXT, GB, Lean, Need, Planner, leans, lent_bytes, remedies
+from ..training.memory.plan import CONTEXT, GB, MemoryNeed, MemorySaving, Planner, lent_bytes, memory_savings, remedies
 from .train import open_settings
 
 _EIGHT_BIT = "adamw-8bit"
@@ -40,19 +40,19 @@ def run_plan(settings: PlanCommand) -> str:
     else:
         memory = round(settings.memory * GB) - CONTEXT
     planner = Planner(base, settings, precision, start, bool(settings.prior_count))
-    ways = [(lean.described(settings) or "as set", planner.need(lean)) for lean in leans(settings)]
+    ways = [(lean.described(settings) or "as set", planner.need(lean)) for lean in memory_savings(settings)]
     head = (
         f"{base.family.title}, {precision}, {settings.resolution}², {settings.adapter} of rank {settings.rank}, "
         f"{settings.batch_size} × {settings.gradient_accumulation} pictures a step"
         f"{' and as many of the class' if settings.prior_count else ''}; in GB"
     )
-    further = advice(leans(settings)[-1], settings, planner)
+    further = plan_advice(memory_savings(settings)[-1], settings, planner)
     further = [(f"{ways[-1][0]}, {name}", need) for name, need in further]
     lines = [head, "", *table(ways, further), "", _EXPLAINED, "", _verdict(ways, settings, memory)]
     return "\n".join(lines)
 
 
-def advice(lean: Lean, settings: TrainSettings, planner: Planner) -> list[tuple[str, Need]]:
+def plan_advice(lean: MemorySaving, settings: TrainSettings, planner: Planner) -> list[tuple[str, MemoryNeed]]:
     """What settings that change the result would need; the user alone chooses them.
 
     Args:
@@ -72,7 +72,7 @@ def _joined(others: Sequence[tuple[str, dict[str, str]]]) -> list[tuple[str, dic
     return [(f"{name}, ", changes) for name, changes in others]
 
 
-def table(ways: Sequence[tuple[str, Need]], further: Sequence[tuple[str, Need]]) -> list[str]:
+def table(ways: Sequence[tuple[str, MemoryNeed]], further: Sequence[tuple[str, MemoryNeed]]) -> list[str]:
     """Lines of a table: ways to train that give the same, and ways that change the result."""
     width = max(len(name) for name, _ in [*ways, *further])
     columns = ["base", "trained", "activations", "encoding", "previews", "in all"]
@@ -82,12 +82,12 @@ def table(ways: Sequence[tuple[str, Need]], further: Sequence[tuple[str, Need]])
     return lines
 
 
-def _line(name: str, need: Need, width: int) -> str:
+def _line(name: str, need: MemoryNeed, width: int) -> str:
     numbers = (need.base, need.trained, need.activations, need.encoding, need.previews, need.total)
     return name.ljust(width) + "".join(f"{number / GB:12.2f}" if number else f"{'-':>12}" for number in numbers)
 
 
-def _verdict(ways: Sequence[tuple[str, Need]], settings: TrainSettings, memory: int) -> str:
+def _verdict(ways: Sequence[tuple[str, MemoryNeed]], settings: TrainSettings, memory: int) -> str:
     name = next((name for name, need in ways if need.total <= memory), None)
     if name is None:
         return f"None of these fits into {memory / GB:.1f} GB. {remedies(settings)}."

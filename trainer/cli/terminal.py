@@ -46,7 +46,7 @@ class Terminal:
         """Whether a signal came."""
         return self._stop
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Show an event."""
         if self.quiet:
             return

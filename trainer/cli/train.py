@@ -13,7 +13,7 @@ from PIL import Image
 from ..adapters.apply import apply_to_base, merge_into
 from ..adapters.kohya import Adapter, read_adapter
 from ..core.devices import explained_memory_errors, pick_device, pick_precision
-from ..core.distributed import Team
+from ..core.distributed import ProcessGroup
 from ..core.errors import PicturesError, SettingsError
 from ..core.events import Listener, Phase
 from ..core.files import explained_os_errors, require_writable
@@ -29,9 +29,9 @@ from ..models.sampling import generate, ready_model
 from ..settings.data import SubjectTable
 from ..settings.model import BaseSettings
 from ..settings.train import GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
-from ..training.export import Stage, TrainResult
+from ..training.export import StartingPoint, TrainResult
 from ..training.preflight import require_trainable
-from ..training.presets import filled
+from ..training.presets import apply_preset
 
 
 def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
@@ -52,18 +52,18 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     start = read_adapter(settings.start_from) if settings.start_from else None
     stacked = read_adapters(settings.base_lora)
     base = apply_to_base(open_settings(settings), stacked)
-    settings = filled(settings, base.family, listener)
+    settings = apply_preset(settings, base.family, listener)
     runs = settings.output_dir / "runs"
     require_trainable(base, settings, start, settings.output_dir, runs, stacked)
     check_pictures(pictures, settings.resolution, listener)
-    team = Team.here(cpu=pick_device(settings.device).type == "cpu")
-    with team.leader_first():
+    team = ProcessGroup.here(cpu=pick_device(settings.device).type == "cpu")
+    with team.main_process_first():
         made = [
             picture
             for one in settings.subjects
             for picture in _class_pictures(base, _priors_of(settings, one), settings.resolution, settings, listener)
         ]
-    stage, priors = Stage(start, stacked), [*own, *made]
+    stage, priors = StartingPoint(start, stacked), [*own, *made]
     return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener, stage=stage)
 
 
@@ -109,7 +109,7 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
     width, height = settings.width_height
     paths = []
     for number in range(settings.count):
-        listener.tell(Phase("pictures", number, settings.count))
+        listener.report(Phase("pictures", number, settings.count))
         with explained_memory_errors("--size"):
             [image] = generate(
                 model,
@@ -129,7 +129,7 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
         with explained_os_errors(path):
             image.save(path)
         paths.append(path)
-    listener.tell(Phase("pictures", settings.count, settings.count))
+    listener.report(Phase("pictures", settings.count, settings.count))
     return paths
 
 

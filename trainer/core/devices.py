@@ -56,7 +56,7 @@ def pick_precision(precision: str, device: torch.device) -> str:
     return precision
 
 
-def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Bring a network to a device and dtype.
 
     Tensors that are there already stay borrowed. When something must be converted, the one private copy that

@@ -18,7 +18,7 @@ _PATIENCE = timedelta(days=2)  # of processes that wait until the first has made
 _AT_ONCE = 2**26  # numbers in one message: all of an adapter, while a whole model is never there twice
 
 
-class Team:
+class ProcessGroup:
     """The processes of a run, which take the same steps; the first of them, the leader, writes all files.
 
     Attributes:
@@ -31,7 +31,7 @@ class Team:
         self.index, self.count = index, count
 
     @classmethod
-    def here(cls, *, cpu: bool) -> Team:
+    def here(cls, *, cpu: bool) -> ProcessGroup:
         """The processes that a launcher started with this one (RANK and WORLD_SIZE say so), connected.
 
         Clusters set these two for a program that nobody launched several times, but not LOCAL_RANK.
@@ -49,7 +49,7 @@ class Team:
         return cls(index, count)
 
     @property
-    def leads(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process writes the files."""
         return self.index == 0
 
@@ -64,20 +64,20 @@ class Team:
             torch.distributed.barrier()
 
     @contextlib.contextmanager
-    def leader_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """The leader does the block first, then the others, who find what it made; then all go on."""
-        if not self.leads:
+        if not self.is_main_process:
             self.wait()
         yield
-        if self.leads:
+        if self.is_main_process:
             self.wait()
         self.wait()
 
-    def of_leader(self, make: Callable[[], Made]) -> Made:
+    def broadcast_from_main(self, make: Callable[[], Made]) -> Made:
         """What the leader makes, a value that can be pickled; the others get a copy and make nothing."""
         if self.count == 1:
             return make()
-        made: list[Made | None] = [make() if self.leads else None]
+        made: list[Made | None] = [make() if self.is_main_process else None]
         torch.distributed.broadcast_object_list(made)
         assert made[0] is not None
         return made[0]

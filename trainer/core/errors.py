@@ -1,6 +1,34 @@
-"""What can go wrong, said in two parts: what is wrong, and what to do about it."""
+"""What can go wrong, in two parts: what is wrong, and what to do about it.
+
+A remedy often names a setting. Where that is changed differs from face to face: a flag on the command line, a widget of
+a node, a field of a web page. So the engine writes `suggest("resume", "never")` into the text, and the face that shows
+the error words it by `TrainerError.remedy_in`.
+"""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_SUGGESTED = re.compile("⟦([a-z0-9_]+)(?:=([^⟧]*))?⟧")
+
+Wording = Callable[[str, "str | None"], str]
+"""Name of a setting and the value that would help, or None → how a face calls it, such as `--resume never`."""
+
+
+def suggest(setting: str, value: object = None) -> str:
+    """A setting in the text of an error, with the value that would help if there is one; each face words it."""
+    return f"⟦{setting}⟧" if value is None else f"⟦{setting}={value}⟧"
+
+
+def worded(text: str, word: Wording) -> str:
+    """The text with every suggestion in a face's own words."""
+    return _SUGGESTED.sub(lambda match: word(match[1], match[2]), text)
+
+
+def plain(setting: str, value: str | None) -> str:
+    """The wording of a face that has none of its own: `resume`, or `resume = never`."""
+    return setting if value is None else f"{setting} = {value}"
 
 
 class TrainerError(Exception):
@@ -8,13 +36,31 @@ class TrainerError(Exception):
 
     Args:
         problem: What is wrong; names the file, the key or the value.
-        remedy: What to do about it, as an instruction.
+        remedy: What to do about it, as an instruction; settings are named by `suggest`.
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
         super().__init__(problem, remedy)
-        self.problem = problem
-        self.remedy = remedy
+        self._problem = problem
+        self._remedy = remedy
+
+    @property
+    def problem(self) -> str:
+        """What is wrong, in plain words."""
+        return self.problem_in(plain)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, in plain words."""
+        return self.remedy_in(plain)
+
+    def problem_in(self, word: Wording) -> str:
+        """What is wrong, in a face's own words."""
+        return worded(self._problem, word)
+
+    def remedy_in(self, word: Wording) -> str:
+        """What to do about it, in a face's own words."""
+        return worded(self._remedy, word)
 
     def __str__(self) -> str:
         return f"{self.problem}\n→ {self.remedy}"
@@ -49,7 +95,7 @@ class DivergedError(TrainerError):
 
 
 class OutOfMemoryError(TrainerError):
-    """The device's memory does not suffice."""
+    """The device ran out of memory."""
 
 
 class CancelledError(Exception):

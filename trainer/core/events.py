@@ -59,10 +59,12 @@ class Note:
     Attributes:
         text: One or two sentences.
         warning: Whether it says that something may be wrong.
+        picture: Name of the picture that it is about, as `Picture.name` has it; "" if it is about none or several.
     """
 
     text: str
     warning: bool = False
+    picture: str = ""
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ Event = Phase | Step | Note | Opened | Preview | Validation
 class Listener(Protocol):
     """Whoever is told what happens, and may ask to stop."""
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Take note of an event. Must return quickly."""
 
     def should_stop(self) -> bool:
@@ -124,7 +126,7 @@ class Listener(Protocol):
 class SilentListener:
     """Listens to nothing and never stops the work."""
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Ignore the event."""
 
     def should_stop(self) -> bool:

@@ -15,7 +15,7 @@ _LINE, _LETTER = 17, 7  # height of a line and width of a letter, in pixels
 
 
 @dataclass(frozen=True)
-class Row:
+class SheetRow:
     """One row of a contact sheet.
 
     Attributes:
@@ -29,7 +29,7 @@ class Row:
     notes: tuple[str, ...] = ()
 
 
-def contact_sheet(caption: str, titles: Sequence[str], rows: Sequence[Row], cell: int = 128) -> Image.Image:
+def contact_sheet(caption: str, titles: Sequence[str], rows: Sequence[SheetRow], cell: int = 128) -> Image.Image:
     """Pictures in a labelled grid, `cell` pixels a side; small ones are enlarged without smoothing.
 
     Args:

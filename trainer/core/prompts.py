@@ -64,7 +64,7 @@ def shuffled_tags(caption: str, keep: int, source: torch.Generator) -> str:
     return ", ".join(first + [rest[place] for place in torch.randperm(len(rest), generator=source).tolist()])
 
 
-def filled(template: str, token: str, noun: str) -> str:
+def fill_placeholders(template: str, token: str, noun: str) -> str:
     """A template with the rare word in the place of {token} and the class in that of {class}."""
     return template.replace("{token}", token.strip()).replace("{class}", noun.strip())
 

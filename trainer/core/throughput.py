@@ -12,7 +12,7 @@ from .events import Step
 _SMOOTHING = 0.9
 
 
-class Pace:
+class Throughput:
     """Measures steps per second, smoothed, leaving out the first step of this process (it warms up)."""
 
     def __init__(self, steps: int, started_from: int, device: torch.device) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..core.devices import explained_memory_errors, pick_device, place
+from ..core.devices import explained_memory_errors, pick_device, to_device
 from ..core.errors import PicturesError, SettingsError, WeightsError
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..core.files import require_writable, write_atomic
@@ -108,7 +108,7 @@ def open_captioner(source: str, device: torch.device, *, download: bool = False)
             "Give a BLIP for captions, such as Salesforce/blip-image-captioning-base.",
         )
     with explained_memory_errors(_LOWER):
-        place(network, device, torch.float32)
+        to_device(network, device, torch.float32)
     return Captioner(title_of(source), network.eval(), processor, tokenizer)
 
 
@@ -122,7 +122,7 @@ def worded(caption: str, settings: CaptionSettings) -> str:
     if token and "{token}" not in settings.template:
         caption = _with_token(caption, token, noun)
     filled = {"caption": caption, "token": token, "class": noun}
-    made = " ".join(re.sub(r"\{(\w+)\}", lambda place: filled[place[1]], settings.template).split())
+    made = " ".join(re.sub(r"\{(\w+)\}", lambda to_device: filled[to_device[1]], settings.template).split())
     return made.rstrip(" ,")  # of a caption without words
 
 
@@ -157,14 +157,14 @@ def caption_pictures(
         SettingsError: The text is longer than the model reads.
     """
     for start in range(0, len(pictures), BATCH):
-        listener.tell(Phase("captions", start, len(pictures)))
+        listener.report(Phase("captions", start, len(pictures)))
         stop_if_asked(listener)
         opened = list(_opened(pictures[start : start + BATCH], listener))
         images = [image for _, image in opened]
         found = captioner.describe(images, settings.text, beams=settings.beams, max_tokens=settings.max_tokens)
         for (picture, _), words in zip(opened, found, strict=True):
             yield picture, worded(words, settings)
-    listener.tell(Phase("captions", len(pictures), len(pictures)))
+    listener.report(Phase("captions", len(pictures), len(pictures)))
 
 
 def _opened(pictures: Sequence[Picture], listener: Listener) -> Iterator[tuple[Picture, Image.Image]]:
@@ -172,7 +172,7 @@ def _opened(pictures: Sequence[Picture], listener: Listener) -> Iterator[tuple[P
         try:
             yield picture, picture.open()
         except ValueError as error:
-            listener.tell(Note(f"{picture.name} is left out: {error}.", warning=True))
+            listener.report(Note(f"{picture.name} is left out: {error}.", warning=True))
 
 
 def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, str]:
@@ -200,7 +200,7 @@ def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, st
     done: dict[str, str] = {}
     for picture, caption in caption_pictures(captioner, pictures, settings, listener):
         if not caption:
-            listener.tell(Note(f"{picture.name} gets no caption: the model has no words for it.", warning=True))
+            listener.report(Note(f"{picture.name} gets no caption: the model has no words for it.", warning=True))
             continue
         write_atomic((settings.images / picture.name).with_suffix(".txt"), f"{caption}\n".encode())
         done[picture.name] = caption
@@ -231,9 +231,9 @@ def _to_caption(folder: Path, overwrite: bool, listener: Listener) -> list[Path]
         shared = first.setdefault(file.with_suffix(".txt"), file)
         if shared != file:
             text = f"{file.name} is left out: its caption would stand where that of {shared.name} does. Rename one."
-            listener.tell(Note(text, warning=True))
+            listener.report(Note(text, warning=True))
     wanted = [file for text, file in first.items() if overwrite or not os.path.lexists(text)]
     if len(wanted) < len(first):
         kept = len(first) - len(wanted)
-        listener.tell(Note(f"{kept} of {len(first)} pictures have captions already; they stay."))
+        listener.report(Note(f"{kept} of {len(first)} pictures have captions already; they stay."))
     return wanted

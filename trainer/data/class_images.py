@@ -15,7 +15,7 @@ from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..models.families.base import BaseWeights
 from ..models.sampling import generate, ready_model
 from ..settings.train import PriorSettings
-from .image_cache import Gallery
+from .image_cache import ImageCache
 from .images import Picture
 
 
@@ -24,7 +24,7 @@ def priors_folder(root: Path, base: BaseWeights, settings: PriorSettings, resolu
     return _gallery(root, base, settings, resolution, precision).folder
 
 
-def _gallery(root: Path, base: BaseWeights, settings: PriorSettings, resolution: int, precision: str) -> Gallery:
+def _gallery(root: Path, base: BaseWeights, settings: PriorSettings, resolution: int, precision: str) -> ImageCache:
     what = {
         "base": base.fingerprint,
         "base_title": base.title,
@@ -36,7 +36,7 @@ def _gallery(root: Path, base: BaseWeights, settings: PriorSettings, resolution:
         "resolution": resolution,
         "precision": precision,
     }
-    return Gallery(root, what)
+    return ImageCache(root, what)
 
 
 def make_class_pictures(
@@ -76,7 +76,7 @@ def make_class_pictures(
             _make(base, settings, resolution, gallery, names, missing, device, precision, listener)
         release(device)
     else:
-        listener.tell(Note(f"{len(names)} class pictures are there already: {gallery.folder}"))
+        listener.report(Note(f"{len(names)} class pictures are there already: {gallery.folder}"))
     return [gallery.picture(name, settings.class_prompt) for name in names]
 
 
@@ -84,7 +84,7 @@ def _make(
     base: BaseWeights,
     settings: PriorSettings,
     resolution: int,
-    gallery: Gallery,
+    gallery: ImageCache,
     names: list[str],
     missing: list[int],
     device: torch.device,
@@ -94,7 +94,7 @@ def _make(
     model = ready_model(base, device, precision)
     total, done = len(names), len(names) - len(missing)
     for start in range(0, len(missing), settings.prior_batch_size):
-        listener.tell(Phase("class pictures", done, total))
+        listener.report(Phase("class pictures", done, total))
         stop_if_asked(listener)
         numbers = missing[start : start + settings.prior_batch_size]
         images = generate(
@@ -111,4 +111,4 @@ def _make(
         for number, image in zip(numbers, images, strict=True):
             gallery.put(names[number], image)
         done += len(numbers)
-    listener.tell(Phase("class pictures", done, total))
+    listener.report(Phase("class pictures", done, total))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..core.errors import PicturesError
 from ..core.events import Listener, Note, SilentListener
-from ..core.prompts import filled
+from ..core.prompts import fill_placeholders
 
 CaptionSource = Literal["files", "file-names", "prompt"]
 MaskSource = Literal["files", "alpha", "off"]
@@ -148,7 +148,9 @@ def _folder_files(folder: Path, listener: Listener) -> Files:
         taken = [place for sub in repeated for place in (sub, sub / _MASK_FOLDER)]
     elif full := _with_pictures(repeated):
         names = ", ".join(full[:5])
-        listener.tell(Note(f"{folder.name} holds pictures of its own, so those in {names} are left out.", warning=True))
+        listener.report(
+            Note(f"{folder.name} holds pictures of its own, so those in {names} are left out.", warning=True)
+        )
     for place in taken:
         start = place.relative_to(folder).as_posix()
         files = sorted(place.iterdir()) if place.is_dir() else []
@@ -191,7 +193,7 @@ def _read_all(
     names = sorted(name for name in files if is_picture(name))
     masks, no_pictures = _masks(names)
     for name in sorted(no_pictures - set(masks.values())):
-        listener.tell(Note(f"{name} is named like a mask, but no picture uses it; it is left out.", warning=True))
+        listener.report(Note(f"{name} is named like a mask, but no picture uses it; it is left out.", warning=True))
     names = [name for name in names if name not in no_pictures]
     described = _described(files, names, listener) if reading.captions == "files" else {}
     beside = _captions_beside(files)
@@ -204,10 +206,10 @@ def _read_all(
                 text = _text(beside[_stem(name)], files[beside[_stem(name)]](), prompt, listener)
             mask = files[masks[name]]() if name in masks and reading.masks != "off" else None
         except OSError as error:
-            listener.tell(Note(f"{name} is left out: it can't be read ({error.strerror}).", warning=True))
+            listener.report(Note(f"{name} is left out: it can't be read ({error.strerror}).", warning=True))
             continue
         read = partial(bytes, content) if keep else files[name]
-        caption, digest = filled(text, reading.token, reading.noun), hashlib.sha256(content).hexdigest()
+        caption, digest = fill_placeholders(text, reading.token, reading.noun), hashlib.sha256(content).hexdigest()
         found.append(PictureFile(name, digest, read, caption, mask if mask is None else partial(bytes, mask), repeats))
     return found
 
@@ -269,12 +271,12 @@ def _text(name: str, content: bytes, prompt: str, listener: Listener) -> str:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("cp1252", errors="replace")
-        listener.tell(
+        listener.report(
             Note(f"{name} is not UTF-8; it was read as Windows-1252. Caption: {text.strip()[:60]}", warning=True)
         )
     text = " ".join(text.split())
     if not text:
-        listener.tell(Note(f"{name} is empty; the prompt '{prompt}' is used.", warning=True))
+        listener.report(Note(f"{name} is empty; the prompt '{prompt}' is used.", warning=True))
     return text
 
 
@@ -303,7 +305,7 @@ def _described(files: Files, pictures: Sequence[str], listener: Listener) -> dic
     if missing:
         several = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         text = f"{_METADATA} names pictures that are not there: {', '.join(missing[:3])}{several}."
-        listener.tell(Note(text, warning=True))
+        listener.report(Note(text, warning=True))
     return {picture: caption for picture, caption in found.items() if caption}
 
 

@@ -16,7 +16,7 @@ from ..core.files import explained_os_errors, remove_leftovers, require_writable
 from .images import Picture, decode
 
 
-class Gallery:
+class ImageCache:
     """A folder of pictures whose name is a digest of everything that makes them."""
 
     def __init__(self, root: Path, key: Mapping[str, Any]) -> None:

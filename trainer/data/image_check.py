@@ -70,12 +70,12 @@ def check_pictures(pictures: Sequence[Picture], resolution: int, listener: Liste
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:  # Pillow decodes and scales without Python's lock
         for start in range(0, len(different), _BATCH):
             if start:
-                listener.tell(Phase("looking at pictures", start, len(different)))
+                listener.report(Phase("looking at pictures", start, len(different)))
                 stop_if_asked(listener)
             found = pool.map(look_at, different[start : start + _BATCH])
             looks += [look for look in found if look is not None]
-    for text in advice(looks, resolution):
-        listener.tell(Note(text, warning=True))
+    for text in image_advice(looks, resolution):
+        listener.report(Note(text, warning=True))
 
 
 def look_at(picture: Picture) -> Look | None:
@@ -175,7 +175,7 @@ def look_alikes(hashes: Sequence[int]) -> list[list[int]]:
     return sorted(group for group in groups if len(group) > 1)
 
 
-def advice(looks: Sequence[Look], resolution: int) -> list[str]:
+def image_advice(looks: Sequence[Look], resolution: int) -> list[str]:
     """What to do about these pictures; a sentence or two for each kind of trouble.
 
     Args:

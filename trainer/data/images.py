@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..core.errors import PicturesError
 from ..core.events import Listener, Note
-from ..core.prompts import filled, split_prompts
+from ..core.prompts import fill_placeholders, split_prompts
 from ..core.seeding import generator
 from .folder import PictureFile, Reading, find_picture_files
 
@@ -219,7 +219,7 @@ def load_pictures(
             there are more or fewer captions or masks than pictures.
     """
     reading = reading or Reading()
-    prompts = split_prompts(filled(prompt, reading.token, reading.noun)) or [""]
+    prompts = split_prompts(fill_placeholders(prompt, reading.token, reading.noun)) or [""]
     if isinstance(source, Path):
         files = find_picture_files(source, reading, prompts[0], listener)
         found = iter([_from_file(file, prompts, reading) for file in files])
@@ -238,7 +238,7 @@ def load_pictures(
             size = picture.open().size
         except ValueError as error:
             bad.append(f"{picture.name}: {error}")
-            listener.tell(Note(f"{picture.name} is left out: {error}.", warning=True))
+            listener.report(Note(f"{picture.name} is left out: {error}.", warning=True))
         else:
             good.append(_with_good_mask(picture, size, listener))
     if not good:
@@ -287,15 +287,15 @@ def _with_good_mask(picture: Picture, size: tuple[int, int], listener: Listener)
     (width, height), stretched = mask.size, mask.width * size[1] / (mask.height * size[0])
     if max(stretched, 1 / stretched) > 1 + _ROUNDED:
         text = f"The mask of {picture.name} is {width}×{height}, the picture {size[0]}×{size[1]}: it is stretched."
-        listener.tell(Note(text, warning=True))
+        listener.report(Note(text, warning=True))
     if brightest == 0:
-        listener.tell(Note(f"The mask of {picture.name} is black all over; it is left out.", warning=True))
+        listener.report(Note(f"The mask of {picture.name} is black all over; it is left out.", warning=True))
     return replace(picture, mask=None, mask_digest="") if darkest == 255 or brightest == 0 else picture
 
 
 def _advise(pictures: Sequence[Picture], listener: Listener) -> None:
     if len(pictures) < 3:
-        listener.tell(
+        listener.report(
             Note(
                 f"Only {len(pictures)} picture(s): 3 to 20 from several sides and in several places teach better.", True
             )
@@ -303,7 +303,7 @@ def _advise(pictures: Sequence[Picture], listener: Listener) -> None:
     first: dict[str, str] = {}
     for picture in pictures:
         if picture.digest in first:
-            listener.tell(Note(f"{picture.name} is the same picture as {first[picture.digest]}.", warning=True))
+            listener.report(Note(f"{picture.name} is the same picture as {first[picture.digest]}.", warning=True))
         first.setdefault(picture.digest, picture.name)
 
 
@@ -344,7 +344,7 @@ def _from_tensors(
         if tensor.ndim != 3 or tensor.shape[2] not in (1, 3, 4):
             raise PicturesError(f"{name} has the shape {tuple(tensor.shape)}.", "Connect pictures: (height, width, 3).")
         content, digest = _as_png(tensor)
-        own = filled(captions[number].strip(), reading.token, reading.noun) if captions else ""
+        own = fill_placeholders(captions[number].strip(), reading.token, reading.noun) if captions else ""
         said = [own] if own else prompts
         mask: Callable[[], Image.Image] | None = None
         mask_digest = ""

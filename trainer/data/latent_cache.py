@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.devices import place, release
+from ..core.devices import release, to_device
 from ..core.errors import WeightsError
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..core.files import write_atomic
@@ -180,26 +180,28 @@ def build_cache(
         rows.setdefault("", len(rows))
     for caption in dict.fromkeys(one for pictures in sets.values() for picture in pictures for one in picture.captions):
         if model.overlong(caption):
-            listener.tell(Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True))
+            listener.report(
+                Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True)
+            )
     text = encode_captions(model, list(rows), device, settings.text_rates)
     leave(model, settings.text_rates)  # before the autoencoder comes
     release(device)
     latents = {}
     with torch.no_grad():
-        place(model.vae, device, torch.float32)
+        to_device(model.vae, device, torch.float32)
         total, done = sum(map(len, sets.values())), 0
         for kind, pictures in sets.items():
             found = []
             for picture in pictures:
-                listener.tell(Phase("encoding pictures", done, total))
+                listener.report(Phase("encoding pictures", done, total))
                 stop_if_asked(listener)
                 found.append(_encoded(model.vae, picture, settings, settings.flip and kind == "instance", device))
                 if picture.mask and found[-1][3] is None:
-                    listener.tell(Note(f"The mask of {picture.name} is cut away with the picture's edges.", True))
+                    listener.report(Note(f"The mask of {picture.name} is cut away with the picture's edges.", True))
                 done += 1
             captions = [torch.tensor([rows[text] for text in own]) for own in texts[kind]]
             latents[kind] = _set(pictures, found, captions) if found else None
-        listener.tell(Phase("encoding pictures", total, total))
+        listener.report(Phase("encoding pictures", total, total))
     release(device)
     instance = latents["instance"]
     assert instance is not None
@@ -238,7 +240,7 @@ def encode_captions(
     text = model.tokenize(captions)
     for name, network in model.text_encoders.items():
         if name not in trained:
-            place(network, device, torch.float32)
+            to_device(network, device, torch.float32)
             encoded = encode_in_batches(model, name, text[f"ids{name.removeprefix('text_encoder')}"])
             text |= {part: rows.cpu() for part, rows in encoded.items()}
     return text

@@ -9,13 +9,13 @@ from pathlib import Path
 from ..adapters.kohya import read_adapter
 from ..core.errors import AdapterError
 from .evaluator import Evaluated, Evaluation, best_of
-from .generator import Adapters, Drawing, Studio
+from .generator import Adapters, CachedGenerator, Drawing
 
 BASE = "base"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """Adapters to compare, or the base alone.
 
     Attributes:
@@ -32,10 +32,10 @@ class Contender:
 
 
 @dataclass(frozen=True)
-class Entry:
+class ComparisonRow:
     """One contender, drawn in one way."""
 
-    contender: Contender
+    contender: Candidate
     drawing: Drawing
     evaluated: Evaluated
 
@@ -57,14 +57,14 @@ class Comparison:
         models: Which models judged: "CLIP", "DINO" → name.
     """
 
-    entries: Sequence[Entry]
+    entries: Sequence[ComparisonRow]
     prompts: Sequence[str]
     class_prompts: Sequence[str]
     real: Mapping[str, float]
     models: Mapping[str, str]
 
     @property
-    def best(self) -> Entry | None:
+    def best(self) -> ComparisonRow | None:
         """The checkpoint to keep (`evaluation.best_of`); None if there are not two of them.
 
         Drawn in several ways, every way has its say: the marks of a checkpoint are means over them.
@@ -80,19 +80,19 @@ class Comparison:
         return groups[best_of(means)][0]
 
 
-def base_alone() -> Contender:
+def base_alone() -> Candidate:
     """The base without any adapter."""
-    return Contender(BASE, list)
+    return Candidate(BASE, list)
 
 
-def adapter_file(path: Path, strength: float = 1.0, title: str = "", step: int | None = None) -> Contender:
+def adapter_file(path: Path, strength: float = 1.0, title: str = "", step: int | None = None) -> Candidate:
     """An adapter file at a strength; read when it is drawn."""
     shown = title or path.stem
     shown += "" if strength == 1 else f" at {strength:g}"
-    return Contender(shown, lambda: [(read_adapter(path), strength)], step, path)
+    return Candidate(shown, lambda: [(read_adapter(path), strength)], step, path)
 
 
-def checkpoints(adapters: Mapping[int, Path], run_name: str, strength: float = 1.0) -> list[Contender]:
+def checkpoints(adapters: Mapping[int, Path], run_name: str, strength: float = 1.0) -> list[Candidate]:
     """The adapters of a run's checkpoints, by step.
 
     Args:
@@ -112,9 +112,9 @@ def checkpoints(adapters: Mapping[int, Path], run_name: str, strength: float = 1
 
 
 def compare(
-    studio: Studio,
+    studio: CachedGenerator,
     evaluation: Evaluation,
-    contenders: Sequence[Contender],
+    contenders: Sequence[Candidate],
     drawings: Sequence[Drawing],
     *,
     prior: bool = True,
@@ -140,7 +140,7 @@ def compare(
             adapters = contender.load()
             for drawing in drawings:
                 evaluated = evaluation.draw_and_mark(studio, adapters, drawing, contender.title, prior=prior)
-                entries.append(Entry(contender, drawing, evaluated))
+                entries.append(ComparisonRow(contender, drawing, evaluated))
     finally:
         studio.close()
     models = {name: model.name for name, model in evaluation.judges.models.items()}

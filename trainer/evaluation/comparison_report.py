@@ -11,10 +11,10 @@ from typing import Any
 
 from PIL import Image
 
-from ..core.figures import Row, contact_sheet, figure_as_picture
+from ..core.figures import SheetRow, contact_sheet, figure_as_picture
 from ..core.files import write_atomic
 from ..data.image_cache import as_png
-from .comparison import BASE, Comparison, Entry
+from .comparison import BASE, Comparison, ComparisonRow
 from .evaluator import CLIP_SCORE, FIDELITY, FOLLOWING, fidelity_and_drift
 from .feature_extractors import CLIP, DINO
 
@@ -76,7 +76,7 @@ def _by_way(comparison: Comparison, measure: str) -> Iterator[str]:
         yield _line([f"{scheduler}, {steps} steps", *(_number(found[title].get(measure)) for title in titles)])
 
 
-def _way(entry: Entry) -> tuple[str, int]:
+def _way(entry: ComparisonRow) -> tuple[str, int]:
     return entry.drawing.scheduler, entry.drawing.steps
 
 
@@ -127,7 +127,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _facts(entry: Entry) -> dict[str, Any]:
+def _facts(entry: ComparisonRow) -> dict[str, Any]:
     drawing = entry.drawing
     return {
         "adapter": entry.contender.title,
@@ -149,7 +149,7 @@ def sheet(comparison: Comparison, cell: int = 128) -> Image.Image:
         kinds = [entry.evaluated.pictures[::each], entry.evaluated.class_pictures[::each]]
         label = entry.contender.title + (f", {entry.drawing.scheduler} {entry.drawing.steps}" if several else "")
         notes = [_note(marks) for marks in entry.evaluated.by_prompt]
-        rows.append(Row(label, tuple(one.open() for kind in kinds for one in kind), tuple(notes)))
+        rows.append(SheetRow(label, tuple(one.open() for kind in kinds for one in kind), tuple(notes)))
     titles = [*comparison.prompts, *comparison.class_prompts][: len(rows[0].pictures)]
     judges = ", ".join(f"{name}: {model}" for name, model in comparison.models.items())
     return contact_sheet(

@@ -17,8 +17,8 @@ from ..core.errors import PicturesError, SettingsError
 from ..core.events import Listener
 from ..core.prompts import without_token
 from ..data.images import Picture
-from .feature_extractors import CLIP, DINO, Judges
-from .generator import Adapters, Drawing, Studio
+from .feature_extractors import CLIP, DINO, FeatureExtractors
+from .generator import Adapters, CachedGenerator, Drawing
 from .metrics import clip_score, clip_t, diversity, drift, own_score, subject_score
 
 FIDELITY = {CLIP: "CLIP-I", DINO: "DINO"}  # judge → what it measures against the subject's pictures
@@ -49,7 +49,7 @@ class Evaluation:
 
     def __init__(
         self,
-        judges: Judges,
+        judges: FeatureExtractors,
         references: Sequence[Picture],
         prompts: Sequence[str],
         token: str,
@@ -82,7 +82,7 @@ class Evaluation:
             )
 
     def draw_and_mark(
-        self, studio: Studio, adapters: Adapters, drawing: Drawing, title: str, *, prior: bool = True
+        self, studio: CachedGenerator, adapters: Adapters, drawing: Drawing, title: str, *, prior: bool = True
     ) -> Evaluated:
         """Draw the subject and its class with adapters, and measure; the base's class pictures are drawn, too.
 

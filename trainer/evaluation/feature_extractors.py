@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.devices import place
+from ..core.devices import to_device
 from ..core.errors import PicturesError, SettingsError, WeightsError
 from ..core.events import Listener, Phase, stop_if_asked
 from ..data.images import Picture
@@ -117,7 +117,7 @@ def open_feature_model(
 
     if are_files(source):
         files = open_feature_files(source, tokenizer)
-        place(files.network, device, torch.float32)
+        to_device(files.network, device, torch.float32)
         processor = pillow_processor(_PROCESSORS[files.kind]).from_dict(dict(files.preprocessing))
         return FeatureModel(files.name, files.kind, files.network.eval(), processor, files.tokenizer)
     local, name = not download, str(source)
@@ -129,14 +129,14 @@ def open_feature_model(
         own_tokenizer = None
         if kind == "clip":
             own_tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
-    place(network, device, torch.float32)
+    to_device(network, device, torch.float32)
     return FeatureModel(title_of(name), kind, network.eval(), processor, own_tokenizer)
 
 
 CLIP, DINO = "CLIP", "DINO"
 
 
-class Judges:
+class FeatureExtractors:
     """A CLIP model, a DINO model, or both."""
 
     def __init__(self, clip: FeatureModel | None = None, dino: FeatureModel | None = None) -> None:
@@ -153,7 +153,7 @@ class Judges:
     @classmethod
     def open(
         cls, clip: str, dino: str, device: torch.device, *, download: bool = False, tokenizer: Path | None = None
-    ) -> Judges:
+    ) -> FeatureExtractors:
         """Open models by folder, file or hub name; blank: none. See `open_feature_model`.
 
         Raises:
@@ -202,7 +202,7 @@ class Judges:
         with ThreadPoolExecutor(max_workers=1) as pool:
             coming = pool.submit(prepared, 0)
             for start in range(0, len(pictures), BATCH):
-                listener.tell(Phase(title, start, len(pictures)))
+                listener.report(Phase(title, start, len(pictures)))
                 stop_if_asked(listener)
                 pixels = coming.result()
                 if start + BATCH < len(pictures):
@@ -216,7 +216,7 @@ class Judges:
                     self._seen[name] |= {
                         one.digest: row for one, row in zip(pictures[start : start + BATCH], rows, strict=True)
                     }
-        listener.tell(Phase(title, len(pictures), len(pictures)))
+        listener.report(Phase(title, len(pictures), len(pictures)))
 
     def read(self, prompts: Sequence[str]) -> Tensor:
         """CLIP's features of prompts, (prompts, width), normalised, float32, on the CPU.

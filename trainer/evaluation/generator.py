@@ -12,7 +12,7 @@ from ..adapters.apply import merge_into
 from ..adapters.kohya import Adapter, file_hashes
 from ..core.devices import explained_memory_errors, release
 from ..core.events import Listener, Phase, stop_if_asked
-from ..data.image_cache import Gallery
+from ..data.image_cache import ImageCache
 from ..data.images import Picture
 from ..models.families.base import BaseWeights, DiffusionModel
 from ..models.sampling import generate, ready_model
@@ -52,7 +52,7 @@ class Drawing:
         return range(self.seed, self.seed + self.count)
 
 
-class Studio:
+class CachedGenerator:
     """A base model, a device, and a folder for pictures."""
 
     def __init__(self, base: BaseWeights, root: Path, device: torch.device, precision: str, listener: Listener) -> None:
@@ -89,7 +89,7 @@ class Studio:
         names, galleries, missing = [f"{number:05d}.png" for number in range(drawing.count)], {}, []
         for prompt in dict.fromkeys(prompts):
             what = {"base": self.base.fingerprint, "adapters": identity, "prompt": prompt, "precision": self._precision}
-            gallery = galleries[prompt] = Gallery(self._root, what | how)
+            gallery = galleries[prompt] = ImageCache(self._root, what | how)
             lacking = [number for number, name in enumerate(names) if not gallery.has(name)]
             if lacking:
                 gallery.begin(len(lacking), drawing.width * drawing.height)
@@ -100,7 +100,7 @@ class Studio:
             for gallery, prompt, lacking in missing:
                 model = self._model(adapters, identity)
                 for start in range(0, len(lacking), drawing.batch):
-                    self.listener.tell(Phase(title, done, total))
+                    self.listener.report(Phase(title, done, total))
                     stop_if_asked(self.listener)
                     numbers = lacking[start : start + drawing.batch]
                     images = generate(
@@ -117,7 +117,7 @@ class Studio:
                     for number, image in zip(numbers, images, strict=True):
                         gallery.put(f"{number:05d}.png", image)
                     done += len(numbers)
-        self.listener.tell(Phase(title, total, total))
+        self.listener.report(Phase(title, total, total))
         return [galleries[prompt].picture(name, prompt) for prompt in prompts for name in names]
 
     def close(self) -> None:

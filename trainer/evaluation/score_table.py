@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..core.errors import PicturesError
 from ..core.events import Listener
-from ..core.figures import Row, as_table, contact_sheet
+from ..core.figures import SheetRow, as_table, contact_sheet
 from ..data.images import Picture
-from .feature_extractors import CLIP, DINO, Judges
+from .feature_extractors import CLIP, DINO, FeatureExtractors
 from .metrics import clip_score, clip_t, diversity, own_score, subject_score
 
 SUBJECT_MEASURES = {CLIP: "CLIP-I", DINO: "DINO"}
@@ -72,7 +72,7 @@ def score_pictures(
     pictures: Sequence[Picture],
     prompts: Sequence[str],
     references: Sequence[Picture],
-    judges: Judges,
+    judges: FeatureExtractors,
     listener: Listener,
 ) -> ScoreTable:
     """Score pictures by every measure that there is a model and something to compare with for.
@@ -186,7 +186,7 @@ class ScoreGrid:
         for title, table in self.tables.items():
             each, pictures = len(table.rows) // len(self.prompts), self.pictures[title]
             parts = [table.rows[start : start + each] for start in range(0, len(table.rows), each)]
-            rows.append(Row(title, tuple(one.open() for one in pictures[::each]), tuple(map(_note, parts))))
+            rows.append(SheetRow(title, tuple(one.open() for one in pictures[::each]), tuple(map(_note, parts))))
         first = next(iter(self.tables.values()))
         caption = "   ".join(f"{name} by {model}" for name, model in first.models.items())
         return contact_sheet(caption, self.prompts, rows, cell)
@@ -201,7 +201,7 @@ def score_grid(
     settings: Mapping[str, Sequence[Picture]],
     prompts: Sequence[str],
     references: Sequence[Picture],
-    judges: Judges,
+    judges: FeatureExtractors,
     listener: Listener,
 ) -> ScoreGrid:
     """Score the pictures of several settings.

@@ -20,7 +20,7 @@ NOISE = 32 * torch.finfo(torch.float32).eps  # of the largest singular value; wh
 
 
 @dataclass(frozen=True)
-class Change:
+class Delta:
     """What is added to one weight.
 
     Attributes:
@@ -47,11 +47,11 @@ class Change:
         """The matrix (out, in·k·k)."""
         return self.up if self.down is None else self.up @ self.down
 
-    def times(self, factor: float) -> Change:
+    def times(self, factor: float) -> Delta:
         """The change, scaled."""
         return replace(self, up=self.up * factor)
 
-    def inner(self, other: Change) -> float:
+    def inner(self, other: Delta) -> float:
         """Frobenius' inner product, without the products of factors."""
         if other.down is None:
             self, other = other, self
@@ -63,7 +63,7 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Cut:
+class Truncation:
     """How far a change is reduced; every limit holds.
 
     Attributes:
@@ -79,7 +79,7 @@ class Cut:
     floor: float = 0.0
 
 
-def change_of(layer: Layer, shape: Sequence[int] | None = None, weight: Tensor | None = None) -> Change:
+def to_delta(layer: Layer, shape: Sequence[int] | None = None, weight: Tensor | None = None) -> Delta:
     """What a layer adds.
 
     Args:
@@ -93,25 +93,25 @@ def change_of(layer: Layer, shape: Sequence[int] | None = None, weight: Tensor |
     given = None if layer.needs_weight else layer.factors()
     if given is None:
         dense = layer.delta(weight)
-        return Change(tuple(shape or dense.shape), dense.flatten(1))
+        return Delta(tuple(shape or dense.shape), dense.flatten(1))
     up, down = given
     known = tuple(shape or (up.shape[0], *down.shape[1:]))
-    factored = Change(known, up.flatten(1), down.flatten(1))
+    factored = Delta(known, up.flatten(1), down.flatten(1))
     if isinstance(layer, LoraLayer) or factored.size < up.shape[0] * down[0].numel():
         return factored
-    return Change(known, factored.dense())
+    return Delta(known, factored.dense())
 
 
-def total(changes: Sequence[Change]) -> Change:
+def total(changes: Sequence[Delta]) -> Delta:
     """The sum of changes of one weight: by concatenation, which is exact, where all are products of factors."""
     shape = max((one.shape for one in changes), key=len)  # a kernel of 1×1 may be left out
     downs = [one.down for one in changes if one.down is not None]
     if len(downs) < len(changes):
-        return Change(shape, torch.stack([one.dense() for one in changes]).sum(dim=0))
-    return Change(shape, torch.cat([one.up for one in changes], dim=1), torch.cat(downs))
+        return Delta(shape, torch.stack([one.dense() for one in changes]).sum(dim=0))
+    return Delta(shape, torch.cat([one.up for one in changes], dim=1), torch.cat(downs))
 
 
-def reduced(change: Change, cut: Cut) -> Change:
+def truncate(change: Delta, cut: Truncation) -> Delta:
     """The nearest change of lower rank (Eckart & Young 1936), factored, singular values shared evenly by the factors.
 
     A product of factors is decomposed by way of orthonormal bases of its factors, without being multiplied out. Of a
@@ -120,14 +120,14 @@ def reduced(change: Change, cut: Cut) -> Change:
     energy = change.inner(change)
     if not energy:
         inside = change.up.shape[1] if change.down is None else change.down.shape[1]
-        return Change(change.shape, change.up.new_zeros(len(change.up), 1), change.up.new_zeros(1, inside))
+        return Delta(change.shape, change.up.new_zeros(len(change.up), 1), change.up.new_zeros(1, inside))
     left, values, right = _singular(change, cut)
     rank = _kept(values, cut, energy)
     root = values[:rank].sqrt()
-    return Change(change.shape, left[:, :rank] * root, root[:, None] * right[:rank])
+    return Delta(change.shape, left[:, :rank] * root, root[:, None] * right[:rank])
 
 
-def _singular(change: Change, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+def _singular(change: Delta, cut: Truncation) -> tuple[Tensor, Tensor, Tensor]:
     """Left vectors (out, n), singular values (n,), right vectors (n, in·k·k), as far as the cut needs them."""
     if change.down is not None and change.rank < min(change.up.shape[0], change.down.shape[1]):
         left, left_core = _orthonormal(change.up)
@@ -167,7 +167,7 @@ def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return left.float(), values.float(), (right / values.clamp(min=1e-300)[:, None]).float()
 
 
-def _kept(values: Tensor, cut: Cut, energy: float) -> int:
+def _kept(values: Tensor, cut: Truncation, energy: float) -> int:
     """How many singular values are kept; one at least, none that is rounding noise."""
     found = values.double()
     noise = max(NOISE * float(found[0]), cut.floor)
@@ -179,7 +179,7 @@ def _kept(values: Tensor, cut: Cut, energy: float) -> int:
     return max(1, min(count, cut.rank or count))
 
 
-def layer_of(change: Change) -> LoraLayer | DifferenceLayer:
+def to_layer(change: Delta) -> LoraLayer | DifferenceLayer:
     """The layer of a change: a LoRA whose alpha equals its rank, or a full difference if it is dense."""
     out, inside, *kernel = change.shape
     if change.down is None:
@@ -199,6 +199,6 @@ def nearest_lora(change: Tensor, rank: int) -> LoraLayer:
     Returns:
         Both factors float32; alpha equal to the rank.
     """
-    layer = layer_of(reduced(Change(tuple(change.shape), change.float().flatten(1)), Cut(rank)))
+    layer = to_layer(truncate(Delta(tuple(change.shape), change.float().flatten(1)), Truncation(rank)))
     assert isinstance(layer, LoraLayer)
     return layer

@@ -15,9 +15,9 @@ from ..core.errors import AdapterError
 from ..core.events import Listener, Phase, SilentListener, stop_if_asked
 from ..models.families.base import BaseWeights
 from ..settings.merge import ExtractSettings
-from .deltas import Change, layer_of, nearest_lora, reduced
+from .deltas import Delta, nearest_lora, to_layer, truncate
 from .merge import Merged, cut_for, on_device
-from .report import Report, compare
+from .report import Report, compare_with_inputs
 
 
 def extract_lora(
@@ -70,7 +70,7 @@ def extract_between(
     modules = []
     for number, name in enumerate(sorted(base)):
         if number % 16 == 0:
-            listener.tell(Phase("extracting", number, len(base)))
+            listener.report(Phase("extracting", number, len(base)))
             stop_if_asked(listener)
         before, after = base[name].to(device), tuned[name].to(device)  # each is read once: a host's is costly
         if before.shape != after.shape:
@@ -82,11 +82,11 @@ def extract_between(
             if settings.biases:
                 vectors[f"{name.removesuffix('.bias')}.{'diff_b' if name.endswith('.bias') else 'diff'}"] = change.cpu()
             continue
-        whole = Change(tuple(change.shape), change.flatten(1))
-        kept = reduced(whole, cut_for(settings, whole.shape))
-        layers[name] = on_device(layer_of(kept), torch.device("cpu"))
-        modules.append(compare(name, [(whole, 1.0)], [0], kept))
-    listener.tell(Phase("extracting", len(base), len(base)))
+        whole = Delta(tuple(change.shape), change.flatten(1))
+        kept = truncate(whole, cut_for(settings, whole.shape))
+        layers[name] = on_device(to_layer(kept), torch.device("cpu"))
+        modules.append(compare_with_inputs(name, [(whole, 1.0)], [0], kept))
+    listener.report(Phase("extracting", len(base), len(base)))
     if not layers:
         raise AdapterError("The two models don't differ in any layer.", "Give the tuned model and its base.")
     return Merged(Adapter(layers, {}, vectors), Report(["difference"], "extract", modules))

@@ -17,19 +17,19 @@ from torch import Tensor
 from ..adapters.kohya import Adapter
 from ..adapters.layers import DifferenceLayer, Layer, LohaLayer, LokrLayer, LoraLayer, fits
 from ..adapters.metadata import MERGE_KEY, derived_metadata
-from ..adapters.names import family_of, is_convolution, place_of, weight_shape, with_kohya_names
+from ..adapters.names import family_of, is_convolution, module_path, weight_shape, with_kohya_names
 from ..core.errors import AdapterError, SettingsError
 from ..core.events import Listener, Phase, SilentListener, stop_if_asked
 from ..settings.merge import BlockWeight, MergeSettings, ReductionSettings
-from .deltas import Change, Cut, change_of, layer_of, reduced
-from .methods import METHODS, Choice, column_scaled
-from .report import ModuleReport, Report, compare, overlap_warnings
+from .deltas import Delta, Truncation, to_delta, to_layer, truncate
+from .methods import METHODS, MergeOptions, column_scaled
+from .report import ModuleReport, Report, compare_with_inputs, overlap_warnings
 
 LayerT = TypeVar("LayerT", bound=Layer)
 
 
 @dataclass(frozen=True)
-class Part:
+class WeightedAdapter:
     """One of the adapters to merge.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part:
 
     def weight(self, name: str) -> float:
         """The strength of a module, by its kohya name."""
-        place = place_of(name)
+        place = module_path(name)
         weight = self.strength if place.component == "unet" else self.text_strength
         factors = [block.factor for block in self.blocks if block.pattern.search(str(place))]
         return weight * (factors[-1] if factors else 1.0)
@@ -63,7 +63,7 @@ class Merged:
 
 
 def merge(
-    parts: Sequence[Part],
+    parts: Sequence[WeightedAdapter],
     settings: MergeSettings,
     weights: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,
@@ -98,12 +98,12 @@ def merge(
     modules: list[ModuleReport] = []
     for number, name in enumerate(names):
         if number % 16 == 0:
-            listener.tell(Phase("merging", number, len(names)))
+            listener.report(Phase("merging", number, len(names)))
             stop_if_asked(listener)
         module = _Module.of(name, parts, known, device)
         layers[name], row = _merged(module, settings, (columns or {}).get(name))
         modules.append(row)
-    listener.tell(Phase("merging", len(names), len(names)))
+    listener.report(Phase("merging", len(names), len(names)))
     titles = [part.title for part in parts]
     method = "learned" if columns else settings.method
     report = Report(titles, method, modules, [*warnings, *overlap_warnings(modules, titles)])
@@ -122,21 +122,23 @@ class _Module:
     device: torch.device
 
     @classmethod
-    def of(cls, name: str, parts: Sequence[Part], weights: Mapping[str, Tensor], device: torch.device) -> _Module:
+    def of(
+        cls, name: str, parts: Sequence[WeightedAdapter], weights: Mapping[str, Tensor], device: torch.device
+    ) -> _Module:
         """Gather one module's layers, and its weight where it tells something."""
         present = [index for index, part in enumerate(parts) if name in part.adapter.layers]
         layers = [parts[index].adapter.layers[name] for index in present]
         weight = needed_weight(name, layers, weights)
         return cls(name, layers, [parts[index].weight(name) for index in present], present, weight, device)
 
-    def changes(self) -> list[Change]:
+    def changes(self) -> list[Delta]:
         """What each layer adds at strength 1, float32.
 
         Raises:
             AdapterError: The layers are of different shapes.
         """
         shape = weight_shape(self.name, self.layers, self.weight)
-        return [change_of(on_device(layer, self.device), shape, self.weight) for layer in self.layers]
+        return [to_delta(on_device(layer, self.device), shape, self.weight) for layer in self.layers]
 
 
 def _merged(module: _Module, settings: MergeSettings, columns: Sequence[Tensor] | None) -> tuple[Layer, ModuleReport]:
@@ -149,13 +151,13 @@ def _merged(module: _Module, settings: MergeSettings, columns: Sequence[Tensor] 
     if columns is not None:
         result = column_scaled(weighted, columns)
     else:
-        choice = Choice(settings.density, settings.protected, settings.seed, module.name)
+        choice = MergeOptions(settings.density, settings.protected, settings.seed, module.name)
         result = METHODS[settings.method](weighted, choice)
     if settings.reduces:
-        result = reduced(result, cut_for(settings, result.shape))
+        result = truncate(result, cut_for(settings, result.shape))
     exact = settings.method == "sum" and columns is None
-    row = compare(module.name, weighted, module.indices, result, exact=exact)
-    return on_device(layer_of(result), torch.device("cpu")), row
+    row = compare_with_inputs(module.name, weighted, module.indices, result, exact=exact)
+    return on_device(to_layer(result), torch.device("cpu")), row
 
 
 def needed_weight(name: str, layers: Sequence[Layer], weights: Mapping[str, Tensor]) -> Tensor | None:
@@ -164,10 +166,10 @@ def needed_weight(name: str, layers: Sequence[Layer], weights: Mapping[str, Tens
     return None if plain and not is_convolution(name) else weights.get(name)
 
 
-def cut_for(settings: ReductionSettings, shape: Sequence[int]) -> Cut:
+def cut_for(settings: ReductionSettings, shape: Sequence[int]) -> Truncation:
     """The limits for a weight of that shape, (out, in) or (out, in, k, k)."""
     large = len(shape) > 2 and max(shape[2:]) > 1
-    return Cut((large and settings.conv_rank) or settings.rank or None, settings.energy, settings.ratio or None)
+    return Truncation((large and settings.conv_rank) or settings.rank or None, settings.energy, settings.ratio or None)
 
 
 def scaled(layer: Layer, factor: float) -> Layer | None:
@@ -187,7 +189,7 @@ def scaled(layer: Layer, factor: float) -> Layer | None:
     return replace(layer, alpha=layer.alpha * factor)
 
 
-def aligned(parts: Sequence[Part]) -> tuple[list[Part], list[str]]:
+def aligned(parts: Sequence[WeightedAdapter]) -> tuple[list[WeightedAdapter], list[str]]:
     """The parts with their modules under kohya's names of one family, and what should be warned of.
 
     Raises:
@@ -218,7 +220,7 @@ def aligned(parts: Sequence[Part]) -> tuple[list[Part], list[str]]:
     return named, [text for text in warnings if text]
 
 
-def _different_bases(parts: Sequence[Part]) -> str:
+def _different_bases(parts: Sequence[WeightedAdapter]) -> str:
     """A warning if the metadata name different base models."""
     bases = {part.adapter.metadata.get("ss_sd_model_name", "") for part in parts} - {"", "None"}
     if len(bases) < 2:
@@ -226,9 +228,9 @@ def _different_bases(parts: Sequence[Part]) -> str:
     return f"The adapters were trained on different base models ({', '.join(sorted(bases))}): the result may be weaker."
 
 
-def _require_patterns_match(parts: Sequence[Part], names: Iterable[str]) -> None:
+def _require_patterns_match(parts: Sequence[WeightedAdapter], names: Iterable[str]) -> None:
     """Refuse a pattern of block weights that is found nowhere: it has a typing error."""
-    places = [str(place_of(name)) for name in names] or ["unet.mid_block.resnets.0.conv1"]
+    places = [str(module_path(name)) for name in names] or ["unet.mid_block.resnets.0.conv1"]
     for part in parts:
         for block in part.blocks:
             if not any(block.pattern.search(place) for place in places):
@@ -238,7 +240,7 @@ def _require_patterns_match(parts: Sequence[Part], names: Iterable[str]) -> None
                 )
 
 
-def _require_weights(parts: Sequence[Part], settings: MergeSettings, weights: Mapping[str, Tensor]) -> None:
+def _require_weights(parts: Sequence[WeightedAdapter], settings: MergeSettings, weights: Mapping[str, Tensor]) -> None:
     """Refuse, before anything is computed, layers that need a weight that is not there."""
     holders = Counter(name for part in parts for name in part.adapter.layers)
     for part in parts:
@@ -252,7 +254,7 @@ def _require_weights(parts: Sequence[Part], settings: MergeSettings, weights: Ma
                 )
 
 
-def require_layers_fit(parts: Sequence[Part], weights: Mapping[str, Tensor]) -> None:
+def require_layers_fit(parts: Sequence[WeightedAdapter], weights: Mapping[str, Tensor]) -> None:
     """Check that every layer has a weight of its shape.
 
     Args:
@@ -272,7 +274,7 @@ def require_layers_fit(parts: Sequence[Part], weights: Mapping[str, Tensor]) -> 
                 )
 
 
-def _vectors(parts: Sequence[Part]) -> dict[str, Tensor]:
+def _vectors(parts: Sequence[WeightedAdapter]) -> dict[str, Tensor]:
     """The weighted sum of what is added to biases and norms."""
     found: dict[str, Tensor] = {}
     for part in parts:
@@ -288,7 +290,7 @@ def _vectors(parts: Sequence[Part]) -> dict[str, Tensor]:
 
 
 def _metadata(
-    parts: Sequence[Part], method: str, settings: MergeSettings, layers: Mapping[str, Layer]
+    parts: Sequence[WeightedAdapter], method: str, settings: MergeSettings, layers: Mapping[str, Layer]
 ) -> dict[str, str]:
     """Provenance: what was merged, how, and what readers look for."""
     sources = [
@@ -308,7 +310,7 @@ def _metadata(
 
 
 def resize(
-    part: Part,
+    part: WeightedAdapter,
     settings: ReductionSettings,
     weights: Mapping[str, Tensor] | None = None,
     device: torch.device | None = None,

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 
 from ..core.seeding import seeded
-from .deltas import NOISE, Change, Cut, reduced, total
+from .deltas import NOISE, Delta, Truncation, total, truncate
 
 _ROUNDING = 1e-10  # share of a change's energy that is left of it by rounding where nothing is
 
-Weighted = Sequence[tuple[Change, float]]
+Weighted = Sequence[tuple[Delta, float]]
 
 
 @dataclass(frozen=True)
-class Choice:
+class MergeOptions:
     """What a method may be told.
 
     Attributes:
@@ -37,38 +37,38 @@ class Choice:
     name: str = ""
 
 
-def weighted_sum(parts: Weighted, choice: Choice) -> Change:
+def weighted_sum(parts: Weighted, choice: MergeOptions) -> Delta:
     """Σ wᵢ Δᵢ, exact: factors are concatenated."""
     return total([change.times(weight) for change, weight in parts])
 
 
-def ties(parts: Weighted, choice: Choice) -> Change:
+def ties(parts: Weighted, choice: MergeOptions) -> Delta:
     """TIES (Yadav et al. 2023): keep the largest numbers of each, elect a sign for each place, average those of it."""
     return _elected(_pruned(parts, choice, "magnitude"))
 
 
-def magnitude_prune(parts: Weighted, choice: Choice) -> Change:
+def magnitude_prune(parts: Weighted, choice: MergeOptions) -> Delta:
     """Keep the largest numbers of each change, and add up."""
     return weighted_sum(_pruned(parts, choice, "magnitude"), choice)
 
 
-def dare(parts: Weighted, choice: Choice) -> Change:
+def dare(parts: Weighted, choice: MergeOptions) -> Delta:
     """DARE (Yu et al. 2024): drop numbers at random, scale the rest up to make up for them, and add up."""
     return weighted_sum(_pruned(parts, choice, "random"), choice)
 
 
-def dare_ties(parts: Weighted, choice: Choice) -> Change:
+def dare_ties(parts: Weighted, choice: MergeOptions) -> Delta:
     """DARE's dropping, then TIES' election of signs and average."""
     return _elected(_pruned(parts, choice, "random"))
 
 
-def orthogonal(parts: Weighted, choice: Choice) -> Change:
+def orthogonal(parts: Weighted, choice: MergeOptions) -> Delta:
     """Every change but the first leaves the inputs of those before it alone: Δ' = Δ (I − V Vᵀ), and the sum of all.
 
     V spans the inputs (row space) of the changes before, so that the first one works on its own inputs as it did
     alone. The projection of continual learning: Zeng et al. 2019 (OWM), Saha et al. 2021 (GPM).
     """
-    kept: list[Change] = []
+    kept: list[Delta] = []
     basis: Tensor | None = None
     for change, weight in parts:
         part = change if basis is None else _projected(change, basis)
@@ -80,7 +80,7 @@ def orthogonal(parts: Weighted, choice: Choice) -> Change:
     return total(kept)
 
 
-def column_scaled(parts: Weighted, columns: Sequence[Tensor]) -> Change:
+def column_scaled(parts: Weighted, columns: Sequence[Tensor]) -> Delta:
     """ZipLoRA (Shah et al. 2023): Σ wᵢ Δᵢ diag(mᵢ), a coefficient for each input of each change.
 
     Args:
@@ -92,12 +92,12 @@ def column_scaled(parts: Weighted, columns: Sequence[Tensor]) -> Change:
         rows = change.up if change.down is None else change.down
         inside = rows.reshape(len(rows), len(column), -1) * column.to(rows.device, torch.float32)[:, None]
         turned = inside.reshape(rows.shape)
-        part = Change(change.shape, turned) if change.down is None else Change(change.shape, change.up, turned)
+        part = Delta(change.shape, turned) if change.down is None else Delta(change.shape, change.up, turned)
         scaled.append(part.times(weight))
     return total(scaled)
 
 
-Method = Callable[[Weighted, Choice], Change]
+Method = Callable[[Weighted, MergeOptions], Delta]
 METHODS: dict[str, Method] = {
     "sum": weighted_sum,
     "svd": weighted_sum,  # and then reduced, as all but "sum" and "orthogonal" are
@@ -109,7 +109,7 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _pruned(parts: Weighted, choice: Choice, method: Literal["magnitude", "random"]) -> Weighted:
+def _pruned(parts: Weighted, choice: MergeOptions, method: Literal["magnitude", "random"]) -> Weighted:
     """Dense changes of which a share is kept: the largest numbers, or random ones, then scaled up.
 
     Which numbers are random depends on seed, module and change, not on the order of the changes.
@@ -117,7 +117,7 @@ def _pruned(parts: Weighted, choice: Choice, method: Literal["magnitude", "rando
     from peft.utils.merge_utils import prune
 
     if choice.density >= 1:
-        return [(Change(change.shape, change.dense()), weight) for change, weight in parts]
+        return [(Delta(change.shape, change.dense()), weight) for change, weight in parts]
     found = []
     for change, weight in parts:
         dense = change.dense()
@@ -125,11 +125,11 @@ def _pruned(parts: Weighted, choice: Choice, method: Literal["magnitude", "rando
             kept = prune(dense, choice.density, method)
         if method == "random":
             kept = kept / choice.density  # PEFT can do so, too, but 0.13 forgets it
-        found.append((Change(change.shape, kept), weight))
+        found.append((Delta(change.shape, kept), weight))
     return found
 
 
-def _elected(parts: Weighted) -> Change:
+def _elected(parts: Weighted) -> Delta:
     """For each place the mean of the weighted numbers that have the sign of the majority."""
     from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
@@ -138,19 +138,19 @@ def _elected(parts: Weighted) -> Change:
     signs = calculate_majority_sign_mask(dense)
     shape = max((change.shape for change, _ in parts), key=len)
     merged: Tensor = disjoint_merge(dense * weights.view(-1, 1, 1), signs)
-    return Change(shape, merged)
+    return Delta(shape, merged)
 
 
-def _projected(change: Change, basis: Tensor) -> Change:
+def _projected(change: Delta, basis: Tensor) -> Delta:
     """The change without what it does to inputs in the span of `basis` (in·k·k, n), orthonormal columns."""
     rows, basis = (change.up if change.down is None else change.down).double(), basis.double()
     free = (rows - (rows @ basis) @ basis.T).float()
-    return Change(change.shape, free) if change.down is None else Change(change.shape, change.up, free)
+    return Delta(change.shape, free) if change.down is None else Delta(change.shape, change.up, free)
 
 
-def _inputs(change: Change, energy: float, floor: float) -> Tensor:
+def _inputs(change: Delta, energy: float, floor: float) -> Tensor:
     """Orthonormal inputs (in·k·k, n) that a change responds to, the strongest that make up a share of its energy."""
-    down = reduced(change, Cut(energy=energy, floor=floor)).down
+    down = truncate(change, Truncation(energy=energy, floor=floor)).down
     assert down is not None
     lengths: Tensor = torch.linalg.vector_norm(down, dim=1, keepdim=True)
     return (down / lengths).T

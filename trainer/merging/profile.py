@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from ..adapters.kohya import Adapter
-from ..adapters.names import block_order, place_of, weight_shape
-from .deltas import Change, Cut, change_of, reduced
-from .merge import Part, aligned, needed_weight
+from ..adapters.names import block_order, module_path, weight_shape
+from .deltas import Delta, Truncation, to_delta, truncate
+from .merge import WeightedAdapter, aligned, needed_weight
 
 _MOST = 0.95  # of the energy
 
@@ -33,7 +33,7 @@ def profile(
     Raises:
         AdapterError: The two are of different families or shapes.
     """
-    parts = [Part(adapter, "the adapter"), *([Part(other, "the other")] if other else [])]
+    parts = [WeightedAdapter(adapter, "the adapter"), *([WeightedAdapter(other, "the other")] if other else [])]
     named = [part.adapter for part in aligned(parts)[0]]
     known = weights or {}
     rows: dict[str, list[dict[str, float]]] = {}
@@ -41,21 +41,24 @@ def profile(
         if layer.needs_weight and name not in known:
             continue
         weight = needed_weight(name, [layer], known)
-        change = change_of(layer, weight_shape(name, [layer], weight), weight)
-        row = {"energy": change.inner(change), "rank used": reduced(change, Cut(energy=_MOST)).rank / change.rank}
+        change = to_delta(layer, weight_shape(name, [layer], weight), weight)
+        row = {
+            "energy": change.inner(change),
+            "rank used": truncate(change, Truncation(energy=_MOST)).rank / change.rank,
+        }
         if other is not None:
             row |= _products(change, named[1], name, weight)
-        rows.setdefault(place_of(name).block, []).append(row)
+        rows.setdefault(module_path(name).block, []).append(row)
     everything = sum(row["energy"] for block in rows.values() for row in block) or 1.0
     return {block: _column(rows[block], everything) for block in sorted(rows, key=block_order)}
 
 
-def _products(change: Change, other: Adapter, name: str, weight: Tensor | None) -> dict[str, float]:
+def _products(change: Delta, other: Adapter, name: str, weight: Tensor | None) -> dict[str, float]:
     """What the cosine of two changes is made of; nothing where the other has no such layer."""
     layer = other.layers.get(name)
     if layer is None or (layer.needs_weight and weight is None):
         return {}
-    second = change_of(layer, change.shape, weight)
+    second = to_delta(layer, change.shape, weight)
     return {"inner": change.inner(second), "first": change.inner(change), "second": second.inner(second)}
 
 

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..adapters.names import block_order, place_of
+from ..adapters.names import block_order, module_path
 from ..core.figures import as_table, figure_as_picture, shortened
-from .deltas import Change
+from .deltas import Delta
 
 _STRONG = 0.3  # |cosine| of two changes above which adapters are said to overlap strongly; of unrelated ones it is ~0
 
@@ -47,11 +47,11 @@ class ModuleReport:
         return cls(name, {index: 1.0}, {}, 0.0, {index: energy}, rank)
 
 
-def compare(
+def compare_with_inputs(
     name: str,
-    weighted: Sequence[tuple[Change, float]],
+    weighted: Sequence[tuple[Delta, float]],
     indices: Sequence[int],
-    result: Change,
+    result: Delta,
     *,
     exact: bool = False,
 ) -> ModuleReport:
@@ -139,7 +139,7 @@ class Report:
         """Block → column → mean over its modules; columns are "kept: <title>", "overlap" and "lost"."""
         blocks: dict[str, list[ModuleReport]] = {}
         for module in self.modules:
-            blocks.setdefault(place_of(module.name).block, []).append(module)
+            blocks.setdefault(module_path(module.name).block, []).append(module)
         return {block: self._columns(blocks[block]) for block in sorted(blocks, key=block_order)}
 
     def _columns(self, modules: Sequence[ModuleReport]) -> dict[str, float]:
@@ -157,7 +157,7 @@ class Report:
         rows = [
             {
                 "module": module.name,
-                "block": place_of(module.name).block,
+                "block": module_path(module.name).block,
                 "rank": module.rank,
                 "kept": {self.titles[index]: value for index, value in module.kept.items()},
                 "overlap": {" / ".join(self.titles[i] for i in pair): value for pair, value in module.overlap.items()},

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 
 from ..adapters.apply import apply_to_base
 from ..adapters.kohya import Adapter
-from ..adapters.names import Adaptable, modules_by_name, named_weights, place_of
-from ..core.devices import DTYPES, explained_memory_errors, pick_precision, place, release, reset_peak_memory
+from ..adapters.names import Adaptable, module_path, modules_by_name, named_weights
+from ..core.devices import DTYPES, explained_memory_errors, pick_precision, release, reset_peak_memory, to_device
 from ..core.distributed import accelerate_state_kept, make_accelerator
 from ..core.errors import AdapterError, CancelledError, DivergedError
 from ..core.events import Listener, Phase, stop_if_asked
 from ..core.prompts import split_prompts
 from ..core.seeding import generator
-from ..core.throughput import Pace
+from ..core.throughput import Throughput
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel, as_ordinary
 from ..models.sampling import denoise, starting_noise
 from ..settings.merge import LearnedMergeSettings, MergeSettings
-from .deltas import Change, change_of
-from .merge import Merged, Part, aligned, merge, require_layers_fit
+from .deltas import Delta, to_delta
+from .merge import Merged, WeightedAdapter, aligned, merge, require_layers_fit
 
 _LOWER = "resolution, turn gradient_checkpointing on, or choose bf16 or fp16"
 _SUM = MergeSettings(method="sum")
@@ -47,7 +47,7 @@ class ZippedLayer(nn.Module):
         only: Index of the change that is applied alone and without its coefficients; None for all with theirs.
     """
 
-    def __init__(self, base: Adaptable, changes: Mapping[int, Change]) -> None:
+    def __init__(self, base: Adaptable, changes: Mapping[int, Delta]) -> None:
         """Put changes on a layer.
 
         Args:
@@ -96,7 +96,7 @@ class ZippedLayer(nn.Module):
         return torch.stack(found).sum() if found else torch.zeros((), device=self.base.weight.device)
 
 
-def _as_kernels(change: Change, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def _as_kernels(change: Delta, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """The factors of a change as weights of layers one after the other."""
     up = as_ordinary(change.up.to(device, dtype))
     if change.down is None:
@@ -107,8 +107,8 @@ def _as_kernels(change: Change, shape: torch.Size, device: torch.device, dtype: 
 
 def learned_merge(
     base: BaseWeights,
-    subject: Part,
-    style: Part,
+    subject: WeightedAdapter,
+    style: WeightedAdapter,
     settings: LearnedMergeSettings,
     device: torch.device,
     listener: Listener,
@@ -161,7 +161,7 @@ class _LearnedMerge:
     def __init__(
         self,
         base: BaseWeights,
-        parts: Sequence[Part],
+        parts: Sequence[WeightedAdapter],
         settings: LearnedMergeSettings,
         device: torch.device,
         listener: Listener,
@@ -180,7 +180,7 @@ class _LearnedMerge:
         texts = self._encode()
         model.text_encoders.clear()
         del model.vae
-        place(model.unet, self.device, DTYPES[self.precision])
+        to_device(model.unet, self.device, DTYPES[self.precision])
         self.layers = self._put_in(model)
         latents = self._draw(model, texts)
         self._train(model, texts, latents)
@@ -199,21 +199,21 @@ class _LearnedMerge:
             found.append(_Text(self._said(own, prompts), empty, self._said(merged, prompts)))
         return found
 
-    def _text_model(self, parts: Sequence[Part]) -> DiffusionModel:
+    def _text_model(self, parts: Sequence[WeightedAdapter]) -> DiffusionModel:
         """A model whose text encoders have the adapters' parts for them, in float32."""
         changed = []
         for part in parts:
             layers = {name: layer for name, layer in part.adapter.layers.items() if name.startswith("lora_te")}
             vectors = {name: one for name, one in part.adapter.vectors.items() if name.startswith("lora_te")}
             if layers or vectors:
-                places = [str(place_of(name)) for name in layers]
+                places = [str(module_path(name)) for name in layers]
                 blocks = [one for one in part.blocks if any(map(one.pattern.search, places))]
                 adapter = Adapter(layers, part.adapter.metadata, vectors)
                 one = merge([replace(part, adapter=adapter, blocks=blocks)], _SUM, self.weights)
                 changed.append((one.adapter, 1.0))
         model = self.base.family.build(apply_to_base(self.base, changed))
         for encoder in model.text_encoders.values():
-            place(encoder, self.device, torch.float32)
+            to_device(encoder, self.device, torch.float32)
         return model
 
     @torch.no_grad()
@@ -231,7 +231,7 @@ class _LearnedMerge:
         for name in sorted({name for part in self.parts for name in part.adapter.layers if "lora_unet_" in name}):
             module, weight = by_name[name], self.weights[name]
             changes = {
-                index: change_of(part.adapter.layers[name], weight.shape, weight).times(part.weight(name))
+                index: to_delta(part.adapter.layers[name], weight.shape, weight).times(part.weight(name))
                 for index, part in enumerate(self.parts)
                 if name in part.adapter.layers
             }
@@ -258,7 +258,7 @@ class _LearnedMerge:
             self._apply_only(index)
             drawn = []
             for number in range(settings.pictures):
-                self.listener.tell(Phase("drawing", index * settings.pictures + number, 2 * settings.pictures))
+                self.listener.report(Phase("drawing", index * settings.pictures + number, 2 * settings.pictures))
                 stop_if_asked(self.listener)
                 row = number % len(self.prompts[index])
                 noise = starting_noise([settings.seed + number], (channels, side, side))
@@ -275,7 +275,7 @@ class _LearnedMerge:
                     )
                 )
             found.append(torch.cat(drawn))
-        self.listener.tell(Phase("drawing", 2 * settings.pictures, 2 * settings.pictures))
+        self.listener.report(Phase("drawing", 2 * settings.pictures, 2 * settings.pictures))
         return found
 
     def _train(self, model: DiffusionModel, texts: Sequence[_Text], latents: Sequence[Tensor]) -> None:
@@ -287,7 +287,7 @@ class _LearnedMerge:
         model.objective = model.objective.to(self.device)
         optimizer = torch.optim.AdamW(coefficients, lr=settings.learning_rate, weight_decay=0.0)
         model.unet, optimizer = accelerator.prepare(model.unet.train(), optimizer)
-        pace = Pace(settings.steps, 0, self.device)
+        pace = Throughput(settings.steps, 0, self.device)
         for step in range(settings.steps):
             losses = [self._loss(model, index, step, texts[index], latents[index]) for index in range(len(self.parts))]
             overlap = torch.stack([layer.overlap() for layer in self.layers.values()]).mean()
@@ -300,7 +300,7 @@ class _LearnedMerge:
                 raise DivergedError(
                     f"The loss became {value} in step {step + 1}.", "Lower learning_rate, or choose precision fp32."
                 )
-            self.listener.tell(pace.event(step + 1, value, settings.learning_rate))
+            self.listener.report(pace.event(step + 1, value, settings.learning_rate))
             if self.listener.should_stop():
                 raise CancelledError(step + 1, settings.steps)
         accelerator.free_memory()

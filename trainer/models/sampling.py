@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.devices import DTYPES, place
+from ..core.devices import DTYPES, to_device
 from ..core.events import Listener, SilentListener, stop_if_asked
 from ..settings.train import SchedulerName
 from .families.base import BaseWeights, Conditioning, DiffusionModel
@@ -21,9 +21,9 @@ _SMALLEST = 4.9e-8  # signal that is left at a zero terminal SNR, so that no sam
 def ready_model(base: BaseWeights, device: torch.device, precision: str) -> DiffusionModel:
     """A built model on the device: the UNet in "fp32", "bf16" or "fp16", the rest in float32."""
     model = base.family.build(base)
-    place(model.unet, device, DTYPES[precision])
+    to_device(model.unet, device, DTYPES[precision])
     for network in (model.vae, *model.text_encoders.values()):
-        place(network, device, torch.float32)
+        to_device(network, device, torch.float32)
     return model
 
 

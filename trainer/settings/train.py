@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
-from ..core.prompts import filled, split_prompts
+from ..core.prompts import fill_placeholders, split_prompts
 from .adapter import AdapterSettings
 from .base import Settings, TidyPath, field_extra, setting
 from .data import DataSettings, SubjectSettings, SubjectTable
@@ -293,7 +293,7 @@ class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, 
         for one in tables:
             count = self.prior_count if one.prior_count is None else one.prior_count
             prompts = {
-                name: filled(getattr(one, name), one.token, one.class_noun).strip()
+                name: fill_placeholders(getattr(one, name), one.token, one.class_noun).strip()
                 for name in ("instance_prompt", "class_prompt")
             }
             wanted = count if prompts["class_prompt"] and not one.class_images else 0

@@ -15,7 +15,7 @@ from ..adapters.targets import choose_targets
 from ..core.devices import DTYPES
 from ..core.errors import SettingsError
 from ..core.files import free_path
-from ..merging.deltas import change_of, layer_of, total
+from ..merging.deltas import to_delta, to_layer, total
 from ..merging.extract import extract_lora
 from ..models.families.base import BaseWeights
 from ..models.single_file import original_state_dict, write_checkpoint
@@ -24,7 +24,7 @@ from .runs.checkpoint import Saved
 
 
 @dataclass(frozen=True)
-class Stage:
+class StartingPoint:
     """What a run builds upon beside the base model.
 
     Attributes:
@@ -114,7 +114,7 @@ def export(
         adapter = saved.adapter
     if settings.combine:
         own = own_names(base.family.build(base))
-        adapter = combined([(_renamed(one, own), strength) for one, strength in [*stacked, (adapter, 1.0)]])
+        adapter = combined([(_with_names(one, own), strength) for one, strength in [*stacked, (adapter, 1.0)]])
         rank = max(layer.rank for layer in adapter.layers.values())
         metadata = {**metadata, "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
     adapter = replace(adapter, metadata=metadata)
@@ -138,7 +138,7 @@ def require_combinable(adapter: Adapter) -> None:
             )
 
 
-def _renamed(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
+def _with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
     """The adapter under other names of its modules; those that have none keep theirs."""
     return replace(adapter, layers={names.get(name, name): layer for name, layer in adapter.layers.items()})
 
@@ -160,7 +160,7 @@ def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 
 def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> Layer:
     shape = max((layer.shape for layer, _ in layers), key=len)  # a 1×1 kernel may be left out in a file
-    return layer_of(total([change_of(layer, shape).times(strength) for layer, strength in layers]))
+    return to_layer(total([to_delta(layer, shape).times(strength) for layer, strength in layers]))
 
 
 def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[Path], None]) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..core.devices import place
+from ..core.devices import to_device
 from ..core.seeding import generator, seeded
 from ..data.batches import ALONE, Batch, draw_batches
 from ..data.latent_cache import Cache, LatentSet, encode_in_batches
@@ -19,7 +19,7 @@ from ..settings.train import TrainSettings
 _PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the timesteps at which held-out pictures are looked at
 
 
-class Passes:
+class LossComputer:
     """What a model says of samples, and how far that is from what it should."""
 
     def __init__(
@@ -27,7 +27,7 @@ class Passes:
         model: DiffusionModel,
         objective: Objective,
         cache: Cache,
-        captions: Captions,
+        captions: TextConditioning,
         settings: TrainSettings,
         dtype: torch.dtype,
         share: tuple[int, int] = ALONE,
@@ -84,23 +84,23 @@ class Passes:
             network.eval()
         plain = self._objective.as_type(self._objective.prediction_type)  # whatever the run's loss is
         found = [
-            float(self._held_out(plain, held_out, picture, number, place))
+            float(self._held_out(plain, held_out, picture, number, to_device))
             for picture in range(len(held_out))
-            for number, place in enumerate(_PLACES)
+            for number, to_device in enumerate(_PLACES)
         ]
         return sum(found) / len(found)
 
-    def _held_out(self, plain: Objective, latents: LatentSet, picture: int, number: int, place: float) -> Tensor:
+    def _held_out(self, plain: Objective, latents: LatentSet, picture: int, number: int, to_device: float) -> Tensor:
         clean = latents.mean[picture][:1].to(self._device)
         noise = torch.randn(clean.shape, generator=generator("validation", picture, number)).to(self._device)
-        timesteps = torch.tensor([int(place * plain.timesteps)], device=self._device)
+        timesteps = torch.tensor([int(to_device * plain.timesteps)], device=self._device)
         noisy = plain.add_noise(clean, noise, timesteps).to(self._dtype)
         told = self._captions.conditioning(latents.captions[picture][:1].to(self._device))
         size = {"size": latents.size[picture][None].to(self._device)}
         return plain.loss(self._model.predict(noisy, timesteps, told | size), clean, noise, timesteps)
 
 
-class Captions:
+class TextConditioning:
     """The distinct captions of a run, by row."""
 
     def __init__(
@@ -150,7 +150,7 @@ class Captions:
             self._rows |= {name: rows.to(self._dtype) for name, rows in encoded.items()}
         self._trained = []
         for network in self._model.text_encoders.values():
-            place(network, torch.device("cpu"), next(network.parameters()).dtype)  # until it is saved
+            to_device(network, torch.device("cpu"), next(network.parameters()).dtype)  # until it is saved
         self._model.text_encoders.clear()
 
 

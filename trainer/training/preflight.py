@@ -16,9 +16,9 @@ from ..data.latent_cache import LatentSet
 from ..models.families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
 from ..models.families.clip import HEAD
 from ..settings.train import TrainSettings
+from .adapter import planned_targets
 from .export import require_combinable
-from .lora import planned_targets
-from .loss import Captions
+from .loss import TextConditioning
 from .optimizers import require_optimizer
 from .runs.checkpoint import RunFolder
 from .runs.trackers import require_tracker
@@ -93,7 +93,7 @@ def _require_usual_heads(base: BaseWeights) -> None:
 def require_prediction_type(
     model: DiffusionModel,
     latents: LatentSet,
-    captions: Captions,
+    captions: TextConditioning,
     prediction: Prediction,
     device: torch.device,
     dtype: torch.dtype,
@@ -137,7 +137,7 @@ def require_prediction_type(
         f"its output is like the noise by {noise_like:.2f} and like the velocity by {velocity_like:.2f}."
     )
     if prediction.source == CHOSEN:
-        listener.tell(Note(found, warning=True))
+        listener.report(Note(found, warning=True))
         return
     raise WeightsError(
         found,

@@ -104,7 +104,9 @@ def changed(settings: Settings) -> set[str]:
     return {name for name, field in fields.items() if not same(getattr(settings, name), field.default)}
 
 
-def filled(settings: SettingsT, family: Family, listener: Listener, given: Collection[str] | None = None) -> SettingsT:
+def apply_preset(
+    settings: SettingsT, family: Family, listener: Listener, given: Collection[str] | None = None
+) -> SettingsT:
     """The settings with the values of their preset, if they name one; the listener is told which.
 
     The number of class pictures is given if the settings hold a `class_prompt`.
@@ -125,7 +127,7 @@ def filled(settings: SettingsT, family: Family, listener: Listener, given: Colle
     priors = any(prompt.strip() for prompt in prompts)
     taken = apply(settings.preset, family, given, priors=priors)
     wanted = apply(settings.preset, family, (), priors=priors)
-    listener.tell(Note(_told(settings.preset, family, taken, [name for name in wanted if name not in taken])))
+    listener.report(Note(_told(settings.preset, family, taken, [name for name in wanted if name not in taken])))
     own = {name: getattr(settings, name) for name in settings.model_fields_set}
     return type(settings).checked(own | taken)
 

@@ -7,15 +7,15 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..core.devices import explained_memory_errors, place, release
+from ..core.devices import explained_memory_errors, release, to_device
 from ..core.events import Listener, Phase, Preview, stop_if_asked
 from ..core.files import write_atomic
 from ..core.prompts import split_prompts
-from ..data.image_cache import Gallery, as_png, drawn_picture
+from ..data.image_cache import ImageCache, as_png, drawn_picture
 from ..data.images import Picture
 from ..data.latent_cache import encode_captions
 from ..evaluation.evaluator import Evaluation, peak, stalled
-from ..evaluation.feature_extractors import Judges
+from ..evaluation.feature_extractors import FeatureExtractors
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel
 from ..models.sampling import decode_latents, draw_latents, generate
 from ..settings.train import TrainSettings
@@ -53,7 +53,7 @@ class Previews:
         if not settings.preview_every:
             return
         if settings.score_clip or settings.score_dino:
-            judges = Judges.open(settings.score_clip, settings.score_dino, torch.device("cpu"))
+            judges = FeatureExtractors.open(settings.score_clip, settings.score_dino, torch.device("cpu"))
             self._evaluation = Evaluation(judges, self._subject, self._prompts, settings.token, listener)
             self._texts += self._evaluation.class_prompts
         self._encoded = encode_captions(model, self._texts, self._device, trained)
@@ -92,10 +92,10 @@ class Previews:
         with explained_memory_errors("the resolution, or set preview_every to 0"):
             decoder = self._base.family.build(self._base)
             decoder.objective = model.objective  # the run's schedule, which may be rescaled
-            place(decoder.vae, self._device, torch.float32)
+            to_device(decoder.vae, self._device, torch.float32)
             drawn = []
             for row in range(1, len(self._texts)):
-                listener.tell(Phase("preview", row - 1, len(self._texts) - 1))
+                listener.report(Phase("preview", row - 1, len(self._texts) - 1))
                 stop_if_asked(listener, step, self._settings.steps)
                 drawn.append(self._draw(step, row, model, decoder, said, listener))
             pictures = [one for row in drawn[: len(self._prompts)] for one in row]
@@ -103,10 +103,10 @@ class Previews:
             before = self._before(step, plain, decoder, next(model.unet.parameters()).dtype, listener)
             del decoder
         release(self._device)
-        listener.tell(Phase("preview", len(drawn), len(drawn)))
+        listener.report(Phase("preview", len(drawn), len(drawn)))
         scores = self._evaluation.mark(pictures, before, plain) if self._evaluation else {}
         folder = self._run.preview_path(step)
-        listener.tell(Preview(step, [(folder / one.name, one.caption) for one in pictures], scores))
+        listener.report(Preview(step, [(folder / one.name, one.caption) for one in pictures], scores))
 
     def _draw(
         self,
@@ -149,13 +149,16 @@ class Previews:
         how = settings.model_dump(include={"resolution", "preview_steps", "preview_guidance", "preview_seed"})
         for number, one in enumerate(plain):
             index = number % settings.preview_count
-            gallery, name = Gallery(self._run.path / "previews" / "base", how | {"prompt": one.caption}), f"{index}.png"
+            gallery, name = (
+                ImageCache(self._run.path / "previews" / "base", how | {"prompt": one.caption}),
+                f"{index}.png",
+            )
             if step == 0:
                 gallery.put(name, one.open())
             elif not gallery.has(name):
-                place(base.unet, self._device, dtype)
+                to_device(base.unet, self._device, dtype)
                 for encoder in base.text_encoders.values():
-                    place(encoder, self._device, torch.float32)
+                    to_device(encoder, self._device, torch.float32)
                 [image] = generate(
                     base,
                     one.caption,

@@ -10,16 +10,16 @@ from torch import nn
 
 from ..adapters.kohya import Adapter
 from ..adapters.names import UNET, networks
-from ..core.devices import place
+from ..core.devices import to_device
 from ..core.errors import AdapterError
 from ..models.families.base import DiffusionModel
 from ..models.nf4 import quantize
 from ..settings.train import TrainSettings
-from .lora import TrainedAdapter
+from .adapter import TrainableAdapter
 from .runs.checkpoint import Saved
 
 
-class Trainee(Protocol):
+class Trainable(Protocol):
     """Parameters inside a model's networks that are trained in float32."""
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -44,9 +44,9 @@ class Trainee(Protocol):
         """Keep what must hold after every step, in the components that are still trained."""
 
 
-def begin(
+def make_trainable(
     model: DiffusionModel, settings: TrainSettings, device: torch.device, dtype: torch.dtype, start: Adapter | None
-) -> Trainee:
+) -> Trainable:
     """Bring the networks to the device and make what the settings name trainable.
 
     Args:
@@ -65,11 +65,11 @@ def begin(
         if component == UNET or component in settings.text_rates:
             if component == UNET and settings.base_quantization == "nf4":
                 quantize(network, device, dtype)
-            place(network, device, torch.float32 if full else dtype)
-    return TrainedWeights(model, settings) if full else TrainedAdapter(model, settings, start)
+            to_device(network, device, torch.float32 if full else dtype)
+    return FullFinetune(model, settings) if full else TrainableAdapter(model, settings, start)
 
 
-class TrainedWeights:
+class FullFinetune:
     """All weights of the UNet, and of the text encoders that have a learning rate, as private float32 copies."""
 
     def __init__(self, model: DiffusionModel, settings: TrainSettings) -> None:

@@ -13,13 +13,13 @@ import torch
 
 from ...adapters.kohya import Adapter
 from ...core.devices import free_memory, used_memory
-from ...core.distributed import Team
+from ...core.distributed import ProcessGroup
 from ...core.errors import OutOfMemoryError
 from ...core.events import Listener, Note
 from ...models.families.base import BaseWeights
 from ...settings.train import TrainSettings
 from ..runs.checkpoint import RunFolder
-from .plan import GB, Need, Plan, Planner, leans, lent_bytes, make_plan, remedies
+from .plan import GB, MemoryNeed, Plan, Planner, lent_bytes, make_plan, memory_savings, remedies
 
 ResultT = TypeVar("ResultT", covariant=True)
 
@@ -34,7 +34,7 @@ class Recipe(Protocol[ResultT]):
         """Give all memory back."""
 
 
-class Fit:
+class MemoryBudget:
     """How a run is computed so that it fits. Outlives the run when that begins again after its memory ran out.
 
     Attributes:
@@ -43,13 +43,13 @@ class Fit:
         folder: The run's folder, once it is opened; a second try goes on in it.
     """
 
-    def __init__(self, settings: TrainSettings, device: torch.device, team: Team | None = None) -> None:
+    def __init__(self, settings: TrainSettings, device: torch.device, team: ProcessGroup | None = None) -> None:
         """Begin with everything as set."""
-        self.device, self.team = device, team or Team()
+        self.device, self.team = device, team or ProcessGroup()
         self.folder: RunFolder | None = None
         self._settings = settings
-        self._ways, self._way = leans(settings), 0
-        self._need: Need | None = None
+        self._ways, self._way = memory_savings(settings), 0
+        self._need: MemoryNeed | None = None
         self._tried_again = False
 
     def settings(
@@ -70,10 +70,10 @@ class Fit:
             try:
                 plan = make_plan(Planner(base, settings, precision, start, priors), settings, memory)
                 self._way, self._need = self._ways.index(plan.chosen.lean), plan.chosen.need
-                listener.tell(told(plan, settings))
+                listener.report(told(plan, settings))
             except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
                 text = f"The memory could not be planned ({error}), so everything stays as it is set."
-                listener.tell(Note(text, warning=True))
+                listener.report(Note(text, warning=True))
         self._way = self.team.largest(self._way, self.device)  # all must share the samples alike
         return self._ways[self._way].applied(settings)
 
@@ -81,7 +81,7 @@ class Fit:
         """Say what a planned run really took, beside the plan."""
         if self._need is not None and not self._tried_again:
             used, planned = used_memory(self.device) / GB, self._need.peak / GB
-            listener.tell(Note(f"Tensors took up to {used:.1f} GB of the GPU; {planned:.1f} GB were planned."))
+            listener.report(Note(f"Tensors took up to {used:.1f} GB of the GPU; {planned:.1f} GB were planned."))
 
     def attempt(self, make: Callable[[], Recipe[ResultT]], listener: Listener) -> ResultT:
         """Run; if the memory runs out, free everything and go on once from the newest checkpoint with less.
@@ -108,7 +108,7 @@ class Fit:
             step = self.folder.newest(self._settings.steps) if self.folder else 0
             where = f"from step {step}" if step else "from the start"
             what = self._ways[self._way].described(self._settings)
-            listener.tell(Note(f"The memory did not suffice. Going on {where} with {what}.", warning=True))
+            listener.report(Note(f"The memory did not suffice. Going on {where} with {what}.", warning=True))
 
 
 def told(plan: Plan, settings: TrainSettings) -> Note:

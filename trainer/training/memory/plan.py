@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ...adapters.kohya import Adapter
 from ...adapters.names import networks
-from ...core.devices import DTYPES, place
+from ...core.devices import DTYPES, to_device
 from ...models.families.base import BaseWeights, Component, Conditioning, DiffusionModel
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
 from ..optimizers import recompute_activations
-from ..trainable import Trainee, begin
+from ..trainable import Trainable, make_trainable
 from .meter import AsOnCuda, LiveBytes
 
 GB = 2**30
@@ -35,7 +35,7 @@ _SMALL_8BIT, _BLOCK_8BIT, _SMALL_PAGED = 4096, 256, 100_000  # of bitsandbytes, 
 
 
 @dataclass(frozen=True)
-class Lean:
+class MemorySaving:
     """What saves memory without changing what is learned, but for rounding.
 
     Attributes:
@@ -64,18 +64,18 @@ class Lean:
         return ", ".join(parts)
 
 
-def leans(settings: TrainSettings) -> list[Lean]:
+def memory_savings(settings: TrainSettings) -> list[MemorySaving]:
     """What can be tried, fastest first: as set, gradient checkpointing, then smaller and smaller parts of a batch.
 
     With dropout a batch is not cut, since what is dropped depends on the pass.
     """
-    found = list(dict.fromkeys([Lean(settings.gradient_checkpointing), Lean(True)]))
+    found = list(dict.fromkeys([MemorySaving(settings.gradient_checkpointing), MemorySaving(True)]))
     size = 1 if settings.dropout else settings.batch_size
-    return found + [Lean(True, split) for split in range(2, size + 1) if size % split == 0]
+    return found + [MemorySaving(True, split) for split in range(2, size + 1) if size % split == 0]
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Memory of the device in bytes.
 
     Attributes:
@@ -131,10 +131,10 @@ class Planner:
         self._base = base
         self._settings, self._dtype, self._start, self._priors = settings, DTYPES[precision], start, priors
         self._built: dict[str, _Built] = {}
-        self._steps: dict[tuple[str, Lean], int] = {}
+        self._steps: dict[tuple[str, MemorySaving], int] = {}
         self._seen: dict[Hashable, Any] = {}
 
-    def need(self, lean: Lean, *, quantization: str | None = None, optimizer: str | None = None) -> Need:
+    def need(self, lean: MemorySaving, *, quantization: str | None = None, optimizer: str | None = None) -> MemoryNeed:
         """Measure one way to train.
 
         Args:
@@ -152,7 +152,7 @@ class Planner:
         averaged = weights if self._settings.ema_decay else 0
         state = sum(state_bytes(optimizer, one.shape) for one in parameters)
         updating = weights + (0 if optimizer in _ONE_BY_ONE else weights)  # gradients, and a temporary for every tensor
-        return Need(
+        return MemoryNeed(
             base=_held(networks(built.model).values()) - weights,
             trained=weights + weights + state + averaged,
             activations=max(self._steps[quantization, lean], updating) - weights,
@@ -167,7 +167,7 @@ class Planner:
                 self._built[quantization] = _build(self._base, settings, self._dtype, self._start, self._device)
         return self._built[quantization]
 
-    def _step(self, built: _Built, lean: Lean) -> int:
+    def _step(self, built: _Built, lean: MemorySaving) -> int:
         """Peak of what a step makes, gradients among it, in bytes."""
         model, parameters = built.model, built.trainee.parameters()
         settings = lean.applied(self._settings)
@@ -210,12 +210,12 @@ class _Built:
         trainee: What is trained in it.
         text: What the captions' rows are on the device, for one sample.
         downscale: Side of a picture / side of its latents.
-        encoding: See `Need`.
-        previews: See `Need`.
+        encoding: See `MemoryNeed`.
+        previews: See `MemoryNeed`.
     """
 
     model: DiffusionModel
-    trainee: Trainee
+    trainee: Trainable
     text: Conditioning
     downscale: int
     encoding: int
@@ -233,11 +233,11 @@ def _build(
         ids = torch.zeros((1, any_encoder.config.max_position_embeddings), dtype=torch.int64)
         text[f"ids{name.removeprefix('text_encoder')}"] = ids
         if name not in settings.text_rates:
-            frozen.append(place(encoder, device, torch.float32))
+            frozen.append(to_device(encoder, device, torch.float32))
             with torch.no_grad():
                 text |= {part: rows.to(dtype) for part, rows in model.encode_tokens(name, ids).items()}
             del model.text_encoders[name]
-    vae: Any = place(model.vae, device, torch.float32)
+    vae: Any = to_device(model.vae, device, torch.float32)
     del model.vae
     downscale, side = 2 ** (len(vae.config.block_out_channels) - 1), settings.resolution
     encoding = max(_held(frozen), _held([vae]) + _drawing(vae, vae.encode, (1, 3, side, side)))
@@ -245,7 +245,7 @@ def _build(
     if settings.preview_every:
         latents = (1, vae.config.latent_channels, side // downscale, side // downscale)
         previews = _held([vae]) + _drawing(vae, vae.decode, latents)
-    return _Built(model, begin(model, settings, device, dtype, start), text, downscale, encoding, previews)
+    return _Built(model, make_trainable(model, settings, device, dtype, start), text, downscale, encoding, previews)
 
 
 def _drawing(network: nn.Module, work: Callable[[Tensor], Any], shape: Sequence[int]) -> int:
@@ -325,8 +325,8 @@ def lent_bytes(base: BaseWeights, settings: TrainSettings, precision: str, devic
 class Candidate:
     """A way to train and what it needs."""
 
-    lean: Lean
-    need: Need
+    lean: MemorySaving
+    need: MemoryNeed
 
 
 @dataclass(frozen=True)
@@ -361,7 +361,7 @@ def make_plan(planner: Planner, settings: TrainSettings, memory: int) -> Plan:
         memory: Bytes that can be used, without what CUDA itself takes.
     """
     looked_at = []
-    for lean in leans(settings):
+    for lean in memory_savings(settings):
         looked_at.append(Candidate(lean, planner.need(lean)))
         if looked_at[-1].need.total <= memory:
             break

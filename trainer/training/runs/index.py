@@ -29,7 +29,7 @@ _LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
-class Shelf:
+class RunIndex:
     """The folder of all runs.
 
     Attributes:

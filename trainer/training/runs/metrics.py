@@ -58,7 +58,7 @@ class RecordedListener:
             self._add(line)
         self.close()
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Note a step, a preview or a validation; pass everything on."""
         if isinstance(event, Step):
             self._step = event.step
@@ -69,7 +69,7 @@ class RecordedListener:
             self._add({"step": event.step, "scores": dict(event.scores), "pictures": pictures})
         elif isinstance(event, Validation):
             self._add({"step": event.step, VALIDATION_LOSS: event.loss})
-        self._listener.tell(event)
+        self._listener.report(event)
 
     def should_stop(self) -> bool:
         """Whether the other listener asks to stop."""

@@ -130,11 +130,11 @@ class TrackedListener:
         ending.join(_PATIENCE)
         if ending.is_alive():
             text = f"{self._title} is still busy with the log; what it has not sent lies in the run's folder, in logs/."
-            self._listener.tell(Note(text, warning=True))
+            self._listener.report(Note(text, warning=True))
 
-    def tell(self, event: Event) -> None:
+    def report(self, event: Event) -> None:
         """Pass everything on; log steps and previews."""
-        self._listener.tell(event)
+        self._listener.report(event)
         if isinstance(event, Step):
             facts = {"loss": event.loss, "learning_rate": event.learning_rate, "steps_per_second": event.rate}
             self._attempt(lambda tracker: tracker.log(facts | {"memory_bytes": event.memory}, step=event.step))
@@ -154,7 +154,7 @@ class TrackedListener:
             act(self._tracker)
         except Exception as error:
             self._tracker = None
-            self._listener.tell(
+            self._listener.report(
                 Note(
                     f"{self._title} failed and is left out from now on: {type(error).__name__}: {error}. The training "
                     "goes on; metrics.jsonl in the run's folder holds everything.",

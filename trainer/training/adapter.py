@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..adapters.kohya import Adapter
 from ..adapters.layers import make_layer
-from ..adapters.names import canonical_path, modules_by_place, networks
-from ..adapters.peft_layers import DORA_SCALE, KINDS, PEFT_NAME, Shape, start_of
+from ..adapters.names import canonical_path, modules_by_path, networks
+from ..adapters.peft_layers import DORA_SCALE, PEFT_METHODS, PEFT_NAME, AdapterConfig, start_of
 from ..adapters.targets import Target, choose_targets, fitted_start, targets_of
 from ..core.errors import AdapterError, SettingsError
 from ..core.seeding import generator
@@ -38,7 +38,7 @@ class TrainedLayer:
         return (self.parts[part].numel(), *[1] * (self.parts["lora_down.weight"].ndim - 1))
 
 
-class TrainedAdapter:
+class TrainableAdapter:
     """An adapter inside a model's UNet and text encoders, whatever its kind."""
 
     def __init__(self, model: DiffusionModel, settings: TrainSettings, start: Adapter | None = None) -> None:
@@ -55,11 +55,11 @@ class TrainedAdapter:
             SettingsError: The settings do not fit the model.
             AdapterError: `start` does not.
         """
-        self._kind = KINDS[kind_of(start) if start else settings.adapter]
+        self._kind = PEFT_METHODS[kind_of(start) if start else settings.adapter]
         self._max_norm = settings.max_norm
         start = fitted_start(model, start) if start else None
         targets = planned_targets(model, settings, start)
-        modules = modules_by_place(model)  # as they are now; reading a quantised weight makes it anew
+        modules = modules_by_path(model)  # as they are now; reading a quantised weight makes it anew
         self._inject(model, targets, settings)
         self.layers: dict[str, TrainedLayer] = {}
         injected = _injected(model)
@@ -91,7 +91,7 @@ class TrainedAdapter:
                 network = networks(model)[component]
                 found = {canonical_path(component, path): path for path, _ in network.named_modules()}
                 pattern = "|".join(re.escape(found[path]) for path in paths)
-                shape = Shape(f"({pattern})", rank, settings.dropout, settings.lokr_factor)
+                shape = AdapterConfig(f"({pattern})", rank, settings.dropout, settings.lokr_factor)
                 inject_adapter_in_model(self._kind.config(shape), network, adapter_name=PEFT_NAME)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -212,11 +212,11 @@ def kind_of(adapter: Adapter) -> str:
     Raises:
         AdapterError: It is of a kind that can't be trained on.
     """
-    found = next((name for name, kind in KINDS.items() if kind.title == adapter.kind), None)
+    found = next((name for name, kind in PEFT_METHODS.items() if kind.title == adapter.kind), None)
     if found is None:
         raise AdapterError(
             f"The adapter to start from is of the kind {adapter.kind}, which can't be trained on.",
-            f"Start from one of: {', '.join(kind.title for kind in KINDS.values())}.",
+            f"Start from one of: {', '.join(kind.title for kind in PEFT_METHODS.values())}.",
         )
     return found
 

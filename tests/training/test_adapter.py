@@ -20,7 +20,7 @@ from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.lora import TrainedAdapter
+from pack.trainer.training.adapter import TrainableAdapter
 from torch import Tensor, nn
 
 UNET_MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"  # 64 → 32
@@ -64,7 +64,7 @@ def test_the_start_is_pefts_and_changes_nothing(targets: Any, base: BaseWeights)
     """`down` is Kaiming-uniform with a = √5, which is uniform in ±1/√fan_in; `up` is zero."""
     model = base.family.build(base)
     before = predicted(model)
-    lora = TrainedAdapter(model, TrainSettings(rank=16, targets=targets))
+    lora = TrainableAdapter(model, TrainSettings(rank=16, targets=targets))
     assert torch.equal(predicted(model), before)
     for name, started in lora.layers.items():
         assert set(started.parts) == {DOWN, UP}
@@ -79,7 +79,7 @@ def test_the_start_is_pefts_and_changes_nothing(targets: Any, base: BaseWeights)
 def test_the_start_depends_on_seed_and_module_alone(base: BaseWeights) -> None:
     def starts(**values: Any) -> dict[str, Tensor]:
         torch.manual_seed(len(values))
-        lora = TrainedAdapter(base.family.build(base), TrainSettings(rank=4, **values))
+        lora = TrainableAdapter(base.family.build(base), TrainSettings(rank=4, **values))
         return {name: started.parts[DOWN].detach() for name, started in lora.layers.items()}
 
     first, again, few, other = starts(), starts(alpha=9.0), starts(targets="attention"), starts(seed=2**64 - 1)
@@ -92,7 +92,7 @@ def test_the_start_depends_on_seed_and_module_alone(base: BaseWeights) -> None:
 
 def test_only_the_adapter_is_trained(base: BaseWeights) -> None:
     model = base.family.build(base)
-    lora = TrainedAdapter(model, TrainSettings(rank=4))
+    lora = TrainableAdapter(model, TrainSettings(rank=4))
     trained = {id(p) for p in lora.parameters()}
     assert {id(p) for p in model.unet.parameters() if p.requires_grad} == trained
     assert len(trained) == 2 * len(lora.layers)
@@ -106,7 +106,7 @@ def test_only_the_adapter_is_trained(base: BaseWeights) -> None:
 @pytest.mark.parametrize("alpha", [None, 2.0])
 def test_a_saved_state_is_a_copy_and_comes_back(alpha: float | None, base: BaseWeights) -> None:
     settings = TrainSettings(rank=4, alpha=alpha, targets="attention")
-    lora = TrainedAdapter(base.family.build(base), settings)
+    lora = TrainableAdapter(base.family.build(base), settings)
     saved = lora.adapter()
     with torch.no_grad():
         for parameter in lora.parameters():
@@ -121,7 +121,7 @@ def test_a_saved_state_is_a_copy_and_comes_back(alpha: float | None, base: BaseW
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_seen(spoilt: float, base: BaseWeights) -> None:
-    lora = TrainedAdapter(base.family.build(base), TrainSettings(rank=4))
+    lora = TrainableAdapter(base.family.build(base), TrainSettings(rank=4))
     assert lora.is_finite()
     with torch.no_grad():
         lora.parameters()[-1][0, 0] = spoilt
@@ -140,7 +140,7 @@ def test_a_rank_above_the_smallest_layer_is_refused(base: BaseWeights) -> None:
 def test_lokr_takes_any_rank(base: BaseWeights) -> None:
     """It has no rank above a size: its factors are whole then."""
     settings = TrainSettings(adapter="lokr", rank=33)
-    lora = TrainedAdapter(base.family.build(base), settings)
+    lora = TrainableAdapter(base.family.build(base), settings)
     assert {frozenset(started.parts) for started in lora.layers.values()} == {frozenset({"lokr_w1", "lokr_w2"})}
 
 
@@ -238,10 +238,10 @@ def test_text_encoders_follow_the_preset(base: BaseWeights) -> None:
 def test_bf16_keeps_the_adapter_in_float32(targets: Any, base: BaseWeights) -> None:
     model = base.family.build(base)
     nn.Module.to(model.unet, torch.bfloat16)
-    lora = TrainedAdapter(model, TrainSettings(rank=4, targets=targets))
+    lora = TrainableAdapter(model, TrainSettings(rank=4, targets=targets))
     assert {p.dtype for p in lora.parameters()} == {torch.float32}
     assert {p.dtype for p in model.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
-    exact = TrainedAdapter(base.family.build(base), TrainSettings(rank=4, targets=targets))
+    exact = TrainableAdapter(base.family.build(base), TrainSettings(rank=4, targets=targets))
     assert all(torch.equal(exact.layers[name].parts[DOWN], part.parts[DOWN]) for name, part in lora.layers.items())
 
 
@@ -294,7 +294,7 @@ def test_what_is_private_and_what_is_borrowed_in_training(
 
 def full_adapter(base: BaseWeights, **values: Any) -> Adapter:
     """Random numbers in every layer that a preset adapts."""
-    lora = TrainedAdapter(base.family.build(base), TrainSettings(rank=4, **values))
+    lora = TrainableAdapter(base.family.build(base), TrainSettings(rank=4, **values))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for part in lora.layers.values():
@@ -326,7 +326,7 @@ def test_merging_is_linear_in_the_strength(base: BaseWeights) -> None:
 def test_merging_equals_the_adapter_beside_the_model(base: BaseWeights) -> None:
     adapter = full_adapter(base, alpha=2.0)
     merged, beside = base.family.build(base), base.family.build(base)
-    TrainedAdapter(beside, TrainSettings(rank=4, alpha=2.0)).load(adapter)
+    TrainableAdapter(beside, TrainSettings(rank=4, alpha=2.0)).load(adapter)
     merge_into(merged, adapter, 1.0)
     assert (predicted(merged) - predicted(base.family.build(base))).abs().max() > 0.01
     torch.testing.assert_close(predicted(merged), predicted(beside), rtol=0, atol=1e-4)
