@@ -200,7 +200,7 @@ def test_every_setting_is_described(command: str, name: str) -> None:
     field = kind.model_fields[name]
     assert field.description
     assert len(field.description) > 5
-    assert set(field_extra(kind, name)) == {"unit", "group", "advanced", "affects_result"}
+    assert set(field_extra(kind, name)) == {"unit", "group", "advanced", "affects_result", "path"}
     if field.annotation is int and not any(word in name for word in ("seed", "rank", "keep", "factor")):
         assert field_extra(kind, name)["unit"], "a whole number needs a unit"
 

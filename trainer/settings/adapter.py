@@ -125,6 +125,7 @@ class AdapterSettings(Settings):
         "Adapter file to go on from. Its kind, layers, ranks and alphas are taken over.",
         group="Adapter",
         advanced=True,
+        path=True,
     )
     combine: bool = setting(
         False,

@@ -21,6 +21,7 @@ def setting(
     group: str = "Training",
     advanced: bool = False,
     affects_result: bool = True,
+    path: bool = False,
     **constraints: Any,
 ) -> Any:
     """Define a setting.
@@ -32,9 +33,17 @@ def setting(
         group: Heading under which it is listed.
         advanced: Whether a node folds it away.
         affects_result: Whether what is learned depends on it; if not, it stays out of the run's fingerprint.
+        path: Whether its value is or may be a path: a file, a folder, FILE:STRENGTH, or a folder in place of a hub
+            name. In a tuple, each entry. Tables mark their own fields.
         constraints: pydantic's, such as `ge` and `le`.
     """
-    extra: Any = {"unit": unit, "group": group, "advanced": advanced, "affects_result": affects_result}
+    extra: Any = {
+        "unit": unit,
+        "group": group,
+        "advanced": advanced,
+        "affects_result": affects_result,
+        "path": path,
+    }
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
 
@@ -107,7 +116,7 @@ TidyPath = Annotated[Path, BeforeValidator(_tidy_path)]
 
 
 def field_extra(settings: type[Settings], name: str) -> dict[str, Any]:
-    """Unit, group, advanced and affects_result of a field."""
+    """Unit, group, advanced, affects_result and path of a field."""
     extra = settings.model_fields[name].json_schema_extra
     assert isinstance(extra, dict)
     return dict(extra)

@@ -57,11 +57,12 @@ class CaptionSettings(Settings):
 class CaptionCommand(CaptionSettings):
     """Everything that `caption` takes."""
 
-    images: TidyPath = setting(..., "Folder of pictures; each gets a text file of its name.")
+    images: TidyPath = setting(..., "Folder of pictures; each gets a text file of its name.", path=True)
     model: str = setting(
         ...,
         "BLIP model: a folder as transformers writes it, or a hub name such as Salesforce/blip-image-captioning-base.",
         group="Model",
+        path=True,
     )
     download: bool = setting(False, "Fetch a model that is given by hub name and is not there yet.", group="Model")
     device: str = BaseSettings.model_fields["device"]  # type: ignore[assignment]

@@ -61,7 +61,7 @@ class PictureSettings(Settings):
 class SubjectTable(PictureSettings):
     """One of several subjects: a table [[subject]] in a settings file."""
 
-    images: TidyPath = setting(..., "Pictures of the subject: a folder or a zip file.", group=_GROUP)
+    images: TidyPath = setting(..., "Pictures of the subject: a folder or a zip file.", group=_GROUP, path=True)
     token: str = setting("sks", "Rare word that {token} stands for.", group=_GROUP)
     class_prompt: str = setting(
         "", "Prompt of this subject's class pictures, without the rare word; empty: none.", group=_GROUP
@@ -70,7 +70,10 @@ class SubjectTable(PictureSettings):
         None, "Class pictures of this subject. Not set: the run's prior_count.", group=_GROUP, ge=0, le=10_000
     )
     class_images: TidyPath | None = setting(
-        None, "Class pictures of your own: a folder or a zip file, instead of those that the model makes.", group=_GROUP
+        None,
+        "Class pictures of your own: a folder or a zip file, instead of those that the model makes.",
+        group=_GROUP,
+        path=True,
     )
 
     @model_validator(mode="after")
@@ -84,13 +87,17 @@ class SubjectSettings(PictureSettings):
     """The subject, or the subjects."""
 
     images: TidyPath | None = setting(
-        None, "Pictures of the subject: a folder or a zip file. 3 to 20 pictures are right.", group=_GROUP
+        None,
+        "Pictures of the subject: a folder or a zip file. 3 to 20 pictures are right.",
+        group=_GROUP,
+        path=True,
     )
     class_images: TidyPath | None = setting(
         None,
         "Class pictures of your own: a folder or a zip file, instead of those that the model makes.",
         group="Class pictures",
         advanced=True,
+        path=True,
     )
     subject: tuple[SubjectTable, ...] = setting(
         (),

@@ -24,11 +24,13 @@ class JudgeSettings(Settings):
         "CLIP model for CLIP-T and CLIP-I: a folder as transformers writes it, a safetensors file, or a hub name. The "
         "papers' is openai/clip-vit-base-patch32.",
         group="Models",
+        path=True,
     )
     dino: str = setting(
         "",
         "DINO or DINOv2 model: a folder, a file or a hub name. The DreamBooth paper's is facebook/dino-vits16.",
         group="Models",
+        path=True,
     )
     download: bool = setting(False, "Fetch models that are given by hub name and are not there yet.", group="Models")
 
@@ -44,12 +46,12 @@ class JudgeSettings(Settings):
 class ScoreCommand(JudgeSettings):
     """Everything that `score` takes."""
 
-    pictures: TidyPath = setting(..., "Folder or zip file of the pictures to score.")
+    pictures: TidyPath = setting(..., "Folder or zip file of the pictures to score.", path=True)
     prompt: str = setting(
         "", "What they should show, for CLIP-T. A text file of a picture's name holds a prompt of its own."
     )
-    subject: TidyPath | None = setting(None, "Folder of real pictures of the subject, for CLIP-I and DINO.")
-    output: TidyPath | None = setting(None, "Also write the scores: FILE.csv or FILE.json.", group="Saving")
+    subject: TidyPath | None = setting(None, "Folder of real pictures of the subject, for CLIP-I and DINO.", path=True)
+    output: TidyPath | None = setting(None, "Also write the scores: FILE.csv or FILE.json.", group="Saving", path=True)
     device: str = BaseSettings.model_fields["device"]  # type: ignore[assignment]
 
     @field_validator("output")
@@ -133,16 +135,21 @@ class CompareSettings(EvaluationSettings, SizeSettings):
 class CompareCommand(CompareSettings, JudgeSettings, BaseSettings):
     """Everything that `compare` takes."""
 
-    runs: tuple[str, ...] = setting((), "Run folders and adapter files, with an optional strength: RUN or FILE:0.8.")
+    runs: tuple[str, ...] = setting(
+        (), "Run folders and adapter files, with an optional strength: RUN or FILE:0.8.", path=True
+    )
     checkpoints: str = setting(
         "auto",
         "Of each run folder: 'all' checkpoints, the 'last' one, or steps such as '200 400'. auto: all of a single run, "
         "the last of several.",
     )
-    subject: TidyPath = setting(..., "Folder of real pictures of the subject.")
+    subject: TidyPath = setting(..., "Folder of real pictures of the subject.", path=True)
     with_base: bool = setting(True, "Also draw with the base alone.", group=_DRAWING)
     output_dir: TidyPath = setting(
-        Path("output/compare"), "Folder for the tables, the contact sheet and the drawn pictures.", group="Saving"
+        Path("output/compare"),
+        "Folder for the tables, the contact sheet and the drawn pictures.",
+        group="Saving",
+        path=True,
     )
     precision: str = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
 
@@ -174,6 +181,7 @@ class DreamBenchCommand(TrainSettings, EvaluationSettings, JudgeSettings, BaseSe
         ...,
         "Folder of the DreamBooth dataset: a folder for each subject, and prompts_and_classes.txt.",
         group="Subjects",
+        path=True,
     )
     subjects: str = setting("", "Only these, separated by blanks. Empty: all.", group="Subjects")
     live: str = setting("cat dog", "Classes that get the prompts of live subjects.", group="Subjects")

@@ -115,16 +115,20 @@ class MergeSettings(ReductionSettings):
 class _FileSettings(Settings):
     """What every command that writes an adapter takes."""
 
-    output: TidyPath = setting(..., "File to write; an existing one is never overwritten.", group="Saving")
+    output: TidyPath = setting(..., "File to write; an existing one is never overwritten.", group="Saving", path=True)
     save_precision: SavePrecision = TrainSettings.model_fields["save_precision"]  # type: ignore[assignment]
     report: TidyPath | None = setting(
-        None, "Also write the report: FILE.json, or FILE.png for a heat map by block.", group="Saving"
+        None,
+        "Also write the report: FILE.json, or FILE.png for a heat map by block.",
+        group="Saving",
+        path=True,
     )
     base: TidyPath | None = setting(
         None,
         "Base model that the adapters were made for: a .safetensors or .ckpt file, or a diffusers folder. Needed for "
         "DoRA and OFT, whose change depends on it.",
         group="Base model",
+        path=True,
     )
     device: str = BaseSettings.model_fields["device"]  # type: ignore[assignment]
 
@@ -151,7 +155,9 @@ class MergeCommand(MergeSettings, _FileSettings):
     """Everything that `merge` takes."""
 
     loras: tuple[str, ...] = setting(
-        ..., "Adapter files with an optional strength: FILE, FILE:0.8, or FILE:0.8:0.5 for UNet and text encoders."
+        ...,
+        "Adapter files with an optional strength: FILE, FILE:0.8, or FILE:0.8:0.5 for UNet and text encoders.",
+        path=True,
     )
     block_weights: tuple[str, ...] = setting(
         (),
@@ -173,7 +179,7 @@ class MergeCommand(MergeSettings, _FileSettings):
 class ResizeCommand(ReductionSettings, _FileSettings):
     """Everything that `resize` takes."""
 
-    lora: TidyPath = setting(..., "Adapter file to bring to another size.")
+    lora: TidyPath = setting(..., "Adapter file to bring to another size.", path=True)
 
 
 class LearnedMergeSettings(Settings):
@@ -227,8 +233,10 @@ class LearnedMergeSettings(Settings):
 class LearnedMergeCommand(LearnedMergeSettings, BaseSettings):
     """Everything that `learned-merge` takes."""
 
-    loras: tuple[str, ...] = setting(..., "Two adapter files, the subject's and the style's, with optional strengths.")
-    output: TidyPath = setting(..., "File to write; an existing one is never overwritten.", group="Saving")
+    loras: tuple[str, ...] = setting(
+        ..., "Two adapter files, the subject's and the style's, with optional strengths.", path=True
+    )
+    output: TidyPath = setting(..., "File to write; an existing one is never overwritten.", group="Saving", path=True)
     save_precision: SavePrecision = TrainSettings.model_fields["save_precision"]  # type: ignore[assignment]
     report: TidyPath | None = _FileSettings.model_fields["report"]  # type: ignore[assignment]
 
@@ -250,14 +258,14 @@ class ExtractSettings(ReductionSettings):
 class ExtractCommand(ExtractSettings, _FileSettings):
     """Everything that `extract` takes."""
 
-    tuned: TidyPath = setting(..., "Model to extract from: a file or a diffusers folder.")
-    base: TidyPath = setting(..., "Model that it was made from.", group="Base model")
+    tuned: TidyPath = setting(..., "Model to extract from: a file or a diffusers folder.", path=True)
+    base: TidyPath = setting(..., "Model that it was made from.", group="Base model", path=True)
 
 
 class ConvertCommand(Settings):
     """Everything that `convert` takes."""
 
-    lora: TidyPath = setting(..., "Adapter file or PEFT folder to convert.")
+    lora: TidyPath = setting(..., "Adapter file or PEFT folder to convert.", path=True)
     format: Literal["kohya", "diffusers"] = setting(
         "kohya",
         "Names of the layers. kohya: as ComfyUI, Automatic1111, Forge and Civitai read them. diffusers: as diffusers' "
@@ -275,10 +283,14 @@ class ConvertCommand(Settings):
 class FuseCommand(Settings):
     """Everything that `fuse` takes."""
 
-    base: TidyPath = setting(..., "Model to add the adapters to: a .safetensors or .ckpt file, or a diffusers folder.")
+    base: TidyPath = setting(
+        ..., "Model to add the adapters to: a .safetensors or .ckpt file, or a diffusers folder.", path=True
+    )
     lora: tuple[str, ...] = GenerateSettings.model_fields["lora"]  # type: ignore[assignment]
     output: TidyPath = setting(
-        ..., "Checkpoint file to write, or folder if the model is one; an existing one is never overwritten."
+        ...,
+        "Checkpoint file to write, or folder if the model is one; an existing one is never overwritten.",
+        path=True,
     )
 
     @model_validator(mode="after")

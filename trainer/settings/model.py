@@ -16,6 +16,7 @@ class BaseSettings(Settings):
         ...,
         "Base model: a single-file checkpoint (.safetensors or .ckpt) or a folder in diffusers' layout.",
         group="Base model",
+        path=True,
     )
     tokenizer: TidyPath | None = setting(
         None,
@@ -24,12 +25,14 @@ class BaseSettings(Settings):
         group="Base model",
         advanced=True,
         affects_result=False,
+        path=True,
     )
     vae: TidyPath | None = setting(
         None,
         "Another autoencoder: a file, or a folder of diffusers. It computes in fp32, so SDXL's own works, too.",
         group="Base model",
         advanced=True,
+        path=True,
     )
     prediction_type: PredictionType = setting(
         "auto",

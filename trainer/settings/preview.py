@@ -82,6 +82,7 @@ class PreviewSettings(Settings):
         group=_GROUP,
         advanced=True,
         affects_result=False,
+        path=True,
     )
     score_dino: str = setting(
         "",
@@ -89,6 +90,7 @@ class PreviewSettings(Settings):
         group=_GROUP,
         advanced=True,
         affects_result=False,
+        path=True,
     )
     early_stop: int = setting(
         0,

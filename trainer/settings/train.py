@@ -242,6 +242,7 @@ class StageSettings(Settings):
         "Adapter to apply to the base before training, with an optional strength: FILE or FILE:0.8. May be given "
         "several times.",
         group="Base model",
+        path=True,
     )
 
 
@@ -253,6 +254,7 @@ class OutputSettings(Settings):
         "Folder for the adapter file; run state and class pictures go into runs/ and class-pictures/ in it.",
         group="Saving",
         affects_result=False,
+        path=True,
     )
 
 
@@ -304,7 +306,7 @@ class TrainCommand(TrainSettings, StageSettings, BaseSettings, SubjectSettings, 
 class PlanCommand(TrainCommand):
     """Everything that `plan` takes: what `train` does, and the memory to plan for. Pictures need not be there yet."""
 
-    images: TidyPath | None = setting(None, "Pictures of the subject; not needed to plan.", group="Subject")
+    images: TidyPath | None = setting(None, "Pictures of the subject; not needed to plan.", group="Subject", path=True)
     memory: float | None = setting(
         None,
         "Memory of the card to plan for. Not set: what is free on the device.",
@@ -359,7 +361,10 @@ class GenerateSettings(BaseSettings, SizeSettings):
     """Everything that `generate` takes."""
 
     lora: tuple[str, ...] = setting(
-        (), "Adapter file, with an optional strength: FILE or FILE:0.8. May be given several times.", group="Picture"
+        (),
+        "Adapter file, with an optional strength: FILE or FILE:0.8. May be given several times.",
+        group="Picture",
+        path=True,
     )
     prompt: str = setting(..., "What to draw.", group="Picture")
     negative_prompt: str = setting("", "What not to draw.", group="Picture")
@@ -369,6 +374,9 @@ class GenerateSettings(BaseSettings, SizeSettings):
     seed: int = setting(0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED)
     count: int = setting(1, "Pictures to make.", unit="pictures", group="Picture", ge=1, le=10_000)
     output: TidyPath = setting(
-        Path("picture.png"), "File to write; with several pictures a number is added.", group="Picture"
+        Path("picture.png"),
+        "File to write; with several pictures a number is added.",
+        group="Picture",
+        path=True,
     )
     precision: Precision = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
