@@ -36,11 +36,11 @@ from world import SUBJECT_COAT, SUBJECT_PLACES, compose, pixelate, stripes
 from trainer.adapters.kohya import Adapter
 from trainer.core.events import SilentListener
 from trainer.core.figures import SheetRow, contact_sheet
-from trainer.data.class_images import make_class_pictures
-from trainer.data.folder import Reading
+from trainer.data.class_images import generate_class_images
+from trainer.data.folder import AnnotationOptions
 from trainer.data.images import Picture, load_pictures
 from trainer.dreambooth import train
-from trainer.models.sampling import generate
+from trainer.models.sampling import GenerationConfig, generate
 from trainer.settings.train import PriorSettings, TrainSettings
 from trainer.training.presets import load, names
 
@@ -95,14 +95,14 @@ class Depth:
     def draw(self, adapter: Adapter | None, texts: Sequence[str], count: int = DRAWN) -> list[Image.Image]:
         """Pictures of every text, from the same noise for every adapter."""
         model = self.bench.model(self.bench.base, [(adapter, 1.0)] if adapter else [])
-        size = {"width": 64, "height": 64, "steps": 25, "guidance": 4.0}
-        return [one for text in texts for one in generate(model, text, range(count), **size)]
+        config = GenerationConfig(width=64, height=64, steps=25, guidance=4.0)
+        return [one for text in texts for one in generate(model, text, range(count), config)]
 
     def priors(self, prompt: str, count: int = 32) -> list[Picture]:
         """Class pictures of a prompt."""
         settings = PriorSettings(class_prompt=prompt, prior_count=count, prior_steps=25, prior_guidance=4.0)
         cpu = torch.device("cpu")
-        return make_class_pictures(self.bench.base, settings, 64, self.folder / "priors", cpu, "fp32", QUIET)
+        return generate_class_images(self.bench.base, settings, 64, self.folder / "priors", cpu, "fp32", QUIET)
 
     def likeness(self, drawn: Sequence[Image.Image], truth: Sequence[Image.Image]) -> torch.Tensor:
         """Mean cosine of each drawing to true pictures, (drawings,)."""
@@ -168,7 +168,7 @@ def style(depth: Depth) -> tuple[str, list[SheetRow]]:
         "base": lambda: None,
         "a caption each": lambda: depth.train(load_pictures(DEMO / "style", "pixel", QUIET), [], **STYLE),
         "one word for all": lambda: depth.train(
-            load_pictures(DEMO / "style", "pixel", QUIET, Reading(captions="prompt")), [], **STYLE
+            load_pictures(DEMO / "style", "pixel", QUIET, AnnotationOptions(captions="prompt")), [], **STYLE
         ),
     }
     plain = [one for prompt in OTHERS for one in depth.priors(prompt, 16)]
@@ -206,7 +206,7 @@ def masks(depth: Depth) -> tuple[str, list[SheetRow]]:
         f"| base, a photo of a dog | {pinkness(before):.3f} | |",
     ]
     rows = [SheetRow("base, a photo of a dog", tuple(before[:9]))]
-    for title, reading in (("without masks", Reading(masks="off")), ("with masks", Reading())):
+    for title, reading in (("without masks", AnnotationOptions(masks="off")), ("with masks", AnnotationOptions())):
         pictures = load_pictures(folder, "a photo of sks dog", QUIET, reading)
         adapter = depth.train(pictures, depth.bench.priors, mask_background=0.0)
         anywhere = depth.draw(adapter, ["a photo of sks dog"], 4 * DRAWN)

@@ -37,15 +37,20 @@ from trainer.adapters.apply import merge_into  # noqa: E402
 from trainer.adapters.kohya import Adapter  # noqa: E402
 from trainer.core.events import SilentListener  # noqa: E402
 from trainer.core.figures import SheetRow, contact_sheet  # noqa: E402
-from trainer.data.class_images import make_class_pictures  # noqa: E402
+from trainer.data.class_images import generate_class_images  # noqa: E402
 from trainer.data.images import Picture, load_pictures  # noqa: E402
-from trainer.dreambooth import train  # noqa: E402
+from trainer.dreambooth import (
+    TrainResult,  # noqa: E402
+    train,  # noqa: E402
+)
 from trainer.models.families.base import BaseWeights, DiffusionModel  # noqa: E402
 from trainer.models.open import open_base  # noqa: E402
-from trainer.models.sampling import generate  # noqa: E402
+from trainer.models.sampling import GenerationConfig, generate  # noqa: E402
 from trainer.settings.train import PriorSettings, TrainSettings  # noqa: E402
-from trainer.training.adapter import TrainableAdapter  # noqa: E402
-from trainer.training.export import StartingPoint, TrainResult  # noqa: E402
+from trainer.training.adapter import (
+    StartingPoint,  # noqa: E402
+    TrainableAdapter,  # noqa: E402
+)
 
 DEMO = ROOT / "demo"
 PLACES = ("in the snow", "on the beach", "in the water")
@@ -107,7 +112,7 @@ class Bench:
         self.folder, self.scorer, self.base = folder, Scorer(), open_base(DEMO / "base")
         self.subject = load_pictures(DEMO / "subject", "a photo of sks dog", SilentListener())
         priors = PriorSettings(class_prompt="a photo of a dog", prior_count=32, prior_steps=25, prior_guidance=4.0)
-        self.priors = make_class_pictures(
+        self.priors = generate_class_images(
             self.base, priors, 64, folder / "priors", torch.device("cpu"), "fp32", SilentListener()
         )
         rng = random.Random(0)
@@ -168,7 +173,8 @@ class Bench:
 
 def draw(model: DiffusionModel, prompt: str) -> list[Image.Image]:
     """`DRAWN` pictures of a prompt."""
-    return generate(model, prompt, range(DRAWN), width=64, height=64, steps=25, guidance=4.0)
+    config = GenerationConfig(width=64, height=64, steps=25, guidance=4.0)
+    return generate(model, prompt, range(DRAWN), config)
 
 
 def parameters(base: BaseWeights, settings: TrainSettings) -> int:

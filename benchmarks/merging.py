@@ -40,7 +40,7 @@ from trainer.core.figures import SheetRow, contact_sheet
 from trainer.data.images import load_pictures
 from trainer.merging.merge import WeightedAdapter, merge
 from trainer.merging.ziplora import learned_merge
-from trainer.models.sampling import generate
+from trainer.models.sampling import GenerationConfig, generate
 from trainer.settings.merge import LearnedMergeSettings, MergeSettings
 from trainer.settings.train import TrainSettings
 
@@ -128,11 +128,8 @@ def drawings(bench: Bench, adapters: list[tuple[Adapter, float]]) -> list[Image.
     """`DRAWN` pictures of the prompt in each place; the same noise for every result."""
     model = bench.model(bench.base, adapters)
     texts = [PROMPT.format(place) for place in PLACES]
-    return [
-        one
-        for text in texts
-        for one in generate(model, text, range(DRAWN), width=64, height=64, steps=25, guidance=4.0)
-    ]
+    config = GenerationConfig(width=64, height=64, steps=25, guidance=4.0)
+    return [one for text in texts for one in generate(model, text, range(DRAWN), config)]
 
 
 def main() -> None:

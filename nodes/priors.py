@@ -79,7 +79,7 @@ class ClassPriors(Node):
         import torch
 
         from ..trainer.core.devices import pick_device, pick_precision
-        from ..trainer.data.class_images import make_class_pictures
+        from ..trainer.data.class_images import generate_class_images
         from ..trainer.data.images import to_pixels
 
         prompts = [prompt.strip()] if prompt.strip() else list(subject.class_prompts if subject else [""])
@@ -91,7 +91,7 @@ class ClassPriors(Node):
             pictures = [
                 picture
                 for settings in each
-                for picture in make_class_pictures(
+                for picture in generate_class_images(
                     base,
                     settings,
                     resolution,

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..trainer.core.errors import PicturesError
 from ..trainer.core.prompts import article, fill_placeholders, split_prompts, without_token
-from ..trainer.data.folder import CaptionSource, MaskSource, Reading
+from ..trainer.data.folder import AnnotationOptions, CaptionSource, MaskSource
 from ..trainer.settings.data import PictureSettings
 from . import host
 from .base import Node
@@ -135,7 +135,7 @@ class Subject(Node):
             list(images) if connected else host.input_path(folder),
             prompts,
             NodeListener(cls.hidden.unique_id),
-            Reading(captions_from, masks_from, repeats, token, class_noun),
+            AnnotationOptions(captions_from, masks_from, repeats, token, class_noun),
             captions=[line for line in captions.splitlines() if line.strip()],
             masks=[] if mask is None else list(mask),
         )

@@ -172,7 +172,7 @@ class TrainLora(Node):
     ) -> io.NodeOutput:
         """Train and apply the adapter."""
         from ..trainer.core.errors import SettingsError
-        from ..trainer.training.export import StartingPoint
+        from ..trainer.training.adapter import StartingPoint
 
         checked = TrainSettings.checked({**(settings or {}), **values})
         if checked.combine and base_lora is None:
@@ -241,7 +241,7 @@ class FineTuneCheckpoint(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train, and load the checkpoint."""
-        from ..trainer.training.export import StartingPoint
+        from ..trainer.training.adapter import StartingPoint
 
         checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
         result = run_training(cls.hidden, (model, clip, vae), subject, priors, class_images, checked, StartingPoint())

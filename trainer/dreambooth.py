@@ -9,24 +9,27 @@ import contextlib
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .adapters.kohya import Adapter
 from .adapters.metadata import RunFacts, training_metadata
 from .core.devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
 from .core.distributed import ProcessGroup, accelerate_state_kept, make_accelerator
 from .core.errors import CancelledError, DivergedError
 from .core.events import Listener, Note, Opened, SilentListener, Validation
 from .core.throughput import Throughput
-from .data.images import Picture, split_off
-from .data.latent_cache import Cache, build_cache, leave
+from .data.images import Picture, split_validation
+from .data.latent_cache import LatentCache, build_cache, drop_frozen_text_encoders
 from .models.families.base import BaseWeights, DiffusionModel
 from .models.nf4 import require_quantizable
 from .settings.train import TrainSettings
+from .training.adapter import StartingPoint
 from .training.averaging import Averaging
-from .training.export import StartingPoint, TrainResult, export
+from .training.export import export
 from .training.loss import LossComputer, TextConditioning
 from .training.memory.fit import MemoryBudget
 from .training.optimizers import (
@@ -45,6 +48,27 @@ from .training.trainable import Trainable, make_trainable
 
 _LOWER = "resolution or batch_size, turn gradient_checkpointing on, or set base_quantization; the run then resumes"
 _BUILT = ("model", "trainee", "averaging", "optimizer", "accelerator", "cache", "captions", "passes", "previews")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run gives.
+
+    Attributes:
+        adapter: The trained adapter as it stands in the file; of full fine-tuning the extracted one.
+        path: The adapter file.
+        run: The run's folder, with its checkpoints.
+        step: Step whose weights the files hold: the last, unless the run stopped early.
+        started_from: Step from which this call went on; equal to the number of steps if the run was finished.
+        checkpoint: The checkpoint file of full fine-tuning; None otherwise.
+    """
+
+    adapter: Adapter
+    path: Path
+    run: Path
+    step: int
+    started_from: int
+    checkpoint: Path | None
 
 
 def train(
@@ -113,7 +137,7 @@ class DreamBooth:
         """Take the inputs; nothing is built yet."""
         self.base, self.subject, self.priors, self.given = base, list(subject), list(priors), settings
         self.settings, self.fit = settings, fit or MemoryBudget(settings, device)
-        self.taught, self.held_out = split_off(self.subject, settings.validation_pictures, settings.seed)
+        self.taught, self.held_out = split_validation(self.subject, settings.validation_pictures, settings.seed)
         self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
         self.stage, self.checkpoints_dir = stage or StartingPoint(), checkpoints_dir or output_dir
         self.listener: Listener = listener or SilentListener()
@@ -181,17 +205,17 @@ class DreamBooth:
             self.cache = self._encode()
         self._begin_training()
 
-    def _encode(self) -> Cache:
+    def _encode(self) -> LatentCache:
         """Encode pictures and captions, or read what this run encoded before; what is not trained leaves."""
         trained = self.settings.text_rates
         if self.team.is_main_process:
             self.previews.encode(self.model, trained, self.listener)
-        cache = Cache.load(self.run_folder.cache_path)
+        cache = LatentCache.load(self.run_folder.cache_path)
         if cache is None:
             sets = {"instance": self.taught, "prior": self.priors, "validation": self.held_out}
             cache = build_cache(self.model, sets, self.settings, self.device, self.listener)
             cache.save(self.run_folder.cache_path)
-        leave(self.model, trained)
+        drop_frozen_text_encoders(self.model, trained)
         del self.model.vae
         release(self.device)
         return cache

@@ -17,12 +17,12 @@ from pack.trainer.adapters.kohya import read_adapter, write_adapter
 from pack.trainer.cli.dreambench import PUBLISHED, BenchSubject, dreambench, read_subjects
 from pack.trainer.core.errors import CancelledError, SettingsError, StorageError
 from pack.trainer.core.events import Note, Phase, Step
-from pack.trainer.data.image_cache import drawn_picture
+from pack.trainer.data.image_cache import generated_picture
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.evaluation.evaluator import Evaluation
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import generate, ready_model
+from pack.trainer.models.sampling import GenerationConfig, generate, ready_model
 from pack.trainer.settings.evaluate import DreamBenchCommand
 from worlds import differing, noisy_pictures
 
@@ -175,9 +175,9 @@ def test_marks_are_those_of_the_files_own_pictures(
     merge_into(taught, read_adapter(benched / f"{name}.safetensors"), 1.0)
 
     def drawn(model: Any, prompts: Sequence[str]) -> list[Picture]:
-        how = {"width": 32, "height": 32, "scheduler": "ddim", "steps": 2, "guidance": 3.0}
+        how = GenerationConfig(width=32, height=32, scheduler="ddim", steps=2, guidance=3.0)
         return [
-            drawn_picture("x.png", prompt, generate(model, prompt, [seed], **how)[0])
+            generated_picture("x.png", prompt, generate(model, prompt, [seed], how)[0])
             for prompt in prompts
             for seed in (5, 6)
         ]

@@ -19,7 +19,7 @@ from pack.trainer.core.seeding import Draw, derived_seed, draw
 from pack.trainer.data.images import load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import generate
+from pack.trainer.models.sampling import GenerationConfig, generate
 from pack.trainer.settings.train import TrainSettings
 
 LARGEST = 2**64 - 1
@@ -175,7 +175,7 @@ def test_a_whole_run_leaves_the_global_generators_alone(
         settings = TrainSettings(steps=2, rank=4, resolution=64, seed=LARGEST, flip=True, **changes)
         folder, listener = tmp_path / str(global_seed), Recorder()
         train(base, pictures, class_pictures, settings, folder, folder / "runs", "cpu", listener)
-        generate(base.family.build(base), "a dog", [LARGEST], width=64, height=64, steps=1)
+        generate(base.family.build(base), "a dog", [LARGEST], GenerationConfig(width=64, height=64, steps=1))
         assert torch.equal(torch.get_rng_state(), before[0])
         assert np.array_equal(np.random.get_state()[1], before[1])
         assert random.getstate() == before[2]

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.trainer.__main__ import main
 from pack.trainer.core.errors import CancelledError, PicturesError, SettingsError, StorageError, WeightsError
-from pack.trainer.data.captioning import BATCH, Captioner, caption_folder, open_captioner, worded
+from pack.trainer.data.captioning import BATCH, Captioner, apply_template, caption_folder, open_captioner
 from pack.trainer.data.images import load_pictures
 from pack.trainer.settings.caption import CaptionCommand, CaptionSettings
 from PIL import Image
@@ -146,18 +146,18 @@ def words(**more: Any) -> CaptionSettings:
     ],
 )
 def test_words_are_put_in(caption: str, more: dict[str, Any], expected: str) -> None:
-    assert worded(caption, words(**more)) == expected
+    assert apply_template(caption, words(**more)) == expected
 
 
 @given(st.lists(st.sampled_from(["a", "an", "dog", "dogs", "sks", "red", "on"]), max_size=8), st.booleans())
 @settings(max_examples=200, deadline=None)
 def test_the_rare_word_is_in_every_caption_once_more_at_most(parts: list[str], is_prefix: bool) -> None:
     caption = " ".join(parts)
-    made = worded(caption, words(template="{token} {class}, {caption}" if is_prefix else "{caption}")).split()
+    made = apply_template(caption, words(template="{token} {class}, {caption}" if is_prefix else "{caption}")).split()
     assert "sks" in [word.strip(",") for word in made]
     if not is_prefix:
         assert made.count("sks") == max(1, parts.count("sks"))
-        assert worded(" ".join(made), words()) == " ".join(made)
+        assert apply_template(" ".join(made), words()) == " ".join(made)
     assert [word for word in parts if word not in ("a", "an", "sks")] == [
         word for word in made[2 * (is_prefix or _is_prefixed(parts)) :] if word not in ("a", "an", "sks")
     ]
@@ -192,7 +192,7 @@ def test_a_file_is_written_beside_each_picture_and_none_is_overwritten(folder: P
     assert recorder.notes == ["1 of 5 pictures have captions already; they stay."]
     shown = [Image.open(folder / name) for name in captions]
     direct = open_captioner(str(blip), CPU).describe(shown, beams=3, max_tokens=8)
-    expected = [worded(one, words()) for one in direct]
+    expected = [apply_template(one, words()) for one in direct]
     assert len(set(expected)) > 2
     assert list(captions.values()) == expected
     read = load_pictures(folder, "a prompt", Recorder())
@@ -338,7 +338,7 @@ def test_the_node_says_what_the_engine_says(server: ComfyServer) -> None:
     outputs = server.wait(server.queue(prompt))["outputs"]
     captioner = open_captioner(str(server.base_dir / "models" / "BLIP" / "tiny"), CPU)
     pictures = [Image.open(server.base_dir / "input" / f"{number}.png") for number in range(2)]
-    expected = [worded(one, words()) for one in captioner.describe(pictures, beams=3, max_tokens=40)]
+    expected = [apply_template(one, words()) for one in captioner.describe(pictures, beams=3, max_tokens=40)]
     assert outputs["caption"]["text"] == ["\n".join(expected)]
     assert outputs["shown"]["text"] == outputs["caption"]["text"]
 

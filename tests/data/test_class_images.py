@@ -14,7 +14,7 @@ from checkpoints import sd15_checkpoint
 from helpers import TINY, Recorder
 from pack.trainer.core.errors import CancelledError, OutOfMemoryError, TrainerError
 from pack.trainer.core.events import Phase
-from pack.trainer.data.class_images import make_class_pictures
+from pack.trainer.data.class_images import generate_class_images
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.families.base import BaseWeights
@@ -50,7 +50,7 @@ def changed(settings: PriorSettings = FEW, **values: Any) -> PriorSettings:
 def make(
     base: BaseWeights, root: Path, settings: PriorSettings = FEW, resolution: int = 64, listener: Recorder | None = None
 ) -> list[Picture]:
-    return make_class_pictures(base, settings, resolution, root, CPU, "fp32", listener or Recorder())
+    return generate_class_images(base, settings, resolution, root, CPU, "fp32", listener or Recorder())
 
 
 def drawn(root: Path) -> dict[Path, tuple[int, int, str]]:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from helpers import Recorder
 from pack.trainer.core.errors import PicturesError
-from pack.trainer.data.folder import Reading, picture_names
+from pack.trainer.data.folder import AnnotationOptions, picture_names
 from pack.trainer.data.images import Picture, load_pictures
 from PIL import Image
 
@@ -58,7 +58,7 @@ def place(tmp_path: Path, files: dict[str, bytes], kind: str = "folder", name: s
 
 def load(source: Path, prompt: str = PROMPT, **reading: Any) -> tuple[list[Picture], Recorder]:
     listener = Recorder()
-    return load_pictures(source, prompt, listener, Reading(**reading)), listener
+    return load_pictures(source, prompt, listener, AnnotationOptions(**reading)), listener
 
 
 def captions(pictures: Sequence[Picture]) -> dict[str, str]:
@@ -459,7 +459,7 @@ def test_captions_and_masks_of_tensors() -> None:
         images(3),
         "{token} dog|{token}",
         Recorder(),
-        Reading(token="sks", repeats=4),
+        AnnotationOptions(token="sks", repeats=4),
         captions=["{token} asleep", " ", "{token} awake"],
         masks=[half, torch.ones(40, 48), torch.zeros(40, 48)],
     )
@@ -468,7 +468,7 @@ def test_captions_and_masks_of_tensors() -> None:
     assert [one.mask is not None for one in pictures] == [True, False, False]
     assert pictures[0].mask is not None
     np.testing.assert_array_equal(np.array(pictures[0].mask()), (half * 255).numpy().astype(np.uint8))
-    off = load_pictures(images(3), PROMPT, Recorder(), Reading(masks="off"), masks=[half] * 3)
+    off = load_pictures(images(3), PROMPT, Recorder(), AnnotationOptions(masks="off"), masks=[half] * 3)
     assert [one.mask for one in off] == [None] * 3
 
 
@@ -492,6 +492,6 @@ def test_transparency_of_tensors() -> None:
     half = torch.ones(40, 48, 1)
     half[:, 24:] = 0
     tensors = [torch.cat([images(1)[0], half], dim=2), *images(2)[1:]]
-    with_alpha = load_pictures(tensors, PROMPT, Recorder(), Reading(masks="alpha"))
+    with_alpha = load_pictures(tensors, PROMPT, Recorder(), AnnotationOptions(masks="alpha"))
     assert [one.mask is not None for one in with_alpha] == [True, False]
     assert [one.mask for one in load_pictures(tensors, PROMPT, Recorder())] == [None, None]

@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import CancelledError
 from pack.trainer.data.image_check import (
-    BLURRED,
-    SAME,
-    Look,
+    MAX_BLUR,
+    MAX_HASH_DISTANCE,
+    PictureMeasurements,
     blur,
     check_pictures,
     detail,
     image_advice,
-    look_alikes,
-    look_at,
+    measure_picture,
+    near_duplicates,
     perceptual_hash,
     steepness,
 )
@@ -54,8 +54,8 @@ def as_picture(name: str, image: Image.Image) -> Picture:
     return Picture(name, "", name, lambda: decode(stream.getvalue()))
 
 
-def look(name: str, image: Image.Image) -> Look:
-    found = look_at(as_picture(name, image))
+def look(name: str, image: Image.Image) -> PictureMeasurements:
+    found = measure_picture(as_picture(name, image))
     assert found is not None
     return found
 
@@ -100,13 +100,13 @@ def apart(one: Image.Image, other: Image.Image) -> int:
 def test_a_copy_looks_the_same(name: str) -> None:
     for seed in range(12):
         image = scene(seed)
-        assert apart(image, COPIES[name](image)) <= (0 if name in ("itself", "grey") else SAME)
+        assert apart(image, COPIES[name](image)) <= (0 if name in ("itself", "grey") else MAX_HASH_DISTANCE)
 
 
 def test_other_pictures_and_mirrored_ones_do_not() -> None:
     images = [scene(seed) for seed in range(12)]
-    assert min(apart(*pair) for pair in itertools.combinations(images, 2)) > SAME
-    assert min(apart(image, ImageOps.mirror(image)) for image in images) > SAME
+    assert min(apart(*pair) for pair in itertools.combinations(images, 2)) > MAX_HASH_DISTANCE
+    assert min(apart(image, ImageOps.mirror(image)) for image in images) > MAX_HASH_DISTANCE
 
 
 def test_the_demos_pictures_are_all_different_and_sharp() -> None:
@@ -117,13 +117,13 @@ def test_the_demos_pictures_are_all_different_and_sharp() -> None:
         assert recorder.warnings == []
 
 
-@given(st.lists(st.integers(0, 2**64 - 1), max_size=12), st.lists(st.integers(0, 63), max_size=SAME, unique=True))
+@given(st.lists(st.integers(0, 2**64 - 1), max_size=12), st.lists(st.integers(0, 63), max_size=MAX_HASH_DISTANCE, unique=True))
 @settings(max_examples=60, deadline=None)
 def test_groups_are_the_connected_ones(hashes: list[int], flipped: list[int]) -> None:
     """Every near pair is in one group, every member has a near one in it, none is in two; equal ones are grouped."""
     if hashes:
         hashes = [*hashes, hashes[0] ^ sum(1 << bit for bit in flipped)]
-    groups = look_alikes(hashes)
+    groups = near_duplicates(hashes)
     place = {at: number for number, group in enumerate(groups) for at in group}
     assert len(place) == sum(map(len, groups))
     assert all(len(group) > 1 and group == sorted(group) for group in groups)
@@ -134,14 +134,14 @@ def test_groups_are_the_connected_ones(hashes: list[int], flipped: list[int]) ->
 
 
 def _near(hashes: list[int], one: int, other: int) -> bool:
-    return (hashes[one] ^ hashes[other]).bit_count() <= SAME
+    return (hashes[one] ^ hashes[other]).bit_count() <= MAX_HASH_DISTANCE
 
 
 def test_a_chain_is_one_group() -> None:
     """a is like b, b like c, a not like c: one message, not two."""
-    assert look_alikes([0, 2**8 - 1, 2**16 - 1, 2**40 - 1]) == [[0, 1, 2]]
-    assert look_alikes([0, 2**16 - 1, 2**8 - 1]) == [[0, 1, 2]]
-    assert look_alikes([0, 2**11 - 1]) == []
+    assert near_duplicates([0, 2**8 - 1, 2**16 - 1, 2**40 - 1]) == [[0, 1, 2]]
+    assert near_duplicates([0, 2**16 - 1, 2**8 - 1]) == [[0, 1, 2]]
+    assert near_duplicates([0, 2**11 - 1]) == []
 
 
 def grey(image: Image.Image) -> np.ndarray:
@@ -167,7 +167,7 @@ def test_measures_of_known_pictures() -> None:
     assert blur(hard) == pytest.approx(1.0)  # along the rows nothing changes
     assert blur(hard + hard.T) == pytest.approx(1 / 9, abs=1e-6)
     assert blur(np.full((40, 40), 7, dtype=np.float32)) == 1.0
-    assert blur(ramp) > 0.9 > BLURRED
+    assert blur(ramp) > 0.9 > MAX_BLUR
     white = np.full((100, 100, 3), 255, dtype=np.float32)
     white[:10, :10, 1] = 0
     assert detail(white) == pytest.approx(0.01)
@@ -303,7 +303,7 @@ def test_every_mode_and_shape_is_measured(mode: str, size: tuple[int, int], tmp_
         image.convert(mode).save(path)
     recorder = Recorder()
     [picture] = load_pictures(tmp_path, "", recorder)
-    found = look_at(picture)
+    found = measure_picture(picture)
     assert found is not None
     assert found.size == size
     assert 0 <= found.steepness <= 2

@@ -19,8 +19,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pack.trainer.data.batches import Batch, draw_batches
 from pack.trainer.data.buckets import bucket_shapes, kept_share, nearest_shape
-from pack.trainer.data.images import Picture, crop, crop_place, load_pictures
-from pack.trainer.data.latent_cache import Cache, LatentSet
+from pack.trainer.data.images import Picture, crop, load_pictures, size_conditioning
+from pack.trainer.data.latent_cache import LatentCache, LatentDataset
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.settings.train import TrainSettings
 from PIL import Image, ImageDraw
@@ -105,7 +105,7 @@ def test_how_much_is_cut_away_at_the_most() -> None:
 def test_what_is_cut_is_what_is_said(width: int, height: int, step: int) -> None:
     """Each pixel holds its own column or row, so the cut tells where it comes from."""
     shape = nearest_shape((width, height), bucket_shapes(64, step))
-    original_height, original_width, top, left, cut_height, cut_width = crop_place((width, height), *shape)
+    original_height, original_width, top, left, cut_height, cut_width = size_conditioning((width, height), *shape)
     assert (original_width, original_height, cut_width, cut_height) == (width, height, *shape)
     rows, columns = np.mgrid[:height, :width].astype(np.float32)
     scales = []
@@ -137,18 +137,18 @@ def test_a_circle_stays_a_circle(size: tuple[int, int]) -> None:
     assert abs(width - expected) <= 2
 
 
-def latents_of(sizes: Sequence[tuple[int, int]], repeats: Sequence[int], versions: int = 1) -> LatentSet:
+def latents_of(sizes: Sequence[tuple[int, int]], repeats: Sequence[int], versions: int = 1) -> LatentDataset:
     """Latents of these sizes; a picture's number stands in its size, so that samples can be told apart."""
     count = len(sizes)
     tensors = [torch.full((versions, 4, *size), float(number)) for number, size in enumerate(sizes)]
     order = [number for number in range(count) for _ in range(repeats[number])]
     size = torch.arange(count).float()[:, None].repeat(1, 6)
     captions = [torch.tensor([number]) for number in range(count)]
-    return LatentSet(tensors, [torch.zeros_like(one) for one in tensors], captions, size, order, [None] * count)
+    return LatentDataset(tensors, [torch.zeros_like(one) for one in tensors], captions, size, order, [None] * count)
 
 
-def cache_of(instance: LatentSet, prior: LatentSet | None = None) -> Cache:
-    return Cache(instance, prior, None, {"ids": torch.zeros(len(instance), 4)}, None)
+def cache_of(instance: LatentDataset, prior: LatentDataset | None = None) -> LatentCache:
+    return LatentCache(instance, prior, None, {"ids": torch.zeros(len(instance), 4)}, None)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_set_of_several_shapes_comes_back_from_its_file(tmp_path: Path) -> Non
     masks = [None, torch.rand(1, 8, 16)]
     cache = replace(cache_of(replace(instance, masks=masks)), empty=1)
     cache.save(tmp_path / "cache.safetensors")
-    loaded = Cache.load(tmp_path / "cache.safetensors")
+    loaded = LatentCache.load(tmp_path / "cache.safetensors")
     assert loaded is not None
     assert (loaded.empty, loaded.prior, loaded.validation) == (1, None, None)
     assert loaded.instance.order == instance.order
@@ -245,7 +245,7 @@ def test_latents_have_the_nearest_shape(world: World, tmp_path: Path) -> None:
         assert mean.shape == (2, 4, height // 8, width // 8)
         assert (mask is not None) == bool(number % 2)
         assert mask is None or mask.shape == (1, height // 8, width // 8)
-        assert recipe.cache.instance.size[number].tolist() == list(crop_place(size, width, height))
+        assert recipe.cache.instance.size[number].tolist() == list(size_conditioning(size, width, height))
     assert len({one.shape for one in recipe.cache.instance.mean}) >= 4
 
 
@@ -289,7 +289,7 @@ def test_sdxl_is_told_the_size_of_the_bucket(tmp_path: Path) -> None:
         told.append((tuple(sample.shape), named["added_cond_kwargs"]["time_ids"]))
 
     handle = recipe.model.unet.register_forward_pre_hook(watch, with_kwargs=True)
-    expected = {size: crop_place(size, *nearest_shape(size, bucket_shapes(64, 16))) for size in SIZES}
+    expected = {size: size_conditioning(size, *nearest_shape(size, bucket_shapes(64, 16))) for size in SIZES}
     seen = set()
     with torch.no_grad():
         for step in range(4):

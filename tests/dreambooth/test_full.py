@@ -17,12 +17,13 @@ from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.adapters.names import UNET, adaptable_modules
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import SettingsError
-from pack.trainer.dreambooth import DreamBooth, Stage, TrainResult
+from pack.trainer.dreambooth import DreamBooth, TrainResult
 from pack.trainer.merging.deltas import nearest_lora
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
 from pack.trainer.models.single_file import original_state_dict, write_checkpoint
 from pack.trainer.settings.train import TrainCommand
+from pack.trainer.training.adapter import StartingPoint
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -256,7 +257,7 @@ def test_a_rank_that_cant_be_extracted_is_told_before_training(
 def test_full_fine_tuning_on_top_of_an_adapter(world: World, tmp_path: Path) -> None:
     """The checkpoint holds both; the extracted LoRA what was learned now, or both if asked."""
     stacked = [(world.train(tmp_path / "first", rank=4).adapter, 0.5)]
-    upper, stage = World(apply_to_base(world.base, stacked), world.subject), Stage(None, stacked)
+    upper, stage = World(apply_to_base(world.base, stacked), world.subject), StartingPoint(None, stacked)
     recipe = upper.recipe(tmp_path, stage=stage, **FULL)
     alone = recipe.run()
     found = opened(alone)

@@ -16,10 +16,10 @@ from helpers import Recorder
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pack.trainer.data.batches import draw_batches, joined
+from pack.trainer.data.batches import collate, draw_batches
 from pack.trainer.data.buckets import bucket_shapes, nearest_shape
 from pack.trainer.data.images import Picture, crop, load_pictures, mask_weights
-from pack.trainer.data.latent_cache import LatentSet
+from pack.trainer.data.latent_cache import LatentDataset
 from pack.trainer.models.objective import make_objective
 from pack.trainer.settings.objective import ObjectiveSettings
 from PIL import Image, ImageOps
@@ -166,7 +166,7 @@ def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Wo
     return replace(plain, subject=subject_of(folder / "masked", SIZES))
 
 
-def encoded(world: World, folder: Path, **changes: Any) -> LatentSet:
+def encoded(world: World, folder: Path, **changes: Any) -> LatentDataset:
     recipe = world.recipe(folder, **changes)
     recipe.open_run()
     recipe.prepare()
@@ -243,7 +243,7 @@ def test_a_batch_without_masks_has_none(world: World, tmp_path: Path) -> None:
     recipe.prepare()
     [batch] = draw_batches(recipe.cache, recipe.settings, 0, 0, 1000, CPU)
     assert batch.masks is None
-    assert joined([batch, batch]).masks is None
+    assert collate([batch, batch]).masks is None
 
 
 def test_masks_that_are_ignored_change_nothing(world: World, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pack.trainer.adapters.apply import merge_into
 from pack.trainer.data.images import load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import generate
+from pack.trainer.models.sampling import GenerationConfig, generate
 from pack.trainer.settings.train import TrainSettings
 
 
@@ -24,7 +24,8 @@ def test_pictures_in_adapter_out(tiny_checkpoint: Path, picture_folder, tmp_path
     assert len(listener.losses) == 3
     before, after = base.family.build(base), base.family.build(base)
     merge_into(after, result.adapter, 1.0)
-    plain, changed = (generate(model, "a dog", [1], width=64, height=64, steps=2)[0] for model in (before, after))
+    config = GenerationConfig(width=64, height=64, steps=2)
+    plain, changed = (generate(model, "a dog", [1], config)[0] for model in (before, after))
     assert plain.size == (64, 64)
     assert plain.tobytes() != changed.tobytes()
 

@@ -29,7 +29,7 @@ from pack.trainer.core.prompts import fill_placeholders, shuffled_tags
 from pack.trainer.core.seeding import generator
 from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.images import Picture
-from pack.trainer.data.latent_cache import Cache
+from pack.trainer.data.latent_cache import LatentCache
 from pack.trainer.settings.train import TrainCommand, TrainSettings
 from pack.trainer.training.runs.checkpoint import run_fingerprint
 from PIL import Image
@@ -93,7 +93,7 @@ def test_two_subjects_through_the_command_line(
     assert main(["train", str(path)]) == 0
     output = tmp_path / "output ü"
     assert Path(capsys.readouterr().out.strip()) == output / "both.safetensors"
-    cache = Cache.load(only_run(output) / "cache.safetensors")
+    cache = LatentCache.load(only_run(output) / "cache.safetensors")
     assert cache is not None
     assert cache.instance.order == [0, 1, 2, 3, 3, 3, 4, 4, 4]
     assert cache.prior is not None
@@ -146,7 +146,7 @@ def test_class_pictures_of_every_subject(dog_and_cat: dict[str, Path], tiny_chec
     run_train(command, Recorder())
     folders = list((tmp_path / "output" / "class-pictures").iterdir())
     assert [len(list(folder.glob("*.png"))) for folder in folders] == [3]
-    cache = Cache.load(only_run(tmp_path / "output") / "cache.safetensors")
+    cache = LatentCache.load(only_run(tmp_path / "output") / "cache.safetensors")
     assert cache is not None
     assert cache.prior is not None
     assert len(cache.prior) == 1 + 3
@@ -286,14 +286,14 @@ def test_what_of_the_pictures_makes_another_run(world: World) -> None:
     assert run_fingerprint(world.base, renamed, (), TrainSettings(), "fp32") == prints["nothing", "subject"]
 
 
-def cache_of(world: World, folder: Path, **changes: Any) -> tuple[Cache, TrainSettings]:
+def cache_of(world: World, folder: Path, **changes: Any) -> tuple[LatentCache, TrainSettings]:
     recipe = world.recipe(folder, **changes)
     recipe.open_run()
     recipe.prepare()
     return recipe.cache, recipe.settings
 
 
-def samples(cache: Cache, settings: TrainSettings, steps: int) -> Iterator[tuple[float, int]]:
+def samples(cache: LatentCache, settings: TrainSettings, steps: int) -> Iterator[tuple[float, int]]:
     """Weight and caption of each sample, in the order of the steps."""
     for step, micro in itertools.product(range(steps), range(settings.gradient_accumulation)):
         for batch in draw_batches(cache, settings, step, micro, 1000, CPU):
@@ -516,7 +516,7 @@ def test_comfyui_trains_chained_subjects(server: ComfyServer) -> None:
         "a cat": {"n_repeats": 1, "img_count": 1},
     }
     [cache_file] = server.base_dir.rglob("cache.safetensors")
-    cache = Cache.load(cache_file)
+    cache = LatentCache.load(cache_file)
     assert cache is not None
     assert cache.instance.order == [*range(dogs), dogs, dogs, dogs + 1, dogs + 1]
     assert [mask is None for mask in cache.instance.masks] == [True] * dogs + [False, False]

@@ -16,9 +16,10 @@ from pack.trainer.adapters.apply import apply_to_base, merge_into
 from pack.trainer.adapters.kohya import Adapter, read_adapter, write_adapter
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import AdapterError, SettingsError
-from pack.trainer.dreambooth import Stage, TrainResult
+from pack.trainer.dreambooth import TrainResult
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.settings.train import TrainCommand
+from pack.trainer.training.adapter import StartingPoint
 from safetensors.torch import load_file
 from worlds import (
     BOTH_TEXTS,
@@ -105,7 +106,7 @@ def ranks_and_alphas(adapter: Adapter) -> dict[str, tuple[int, float]]:
 def test_going_on_takes_over_all_that_the_file_is(kind: str, world: World, made: Made, tmp_path: Path) -> None:
     """Whatever the settings say of kind, ranks, alpha and layers; and it begins where the file ends."""
     first = made(**FIRST[kind])
-    stage, texts = Stage(first), texts_of(first)
+    stage, texts = StartingPoint(first), texts_of(first)
     changes = {**OTHERWISE, **texts, "steps": 1, **({"adapter": "lokr", "alpha": None} if kind == "LoKr" else {})}
     recipe = world.recipe(tmp_path, stage=stage, **changes)
     recipe.open_run()
@@ -129,7 +130,7 @@ def test_the_file_tells_the_kind_and_rank_that_were_trained(
     kind: str, world: World, made: Made, tmp_path: Path
 ) -> None:
     first = made(**KINDS[kind])
-    told = world.train(tmp_path, stage=Stage(first), steps=1, **OTHERWISE).adapter.metadata
+    told = world.train(tmp_path, stage=StartingPoint(first), steps=1, **OTHERWISE).adapter.metadata
     keys = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
     assert [told[key] for key in keys] == [first.metadata[key] for key in keys]
 
@@ -139,7 +140,7 @@ def test_going_on_from_a_scaled_lokr(factor: dict[str, Any], world: World, made:
     """LyCORIS scales by alpha / rank, PEFT not in every version; the factors can hold it."""
     first = made(**KINDS["LoKr"], **factor)
     first = Adapter({name: replace(layer, alpha=0.7) for name, layer in first.layers.items()})  # type: ignore[type-var]
-    recipe = world.recipe(tmp_path, stage=Stage(first), adapter="lokr", **factor)
+    recipe = world.recipe(tmp_path, stage=StartingPoint(first), adapter="lokr", **factor)
     recipe.open_run()
     recipe.prepare()
     recipe.model.unet.eval()
@@ -149,7 +150,7 @@ def test_going_on_from_a_scaled_lokr(factor: dict[str, Any], world: World, made:
 
 
 def test_going_on_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {**OTHERWISE, **TEXT, "stage": Stage(made(**FIRST["LoRA"]))}
+    changes: dict[str, Any] = {**OTHERWISE, **TEXT, "stage": StartingPoint(made(**FIRST["LoRA"]))}
     straight = world.train(tmp_path / "straight", **changes)
     for step in (1, 3):
         world.stop_after(step, tmp_path / "stopped", **changes)
@@ -208,7 +209,7 @@ def test_going_on_from_files_with_names_of_other_programs(world: World, xl: Worl
         assert not set(foreign.layers) & {name for name in first.layers if any(old in name for old, _ in pairs)}
         assert merged(where.base, (foreign, 1.0)).keys()
         ours, theirs = (
-            where.train(tmp_path / f"{number}-{kind}", stage=Stage(one), steps=1, **texts)
+            where.train(tmp_path / f"{number}-{kind}", stage=StartingPoint(one), steps=1, **texts)
             for kind, one in (("ours", first), ("theirs", foreign))
         )
         assert differing(ours.path, theirs.path) == []
@@ -249,7 +250,7 @@ def test_a_start_that_does_not_fit_is_refused(
 ) -> None:
     where, start, changes = mismatched(world, xl, made)[case]
     with pytest.raises((AdapterError, SettingsError), match=told) as caught:
-        where.train(tmp_path, stage=Stage(start), **changes)
+        where.train(tmp_path, stage=StartingPoint(start), **changes)
     assert caught.value.remedy
 
 
@@ -267,7 +268,7 @@ def test_the_combined_file_is_both_stages_on_the_plain_base(
     """And so are the files one after the other, and the model that was trained."""
     plain, texts = (world, TEXT) if family == "SD 1" else (xl, BOTH_TEXTS)
     stacked = [(made(plain, **KINDS["LoCon"]), 0.7), (made(plain, **texts, seed=1), -0.5)]
-    upper, stage = stacked_world(plain, *stacked), Stage(None, stacked)
+    upper, stage = stacked_world(plain, *stacked), StartingPoint(None, stacked)
     changes: dict[str, Any] = {**texts, "rank": 3, "alpha": 1.0, "targets": "attention-mlp", "steps": 2}
     recipe = upper.recipe(tmp_path, stage=stage, combine=True, **changes)
     whole = recipe.run()
@@ -293,7 +294,7 @@ def test_layers_of_two_names_are_combined_under_one(world: World, xl: World, mad
         files = []
         for kind, one in (("ours", first), ("theirs", renamed(first, *pairs))):
             upper = stacked_world(plain, (one, 1.0))
-            changes = {**texts, "combine": True, "steps": 1, "stage": Stage(None, [(one, 1.0)])}
+            changes = {**texts, "combine": True, "steps": 1, "stage": StartingPoint(None, [(one, 1.0)])}
             files.append(upper.train(tmp_path / f"{number}-{kind}", **changes).path)
         assert set(load_file(files[0])) == set(load_file(files[1]))
         assert differing(*files) == []
@@ -303,7 +304,7 @@ def test_the_lower_model_stays_as_it_is(world: World, made: Made, tmp_path: Path
     first = made(**TEXT)
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in lent_tensors(world.base).items()}
     upper = stacked_world(world, (first, 1.0))
-    upper.train(tmp_path, stage=Stage(None, [(first, 1.0)]), combine=True, **TEXT)
+    upper.train(tmp_path, stage=StartingPoint(None, [(first, 1.0)]), combine=True, **TEXT)
     copies = 0
     for name, tensor in lent_tensors(world.base).items():
         assert tensor.data_ptr() == before[name][0]
@@ -355,7 +356,7 @@ def test_adapters_that_cant_be_added_up_are_told_before_training(
 ) -> None:
     foreign, plain = made(**KINDS[kind]), made()
     stacked = [(foreign if place == "stacked" else plain, 1.0)]
-    stage, listener = Stage(foreign if place == "start" else None, stacked), Recorder()
+    stage, listener = StartingPoint(foreign if place == "start" else None, stacked), Recorder()
     with pytest.raises(SettingsError, match="combine"):
         stacked_world(world, *stacked).train(tmp_path, listener, stage=stage, combine=True)
     assert listener.losses == []
@@ -364,7 +365,7 @@ def test_adapters_that_cant_be_added_up_are_told_before_training(
 def test_two_stages_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
     stacked = [(made(**TEXT), 0.7)]
     upper = stacked_world(world, *stacked)
-    changes: dict[str, Any] = {**TEXT, "combine": True, "stage": Stage(None, stacked)}
+    changes: dict[str, Any] = {**TEXT, "combine": True, "stage": StartingPoint(None, stacked)}
     straight = upper.train(tmp_path / "straight", **changes)
     upper.stop_after(2, tmp_path / "stopped", **{**changes, "combine": False})
     assert_same_end(upper.train(tmp_path / "stopped", **changes), straight)

@@ -18,7 +18,7 @@ from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import CancelledError, PicturesError
 from pack.trainer.core.events import Step, Validation
 from pack.trainer.core.seeding import generator
-from pack.trainer.data.images import load_pictures, split_off
+from pack.trainer.data.images import load_pictures, split_validation
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.settings.train import TrainCommand
 from pack.trainer.training.runs.index import RunIndex
@@ -62,13 +62,13 @@ def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
 
 def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path: Path) -> None:
     for seed in range(20):
-        taught, held = split_off(world.subject, 2, seed)
+        taught, held = split_validation(world.subject, 2, seed)
         assert (len(taught), len(held)) == (3, 2)
         assert sorted(one.digest for one in [*taught, *held]) == sorted(one.digest for one in world.subject)
-    assert len({tuple(one.digest for one in split_off(world.subject, 2, seed)[1]) for seed in range(20)}) > 3
+    assert len({tuple(one.digest for one in split_validation(world.subject, 2, seed)[1]) for seed in range(20)}) > 3
     recipe = prepared(world, tmp_path)
     assert recipe.cache.validation is not None
-    taught, held = split_off(world.subject, 2, 0)
+    taught, held = split_validation(world.subject, 2, 0)
     alone = [prepared(replace(world, subject=[one]), tmp_path, validation_pictures=0) for one in [*taught, *held]]
     latents = [one.cache.instance.mean[0] for one in alone]
     for found, wanted in zip([*recipe.cache.instance.mean, *recipe.cache.validation.mean], latents, strict=True):
@@ -78,7 +78,7 @@ def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path
 
 def test_a_run_learns_only_from_the_others(world: World, tmp_path: Path) -> None:
     """Bit for bit what a run without the held-out pictures learns, with dropout and a trained text encoder, too."""
-    taught, _ = split_off(world.subject, 2, 0)
+    taught, _ = split_validation(world.subject, 2, 0)
     watched = world.train(tmp_path / "watched", **TOUCHY)
     fewer = replace(world, subject=taught)
     plain = fewer.train(tmp_path / "plain", **{**TOUCHY, "validation_pictures": 0})

@@ -24,7 +24,7 @@ from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.core.errors import AdapterError, CancelledError, StorageError
 from pack.trainer.core.events import Phase
-from pack.trainer.data.image_cache import drawn_picture
+from pack.trainer.data.image_cache import generated_picture
 from pack.trainer.data.images import Picture
 from pack.trainer.evaluation.comparison import (
     Candidate,
@@ -39,7 +39,7 @@ from pack.trainer.evaluation.comparison_report import as_json, as_markdown, plot
 from pack.trainer.evaluation.evaluator import Evaluated, Evaluation, balance, best_of
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.evaluation.generator import CachedGenerator, Drawing, drawings
-from pack.trainer.models.sampling import generate, ready_model
+from pack.trainer.models.sampling import GenerationConfig, generate, ready_model
 from pack.trainer.settings.base import Settings
 from pack.trainer.settings.evaluate import CompareCommand, CompareSettings, DreamBenchCommand, ScoreCommand
 from pack.trainer.training.runs.checkpoint import RunFolder
@@ -138,9 +138,9 @@ def test_every_step_in_every_way_in_order(compared: Comparison, runs: dict[str, 
 def drawn_apart(model: Any, prompts: Sequence[str], how: Drawing) -> list[Picture]:
     way = {"scheduler": how.scheduler, "steps": how.steps, "guidance": how.guidance}
     return [
-        drawn_picture("x.png", prompt, image)
+        generated_picture("x.png", prompt, image)
         for prompt in prompts
-        for image in generate(model, prompt, [5, 6], width=32, height=40, **way)
+        for image in generate(model, prompt, [5, 6], GenerationConfig(width=32, height=40, **way))
     ]
 
 

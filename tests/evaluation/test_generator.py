@@ -17,13 +17,13 @@ from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import Adapter, LoraLayer
 from pack.trainer.core.errors import AdapterError, CancelledError, OutOfMemoryError, StorageError
 from pack.trainer.core.events import Phase
-from pack.trainer.data.image_cache import ImageCache, drawn_picture
+from pack.trainer.data.image_cache import ImageCache, generated_picture
 from pack.trainer.data.images import Picture
 from pack.trainer.evaluation.generator import Adapters, CachedGenerator, Drawing
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import generate, ready_model
+from pack.trainer.models.sampling import GenerationConfig, generate, ready_model
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
 from PIL import Image
@@ -76,7 +76,8 @@ def expected(base: BaseWeights, adapters: Adapters, prompt: str, how: Drawing) -
         merge_into(model, adapter, strength)
     size = {"width": how.width, "height": how.height}
     rest = {"scheduler": how.scheduler, "steps": how.steps, "guidance": how.guidance}
-    return [pixels(generate(model, prompt, [seed], **size, **rest)[0]) for seed in how.seeds]
+    config = GenerationConfig(**size, **rest)
+    return [pixels(generate(model, prompt, [seed], config)[0]) for seed in how.seeds]
 
 
 def assert_alike(pictures: Sequence[Picture], others: Sequence[np.ndarray[Any, Any]]) -> None:
@@ -320,7 +321,7 @@ def test_a_gallery_keeps_pictures_under_any_path(tmp_path: Path) -> None:
     assert not gallery.has("0 ü.png")
     gallery.begin(1, 64 * 48)
     gallery.put("0 ü.png", image)
-    kept, drawn = gallery.picture("0 ü.png", "a dog"), drawn_picture("0 ü.png", "a dog", image)
+    kept, drawn = gallery.picture("0 ü.png", "a dog"), generated_picture("0 ü.png", "a dog", image)
     assert kept.open().tobytes() == drawn.open().tobytes() == image.tobytes()
     assert (kept.name, kept.caption, kept.digest) == (drawn.name, drawn.caption, drawn.digest)
     assert ImageCache(root, {"steps": 2, "prompt": "a photo of ünal's dog 犬"}).has("0 ü.png")

@@ -33,7 +33,7 @@ from pack.trainer.merging.merge import Merged, WeightedAdapter
 from pack.trainer.merging.ziplora import learned_merge
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import denoise, starting_noise
+from pack.trainer.models.sampling import GenerationConfig, denoise, starting_noise
 from pack.trainer.settings.merge import BlockWeight, LearnedMergeSettings, read_block_weights
 from torch import Tensor
 from torch.func import functional_call
@@ -247,7 +247,8 @@ class Reference:
             prompt = self.prompts[index][number % len(self.prompts[index])]
             own, empty = self.said([index], [prompt]), self.said([index], [""])
             noise = starting_noise([settings.seed + number], (4, 8, 8))
-            found.append(denoise(model, noise, own, empty, "ddim", settings.sampling_steps, settings.guidance))
+            config = GenerationConfig(64, 64, "", "ddim", settings.sampling_steps, settings.guidance)
+            found.append(denoise(model, noise, own, empty, config))
         return found
 
     def predicted(

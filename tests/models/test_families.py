@@ -37,7 +37,7 @@ from pack.trainer.models import open as weights
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel, Prediction
 from pack.trainer.models.families.ldm import unet_config
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import generate
+from pack.trainer.models.sampling import GenerationConfig, generate
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
 from safetensors.torch import load_file, save_file
@@ -354,7 +354,8 @@ def test_text_and_pictures_equal_the_pipelines(name: str, tmp_path: Path) -> Non
         width=96,
         generator=torch.Generator().manual_seed(5),
     ).images
-    [ours] = generate(model, PROMPTS[1], [5], negative_prompt="blue", width=96, height=64, steps=3, guidance=4.0)
+    config = GenerationConfig(width=96, height=64, negative_prompt="blue", steps=3, guidance=4.0)
+    [ours] = generate(model, PROMPTS[1], [5], config)
     assert ours.size == (96, 64)
     assert np.asarray(ours).std() > 5
     assert np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int)).max() <= 1  # rounding

@@ -19,7 +19,14 @@ from helpers import DEMO, Recorder
 from pack.trainer.core.errors import CancelledError
 from pack.trainer.models.families.base import DiffusionModel
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import decode_latents, denoise, generate, make_scheduler, starting_noise
+from pack.trainer.models.sampling import (
+    GenerationConfig,
+    decode_latents,
+    denoise,
+    generate,
+    make_scheduler,
+    starting_noise,
+)
 from pack.trainer.settings.train import GenerateSettings, SchedulerName
 from torch import Tensor, nn
 
@@ -62,7 +69,8 @@ def latents_of(
         rows = model.encode_prompts([PROMPT, negative])["text"]
     prompt, without = ({"text": row.expand(len(seeds), -1, -1)} for row in rows)
     noise = starting_noise(seeds, (4, 16, 16))
-    return denoise(model, noise, prompt, without, scheduler, steps, guidance, listener)
+    config = GenerationConfig(width=128, height=128, scheduler=scheduler, steps=steps, guidance=guidance)
+    return denoise(model, noise, prompt, without, config, listener)
 
 
 CASES = [
@@ -107,7 +115,7 @@ def test_pictures_equal_the_pipelines(width: int, height: int, model: DiffusionM
         width=width,
         generator=torch.Generator().manual_seed(5),
     ).images
-    [ours] = generate(model, PROMPT, [5], width=width, height=height, steps=3, guidance=4.0)
+    [ours] = generate(model, PROMPT, [5], GenerationConfig(width=width, height=height, steps=3, guidance=4.0))
     assert ours.size == expected.size == (width, height)
     difference = np.abs(np.asarray(ours, dtype=int) - np.asarray(expected, dtype=int))
     assert difference.max() <= 1  # rounding
@@ -137,8 +145,9 @@ def test_a_seed_is_a_picture(name: SchedulerName, model: DiffusionModel) -> None
 
 
 def test_generate_gives_one_picture_a_seed(model: DiffusionModel) -> None:
-    first, second = generate(model, PROMPT, [8, 9], width=64, height=64, steps=2)
-    [again] = generate(model, PROMPT, [8], width=64, height=64, steps=2)
+    config = GenerationConfig(width=64, height=64, steps=2)
+    first, second = generate(model, PROMPT, [8, 9], config)
+    [again] = generate(model, PROMPT, [8], config)
     difference = np.abs(np.asarray(first, dtype=int) - np.asarray(again, dtype=int))
     assert difference.max() <= 1
     assert first.mode == "RGB"

@@ -14,11 +14,11 @@ from checkpoints import sdxl_checkpoint
 from helpers import DEMO, Recorder
 from pack.trainer.core.errors import CancelledError
 from pack.trainer.data.images import Picture, load_pictures
-from pack.trainer.dreambooth import DreamBooth, Stage, TrainResult, train
+from pack.trainer.dreambooth import DreamBooth, TrainResult, train
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.adapter import TrainableAdapter
+from pack.trainer.training.adapter import StartingPoint, TrainableAdapter
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -58,14 +58,14 @@ class World:
     subject: Sequence[Picture]
     priors: Sequence[Picture] = ()
 
-    def recipe(self, folder: Path, listener: Any = None, *, stage: Stage | None = None, **changes: Any) -> DreamBooth:
+    def recipe(self, folder: Path, listener: Any = None, *, stage: StartingPoint | None = None, **changes: Any) -> DreamBooth:
         """A run that has not begun, with its files below `folder`."""
         settings, cpu = TrainSettings(**{**COMMON, **changes}), torch.device("cpu")
         listener = listener or Recorder()
         places = (folder / "loras", folder / "runs", cpu, listener, stage, folder / "checkpoints")
         return DreamBooth(self.base, self.subject, self.priors, settings, *places)
 
-    def train(self, folder: Path, listener: Any = None, *, stage: Stage | None = None, **changes: Any) -> TrainResult:
+    def train(self, folder: Path, listener: Any = None, *, stage: StartingPoint | None = None, **changes: Any) -> TrainResult:
         """A whole run, with its files below `folder`."""
         settings, checkpoints = TrainSettings(**{**COMMON, **changes}), folder / "checkpoints"
         places = (folder / "loras", folder / "runs", "cpu", listener or Recorder())

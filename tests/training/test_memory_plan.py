@@ -11,7 +11,7 @@ import torch
 from helpers import Recorder
 from pack.trainer.__main__ import main
 from pack.trainer.data.batches import draw_batches
-from pack.trainer.data.latent_cache import Cache, LatentSet
+from pack.trainer.data.latent_cache import LatentCache, LatentDataset
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.memory import fit as fitting
 from pack.trainer.training.memory.fit import MemoryBudget, told
@@ -259,17 +259,17 @@ def test_what_is_tried_comes_fastest_first() -> None:
     assert memory_savings(settings_of(batch_size=6, dropout=0.1)) == [MemorySaving(False), MemorySaving(True)]
 
 
-def latents(count: int) -> LatentSet:
+def latents(count: int) -> LatentDataset:
     values = torch.randn((2, count, 1, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     captions = [torch.tensor([number]) for number in range(count)]
     size, order, masks = torch.zeros(count, 6), list(range(count)), [None] * count
-    return LatentSet(list(values[0]), list(values[1].exp()), captions, size, order, masks)
+    return LatentDataset(list(values[0]), list(values[1].exp()), captions, size, order, masks)
 
 
 @pytest.mark.parametrize("split", [2, 3, 6])
 def test_a_batch_in_parts_has_the_same_samples(split: int) -> None:
     settings = settings_of(batch_size=6, gradient_accumulation=2, flip=False)
-    cache = Cache(latents(5), None, None, {"ids": torch.zeros(5, 4)}, None)
+    cache = LatentCache(latents(5), None, None, {"ids": torch.zeros(5, 4)}, None)
 
     def samples(settings: TrainSettings) -> list[torch.Tensor]:
         found = [

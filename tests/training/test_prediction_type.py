@@ -21,7 +21,7 @@ from pack.trainer.dreambooth import train
 from pack.trainer.models.families.base import CHOSEN, BaseWeights, Conditioning
 from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import generate, make_scheduler
+from pack.trainer.models.sampling import GenerationConfig, generate, make_scheduler
 from pack.trainer.settings.train import SchedulerName, TrainSettings
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -208,7 +208,8 @@ def test_every_sampler_draws_finite_pictures_from_pure_noise(
     seen: list[Tensor] = []
     decode = rescaled.vae.decode
     monkeypatch.setattr(rescaled.vae, "decode", lambda *given, **more: seen.extend(given) or decode(*given, **more))
-    [picture] = generate(rescaled, "red dog", [1], width=64, height=64, scheduler=scheduler, steps=steps)
+    config = GenerationConfig(width=64, height=64, scheduler=scheduler, steps=steps)
+    [picture] = generate(rescaled, "red dog", [1], config)
     assert all(torch.isfinite(latents).all() and latents.abs().max() < 1000 for latents in seen)
     low, high = min(low for low, _ in picture.getextrema()), max(high for _, high in picture.getextrema())
     assert high - low > 20

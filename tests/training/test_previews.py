@@ -24,7 +24,7 @@ from pack.trainer.evaluation.evaluator import Evaluation
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import generate, ready_model
+from pack.trainer.models.sampling import GenerationConfig, generate, ready_model
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.runs.checkpoint import RunFolder
 from pack.trainer.training.runs.metrics import RecordedListener, read_metrics
@@ -178,11 +178,11 @@ def drawn_by(base: BaseWeights, run: Path, step: int) -> dict[str, np.ndarray[An
     adapter = run / f"step-{step:08d}" / "adapter.safetensors"
     if adapter.is_file():
         merge_into(model, read_adapter(adapter), 1.0)
-    found = {}
+    found, config = {}, GenerationConfig(width=64, height=64, steps=2, guidance=3.0)
     for kind, prompts in (("subject", PROMPTS), ("class", CLASS_PROMPTS)):
         for number, prompt in enumerate(prompts):
             for index, seed in enumerate((7, 8)):
-                [image] = generate(model, prompt, [seed], width=64, height=64, steps=2, guidance=3.0)
+                [image] = generate(model, prompt, [seed], config)
                 found[f"{kind}-{number:02d}-{index:02d}.png"] = np.asarray(image, dtype=int)
     return found
 

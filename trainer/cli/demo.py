@@ -15,7 +15,7 @@ from ..core.figures import SheetRow, contact_sheet
 from ..core.files import read_toml
 from ..models.families.base import DiffusionModel
 from ..models.open import open_base
-from ..models.sampling import generate, ready_model
+from ..models.sampling import GenerationConfig, generate, ready_model
 from ..settings.train import GenerateSettings, TrainCommand
 from .train import run_train
 
@@ -62,13 +62,11 @@ def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
 
 def _draw(model: DiffusionModel, prompt: str, settings: GenerateSettings) -> list[Image.Image]:
     width, height = settings.width_height
-    return generate(
-        model,
-        prompt,
-        _SEEDS,
+    config = GenerationConfig(
         width=width,
         height=height,
         scheduler=settings.scheduler,
         steps=settings.steps,
         guidance=settings.guidance,
     )
+    return generate(model, prompt, _SEEDS, config)

@@ -20,7 +20,7 @@ from ..core.errors import SettingsError
 from ..core.events import Listener, Note, SilentListener
 from ..core.files import explained_os_errors, write_atomic
 from ..core.prompts import without_token
-from ..data.class_images import make_class_pictures
+from ..data.class_images import generate_class_images
 from ..data.images import load_pictures
 from ..dreambooth import train
 from ..evaluation.evaluator import DRIFT, FIDELITY, FOLLOWING, Evaluation
@@ -29,7 +29,7 @@ from ..evaluation.generator import CachedGenerator, Drawing
 from ..models.families.base import BaseWeights
 from ..settings.evaluate import DreamBenchCommand
 from ..settings.train import PriorSettings, TrainSettings
-from ..training.export import StartingPoint
+from ..training.adapter import StartingPoint
 from ..training.preflight import require_trainable
 
 PROMPTS_FILE = "prompts_and_classes.txt"
@@ -168,7 +168,7 @@ def _bench(
             }
         )
         root = output / "class-pictures"
-        priors = make_class_pictures(base, wanted, settings.resolution, root, device, precision, listener)
+        priors = generate_class_images(base, wanted, settings.resolution, root, device, precision, listener)
     training, runs = _training(settings, name=subject.name), output / "runs"
     pictures, stage = evaluation.references, StartingPoint(start)
     result = train(base, pictures, priors, training, output, runs, settings.device, listener, stage=stage)

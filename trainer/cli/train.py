@@ -17,19 +17,19 @@ from ..core.distributed import ProcessGroup
 from ..core.errors import PicturesError, SettingsError
 from ..core.events import Listener, Phase
 from ..core.files import explained_os_errors, require_writable
-from ..data.class_images import make_class_pictures, priors_folder
-from ..data.folder import Reading
+from ..data.class_images import class_images_folder, generate_class_images
+from ..data.folder import AnnotationOptions
 from ..data.image_check import check_pictures
-from ..data.images import Picture, load_pictures, split_off
-from ..dreambooth import train
+from ..data.images import Picture, load_pictures, split_validation
+from ..dreambooth import TrainResult, train
 from ..models.families.base import BaseWeights
 from ..models.nf4 import require_quantizable
 from ..models.open import open_base
-from ..models.sampling import generate, ready_model
+from ..models.sampling import GenerationConfig, generate, ready_model
 from ..settings.data import SubjectTable
 from ..settings.model import BaseSettings
 from ..settings.train import GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
-from ..training.export import StartingPoint, TrainResult
+from ..training.adapter import StartingPoint
 from ..training.preflight import require_trainable
 from ..training.presets import apply_preset
 
@@ -48,7 +48,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
         if one.class_images
         for picture in _class_images(one.class_images, one, listener)
     ]
-    split_off(pictures, settings.validation_pictures, settings.seed)  # its error comes before the class pictures
+    split_validation(pictures, settings.validation_pictures, settings.seed)  # its error comes before the class pictures
     start = read_adapter(settings.start_from) if settings.start_from else None
     stacked = read_adapters(settings.base_lora)
     base = apply_to_base(open_settings(settings), stacked)
@@ -67,8 +67,8 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener, stage=stage)
 
 
-def _reading(subject: SubjectTable) -> Reading:
-    return Reading(subject.captions, subject.masks, subject.repeats, subject.token, subject.class_noun)
+def _reading(subject: SubjectTable) -> AnnotationOptions:
+    return AnnotationOptions(subject.captions, subject.masks, subject.repeats, subject.token, subject.class_noun)
 
 
 def _class_images(path: Path, subject: SubjectTable, listener: Listener) -> list[Picture]:
@@ -77,7 +77,7 @@ def _class_images(path: Path, subject: SubjectTable, listener: Listener) -> list
     Raises:
         PicturesError: They can't be used, or have no caption.
     """
-    reading = Reading(token=subject.token, noun=subject.class_noun)
+    reading = AnnotationOptions(token=subject.token, noun=subject.class_noun)
     pictures = load_pictures(path, subject.class_prompt, listener, reading)
     if not all(picture.caption for picture in pictures):
         raise PicturesError(f"The class pictures in {path} have no captions.", "Give class_prompt: 'a photo of a dog'.")
@@ -95,7 +95,7 @@ def run_priors(settings: PriorsCommand, listener: Listener) -> Path:
     base = apply_to_base(open_settings(settings), read_adapters(settings.base_lora))
     _class_pictures(base, settings, settings.resolution, settings, listener)
     precision = pick_precision(settings.precision, pick_device(settings.device))
-    return priors_folder(_priors_root(settings.output_dir), base, settings, settings.resolution, precision)
+    return class_images_folder(_priors_root(settings.output_dir), base, settings, settings.resolution, precision)
 
 
 def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
@@ -107,6 +107,14 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
     for adapter, strength in loaded:
         merge_into(model, adapter, strength)
     width, height = settings.width_height
+    config = GenerationConfig(
+        width=width,
+        height=height,
+        negative_prompt=settings.negative_prompt,
+        scheduler=settings.scheduler,
+        steps=settings.steps,
+        guidance=settings.guidance,
+    )
     paths = []
     for number in range(settings.count):
         listener.report(Phase("pictures", number, settings.count))
@@ -115,13 +123,8 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
                 model,
                 settings.prompt,
                 [settings.seed + number],
-                width=width,
-                height=height,
-                negative_prompt=settings.negative_prompt,
-                scheduler=settings.scheduler,
-                steps=settings.steps,
-                guidance=settings.guidance,
-                listener=listener,
+                config,
+                listener,
             )
         path = settings.output
         if settings.count > 1:
@@ -197,4 +200,4 @@ def _class_pictures(
     device = pick_device(where.device)
     precision = pick_precision(where.precision, device)
     root = _priors_root(where.output_dir)
-    return make_class_pictures(base, priors, resolution, root, device, precision, listener)
+    return generate_class_images(base, priors, resolution, root, device, precision, listener)

@@ -12,9 +12,9 @@ from torch import Tensor
 from ..core.seeding import Draw, draw
 from ..models.objective import perturbed_noise, shaped_noise, timestep_at
 from ..settings.train import TrainSettings
-from .latent_cache import Cache, LatentSet
+from .latent_cache import LatentCache, LatentDataset
 
-ALONE = (0, 1)
+SINGLE_PROCESS = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Batch:
 
 
 def draw_batches(
-    cache: Cache,
+    cache: LatentCache,
     settings: TrainSettings,
     step: int,
     micro: int,
     timesteps: int,
     device: torch.device,
-    share: tuple[int, int] = ALONE,
+    share: tuple[int, int] = SINGLE_PROCESS,
 ) -> Iterator[Batch]:
     """The samples of one micro-batch: `batch_size` of the subject and as many of the class, a batch for each shape.
 
@@ -78,12 +78,12 @@ def draw_batches(
             sample = _sample(latents, one, settings, timesteps, empty, weight / settings.batch_size)
             found.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
     for samples in found.values():
-        yield joined(samples).to(device)
+        yield collate(samples).to(device)
 
 
 def _draws(
     kind: str,
-    latents: LatentSet,
+    latents: LatentDataset,
     settings: TrainSettings,
     step: int,
     micro: int,
@@ -101,7 +101,7 @@ def _draws(
 
 
 def _sample(
-    latents: LatentSet, drawn: Draw, settings: TrainSettings, timesteps: int, empty: int | None, weight: float
+    latents: LatentDataset, drawn: Draw, settings: TrainSettings, timesteps: int, empty: int | None, weight: float
 ) -> Batch:
     """One sample, as a batch on the CPU."""
     picture = latents.order[drawn.item]
@@ -122,7 +122,7 @@ def _sample(
     )
 
 
-def joined(samples: Sequence[Batch]) -> Batch:
+def collate(samples: Sequence[Batch]) -> Batch:
     """Samples of one shape in one batch; those without a mask get one of ones if others have one."""
     masked = [one.masks for one in samples if one.masks is not None]
     masks = None

@@ -112,7 +112,7 @@ def open_captioner(source: str, device: torch.device, *, download: bool = False)
     return Captioner(title_of(source), network.eval(), processor, tokenizer)
 
 
-def worded(caption: str, settings: CaptionSettings) -> str:
+def apply_template(caption: str, settings: CaptionSettings) -> str:
     """BLIP's words with the subject's: "a dog on a sofa" → "a sks dog on a sofa".
 
     The rare word stands where the template says {token}; else before the class noun in the caption; else it and the
@@ -163,7 +163,7 @@ def caption_pictures(
         images = [image for _, image in opened]
         found = captioner.describe(images, settings.text, beams=settings.beams, max_tokens=settings.max_tokens)
         for (picture, _), words in zip(opened, found, strict=True):
-            yield picture, worded(words, settings)
+            yield picture, apply_template(words, settings)
     listener.report(Phase("captions", len(pictures), len(pictures)))
 
 

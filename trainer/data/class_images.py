@@ -13,13 +13,13 @@ import torch
 from ..core.devices import explained_memory_errors, release
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..models.families.base import BaseWeights
-from ..models.sampling import generate, ready_model
+from ..models.sampling import GenerationConfig, generate, ready_model
 from ..settings.train import PriorSettings
 from .image_cache import ImageCache
 from .images import Picture
 
 
-def priors_folder(root: Path, base: BaseWeights, settings: PriorSettings, resolution: int, precision: str) -> Path:
+def class_images_folder(root: Path, base: BaseWeights, settings: PriorSettings, resolution: int, precision: str) -> Path:
     """The folder that belongs to these settings, below `root`."""
     return _gallery(root, base, settings, resolution, precision).folder
 
@@ -39,7 +39,7 @@ def _gallery(root: Path, base: BaseWeights, settings: PriorSettings, resolution:
     return ImageCache(root, what)
 
 
-def make_class_pictures(
+def generate_class_images(
     base: BaseWeights,
     settings: PriorSettings,
     resolution: int,
@@ -92,6 +92,13 @@ def _make(
     listener: Listener,
 ) -> None:
     model = ready_model(base, device, precision)
+    config = GenerationConfig(
+        width=resolution,
+        height=resolution,
+        scheduler=settings.prior_scheduler,
+        steps=settings.prior_steps,
+        guidance=settings.prior_guidance,
+    )
     total, done = len(names), len(names) - len(missing)
     for start in range(0, len(missing), settings.prior_batch_size):
         listener.report(Phase("class pictures", done, total))
@@ -101,12 +108,8 @@ def _make(
             model,
             settings.class_prompt,
             [settings.prior_seed + number for number in numbers],
-            width=resolution,
-            height=resolution,
-            scheduler=settings.prior_scheduler,
-            steps=settings.prior_steps,
-            guidance=settings.prior_guidance,
-            listener=listener,
+            config,
+            listener,
         )
         for number, image in zip(numbers, images, strict=True):
             gallery.put(names[number], image)

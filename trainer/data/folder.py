@@ -36,7 +36,7 @@ _MASK_FOLDER = "masks"
 
 
 @dataclass(frozen=True)
-class Reading:
+class AnnotationOptions:
     """How a subject's files are read.
 
     Attributes:
@@ -82,7 +82,7 @@ def is_picture(name: str) -> bool:
     return ending in _FOREIGN_ENDINGS or ending in Image.registered_extensions()
 
 
-def find_picture_files(path: Path, reading: Reading, prompt: str, listener: Listener) -> list[PictureFile]:
+def find_picture_files(path: Path, reading: AnnotationOptions, prompt: str, listener: Listener) -> list[PictureFile]:
     """The picture files of a folder or zip file, ordered by name.
 
     Args:
@@ -187,7 +187,7 @@ def _zip_files(path: Path, archive: zipfile.ZipFile) -> Files:
 
 
 def _read_all(
-    files: Files, reading: Reading, prompt: str, listener: Listener, *, keep: bool = False
+    files: Files, reading: AnnotationOptions, prompt: str, listener: Listener, *, keep: bool = False
 ) -> list[PictureFile]:
     """Read every picture once; `keep` its content where it can't be read again."""
     names = sorted(name for name in files if is_picture(name))
@@ -252,7 +252,7 @@ def _captions_beside(files: Files) -> dict[str, str]:
     return found
 
 
-def _caption(name: str, described: Mapping[str, str], reading: Reading) -> tuple[str, int]:
+def _caption(name: str, described: Mapping[str, str], reading: AnnotationOptions) -> tuple[str, int]:
     """A picture's own caption, if it has one without a file beside it, and its repeats."""
     path = PurePosixPath(name)
     folder = _REPEATED.fullmatch(path.parent.name)

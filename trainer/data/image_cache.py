@@ -61,7 +61,7 @@ class ImageCache:
         Raises:
             StorageError: It can't be read.
         """
-        return kept_picture(self.folder / name, caption)
+        return stored_picture(self.folder / name, caption)
 
 
 def as_png(image: Image.Image) -> bytes:
@@ -71,7 +71,7 @@ def as_png(image: Image.Image) -> bytes:
     return stream.getvalue()
 
 
-def kept_picture(path: Path, caption: str) -> Picture:
+def stored_picture(path: Path, caption: str) -> Picture:
     """A picture file.
 
     Raises:
@@ -82,7 +82,7 @@ def kept_picture(path: Path, caption: str) -> Picture:
     return Picture(path.name, caption, digest, lambda: decode(path.read_bytes()))
 
 
-def drawn_picture(name: str, caption: str, image: Image.Image) -> Picture:
+def generated_picture(name: str, caption: str, image: Image.Image) -> Picture:
     """A picture that was just drawn and lies nowhere."""
     content = as_png(image)
     return Picture(name, caption, hashlib.sha256(content).hexdigest(), partial(decode, content))

@@ -18,21 +18,21 @@ from ..core.events import Listener, Note, Phase, stop_if_asked
 from .images import Picture
 
 Array = NDArray[np.float32]
-SIDE = 640  # longer side, in pixels, at which pictures are measured
-SAME = 10  # bits of 64 in which the hashes of two look-alikes differ at most
+MEASURED_SIDE = 640  # longer side, in pixels, at which pictures are measured
+MAX_HASH_DISTANCE = 10  # bits of 64 in which the hashes of two look-alikes differ at most
 # The next five are from photographs as they are and blurred by a Gaussian of 1 to 5 pixels, and from drawings.
-STEEP = 0.12  # a picture whose steepest edges rise less per pixel is blurred, whatever the others are like
-STEEP_BESIDE = 0.2  # so is one below this and below 0.4 of what its set has
-BLURRED = 0.5  # of Crété's measure: sharp photographs have up to 0.45
-DARK = 45  # of 255: almost all of a dark picture is below it
-EMPTY = 0.01  # share of the pixels that have another colour than most
+MIN_STEEPNESS = 0.12  # a picture whose steepest edges rise less per pixel is blurred, whatever the others are like
+MIN_STEEPNESS_IN_SET = 0.2  # so is one below this and below 0.4 of what its set has
+MAX_BLUR = 0.5  # of Crété's measure: sharp photographs have up to 0.45
+MIN_BRIGHTNESS = 45  # of 255: almost all of a dark picture is below it
+MIN_DETAIL = 0.01  # share of the pixels that have another colour than most
 _SCALED_UP = 1.1  # times; less is not seen
 _NAMES = 6  # files that a message names
 _BATCH, _THREADS = 32, 2
 
 
 @dataclass(frozen=True)
-class Look:
+class PictureMeasurements:
     """What was measured of one picture.
 
     Attributes:
@@ -66,29 +66,29 @@ def check_pictures(pictures: Sequence[Picture], resolution: int, listener: Liste
         CancelledError: The listener asked to stop.
     """
     different = list({picture.digest: picture for picture in reversed(pictures)}.values())[::-1]
-    looks: list[Look] = []
+    looks: list[PictureMeasurements] = []
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:  # Pillow decodes and scales without Python's lock
         for start in range(0, len(different), _BATCH):
             if start:
                 listener.report(Phase("looking at pictures", start, len(different)))
                 stop_if_asked(listener)
-            found = pool.map(look_at, different[start : start + _BATCH])
+            found = pool.map(measure_picture, different[start : start + _BATCH])
             looks += [look for look in found if look is not None]
     for text in image_advice(looks, resolution):
         listener.report(Note(text, warning=True))
 
 
-def look_at(picture: Picture) -> Look | None:
+def measure_picture(picture: Picture) -> PictureMeasurements | None:
     """Measure a picture; None if it can't be opened any more, which whoever needs it will say."""
     try:
         image = picture.open()
     except (ValueError, OSError):
         return None
-    scale = min(1.0, SIDE / max(image.size))
+    scale = min(1.0, MEASURED_SIDE / max(image.size))
     width, height = (max(2, round(side * scale)) for side in image.size)
     small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
     grey = np.asarray(small.convert("L"), dtype=np.float32)
-    return Look(
+    return PictureMeasurements(
         picture.name,
         image.size,
         perceptual_hash(small),
@@ -165,29 +165,29 @@ def detail(pixels: Array) -> float:
     return float((np.abs(pixels - middle).max(axis=2) > 12).mean())
 
 
-def look_alikes(hashes: Sequence[int]) -> list[list[int]]:
+def near_duplicates(hashes: Sequence[int]) -> list[list[int]]:
     """Groups of two or more hashes, by place, each of which is near to another of its group."""
     groups: list[list[int]] = []
     for at, one in enumerate(hashes):
-        near = [group for group in groups if any((one ^ hashes[other]).bit_count() <= SAME for other in group)]
+        near = [group for group in groups if any((one ^ hashes[other]).bit_count() <= MAX_HASH_DISTANCE for other in group)]
         groups = [group for group in groups if group not in near]
         groups.append(sorted([at, *(other for group in near for other in group)]))
     return sorted(group for group in groups if len(group) > 1)
 
 
-def image_advice(looks: Sequence[Look], resolution: int) -> list[str]:
+def image_advice(looks: Sequence[PictureMeasurements], resolution: int) -> list[str]:
     """What to do about these pictures; a sentence or two for each kind of trouble.
 
     Args:
         looks: Of every picture.
         resolution: Side of the square that is trained on, in pixels.
     """
-    empty = [one for one in looks if one.detail < EMPTY]
-    full = [one for one in looks if one.detail >= EMPTY]
+    empty = [one for one in looks if one.detail < MIN_DETAIL]
+    full = [one for one in looks if one.detail >= MIN_DETAIL]
     found = []
     if empty:
         found.append(f"{_named(empty)} {_is(empty)} nearly empty, of one colour: leave {_it(empty)} out.")
-    for group in look_alikes([one.hash for one in full]):
+    for group in near_duplicates([one.hash for one in full]):
         alike = [full[at] for at in group]
         found.append(f"{_named(alike)} look almost the same: keep the best one, or the model learns it by heart.")
     if too_small := [one for one in looks if resolution / min(one.size) > _SCALED_UP]:
@@ -198,18 +198,18 @@ def image_advice(looks: Sequence[Look], resolution: int) -> list[str]:
             found.append(f"{text}. If that is not the style you want, take sharper pictures.")
         else:
             found.append(f"{_named(blurred)} {_is(blurred)} blurred: take {_one(blurred, 'sharper')}.")
-    if dark := [one for one in full if one.light < DARK]:
+    if dark := [one for one in full if one.light < MIN_BRIGHTNESS]:
         found.append(f"{_named(dark)} {_is(dark)} very dark: brighten {_it(dark)}, or leave {_it(dark)} out.")
     return found
 
 
-def _blurred(looks: Sequence[Look]) -> list[Look]:
+def _blurred(looks: Sequence[PictureMeasurements]) -> list[PictureMeasurements]:
     usual = float(np.median([one.steepness for one in looks])) if looks else 0.0
-    limit = max(STEEP, min(STEEP_BESIDE, 0.4 * usual))
-    return [one for one in looks if one.steepness < limit and one.blur > BLURRED]
+    limit = max(MIN_STEEPNESS, min(MIN_STEEPNESS_IN_SET, 0.4 * usual))
+    return [one for one in looks if one.steepness < limit and one.blur > MAX_BLUR]
 
 
-def _small(looks: Sequence[Look], resolution: int) -> str:
+def _small(looks: Sequence[PictureMeasurements], resolution: int) -> str:
     names = _named(looks, lambda one: f"{one.name} ({one.size[0]}×{one.size[1]})")
     most = max(resolution / min(one.size) for one in looks)
     times = f"{most:.1f} times" if len(looks) == 1 else f"up to {most:.1f} times"
@@ -219,7 +219,7 @@ def _small(looks: Sequence[Look], resolution: int) -> str:
     )
 
 
-def _named(looks: Sequence[Look], name: Callable[[Look], str] = lambda one: one.name) -> str:
+def _named(looks: Sequence[PictureMeasurements], name: Callable[[PictureMeasurements], str] = lambda one: one.name) -> str:
     names = [name(one) for one in looks[:_NAMES]]
     more = len(looks) - len(names)
     return _listed([*names, f"{more} more"] if more else names)
@@ -229,13 +229,13 @@ def _listed(names: Sequence[str]) -> str:
     return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
-def _is(looks: Sequence[Look]) -> str:
+def _is(looks: Sequence[PictureMeasurements]) -> str:
     return "is" if len(looks) == 1 else "are"
 
 
-def _it(looks: Sequence[Look]) -> str:
+def _it(looks: Sequence[PictureMeasurements]) -> str:
     return "it" if len(looks) == 1 else "them"
 
 
-def _one(looks: Sequence[Look], better: str) -> str:
+def _one(looks: Sequence[PictureMeasurements], better: str) -> str:
     return f"a {better} one" if len(looks) == 1 else f"{better} ones"

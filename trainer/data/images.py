@@ -21,7 +21,7 @@ from ..core.errors import PicturesError
 from ..core.events import Listener, Note
 from ..core.prompts import fill_placeholders, split_prompts
 from ..core.seeding import generator
-from .folder import PictureFile, Reading, find_picture_files
+from .folder import AnnotationOptions, PictureFile, find_picture_files
 
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 32
@@ -165,7 +165,7 @@ def crop(image: Image.Image, width: int, height: int) -> Image.Image:
     return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
 
 
-def crop_place(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int, int, int]:
+def size_conditioning(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int, int, int]:
     """What `crop` does to a picture, as SDXL is told it.
 
     Args:
@@ -196,7 +196,7 @@ def load_pictures(
     source: Path | Sequence[Tensor],
     prompt: str,
     listener: Listener,
-    reading: Reading | None = None,
+    reading: AnnotationOptions | None = None,
     *,
     captions: Sequence[str] = (),
     masks: Sequence[Tensor] = (),
@@ -218,7 +218,7 @@ def load_pictures(
         PicturesError: The place is missing, empty or unreadable, a zip entry points outside, no picture is good, or
             there are more or fewer captions or masks than pictures.
     """
-    reading = reading or Reading()
+    reading = reading or AnnotationOptions()
     prompts = split_prompts(fill_placeholders(prompt, reading.token, reading.noun)) or [""]
     if isinstance(source, Path):
         files = find_picture_files(source, reading, prompts[0], listener)
@@ -251,7 +251,7 @@ def load_pictures(
     return good
 
 
-def split_off(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:
+def split_validation(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:
     """Pictures to train on, and `count` others by chance that are held out, both in their order.
 
     Raises:
@@ -311,7 +311,7 @@ def _place(source: Path | Sequence[Tensor]) -> str:
     return str(source) if isinstance(source, Path) else "the connected images"
 
 
-def _from_file(file: PictureFile, prompts: Sequence[str], reading: Reading) -> Picture:
+def _from_file(file: PictureFile, prompts: Sequence[str], reading: AnnotationOptions) -> Picture:
     captions = [file.caption] if file.caption else prompts
     read, mask_digest = file.read, ""
     mask: Callable[[], Image.Image] | None = None
@@ -335,7 +335,7 @@ def _from_file(file: PictureFile, prompts: Sequence[str], reading: Reading) -> P
 def _from_tensors(
     tensors: Sequence[Tensor],
     prompts: Sequence[str],
-    reading: Reading,
+    reading: AnnotationOptions,
     captions: Sequence[str],
     masks: Sequence[Tensor],
 ) -> Iterator[Picture]:

@@ -24,14 +24,14 @@ from ..core.seeding import Draw, generator
 from ..models.families.base import Conditioning, DiffusionModel
 from ..settings.train import TrainSettings
 from .buckets import bucket_shapes, nearest_shape
-from .images import Picture, crop, crop_place, mask_weights, to_pixels
+from .images import Picture, crop, mask_weights, size_conditioning, to_pixels
 
 _KINDS = ("instance", "prior", "validation")
 _SHUFFLED = 16  # orders of a caption's parts that are encoded, at the most
 
 
 @dataclass(frozen=True)
-class LatentSet:
+class LatentDataset:
     """The pictures of one kind, ready for training.
 
     Attributes:
@@ -80,7 +80,7 @@ class LatentSet:
         return found
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LatentSet:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LatentDataset:
         """What `tensors` gave.
 
         Raises:
@@ -95,7 +95,7 @@ class LatentSet:
 
 
 @dataclass(frozen=True)
-class Cache:
+class LatentCache:
     """Everything that a run's steps read.
 
     Attributes:
@@ -106,9 +106,9 @@ class Cache:
         empty: Row of the empty caption; None if it is not needed.
     """
 
-    instance: LatentSet
-    prior: LatentSet | None
-    validation: LatentSet | None
+    instance: LatentDataset
+    prior: LatentDataset | None
+    validation: LatentDataset | None
     text: Conditioning
     empty: int | None
 
@@ -118,7 +118,7 @@ class Cache:
 
         tensors = {f"text.{name}": rows.contiguous() for name, rows in self.text.items()}
         for kind in _KINDS:
-            latents: LatentSet | None = getattr(self, kind)
+            latents: LatentDataset | None = getattr(self, kind)
             if latents is not None:
                 tensors |= {f"{kind}.{name}": part for name, part in latents.tensors().items()}
         if self.empty is not None:
@@ -126,15 +126,15 @@ class Cache:
         write_atomic(path, save(tensors))
 
     @classmethod
-    def load(cls, path: Path) -> Cache | None:
+    def load(cls, path: Path) -> LatentCache | None:
         """Read a saved cache; None if there is none, or it is damaged or of an older version."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
             tensors = load(path.read_bytes())
-            sets: dict[str, LatentSet | None] = {
-                kind: LatentSet.from_tensors(_below(tensors, kind)) if f"{kind}.size" in tensors else None
+            sets: dict[str, LatentDataset | None] = {
+                kind: LatentDataset.from_tensors(_below(tensors, kind)) if f"{kind}.size" in tensors else None
                 for kind in _KINDS
             }
         except (OSError, SafetensorError, ValueError, KeyError):
@@ -156,7 +156,7 @@ def build_cache(
     settings: TrainSettings,
     device: torch.device,
     listener: Listener,
-) -> Cache:
+) -> LatentCache:
     """Encode all pictures and captions.
 
     Args:
@@ -184,7 +184,7 @@ def build_cache(
                 Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True)
             )
     text = encode_captions(model, list(rows), device, settings.text_rates)
-    leave(model, settings.text_rates)  # before the autoencoder comes
+    drop_frozen_text_encoders(model, settings.text_rates)  # before the autoencoder comes
     release(device)
     latents = {}
     with torch.no_grad():
@@ -205,7 +205,7 @@ def build_cache(
     release(device)
     instance = latents["instance"]
     assert instance is not None
-    return Cache(instance, latents.get("prior"), latents.get("validation"), text, rows.get(""))
+    return LatentCache(instance, latents.get("prior"), latents.get("validation"), text, rows.get(""))
 
 
 def _captions(picture: Picture, settings: TrainSettings | None) -> list[str]:
@@ -221,13 +221,13 @@ def _captions(picture: Picture, settings: TrainSettings | None) -> list[str]:
 
 def _set(
     pictures: Sequence[Picture], encoded: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], captions: list[Tensor]
-) -> LatentSet:
+) -> LatentDataset:
     mean, std, sizes, masks = zip(*encoded, strict=True)
     order = [number for number, picture in enumerate(pictures) for _ in range(picture.repeats)]
-    return LatentSet(mean, std, captions, torch.stack(sizes), order, masks)
+    return LatentDataset(mean, std, captions, torch.stack(sizes), order, masks)
 
 
-def leave(model: DiffusionModel, trained: Collection[str]) -> None:
+def drop_frozen_text_encoders(model: DiffusionModel, trained: Collection[str]) -> None:
     """Drop the text encoders that are not trained; what they say is encoded."""
     for name in [name for name in model.text_encoders if name not in trained]:
         del model.text_encoders[name]
@@ -241,12 +241,12 @@ def encode_captions(
     for name, network in model.text_encoders.items():
         if name not in trained:
             to_device(network, device, torch.float32)
-            encoded = encode_in_batches(model, name, text[f"ids{name.removeprefix('text_encoder')}"])
+            encoded = encode_tokens_in_batches(model, name, text[f"ids{name.removeprefix('text_encoder')}"])
             text |= {part: rows.cpu() for part, rows in encoded.items()}
     return text
 
 
-def encode_in_batches(model: DiffusionModel, encoder: str, ids: Tensor) -> Conditioning:
+def encode_tokens_in_batches(model: DiffusionModel, encoder: str, ids: Tensor) -> Conditioning:
     """What one text encoder says of tokens (prompts, tokens), sixteen prompts at a time; carries no gradient."""
     with torch.no_grad():
         batches = [model.encode_tokens(encoder, part) for part in torch.split(ids, 16)]
@@ -262,7 +262,7 @@ def _encoded(
     if settings.aspect_buckets:
         shape = nearest_shape(image.size, bucket_shapes(side, settings.bucket_step))
     mean, std = _posterior(vae, picture.name, to_pixels(crop(image, *shape)), flip, device)
-    size = torch.tensor(crop_place(image.size, *shape), dtype=torch.float32)
+    size = torch.tensor(size_conditioning(image.size, *shape), dtype=torch.float32)
     if picture.mask is None:
         return mean, std, size, None
     mask = crop(picture.mask().resize(image.size), *shape)

@@ -15,7 +15,7 @@ from ..core.events import Listener, Phase, stop_if_asked
 from ..data.image_cache import ImageCache
 from ..data.images import Picture
 from ..models.families.base import BaseWeights, DiffusionModel
-from ..models.sampling import generate, ready_model
+from ..models.sampling import GenerationConfig, generate, ready_model
 from ..settings.evaluate import CompareSettings
 from ..settings.train import SchedulerName
 
@@ -31,7 +31,7 @@ class Drawing:
         seed: Of the first.
         width: Pixels; a multiple of 8.
         height: Pixels; a multiple of 8.
-        scheduler: See `sample.make_scheduler`.
+        scheduler: See `sampling.make_scheduler`.
         steps: Denoising steps.
         guidance: Classifier-free guidance.
         batch: Pictures at once; what is drawn does not depend on it, but for rounding.
@@ -107,12 +107,14 @@ class CachedGenerator:
                         model,
                         prompt,
                         [drawing.seeds[number] for number in numbers],
-                        width=drawing.width,
-                        height=drawing.height,
-                        scheduler=drawing.scheduler,
-                        steps=drawing.steps,
-                        guidance=drawing.guidance,
-                        listener=self.listener,
+                        GenerationConfig(
+                            width=drawing.width,
+                            height=drawing.height,
+                            scheduler=drawing.scheduler,
+                            steps=drawing.steps,
+                            guidance=drawing.guidance,
+                        ),
+                        self.listener,
                     )
                     for number, image in zip(numbers, images, strict=True):
                         gallery.put(f"{number:05d}.png", image)

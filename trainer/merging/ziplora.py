@@ -29,7 +29,7 @@ from ..core.prompts import split_prompts
 from ..core.seeding import generator
 from ..core.throughput import Throughput
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel, as_ordinary
-from ..models.sampling import denoise, starting_noise
+from ..models.sampling import GenerationConfig, denoise, starting_noise
 from ..settings.merge import LearnedMergeSettings, MergeSettings
 from .deltas import Delta, to_delta
 from .merge import Merged, WeightedAdapter, aligned, merge, require_layers_fit
@@ -253,6 +253,12 @@ class _LearnedMerge:
         """Latents that each adapter draws by itself, on its prompts in turn: (pictures, channels, height, width)."""
         settings, side = self.settings, self.settings.resolution // _factor(self.base)
         channels = int(model.unet.config.in_channels)
+        config = GenerationConfig(
+            width=settings.resolution,
+            height=settings.resolution,
+            steps=settings.sampling_steps,
+            guidance=settings.guidance,
+        )
         found = []
         for index, text in enumerate(texts):
             self._apply_only(index)
@@ -268,9 +274,7 @@ class _LearnedMerge:
                         noise,
                         _row(text.own, row),
                         _row(text.empty, row),
-                        "ddim",
-                        settings.sampling_steps,
-                        settings.guidance,
+                        config,
                         self.listener,
                     )
                 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,27 @@ from .families.base import BaseWeights, Conditioning, DiffusionModel
 from .objective import Objective
 
 _SMALLEST = 4.9e-8  # signal that is left at a zero terminal SNR, so that no sampler divides by zero
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How images are generated from a prompt.
+
+    Attributes:
+        width: Pixels; a multiple of 8.
+        height: Pixels; a multiple of 8.
+        negative_prompt: What the images should not show.
+        scheduler: See `make_scheduler`.
+        steps: Denoising steps.
+        guidance: Scale of classifier-free guidance; 1 follows the prompt alone, which halves the work.
+    """
+
+    width: int
+    height: int
+    negative_prompt: str = ""
+    scheduler: SchedulerName = "ddim"
+    steps: int = 30
+    guidance: float = 7.5
 
 
 def ready_model(base: BaseWeights, device: torch.device, precision: str) -> DiffusionModel:
@@ -69,9 +91,7 @@ def denoise(
     noise: Tensor,
     prompt: Conditioning,
     negative: Conditioning,
-    scheduler_name: SchedulerName,
-    steps: int,
-    guidance: float,
+    config: GenerationConfig,
     listener: Listener | None = None,
 ) -> Tensor:
     """Denoise latents with classifier-free guidance (Ho & Salimans 2022).
@@ -79,30 +99,32 @@ def denoise(
     Args:
         model: Its UNet's device and dtype are used.
         noise: From `starting_noise`, (batch, channels, height, width).
-        prompt: One row for each picture.
-        negative: One row for each picture.
-        scheduler_name: See `make_scheduler`.
-        steps: Denoising steps.
-        guidance: Scale; 1 runs the prompt alone.
+        prompt: Conditioning on the prompt, one row for each image.
+        negative: Conditioning on the negative prompt, one row for each image.
+        config: Scheduler, steps and guidance; size and texts are those of `noise`, `prompt` and `negative`.
         listener: Asked before every step whether to stop.
 
     Returns:
         Latents, float32, on the UNet's device.
+
+    Raises:
+        CancelledError: The listener asked to stop.
     """
     parameter = next(model.unet.parameters())
     device, dtype = parameter.device, parameter.dtype
-    scheduler = make_scheduler(scheduler_name, model.objective)
-    scheduler.set_timesteps(steps, device=device)
+    scheduler = make_scheduler(config.scheduler, model.objective)
+    scheduler.set_timesteps(config.steps, device=device)
     latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
-    rows = [prompt] if guidance == 1 else [negative, prompt]
+    guided = config.guidance != 1
+    rows = [negative, prompt] if guided else [prompt]
     conditioning = {name: torch.cat([row[name] for row in rows]).to(device) for name in prompt}
     for timestep in scheduler.timesteps:
         stop_if_asked(listener or SilentListener())
         scaled = scheduler.scale_model_input(torch.cat([latents] * len(rows)), timestep)
         prediction = model.predict(scaled.to(dtype), timestep.expand(len(scaled)), conditioning).float()
-        if guidance != 1:
-            without, with_prompt = prediction.chunk(2)
-            prediction = without + guidance * (with_prompt - without)
+        if guided:
+            without_prompt, with_prompt = prediction.chunk(2)
+            prediction = without_prompt + config.guidance * (with_prompt - without_prompt)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False)[0]
     return latents
 
@@ -124,67 +146,61 @@ def generate(
     model: DiffusionModel,
     prompt: str,
     seeds: Sequence[int],
-    *,
-    width: int,
-    height: int,
-    negative_prompt: str = "",
-    scheduler: SchedulerName = "ddim",
-    steps: int = 30,
-    guidance: float = 7.5,
+    config: GenerationConfig,
     listener: Listener | None = None,
 ) -> list[Image.Image]:
-    """Draw one picture for each seed.
+    """Generate one image for each seed.
 
     Args:
         model: With all its networks on the device to use.
-        prompt: What to draw.
-        seeds: One for each picture.
-        width: Pixels; a multiple of 8.
-        height: Pixels; a multiple of 8.
-        negative_prompt: What not to draw.
-        scheduler: See `make_scheduler`.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance.
+        prompt: What the images show.
+        seeds: One for each image.
+        config: Size, negative prompt and sampling.
         listener: Asked before every step whether to stop.
+
+    Raises:
+        CancelledError: The listener asked to stop.
     """
-    encoded = model.encode_prompts([negative_prompt, prompt])
-    negative, positive = ({name: rows[i : i + 1] for name, rows in encoded.items()} for i in (0, 1))
-    latents = draw_latents(
-        model,
-        model.vae,
-        positive,
-        negative,
-        seeds,
-        width=width,
-        height=height,
-        scheduler=scheduler,
-        steps=steps,
-        guidance=guidance,
-        listener=listener,
-    )
+    encoded = model.encode_prompts([config.negative_prompt, prompt])
+    negative = {name: rows[:1] for name, rows in encoded.items()}
+    positive = {name: rows[1:] for name, rows in encoded.items()}
+    latents = generate_latents(model, model.vae, positive, negative, seeds, config, listener)
     return decode_latents(model.vae, latents)
 
 
-def draw_latents(
+def generate_latents(
     model: DiffusionModel,
     vae: Any,
-    positive: Conditioning,
+    prompt: Conditioning,
     negative: Conditioning,
     seeds: Sequence[int],
-    *,
-    width: int,
-    height: int,
-    scheduler: SchedulerName = "ddim",
-    steps: int = 30,
-    guidance: float = 7.5,
+    config: GenerationConfig,
     listener: Listener | None = None,
 ) -> Tensor:
-    """Latents of one picture for each seed, with texts that are encoded already, one row each; see `generate`."""
+    """Generate the latents of one image for each seed, from prompts that are encoded already.
+
+    Args:
+        model: Its UNet predicts; no other network of it is used.
+        vae: The autoencoder that will decode the latents; only its configuration is read.
+        prompt: Conditioning on the prompt, one row.
+        negative: Conditioning on the negative prompt, one row; `config.negative_prompt` is not read.
+        seeds: One for each image.
+        config: Size and sampling.
+        listener: Asked before every step whether to stop.
+
+    Returns:
+        Latents, (len(seeds), channels, height, width), float32, on the UNet's device.
+
+    Raises:
+        CancelledError: The listener asked to stop.
+    """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    noise = starting_noise(seeds, (vae.config.latent_channels, height // factor, width // factor))
-    size = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-    with_prompt, without = (
-        {name: row.expand(len(seeds), *row.shape[1:]) for name, row in {**said, "size": size}.items()}
-        for said in (positive, negative)
-    )
-    return denoise(model, noise, with_prompt, without, scheduler, steps, guidance, listener)
+    noise = starting_noise(seeds, (vae.config.latent_channels, config.height // factor, config.width // factor))
+    size = torch.tensor([[config.height, config.width, 0, 0, config.height, config.width]], dtype=torch.float32)
+    repeated_prompt = _repeated({**prompt, "size": size}, len(seeds))
+    repeated_negative = _repeated({**negative, "size": size}, len(seeds))
+    return denoise(model, noise, repeated_prompt, repeated_negative, config, listener)
+
+
+def _repeated(conditioning: Conditioning, count: int) -> Conditioning:
+    return {name: row.expand(count, *row.shape[1:]) for name, row in conditioning.items()}

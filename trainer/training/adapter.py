@@ -24,6 +24,19 @@ from .runs.checkpoint import Saved
 
 
 @dataclass(frozen=True)
+class StartingPoint:
+    """What a run builds upon beside the base model.
+
+    Attributes:
+        start: An adapter to go on training.
+        stacked: Adapters that were applied to the base, with their strengths; for a file that holds them, too.
+    """
+
+    start: Adapter | None = None
+    stacked: Sequence[tuple[Adapter, float]] = ()
+
+
+@dataclass(frozen=True)
 class TrainedLayer:
     """The trained parameters of one module, float32, under the names that follow the module's in a file."""
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..core.devices import to_device
 from ..core.seeding import generator, seeded
-from ..data.batches import ALONE, Batch, draw_batches
-from ..data.latent_cache import Cache, LatentSet, encode_in_batches
+from ..data.batches import SINGLE_PROCESS, Batch, draw_batches
+from ..data.latent_cache import LatentCache, LatentDataset, encode_tokens_in_batches
 from ..models.families.base import Conditioning, DiffusionModel
 from ..models.objective import Objective
 from ..settings.train import TrainSettings
@@ -26,11 +26,11 @@ class LossComputer:
         self,
         model: DiffusionModel,
         objective: Objective,
-        cache: Cache,
+        cache: LatentCache,
         captions: TextConditioning,
         settings: TrainSettings,
         dtype: torch.dtype,
-        share: tuple[int, int] = ALONE,
+        share: tuple[int, int] = SINGLE_PROCESS,
     ) -> None:
         """Take the parts.
 
@@ -75,7 +75,7 @@ class LossComputer:
         return seeded(self._device, self._settings.seed, "dropout", step, micro, *filter(None, self._share[:1]))
 
     @torch.no_grad()
-    def validation_loss(self, held_out: LatentSet) -> float:
+    def validation_loss(self, held_out: LatentDataset) -> float:
         """Mean squared error on held-out pictures, always at the same timesteps with the same noise.
 
         The networks are left in evaluation mode.
@@ -90,7 +90,7 @@ class LossComputer:
         ]
         return sum(found) / len(found)
 
-    def _held_out(self, plain: Objective, latents: LatentSet, picture: int, number: int, to_device: float) -> Tensor:
+    def _held_out(self, plain: Objective, latents: LatentDataset, picture: int, number: int, to_device: float) -> Tensor:
         clean = latents.mean[picture][:1].to(self._device)
         noise = torch.randn(clean.shape, generator=generator("validation", picture, number)).to(self._device)
         timesteps = torch.tensor([int(to_device * plain.timesteps)], device=self._device)
@@ -146,7 +146,7 @@ class TextConditioning:
         for encoder in self._trained:
             self._model.text_encoders[encoder].eval()
             with self._autocast():
-                encoded = encode_in_batches(self._model, encoder, self._rows[_ids(encoder)])
+                encoded = encode_tokens_in_batches(self._model, encoder, self._rows[_ids(encoder)])
             self._rows |= {name: rows.to(self._dtype) for name, rows in encoded.items()}
         self._trained = []
         for network in self._model.text_encoders.values():

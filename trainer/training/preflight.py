@@ -12,7 +12,7 @@ from ..core.errors import DivergedError, SettingsError, WeightsError
 from ..core.events import Listener, Note
 from ..core.files import require_writable
 from ..core.seeding import generator
-from ..data.latent_cache import LatentSet
+from ..data.latent_cache import LatentDataset
 from ..models.families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
 from ..models.families.clip import HEAD
 from ..settings.train import TrainSettings
@@ -92,7 +92,7 @@ def _require_usual_heads(base: BaseWeights) -> None:
 @torch.no_grad()
 def require_prediction_type(
     model: DiffusionModel,
-    latents: LatentSet,
+    latents: LatentDataset,
     captions: TextConditioning,
     prediction: Prediction,
     device: torch.device,

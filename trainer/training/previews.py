@@ -11,13 +11,13 @@ from ..core.devices import explained_memory_errors, release, to_device
 from ..core.events import Listener, Phase, Preview, stop_if_asked
 from ..core.files import write_atomic
 from ..core.prompts import split_prompts
-from ..data.image_cache import ImageCache, as_png, drawn_picture
+from ..data.image_cache import ImageCache, as_png, generated_picture
 from ..data.images import Picture
 from ..data.latent_cache import encode_captions
 from ..evaluation.evaluator import Evaluation, peak, stalled
 from ..evaluation.feature_extractors import FeatureExtractors
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel
-from ..models.sampling import decode_latents, draw_latents, generate
+from ..models.sampling import GenerationConfig, decode_latents, generate, generate_latents
 from ..settings.train import TrainSettings
 from .runs.checkpoint import RunFolder
 from .runs.metrics import preview_scores
@@ -38,6 +38,12 @@ class Previews:
         self._base, self._subject, self._settings, self._run, self._device = base, subject, settings, run, device
         self._prompts = split_prompts(settings.preview_prompts) or [subject[0].caption]
         self._texts = ["", *self._prompts]
+        self._config = GenerationConfig(
+            width=settings.resolution,
+            height=settings.resolution,
+            steps=settings.preview_steps,
+            guidance=settings.preview_guidance,
+        )
         self._evaluation: Evaluation | None = None
         self._encoded: Conditioning = {}
         self._first = 0  # row of the first of them among the run's captions
@@ -123,22 +129,19 @@ class Previews:
         number = (row - 1) % len(self._prompts)
         for index in range(settings.preview_count):
             with torch.no_grad():
-                latents = draw_latents(
+                latents = generate_latents(
                     model,
                     decoder.vae,
                     said(torch.tensor([self._first + row], device=self._device)),
                     said(torch.tensor([self._first], device=self._device)),
                     [settings.preview_seed + index],
-                    width=settings.resolution,
-                    height=settings.resolution,
-                    steps=settings.preview_steps,
-                    guidance=settings.preview_guidance,
-                    listener=listener,
+                    self._config,
+                    listener,
                 )
                 [image] = decode_latents(decoder.vae, latents)
             name = f"{kind}-{number:02d}-{index:02d}.png"
             write_atomic(self._run.preview_path(step) / name, as_png(image))
-            found.append(drawn_picture(name, self._texts[row], image))
+            found.append(generated_picture(name, self._texts[row], image))
         return found
 
     def _before(
@@ -163,11 +166,8 @@ class Previews:
                     base,
                     one.caption,
                     [settings.preview_seed + index],
-                    width=settings.resolution,
-                    height=settings.resolution,
-                    steps=settings.preview_steps,
-                    guidance=settings.preview_guidance,
-                    listener=listener,
+                    self._config,
+                    listener,
                 )
                 gallery.put(name, image)
             found.append(gallery.picture(name, one.caption))
