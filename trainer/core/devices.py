@@ -1,4 +1,4 @@
-"""Devices: choosing one and a precision, moving networks there, memory, and its exhaustion explained."""
+"""Devices: choosing one and a precision, moving networks to it, measuring memory, explaining out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from .errors import OutOfMemoryError, SettingsError
+from .errors import OutOfMemoryError, SettingsError, suggest
 
-_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "cublas_status_alloc_failed")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -23,26 +23,38 @@ def pick_device(name: str) -> torch.device:
     Raises:
         SettingsError: This computer has no such device, or several processes would share it.
     """
-    several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and (name == "mps" or ":" in name):
+    several_processes = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several_processes and (name == "mps" or ":" in name):
         raise SettingsError(
-            f"Several processes can't share the device {name}.", "Use --device auto, so that each takes its own GPU."
+            f"Several processes can't share the device {name}.",
+            f"Use {suggest('device', 'auto')}, so that each takes its own GPU.",
         )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and "LOCAL_RANK" in os.environ:  # one of several processes that a launcher started
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-    device = torch.device(name)
-    missing = (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
-        device.type == "mps" and not torch.backends.mps.is_available()
-    )
-    if missing:
-        raise SettingsError(f"There is no device {name} here.", "Use --device auto, or install PyTorch for your GPU.")
+    device = torch.device(_best_device() if name == "auto" else name)
+    if not _is_available(device):
+        raise SettingsError(
+            f"This computer has no device {device}.",
+            f"Use {suggest('device', 'auto')}, or install PyTorch for your GPU.",
+        )
     return device
 
 
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        local_rank = os.environ.get("LOCAL_RANK")  # set if a launcher started this process, one for each GPU
+        return "cuda" if local_rank is None else f"cuda:{local_rank}"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _is_available(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    if device.type == "mps":
+        return torch.backends.mps.is_available()
+    return True
+
+
 def pick_precision(precision: str, device: torch.device) -> str:
-    """The precision to train in: fp32, bf16 or fp16; "auto" takes what the device computes well.
+    """The precision to train in: fp32, bf16 or fp16; "auto" takes the fastest that the device supports well.
 
     Raises:
         SettingsError: The device can't train at that precision.
@@ -52,19 +64,21 @@ def pick_precision(precision: str, device: torch.device) -> str:
             return "fp32"
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp16"
     if precision == "fp16" and device.type != "cuda":
-        raise SettingsError(f"precision fp16 needs a CUDA GPU; the device is {device.type}.", "Use bf16, fp32 or auto.")
+        raise SettingsError(
+            f"{suggest('precision', 'fp16')} needs a CUDA GPU; the device is {device.type}.", "Use bf16, fp32 or auto."
+        )
     return precision
 
 
 def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Bring a network to a device and dtype.
+    """Move a network to a device and dtype.
 
-    Tensors that are there already stay borrowed. When something must be converted, the one private copy that
-    this makes is laid out channels-last, which convolutions compute fastest with.
+    If all its tensors are on the device and of the dtype already, they stay borrowed. Otherwise the one private copy
+    that this makes is laid out channels-last, the fastest layout for convolutions.
     """
-    there = torch.empty(0, device=device).device  # with its index, if the device has one
+    target = torch.empty(0, device=device).device  # with its index, if the device has one
     tensors = [*network.parameters(), *network.buffers()]
-    if all(t.device == there and (t.dtype == dtype or not t.is_floating_point()) for t in tensors):
+    if all(tensor.device == target and (tensor.dtype == dtype or not tensor.is_floating_point()) for tensor in tensors):
         return network
     # nn.Module.to, since diffusers' own warns of modules to be kept in float32, of which there are none
     layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # MPS has trouble with the latter
@@ -72,7 +86,7 @@ def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> n
 
 
 def release(device: torch.device) -> None:
-    """Give memory of dropped networks back to the device."""
+    """Free the device memory of networks that are no longer referenced."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -81,15 +95,16 @@ def release(device: torch.device) -> None:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Begin a new measurement of the peak memory."""
+    """Start a new measurement of the peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes of a CUDA device that are free, or held by this process for tensors to come."""
-    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + held
+    """Bytes of a CUDA device that are free, or reserved by this process but not in use."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + reserved
 
 
 def used_memory(device: torch.device) -> int:
@@ -108,15 +123,15 @@ def explained_memory_errors(what_to_lower: str) -> Iterator[None]:
     """Turn out-of-memory errors of any device into `OutOfMemoryError`.
 
     Args:
-        what_to_lower: Ends the remedy: "Lower …".
+        what_to_lower: Completes the remedy "Lower …"; settings are named by `suggest`.
     """
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        text = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(words in text for words in _NO_MEMORY):
+        message = str(error).lower()
+        if not isinstance(error, MemoryError) and not any(phrase in message for phrase in _OUT_OF_MEMORY):
             raise
-        for one in (error, error.__context__):
-            if one is not None:
-                traceback.clear_frames(one.__traceback__)  # else the error would keep the networks alive
-        raise OutOfMemoryError("The memory does not suffice.", f"Lower {what_to_lower}.") from error
+        for exception in (error, error.__context__):
+            if exception is not None:
+                traceback.clear_frames(exception.__traceback__)  # else the error would keep the networks alive
+        raise OutOfMemoryError("Out of memory.", f"Lower {what_to_lower}.") from error

@@ -1,4 +1,4 @@
-"""What can go wrong, in two parts: what is wrong, and what to do about it.
+"""Errors, in two parts: what is wrong, and what to do about it.
 
 A remedy often names a setting. Where that is changed differs from face to face: a flag on the command line, a widget of
 a node, a field of a web page. So the engine writes `suggest("resume", "never")` into the text, and the face that shows
@@ -13,16 +13,16 @@ from collections.abc import Callable
 _SUGGESTED = re.compile("⟦([a-z0-9_]+)(?:=([^⟧]*))?⟧")
 
 Wording = Callable[[str, "str | None"], str]
-"""Name of a setting and the value that would help, or None → how a face calls it, such as `--resume never`."""
+"""Name of a setting, and the value that would help or None → how a face words it, such as `--resume never`."""
 
 
 def suggest(setting: str, value: object = None) -> str:
-    """A setting in the text of an error, with the value that would help if there is one; each face words it."""
+    """A setting in the text of an error, with the value that would help, if any; each face words it in its own way."""
     return f"⟦{setting}⟧" if value is None else f"⟦{setting}={value}⟧"
 
 
 def worded(text: str, word: Wording) -> str:
-    """The text with every suggestion in a face's own words."""
+    """The text with every `suggest` in it worded by a face."""
     return _SUGGESTED.sub(lambda match: word(match[1], match[2]), text)
 
 
@@ -32,7 +32,7 @@ def plain(setting: str, value: str | None) -> str:
 
 
 class TrainerError(Exception):
-    """Something a user can mend.
+    """An error that the user can fix.
 
     Args:
         problem: What is wrong; names the file, the key or the value.
@@ -55,11 +55,11 @@ class TrainerError(Exception):
         return self.remedy_in(plain)
 
     def problem_in(self, word: Wording) -> str:
-        """What is wrong, in a face's own words."""
+        """What is wrong, worded by a face."""
         return worded(self._problem, word)
 
     def remedy_in(self, word: Wording) -> str:
-        """What to do about it, in a face's own words."""
+        """What to do about it, worded by a face."""
         return worded(self._remedy, word)
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class TrainerError(Exception):
 
 
 class SettingsError(TrainerError):
-    """A setting has a value that can't be used, or two settings contradict each other."""
+    """A setting has an invalid value, or settings contradict each other."""
 
 
 class PicturesError(TrainerError):
@@ -79,7 +79,7 @@ class WeightsError(TrainerError):
 
 
 class UnsupportedModelError(WeightsError):
-    """The base model was recognised, but its family is not supported."""
+    """The base model is of a known family that is not supported."""
 
 
 class AdapterError(TrainerError):
@@ -99,7 +99,7 @@ class OutOfMemoryError(TrainerError):
 
 
 class CancelledError(Exception):
-    """The listener asked to stop. What was done so far is kept.
+    """The listener asked to stop. The work done so far is kept.
 
     Attributes:
         step: Steps completed before the stop.

@@ -1,7 +1,7 @@
-"""What happens during long work, told to whoever listens.
+"""Events: what the engine reports while it works.
 
-The engine tells a `Listener` what it does and asks it whether to stop; it never prints and knows
-nothing of progress bars. Telling must be cheap: it happens once a step.
+The engine reports events to a `Listener` and asks it whether to stop; it never prints and knows nothing of progress
+bars. Reporting must be cheap: it happens at every step.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Note:
-    """Something the user should read.
+    """A message for the user.
 
     Attributes:
         text: One or two sentences.
-        warning: Whether it says that something may be wrong.
-        picture: Name of the picture that it is about, as `Picture.name` has it; "" if it is about none or several.
+        warning: Whether something may be wrong.
+        picture: Name of the picture that it is about, as in `Picture.name`; "" if it is about none or several.
     """
 
     text: str
@@ -68,13 +68,13 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A run's folder was found or begun.
+class RunOpened:
+    """A run's folder was found or made.
 
     Attributes:
         path: The folder.
-        step: Steps that are done already.
-        steps: Steps wanted.
+        step: Steps completed already.
+        steps: Steps of the whole run.
     """
 
     path: Path
@@ -84,12 +84,12 @@ class Opened:
 
 @dataclass(frozen=True)
 class Preview:
-    """Pictures drawn with the weights of a step.
+    """Pictures generated with the weights of a step.
 
     Attributes:
-        step: Steps completed; 0 is the base itself.
+        step: Steps completed; 0 is the base model itself.
         pictures: File and prompt of each.
-        scores: Measure → value (`evaluation`); empty without models that judge.
+        scores: Metric → value (`evaluation`); empty without feature extractors.
     """
 
     step: int
@@ -102,7 +102,7 @@ class Validation:
     """The loss on the held-out pictures with the weights of a step.
 
     Attributes:
-        step: Steps completed; 0 is the base itself.
+        step: Steps completed; 0 is the base model itself.
         loss: Mean squared error, always at the same timesteps with the same noise.
     """
 
@@ -110,21 +110,21 @@ class Validation:
     loss: float
 
 
-Event = Phase | Step | Note | Opened | Preview | Validation
+Event = Phase | Step | Note | RunOpened | Preview | Validation
 
 
 class Listener(Protocol):
-    """Whoever is told what happens, and may ask to stop."""
+    """Receives the events and may ask the engine to stop."""
 
     def report(self, event: Event) -> None:
-        """Take note of an event. Must return quickly."""
+        """Receive an event. Must return quickly."""
 
     def should_stop(self) -> bool:
         """Whether the work should stop at the next safe moment."""
 
 
 class SilentListener:
-    """Listens to nothing and never stops the work."""
+    """Ignores all events and never stops the work."""
 
     def report(self, event: Event) -> None:
         """Ignore the event."""

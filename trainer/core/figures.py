@@ -1,4 +1,4 @@
-"""Pictures in a labelled grid, and figures as pictures."""
+"""Contact sheets, matplotlib figures as images, and tables as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-_LINE, _LETTER = 17, 7  # height of a line and width of a letter, in pixels
+_LINE_HEIGHT = 17  # pixels
+_LETTER_WIDTH = 7  # pixels
+_GAP = 4  # pixels between cells
 
 
 @dataclass(frozen=True)
@@ -19,9 +21,9 @@ class SheetRow:
     """One row of a contact sheet.
 
     Attributes:
-        label: On the left.
+        label: Shown on the left.
         pictures: One for each column.
-        notes: Lines under each picture; none, or one text for each column.
+        notes: Text under each picture, of one or more lines; none, or one for each column.
     """
 
     label: str
@@ -30,48 +32,51 @@ class SheetRow:
 
 
 def contact_sheet(caption: str, titles: Sequence[str], rows: Sequence[SheetRow], cell: int = 128) -> Image.Image:
-    """Pictures in a labelled grid, `cell` pixels a side; small ones are enlarged without smoothing.
+    """Pictures in a labelled grid; small ones are enlarged without smoothing.
 
     Args:
         caption: Line above the grid.
         titles: One for each column.
         rows: Each with a picture for every column.
-        cell: Side of a picture in the grid.
+        cell: Side of a picture in the grid, in pixels.
     """
-    gap, letters = 4, cell // _LETTER
-    heads = [textwrap.wrap(title, letters) for title in titles]
-    margin = min(240, max([100] + [_LETTER * len(row.label) + 16 for row in rows]))
-    labels = [textwrap.wrap(row.label, (margin - 12) // _LETTER) for row in rows]
-    head = 31 + _LINE * max([1] + [len(lines) for lines in heads])
-    below = _LINE * max([0] + [note.count("\n") + 1 for row in rows for note in row.notes])
-    width = max(margin + len(titles) * (cell + gap), 12 + _LETTER * len(caption))
-    sheet = Image.new("RGB", (width, head + len(rows) * (cell + below + gap)), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    pen.text((6, 6), caption, fill="black", font=font)
-    for column, lines in enumerate(heads):
-        pen.text((margin + column * (cell + gap), 28), "\n".join(lines), fill="black", font=font)
-    for line, (row, words) in enumerate(zip(rows, labels, strict=True)):
-        top = head + line * (cell + below + gap)
-        pen.text((6, top + cell // 2 - _LINE * len(words) // 2), "\n".join(words), fill="black", font=font)
-        for column, picture in enumerate(row.pictures):
-            sheet.paste(_fitted(picture, cell), (margin + column * (cell + gap), top))
-        for column, note in enumerate(row.notes):
-            pen.text((margin + column * (cell + gap), top + cell + 1), note, fill="black", font=font)
+    title_lines = [textwrap.wrap(title, cell // _LETTER_WIDTH) for title in titles]
+    margin = min(240, max([100] + [_LETTER_WIDTH * len(row.label) + 16 for row in rows]))
+    label_lines = [textwrap.wrap(row.label, (margin - 12) // _LETTER_WIDTH) for row in rows]
+    header_height = 31 + _LINE_HEIGHT * max([1] + [len(lines) for lines in title_lines])
+    note_height = _LINE_HEIGHT * max([0] + [note.count("\n") + 1 for row in rows for note in row.notes])
+    row_height = cell + note_height + _GAP
+    width = max(margin + len(titles) * (cell + _GAP), 12 + _LETTER_WIDTH * len(caption))
+    sheet = Image.new("RGB", (width, header_height + len(rows) * row_height), "white")
+    canvas = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=13)
+    lefts = [margin + column * (cell + _GAP) for column in range(len(titles))]
+    canvas.text((6, 6), caption, fill="black", font=font)
+    for left, lines in zip(lefts, title_lines, strict=True):
+        canvas.text((left, 28), "\n".join(lines), fill="black", font=font)
+    for index, (row, lines) in enumerate(zip(rows, label_lines, strict=True)):
+        top = header_height + index * row_height
+        label_top = top + cell // 2 - _LINE_HEIGHT * len(lines) // 2
+        canvas.text((6, label_top), "\n".join(lines), fill="black", font=font)
+        for left, picture in zip(lefts, row.pictures):
+            sheet.paste(_in_square(picture, cell), (left, top))
+        for left, note in zip(lefts, row.notes):
+            canvas.text((left, top + cell + 1), note, fill="black", font=font)
     return sheet
 
 
-def _fitted(picture: Image.Image, cell: int) -> Image.Image:
-    """The picture in a white square of `cell` pixels, its proportions kept."""
-    scale = cell / max(picture.size)
-    width, height = (max(1, round(scale * side)) for side in picture.size)
-    smoothing = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
-    square = Image.new("RGB", (cell, cell), "white")
-    square.paste(picture.resize((width, height), smoothing), ((cell - width) // 2, (cell - height) // 2))
+def _in_square(picture: Image.Image, side: int) -> Image.Image:
+    """The picture in the middle of a white square of `side` pixels, its proportions kept."""
+    scale = side / max(picture.size)
+    width, height = (max(1, round(scale * length)) for length in picture.size)
+    resampling = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS
+    square = Image.new("RGB", (side, side), "white")
+    square.paste(picture.resize((width, height), resampling), ((side - width) // 2, (side - height) // 2))
     return square
 
 
 def figure_as_picture(figure: Any) -> Image.Image:
-    """A matplotlib `Figure`, drawn without a screen."""
+    """A matplotlib `Figure`, rendered without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     stream = io.BytesIO()
@@ -79,11 +84,11 @@ def figure_as_picture(figure: Any) -> Image.Image:
     return Image.open(stream).convert("RGB")
 
 
-def as_table(table: Mapping[str, Mapping[str, float]]) -> str:
-    """A table of numbers as lines for people.
+def text_table(table: Mapping[str, Mapping[str, float]]) -> str:
+    """A table of numbers as aligned plain text, with three decimals.
 
     Args:
-        table: Row → column → number; one that is missing or NaN is shown as a dash.
+        table: Row → column → number; a missing one or NaN is shown as a dash.
     """
     columns = list(dict.fromkeys(column for values in table.values() for column in values))
     width = max([len(row) for row in table] + [5])

@@ -1,4 +1,4 @@
-"""Writing so that nothing is ever half there: temporary name, fsync, atomic rename."""
+"""Files and folders that appear whole or not at all: temporary name, fsync, atomic rename. And TOML files."""
 
 from __future__ import annotations
 
@@ -26,11 +26,15 @@ _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds
 
 @contextlib.contextmanager
 def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
-    """Turn operating-system errors about `path` into `StorageError`s that say what to do.
+    """Turn operating-system errors about `path` into `StorageError`s with a remedy.
+
+    Args:
+        path: Named in the error.
+        needed_bytes: Named in the error if the disk is full; 0: unknown.
 
     Raises:
-        StorageError: The disk is full, the place is read-only, a part of the path is not a folder,
-            the file is held open by another program, or any other `OSError`.
+        StorageError: The disk is full, the folder is read-only, a part of the path is not a folder,
+            the file is open in another program, or any other `OSError`.
     """
     try:
         yield
@@ -44,8 +48,8 @@ def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(
                 f"{path} can't be written: {error.strerror}.",
-                "Choose another output folder, give yourself the right to write there, "
-                "or close the program that holds the file open.",
+                "Choose another output folder, give yourself permission to write there, "
+                "or close the program that has the file open.",
             ) from error
         if error.errno == errno.EFBIG:
             raise StorageError(
@@ -58,7 +62,7 @@ def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
 
 def _sync(path: Path) -> None:
     if path.is_dir() and os.name == "nt":
-        return  # Windows has no handle to a folder that can be flushed
+        return  # Windows has no handle of a folder that can be flushed
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
@@ -67,7 +71,7 @@ def _sync(path: Path) -> None:
 
 
 def _replace(source: Path, target: Path) -> None:
-    """`os.replace`; on Windows it waits for programs (virus scanners) that look at a new file for a moment."""
+    """`os.replace`; on Windows it waits for programs, such as virus scanners, that open a new file for a moment."""
     for pause in _PAUSES if os.name == "nt" else ():
         with contextlib.suppress(PermissionError):
             os.replace(source, target)
@@ -100,7 +104,7 @@ def file_written_atomically(path: Path, needed_bytes: int = 0) -> Iterator[Path]
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write `content` to `path` so that a reader, or a crash, sees the old file or the new one, never a part.
+    """Write `content` to `path` so that readers, even after a crash, see the old file or the new one, never a part.
 
     Raises:
         StorageError: The file can't be written.
@@ -110,7 +114,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file that everybody may read whom the folder's other files let, straight to the disk.
+    """Write a safetensors file straight to the disk, with the usual permissions of a new file.
 
     Raises:
         StorageError: It can't be written.
@@ -126,7 +130,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, 
         raise StorageError(
             f"{path} can't be written: {error}.", "Free some space on the disk and start again."
         ) from error
-    path.chmod(mode)  # safetensors lets nobody else read its files
+    path.chmod(mode)  # safetensors makes files that only their owner may read
 
 
 @contextlib.contextmanager
@@ -138,7 +142,8 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: Something can't be written.
     """
-    temporary, aside = _temporary_beside(path), _temporary_beside(path)
+    temporary = _temporary_beside(path)
+    aside = _temporary_beside(path)
     try:
         with explained_os_errors(path):
             temporary.mkdir(parents=True)
@@ -162,14 +167,14 @@ def folder_written_atomically(path: Path) -> Iterator[Path]:
 
 
 def require_writable(folder: Path, needed_bytes: int) -> None:
-    """Make `folder` and check, before any long work, that it can be written and has room.
+    """Create `folder` and check, before any long work, that it can be written and has room.
 
     Args:
-        folder: The folder to write to; made if missing.
+        folder: The folder to write to; created if missing.
         needed_bytes: Bytes that will be written at least.
 
     Raises:
-        StorageError: It can't be made or written, or the disk has less room than needed.
+        StorageError: It can't be created or written, or the disk has less room than needed.
     """
     for part in (folder, *folder.parents):
         if os.path.exists(part) and not os.path.isdir(part):
@@ -195,8 +200,9 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or if it is taken the first of `name-2`, `name-3` … beside it that is not."""
-    candidate, number = path, 2
+    """`path`, or if it exists the first of `name-2`, `name-3` … beside it that does not."""
+    candidate = path
+    number = 2
     while candidate.exists():
         candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
         number += 1
@@ -225,9 +231,10 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _underscored(table: dict[str, Any]) -> dict[str, Any]:
-    """A table, and those in its lists, with underscores for dashes in keys."""
-
-    def inside(value: Any) -> Any:
-        return [_underscored(one) if isinstance(one, dict) else one for one in value]
-
-    return {key.replace("-", "_"): inside(one) if isinstance(one, list) else one for key, one in table.items()}
+    """A table, and the tables in its lists, with underscores for dashes in keys."""
+    underscored = {}
+    for key, value in table.items():
+        if isinstance(value, list):
+            value = [_underscored(entry) if isinstance(entry, dict) else entry for entry in value]
+        underscored[key.replace("-", "_")] = value
+    return underscored

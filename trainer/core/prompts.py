@@ -1,4 +1,4 @@
-"""Prompts: several in one text, and the same without the subject's rare word."""
+"""Prompts and captions: several in one text, without the rare word, with placeholders filled, with tags shuffled."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _BEFORE_NOUN = re.compile(
     "|onto|or|over|showing|than|through|to|toward|towards|under|upon|wearing|with|without",
     re.IGNORECASE,
 )
-_MARKS = ",.;:!?"
+_PUNCTUATION = ",.;:!?"
 
 
 def split_prompts(text: str) -> list[str]:
-    """The prompts of a text that separates them by "|" or by lines."""
+    """The prompts of a text, which are separated by "|" or stand on lines of their own."""
     return [prompt.strip() for prompt in re.split(r"[|\n]", text) if prompt.strip()]
 
 
@@ -26,49 +26,59 @@ def without_token(prompt: str, token: str) -> str:
 
     Args:
         prompt: Of the subject.
-        token: Its rare word, one or more words. If it is blank or nowhere in the prompt, that stays as it is.
+        token: Its rare word; may be several words. A prompt that doesn't hold it is returned as it is.
     """
-    rare, words, found = token.split(), prompt.split(), []
-    at, seen = 0, False
-    while at < len(words):
-        if not rare or [word.strip(_MARKS) for word in words[at : at + len(rare)]] != rare:
-            found.append(words[at])
-            at += 1
+    rare_words = token.split()
+    words = prompt.split()
+    kept: list[str] = []
+    contains_token = False
+    index = 0
+    while index < len(words):
+        if (
+            not rare_words
+            or [word.strip(_PUNCTUATION) for word in words[index : index + len(rare_words)]] != rare_words
+        ):
+            kept.append(words[index])
+            index += 1
             continue
-        at, seen = at + len(rare), True
-        mark = words[at - 1][len(words[at - 1].rstrip(_MARKS)) :]
-        if mark and found:
-            found[-1] = found[-1].rstrip(_MARKS) + mark
+        contains_token = True
+        index += len(rare_words)
+        last_word = words[index - 1]
+        punctuation = last_word[len(last_word.rstrip(_PUNCTUATION)) :]
+        if punctuation and kept:
+            kept[-1] = kept[-1].rstrip(_PUNCTUATION) + punctuation
             continue
-        if at == len(words) or not found or _BEFORE_NOUN.fullmatch(words[at]):
+        if index == len(words) or not kept or _BEFORE_NOUN.fullmatch(words[index]):
             continue
-        if _BEFORE_NOUN.fullmatch(found[-1]):
-            found.append(article(words[at]))
-        elif found[-1].lower() in ("a", "an"):
-            found[-1] = article(words[at])
-    return " ".join(found) if seen else prompt
+        if _BEFORE_NOUN.fullmatch(kept[-1]):
+            kept.append(article(words[index]))
+        elif kept[-1].lower() in ("a", "an"):
+            kept[-1] = article(words[index])
+    return " ".join(kept) if contains_token else prompt
 
 
 def shuffled_tags(caption: str, keep: int, source: torch.Generator) -> str:
-    """A caption whose parts between commas are in another order.
+    """A caption whose parts between commas are shuffled.
 
     Args:
-        caption: Of any number of parts.
-        keep: How many at the beginning stay where they are.
-        source: Draws the order.
+        caption: Any number of parts.
+        keep: How many parts at the beginning stay where they are.
+        source: Generator of the order.
     """
     import torch
 
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
-    first, rest = tags[:keep], tags[keep:]
-    return ", ".join(first + [rest[place] for place in torch.randperm(len(rest), generator=source).tolist()])
+    first = tags[:keep]
+    rest = tags[keep:]
+    order = torch.randperm(len(rest), generator=source).tolist()
+    return ", ".join(first + [rest[index] for index in order])
 
 
 def fill_placeholders(template: str, token: str, noun: str) -> str:
-    """A template with the rare word in the place of {token} and the class in that of {class}."""
+    """A template with the rare word for {token} and the class noun for {class}."""
     return template.replace("{token}", token.strip()).replace("{class}", noun.strip())
 
 
 def article(noun: str) -> str:
-    """The indefinite article that a noun wants, by its first letter."""
+    """The indefinite article of a noun, by its first letter."""
     return "an" if noun[:1].lower() in tuple("aeiou") else "a"
