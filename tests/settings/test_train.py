@@ -20,10 +20,10 @@ from pack.trainer.core.files import read_toml
 from pack.trainer.settings.base import Settings, field_extra
 from pack.trainer.settings.data import DataSettings
 from pack.trainer.settings.objective import ObjectiveSettings
-from pack.trainer.settings.train import GenerateSettings, PriorsCommand, TrainCommand, TrainSettings
+from pack.trainer.settings.train import GenerateCommand, PriorsCommand, TrainCommand, TrainSettings
 from pydantic.fields import FieldInfo
 
-COMMANDS = {"train": TrainCommand, "priors": PriorsCommand, "generate": GenerateSettings}
+COMMANDS = {"train": TrainCommand, "priors": PriorsCommand, "generate": GenerateCommand}
 TABLES = {"subject"}  # only in settings files
 FIELDS = [(command, name) for command, kind in COMMANDS.items() for name in kind.model_fields if name not in TABLES]
 REQUIRED = {
@@ -200,7 +200,7 @@ def test_every_setting_is_described(command: str, name: str) -> None:
     field = kind.model_fields[name]
     assert field.description
     assert len(field.description) > 5
-    assert set(field_extra(kind, name)) == {"unit", "group", "advanced", "affects_result", "path"}
+    assert set(field_extra(kind, name)) == {"unit", "group", "advanced", "affects_result", "path", "step"}
     if field.annotation is int and not any(word in name for word in ("seed", "rank", "keep", "factor")):
         assert field_extra(kind, name)["unit"], "a whole number needs a unit"
 
@@ -436,7 +436,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for name in ("dropout", "rank_stabilized")
     ),
     *(
-        ({"adapter": kind, "lokr_factor": 4}, ("lokr_factor", f"'{kind}'", "choose lokr"))
+        ({"adapter": kind, "lokr_factor": 4}, ("lokr_factor", f"'{kind}'", "choose adapter = lokr"))
         for kind in ("lora", "dora", "loha", "full")
     ),
     *(
@@ -451,16 +451,16 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"targets": "none"}, ("targets", "give include")),
     ({"targets": "none", "include": " "}, ("targets", "give include")),
     *(
-        ({"targets": targets, **values}, ("conv_rank", "conv_alpha", f"'{targets}'", "targets 'all'"))
+        ({"targets": targets, **values}, ("conv_rank", "conv_alpha", f"'{targets}'", "targets = all"))
         for targets in ("attention", "attention-mlp", "b-lora-content", "b-lora-style")
         for values in ({"conv_rank": 4}, {"conv_alpha": 4.0})
     ),
-    ({"text_encoder_until": 0.5}, ("text_encoder_until", "give text_encoder_lr", "to 1")),
-    ({"lr_warmup_steps": 5}, ("lr_schedule", "constant_with_warmup", "lr_warmup_steps to 0")),
+    ({"text_encoder_until": 0.5}, ("text_encoder_until", "give text_encoder_lr", "text_encoder_until = 1")),
+    ({"lr_warmup_steps": 5}, ("lr_schedule", "constant_with_warmup", "lr_warmup_steps = 0")),
     ({"lr_warmup_steps": 800, "lr_schedule": "linear"}, ("lr_warmup_steps (800)", "steps (800)", "train longer")),
     ({"prior_count": 1}, ("prior_count", "give class_prompt")),
     ({"min_timestep": 500, "max_timestep": 500}, ("min_timestep (500)", "max_timestep (500)")),
-    ({"aspect_buckets": True, "resolution": 64}, ("bucket_step (64)", "resolution 64", "lower it")),
+    ({"aspect_buckets": True, "resolution": 64}, ("bucket_step (64)", "resolution 64", "lower bucket_step")),
     ({"instance_prompt": "a {token} {class}"}, ("{class}", "class_noun", "give class_noun")),
     ({"subject": [{"images": "cat"}]}, ("images", "[[subject]]", "table")),
 ]
@@ -525,22 +525,22 @@ def test_text_encoders_are_trained_for_at_least_one_step(steps: int, until: floa
 
 
 def test_text_encoders_that_are_trained() -> None:
-    assert TrainSettings().text_rates == {}
+    assert TrainSettings().text_encoder_rates == {}
     both = TrainSettings(text_encoder_lr=1e-5, text_encoder_2_lr=2e-5)
-    assert both.text_rates == {"text_encoder": 1e-5, "text_encoder_2": 2e-5}
-    assert TrainSettings(text_encoder_2_lr=2e-5).text_rates == {"text_encoder_2": 2e-5}
+    assert both.text_encoder_rates == {"text_encoder": 1e-5, "text_encoder_2": 2e-5}
+    assert TrainSettings(text_encoder_2_lr=2e-5).text_encoder_rates == {"text_encoder_2": 2e-5}
 
 
 @pytest.mark.parametrize("size", ["64", "64x96", "4096X32"])
 def test_sizes(size: str) -> None:
-    chosen = GenerateSettings.checked({**REQUIRED["generate"], "size": size})
+    chosen = GenerateCommand.checked({**REQUIRED["generate"], "size": size})
     assert chosen.width_height == tuple(int(part) for part in (size.lower().split("x") * 2)[:2])
 
 
 @pytest.mark.parametrize("size", ["", "x", "64x", "100", "64x64x64", "0", "24", "4104", "-64", "64.0", "²", "big"])
 def test_wrong_sizes(size: str) -> None:
     with pytest.raises(SettingsError, match="WIDTHxHEIGHT") as caught:
-        GenerateSettings.checked({**REQUIRED["generate"], "size": size})
+        GenerateCommand.checked({**REQUIRED["generate"], "size": size})
     assert "size" in caught.value.problem
 
 

@@ -7,66 +7,71 @@ import re
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
-from .base import Settings, TidyPath, setting
-from .model import BaseSettings
+from ..core.errors import suggest
+from .base import Settings, TidyPath, same_setting, setting
+from .model import BaseModelSettings
 
-_WORDS = "Words"
-_PLACES = ("caption", "token", "class")
+_GROUP = "Words"
+_PLACEHOLDERS = ("caption", "token", "class")
 
 
 class CaptionSettings(Settings):
     """What a caption is made of."""
 
-    text: str = setting("", "How captions begin, such as 'a photo of'. Empty: as BLIP likes.", group=_WORDS)
+    text: str = setting("", "How captions begin, such as 'a photo of'. Empty: BLIP decides.", group=_GROUP)
     template: str = setting(
         "{caption}",
-        "How a caption is put together of {caption}, {token} and {class}. Without {token} in it, the rare word is put "
-        "before the class noun in BLIP's words, or both in front of them.",
-        group=_WORDS,
+        "How a caption is composed of {caption}, {token} and {class}. If {token} is not in it, the rare word is "
+        "inserted before the class noun in BLIP's caption, or both are put in front of it.",
+        group=_GROUP,
     )
-    token: str = setting("", "The rare word that calls the subject, such as sks.", group=_WORDS)
-    class_noun: str = setting("", "What the subject is: dog, backpack, man, toy …", group=_WORDS)
+    token: str = setting("", "The rare word that stands for the subject, such as sks.", group=_GROUP)
+    class_noun: str = setting("", "What the subject is: dog, backpack, man, toy …", group=_GROUP)
     beams: int = setting(
         3,
-        "Captions that are followed side by side in the search for the likeliest; 1 is fastest.",
+        "Number of beams in the search for the most likely caption; 1 is fastest.",
         group="Search",
         ge=1,
         le=16,
     )
-    max_tokens: int = setting(40, "Longest caption.", unit="tokens", group="Search", advanced=True, ge=1, le=200)
+    max_tokens: int = setting(
+        40, "Maximum length of a caption.", unit="tokens", group="Search", advanced=True, ge=1, le=200
+    )
 
     @field_validator("template")
     @classmethod
-    def _template_has_a_place_for_the_caption(cls, template: str) -> str:
-        places = re.findall(r"\{(\w*)\}", template)
-        unknown = [place for place in places if place not in _PLACES]
+    def _template_has_the_caption(cls, template: str) -> str:
+        placeholders = re.findall(r"\{(\w*)\}", template)
+        unknown = [name for name in placeholders if name not in _PLACEHOLDERS]
         if unknown:
             raise ValueError(f"has {{{unknown[0]}}}; it may have {{caption}}, {{token}} and {{class}}")
-        if "caption" not in places:
-            raise ValueError("must have {caption}, where BLIP's words go")
+        if "caption" not in placeholders:
+            raise ValueError("must have {caption}, where BLIP's caption goes")
         return template
 
     @model_validator(mode="after")
     def _template_has_its_words(self) -> Self:
-        for place, name in (("token", "token"), ("class", "class_noun")):
-            if f"{{{place}}}" in self.template and not getattr(self, name).strip():
-                raise ValueError(f"template has {{{place}}} but {name} is not given")
+        for placeholder, name in (("token", "token"), ("class", "class_noun")):
+            if f"{{{placeholder}}}" in self.template and not getattr(self, name).strip():
+                raise ValueError(f"{suggest('template')} has {{{placeholder}}} but {suggest(name)} is not given")
         return self
 
 
 class CaptionCommand(CaptionSettings):
     """Everything that `caption` takes."""
 
-    images: TidyPath = setting(..., "Folder of pictures; each gets a text file of its name.", path=True)
+    images: TidyPath = setting(..., "Folder of pictures; each gets a text file of the same name.", path=True)
     model: str = setting(
         ...,
-        "BLIP model: a folder as transformers writes it, or a hub name such as Salesforce/blip-image-captioning-base.",
+        "BLIP model: a folder as saved by transformers, or a hub name such as Salesforce/blip-image-captioning-base.",
         group="Model",
         path=True,
     )
-    download: bool = setting(False, "Fetch a model that is given by hub name and is not there yet.", group="Model")
-    device: str = BaseSettings.model_fields["device"]  # type: ignore[assignment]
-    overwrite: bool = setting(False, "Also write captions that are there already anew.", group="Saving")
+    download: bool = setting(
+        False, "Download a model that is given by hub name if it is not on this computer yet.", group="Model"
+    )
+    device: str = same_setting(BaseModelSettings, "device")
+    overwrite: bool = setting(False, "Also overwrite captions that exist already.", group="Saving")
 
     @field_validator("model")
     @classmethod

@@ -1,4 +1,4 @@
-"""The settings of scoring, of comparing adapters, and of a DreamBench."""
+"""The settings of scoring, of comparing adapters, and of DreamBench."""
 
 from __future__ import annotations
 
@@ -8,51 +8,55 @@ from typing import get_args
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
+from ..core.errors import suggest
 from ..core.prompts import split_prompts
-from .base import Settings, TidyPath, setting
-from .model import BaseSettings
+from .base import MAX_SEED, Settings, TidyPath, same_setting, setting
+from .model import BaseModelSettings, Precision
 from .train import OutputSettings, PriorSettings, SchedulerName, SizeSettings, TrainSettings
 
-_DRAWING = "Pictures"
+_PICTURES = "Pictures"
 
 
-class JudgeSettings(Settings):
-    """The models that judge."""
+class FeatureExtractorSettings(Settings):
+    """The feature extractors."""
 
     clip: str = setting(
         "",
-        "CLIP model for CLIP-T and CLIP-I: a folder as transformers writes it, a safetensors file, or a hub name. The "
-        "papers' is openai/clip-vit-base-patch32.",
+        "CLIP model for CLIP-T and CLIP-I: a folder as saved by transformers, a safetensors file, or a hub name. The "
+        "papers use openai/clip-vit-base-patch32.",
         group="Models",
         path=True,
     )
     dino: str = setting(
         "",
-        "DINO or DINOv2 model: a folder, a file or a hub name. The DreamBooth paper's is facebook/dino-vits16.",
+        "DINO or DINOv2 model: a folder, a file or a hub name. The DreamBooth paper uses facebook/dino-vits16.",
         group="Models",
         path=True,
     )
-    download: bool = setting(False, "Fetch models that are given by hub name and are not there yet.", group="Models")
+    download: bool = setting(
+        False, "Download models that are given by hub name if they are not on this computer yet.", group="Models"
+    )
 
     @model_validator(mode="after")
     def _models_are_given(self) -> Self:
         if not (self.clip.strip() or self.dino.strip()):
             raise ValueError(
-                "neither clip nor dino is given: name a model, such as --clip openai/clip-vit-base-patch32"
+                f"neither {suggest('clip')} nor {suggest('dino')} is given: name a model, such as "
+                f"{suggest('clip', 'openai/clip-vit-base-patch32')}"
             )
         return self
 
 
-class ScoreCommand(JudgeSettings):
+class ScoreCommand(FeatureExtractorSettings):
     """Everything that `score` takes."""
 
     pictures: TidyPath = setting(..., "Folder or zip file of the pictures to score.", path=True)
     prompt: str = setting(
-        "", "What they should show, for CLIP-T. A text file of a picture's name holds a prompt of its own."
+        "", "What they should show, for CLIP-T. A text file of the same name holds a picture's own prompt."
     )
     subject: TidyPath | None = setting(None, "Folder of real pictures of the subject, for CLIP-I and DINO.", path=True)
     output: TidyPath | None = setting(None, "Also write the scores: FILE.csv or FILE.json.", group="Saving", path=True)
-    device: str = BaseSettings.model_fields["device"]  # type: ignore[assignment]
+    device: str = same_setting(BaseModelSettings, "device")
 
     @field_validator("output")
     @classmethod
@@ -64,27 +68,30 @@ class ScoreCommand(JudgeSettings):
     @model_validator(mode="after")
     def _something_to_compare_with(self) -> Self:
         if self.dino and not self.subject:
-            raise ValueError("dino compares with the subject's pictures: give subject")
+            raise ValueError(f"{suggest('dino')} compares with the subject's pictures: give {suggest('subject')}")
         if self.clip and not self.subject and not self.prompt:
-            raise ValueError("clip compares with prompts or with the subject's pictures: give prompt or subject")
+            raise ValueError(
+                f"{suggest('clip')} compares with prompts or with the subject's pictures: give {suggest('prompt')} or "
+                f"{suggest('subject')}"
+            )
         return self
 
 
 class EvaluationSettings(Settings):
-    """How pictures for an evaluation are drawn."""
+    """How pictures for an evaluation are generated."""
 
     count: int = setting(
-        4, "Pictures of each prompt; the paper's four.", unit="pictures", group=_DRAWING, ge=1, le=1000
+        4, "Pictures per prompt; the paper uses four.", unit="pictures", group=_PICTURES, ge=1, le=1000
     )
-    guidance: float = setting(7.5, "Classifier-free guidance; 1 is none.", group=_DRAWING, ge=0.0, le=100.0)
+    guidance: float = setting(7.5, "Classifier-free guidance; 1 is none.", group=_PICTURES, ge=0.0, le=100.0)
     picture_seed: int = setting(
-        0, "Seed of the first picture of every prompt; the same for every adapter.", group=_DRAWING, ge=0, le=2**64 - 1
+        0, "Seed of the first picture of every prompt; the same for every adapter.", group=_PICTURES, ge=0, le=MAX_SEED
     )
     picture_batch_size: int = setting(
         4,
-        "Pictures drawn at once; lower it if the memory does not suffice.",
+        "Pictures generated at once; lower it if memory runs out.",
         unit="pictures",
-        group=_DRAWING,
+        group=_PICTURES,
         advanced=True,
         ge=1,
         le=64,
@@ -96,12 +103,15 @@ class CompareSettings(EvaluationSettings, SizeSettings):
 
     prompts: str = setting(
         ...,
-        "What to draw of the subject, separated by '|', with the rare word in each: 'a photo of sks dog in the snow'.",
-        group=_DRAWING,
+        "What to generate: prompts separated by '|', with the rare word in each, such as 'a photo of sks dog in the "
+        "snow'.",
+        group=_PICTURES,
     )
-    token: str = TrainSettings.model_fields["token"]  # type: ignore[assignment]
-    schedulers: str = setting("ddim", "Samplers, separated by blanks, such as 'ddim pndm'.", group=_DRAWING)
-    steps: str = setting("30", "Denoising steps, separated by blanks, such as '50 80'.", unit="steps", group=_DRAWING)
+    token: str = same_setting(TrainSettings, "token")
+    schedulers: str = setting("ddim", "Samplers, separated by spaces, such as 'ddim pndm'.", group=_PICTURES)
+    steps: str = setting(
+        "30", "Numbers of denoising steps, separated by spaces, such as '50 80'.", unit="steps", group=_PICTURES
+    )
 
     @field_validator("prompts")
     @classmethod
@@ -122,8 +132,8 @@ class CompareSettings(EvaluationSettings, SizeSettings):
     @field_validator("steps")
     @classmethod
     def _steps_are_numbers(cls, numbers: str) -> str:
-        if not _words(numbers) or not all(one.isdecimal() and 1 <= int(one) <= 1000 for one in _words(numbers)):
-            raise ValueError("must be one or more numbers from 1 to 1000, separated by blanks")
+        if not _words(numbers) or not all(word.isdecimal() and 1 <= int(word) <= 1000 for word in _words(numbers)):
+            raise ValueError("must be one or more numbers from 1 to 1000, separated by spaces")
         return numbers
 
     @property
@@ -132,7 +142,7 @@ class CompareSettings(EvaluationSettings, SizeSettings):
         return [(name, int(steps)) for name in _words(self.schedulers) for steps in _words(self.steps)]  # type: ignore[misc]
 
 
-class CompareCommand(CompareSettings, JudgeSettings, BaseSettings):
+class CompareCommand(CompareSettings, FeatureExtractorSettings, BaseModelSettings):
     """Everything that `compare` takes."""
 
     runs: tuple[str, ...] = setting(
@@ -140,18 +150,18 @@ class CompareCommand(CompareSettings, JudgeSettings, BaseSettings):
     )
     checkpoints: str = setting(
         "auto",
-        "Of each run folder: 'all' checkpoints, the 'last' one, or steps such as '200 400'. auto: all of a single run, "
-        "the last of several.",
+        "Checkpoints of each run folder: 'all', the 'last' one, or steps such as '200 400'. auto: all of a single run, "
+        "the last one of each of several.",
     )
     subject: TidyPath = setting(..., "Folder of real pictures of the subject.", path=True)
-    with_base: bool = setting(True, "Also draw with the base alone.", group=_DRAWING)
+    with_base: bool = setting(True, "Also generate pictures with the base model alone.", group=_PICTURES)
     output_dir: TidyPath = setting(
         Path("output/compare"),
-        "Folder for the tables, the contact sheet and the drawn pictures.",
+        "Folder for the tables, the contact sheet and the generated pictures.",
         group="Saving",
         path=True,
     )
-    precision: str = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
+    precision: Precision = same_setting(TrainSettings, "precision")
 
     @field_validator("runs")
     @classmethod
@@ -164,17 +174,24 @@ class CompareCommand(CompareSettings, JudgeSettings, BaseSettings):
     @classmethod
     def _checkpoints_are_known(cls, text: str) -> str:
         if text not in ("auto", "all", "last") and not (text.strip() and all(map(str.isdecimal, _words(text)))):
-            raise ValueError("must be auto, all, last, or steps separated by blanks")
+            raise ValueError("must be auto, all, last, or steps separated by spaces")
         return text
 
     def chosen_steps(self, steps: list[int], runs: int) -> list[int]:
-        """Which steps are wanted of a run that has `steps`; `runs` is how many runs there are."""
-        if self.checkpoints in ("auto", "all", "last"):
-            return steps if self.checkpoints == "all" or (self.checkpoints == "auto" and runs == 1) else steps[-1:]
+        """Which checkpoints of a run to compare.
+
+        Args:
+            steps: Steps of the checkpoints that the run has.
+            runs: How many runs are compared.
+        """
+        if self.checkpoints == "all" or (self.checkpoints == "auto" and runs == 1):
+            return steps
+        if self.checkpoints in ("auto", "last"):
+            return steps[-1:]
         return sorted(set(map(int, _words(self.checkpoints))))
 
 
-class DreamBenchCommand(TrainSettings, EvaluationSettings, JudgeSettings, BaseSettings, OutputSettings):
+class DreamBenchCommand(TrainSettings, EvaluationSettings, FeatureExtractorSettings, BaseModelSettings, OutputSettings):
     """Everything that `dreambench` takes."""
 
     data: TidyPath = setting(
@@ -183,24 +200,31 @@ class DreamBenchCommand(TrainSettings, EvaluationSettings, JudgeSettings, BaseSe
         group="Subjects",
         path=True,
     )
-    subjects: str = setting("", "Only these, separated by blanks. Empty: all.", group="Subjects")
-    live: str = setting("cat dog", "Classes that get the prompts of live subjects.", group="Subjects")
-    scheduler: SchedulerName = setting("ddim", "Sampler.", group=_DRAWING)
-    picture_steps: int = setting(50, "Denoising steps.", unit="steps", group=_DRAWING, ge=1, le=1000)
-    drift: bool = setting(
-        False, "Also draw the class with and without the adapter, to measure the drift.", group=_DRAWING
+    subjects: str = setting("", "Only these subjects, separated by spaces. Empty: all.", group="Subjects")
+    live: str = setting(
+        "cat dog", "Classes that get the prompts for live subjects, separated by spaces.", group="Subjects"
     )
-    prior_count: int = PriorSettings.model_fields["prior_count"]  # type: ignore[assignment]
-    prior_scheduler: SchedulerName = PriorSettings.model_fields["prior_scheduler"]  # type: ignore[assignment]
-    prior_steps: int = PriorSettings.model_fields["prior_steps"]  # type: ignore[assignment]
-    prior_guidance: float = PriorSettings.model_fields["prior_guidance"]  # type: ignore[assignment]
+    scheduler: SchedulerName = setting("ddim", "Sampler.", group=_PICTURES)
+    picture_steps: int = setting(50, "Denoising steps.", unit="steps", group=_PICTURES, ge=1, le=1000)
+    drift: bool = setting(
+        False, "Also generate the class with and without the adapter, to measure the drift.", group=_PICTURES
+    )
+    prior_count: int = same_setting(PriorSettings, "prior_count")
+    prior_scheduler: SchedulerName = same_setting(PriorSettings, "prior_scheduler")
+    prior_steps: int = same_setting(PriorSettings, "prior_steps")
+    prior_guidance: float = same_setting(PriorSettings, "prior_guidance")
 
     @model_validator(mode="after")
     def _every_subject_has_its_own_prompts(self) -> Self:
         if self.preview_prompts:
-            raise ValueError("preview_prompts would hold one subject's words: leave it empty, each has its own caption")
+            raise ValueError(
+                f"{suggest('preview_prompts')} would be the same for every subject: leave it empty, for each subject's "
+                "own caption"
+            )
         if self.combine:
-            raise ValueError("combine is on but there is nothing to combine with: turn combine off")
+            raise ValueError(
+                f"{suggest('combine')} is on but there is nothing to combine with: turn {suggest('combine')} off"
+            )
         return self
 
 

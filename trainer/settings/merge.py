@@ -1,9 +1,10 @@
-"""The settings of merging, resizing, extracting and converting adapters."""
+"""The settings of merging, resizing, extracting, converting and fusing adapters."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,40 +12,50 @@ from typing import Literal
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
+from ..core.errors import suggest
 from ..core.prompts import split_prompts
-from .base import Settings, TidyPath, setting
-from .model import BaseSettings
-from .train import MAX_SEED, GenerateSettings, Precision, TrainSettings
+from .base import MAX_SEED, Settings, TidyPath, same_setting, setting
+from .model import BaseModelSettings, Precision, SavePrecision
+from .train import GenerateCommand, TrainSettings
 
 MethodName = Literal["sum", "svd", "ties", "dare", "dare-ties", "prune", "orthogonal"]
-SavePrecision = Literal["fp16", "bf16", "fp32"]
-_DENSITY = ("ties", "dare", "dare-ties", "prune")
-_EXACT = ("sum", "orthogonal")
+_TRUNCATION = ("rank", "energy", "conv_rank", "ratio")
+METHOD_SETTINGS: Mapping[MethodName, tuple[str, ...]] = {
+    "sum": (),
+    "svd": _TRUNCATION,
+    "ties": ("density", *_TRUNCATION),
+    "dare": ("density", "seed", *_TRUNCATION),
+    "dare-ties": ("density", "seed", *_TRUNCATION),
+    "prune": ("density", *_TRUNCATION),
+    "orthogonal": ("protected",),
+}
+"""Merge method → the settings that it takes, in the order in which a node shows them."""
 
 
 @dataclass(frozen=True)
 class BlockWeight:
-    """A factor for the modules that a pattern is found in."""
+    """A factor for the modules whose names match a pattern."""
 
     pattern: re.Pattern[str]
     factor: float
 
 
-class ReductionSettings(Settings):
-    """How far a result is reduced."""
+class TruncationSettings(Settings):
+    """How far a result is truncated."""
 
-    rank: int = setting(32, "Highest rank of the result; 0: no limit.", group="Size", ge=0)
-    conv_rank: int = setting(0, "Rank of 3×3 convolutions; 0: as rank.", group="Size", advanced=True, ge=0)
+    rank: int = setting(32, "Maximum rank of the result; 0: no limit.", group="Size", ge=0)
+    conv_rank: int = setting(0, "Maximum rank of 3×3 convolutions; 0: same as rank.", group="Size", advanced=True, ge=0)
     energy: float = setting(
         1.0,
-        "Share of each layer's energy (squared norm) that is kept at least: lower ranks where little is lost. 1: all.",
+        "Minimum share of each layer's energy (squared norm) to keep: lower ranks where little is lost. 1: all.",
         group="Size",
+        step=0.01,
         gt=0.0,
         le=1.0,
     )
     ratio: float = setting(
         0.0,
-        "Highest ratio of a layer's largest singular value to the smallest that is kept (kohya's sv_ratio); "
+        "Maximum ratio of a layer's largest singular value to the smallest that is kept (kohya's sv_ratio); "
         "0: no limit.",
         group="Size",
         advanced=True,
@@ -53,70 +64,80 @@ class ReductionSettings(Settings):
 
     @field_validator("ratio")
     @classmethod
-    def _ratio_is_one(cls, ratio: float) -> float:
+    def _ratio_is_at_least_one(cls, ratio: float) -> float:
         if 0 < ratio < 1:
             raise ValueError("must be 1 or more, or 0 for no limit")
         return ratio
 
     @field_validator("rank", "conv_rank")
     @classmethod
-    def _rank_is_no_typing_error(cls, rank: int) -> int:
+    def _rank_is_plausible(cls, rank: int) -> int:
         if rank > 10_000:
             raise ValueError("is above every layer's size; 4 to 256 are usual")
         return rank
 
 
-class MergeSettings(ReductionSettings):
+class MergeSettings(TruncationSettings):
     """How adapters are merged."""
 
     method: MethodName = setting(
         "sum",
-        "How. sum: exactly what all of them add, ranks added up. svd: the same, reduced to a rank. ties: small numbers "
-        "dropped, signs elected. dare, dare-ties: numbers dropped at random and the rest scaled. prune: small numbers "
+        "Merge method. sum: the exact sum; the ranks add up. svd: the same, truncated to a rank. ties: small values "
+        "dropped, signs elected. dare, dare-ties: values dropped at random and the rest rescaled. prune: small values "
         "dropped. orthogonal: the first stays as it is, the others leave its inputs alone.",
         group="Method",
     )
     density: float = setting(
-        0.5, "Share of the numbers that is kept, for ties, dare, dare-ties and prune.", group="Method", gt=0.0, le=1.0
-    )
-    protected: float = setting(
-        1.0,
-        "Share of an adapter's energy whose inputs the later ones leave alone, for orthogonal.",
+        0.5,
+        "Fraction of the values to keep, for ties, dare, dare-ties and prune.",
         group="Method",
         gt=0.0,
         le=1.0,
+        step=0.05,
     )
-    seed: int = setting(
-        0, "Seed of the numbers that are dropped, for dare and dare-ties.", group="Method", ge=0, le=MAX_SEED
+    protected: float = setting(
+        1.0,
+        "Share of an adapter's energy whose inputs later adapters must leave alone, for orthogonal.",
+        group="Method",
+        gt=0.0,
+        le=1.0,
+        step=0.01,
     )
+    seed: int = setting(0, "Seed of the random drops, for dare and dare-ties.", group="Method", ge=0, le=MAX_SEED)
 
     @model_validator(mode="after")
-    def _method_and_settings_fit(self) -> Self:
-        foreign = sorted(self.model_fields_set - self.used)
-        for name in (name for name in foreign if name in ReductionSettings.model_fields):
-            raise ValueError(f"method '{self.method}' is exact, so {name} does not apply: leave it out, or choose svd")
-        for name in (name for name in foreign if name in ("density", "protected")):
-            raise ValueError(f"{name} does not apply to method '{self.method}': leave it out, or choose another method")
+    def _settings_suit_the_method(self) -> Self:
+        unused = sorted(self.model_fields_set - self.used_settings)
+        for name in unused:
+            if name in _TRUNCATION:
+                raise ValueError(
+                    f"method '{self.method}' is exact, so {suggest(name)} does not apply: leave it out, or choose "
+                    f"{suggest('method', 'svd')}"
+                )
+        for name in unused:
+            if name in ("density", "protected"):
+                raise ValueError(
+                    f"{suggest(name)} does not apply to method '{self.method}': leave it out, or choose another "
+                    f"{suggest('method')}"
+                )
         return self
 
     @property
-    def used(self) -> set[str]:
-        """The settings that the method looks at."""
-        own = {"density"} if self.method in _DENSITY else {"protected"} if self.method == "orthogonal" else set()
-        drawn = {"seed"} if self.method.startswith("dare") else set()
-        return {"method", *own, *drawn, *(ReductionSettings.model_fields if self.reduces else ())}
+    def used_settings(self) -> set[str]:
+        """The settings that the method takes, and the method itself."""
+        return {"method", *METHOD_SETTINGS[self.method]}
 
     @property
-    def reduces(self) -> bool:
-        """Whether the result is brought to a lower rank."""
-        return self.method not in _EXACT
+    def truncates(self) -> bool:
+        """Whether the result is truncated to a lower rank."""
+        return "rank" in METHOD_SETTINGS[self.method]
 
 
 class _FileSettings(Settings):
-    """What every command that writes an adapter takes."""
+    """What every command that computes and writes an adapter takes."""
 
     output: TidyPath = setting(..., "File to write; an existing one is never overwritten.", group="Saving", path=True)
-    save_precision: SavePrecision = TrainSettings.model_fields["save_precision"]  # type: ignore[assignment]
+    save_precision: SavePrecision = same_setting(TrainSettings, "save_precision")
     report: TidyPath | None = setting(
         None,
         "Also write the report: FILE.json, or FILE.png for a heat map by block.",
@@ -126,11 +147,11 @@ class _FileSettings(Settings):
     base: TidyPath | None = setting(
         None,
         "Base model that the adapters were made for: a .safetensors or .ckpt file, or a diffusers folder. Needed for "
-        "DoRA and OFT, whose change depends on it.",
+        "DoRA and OFT, whose weight delta depends on it.",
         group="Base model",
         path=True,
     )
-    device: str = BaseSettings.model_fields["device"]  # type: ignore[assignment]
+    device: str = same_setting(BaseModelSettings, "device")
 
     @field_validator("output")
     @classmethod
@@ -161,8 +182,8 @@ class MergeCommand(MergeSettings, _FileSettings):
     )
     block_weights: tuple[str, ...] = setting(
         (),
-        "Further factors of the first adapter's parts; given again, of the second's, and so on: PATTERN=FACTOR, "
-        "separated by blanks, such as 'down_blocks=0.5 mid_block=0'; the last that is found in a layer's place counts.",
+        "Factors for parts of the first adapter; given again, for those of the second, and so on: PATTERN=FACTOR, "
+        "separated by spaces, such as 'down_blocks=0.5 mid_block=0'; the last match in a layer's name counts.",
         group="Method",
         advanced=True,
     )
@@ -170,16 +191,18 @@ class MergeCommand(MergeSettings, _FileSettings):
     @model_validator(mode="after")
     def _block_weights_belong_to_adapters(self) -> Self:
         if len(self.block_weights) > len(self.loras):
-            raise ValueError(f"block_weights is given {len(self.block_weights)} times for {len(self.loras)} adapters")
+            raise ValueError(
+                f"{suggest('block_weights')} is given {len(self.block_weights)} times for {len(self.loras)} adapters"
+            )
         for text in self.block_weights:
-            read_block_weights(text)
+            parse_block_weights(text)
         return self
 
 
-class ResizeCommand(ReductionSettings, _FileSettings):
+class ResizeCommand(TruncationSettings, _FileSettings):
     """Everything that `resize` takes."""
 
-    lora: TidyPath = setting(..., "Adapter file to bring to another size.", path=True)
+    lora: TidyPath = setting(..., "Adapter file to resize.", path=True)
 
 
 class LearnedMergeSettings(Settings):
@@ -187,79 +210,85 @@ class LearnedMergeSettings(Settings):
 
     subject_prompt: str = setting(
         ...,
-        "What the first adapter was taught, such as 'a photo of sks dog'; several prompts separated by '|'.",
+        "What the first adapter was trained on, such as 'a photo of sks dog'; several prompts are separated by '|'.",
         group="Prompts",
     )
     style_prompt: str = setting(
         ...,
-        "What the second adapter was taught, such as 'pixel art, a house'; several prompts separated by '|'. Prompts "
-        "about different things keep the style free of any.",
+        "What the second adapter was trained on, such as 'pixel art, a house'; several prompts are separated by '|'. "
+        "Prompts about different things keep the style independent of any of them.",
         group="Prompts",
     )
     steps: int = setting(100, "Optimiser steps.", unit="steps", ge=1, le=100_000)
-    learning_rate: float = setting(0.01, "Learning rate of the coefficients.", gt=0.0, le=1.0)
+    learning_rate: float = setting(0.01, "Learning rate of the coefficients.", gt=0.0, le=1.0, step=0.000001)
     overlap_weight: float = setting(
-        0.01, "Weight of the penalty for inputs that both adapters use (ZipLoRA's λ).", ge=0.0, le=100.0, advanced=True
+        0.01,
+        "Weight of the penalty for inputs that both adapters use (ZipLoRA's λ).",
+        ge=0.0,
+        le=100.0,
+        advanced=True,
+        step=0.001,
     )
     split: float = setting(
         0.6,
-        "Noise level, as a share of the timesteps, that parts the two: from it upwards the subject's predictions are "
-        "matched, below it the style's, since form is decided at high noise and texture at low. 0: both are matched at "
-        "every noise level, as in the paper.",
+        "Noise level, as a fraction of the timesteps, that separates the two: from it upwards the subject's "
+        "predictions are matched, below it the style's, since shape is decided at high noise and texture at low noise. "
+        "0: both are matched at every noise level, as in the paper.",
         ge=0.0,
         le=0.95,
         advanced=True,
+        step=0.05,
     )
     pictures: int = setting(
-        8, "Latents drawn with each adapter to learn from.", unit="pictures", ge=1, le=1000, advanced=True
+        8, "Latents generated with each adapter to learn from.", unit="pictures", ge=1, le=1000, advanced=True
     )
     sampling_steps: int = setting(20, "Denoising steps of these latents.", unit="steps", ge=1, le=200, advanced=True)
     guidance: float = setting(
         5.0, "Classifier-free guidance of these latents; 1 is none.", ge=0.0, le=100.0, advanced=True
     )
-    resolution: int = TrainSettings.model_fields["resolution"]  # type: ignore[assignment]
+    resolution: int = same_setting(TrainSettings, "resolution")
     seed: int = setting(0, "Seed of latents, timesteps and noise.", ge=0, le=MAX_SEED)
-    precision: Precision = TrainSettings.model_fields["precision"]  # type: ignore[assignment]
-    gradient_checkpointing: bool = TrainSettings.model_fields["gradient_checkpointing"]  # type: ignore[assignment]
+    precision: Precision = same_setting(TrainSettings, "precision")
+    gradient_checkpointing: bool = same_setting(TrainSettings, "gradient_checkpointing")
 
     @field_validator("subject_prompt", "style_prompt")
     @classmethod
     def _prompts_are_given(cls, text: str) -> str:
         if not split_prompts(text):
-            raise ValueError("is empty; write what the adapter was taught")
+            raise ValueError("is empty; write what the adapter was trained on")
         return text
 
 
-class LearnedMergeCommand(LearnedMergeSettings, BaseSettings):
+class LearnedMergeCommand(LearnedMergeSettings, BaseModelSettings):
     """Everything that `learned-merge` takes."""
 
     loras: tuple[str, ...] = setting(
         ..., "Two adapter files, the subject's and the style's, with optional strengths.", path=True
     )
     output: TidyPath = setting(..., "File to write; an existing one is never overwritten.", group="Saving", path=True)
-    save_precision: SavePrecision = TrainSettings.model_fields["save_precision"]  # type: ignore[assignment]
-    report: TidyPath | None = _FileSettings.model_fields["report"]  # type: ignore[assignment]
+    save_precision: SavePrecision = same_setting(TrainSettings, "save_precision")
+    report: TidyPath | None = same_setting(_FileSettings, "report")
 
     @model_validator(mode="after")
     def _two_adapters(self) -> Self:
         if len(self.loras) != 2:
-            raise ValueError(f"loras: a learned merge takes two adapters, and {len(self.loras)} are given")
+            raise ValueError(f"{suggest('loras')}: a learned merge takes two adapters, but {len(self.loras)} are given")
         return self
 
 
-class ExtractSettings(ReductionSettings):
+class ExtractSettings(TruncationSettings):
     """How a LoRA is extracted from two models."""
 
     biases: bool = setting(
-        False, "Also what changed in biases and norms; not every program can load that.", group="Size", advanced=True
+        False, "Also extract changes of biases and norms; not every program can load them.", group="Size", advanced=True
     )
 
 
 class ExtractCommand(ExtractSettings, _FileSettings):
     """Everything that `extract` takes."""
 
-    tuned: TidyPath = setting(..., "Model to extract from: a file or a diffusers folder.", path=True)
-    base: TidyPath = setting(..., "Model that it was made from.", group="Base model", path=True)
+    tuned: TidyPath = setting(..., "Fine-tuned model to extract from: a file or a diffusers folder.", path=True)
+    base: TidyPath = setting(..., "Model that it was fine-tuned from.", group="Base model", path=True)
 
 
 class ConvertCommand(Settings):
@@ -268,11 +297,11 @@ class ConvertCommand(Settings):
     lora: TidyPath = setting(..., "Adapter file or PEFT folder to convert.", path=True)
     format: Literal["kohya", "diffusers"] = setting(
         "kohya",
-        "Names of the layers. kohya: as ComfyUI, Automatic1111, Forge and Civitai read them. diffusers: as diffusers' "
-        "load_lora_weights and PEFT name them.",
+        "Names of the layers. kohya: for ComfyUI, Automatic1111, Forge and Civitai. diffusers: for diffusers' "
+        "load_lora_weights and PEFT.",
     )
-    output: TidyPath = _FileSettings.model_fields["output"]  # type: ignore[assignment]
-    save_precision: SavePrecision = TrainSettings.model_fields["save_precision"]  # type: ignore[assignment]
+    output: TidyPath = same_setting(_FileSettings, "output")
+    save_precision: SavePrecision = same_setting(TrainSettings, "save_precision")
 
     @field_validator("output")
     @classmethod
@@ -286,7 +315,7 @@ class FuseCommand(Settings):
     base: TidyPath = setting(
         ..., "Model to add the adapters to: a .safetensors or .ckpt file, or a diffusers folder.", path=True
     )
-    lora: tuple[str, ...] = GenerateSettings.model_fields["lora"]  # type: ignore[assignment]
+    lora: tuple[str, ...] = same_setting(GenerateCommand, "lora")
     output: TidyPath = setting(
         ...,
         "Checkpoint file to write, or folder if the model is one; an existing one is never overwritten.",
@@ -296,17 +325,19 @@ class FuseCommand(Settings):
     @model_validator(mode="after")
     def _something_to_add(self) -> Self:
         if not self.lora:
-            raise ValueError("lora is not given, so there is nothing to add: give --lora FILE:STRENGTH")
+            raise ValueError(
+                f"{suggest('lora')} is not given, so there is nothing to add: give {suggest('lora', 'FILE:STRENGTH')}"
+            )
         return self
 
 
-def read_block_weights(text: str) -> list[BlockWeight]:
-    """Read PATTERN=FACTOR entries, separated by blanks; the last that is found in a module's place counts.
+def parse_block_weights(text: str) -> list[BlockWeight]:
+    """Parse PATTERN=FACTOR entries, separated by spaces; the last match in a module's name counts.
 
     Raises:
-        ValueError: An entry is none.
+        ValueError: An entry has another form.
     """
-    found = []
+    weights = []
     for entry in text.split():
         pattern, equals, factor = entry.rpartition("=")
         try:
@@ -316,5 +347,5 @@ def read_block_weights(text: str) -> list[BlockWeight]:
             raise ValueError(f"'{entry}' is not PATTERN=FACTOR, such as down_blocks=0.5 ({error})") from None
         if not equals or not pattern or not math.isfinite(number):
             raise ValueError(f"'{entry}' is not PATTERN=FACTOR, such as down_blocks=0.5")
-        found.append(BlockWeight(compiled, number))
-    return found
+        weights.append(BlockWeight(compiled, number))
+    return weights

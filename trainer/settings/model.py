@@ -1,4 +1,4 @@
-"""The settings of the base model: where it comes from and where it runs."""
+"""The settings of the base model: where it is and where it runs; names of precisions."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from typing import Literal
 from .base import Settings, TidyPath, setting
 
 PredictionType = Literal["auto", "epsilon", "v_prediction"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+SavePrecision = Literal["fp16", "bf16", "fp32"]
 
 
-class BaseSettings(Settings):
-    """Where the base model comes from and where it runs."""
+class BaseModelSettings(Settings):
+    """Where the base model is and where it runs."""
 
     base: TidyPath = setting(
         ...,
-        "Base model: a single-file checkpoint (.safetensors or .ckpt) or a folder in diffusers' layout.",
+        "Base model: a single-file checkpoint (.safetensors or .ckpt) or a diffusers folder.",
         group="Base model",
         path=True,
     )
     tokenizer: TidyPath | None = setting(
         None,
-        "Folder with the CLIP tokenizer (vocab.json, merges.txt). Needed only for a single-file checkpoint that "
-        "lies outside a ComfyUI installation; found by itself otherwise.",
+        "Folder with the CLIP tokenizer (vocab.json, merges.txt). Needed only for a single-file checkpoint outside a "
+        "ComfyUI installation; found automatically otherwise.",
         group="Base model",
         advanced=True,
         affects_result=False,
@@ -29,21 +31,22 @@ class BaseSettings(Settings):
     )
     vae: TidyPath | None = setting(
         None,
-        "Another autoencoder: a file, or a folder of diffusers. It computes in fp32, so SDXL's own works, too.",
+        "Another autoencoder: a file or a diffusers folder. It runs in fp32, so SDXL's own works, too.",
         group="Base model",
         advanced=True,
         path=True,
     )
     prediction_type: PredictionType = setting(
         "auto",
-        "What the base model predicts. auto: as the checkpoint or folder says, and for Stable Diffusion 2.x as its "
-        "weights show.",
+        "What the base model predicts. auto: taken from the checkpoint or folder; for Stable Diffusion 2.x detected "
+        "from the weights.",
         group="Base model",
         advanced=True,
     )
     clip_skip: int = setting(
         0,
-        "Layer of the text encoders that is read, counted from the end (2: the one before the last); 0: the family's.",
+        "Layer of the text encoders whose output is used, counted from the end (2: the last but one); 0: the family's "
+        "default.",
         unit="layers",
         group="Base model",
         advanced=True,

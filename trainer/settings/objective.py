@@ -7,33 +7,35 @@ from typing import Literal
 from pydantic import model_validator
 from typing_extensions import Self
 
+from ..core.errors import suggest
 from .base import Settings, setting
 
 _GROUP = "Objective"
 
 
 class ObjectiveSettings(Settings):
-    """Which noise is added at which timesteps, and how the prediction's error is weighed."""
+    """Which noise is added at which timesteps, and how the error of the prediction is weighted."""
 
     loss: Literal["mse", "huber", "huber-snr"] = setting(
         "mse",
-        "How an error counts. mse: squared. huber: pseudo-Huber, linear for large errors, so that flawed pictures "
-        "count less. huber-snr: the same, linear the sooner the noisier the timestep is (kohya's schedule 'snr').",
+        "How errors count. mse: squared. huber: pseudo-Huber, linear for large errors, so that flawed pictures count "
+        "less. huber-snr: the same, linear from smaller errors on at noisier timesteps (kohya's schedule 'snr').",
         group=_GROUP,
         advanced=True,
     )
     huber_c: float = setting(
         0.1,
-        "Error above which huber counts linearly, of latents' standard deviation.",
+        "Error above which huber is linear, in standard deviations of the latents.",
         group=_GROUP,
         gt=0.0,
         le=100.0,
         advanced=True,
+        step=0.01,
     )
     loss_weighting: Literal["constant", "min-snr", "debiased"] = setting(
         "constant",
-        "How timesteps are weighed. min-snr: those with little noise count less, which evens out learning (Hang et al. "
-        "2023). debiased: those with much noise count more, for the large shapes (Yu et al. 2023).",
+        "How timesteps are weighted. min-snr: those with little noise count less, which balances them (Hang et al. "
+        "2023). debiased: those with much noise count more, in favour of large shapes (Yu et al. 2023).",
         group=_GROUP,
         advanced=True,
     )
@@ -47,16 +49,18 @@ class ObjectiveSettings(Settings):
     )
     noise_offset: float = setting(
         0.0,
-        "Strength of a noise that is the same over a whole channel, so that very dark and bright pictures can be "
-        "learned; 0: none. 0.05 to 0.1 are usual.",
+        "Strength of noise that is constant over a whole channel, so that very dark and bright pictures can be "
+        "learned; 0: none. 0.05 to 0.1 are typical.",
         group=_GROUP,
         ge=0.0,
         le=10.0,
         advanced=True,
+        step=0.01,
     )
     multires_noise_iterations: int = setting(
         0,
-        "Levels of coarser noise that are added (pyramid noise), to the same end as noise_offset; 0: none, 6 is usual.",
+        "Levels of coarser noise that are added (pyramid noise), for the same purpose as noise_offset; 0: none. 6 is "
+        "typical.",
         unit="levels",
         group=_GROUP,
         ge=0,
@@ -64,20 +68,27 @@ class ObjectiveSettings(Settings):
         advanced=True,
     )
     multires_noise_discount: float = setting(
-        0.3, "Strength of each level of noise over the one before.", group=_GROUP, gt=0.0, le=1.0, advanced=True
+        0.3,
+        "Strength of each level of noise relative to the one before.",
+        group=_GROUP,
+        gt=0.0,
+        le=1.0,
+        advanced=True,
+        step=0.05,
     )
     input_perturbation: float = setting(
         0.0,
-        "Extra noise that the model sees and is not asked for (Ning et al. 2023); 0: none. 0.1 is usual.",
+        "Extra noise in the model's input that is not in its target (Ning et al. 2023); 0: none. 0.1 is typical.",
         group=_GROUP,
         ge=0.0,
         le=10.0,
         advanced=True,
+        step=0.01,
     )
     zero_terminal_snr: bool = setting(
         False,
-        "Rescale the noise schedule so that the last timestep is pure noise (Lin et al. 2023), for models of velocity "
-        "that were trained so. Draw with the same schedule: ModelSamplingDiscrete's zsnr in ComfyUI.",
+        "Rescale the noise schedule so that the last timestep is pure noise (Lin et al. 2023), for v-prediction models "
+        "that were trained this way. Generate with the same schedule: ModelSamplingDiscrete's zsnr in ComfyUI.",
         group=_GROUP,
         advanced=True,
     )
@@ -92,7 +103,7 @@ class ObjectiveSettings(Settings):
     )
     max_timestep: int = setting(
         1000,
-        "Timestep before which training ends; 1000: all.",
+        "Timestep before which training stops; 1000: all.",
         unit="timesteps",
         group=_GROUP,
         ge=1,
@@ -101,8 +112,8 @@ class ObjectiveSettings(Settings):
     )
     timestep_bias: float = setting(
         0.0,
-        "Above 0: noisy timesteps, where shapes are learned, are drawn more often; below: those with little noise, "
-        "where details are. The share of timesteps below x is x to the power of 2^bias.",
+        "Above 0: noisy timesteps, where shapes are learned, are drawn more often; below 0: those with little noise, "
+        "where details are learned. The share of timesteps below x is x to the power of 2^bias.",
         group=_GROUP,
         ge=-4.0,
         le=4.0,
@@ -113,7 +124,7 @@ class ObjectiveSettings(Settings):
     def _timesteps_are_left(self) -> Self:
         if self.min_timestep >= self.max_timestep:
             raise ValueError(
-                f"min_timestep ({self.min_timestep}) must be less than max_timestep ({self.max_timestep}): no timestep "
-                "is left to train"
+                f"{suggest('min_timestep')} ({self.min_timestep}) must be less than {suggest('max_timestep')} "
+                f"({self.max_timestep}): no timestep is left to train"
             )
         return self

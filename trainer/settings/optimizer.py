@@ -1,4 +1,4 @@
-"""The settings of the optimiser and of the averaging of what it learns; which class of which package each one is."""
+"""The settings of the optimiser and of weight averaging; the class and package of each optimiser."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import field_validator
-from typing_extensions import Self
 
+from ..core.errors import suggest
 from .base import Settings, setting
 
 OptimizerName = Literal[
@@ -18,7 +18,7 @@ OptimizerName = Literal[
 ]
 _GROUP = "Optimiser"
 _LEAST_PRODIGY_RATE = 0.1
-_VALUES = (bool, int, float, type(None))  # and tuples of them: what a checkpoint's JSON can keep
+_OPTION_TYPES = (bool, int, float, type(None))  # and tuples of them: what JSON in a checkpoint can hold
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class OptimizerClass:
     """Where an optimiser comes from.
 
     Attributes:
-        module: Module that defines the class; with `name` what kohya's metadata call it.
-        name: Of the class.
-        requirement: What pip installs for it; empty: nothing beyond what the trainer needs anyway.
-        bytes_per_number: What it keeps of every trained number, at the least.
-        fixed: Options that are always given to it.
+        module: Module that defines the class; with `name`, how kohya's metadata name it.
+        name: Name of the class.
+        requirement: What pip must install for it; empty: nothing beyond the trainer's own requirements.
+        bytes_per_number: Size of its state per trained number, in bytes, at least.
+        fixed: Options that it always gets.
     """
 
     module: str
@@ -57,30 +57,30 @@ OPTIMIZERS: Mapping[str, OptimizerClass] = {
 
 
 class OptimizerSettings(Settings):
-    """By what rule the weights are updated, and which weights are shown."""
+    """How the weights are updated, and whether they are averaged."""
 
     optimizer: OptimizerName = setting(
         "adamw",
-        "Optimiser. adamw: the usual one, rate about 1e-4. adamw-8bit: the same with a quarter of its memory, same "
-        "rates (bitsandbytes); what a small card or full fine-tuning needs. adamw-8bit-paged: lets CUDA move that to "
-        "the computer's memory when the card is full, too. adafactor: the least memory, rates as for adamw. lion: half "
-        "of adamw's memory, a third to a tenth of its rate (3e-5). prodigy: finds the rate itself, set learning_rate "
-        "to 1; four floats per weight. adamw-schedule-free: no schedule to choose, shows an average of its weights, "
-        "one to ten times adamw's rate.",
+        "Optimiser. adamw: the usual one, learning rate about 1e-4. adamw-8bit: the same with a quarter of its memory, "
+        "same learning rates (bitsandbytes); for small cards and full fine-tuning. adamw-8bit-paged: also lets CUDA "
+        "move its memory to the computer's when the card is full. adafactor: the least memory, learning rates as for "
+        "adamw. lion: half of adamw's memory, a third to a tenth of its learning rate (3e-5). prodigy: finds the "
+        "learning rate itself, set learning_rate to 1; four floats per weight. adamw-schedule-free: needs no schedule, "
+        "uses an average of its weights, one to ten times adamw's learning rate.",
         group=_GROUP,
         advanced=True,
     )
     optimizer_options: str = setting(
         "",
-        "Further options of the optimiser: KEY=VALUE, separated by blanks, such as betas=(0.9,0.99) eps=1e-6 or, for "
+        "Further options of the optimiser: KEY=VALUE, separated by spaces, such as betas=(0.9,0.99) eps=1e-6 or, for "
         "prodigy, d_coef=2.",
         group=_GROUP,
         advanced=True,
     )
     lora_plus_ratio: float = setting(
         0.0,
-        "LoRA+: the parts of an adapter that start at zero (of LoRA and DoRA lora_up, of LoHa hada_w2_b, of LoKr "
-        "lokr_w1) learn so many times as fast as the others; 16 is usual. 0: all learn alike.",
+        "LoRA+: multiplies the learning rate of those parts of an adapter that start at zero (of LoRA and DoRA "
+        "lora_up, of LoHa hada_w2_b, of LoKr lokr_w1); 16 is typical. 0: off.",
         group=_GROUP,
         advanced=True,
         ge=0.0,
@@ -88,8 +88,8 @@ class OptimizerSettings(Settings):
     )
     ema_decay: float = setting(
         0.0,
-        "Show and save an exponential moving average of the weights instead of the last ones: less noise, a little "
-        "later. 0.999 is usual, 0.9999 for thousands of steps; it begins lower. 0: off.",
+        "Use and save an exponential moving average of the weights instead of the last ones: less noise, slightly "
+        "behind. 0.999 is typical, 0.9999 for thousands of steps; the decay starts lower. 0: off.",
         group=_GROUP,
         advanced=True,
         ge=0.0,
@@ -98,8 +98,8 @@ class OptimizerSettings(Settings):
 
     @field_validator("optimizer_options")
     @classmethod
-    def _options_are_read(cls, text: str) -> str:
-        _options(text)
+    def _options_parse(cls, text: str) -> str:
+        _parse_options(text)
         return text
 
     @property
@@ -108,89 +108,105 @@ class OptimizerSettings(Settings):
         return OPTIMIZERS[self.optimizer]
 
     @property
-    def further_options(self) -> dict[str, Any]:
-        """`optimizer_options`, read."""
-        return _options(self.optimizer_options)
+    def extra_options(self) -> dict[str, Any]:
+        """`optimizer_options`, parsed."""
+        return _parse_options(self.optimizer_options)
 
     @property
     def averages(self) -> bool:
-        """Whether the weights that are shown and saved are others than those that are updated."""
+        """Whether the weights that are used and saved differ from those that are updated."""
         return self.optimizer == "adamw-schedule-free" or self.ema_decay > 0
 
     def optimizer_title(self, weight_decay: float) -> str:
         """Class and options as kohya writes them into `ss_optimizer`."""
-        found = self.optimizer_class
-        options = {"weight_decay": weight_decay, **found.fixed, **self.further_options}
-        return f"{found.module}.{found.name}({','.join(f'{name}={value}' for name, value in options.items())})"
+        optimizer = self.optimizer_class
+        options = {"weight_decay": weight_decay, **optimizer.fixed, **self.extra_options}
+        arguments = ",".join(f"{name}={value}" for name, value in options.items())
+        return f"{optimizer.module}.{optimizer.name}({arguments})"
 
-    def require_fitting(
-        self, rate: float, text_rates: Mapping[str, float], schedule: str, adapter: str, max_norm: float
-    ) -> Self:
-        """Check the settings that must go together with the optimiser.
+    def require_suitable(
+        self,
+        *,
+        learning_rate: float,
+        text_encoder_rates: Mapping[str, float],
+        lr_schedule: str,
+        adapter: str,
+        max_norm: float,
+    ) -> None:
+        """Check the settings that depend on the optimiser.
 
         Args:
-            rate: Learning rate of the UNet.
-            text_rates: Text encoder → its learning rate.
-            schedule: Name of the learning rate's schedule.
+            learning_rate: Learning rate of the UNet.
+            text_encoder_rates: Text encoder → its learning rate.
+            lr_schedule: Name of the learning rate schedule.
             adapter: Kind of adapter.
-            max_norm: Limit of a layer's norm; 0: none.
+            max_norm: Maximum norm of a layer; 0: no limit.
 
         Raises:
-            ValueError: Says what contradicts what, and what to change.
+            ValueError: Names the settings that contradict each other, and what to change.
         """
         if self.lora_plus_ratio and adapter == "full":
             raise ValueError(
-                "lora_plus_ratio is for adapters, but adapter is 'full': set it to 0 or choose another adapter"
+                f"{suggest('lora_plus_ratio')} is for adapters, but {suggest('adapter')} is 'full': set "
+                f"{suggest('lora_plus_ratio', 0)} or choose another {suggest('adapter')}"
             )
         if self.optimizer == "prodigy":
-            self._require_one_rate(rate, text_rates)
+            self._require_one_rate(learning_rate, text_encoder_rates)
         if self.optimizer == "adamw-schedule-free":
-            if schedule not in ("constant", "constant_with_warmup"):
-                raise ValueError(
-                    f"adamw-schedule-free replaces the schedule, but lr_schedule is '{schedule}': "
-                    "choose constant or constant_with_warmup"
-                )
-            if self.ema_decay:
-                raise ValueError("adamw-schedule-free averages the weights itself: set ema_decay to 0")
-            if max_norm:
-                raise ValueError(
-                    "max_norm limits weights that adamw-schedule-free computes anew in every step: set max_norm to 0 "
-                    "or choose another optimizer"
-                )
-        return self
+            self._require_no_schedule(lr_schedule, max_norm)
 
-    def _require_one_rate(self, rate: float, text_rates: Mapping[str, float]) -> None:
-        """Prodigy estimates one distance for all parameters; rates are factors of it, and must be equal."""
-        if rate < _LEAST_PRODIGY_RATE:
+    def _require_one_rate(self, learning_rate: float, text_encoder_rates: Mapping[str, float]) -> None:
+        """Prodigy estimates one distance for all parameters; learning rates are factors of it, and must be equal."""
+        if learning_rate < _LEAST_PRODIGY_RATE:
             raise ValueError(
-                f"prodigy finds the learning rate itself and learning_rate is a factor of it, but it is {rate:g}: set "
-                "learning_rate to 1 (and for less, d_coef=0.5 in optimizer_options)"
+                f"prodigy finds the learning rate itself and {suggest('learning_rate')} is a factor of it, but it is "
+                f"{learning_rate:g}: set {suggest('learning_rate', 1)} (and for less, d_coef=0.5 in "
+                f"{suggest('optimizer_options')})"
             )
-        for name, other in text_rates.items():
-            if other != rate:
+        for component, rate in text_encoder_rates.items():
+            if rate != learning_rate:
+                name = f"{component}_lr"
                 raise ValueError(
-                    f"prodigy has one rate for all that is trained: set {name}_lr to {rate:g}, like learning_rate, "
-                    "or to 0"
+                    f"prodigy has one learning rate for all parameters: set {suggest(name, f'{learning_rate:g}')}, "
+                    f"like {suggest('learning_rate')}, or {suggest(name, 0)}"
                 )
         if self.lora_plus_ratio:
-            raise ValueError("prodigy has one rate for all that is trained: set lora_plus_ratio to 0")
+            raise ValueError(f"prodigy has one learning rate for all parameters: set {suggest('lora_plus_ratio', 0)}")
+
+    def _require_no_schedule(self, lr_schedule: str, max_norm: float) -> None:
+        """Schedule-free AdamW has no schedule, averages the weights itself, and recomputes them at every step."""
+        if lr_schedule not in ("constant", "constant_with_warmup"):
+            raise ValueError(
+                f"adamw-schedule-free replaces the schedule, but {suggest('lr_schedule')} is '{lr_schedule}': "
+                "choose constant or constant_with_warmup"
+            )
+        if self.ema_decay:
+            raise ValueError(f"adamw-schedule-free averages the weights itself: set {suggest('ema_decay', 0)}")
+        if max_norm:
+            raise ValueError(
+                f"{suggest('max_norm')} limits weights that adamw-schedule-free recomputes at every step: set "
+                f"{suggest('max_norm', 0)} or choose another {suggest('optimizer')}"
+            )
 
 
-def _options(text: str) -> dict[str, Any]:
-    """`KEY=VALUE` pairs, read; a value may have blanks inside."""
-    found: dict[str, Any] = {}
-    for entry in re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip()) if text.strip() else []:
+def _parse_options(text: str) -> dict[str, Any]:
+    """`KEY=VALUE` pairs; a value may have spaces inside."""
+    options: dict[str, Any] = {}
+    entries = re.split(r"\s+(?=[A-Za-z_]\w*=)", text.strip()) if text.strip() else []
+    for entry in entries:
         match = re.fullmatch(r"([A-Za-z_]\w*)=(.+)", entry, re.DOTALL)
         if not match:
             raise ValueError(f"'{entry}' is not KEY=VALUE, such as betas=(0.9,0.99)")
-        key, written = match[1], match[2].strip()
-        if key in found:
-            raise ValueError(f"'{key}' is given twice; leave one")
+        key = match[1]
+        literal = match[2].strip()
+        if key in options:
+            raise ValueError(f"'{key}' is given twice; leave one out")
         try:
-            value = ast.literal_eval(written)
+            value = ast.literal_eval(literal)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-            raise ValueError(f"'{written}' of '{key}' is no number, True, False, None or (a,b)") from None
-        if not all(isinstance(one, _VALUES) for one in (value if isinstance(value, tuple) else (value,))):
-            raise ValueError(f"'{written}' of '{key}' is no number, True, False, None or (a,b)")
-        found[key] = value
-    return found
+            raise ValueError(f"'{literal}' of '{key}' is not a number, True, False, None or (a,b)") from None
+        parts = value if isinstance(value, tuple) else (value,)
+        if not all(isinstance(part, _OPTION_TYPES) for part in parts):
+            raise ValueError(f"'{literal}' of '{key}' is not a number, True, False, None or (a,b)")
+        options[key] = value
+    return options

@@ -1,22 +1,23 @@
-"""The settings of previews: pictures that are drawn, and scored, while a run is training."""
+"""The settings of previews: pictures that are generated, and scored, while a run is training."""
 
 from __future__ import annotations
 
 from pydantic import model_validator
 from typing_extensions import Self
 
-from .base import Settings, setting
+from ..core.errors import suggest
+from .base import MAX_SEED, Settings, setting
 
 _GROUP = "Previews"
 
 
 class PreviewSettings(Settings):
-    """What is drawn every so many steps, and how it is scored. None of it changes what is learned."""
+    """What is generated at which steps, and how it is scored. None of it changes what is learned."""
 
     preview_every: int = setting(
         0,
-        "Steps between previews: pictures drawn with the weights of that step, for which a checkpoint is written too. "
-        "0: none.",
+        "Steps between previews: pictures generated with the weights of that step, for which a checkpoint is saved, "
+        "too. 0: none.",
         unit="steps",
         group=_GROUP,
         ge=0,
@@ -31,7 +32,7 @@ class PreviewSettings(Settings):
     )
     preview_count: int = setting(
         1,
-        "Pictures of each preview prompt; 4 or more for scores that don't jump.",
+        "Pictures per preview prompt; 4 or more for stable scores.",
         unit="pictures",
         group=_GROUP,
         ge=1,
@@ -63,14 +64,14 @@ class PreviewSettings(Settings):
         "Seed of the first preview picture of every prompt; the same at every step.",
         group=_GROUP,
         ge=0,
-        le=2**64 - 1,
+        le=MAX_SEED,
         advanced=True,
         affects_result=False,
     )
     token: str = setting(
         "sks",
-        "Rare word of the subject. Scores read prompts without it, since CLIP does not know it; drift is measured on "
-        "what is left, 'a photo of a dog'.",
+        "Rare word of the subject. Scores use the prompts without it, since CLIP does not know it; drift is measured "
+        "with what is left, such as 'a photo of a dog'.",
         group=_GROUP,
         advanced=True,
         affects_result=False,
@@ -78,7 +79,7 @@ class PreviewSettings(Settings):
     score_clip: str = setting(
         "",
         "CLIP model that scores the previews (CLIP-T, CLIP-I, drift): a folder or a hub name, such as "
-        "openai/clip-vit-base-patch32. Empty: none. It computes on the CPU and takes no memory of the GPU.",
+        "openai/clip-vit-base-patch32. Empty: none. It runs on the CPU and takes no GPU memory.",
         group=_GROUP,
         advanced=True,
         affects_result=False,
@@ -94,8 +95,8 @@ class PreviewSettings(Settings):
     )
     early_stop: int = setting(
         0,
-        "Stop once so many previews in a row show the subject no better while the class drifts on, and keep the best "
-        "one. 0: train all steps.",
+        "Stop after this many previews in a row in which the subject gets no better while the class keeps drifting, "
+        "and keep the best one. 0: train all steps.",
         unit="previews",
         group=_GROUP,
         ge=0,
@@ -107,7 +108,12 @@ class PreviewSettings(Settings):
     @model_validator(mode="after")
     def _scores_need_previews(self) -> Self:
         if (self.score_clip or self.score_dino or self.early_stop) and not self.preview_every:
-            raise ValueError("scores and early_stop are taken at previews: set preview_every, e.g. to 100")
+            raise ValueError(
+                f"scores and {suggest('early_stop')} need previews: set {suggest('preview_every', 100)}, for example"
+            )
         if self.early_stop and not (self.score_clip or self.score_dino):
-            raise ValueError("early_stop goes by scores: name a model in score_clip or score_dino")
+            raise ValueError(
+                f"{suggest('early_stop')} needs scores: name a model in {suggest('score_clip')} or "
+                f"{suggest('score_dino')}"
+            )
         return self
