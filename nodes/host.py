@@ -17,7 +17,6 @@ from ..trainer.core.errors import AdapterError, CancelledError, SettingsError, W
 
 logger = logging.getLogger("dreambooth_lora")
 NO_FOLDER = "(connected images)"
-_TEXT_ENCODERS = ("clip_l", "clip_h", "clip_g")
 _LARGEST_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6, one with zero terminal SNR at 4518
 
 
@@ -197,9 +196,11 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
         UnsupportedModelError: Its family can't be trained; named.
         WeightsError: A part is missing, quantised, or the model predicts neither epsilon nor velocity.
     """
+    from ..trainer.models.families import FAMILIES
     from ..trainer.models.open import HostTensors, open_base
 
-    encoders = {name: part for name, part in vars(clip.cond_stage_model)["_modules"].items() if name in _TEXT_ENCODERS}
+    known = {kind.short_name for family in FAMILIES for kind in family.text_encoders}
+    encoders = {name: part for name, part in vars(clip.cond_stage_model)["_modules"].items() if name in known}
     lent = HostTensors(
         unet=_patched(model.model.diffusion_model, model.patches, "diffusion_model."),
         vae=dict(vae.first_stage_model.state_dict()),
@@ -304,12 +305,15 @@ def lent_weights(model: Any, clip: Any) -> Mapping[str, Any]:
 
 class _LentWeights(Mapping[str, Any]):
     def __init__(self, weights: _Weights) -> None:
-        from ..trainer.adapters.names import kohya_name, module_path
+        from ..trainer.adapters.names import family_by_names, name_in_family
+        from ..trainer.models.families import FAMILIES, ForeignFamily
 
         self._weights = weights
         aliases = [name for name in weights.names() if len(weights.shape(name) or ()) > 1]
-        sdxl = any(name.startswith(("lora_unet_label_emb", "lora_te2_")) for name in weights.names())
-        self._aliases = {kohya_name(module_path(name), sdxl=sdxl): name for name in aliases}
+        family = family_by_names(weights.names()) or FAMILIES[0]
+        self._aliases = {
+            name if isinstance(family, ForeignFamily) else name_in_family(name, family): name for name in aliases
+        }
 
     def __getitem__(self, name: str) -> Any:
         return self._weights.current(self._aliases[name])
@@ -341,7 +345,9 @@ class _Weights:
 
     def names(self) -> list[str]:
         """All names that a kohya file may give a module."""
-        return [name for name in self._keys if name.startswith(("lora_unet_", "lora_te")) and self.shape(name)]
+        from ..trainer.adapters.prefixes import is_kohya_name
+
+        return [name for name in self._keys if is_kohya_name(name) and self.shape(name)]
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a module's weight; None if there is no such module."""
@@ -384,9 +390,11 @@ def _fit(weights: _Weights, model: Any, clip: Any, tensors: Mapping[str, Any]) -
     """Names of the adapter's modules that have a counterpart of their shape, and of those that have none."""
     from ..trainer.adapters.kohya import parse_adapter
     from ..trainer.adapters.layers import fits
+    from ..trainer.adapters.prefixes import UNET, component_of
 
     fitting, foreign = [], []
     for name, layer in parse_adapter(tensors).layers.items():
-        apart = (model is None and name.startswith("lora_unet")) or (clip is None and name.startswith("lora_te"))
+        owner = model if component_of(name) == UNET else clip
+        apart = owner is None
         (fitting if apart or fits(layer, weights.shape(name) or (0,)) else foreign).append(name)
     return fitting, foreign

@@ -14,6 +14,7 @@ from pack.trainer.adapters.kohya import Adapter, parse_adapter
 from pack.trainer.adapters.names import ModulePath, block_order, family_of, kohya_name, module_path, with_kohya_names
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.merging.merge import WeightedAdapter, merge
+from pack.trainer.models.families import FAMILIES
 from pack.trainer.settings.merge import MergeSettings
 from torch import Tensor
 
@@ -57,10 +58,10 @@ def tensors_named(adapter: Adapter, form: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_the_place_of_a_name_has_that_name(path: Path) -> None:
-    xl = "sdxl" in path.stem
+    family = next(one for one in FAMILIES if one.name == ("sdxl" if "sdxl" in path.stem else "sd1"))
     names = names_in(path)
     places = [module_path(name) for name in names]
-    assert [kohya_name(place, sdxl=xl) for place in places] == names
+    assert [kohya_name(place, family) for place in places] == names
     assert len(set(places)) == len(names)
 
 

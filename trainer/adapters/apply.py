@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..core.errors import AdapterError
+from ..models import families
 from ..models.families.base import BaseWeights, Component, DiffusionModel, Family, Prediction
 from ..models.open import checked
 from .kohya import Adapter
@@ -17,8 +18,6 @@ from .layers import Layer, fits
 from .names import Adaptable, canonical_path, modules_by_name, networks, parametrized_by_name
 
 logger = logging.getLogger("dreambooth_lora")
-
-_KNOWN_VERSIONS = ("sd_v1", "sd_v2", "sdxl", "sd3", "flux")
 
 
 def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None:
@@ -117,7 +116,9 @@ def _require_family(family: Family, metadata: Mapping[str, str]) -> None:
     version = metadata.get("ss_base_model_version", "")
     predictions = [Prediction(kind) for kind in ("epsilon", "v_prediction")]
     foreign = architecture not in [family.architecture(one) for one in predictions]
-    foreign_version = version.startswith(_KNOWN_VERSIONS) and version not in [
+    all_families = (*families.FAMILIES, *families.FOREIGN_FAMILIES)
+    known_versions = tuple(known.adapter_marks.base_version for known in all_families)
+    foreign_version = version.startswith(known_versions) and version not in [
         family.base_version(one) for one in predictions
     ]
     if (architecture and foreign) or (not architecture and foreign_version):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..core.errors import AdapterError
 from ..core.files import write_atomic
+from ..models.clip_names import without_text_tower
 from .kohya import Adapter
 from .layers import Layer, LoraLayer
 from .layers.base import balanced
@@ -119,7 +120,7 @@ def _configs(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     for name, tensor in tensors.items():
         if name.endswith(".lora_A.weight"):
             component, _, path = name.removesuffix(".lora_A.weight").partition(".")
-            path = path.removeprefix("text_model.")  # a level that transformers 5 lacks; ends of paths count, too
+            path = without_text_tower(path)  # a level that transformers 5 lacks; ends of paths count, too
             ranks.setdefault(component, {})[path] = tensor.shape[0]
     found: dict[str, object] = {}
     for component, by_path in ranks.items():

@@ -26,10 +26,11 @@ from torch import Tensor
 
 from ..core.errors import AdapterError
 from ..core.files import file_written_atomically, save_tensors
-from .layers import DifferenceLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
+from ..models.clip_names import TEXT_TOWER, with_text_tower
+from .layers import FullLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
+from .prefixes import KOHYA_UNET_PREFIX, UNET, component_of, neutral_prefix, text_encoder_names
 
 __all__ = [
-    "PREFIXES",
     "Adapter",
     "LoraLayer",
     "file_hashes",
@@ -42,7 +43,6 @@ __all__ = [
 
 logger = logging.getLogger("dreambooth_lora")
 
-PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te_", "text_encoder_2": "lora_te2_"}
 _OTHER_KINDS = {
     re.compile(r"\.(oft_diag|oft_[Rr](\..*)?)$"): "OFT as PEFT writes it",
     re.compile(r"\.a1\.weight$"): "GLoRA",
@@ -85,22 +85,21 @@ class Adapter:
             for part, tensor in self.layers[name].tensors().items():
                 wanted = torch.float32 if dtype and part == "dora_scale" else dtype or tensor.dtype
                 tensors[f"{name}.{part}"] = tensor.detach().to("cpu", wanted).contiguous()
-            if not isinstance(self.layers[name], DifferenceLayer):
+            if not isinstance(self.layers[name], FullLayer):
                 tensors[f"{name}.alpha"] = torch.tensor(float(self.layers[name].alpha))
         vectors = {name: self.vectors[name].detach().to("cpu", dtype).contiguous() for name in sorted(self.vectors)}
         return tensors | vectors
 
 
 def module_name(component: str, path: str) -> str:
-    """Kohya's name of a module.
+    """Kohya's name of a module where the family is not known.
 
     Args:
         component: "unet", "text_encoder" or "text_encoder_2".
         path: The module's dotted path in diffusers or transformers (with or without "text_model.").
     """
-    if component != "unet" and not path.startswith("text_model."):
-        path = f"text_model.{path}"  # transformers 5 dropped the level that every adapter file has
-    return PREFIXES[component] + path.replace(".", "_")
+    whole = path if component == UNET else with_text_tower(path)
+    return neutral_prefix(component) + whole.replace(".", "_")
 
 
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
@@ -156,7 +155,7 @@ def _layer(name: str, found: dict[str, Tensor], alphas: _Alphas, path: str) -> L
     if given is not None and given.numel() != 1:
         raise AdapterError(f"The adapter is damaged: the alpha of {name} is no number.", _BROKEN)
     layer = make_layer(name, found, None if given is None else float(given))
-    if given is not None or isinstance(layer, DifferenceLayer | OftLayer):
+    if given is not None or isinstance(layer, FullLayer | OftLayer):
         return layer
     alpha = alphas.of(path, name, layer.rank)
     if not math.isfinite(alpha):
@@ -197,11 +196,11 @@ def _split_key(key: str) -> _Key | None:
     """Read a tensor's name; None if it is no part of a LoRA."""
     kohya = _KOHYA_NAME.match(key)
     if kohya:  # lycoris_ is what LyCORIS's own wrapper calls every network; ComfyUI, too, takes it for the UNet
-        name = re.sub("^(lycoris|oft_unet)_", PREFIXES["unet"], kohya[1]) + kohya[2]  # oft_unet_: kohya's OFT
+        name = re.sub("^(lycoris|oft_unet)_", KOHYA_UNET_PREFIX, kohya[1]) + kohya[2]  # oft_unet_: kohya's OFT
         return _Key(name, kohya[3], name)
     host = _COMFYUI_NAME.match(key)
     if host:
-        return _Key(PREFIXES["unet"] + host[1].replace(".", "_"), host[2], host[1])
+        return _Key(KOHYA_UNET_PREFIX + host[1].replace(".", "_"), host[2], host[1])
     other = _DIFFUSERS_NAME.match(key)
     if not other:
         return None
@@ -210,14 +209,18 @@ def _split_key(key: str) -> _Key | None:
         side = {"A": "down", "B": "up"}[matrix]
     part = f"lora_{side}.weight" if side else other[4] or other[5]
     path = path.removeprefix("base_model.model.")
-    component = "unet"
-    if path.startswith("text_encoder_2."):
-        component = "text_encoder_2"
-    elif path.startswith(("text_encoder.", "text_model.", "encoder.layers.")):
-        component = "text_encoder"
+    component = _component_of_path(path)
     path = path.removeprefix(f"{component}.").replace(".processor.", ".")
     path = re.sub(r"\.to_out$", ".to_out.0", path)
     return _Key(module_name(component, path), part, path)
+
+
+def _component_of_path(path: str) -> str:
+    """The network that a dotted path leads into; a path that names none is the UNet's, or a single text encoder's."""
+    component, dot, _ = path.partition(".")
+    if dot and component in text_encoder_names():
+        return component
+    return "text_encoder" if path.startswith((TEXT_TOWER, "encoder.layers.")) else UNET
 
 
 class _Alphas:
@@ -225,9 +228,10 @@ class _Alphas:
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        self._configs: dict[str, dict[str, Any]] = {part: _sub_config(header, part) for part in PREFIXES}
+        components = [UNET, *text_encoder_names()]
+        self._configs: dict[str, dict[str, Any]] = {part: _sub_config(header, part) for part in components}
         if "peft_config" in metadata:
-            self._configs = dict.fromkeys(PREFIXES, json.loads(metadata["peft_config"]))
+            self._configs = dict.fromkeys(components, json.loads(metadata["peft_config"]))
         for config in self._configs.values():
             start = str(config.get("init_lora_weights")).lower()
             if start.startswith(_CHANGES_BASE):
@@ -251,8 +255,7 @@ class _Alphas:
         return _of_module(config.get("alpha_pattern"), path, default) / rank
 
     def _config(self, name: str) -> dict[str, Any]:
-        component = next((part for part, prefix in PREFIXES.items() if name.startswith(prefix)), "unet")
-        return self._configs[component]
+        return self._configs.get(component_of(name), self._configs[UNET])
 
 
 def _of_module(patterns: Mapping[str, Any] | None, path: str, default: Any) -> float:

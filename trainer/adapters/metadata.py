@@ -66,7 +66,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_output_name": name,
         "ss_base_model_version": facts.family.base_version(facts.prediction),
         "ss_sd_model_name": facts.base_title,
-        "ss_v2": facts.family.base_version(facts.prediction).startswith("sd_v2"),
+        "ss_v2": facts.family.kohya_v2,
         "ss_network_module": "networks.lora" if kind in ("lora", "full") else "lycoris.kohya",
         "ss_network_dim": rank,
         "ss_network_alpha": alpha,

@@ -11,17 +11,15 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from ..core.errors import AdapterError
-from ..models.families.base import DiffusionModel
-from ..models.ldm_names import diffusers_name, original_names
-from .kohya import PREFIXES, Adapter
+from ..models import families
+from ..models.clip_names import with_text_tower
+from ..models.families import ForeignFamily
+from ..models.families.base import DiffusionModel, Family
+from ..models.ldm_names import DIFFUSERS_BLOCKS, ORIGINAL_BLOCKS, diffusers_name, original_names
+from .kohya import Adapter
 from .layers import Layer, OftLayer, fits
+from .prefixes import KOHYA_UNET_PREFIX, UNET, family_prefix, possible_prefixes, split_prefix
 
-_TEXT_PREFIXES = {
-    "lora_te_": "text_encoder",
-    "lora_te1_": "text_encoder",
-    "lora_te2_": "text_encoder_2",
-    "lora_te3_": "text_encoder_3",
-}
 _WORDS = (  # parts of paths that hold underscores themselves, longer ones first
     "transformer_blocks|final_layer_norm|skip_connection|text_projection|time_embedding|"
     "output_blocks|add_embedding|conv_norm_out|conv_shortcut|time_emb_proj|input_blocks|"
@@ -31,7 +29,6 @@ _WORDS = (  # parts of paths that hold underscores themselves, longer ones first
 )
 _WORD = re.compile(rf"(?<![a-z0-9])({_WORDS})(?![a-z0-9])")
 _CONVOLUTION = re.compile(r"(^|\.)(conv\d?|conv_in|conv_out)$")  # of paths in diffusers
-_SDXL_UP_LEVELS_WITH_ATTENTION = ("0", "1")
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,11 @@ class ModulePath:
 
 def module_path(name: str, layers_per_block: int = 2) -> ModulePath:
     """The place of a module by its kohya name, with the original code's or diffusers' paths."""
-    for prefix, text in _TEXT_PREFIXES.items():
-        if name.startswith(prefix):
-            return ModulePath(text, _dotted(name.removeprefix(prefix)))
-    path = _dotted(name.removeprefix(PREFIXES["unet"]))
-    return ModulePath("unet", diffusers_name(path, layers_per_block) or path)
+    component, rest = split_prefix(name)
+    path = _dotted(rest)
+    if component == UNET:
+        path = diffusers_name(path, layers_per_block) or path
+    return ModulePath(component, path)
 
 
 def layers_per_block(names: Iterable[str]) -> int:
@@ -81,69 +78,84 @@ def _dotted(underscored: str) -> str:
     return kept.replace("_", ".").replace("\0", "_")
 
 
-def kohya_name(place: ModulePath, *, sdxl: bool) -> str:
-    """The name that kohya's files give a module.
+def kohya_name(path: ModulePath, family: Family) -> str:
+    """The name that kohya's files give a module of a published model of a family."""
+    name = path.path
+    if path.component == UNET and family.original_names:
+        attentions = [f"up_blocks.{level}.attentions.0" for level in family.attention_up_levels]
+        name = original_names([name, *attentions], layers_per_block=2).get(name, name)
+    return family_prefix(family, path.component) + name.replace(".", "_")
 
-    Args:
-        place: Where it stands.
-        sdxl: Whether the model is an SDXL, whose UNet is named as in the original code and whose text encoders are
-            numbered.
+
+def name_in_family(name: str, family: Family) -> str:
+    """The name that files of a family give a module, from that of any program.
+
+    A name of the original code stays, however many residual layers a level of its UNet has.
     """
-    if place.component != "unet":
-        prefix = next(prefix for prefix, text in _TEXT_PREFIXES.items() if text == place.component)
-        return ("lora_te1_" if sdxl and prefix == "lora_te_" else prefix) + place.path.replace(".", "_")
-    path = place.path
-    if sdxl:
-        marks = [f"up_blocks.{level}.attentions.0" for level in _SDXL_UP_LEVELS_WITH_ATTENTION]
-        path = original_names([path, *marks], layers_per_block=2).get(path, path)
-    return PREFIXES["unet"] + path.replace(".", "_")
+    stays = family.original_names and name.startswith(tuple(_unet_beginnings(family)))
+    return name if stays else kohya_name(module_path(name), family)
+
+
+def recognized_family(adapter: Adapter) -> Family | ForeignFamily | None:
+    """The family that an adapter was made for; None if nothing shows it.
+
+    What its modules show counts more than what its metadata state.
+    """
+    stated = [family for family in _all_families() if _is_stated(family, adapter.metadata)]
+    for name, layer in adapter.layers.items():
+        if re.search(r"attn2_to_[kv]$", name) and len(layer.shape) > 1:
+            width = layer.shape[1]
+            fitting = [family for family in families.FAMILIES if family.adapter_marks.context_width == width]
+            if fitting:
+                return next((family for family in fitting if family in stated), fitting[0])
+    return family_by_names(adapter.layers) or next(iter(stated), None)
+
+
+def family_by_names(names: Iterable[str]) -> Family | ForeignFamily | None:
+    """The family whose models alone have modules of such names; None if there is none."""
+    whole = list(names)
+    for family in (*families.FOREIGN_FAMILIES, *families.FAMILIES):
+        pattern = family.adapter_marks.module_names
+        if pattern and any(re.search(pattern, name) for name in whole):
+            return family
+    return None
+
+
+def _all_families() -> list[Family | ForeignFamily]:
+    return [*families.FAMILIES, *families.FOREIGN_FAMILIES]
+
+
+def _is_stated(family: Family | ForeignFamily, metadata: Mapping[str, str]) -> bool:
+    stated = f"{metadata.get('modelspec.architecture', '')} {metadata.get('ss_base_model_version', '')}"
+    marks = family.adapter_marks
+    return marks.architecture in stated or marks.base_version in stated
 
 
 def family_of(adapter: Adapter) -> str | None:
-    """The family that an adapter was made for, "SD 1", "SD 2", "SDXL", "SD 3" or "Flux"; None if nothing tells.
-
-    What its modules show counts more than what its metadata say.
-    """
-    widths = {768: "SD 1", 1024: "SD 2", 2048: "SDXL"}
-    for name, layer in adapter.layers.items():
-        if re.search(r"attn2_to_[kv]$", name) and len(layer.shape) > 1 and layer.shape[1] in widths:
-            return widths[layer.shape[1]]
-    if any("double_blocks_" in name or "single_transformer_blocks_" in name for name in adapter.layers):
-        return "Flux"
-    if any("joint_blocks_" in name for name in adapter.layers):
-        return "SD 3"
-    if any(name.startswith("lora_te2_") for name in adapter.layers):
-        return "SDXL"
-    return _stated_family(adapter.metadata)
-
-
-def _stated_family(metadata: Mapping[str, str]) -> str | None:
-    stated = f"{metadata.get('modelspec.architecture', '')} {metadata.get('ss_base_model_version', '')}"
-    marks = {
-        "SDXL": ("stable-diffusion-xl", "sdxl"),
-        "SD 1": ("stable-diffusion-v1", "sd_v1"),
-        "SD 2": ("stable-diffusion-v2", "sd_v2"),
-        "SD 3": ("stable-diffusion-3", "sd3"),
-        "Flux": ("flux",),
-    }
-    return next((family for family, words in marks.items() if any(word in stated for word in words)), None)
+    """Short title of the family that an adapter was made for, such as "SD 1" or "Flux"; None if nothing shows it."""
+    family = recognized_family(adapter)
+    return family.short_title if family else None
 
 
 def with_kohya_names(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Adapters of one family with their modules named as kohya's files name them; other families stay as they are.
+    """Adapters of one family with their modules named as kohya's files name them; foreign families stay as they are.
 
     Raises:
         AdapterError: One has the same module twice, under different names.
     """
-    families = {family_of(adapter) for adapter in adapters} - {None}
-    if families & {"SD 3", "Flux"}:
+    recognized = {recognized_family(adapter) for adapter in adapters} - {None}
+    known = [family for family in recognized if family is not None and not isinstance(family, ForeignFamily)]
+    if len(known) < len(recognized):
         return list(adapters)
-    sdxl = families == {"SDXL"} or (not families and _are_named_as_sdxl(adapters))
-    return [_with_kohya_names(adapter, sdxl=sdxl) for adapter in adapters]
+    if len(known) == 1:
+        family = known[0]
+    else:
+        family = families.FAMILIES[0] if known else _family_by_naming(adapters)
+    return [_with_names_of(family, adapter) for adapter in adapters]
 
 
-def _with_kohya_names(adapter: Adapter, *, sdxl: bool) -> Adapter:
-    names = {name: _own_name(name, sdxl=sdxl) for name in adapter.layers}
+def _with_names_of(family: Family, adapter: Adapter) -> Adapter:
+    names = {name: name_in_family(name, family) for name in adapter.layers}
     if len(set(names.values())) < len(names):
         twice = next(name for name, count in Counter(names.values()).items() if count > 1)
         raise AdapterError(
@@ -154,26 +166,31 @@ def _with_kohya_names(adapter: Adapter, *, sdxl: bool) -> Adapter:
     vectors = {}
     for key, vector in adapter.vectors.items():
         module, _, part = key.rpartition(".")
-        vectors[f"{_own_name(module, sdxl=sdxl)}.{part}"] = vector
+        vectors[f"{name_in_family(module, family)}.{part}"] = vector
     return replace(adapter, layers=layers, vectors=vectors)
 
 
-def _own_name(name: str, *, sdxl: bool) -> str:
-    """Kohya's name; one of the original code stays, however many residual layers a level of its UNet has."""
-    original = ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
-    return name if sdxl and name.startswith(original) else kohya_name(module_path(name), sdxl=sdxl)
-
-
-def _are_named_as_sdxl(adapters: Iterable[Adapter]) -> bool:
-    """Whether some modules have names that kohya gives an SDXL's alone, and none those of an SD 1's alone."""
-    xl = ("lora_te1_", "lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_")
-    others = ("lora_te_", "lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_")
+def _family_by_naming(adapters: Iterable[Adapter]) -> Family:
+    """The family whose way of naming some modules have and that of the first family none; else the first family."""
     names = [name for adapter in adapters for name in adapter.layers]
-    return any(name.startswith(xl) for name in names) and not any(name.startswith(others) for name in names)
+    usual = families.FAMILIES[0]
+    for family in families.FAMILIES[1:]:
+        own = tuple(_beginnings(family) - _beginnings(usual))
+        others = tuple(_beginnings(usual) - _beginnings(family))
+        if any(name.startswith(own) for name in names) and not any(name.startswith(others) for name in names):
+            return family
+    return usual
 
 
-_TEXT = "text_model."
-UNET = "unet"
+def _beginnings(family: Family) -> set[str]:
+    """What names of modules begin with in a family's files."""
+    return {kind.adapter_prefix for kind in family.text_encoders} | _unet_beginnings(family)
+
+
+def _unet_beginnings(family: Family) -> set[str]:
+    blocks = ORIGINAL_BLOCKS if family.original_names else DIFFUSERS_BLOCKS
+    return {f"{KOHYA_UNET_PREFIX}{block}_" for block in blocks}
+
 
 Adaptable = nn.Linear | nn.Conv2d
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -207,19 +224,17 @@ def modules_by_path(model: DiffusionModel) -> dict[tuple[str, str], Adaptable]:
 
 def canonical_path(component: str, path: str) -> str:
     """A path with the level "text_model." that transformers 5 dropped from some text encoders."""
-    bare = component == UNET or path.startswith(_TEXT) or path == "text_projection"
-    return path if bare else _TEXT + path
+    return path if component == UNET else with_text_tower(path)
 
 
 def adapter_names(model: DiffusionModel) -> dict[tuple[str, str], str]:
     """(component, path) → the module's name in an adapter file, as kohya names it for the model's family."""
-    prefixes = {kind.name: kind.adapter_prefix for kind in model.family.text_encoders}
     names: dict[tuple[str, str], str] = {}
     for component, modules in adaptable_modules(model).items():
         paths = {path: path for path in modules}
         if component == UNET and model.family.original_names:
             paths |= _original(model)
-        prefix = prefixes.get(component, PREFIXES[UNET])
+        prefix = family_prefix(model.family, component)
         names |= {(component, path): prefix + paths[path].replace(".", "_") for path in modules}
     return names
 
@@ -238,14 +253,13 @@ def named_weights(model: DiffusionModel, *, biases: bool = False) -> dict[str, T
     """
     names = adapter_names(model)
     found = {names[place]: module.weight.detach() for place, module in modules_by_path(model).items()}
-    prefixes = {kind.name: kind.adapter_prefix for kind in model.family.text_encoders}
     for component, network in networks(model).items() if biases else ():
         paths = {canonical_path(component, path): module for path, module in network.named_modules()}
         own: dict[str, str] = {}
         if component == UNET and model.family.original_names:
             own = original_names(paths, int(model.unet.config.layers_per_block))
         for path, module in paths.items():
-            name = prefixes.get(component, PREFIXES[UNET]) + own.get(path, path).replace(".", "_")
+            name = family_prefix(model.family, component) + own.get(path, path).replace(".", "_")
             for kind, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 1:
                     found[f"{name}.bias" if kind == "bias" else name] = parameter.detach()
@@ -268,11 +282,11 @@ def parametrized_by_name(model: DiffusionModel) -> dict[str, nn.Module]:
 def _by_name(model: DiffusionModel, modules: Mapping[str, Mapping[str, ModuleT]]) -> dict[str, ModuleT]:
     found: dict[str, ModuleT] = {}
     for component, paths in modules.items():
-        for prefix in _prefixes(component, len(model.text_encoders)):
+        for prefix in possible_prefixes(model.family, component):
             found |= {prefix + path.replace(".", "_"): module for path, module in paths.items()}
         if component == UNET:
             original = original_names(paths, int(model.unet.config.layers_per_block))
-            found |= {PREFIXES[UNET] + name.replace(".", "_"): paths[path] for path, name in original.items()}
+            found |= {KOHYA_UNET_PREFIX + name.replace(".", "_"): paths[path] for path, name in original.items()}
     return found
 
 
@@ -281,14 +295,6 @@ def own_names(model: DiffusionModel) -> dict[str, str]:
     names = adapter_names(model)
     own = {id(module): names[place] for place, module in modules_by_path(model).items()}
     return {name: own[id(module)] for name, module in modules_by_name(model).items()}
-
-
-def _prefixes(component: str, encoders: int) -> list[str]:
-    if component == UNET:
-        return [PREFIXES[UNET]]
-    if component == "text_encoder":  # diffusers' converter calls it the first even where there is but one
-        return [PREFIXES[component], "lora_te1_"]
-    return [PREFIXES[component]]
 
 
 def _original(model: DiffusionModel) -> dict[str, str]:

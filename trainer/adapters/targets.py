@@ -13,7 +13,8 @@ from ..models.families.base import DiffusionModel, Family
 from ..settings.adapter import AdapterSettings
 from .kohya import Adapter
 from .layers import Layer, LokrLayer, fits
-from .names import UNET, Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_path, own_names
+from .names import Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_path, own_names
+from .prefixes import UNET
 
 
 @dataclass(frozen=True)

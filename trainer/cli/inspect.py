@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters.kohya import PREFIXES, Adapter, file_hashes, read_adapter
+from ..adapters.kohya import Adapter, file_hashes, read_adapter
 from ..adapters.layers import Layer
 from ..adapters.metadata import describe
+from ..adapters.prefixes import component_of
 from ..core.errors import AdapterError, UnsupportedModelError, WeightsError
 from ..core.figures import as_table
 from ..merging.profile import profile
@@ -55,9 +56,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter; plain values, ready for JSON."""
     parts: dict[str, Counter[str]] = {}
     for name in adapter.layers:
-        component = next(
-            (component for component, prefix in PREFIXES.items() if name.startswith(prefix)), "text_encoder"
-        )
+        component = component_of(name)
         kind = _MODULE.search(name)
         parts.setdefault(component, Counter())[kind[1] if kind else "other"] += 1
     layers = adapter.layers.values()

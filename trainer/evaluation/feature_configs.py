@@ -23,19 +23,6 @@ KINDS = {
 _HEAD = 64  # channels of an attention head
 _VISION_HEADS = {1280: 80, 1408: 88, 1664: 104}  # of OpenCLIP's ViT-H, ViT-g and ViT-bigG, by width
 _OPENAI_VISION, _OPENAI_TEXT = (768, 1024), (512, 768)  # widths of ViT-B and ViT-L
-_OPEN_CLIP = (  # OpenCLIP's names, and OpenAI's own, to transformers'
-    (r"^transformer\.resblocks\.", "encoder.layers."),
-    (r"\.ln_([12])\.", r".layer_norm\1."),
-    (r"\.attn\.", ".self_attn."),
-    (r"\.c_fc\.", ".fc1."),
-    (r"\.c_proj\.", ".fc2."),
-    (r"^ln_pre\.", "pre_layrnorm."),
-    (r"^ln_post\.", "post_layernorm."),
-    (r"^ln_final\.", "final_layer_norm."),
-    (r"^conv1\.", "embeddings.patch_embedding."),
-    (r"^(class_embedding|token_embedding\.weight)$", r"embeddings.\1"),
-    (r"^positional_embedding$", "embeddings.position_embedding.weight"),
-)
 READ = (
     "Give a CLIP, a CLIP vision tower with its projection, a DINO ViT or a DINOv2 in the names of transformers (CLIP "
     "also in OpenCLIP's). Others, such as SigLIP, DINOv3 and DINOv2 with registers, are not read."
@@ -121,39 +108,6 @@ def inferred_config(part: Part) -> tuple[str, dict[str, Any]]:
         return ("dinov2", _dinov2_config(part)) if scaled else ("vit", _vit_config(part))
     found = ", ".join(sorted(part.tensors)[:3]) or "none"
     raise WeightsError(f"{part.name} is no feature model that is known (its first tensors: {found}).", READ)
-
-
-def in_transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give a CLIP's tensors the names of transformers' whole CLIP: from OpenCLIP's, or without a tower's prefix."""
-    if "visual.class_embedding" in tensors or "token_embedding.weight" in tensors:
-        tensors = _from_open_clip(tensors)
-    tower = ""
-    if "embeddings.class_embedding" in tensors:
-        tower = "vision_model."
-    elif "embeddings.token_embedding.weight" in tensors:
-        tower = "text_model."
-    inner = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "final_layer_norm.")
-    named = {f"{tower}{name}" if name.startswith(inner) else name: tensor for name, tensor in tensors.items()}
-    return {name: tensor for name, tensor in named.items() if not name.endswith("position_ids")}
-
-
-def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Towers of OpenCLIP under transformers' names; views, no copies. Names that are not known are kept."""
-    named = {}
-    for name, tensor in tensors.items():
-        if name in ("visual.proj", "text_projection"):
-            named["visual_projection.weight" if name == "visual.proj" else "text_projection.weight"] = tensor.t()
-            continue
-        inner = name.removeprefix("visual.")
-        for pattern, new in _OPEN_CLIP:
-            inner = re.sub(pattern, new, inner)
-        tower = "vision_model." if name.startswith("visual.") else "text_model."
-        if ".self_attn.in_proj_" in inner:
-            for letter, rows in zip("qkv", tensor.chunk(3)):
-                named[tower + inner.replace("in_proj_", f"{letter}_proj.")] = rows
-        else:
-            named[name if inner == name else tower + inner] = tensor
-    return named
 
 
 def clip_config(vision: Part, text: Part) -> dict[str, Any]:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..core.errors import WeightsError
+from ..models.clip_names import in_transformers_names
 from ..models.state_dicts import read_component, read_json, read_single_file
 from ..models.tokenizer import find_tokenizer, load_tokenizer
-from .feature_configs import KINDS, READ, Part, clip_config, in_transformers_names, inferred_config
+from .feature_configs import KINDS, READ, Part, clip_config, inferred_config
 
 JOIN = " + "
 _VISION = ("vision_model.", "visual_projection.")

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from ..adapters.kohya import Adapter
 from ..adapters.layers import Layer
-from ..adapters.names import adaptable_modules
+from ..adapters.names import adaptable_modules, canonical_path
 from ..adapters.targets import Target
 from ..core.errors import AdapterError
 from ..core.events import Listener, Phase, SilentListener, stop_if_asked
 from ..models.families.base import BaseWeights
 from ..settings.merge import ExtractSettings
 from .deltas import Delta, nearest_lora, to_layer, truncate
-from .merge import Merged, cut_for, on_device
-from .report import Report, compare_with_inputs
+from .merge import MergeResult, layer_to_device, truncation_for
+from .report import MergeReport, compare_with_inputs
 
 
 def extract_lora(
@@ -32,13 +32,19 @@ def extract_lora(
         metadata: Of the adapter.
     """
     modules = adaptable_modules(base.family.build(base))
-    tuned = {name.replace(".text_model.", "."): tensor for name, tensor in changed.items()}
+    tuned = {_canonical_name(name): tensor for name, tensor in changed.items()}
     layers = {}
     for target in targets:
-        name = f"{target.component}.{target.path}.weight".replace(".text_model.", ".")
+        name = f"{target.component}.{target.path}.weight"
         weight = modules[target.component][target.path].weight
         layers[target.name] = nearest_lora(tuned[name].float() - weight.float().cpu(), target.rank)
     return Adapter(layers, metadata)
+
+
+def _canonical_name(name: str) -> str:
+    """The name "<component>.<parameter>", whichever version of transformers built the text encoder."""
+    component, _, parameter = name.partition(".")
+    return f"{component}.{canonical_path(component, parameter)}"
 
 
 def extract_between(
@@ -47,7 +53,7 @@ def extract_between(
     settings: ExtractSettings,
     device: torch.device | None = None,
     listener: Listener | None = None,
-) -> Merged:
+) -> MergeResult:
     """The difference of two models as a LoRA.
 
     Args:
@@ -83,13 +89,13 @@ def extract_between(
                 vectors[f"{name.removesuffix('.bias')}.{'diff_b' if name.endswith('.bias') else 'diff'}"] = change.cpu()
             continue
         whole = Delta(tuple(change.shape), change.flatten(1))
-        kept = truncate(whole, cut_for(settings, whole.shape))
-        layers[name] = on_device(to_layer(kept), torch.device("cpu"))
+        kept = truncate(whole, truncation_for(settings, whole.shape))
+        layers[name] = layer_to_device(to_layer(kept), torch.device("cpu"))
         modules.append(compare_with_inputs(name, [(whole, 1.0)], [0], kept))
     listener.report(Phase("extracting", len(base), len(base)))
     if not layers:
         raise AdapterError("The two models don't differ in any layer.", "Give the tuned model and its base.")
-    return Merged(Adapter(layers, {}, vectors), Report(["difference"], "extract", modules))
+    return MergeResult(Adapter(layers, {}, vectors), MergeReport(["difference"], "extract", modules))
 
 
 def _different_layers(name: str, base: Tensor | None, tuned: Tensor | None) -> AdapterError:

@@ -12,6 +12,7 @@ from ..adapters.apply import apply_to_base
 from ..adapters.kohya import Adapter, read_header
 from ..core.errors import AdapterError
 from ..core.files import folder_written_atomically
+from ..models.clip_names import names_as_in
 from ..models.families.base import BaseWeights, Component
 from ..models.families.ldm import UNET_PREFIX
 from ..models.open import open_base, open_tensors
@@ -101,5 +102,5 @@ def _write_folder(source: Path, old: BaseWeights, new: BaseWeights, output: Path
         for name, tensors in changed.items():
             stem = "diffusion_pytorch_model" if name == "unet" else "model"
             whole = read_component(source / name, stem)
-            whole |= {key if key in whole else key.removeprefix("text_model."): one for key, one in tensors.items()}
+            whole |= names_as_in(whole, tensors)
             write_tensors(temporary / name / f"{stem}.safetensors", whole, {"format": "pt"})

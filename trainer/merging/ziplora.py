@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..adapters.apply import apply_to_base
 from ..adapters.kohya import Adapter
 from ..adapters.names import Adaptable, module_path, modules_by_name, named_weights
+from ..adapters.prefixes import UNET, component_of
 from ..core.devices import DTYPES, explained_memory_errors, pick_precision, release, reset_peak_memory, to_device
 from ..core.distributed import accelerate_state_kept, make_accelerator
 from ..core.errors import AdapterError, CancelledError, DivergedError
@@ -203,8 +204,8 @@ class _LearnedMerge:
         """A model whose text encoders have the adapters' parts for them, in float32."""
         changed = []
         for part in parts:
-            layers = {name: layer for name, layer in part.adapter.layers.items() if name.startswith("lora_te")}
-            vectors = {name: one for name, one in part.adapter.vectors.items() if name.startswith("lora_te")}
+            layers = {name: layer for name, layer in part.adapter.layers.items() if component_of(name) != UNET}
+            vectors = {name: one for name, one in part.adapter.vectors.items() if component_of(name) != UNET}
             if layers or vectors:
                 places = [str(module_path(name)) for name in layers]
                 blocks = [one for one in part.blocks if any(map(one.pattern.search, places))]
@@ -228,7 +229,7 @@ class _LearnedMerge:
         by_name = modules_by_name(model)
         places = {id(module): path for path, module in model.unet.named_modules()}
         found = {}
-        for name in sorted({name for part in self.parts for name in part.adapter.layers if "lora_unet_" in name}):
+        for name in sorted({name for part in self.parts for name in part.adapter.layers if component_of(name) == UNET}):
             module, weight = by_name[name], self.weights[name]
             changes = {
                 index: to_delta(part.adapter.layers[name], weight.shape, weight).times(part.weight(name))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
+ORIGINAL_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
+DIFFUSERS_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
 _RESNET = {
     "norm1": "in_layers.0",
     "conv1": "in_layers.2",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import file_written_atomically, save_tensors
+from .clip_names import with_text_tower
 from .families.base import BaseWeights
 from .families.ldm import UNET_PREFIX, VAE_PREFIX
 from .ldm_names import original_names
@@ -46,7 +47,7 @@ def original_state_dict(base: BaseWeights, changed: Mapping[str, Tensor]) -> dic
         attention = ".mid_block.attentions." in name and tensor.ndim == 2
         parts[VAE_PREFIX + _vae_name(name, levels)] = tensor[:, :, None, None] if attention else tensor
     for encoder, component in zip(base.family.text_encoders, base.text_encoders, strict=True):
-        own = {_whole_name(name): tensor for name, tensor in _of(changed, encoder.name).items()}
+        own = {with_text_tower(name): tensor for name, tensor in _of(changed, encoder.name).items()}
         prefix = encoder.file_prefixes[0]
         parts |= {prefix + name: tensor for name, tensor in {**component.tensors, **own}.items()}
     return parts
@@ -94,11 +95,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 def _of(changed: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
     start = f"{component}."
     return {name.removeprefix(start): tensor for name, tensor in changed.items() if name.startswith(start)}
-
-
-def _whole_name(name: str) -> str:
-    """A text encoder's tensor with the level "text_model." that transformers 5 dropped."""
-    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
 def _vae_name(name: str, levels: int) -> str:

@@ -77,6 +77,24 @@ class TextEncoderKind:
 
 
 @dataclass(frozen=True)
+class AdapterMarks:
+    """What shows that an adapter file was made for a family.
+
+    Attributes:
+        context_width: Width of the text embeddings that the published denoisers attend to, which is the input width of
+            `attn2.to_k`; 0 where no module shows it.
+        module_names: Regular expression that is found in names of modules which no other family has; "" without any.
+        architecture: What `modelspec.architecture` contains, whatever the version.
+        base_version: What `ss_base_model_version` begins with, whatever the version.
+    """
+
+    context_width: int
+    module_names: str
+    architecture: str
+    base_version: str
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What a denoiser predicts, on which noise schedule.
 
@@ -163,11 +181,16 @@ class Family(Protocol):
     Attributes:
         name: Short name, as its presets' files are called: "sd1".
         title: Name for people.
+        short_title: Name for people in messages about adapters: "SD 1".
         targets: Preset name → regular expression of the denoiser's modules that get an adapter.
         text_targets: Preset name → regular expression of the text encoders' modules, if they are trained.
         scaling_factor: What the autoencoder's latents are multiplied with.
         text_encoders: Its text encoders.
+        adapter_marks: What shows that an adapter file was made for it.
         original_names: Whether adapter files name the denoiser's modules as the original code does.
+        attention_up_levels: Levels of the published denoisers' up blocks that have attention, which the original code's
+            names depend on.
+        kohya_v2: Value of `ss_v2`.
         trains_fully: Whether all weights can be trained and written as a checkpoint.
     """
 
@@ -175,6 +198,8 @@ class Family(Protocol):
     def name(self) -> str: ...  # noqa: D102
     @property
     def title(self) -> str: ...  # noqa: D102
+    @property
+    def short_title(self) -> str: ...  # noqa: D102
     @property
     def targets(self) -> Mapping[str, str]: ...  # noqa: D102
     @property
@@ -184,7 +209,13 @@ class Family(Protocol):
     @property
     def text_encoders(self) -> Sequence[TextEncoderKind]: ...  # noqa: D102
     @property
+    def adapter_marks(self) -> AdapterMarks: ...  # noqa: D102
+    @property
     def original_names(self) -> bool: ...  # noqa: D102
+    @property
+    def attention_up_levels(self) -> Sequence[int]: ...  # noqa: D102
+    @property
+    def kohya_v2(self) -> bool: ...  # noqa: D102
     @property
     def trains_fully(self) -> bool: ...  # noqa: D102
 

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...core.errors import SettingsError, WeightsError
+from ..clip_names import TEXT_TOWER, in_transformers_names, names_as_in
 from .base import Component, Conditioning, TextEncoderKind, build_around, on_meta
 
 HEAD = 64  # channels of an attention head in every CLIP
-_OPEN_CLIP = {
-    "token_embedding.weight": "embeddings.token_embedding.weight",
-    "positional_embedding": "embeddings.position_embedding.weight",
-    "ln_final.weight": "final_layer_norm.weight",
-    "ln_final.bias": "final_layer_norm.bias",
-}
-_OPEN_CLIP_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
-_LAYER = re.compile(r"^transformer\.resblocks\.(\d+)\.(.+)\.(weight|bias)$")
+_TENSORS = tuple(TEXT_TOWER + part for part in ("embeddings.", "encoder.", "final_layer_norm."))
 
 
 def text_component(
@@ -43,15 +32,11 @@ def text_component(
     Raises:
         WeightsError: A tensor that the configuration depends on is missing.
     """
-    if "positional_embedding" in tensors:
-        tensors = _from_open_clip(tensors)
-    named = {}
-    for name, tensor in tensors.items():
-        inner = name.removeprefix("text_model.")
-        if inner.startswith(("embeddings.", "encoder.", "final_layer_norm.")) and not inner.endswith("position_ids"):
-            named[f"text_model.{inner}"] = tensor
-        elif name == "text_projection.weight" and kind.pooled:
-            named[name] = tensor
+    named = {
+        name: tensor
+        for name, tensor in in_transformers_names(tensors).items()
+        if name.startswith(_TENSORS) or (kind.pooled and name == "text_projection.weight")
+    }
     embedding = named.get("text_model.embeddings.token_embedding.weight")
     if embedding is None:
         raise WeightsError(
@@ -82,25 +67,6 @@ def text_component(
             "Use a complete checkpoint; if it was downloaded, download it again and compare its size.",
         ) from None
     return Component(named, config)
-
-
-def _from_open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """OpenCLIP's text tower under Hugging Face's names; views, no copies."""
-    named = {}
-    for name, tensor in tensors.items():
-        layer = _LAYER.match(name)
-        if name in _OPEN_CLIP:
-            named[_OPEN_CLIP[name]] = tensor
-        elif name == "text_projection":
-            named["text_projection.weight"] = tensor.t()
-        elif name.endswith(("attn.in_proj_weight", "attn.in_proj_bias")):
-            start, kind = name.rsplit(".attn.in_proj_", 1)
-            number = start.rsplit(".", 1)[1]
-            for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-                named[f"encoder.layers.{number}.self_attn.{part}_proj.{kind}"] = rows
-        elif layer and layer[2] in _OPEN_CLIP_LAYER:
-            named[f"encoder.layers.{layer[1]}.{_OPEN_CLIP_LAYER[layer[2]]}.{layer[3]}"] = tensor
-    return named
 
 
 class ClipTextEncoder:
@@ -164,7 +130,5 @@ def _build(kind: TextEncoderKind, component: Component, tokenizer: Any) -> nn.Mo
     config = {**component.config, **{name: value for name, value in special.items() if value is not None}}
     model = CLIPTextModelWithProjection if kind.pooled else CLIPTextModel
     encoder = on_meta(lambda **values: model(CLIPTextConfig(**values)), config)
-    if not any(name.startswith("text_model.") for name in encoder.state_dict()):  # transformers 5
-        tensors = {name.removeprefix("text_model."): tensor for name, tensor in component.tensors.items()}
-        component = Component(tensors, component.config)
-    return build_around(encoder, component)
+    tensors = names_as_in(encoder.state_dict(), component.tensors)
+    return build_around(encoder, replace(component, tensors=tensors))

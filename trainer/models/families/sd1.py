@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads_text_alone
 
 
@@ -16,10 +16,19 @@ class StableDiffusion1:
 
     name = "sd1"
     title = "Stable Diffusion 1.x"
+    short_title = "SD 1"
     scaling_factor = 0.18215
     targets: Mapping[str, str] = TARGETS
     text_targets: Mapping[str, str] = TEXT_TARGETS
+    adapter_marks = AdapterMarks(
+        context_width=768,
+        module_names="",
+        architecture="stable-diffusion-v1",
+        base_version="sd_v1",
+    )
     original_names = False
+    attention_up_levels: Sequence[int] = (1, 2, 3)
+    kohya_v2 = False
     trains_fully = True
     text_encoders: Sequence[TextEncoderKind] = (
         TextEncoderKind(

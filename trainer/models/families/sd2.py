@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads_text_alone
 
 _HEAD = 64
@@ -20,10 +20,19 @@ class StableDiffusion2:
 
     name = "sd2"
     title = "Stable Diffusion 2.x"
+    short_title = "SD 2"
     scaling_factor = 0.18215
     targets: Mapping[str, str] = TARGETS
     text_targets: Mapping[str, str] = TEXT_TARGETS
+    adapter_marks = AdapterMarks(
+        context_width=1024,
+        module_names="",
+        architecture="stable-diffusion-v2",
+        base_version="sd_v2",
+    )
     original_names = False
+    attention_up_levels: Sequence[int] = (1, 2, 3)
+    kohya_v2 = True
     trains_fully = False
     text_encoders: Sequence[TextEncoderKind] = (
         TextEncoderKind(

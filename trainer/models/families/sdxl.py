@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
 from .sd2 import heads
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel
 
@@ -23,6 +23,7 @@ class StableDiffusionXL:
 
     name = "sdxl"
     title = "Stable Diffusion XL"
+    short_title = "SDXL"
     scaling_factor = 0.13025
     targets: Mapping[str, str] = {
         **TARGETS,
@@ -30,7 +31,15 @@ class StableDiffusionXL:
         "b-lora-style": _B_LORA.format("1"),
     }
     text_targets: Mapping[str, str] = TEXT_TARGETS
+    adapter_marks = AdapterMarks(
+        context_width=2048,
+        module_names="^lora_te2_|^lora_unet_label_emb",
+        architecture="stable-diffusion-xl",
+        base_version="sdxl",
+    )
     original_names = True
+    attention_up_levels: Sequence[int] = (0, 1)
+    kohya_v2 = False
     trains_fully = False
     text_encoders: Sequence[TextEncoderKind] = (
         TextEncoderKind(
