@@ -21,6 +21,7 @@ from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import PriorSettings, SchedulerName, TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 from PIL import Image
 
 CPU = torch.device("cpu")
@@ -228,7 +229,7 @@ def test_a_damaged_picture_is_made_again_or_named(base: BaseWeights, tmp_path: P
     told: TrainerError | None = None
     try:
         priors = make(base, tmp_path / "priors")
-        train(base, subject, priors, settings, tmp_path / "loras", tmp_path / "runs", "cpu", Recorder())
+        train(base, subject, priors, settings, RunPaths(tmp_path / "loras", tmp_path / "runs"), "cpu", Recorder())
     except TrainerError as error:
         told = error
     if told is None:

@@ -97,7 +97,7 @@ def test_the_caption_that_is_nearest_counts(files: dict[str, bytes], expected: s
     pictures, listener = load(place(tmp_path, THREE | files, kind))
     assert captions(pictures) == {"a.png": PROMPT, "b.png": expected, "c.png": PROMPT}
     assert not listener.notes
-    assert all(picture.further == () for picture in pictures)
+    assert all(picture.more_captions == () for picture in pictures)
 
 
 def test_metadata_in_folders_of_a_zip_is_of_these_folders(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_metadata_finds_names_with_umlauts_however_they_are_stored(kind: str, st
 def test_file_names_are_captions(name: str, expected: str, kind: str, tmp_path: Path) -> None:
     content = photo(0, format="JPEG" if name.endswith("jpg") else "WEBP" if name.endswith("webp") else "PNG")
     files = {name: content, f"{Path(name).stem}.txt": b"never read"}
-    pictures, _ = load(place(tmp_path, files, kind), captions="file-names", token="sks", noun="dog")
+    pictures, _ = load(place(tmp_path, files, kind), captions="file-names", token="sks", class_noun="dog")
     assert captions(pictures) == {name: expected}
 
 
@@ -199,7 +199,7 @@ def test_the_prompt_alone_is_asked(kind: str, tmp_path: Path) -> None:
 def test_templates_and_several_prompts(kind: str, tmp_path: Path) -> None:
     files = THREE | {"b.txt": b"{token} the {class}|asleep"}
     prompt = "a photo of {token} {class} | {token}|\n a {class}, close-up "
-    pictures, _ = load(place(tmp_path, files, kind), prompt, token=" sks ", noun="dog")
+    pictures, _ = load(place(tmp_path, files, kind), prompt, token=" sks ", class_noun="dog")
     assert [one.captions for one in pictures] == [
         ("a photo of sks dog", "sks", "a dog, close-up"),
         ("sks the dog|asleep",),
@@ -256,7 +256,7 @@ def test_a_zip_with_backslashes_is_as_one_with_slashes(tmp_path: Path) -> None:
             archive.writestr(entry, content)
     straight, crooked = load(place(tmp_path, files, "zip"))[0], load(tmp_path / "back.zip")[0]
     assert [one.name for one in crooked] == ["5_sks dog/a.png", "5_sks dog/b.png", "5_sks dog/c.png"]
-    assert [one.facts for one in crooked] == [one.facts for one in straight]
+    assert [one.fingerprint_values for one in crooked] == [one.fingerprint_values for one in straight]
 
 
 MASK_NAMES = ["b-masklabel.png", "b_mask.png", "b.mask.png", "masks/b.png", "b_mask.jpg", "masks/b.webp"]
@@ -316,7 +316,7 @@ def test_masks_that_say_nothing(kind: str, tmp_path: Path) -> None:
     pictures, listener = load(place(tmp_path, files, kind))
     bare, _ = load(place(tmp_path, THREE, kind, name="bare"))
     assert [one.mask for one in pictures] == [None] * 3
-    assert [one.facts for one in pictures] == [one.facts for one in bare]
+    assert [one.fingerprint_values for one in pictures] == [one.fingerprint_values for one in bare]
     [warning] = listener.warnings
     assert "a.png" in warning
     assert "black" in warning
@@ -440,11 +440,11 @@ def test_a_folder_and_its_zip_make_the_same_run(tmp_path: Path) -> None:
     files |= {"3_sks dog/a.txt": b"own", "3_sks dog/masks/b.png": left_half(), "12_b/z.png": photo(9)}
     files |= {"3_sks dog/metadata.jsonl": described({"file_name": "c.png", "text": "line"})}
     both = [load(place(tmp_path, files, kind), "x|y", repeats=2)[0] for kind in ("folder", "zip")]
-    assert [one.facts for one in both[0]] == [one.facts for one in both[1]]
+    assert [one.fingerprint_values for one in both[0]] == [one.fingerprint_values for one in both[1]]
     assert [one.name for one in both[0]] == [one.name for one in both[1]]
     shuffled = dict(sorted(files.items(), key=lambda item: item[0][::-1]))
     again, _ = load(place(tmp_path, shuffled, "zip", name="again"), "x|y", repeats=2)
-    assert [one.facts for one in again] == [one.facts for one in both[0]]
+    assert [one.fingerprint_values for one in again] == [one.fingerprint_values for one in both[0]]
     assert picture_names(tmp_path / "dög pictures") == [one.name for one in both[0]]
 
 

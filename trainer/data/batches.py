@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.seeding import Draw, draw
+from ..core.seeding import Draw, draw_sample
 from ..models.objective import perturbed_noise, shaped_noise, timestep_at
 from ..settings.train import TrainSettings
 from .latent_cache import LatentCache, LatentDataset
@@ -23,18 +23,18 @@ class Batch:
 
     Attributes:
         latents: (batch, channels, height, width), float32.
-        noise: As `latents`: what the loss asks for.
-        added: As `latents`: the noise that is added.
+        noise: As `latents`: the noise that the loss compares with.
+        added_noise: As `latents`: the noise that is added; another than `noise` if that is perturbed.
         timesteps: (batch,), int64.
         captions: Row of each sample's caption, (batch,), int64.
         sizes: Size and crop of each sample's picture, (batch, 6), float32.
         weights: Weight of each sample's loss in the loss of the micro-batch, (batch,), float32.
-        masks: Weight of each place, (batch, 1, height, width), float32; None: all alike.
+        masks: Weight of each latent pixel, (batch, 1, height, width), float32; None: all the same.
     """
 
     latents: Tensor
     noise: Tensor
-    added: Tensor
+    added_noise: Tensor
     timesteps: Tensor
     captions: Tensor
     sizes: Tensor
@@ -43,8 +43,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
-        parts = [(part.name, getattr(self, part.name)) for part in fields(self)]
-        moved: dict[str, Any] = {name: None if one is None else one.to(device) for name, one in parts}
+        moved: dict[str, Any] = {}
+        for field in fields(self):
+            tensor = getattr(self, field.name)
+            moved[field.name] = None if tensor is None else tensor.to(device)
         return Batch(**moved)
 
 
@@ -52,7 +54,7 @@ def draw_batches(
     cache: LatentCache,
     settings: TrainSettings,
     step: int,
-    micro: int,
+    micro_batch: int,
     timesteps: int,
     device: torch.device,
     share: tuple[int, int] = SINGLE_PROCESS,
@@ -63,71 +65,80 @@ def draw_batches(
         cache: Encoded pictures.
         settings: Seed, batch size, flip, noise, captions, weight of the class pictures.
         step: Optimiser step, from 0.
-        micro: Micro-batch of the step, from 0.
+        micro_batch: Of the step, from 0.
         timesteps: Number of diffusion timesteps.
         device: Where the samples go.
-        share: Which of how many processes this is; together they take batch_size times as many samples.
+        share: Index of this process and number of processes; together they take batch_size times as many samples.
     """
-    sets = [("instance", cache.instance, 1.0)]
+    datasets = [("instance", cache.instance, 1.0)]
     if cache.prior is not None:
-        sets.append(("class", cache.prior, settings.prior_weight))
-    found: dict[tuple[int, ...], list[Batch]] = {}
-    for kind, latents, weight in sets:
-        empty = cache.empty if kind == "instance" else None
-        for one in _draws(kind, latents, settings, step, micro, timesteps, share):
-            sample = _sample(latents, one, settings, timesteps, empty, weight / settings.batch_size)
-            found.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
-    for samples in found.values():
+        datasets.append(("class", cache.prior, settings.prior_weight))
+    by_shape: dict[tuple[int, ...], list[Batch]] = {}
+    for kind, dataset, weight in datasets:
+        empty_caption = cache.empty if kind == "instance" else None
+        for draw in _draw_slots(kind, dataset, settings, step, micro_batch, timesteps, share):
+            sample = _sample(dataset, draw, settings, timesteps, empty_caption, weight / settings.batch_size)
+            by_shape.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
+    for samples in by_shape.values():
         yield collate(samples).to(device)
 
 
-def _draws(
+def _draw_slots(
     kind: str,
-    latents: LatentDataset,
+    dataset: LatentDataset,
     settings: TrainSettings,
     step: int,
-    micro: int,
+    micro_batch: int,
     timesteps: int,
     share: tuple[int, int],
 ) -> list[Draw]:
-    index, processes = share
+    """The draws of this process's sample slots in one micro-batch."""
+    process, processes = share
     slots = settings.batch_size * settings.gradient_accumulation * processes
-    first = (micro * processes + index) * settings.batch_size
+    first = (micro_batch * processes + process) * settings.batch_size
     flip = settings.flip and kind == "instance"
     return [
-        draw(settings.seed, kind, step, slot, slots, latents.shapes, timesteps, flip)
+        draw_sample(settings.seed, kind, step, slot, slots, dataset.shapes, timesteps, flip)
         for slot in range(first, first + settings.batch_size)
     ]
 
 
 def _sample(
-    latents: LatentDataset, drawn: Draw, settings: TrainSettings, timesteps: int, empty: int | None, weight: float
+    dataset: LatentDataset,
+    draw: Draw,
+    settings: TrainSettings,
+    timesteps: int,
+    empty_caption: int | None,
+    weight: float,
 ) -> Batch:
     """One sample, as a batch on the CPU."""
-    picture = latents.order[drawn.item]
-    noise = shaped_noise(drawn.noise, settings, drawn.source)
-    timestep = timestep_at((drawn.timestep + drawn.fraction) / timesteps, timesteps, settings)
-    rows = latents.captions[picture]
-    dropped = empty is not None and drawn.drop < settings.caption_dropout
-    caption = empty if dropped else int(rows[int(drawn.caption * len(rows))])
+    picture = dataset.order[draw.item]
+    noise = shaped_noise(draw.noise, settings, draw.source)
+    added_noise = perturbed_noise(noise, settings, draw.source)
+    timestep = timestep_at((draw.timestep + draw.timestep_fraction) / timesteps, timesteps, settings)
+    rows = dataset.captions[picture]
+    caption = int(rows[int(draw.caption * len(rows))])
+    if empty_caption is not None and draw.drop < settings.caption_dropout:
+        caption = empty_caption
     return Batch(
-        latents.sample(picture, drawn)[None],
-        noise[None],
-        perturbed_noise(noise, settings, drawn.source)[None],
-        torch.tensor([timestep]),
-        torch.tensor([caption]),
-        latents.size[picture][None],
-        torch.tensor([weight], dtype=torch.float32),
-        latents.mask_of(picture, drawn, settings.mask_background),
+        latents=dataset.sample(picture, draw)[None],
+        noise=noise[None],
+        added_noise=added_noise[None],
+        timesteps=torch.tensor([timestep]),
+        captions=torch.tensor([caption]),
+        sizes=dataset.size[picture][None],
+        weights=torch.tensor([weight], dtype=torch.float32),
+        masks=dataset.loss_mask(picture, draw, settings.mask_background),
     )
 
 
 def collate(samples: Sequence[Batch]) -> Batch:
     """Samples of one shape in one batch; those without a mask get one of ones if others have one."""
-    masked = [one.masks for one in samples if one.masks is not None]
+    mask = next((sample.masks for sample in samples if sample.masks is not None), None)
     masks = None
-    if masked:
-        plain = torch.ones_like(masked[0])
-        masks = torch.cat([plain if one.masks is None else one.masks for one in samples])
-    names = [part.name for part in fields(Batch) if part.name != "masks"]
-    return Batch(**{name: torch.cat([getattr(one, name) for one in samples]) for name in names}, masks=masks)
+    if mask is not None:
+        ones = torch.ones_like(mask)
+        masks = torch.cat([ones if sample.masks is None else sample.masks for sample in samples])
+    names = [field.name for field in fields(Batch) if field.name != "masks"]
+    tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in names}
+    return Batch(**tensors, masks=masks)

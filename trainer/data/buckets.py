@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-_MOST_STRETCHED = 4.0  # width over height, or height over width
+_MAX_ASPECT_RATIO = 4.0  # width over height, or height over width
 
 
 def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
@@ -12,23 +12,21 @@ def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
 
     Args:
         resolution: Side of the square in pixels.
-        step: Sides are multiples of it, but for the square's, which is as given.
+        step: Sides are multiples of it, except the square's.
 
     Returns:
         (width, height) pairs: for each width the largest height that the number of pixels allows.
     """
-    found: dict[tuple[int, int], None] = {}
-    for width in range(step, int(resolution * math.sqrt(_MOST_STRETCHED)) + 1, step):
+    shapes: set[tuple[int, int]] = set()
+    for width in range(step, int(resolution * math.sqrt(_MAX_ASPECT_RATIO)) + 1, step):
         height = resolution * resolution // width // step * step
-        if height and max(width / height, height / width) <= _MOST_STRETCHED:
-            found[width, height] = None
-            found[height, width] = None
-    shapes = sorted(shape for shape in found if shape[0] != shape[1])
-    return [(resolution, resolution), *shapes]
+        if height and max(width / height, height / width) <= _MAX_ASPECT_RATIO:
+            shapes |= {(width, height), (height, width)}
+    return [(resolution, resolution), *sorted(shape for shape in shapes if shape[0] != shape[1])]
 
 
 def nearest_shape(size: tuple[int, int], shapes: list[tuple[int, int]]) -> tuple[int, int]:
-    """The shape in which the least of a picture is cut away; of several the first.
+    """The shape in which the least of a picture is cut away; of several the one with the most pixels.
 
     Args:
         size: Width and height of the picture.
@@ -39,5 +37,6 @@ def nearest_shape(size: tuple[int, int], shapes: list[tuple[int, int]]) -> tuple
 
 def kept_share(size: tuple[int, int], shape: tuple[int, int]) -> float:
     """The share of a picture that is left when it covers `shape` without being distorted: in (0, 1]."""
-    ours, theirs = size[0] / size[1], shape[0] / shape[1]
-    return min(ours / theirs, theirs / ours)
+    picture_ratio = size[0] / size[1]
+    shape_ratio = shape[0] / shape[1]
+    return min(picture_ratio / shape_ratio, shape_ratio / picture_ratio)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from ..core.devices import explained_memory_errors, pick_device, to_device
-from ..core.errors import PicturesError, SettingsError, WeightsError
+from ..core.errors import PicturesError, SettingsError, WeightsError, suggest
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..core.files import require_writable, write_atomic
 from ..core.prompts import article
@@ -24,18 +24,18 @@ from .folder import picture_names
 from .images import Picture, decode
 
 BATCH = 8  # pictures per forward pass
-_LOWER = "beams, or compute on the CPU"
+_WHAT_TO_LOWER = f"{suggest('beams')}, or compute on the CPU"
 
 
 @dataclass(frozen=True)
 class Captioner:
-    """A BLIP model that says what pictures show.
+    """A BLIP model that describes images.
 
     Attributes:
         name: Folder or hub name.
         network: transformers' BlipForConditionalGeneration, in float32.
-        processor: Pictures → pixels, the model's own.
-        tokenizer: Words ↔ tokens, the model's own.
+        processor: Images → pixels, the model's own.
+        tokenizer: Text ↔ tokens, the model's own.
     """
 
     name: str
@@ -44,39 +44,41 @@ class Captioner:
     tokenizer: Any
 
     @torch.no_grad()
-    def describe(self, pictures: Sequence[Image.Image], text: str = "", *, beams: int, max_tokens: int) -> list[str]:
-        """What each picture shows, in BLIP's words; nothing is drawn at random.
+    def describe(self, images: Sequence[Image.Image], text: str = "", *, beams: int, max_tokens: int) -> list[str]:
+        """A caption of each image, by greedy or beam search, without sampling.
 
         Args:
-            pictures: RGB, of any size.
+            images: RGB, of any size.
             text: How captions begin; they contain it.
-            beams: Captions that are followed side by side; 1 is greedy.
+            beams: Captions that beam search follows side by side; 1 is greedy.
             max_tokens: Of the longest caption, beside `text`.
 
         Raises:
-            OutOfMemoryError: The memory does not suffice.
+            OutOfMemoryError: A batch does not fit.
             SettingsError: `text` is longer than the model reads.
         """
-        with explained_memory_errors(_LOWER):
+        with explained_memory_errors(_WHAT_TO_LOWER):
             return [
-                words
-                for start in range(0, len(pictures), BATCH)
-                for words in self._describe(pictures[start : start + BATCH], text, beams, max_tokens)
+                caption
+                for start in range(0, len(images), BATCH)
+                for caption in self._describe_batch(images[start : start + BATCH], text, beams, max_tokens)
             ]
 
-    def _describe(self, pictures: Sequence[Image.Image], text: str, beams: int, max_tokens: int) -> list[str]:
+    def _describe_batch(self, images: Sequence[Image.Image], text: str, beams: int, max_tokens: int) -> list[str]:
         device = next(self.network.parameters()).device
-        inputs = {"pixel_values": self.processor(list(pictures), return_tensors="pt")["pixel_values"].to(device)}
-        room = int(self.network.config.text_config.max_position_embeddings) - 1
+        inputs = {"pixel_values": self.processor(list(images), return_tensors="pt")["pixel_values"].to(device)}
+        free_tokens = int(self.network.config.text_config.max_position_embeddings) - 1
         if text.strip():
-            given = [" ".join(text.split())] * len(pictures)
-            inputs |= self.tokenizer(given, return_tensors="pt", return_token_type_ids=False).to(device)
-            room -= inputs["input_ids"].shape[1]
-        if room < 1:
+            prompts = [" ".join(text.split())] * len(images)
+            inputs |= self.tokenizer(prompts, return_tensors="pt", return_token_type_ids=False).to(device)
+            free_tokens -= inputs["input_ids"].shape[1]
+        if free_tokens < 1:
             raise SettingsError(f"text is longer than {self.name} reads: {text[:40]} …", "Give a few words only.")
-        longest = min(max_tokens, room)
-        found = self.network.generate(**inputs, num_beams=beams, do_sample=False, max_new_tokens=longest)
-        return [" ".join(self.tokenizer.decode(one, skip_special_tokens=True).split()) for one in found]
+        sequences = self.network.generate(
+            **inputs, num_beams=beams, do_sample=False, max_new_tokens=min(max_tokens, free_tokens)
+        )
+        captions = (self.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in sequences)
+        return [" ".join(caption.split()) for caption in captions]
 
 
 def open_captioner(source: str, device: torch.device, *, download: bool = False) -> Captioner:
@@ -88,52 +90,57 @@ def open_captioner(source: str, device: torch.device, *, download: bool = False)
         download: Whether a hub name may be fetched; otherwise only what the hub's cache holds is used.
 
     Raises:
-        WeightsError: It is not there, or no BLIP.
+        WeightsError: It is not there, or no BLIP that writes captions.
     """
     import transformers
 
-    local = not download
+    local_files_only = not download
     files = "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files"
     with explained_opening("caption model", source, files, "models/BLIP"):
         model_type(source, ("blip",), download=download)
-        network, loaded = transformers.BlipForConditionalGeneration.from_pretrained(
-            source, local_files_only=local, output_loading_info=True
+        network, loading_info = transformers.BlipForConditionalGeneration.from_pretrained(
+            source, local_files_only=local_files_only, output_loading_info=True
         )
-        processor = pillow_processor("BlipImageProcessor").from_pretrained(source, local_files_only=local)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
-    missing = sorted(name for name in loaded["missing_keys"] if ".layer" in name)  # not tied or computed ones
-    if missing:  # of a BLIP that compares; transformers would caption by random weights
+        processor = pillow_processor("BlipImageProcessor").from_pretrained(source, local_files_only=local_files_only)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local_files_only)
+    missing = sorted(name for name in loading_info["missing_keys"] if ".layer" in name)  # not tied or computed ones
+    if missing:  # a BLIP for retrieval; transformers would write captions with random weights
         raise WeightsError(
             f"{source} has no {missing[0]} ({len(missing)} tensors are missing), so it can't write captions.",
             "Give a BLIP for captions, such as Salesforce/blip-image-captioning-base.",
         )
-    with explained_memory_errors(_LOWER):
+    with explained_memory_errors(_WHAT_TO_LOWER):
         to_device(network, device, torch.float32)
     return Captioner(title_of(source), network.eval(), processor, tokenizer)
 
 
 def apply_template(caption: str, settings: CaptionSettings) -> str:
-    """BLIP's words with the subject's: "a dog on a sofa" → "a sks dog on a sofa".
+    """BLIP's caption with the subject's words: "a dog on a sofa" → "a sks dog on a sofa".
 
-    The rare word stands where the template says {token}; else before the class noun in the caption; else it and the
+    The rare word stands where the template has {token}; else before the class noun in the caption; else it and the
     class noun stand in front. A caption that has it already keeps it.
     """
-    token, noun = (" ".join(words.split()) for words in (settings.token, settings.class_noun))
+    token = " ".join(settings.token.split())
+    noun = " ".join(settings.class_noun.split())
     if token and "{token}" not in settings.template:
         caption = _with_token(caption, token, noun)
-    filled = {"caption": caption, "token": token, "class": noun}
-    made = " ".join(re.sub(r"\{(\w+)\}", lambda to_device: filled[to_device[1]], settings.template).split())
-    return made.rstrip(" ,")  # of a caption without words
+    values = {"caption": caption, "token": token, "class": noun}
+    filled = re.sub(r"\{(\w+)\}", lambda placeholder: values[placeholder[1]], settings.template)
+    return " ".join(filled.split()).rstrip(" ,")  # of a caption without words
 
 
 def _with_token(caption: str, token: str, noun: str) -> str:
+    """The caption with the rare word before the class noun, or with both in front."""
     if _as_word(token).search(caption):
         return caption
-    found = re.search(rf"(\b(?:a|an)\s+)?{_as_word(noun).pattern}", caption, re.IGNORECASE) if noun else None
-    if found is None:
-        return ", ".join(part for part in (" ".join((token, noun)).strip(), caption) if part)
-    before = f"{article(token)} " if found[1] else ""
-    return f"{caption[: found.start()]}{before}{token} {found[0][len(found[1] or '') :]}{caption[found.end() :]}"
+    match = re.search(rf"(\b(?:a|an)\s+)?{_as_word(noun).pattern}", caption, re.IGNORECASE) if noun else None
+    if match is None:
+        subject = f"{token} {noun}".strip()
+        return f"{subject}, {caption}" if caption else subject
+    found_article = match[1] or ""
+    found_noun = match[0][len(found_article) :]
+    new_article = f"{article(token)} " if found_article else ""
+    return f"{caption[: match.start()]}{new_article}{token} {found_noun}{caption[match.end() :]}"
 
 
 def _as_word(words: str) -> re.Pattern[str]:
@@ -149,30 +156,31 @@ def caption_pictures(
         captioner: The model.
         pictures: Opened when their turn comes.
         settings: Words and search.
-        listener: Told of the progress and of what is left out; may stop the work.
+        listener: Gets the progress and warnings of what is left out; may stop the work.
 
     Raises:
         CancelledError: The listener asked to stop.
-        OutOfMemoryError: The memory does not suffice.
+        OutOfMemoryError: A batch does not fit.
         SettingsError: The text is longer than the model reads.
     """
     for start in range(0, len(pictures), BATCH):
         listener.report(Phase("captions", start, len(pictures)))
         stop_if_asked(listener)
-        opened = list(_opened(pictures[start : start + BATCH], listener))
-        images = [image for _, image in opened]
-        found = captioner.describe(images, settings.text, beams=settings.beams, max_tokens=settings.max_tokens)
-        for (picture, _), words in zip(opened, found, strict=True):
-            yield picture, apply_template(words, settings)
+        opened = list(_open_pictures(pictures[start : start + BATCH], listener))
+        captions = captioner.describe(
+            [image for _, image in opened], settings.text, beams=settings.beams, max_tokens=settings.max_tokens
+        )
+        for (picture, _), caption in zip(opened, captions, strict=True):
+            yield picture, apply_template(caption, settings)
     listener.report(Phase("captions", len(pictures), len(pictures)))
 
 
-def _opened(pictures: Sequence[Picture], listener: Listener) -> Iterator[tuple[Picture, Image.Image]]:
+def _open_pictures(pictures: Sequence[Picture], listener: Listener) -> Iterator[tuple[Picture, Image.Image]]:
     for picture in pictures:
         try:
             yield picture, picture.open()
         except ValueError as error:
-            listener.report(Note(f"{picture.name} is left out: {error}.", warning=True))
+            listener.report(Note(f"{picture.name} is left out: {error}.", warning=True, picture=picture.name))
 
 
 def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, str]:
@@ -180,7 +188,7 @@ def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, st
 
     Args:
         settings: Folder, model and words.
-        listener: Told of the progress and of what is left out; may stop the work, what is written remains.
+        listener: Gets the progress and warnings of what is left out; may stop the work, what is written remains.
 
     Returns:
         File name of each captioned picture → its caption.
@@ -191,49 +199,57 @@ def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, st
         WeightsError: The model can't be opened, or is no BLIP.
         CancelledError: The listener asked to stop.
     """
-    files = _to_caption(settings.images, settings.overwrite, listener)
+    files = _files_to_caption(settings.images, settings.overwrite, listener)
     if not files:
         return {}
     require_writable(settings.images, 4096 * len(files))
     captioner = open_captioner(settings.model, pick_device(settings.device), download=settings.download)
-    pictures = [Picture(file.name, "", "", partial(_decoded, file)) for file in files]
-    done: dict[str, str] = {}
+    pictures = [Picture(file.name, caption="", digest="", open=partial(_decode_file, file)) for file in files]
+    written: dict[str, str] = {}
     for picture, caption in caption_pictures(captioner, pictures, settings, listener):
         if not caption:
-            listener.report(Note(f"{picture.name} gets no caption: the model has no words for it.", warning=True))
+            text = f"{picture.name} gets no caption: the model has no words for it."
+            listener.report(Note(text, warning=True, picture=picture.name))
             continue
         write_atomic((settings.images / picture.name).with_suffix(".txt"), f"{caption}\n".encode())
-        done[picture.name] = caption
-    return done
+        written[picture.name] = caption
+    return written
 
 
-def _decoded(file: Path) -> Image.Image:
+def _decode_file(file: Path) -> Image.Image:
     try:
         return decode(file.read_bytes())
     except OSError as error:
         raise ValueError(f"it can't be read ({error.strerror})") from error
 
 
-def _to_caption(folder: Path, overwrite: bool, listener: Listener) -> list[Path]:
-    """The pictures of a folder that get a caption."""
+def _files_to_caption(folder: Path, overwrite: bool, listener: Listener) -> list[Path]:
+    """The pictures of a folder that get a caption.
+
+    Raises:
+        PicturesError: The folder is missing, a file, unreadable, or holds no pictures.
+    """
     if os.path.isfile(folder):
         raise PicturesError(f"{folder} is a file.", "Give a folder; unpack a zip file first, and give its folder.")
     if not os.path.isdir(folder):
         raise PicturesError(f"The picture folder {folder} does not exist.", "Check the path for a typing error.")
     try:
-        pictures = [folder / name for name in picture_names(folder)]
+        files = [folder / name for name in picture_names(folder)]
     except OSError as error:
         raise PicturesError(f"{folder} can't be read: {error.strerror}.", "Check that you may read it.") from error
-    if not pictures:
+    if not files:
         raise PicturesError(f"The folder {folder} holds no pictures.", "Put pictures into it, or give another folder.")
-    first: dict[Path, Path] = {}
-    for file in pictures:
-        shared = first.setdefault(file.with_suffix(".txt"), file)
-        if shared != file:
-            text = f"{file.name} is left out: its caption would stand where that of {shared.name} does. Rename one."
-            listener.report(Note(text, warning=True))
-    wanted = [file for text, file in first.items() if overwrite or not os.path.lexists(text)]
-    if len(wanted) < len(first):
-        kept = len(first) - len(wanted)
-        listener.report(Note(f"{kept} of {len(first)} pictures have captions already; they stay."))
-    return wanted
+    by_caption_file: dict[Path, Path] = {}
+    for file in files:
+        first = by_caption_file.setdefault(file.with_suffix(".txt"), file)
+        if first != file:
+            text = f"{file.name} is left out: its caption would stand where that of {first.name} does. Rename one."
+            listener.report(Note(text, warning=True, picture=file.name))
+    to_caption = [
+        file for caption_file, file in by_caption_file.items() if overwrite or not os.path.lexists(caption_file)
+    ]
+    captioned = len(by_caption_file) - len(to_caption)
+    if captioned:
+        text = f"{captioned} of {len(by_caption_file)} pictures have captions already; they stay."
+        listener.report(Note(text))
+    return to_caption

@@ -1,4 +1,4 @@
-"""Pictures that a model drew, kept as PNGs: what lies there whole is not drawn again."""
+"""Generated pictures, kept as PNG files, so that nothing is generated twice."""
 
 from __future__ import annotations
 
@@ -17,10 +17,14 @@ from .images import Picture, decode
 
 
 class ImageCache:
-    """A folder of pictures whose name is a digest of everything that makes them."""
+    """A folder of pictures whose name is a digest of everything that they depend on.
+
+    Attributes:
+        folder: The folder, which may not exist yet.
+    """
 
     def __init__(self, root: Path, key: Mapping[str, Any]) -> None:
-        """Name the folder; nothing is made yet.
+        """Name the folder; nothing is written yet.
 
         Args:
             root: Folder for all such folders.
@@ -29,8 +33,8 @@ class ImageCache:
         self._key = json.dumps(key, indent=1, sort_keys=True)
         self.folder = root / hashlib.sha256(self._key.encode()).hexdigest()[:16]
 
-    def begin(self, count: int, pixels: int) -> None:
-        """Make the folder for `count` further pictures of `pixels` each.
+    def prepare(self, count: int, pixels: int) -> None:
+        """Make the folder for `count` more pictures of `pixels` each.
 
         Raises:
             StorageError: It can't be written or has no room.
@@ -40,14 +44,14 @@ class ImageCache:
         write_atomic(self.folder / "settings.json", self._key.encode())
 
     def has(self, name: str) -> bool:
-        """Whether the picture lies there, whole."""
+        """Whether the folder holds the picture, undamaged."""
         try:
             decode((self.folder / name).read_bytes())
         except (OSError, ValueError):
             return False
         return True
 
-    def put(self, name: str, image: Image.Image) -> None:
+    def save(self, name: str, image: Image.Image) -> None:
         """Write a picture.
 
         Raises:
@@ -55,34 +59,26 @@ class ImageCache:
         """
         write_atomic(self.folder / name, as_png(image))
 
-    def picture(self, name: str, caption: str) -> Picture:
-        """A picture that lies there.
+    def load(self, name: str, caption: str) -> Picture:
+        """A picture of the folder.
 
         Raises:
             StorageError: It can't be read.
         """
-        return stored_picture(self.folder / name, caption)
+        path = self.folder / name
+        with explained_os_errors(path):
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        return Picture(name, caption, digest, lambda: decode(path.read_bytes()))
 
 
 def as_png(image: Image.Image) -> bytes:
-    """A picture as the content of a PNG file."""
+    """An image as the content of a PNG file."""
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
 
 
-def stored_picture(path: Path, caption: str) -> Picture:
-    """A picture file.
-
-    Raises:
-        StorageError: It can't be read.
-    """
-    with explained_os_errors(path):
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Picture(path.name, caption, digest, lambda: decode(path.read_bytes()))
-
-
 def generated_picture(name: str, caption: str, image: Image.Image) -> Picture:
-    """A picture that was just drawn and lies nowhere."""
+    """A picture that was just generated and is held in memory."""
     content = as_png(image)
     return Picture(name, caption, hashlib.sha256(content).hexdigest(), partial(decode, content))

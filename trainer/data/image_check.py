@@ -1,6 +1,6 @@
-"""What is wrong with a subject's pictures, said before training: look-alikes, small, blurred, dark, empty ones.
+"""Checks a subject's pictures before training: near-duplicates, small, blurred, dark and empty ones.
 
-Each picture is opened once more, made small, and measured; then only numbers are left of it. Nothing is an error: a
+Each picture is opened once more, scaled down, and measured; then only numbers are left of it. Nothing is an error: a
 picture may be meant as it is.
 """
 
@@ -19,16 +19,17 @@ from .images import Picture
 
 Array = NDArray[np.float32]
 MEASURED_SIDE = 640  # longer side, in pixels, at which pictures are measured
-MAX_HASH_DISTANCE = 10  # bits of 64 in which the hashes of two look-alikes differ at most
+MAX_HASH_DISTANCE = 10  # bits of 64 in which the hashes of near-duplicates differ at most
 # The next five are from photographs as they are and blurred by a Gaussian of 1 to 5 pixels, and from drawings.
 MIN_STEEPNESS = 0.12  # a picture whose steepest edges rise less per pixel is blurred, whatever the others are like
-MIN_STEEPNESS_IN_SET = 0.2  # so is one below this and below 0.4 of what its set has
+MIN_STEEPNESS_IN_SET = 0.2  # so is one below this and below 0.4 of its set's median
 MAX_BLUR = 0.5  # of Crété's measure: sharp photographs have up to 0.45
 MIN_BRIGHTNESS = 45  # of 255: almost all of a dark picture is below it
-MIN_DETAIL = 0.01  # share of the pixels that have another colour than most
-_SCALED_UP = 1.1  # times; less is not seen
-_NAMES = 6  # files that a message names
-_BATCH, _THREADS = 32, 2
+MIN_DETAIL = 0.01  # share of the pixels that differ from the picture's median colour
+_MAX_UPSCALING = 1.1  # a factor; less is not seen
+_MAX_NAMES = 6  # files that a message names
+_BATCH = 32
+_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class PictureMeasurements:
         hash: `perceptual_hash`.
         steepness: `steepness`.
         blur: `blur`.
-        light: Grey value, 0 to 255, that 95 % of the pixels are not above.
+        brightness: Grey value, 0 to 255, that 95 % of the pixels are not above.
         detail: `detail`.
     """
 
@@ -50,36 +51,36 @@ class PictureMeasurements:
     hash: int
     steepness: float
     blur: float
-    light: float
+    brightness: float
     detail: float
 
 
 def check_pictures(pictures: Sequence[Picture], resolution: int, listener: Listener) -> None:
-    """Look at a subject's pictures and give advice, as warnings that name the files.
+    """Measure a subject's pictures and report advice, as warnings that name the files.
 
     Args:
-        pictures: They are opened. Of several with the same content one is looked at: `load_pictures` has named those.
+        pictures: They are opened. Of several with the same content one is measured: `load_pictures` has named those.
         resolution: Side of the square that is trained on, in pixels.
-        listener: Told the advice, and asked now and then whether to stop.
+        listener: Gets the advice, and is asked after every few pictures whether to stop.
 
     Raises:
         CancelledError: The listener asked to stop.
     """
     different = list({picture.digest: picture for picture in reversed(pictures)}.values())[::-1]
-    looks: list[PictureMeasurements] = []
+    measured: list[PictureMeasurements] = []
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:  # Pillow decodes and scales without Python's lock
         for start in range(0, len(different), _BATCH):
             if start:
                 listener.report(Phase("looking at pictures", start, len(different)))
                 stop_if_asked(listener)
-            found = pool.map(measure_picture, different[start : start + _BATCH])
-            looks += [look for look in found if look is not None]
-    for text in image_advice(looks, resolution):
-        listener.report(Note(text, warning=True))
+            batch = pool.map(measure_picture, different[start : start + _BATCH])
+            measured += [measurements for measurements in batch if measurements is not None]
+    for note in image_advice(measured, resolution):
+        listener.report(note)
 
 
 def measure_picture(picture: Picture) -> PictureMeasurements | None:
-    """Measure a picture; None if it can't be opened any more, which whoever needs it will say."""
+    """Measure a picture; None if it can't be opened any more, which whoever needs it will report."""
     try:
         image = picture.open()
     except (ValueError, OSError):
@@ -89,27 +90,28 @@ def measure_picture(picture: Picture) -> PictureMeasurements | None:
     small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
     grey = np.asarray(small.convert("L"), dtype=np.float32)
     return PictureMeasurements(
-        picture.name,
-        image.size,
-        perceptual_hash(small),
-        steepness(grey),
-        blur(grey),
-        float(np.percentile(grey, 95)),
-        detail(np.asarray(small, dtype=np.float32)),
+        name=picture.name,
+        size=image.size,
+        hash=perceptual_hash(small),
+        steepness=steepness(grey),
+        blur=blur(grey),
+        brightness=float(np.percentile(grey, 95)),
+        detail=detail(np.asarray(small, dtype=np.float32)),
     )
 
 
 def perceptual_hash(image: Image.Image) -> int:
-    """64 bits that look-alikes have in common: which of the 8 × 8 lowest frequencies are above their median.
+    """64 bits that near-duplicates have in common: which of the 8 × 8 lowest frequencies are above their median.
 
     The DCT hash of Zauner 2010, "Implementation and Benchmarking of Perceptual Image Hash Functions", section 3.2.1,
     as Krawetz 2011, "Looks Like It", scales it: 32 × 32 pixels of grey. Scaling, compression, a little cropping and
     other brightness change up to 10 bits; other pictures differ in 16 or more, mirrored ones in 28 or more.
     """
-    side, kept = 32, 8
+    side = 32
+    kept = 8
     grey = np.asarray(image.convert("L").resize((side, side), Image.Resampling.LANCZOS), dtype=np.float64)
-    at = np.arange(side)
-    cosines = np.cos(np.pi * (2 * at[None] + 1) * at[:kept, None] / (2 * side))
+    index = np.arange(side)
+    cosines = np.cos(np.pi * (2 * index[None] + 1) * index[:kept, None] / (2 * side))
     frequencies = (cosines @ grey @ cosines.T).round(3)  # else the bits of a flat picture would be rounding errors
     bits = (frequencies > np.median(frequencies)).ravel()
     return int("".join("1" if bit else "0" for bit in bits), 2)
@@ -127,7 +129,8 @@ def steepness(grey: Array) -> float:
     Returns:
         0 for a flat picture; about 1 for one with a hard edge.
     """
-    across, down = np.diff(grey, axis=1)[:-1], np.diff(grey, axis=0)[:, :-1]
+    across = np.diff(grey, axis=1)[:-1]
+    down = np.diff(grey, axis=0)[:, :-1]
     contrast = np.percentile(grey, 99) - np.percentile(grey, 1)
     return float(np.percentile(np.hypot(across, down), 99.9) / max(float(contrast), 16.0))
 
@@ -141,19 +144,20 @@ def blur(grey: Array) -> float:
     Returns:
         0, sharp, to 1, blurred or flat. Slopes of one grey value per pixel are not counted: they are rounding.
     """
-    found = []
-    for lines in (grey, grey.T):
-        padded = np.pad(lines, ((5, 4), (0, 0)), mode="edge").cumsum(axis=0, dtype=np.float64)
-        again = (padded[9:] - padded[:-9]) / 9
-        before, after = np.abs(np.diff(lines, axis=0)), np.abs(np.diff(again, axis=0))
-        before = np.where(before > 1, before, 0)
-        lost, total = np.maximum(before - after, 0).sum(), before.sum()
-        found.append(1.0 - float(lost / total) if total else 1.0)
-    return max(found)
+    by_axis = []
+    for pixels in (grey, grey.T):
+        sums = np.pad(pixels, ((5, 4), (0, 0)), mode="edge").cumsum(axis=0, dtype=np.float64)
+        blurred = (sums[9:] - sums[:-9]) / 9  # a box filter of nine pixels
+        slopes = np.abs(np.diff(pixels, axis=0))
+        slopes = np.where(slopes > 1, slopes, 0)
+        lost = np.maximum(slopes - np.abs(np.diff(blurred, axis=0)), 0).sum()
+        total = slopes.sum()
+        by_axis.append(1.0 - float(lost / total) if total else 1.0)
+    return max(by_axis)
 
 
 def detail(pixels: Array) -> float:
-    """Share of the pixels whose colour is not that of most.
+    """Share of the pixels whose colour differs from the picture's median colour.
 
     Args:
         pixels: (height, width, 3), 0 to 255.
@@ -161,81 +165,102 @@ def detail(pixels: Array) -> float:
     Returns:
         0 to 1: the pixels of which a channel is more than 12 away from the channel's median.
     """
-    middle = np.median(pixels, axis=(0, 1))
-    return float((np.abs(pixels - middle).max(axis=2) > 12).mean())
+    median = np.median(pixels, axis=(0, 1))
+    return float((np.abs(pixels - median).max(axis=2) > 12).mean())
 
 
 def near_duplicates(hashes: Sequence[int]) -> list[list[int]]:
-    """Groups of two or more hashes, by place, each of which is near to another of its group."""
+    """Groups of two or more hashes, by index, each of which is near to another of its group."""
     groups: list[list[int]] = []
-    for at, one in enumerate(hashes):
-        near = [group for group in groups if any((one ^ hashes[other]).bit_count() <= MAX_HASH_DISTANCE for other in group)]
+    for index, value in enumerate(hashes):
+        near = [
+            group
+            for group in groups
+            if any((value ^ hashes[other]).bit_count() <= MAX_HASH_DISTANCE for other in group)
+        ]
         groups = [group for group in groups if group not in near]
-        groups.append(sorted([at, *(other for group in near for other in group)]))
+        groups.append(sorted([index, *(other for group in near for other in group)]))
     return sorted(group for group in groups if len(group) > 1)
 
 
-def image_advice(looks: Sequence[PictureMeasurements], resolution: int) -> list[str]:
-    """What to do about these pictures; a sentence or two for each kind of trouble.
+def image_advice(measured: Sequence[PictureMeasurements], resolution: int) -> list[Note]:
+    """What to do about these pictures: a warning for each kind of trouble, which names the picture if it is about one.
 
     Args:
-        looks: Of every picture.
+        measured: Measurements of every picture.
         resolution: Side of the square that is trained on, in pixels.
     """
-    empty = [one for one in looks if one.detail < MIN_DETAIL]
-    full = [one for one in looks if one.detail >= MIN_DETAIL]
-    found = []
+    empty = [picture for picture in measured if picture.detail < MIN_DETAIL]
+    full = [picture for picture in measured if picture.detail >= MIN_DETAIL]
+    small = [picture for picture in measured if resolution / min(picture.size) > _MAX_UPSCALING]
+    blurred = _blurred(full)
+    dark = [picture for picture in full if picture.brightness < MIN_BRIGHTNESS]
+    advice = []
     if empty:
-        found.append(f"{_named(empty)} {_is(empty)} nearly empty, of one colour: leave {_it(empty)} out.")
-    for group in near_duplicates([one.hash for one in full]):
-        alike = [full[at] for at in group]
-        found.append(f"{_named(alike)} look almost the same: keep the best one, or the model learns it by heart.")
-    if too_small := [one for one in looks if resolution / min(one.size) > _SCALED_UP]:
-        found.append(_small(too_small, resolution))
-    if blurred := _blurred(full):
-        if len(blurred) > 1 and 2 * len(blurred) > len(full):
-            text = f"{_named(blurred)} have no sharp edges, and so will what the model draws"
-            found.append(f"{text}. If that is not the style you want, take sharper pictures.")
-        else:
-            found.append(f"{_named(blurred)} {_is(blurred)} blurred: take {_one(blurred, 'sharper')}.")
-    if dark := [one for one in full if one.light < MIN_BRIGHTNESS]:
-        found.append(f"{_named(dark)} {_is(dark)} very dark: brighten {_it(dark)}, or leave {_it(dark)} out.")
-    return found
+        text = f"{_names(empty)} {_is_or_are(empty)} nearly empty, of one colour: leave {_it_or_them(empty)} out."
+        advice.append(_warning(text, empty))
+    for group in near_duplicates([picture.hash for picture in full]):
+        similar = [full[index] for index in group]
+        text = f"{_names(similar)} look almost the same: keep the best one, or the model learns it by heart."
+        advice.append(_warning(text, similar))
+    if small:
+        advice.append(_warning(_too_small(small, resolution), small))
+    if len(blurred) > 1 and 2 * len(blurred) > len(full):
+        text = (
+            f"{_names(blurred)} have no sharp edges, and so will what the model generates. If that is not the style "
+            "you want, take sharper pictures."
+        )
+        advice.append(_warning(text, blurred))
+    elif blurred:
+        text = f"{_names(blurred)} {_is_or_are(blurred)} blurred: take {_better(blurred, 'sharper')}."
+        advice.append(_warning(text, blurred))
+    if dark:
+        pronoun = _it_or_them(dark)
+        text = f"{_names(dark)} {_is_or_are(dark)} very dark: brighten {pronoun}, or leave {pronoun} out."
+        advice.append(_warning(text, dark))
+    return advice
 
 
-def _blurred(looks: Sequence[PictureMeasurements]) -> list[PictureMeasurements]:
-    usual = float(np.median([one.steepness for one in looks])) if looks else 0.0
-    limit = max(MIN_STEEPNESS, min(MIN_STEEPNESS_IN_SET, 0.4 * usual))
-    return [one for one in looks if one.steepness < limit and one.blur > MAX_BLUR]
+def _warning(text: str, pictures: Sequence[PictureMeasurements]) -> Note:
+    return Note(text, warning=True, picture=pictures[0].name if len(pictures) == 1 else "")
 
 
-def _small(looks: Sequence[PictureMeasurements], resolution: int) -> str:
-    names = _named(looks, lambda one: f"{one.name} ({one.size[0]}×{one.size[1]})")
-    most = max(resolution / min(one.size) for one in looks)
-    times = f"{most:.1f} times" if len(looks) == 1 else f"up to {most:.1f} times"
+def _blurred(measured: Sequence[PictureMeasurements]) -> list[PictureMeasurements]:
+    median = float(np.median([picture.steepness for picture in measured])) if measured else 0.0
+    limit = max(MIN_STEEPNESS, min(MIN_STEEPNESS_IN_SET, 0.4 * median))
+    return [picture for picture in measured if picture.steepness < limit and picture.blur > MAX_BLUR]
+
+
+def _too_small(pictures: Sequence[PictureMeasurements], resolution: int) -> str:
+    names = _names(pictures, lambda picture: f"{picture.name} ({picture.size[0]}×{picture.size[1]})")
+    largest = max(resolution / min(picture.size) for picture in pictures)
+    factor = f"{largest:.1f} times" if len(pictures) == 1 else f"up to {largest:.1f} times"
     return (
-        f"{names} {_is(looks)} smaller than the training resolution {resolution} and will be scaled up {times}, which "
-        f"blurs: take {_one(looks, 'larger')}, or lower the resolution."
+        f"{names} {_is_or_are(pictures)} smaller than the training resolution {resolution} and will be scaled up "
+        f"{factor}, which blurs: take {_better(pictures, 'larger')}, or lower the resolution."
     )
 
 
-def _named(looks: Sequence[PictureMeasurements], name: Callable[[PictureMeasurements], str] = lambda one: one.name) -> str:
-    names = [name(one) for one in looks[:_NAMES]]
-    more = len(looks) - len(names)
-    return _listed([*names, f"{more} more"] if more else names)
+def _names(
+    pictures: Sequence[PictureMeasurements],
+    name: Callable[[PictureMeasurements], str] = lambda picture: picture.name,
+) -> str:
+    """The first names, and how many more there are: "a.png, b.png and 3 more"."""
+    names = [name(picture) for picture in pictures[:_MAX_NAMES]]
+    if len(pictures) > _MAX_NAMES:
+        names.append(f"{len(pictures) - _MAX_NAMES} more")
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+def _is_or_are(pictures: Sequence[PictureMeasurements]) -> str:
+    return "is" if len(pictures) == 1 else "are"
 
 
-def _is(looks: Sequence[PictureMeasurements]) -> str:
-    return "is" if len(looks) == 1 else "are"
+def _it_or_them(pictures: Sequence[PictureMeasurements]) -> str:
+    return "it" if len(pictures) == 1 else "them"
 
 
-def _it(looks: Sequence[PictureMeasurements]) -> str:
-    return "it" if len(looks) == 1 else "them"
-
-
-def _one(looks: Sequence[PictureMeasurements], better: str) -> str:
-    return f"a {better} one" if len(looks) == 1 else f"{better} ones"
+def _better(pictures: Sequence[PictureMeasurements], adjective: str) -> str:
+    return f"a {adjective} one" if len(pictures) == 1 else f"{adjective} ones"

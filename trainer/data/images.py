@@ -17,7 +17,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from ..core.errors import PicturesError
+from ..core.errors import PicturesError, suggest
 from ..core.events import Listener, Note
 from ..core.prompts import fill_placeholders, split_prompts
 from ..core.seeding import generator
@@ -25,8 +25,8 @@ from .folder import AnnotationOptions, PictureFile, find_picture_files
 
 MAX_PIXELS = 178_000_000
 MIN_SIDE = 32
-_ROUNDED = 0.05  # by which the shape of a small mask may differ from its picture's
-_TURNS = {
+_ASPECT_TOLERANCE = 0.05  # rounding: by how much the aspect ratio of a small mask may differ from its picture's
+_TRANSPOSITIONS = {  # EXIF orientation → what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -45,10 +45,10 @@ class Picture:
         name: File name, for messages.
         caption: What it shows.
         digest: Hexadecimal digest of its content.
-        open: Decodes it: an upright RGB picture of any size.
-        further: Other captions; each sample takes one of all.
+        open: Decodes it: an upright RGB image of any size.
+        more_captions: Other captions; each sample takes one of all.
         repeats: How often it is taken in an epoch.
-        mask: Decodes its mask, a grey picture of any size: white where the subject is. None: no mask.
+        mask: Decodes its mask, a grey image of any size: white where the subject is. None: no mask.
         mask_digest: Hexadecimal digest of the mask's content.
     """
 
@@ -56,7 +56,7 @@ class Picture:
     caption: str
     digest: str
     open: Callable[[], Image.Image]
-    further: tuple[str, ...] = ()
+    more_captions: tuple[str, ...] = ()
     repeats: int = 1
     mask: Callable[[], Image.Image] | None = None
     mask_digest: str = ""
@@ -64,13 +64,13 @@ class Picture:
     @property
     def captions(self) -> tuple[str, ...]:
         """All of its captions."""
-        return (self.caption, *self.further)
+        return (self.caption, *self.more_captions)
 
     @property
-    def facts(self) -> list[Any]:
-        """Everything on which training depends, as JSON values; what is usual is left out."""
-        further = {"further": self.further, "repeats": self.repeats - 1, "mask": self.mask_digest}
-        return [self.digest, self.caption, *[{name: value} for name, value in further.items() if value]]
+    def fingerprint_values(self) -> list[Any]:
+        """Everything on which training depends, as JSON values for a run's fingerprint; defaults are left out."""
+        optional = {"further": self.more_captions, "repeats": self.repeats - 1, "mask": self.mask_digest}
+        return [self.digest, self.caption, *({name: value} for name, value in optional.items() if value)]
 
 
 def decode(content: bytes) -> Image.Image:
@@ -80,18 +80,18 @@ def decode(content: bytes) -> Image.Image:
         content: The file's bytes; any format and mode that Pillow reads (palette, grey, 16 bit, CMYK …).
 
     Raises:
-        ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; says so.
+        ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; its text says why.
     """
     return _decoded(content, _as_rgb)
 
 
 def decode_mask(content: bytes) -> Image.Image:
-    """Decode a mask's file: upright, grey, transparency on black; as `decode`."""
+    """Decode a mask's file: upright, grey, transparency on black. Raises as `decode`."""
     return _decoded(content, lambda image: _as_rgb(image, "black").convert("L"))
 
 
 def decode_alpha(content: bytes) -> Image.Image:
-    """How opaque a picture is, upright, grey; white all over if it has no transparency. As `decode`."""
+    """How opaque a picture is, upright, grey; white all over if it has no transparency. Raises as `decode`."""
     return _decoded(content, _opacity)
 
 
@@ -100,10 +100,10 @@ def _decoded(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> I
 
     Args:
         content: The file's bytes.
-        convert: Of the upright picture.
+        convert: Gets the upright image in the file's own mode.
 
     Raises:
-        ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; says so.
+        ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; its text says why.
     """
     try:
         with warnings.catch_warnings():
@@ -128,14 +128,14 @@ def _decoded(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> I
 def _upright(image: Image.Image) -> Image.Image:
     """Turn by the EXIF tag; a damaged tag block is ignored, as viewers do.
 
-    `ImageOps.exif_transpose` would also write the block anew, and fail on a damaged one.
+    `ImageOps.exif_transpose` would also rewrite the block, and fail on a damaged one.
     """
     image.load()
     try:
-        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+        transposition = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
     except (struct.error, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, OSError):
         return image
-    return image if turn is None else image.transpose(turn)
+    return image if transposition is None else image.transpose(transposition)
 
 
 def _is_transparent(image: Image.Image) -> bool:
@@ -146,7 +146,7 @@ def _opacity(image: Image.Image) -> Image.Image:
     return image.convert("RGBA").getchannel("A") if _is_transparent(image) else Image.new("L", image.size, 255)
 
 
-def _as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
+def _as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     if image.mode.startswith("I"):
         values = np.asarray(image, dtype=np.float32)
         return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
@@ -155,8 +155,8 @@ def _as_rgb(image: Image.Image, ground: str = "white") -> Image.Image:
         scale = 255 if values.max() <= 1 else 1
         return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
     if _is_transparent(image):
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, ground), layer).convert("RGB")
+        foreground = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", foreground.size, background), foreground).convert("RGB")
     return image.convert("RGB")
 
 
@@ -166,28 +166,36 @@ def crop(image: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def size_conditioning(size: tuple[int, int], width: int, height: int) -> tuple[int, int, int, int, int, int]:
-    """What `crop` does to a picture, as SDXL is told it.
+    """What `crop` does to an image, as SDXL is conditioned on it (Podell et al. 2023, section 2.2).
 
     Args:
-        size: The picture's width and height.
-        width: Of the cut.
-        height: Of the cut.
+        size: The image's width and height.
+        width: Of the crop.
+        height: Of the crop.
 
     Returns:
-        Original height and width, top and left of the cut in the scaled picture, height and width of the cut.
+        Original height and width, top and left of the crop in the scaled image, height and width of the crop.
     """
-    scale = max(width / size[0], height / size[1])
-    top, left = (round((side * scale - cut) / 2) for side, cut in ((size[1], height), (size[0], width)))
-    return size[1], size[0], top, left, height, width
+    original_width, original_height = size
+    scale = max(width / original_width, height / original_height)
+    top = round((original_height * scale - height) / 2)
+    left = round((original_width * scale - width) / 2)
+    return original_height, original_width, top, left, height, width
 
 
 def to_pixels(image: Image.Image) -> Tensor:
-    """An RGB picture as the autoencoder takes it: (3, height, width), float32, in [-1, 1]."""
+    """An RGB image as the autoencoder takes it: (3, height, width), float32, in [-1, 1]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
 
 def mask_weights(mask: Image.Image, width: int, height: int) -> Tensor | None:
-    """How much of each place lies within a mask: (1, height, width) in [0, 1]; None if nothing does."""
+    """How much of each latent pixel lies within a mask: (1, height, width) in [0, 1]; None if nothing does.
+
+    Args:
+        mask: Grey, cropped as its picture is.
+        width: Of the latents.
+        height: Of the latents.
+    """
     weights = torch.from_numpy(np.array(mask.resize((width, height), Image.Resampling.BOX))).float()[None] / 255
     return weights if weights.any() else None
 
@@ -196,18 +204,18 @@ def load_pictures(
     source: Path | Sequence[Tensor],
     prompt: str,
     listener: Listener,
-    reading: AnnotationOptions | None = None,
+    options: AnnotationOptions | None = None,
     *,
     captions: Sequence[str] = (),
     masks: Sequence[Tensor] = (),
 ) -> list[Picture]:
-    """Find and check the pictures of a subject; every one is decoded once, here.
+    """Find and check the pictures of a subject; every one is decoded once.
 
     Args:
         source: A folder, a zip file, or tensors of shape (height, width, 3 or 4) in [0, 1].
-        prompt: Caption of pictures without one; several, separated by "|", are used in turn by chance.
-        listener: Told what was skipped and what looks wrong.
-        reading: Where captions and masks come from.
+        prompt: Caption of pictures without one; of several, separated by "|", each sample takes one at random.
+        listener: Gets warnings about pictures that were skipped or look wrong.
+        options: Where captions and masks come from; None: the defaults.
         captions: Of tensors, one each, if there are any.
         masks: Of tensors, (height, width) in [0, 1], 1 where the subject is, one each, if there are any.
 
@@ -215,44 +223,42 @@ def load_pictures(
         The pictures, ordered by name.
 
     Raises:
-        PicturesError: The place is missing, empty or unreadable, a zip entry points outside, no picture is good, or
-            there are more or fewer captions or masks than pictures.
+        PicturesError: The path does not exist, is empty or unreadable, a zip entry points outside, a mask can't be
+            used, no picture can be used, or there are more or fewer captions or masks than pictures.
     """
-    reading = reading or AnnotationOptions()
-    prompts = split_prompts(fill_placeholders(prompt, reading.token, reading.noun)) or [""]
+    options = options or AnnotationOptions()
+    prompts = split_prompts(fill_placeholders(prompt, options.token, options.class_noun)) or [""]
     if isinstance(source, Path):
-        files = find_picture_files(source, reading, prompts[0], listener)
-        found = iter([_from_file(file, prompts, reading) for file in files])
+        files = find_picture_files(source, options, prompts[0], listener)
+        pictures = iter([_from_file(file, prompts, options) for file in files])
     else:
-        for kind, several in (("captions", captions), ("masks", masks)):
-            if len(several) not in (0, len(source)):
-                raise PicturesError(
-                    f"There are {len(source)} connected images, but {len(several)} {kind}.",
-                    f"Connect as many {kind} as images, or none.",
-                )
-        found = _from_tensors(source, prompts, reading, captions, masks)
-    good: list[Picture] = []
-    bad: list[str] = []
-    for picture in found:
+        _require_one_each("captions", captions, source)
+        _require_one_each("masks", masks, source)
+        pictures = _from_tensors(source, prompts, options, captions, masks)
+    usable: list[Picture] = []
+    problems: list[str] = []
+    for picture in pictures:
         try:
             size = picture.open().size
         except ValueError as error:
-            bad.append(f"{picture.name}: {error}")
-            listener.report(Note(f"{picture.name} is left out: {error}.", warning=True))
+            problems.append(f"{picture.name}: {error}")
+            listener.report(Note(f"{picture.name} is left out: {error}.", warning=True, picture=picture.name))
         else:
-            good.append(_with_good_mask(picture, size, listener))
-    if not good:
-        detail = f" ({'; '.join(bad[:3])})" if bad else ""
+            usable.append(_with_checked_mask(picture, size, listener))
+    if not usable:
+        location = str(source) if isinstance(source, Path) else "the connected images"
+        detail = f" ({'; '.join(problems[:3])})" if problems else ""
         raise PicturesError(
-            f"There is no usable picture in {_place(source)}{detail}.",
+            f"There is no usable picture in {location}{detail}.",
             "Give 3 to 20 pictures of the subject as JPEG, PNG or WebP.",
         )
-    _advise(good, listener)
-    return good
+    _warn_of_few_pictures(usable, listener)
+    _warn_of_duplicates(usable, listener)
+    return usable
 
 
 def split_validation(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:
-    """Pictures to train on, and `count` others by chance that are held out, both in their order.
+    """Pictures to train on, and `count` others, chosen at random, that are held out; both in their order.
 
     Raises:
         PicturesError: None would be left to train on.
@@ -260,20 +266,37 @@ def split_validation(pictures: Sequence[Picture], count: int, seed: int) -> tupl
     if count >= len(pictures):
         raise PicturesError(
             f"validation_pictures is {count}, but there are only {len(pictures)} pictures.",
-            "Lower validation_pictures, so that some are left to learn from.",
+            f"Lower {suggest('validation_pictures')}, so that some are left to learn from.",
         )
-    chosen = set(torch.randperm(len(pictures), generator=generator(seed, "validation"))[:count].tolist())
-    return (
-        [one for number, one in enumerate(pictures) if number not in chosen],
-        [one for number, one in enumerate(pictures) if number in chosen],
-    )
+    held_out = set(torch.randperm(len(pictures), generator=generator(seed, "validation"))[:count].tolist())
+    training = [picture for index, picture in enumerate(pictures) if index not in held_out]
+    validation = [picture for index, picture in enumerate(pictures) if index in held_out]
+    return training, validation
 
 
-def _with_good_mask(picture: Picture, size: tuple[int, int], listener: Listener) -> Picture:
-    """The picture, which has that size, without a mask that says nothing.
+def _require_one_each(kind: str, annotations: Sequence[Any], tensors: Sequence[Tensor]) -> None:
+    """Check that there are as many captions or masks as tensors, or none.
 
     Raises:
-        PicturesError: The mask can't be read.
+        PicturesError: There are more or fewer.
+    """
+    if len(annotations) not in (0, len(tensors)):
+        raise PicturesError(
+            f"There are {len(tensors)} connected images, but {len(annotations)} {kind}.",
+            f"Connect as many {kind} as images, or none.",
+        )
+
+
+def _with_checked_mask(picture: Picture, size: tuple[int, int], listener: Listener) -> Picture:
+    """The picture; without its mask if that is all white or all black, which says nothing about the subject.
+
+    Args:
+        picture: To check.
+        size: Its width and height.
+        listener: Gets warnings.
+
+    Raises:
+        PicturesError: The mask can't be decoded.
     """
     if picture.mask is None:
         return picture
@@ -281,83 +304,100 @@ def _with_good_mask(picture: Picture, size: tuple[int, int], listener: Listener)
         mask = picture.mask()
     except ValueError as error:
         raise PicturesError(
-            f"The mask of {picture.name} can't be used: {error}.", "Make it anew, or turn masks off."
+            f"The mask of {picture.name} can't be used: {error}.",
+            f"Save it again, or ignore masks with {suggest('masks', 'off')}.",
         ) from error
+    width, height = size
+    stretch = (mask.width * height) / (mask.height * width)
+    if max(stretch, 1 / stretch) > 1 + _ASPECT_TOLERANCE:
+        text = f"The mask of {picture.name} is {mask.width}×{mask.height}, the picture {width}×{height}: "
+        listener.report(Note(f"{text}it is stretched.", warning=True, picture=picture.name))
     darkest, brightest = mask.getextrema()
-    (width, height), stretched = mask.size, mask.width * size[1] / (mask.height * size[0])
-    if max(stretched, 1 / stretched) > 1 + _ROUNDED:
-        text = f"The mask of {picture.name} is {width}×{height}, the picture {size[0]}×{size[1]}: it is stretched."
-        listener.report(Note(text, warning=True))
     if brightest == 0:
-        listener.report(Note(f"The mask of {picture.name} is black all over; it is left out.", warning=True))
-    return replace(picture, mask=None, mask_digest="") if darkest == 255 or brightest == 0 else picture
+        text = f"The mask of {picture.name} is black all over; it is left out."
+        listener.report(Note(text, warning=True, picture=picture.name))
+    is_uniform = darkest == 255 or brightest == 0
+    return replace(picture, mask=None, mask_digest="") if is_uniform else picture
 
 
-def _advise(pictures: Sequence[Picture], listener: Listener) -> None:
+def _warn_of_few_pictures(pictures: Sequence[Picture], listener: Listener) -> None:
     if len(pictures) < 3:
-        listener.report(
-            Note(
-                f"Only {len(pictures)} picture(s): 3 to 20 from several sides and in several places teach better.", True
-            )
-        )
+        text = f"Only {len(pictures)} picture(s): 3 to 20 from several sides and in several places teach better."
+        listener.report(Note(text, warning=True))
+
+
+def _warn_of_duplicates(pictures: Sequence[Picture], listener: Listener) -> None:
     first: dict[str, str] = {}
     for picture in pictures:
         if picture.digest in first:
-            listener.report(Note(f"{picture.name} is the same picture as {first[picture.digest]}.", warning=True))
+            text = f"{picture.name} is the same picture as {first[picture.digest]}."
+            listener.report(Note(text, warning=True, picture=picture.name))
         first.setdefault(picture.digest, picture.name)
 
 
-def _place(source: Path | Sequence[Tensor]) -> str:
-    return str(source) if isinstance(source, Path) else "the connected images"
-
-
-def _from_file(file: PictureFile, prompts: Sequence[str], reading: AnnotationOptions) -> Picture:
+def _from_file(file: PictureFile, prompts: Sequence[str], options: AnnotationOptions) -> Picture:
     captions = [file.caption] if file.caption else prompts
-    read, mask_digest = file.read, ""
     mask: Callable[[], Image.Image] | None = None
+    mask_digest = ""
     if file.mask is not None:
         mask_content = file.mask()
-        mask, mask_digest = partial(decode_mask, mask_content), hashlib.sha256(mask_content).hexdigest()
-    elif reading.masks == "alpha":
-        mask, mask_digest = (lambda: decode_alpha(read())), "alpha"
+        mask = partial(decode_mask, mask_content)
+        mask_digest = hashlib.sha256(mask_content).hexdigest()
+    elif options.masks == "alpha":
+        mask = _decoder(file.read, decode_alpha)
+        mask_digest = "alpha"
     return Picture(
-        file.name,
-        captions[0],
-        file.digest,
-        lambda: decode(read()),
-        tuple(captions[1:]),
-        file.repeats,
-        mask,
-        mask_digest,
+        name=file.name,
+        caption=captions[0],
+        digest=file.digest,
+        open=_decoder(file.read, decode),
+        more_captions=tuple(captions[1:]),
+        repeats=file.repeats,
+        mask=mask,
+        mask_digest=mask_digest,
     )
+
+
+def _decoder(read: Callable[[], bytes], decode: Callable[[bytes], Image.Image]) -> Callable[[], Image.Image]:
+    """Reads and decodes a file whenever it is called, so that no content is held."""
+    return lambda: decode(read())
 
 
 def _from_tensors(
     tensors: Sequence[Tensor],
     prompts: Sequence[str],
-    reading: AnnotationOptions,
+    options: AnnotationOptions,
     captions: Sequence[str],
     masks: Sequence[Tensor],
 ) -> Iterator[Picture]:
-    for number, tensor in enumerate(tensors):
-        name = f"connected image {number + 1}"
+    for index, tensor in enumerate(tensors):
+        name = f"connected image {index + 1}"
         if tensor.ndim != 3 or tensor.shape[2] not in (1, 3, 4):
             raise PicturesError(f"{name} has the shape {tuple(tensor.shape)}.", "Connect pictures: (height, width, 3).")
         content, digest = _as_png(tensor)
-        own = fill_placeholders(captions[number].strip(), reading.token, reading.noun) if captions else ""
-        said = [own] if own else prompts
+        caption = fill_placeholders(captions[index].strip(), options.token, options.class_noun) if captions else ""
+        all_captions = [caption] if caption else prompts
         mask: Callable[[], Image.Image] | None = None
         mask_digest = ""
-        if masks and reading.masks != "off":
-            if masks[number].ndim != 2:
-                shape = tuple(masks[number].shape)
+        if masks and options.masks != "off":
+            if masks[index].ndim != 2:
+                shape = tuple(masks[index].shape)
                 raise PicturesError(f"The mask of {name} has the shape {shape}.", "Connect masks: (height, width).")
-            mask_content, mask_digest = _as_png(masks[number][:, :, None])
+            mask_content, mask_digest = _as_png(masks[index][:, :, None])
             mask = partial(decode_mask, mask_content)
-        elif reading.masks == "alpha" and tensor.shape[2] == 4:
-            mask, mask_digest = partial(decode_alpha, content), "alpha"
-        opened = partial(decode, content)
-        yield Picture(name, said[0], digest, opened, tuple(said[1:]), reading.repeats, mask, mask_digest)
+        elif options.masks == "alpha" and tensor.shape[2] == 4:
+            mask = partial(decode_alpha, content)
+            mask_digest = "alpha"
+        yield Picture(
+            name=name,
+            caption=all_captions[0],
+            digest=digest,
+            open=partial(decode, content),
+            more_captions=tuple(all_captions[1:]),
+            repeats=options.repeats,
+            mask=mask,
+            mask_digest=mask_digest,
+        )
 
 
 def _as_png(tensor: Tensor) -> tuple[bytes, str]:

@@ -1,7 +1,7 @@
-"""What a run computes once: the latents' posteriors and the captions' encodings.
+"""What a run computes once: the posteriors of the pictures' latents, and the encodings of their captions.
 
-A set of pictures is kept as mean and standard deviation of the autoencoder's posterior, not as one sample of
-it, so that every training step still draws its own sample.
+Pictures are cached as mean and standard deviation of the autoencoder's posterior, not as one sample of it, so that
+every training step still draws its own sample.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .buckets import bucket_shapes, nearest_shape
 from .images import Picture, crop, mask_weights, size_conditioning, to_pixels
 
 _KINDS = ("instance", "prior", "validation")
-_SHUFFLED = 16  # orders of a caption's parts that are encoded, at the most
+_SHUFFLED_ORDERS = 16  # of a caption's tags, that are encoded
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class LatentDataset:
 
     Attributes:
         mean: Posterior mean of each picture, (versions, channels, height, width), float32, already multiplied by the
-            autoencoder's scaling factor. Version 1, if any, is the mirrored picture.
+            autoencoder's scaling factor. Version 1, if there is one, is the mirrored picture.
         std: Posterior standard deviation, likewise.
-        captions: Rows of each picture's captions in the encodings, int64.
+        captions: Rows of each picture's captions in `LatentCache.text`, (captions,), int64.
         size: Original height and width, top and left of the crop, target height and width: (pictures, 6), float32.
-        order: The pictures of an epoch, one as often as it is repeated.
-        masks: How much of each place belongs to the subject, (1, height, width) in [0, 1]; None: no mask.
+        order: Indices of an epoch's pictures; one that is repeated is there as often.
+        masks: How much of each latent pixel belongs to the subject, (1, height, width) in [0, 1]; None: no mask.
     """
 
     mean: Sequence[Tensor]
@@ -57,41 +57,56 @@ class LatentDataset:
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shape of the latents, (channels, height, width), of each picture of an epoch."""
-        return [tuple(self.mean[picture].shape[1:]) for picture in self.order]
+        return [tuple(self.mean[index].shape[1:]) for index in self.order]
 
-    def sample(self, picture: int, drawn: Draw) -> Tensor:
+    def sample(self, index: int, draw: Draw) -> Tensor:
         """A sample of a picture's posterior: (channels, height, width)."""
-        version = int(drawn.flip)
-        return self.mean[picture][version] + self.std[picture][version] * drawn.posterior_noise
+        version = int(draw.flip)
+        return self.mean[index][version] + self.std[index][version] * draw.posterior_noise
 
-    def mask_of(self, picture: int, drawn: Draw, background: float) -> Tensor | None:
-        """Weight of each place of a picture's sample, (1, 1, height, width); None: all alike."""
-        mask = self.masks[picture]
+    def loss_mask(self, index: int, draw: Draw, background: float) -> Tensor | None:
+        """Weight of the loss at each latent pixel of a picture's sample: (1, 1, height, width).
+
+        Args:
+            index: Of the picture.
+            draw: Whether it is mirrored.
+            background: Weight outside of the mask, in [0, 1].
+
+        Returns:
+            None if all pixels have the same weight.
+        """
+        mask = self.masks[index]
         if mask is None or background == 1:
             return None
-        return background + (1 - background) * (mask.flip(-1) if drawn.flip else mask)[None]
+        if draw.flip:
+            mask = mask.flip(-1)
+        return background + (1 - background) * mask[None]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything under names for a file."""
-        found = {"size": self.size, "order": torch.tensor(self.order)}
+        """Everything, under the names that it has in a file."""
+        tensors = {"size": self.size, "order": torch.tensor(self.order)}
         for name in ("mean", "std", "captions", "masks"):
-            parts = enumerate(getattr(self, name))
-            found |= {f"{name}.{number}": part.contiguous() for number, part in parts if part is not None}
-        return found
+            for index, tensor in enumerate(getattr(self, name)):
+                if tensor is not None:
+                    tensors[f"{name}.{index}"] = tensor.contiguous()
+        return tensors
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LatentDataset:
-        """What `tensors` gave.
+        """The inverse of `tensors`.
 
         Raises:
-            KeyError: Something is missing.
+            KeyError: A tensor is missing.
         """
-        numbers = range(len(tensors["size"]))
-        mean, std, captions = (
-            [tensors[f"{name}.{number}"] for number in numbers] for name in ("mean", "std", "captions")
+        indices = range(len(tensors["size"]))
+        return cls(
+            mean=[tensors[f"mean.{index}"] for index in indices],
+            std=[tensors[f"std.{index}"] for index in indices],
+            captions=[tensors[f"captions.{index}"] for index in indices],
+            size=tensors["size"],
+            order=tensors["order"].tolist(),
+            masks=[tensors.get(f"masks.{index}") for index in indices],
         )
-        masks = [tensors.get(f"masks.{number}") for number in numbers]
-        return cls(mean, std, captions, tensors["size"], tensors["order"].tolist(), masks)
 
 
 @dataclass(frozen=True)
@@ -113,14 +128,18 @@ class LatentCache:
     empty: int | None
 
     def save(self, path: Path) -> None:
-        """Write to a safetensors file, atomically."""
+        """Write to a safetensors file, atomically.
+
+        Raises:
+            StorageError: It can't be written.
+        """
         from safetensors.torch import save
 
         tensors = {f"text.{name}": rows.contiguous() for name, rows in self.text.items()}
         for kind in _KINDS:
             latents: LatentDataset | None = getattr(self, kind)
             if latents is not None:
-                tensors |= {f"{kind}.{name}": part for name, part in latents.tensors().items()}
+                tensors |= {f"{kind}.{name}": tensor for name, tensor in latents.tensors().items()}
         if self.empty is not None:
             tensors["empty"] = torch.tensor(self.empty)
         write_atomic(path, save(tensors))
@@ -133,21 +152,29 @@ class LatentCache:
 
         try:
             tensors = load(path.read_bytes())
-            sets: dict[str, LatentDataset | None] = {
-                kind: LatentDataset.from_tensors(_below(tensors, kind)) if f"{kind}.size" in tensors else None
+            datasets: dict[str, LatentDataset | None] = {
+                kind: LatentDataset.from_tensors(_with_prefix(tensors, kind)) if f"{kind}.size" in tensors else None
                 for kind in _KINDS
             }
         except (OSError, SafetensorError, ValueError, KeyError):
             return None
-        text, instance = _below(tensors, "text"), sets["instance"]
+        text = _with_prefix(tensors, "text")
+        instance = datasets["instance"]
         if instance is None or not text:
             return None
-        empty = int(tensors["empty"]) if "empty" in tensors else None
-        return cls(instance, sets["prior"], sets["validation"], text, empty)
+        return cls(
+            instance=instance,
+            prior=datasets["prior"],
+            validation=datasets["validation"],
+            text=text,
+            empty=int(tensors["empty"]) if "empty" in tensors else None,
+        )
 
 
-def _below(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{kind}."): one for name, one in tensors.items() if name.startswith(f"{kind}.")}
+def _with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix and a dot, without these."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def build_cache(
@@ -161,74 +188,89 @@ def build_cache(
 
     Args:
         model: Its autoencoder and text encoders compute in float32 on `device`, whatever their weights' type: SDXL's
-            autoencoder overflows in half precision. The text encoders that are not trained leave it.
-        sets: "instance", "prior" and "validation" → pictures (may be empty, but for the first).
-        settings: Resolution, shapes, flip, what becomes of captions, which text encoders are trained: their encodings
-            would not last.
+            autoencoder overflows in half precision. The text encoders that are not trained are dropped.
+        sets: "instance", "prior" and "validation" → pictures; all but the first may be missing or empty.
+        settings: Resolution, buckets, flip, shuffling and dropout of captions, and which text encoders are trained:
+            these are not encoded here, since their outputs change.
         device: Where to compute.
-        listener: Told of the progress; may stop the work.
+        listener: Gets the progress; may stop the work.
 
     Returns:
         The cache, on the CPU.
+
+    Raises:
+        WeightsError: The autoencoder gives values that are not finite.
+        CancelledError: The listener asked to stop.
     """
-    texts = {
-        kind: [_captions(picture, settings if kind == "instance" else None) for picture in pictures]
+    captions = {
+        kind: [_training_captions(picture, settings if kind == "instance" else None) for picture in pictures]
         for kind, pictures in sets.items()
     }
-    rows = {one: row for row, one in enumerate(dict.fromkeys(t for set_ in texts.values() for ts in set_ for t in ts))}
+    distinct = dict.fromkeys(caption for of_set in captions.values() for of_picture in of_set for caption in of_picture)
+    rows = {caption: row for row, caption in enumerate(distinct)}
     if settings.caption_dropout:
         rows.setdefault("", len(rows))
-    for caption in dict.fromkeys(one for pictures in sets.values() for picture in pictures for one in picture.captions):
-        if model.overlong(caption):
-            listener.report(
-                Note(f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…", True)
-            )
-    text = encode_captions(model, list(rows), device, settings.text_rates)
-    drop_frozen_text_encoders(model, settings.text_rates)  # before the autoencoder comes
+    _warn_of_long_captions(model, [picture for pictures in sets.values() for picture in pictures], listener)
+    text = encode_captions(model, list(rows), device, settings.text_encoder_rates)
+    drop_frozen_text_encoders(model, settings.text_encoder_rates)  # before the autoencoder comes
     release(device)
-    latents = {}
+    datasets: dict[str, LatentDataset | None] = {}
     with torch.no_grad():
         to_device(model.vae, device, torch.float32)
-        total, done = sum(map(len, sets.values())), 0
+        total = sum(map(len, sets.values()))
+        done = 0
         for kind, pictures in sets.items():
-            found = []
+            flip = settings.flip and kind == "instance"
+            encoded = []
             for picture in pictures:
                 listener.report(Phase("encoding pictures", done, total))
                 stop_if_asked(listener)
-                found.append(_encoded(model.vae, picture, settings, settings.flip and kind == "instance", device))
-                if picture.mask and found[-1][3] is None:
-                    listener.report(Note(f"The mask of {picture.name} is cut away with the picture's edges.", True))
+                latents = _encode_picture(model.vae, picture, settings, flip, device)
+                if picture.mask and latents.mask is None:
+                    message = f"The mask of {picture.name} is cut away with the picture's edges."
+                    listener.report(Note(message, warning=True, picture=picture.name))
+                encoded.append(latents)
                 done += 1
-            captions = [torch.tensor([rows[text] for text in own]) for own in texts[kind]]
-            latents[kind] = _set(pictures, found, captions) if found else None
+            caption_rows = [torch.tensor([rows[caption] for caption in of_picture]) for of_picture in captions[kind]]
+            datasets[kind] = _as_dataset(pictures, encoded, caption_rows) if encoded else None
         listener.report(Phase("encoding pictures", total, total))
     release(device)
-    instance = latents["instance"]
+    instance = datasets["instance"]
     assert instance is not None
-    return LatentCache(instance, latents.get("prior"), latents.get("validation"), text, rows.get(""))
+    return LatentCache(
+        instance=instance,
+        prior=datasets.get("prior"),
+        validation=datasets.get("validation"),
+        text=text,
+        empty=rows.get(""),
+    )
 
 
-def _captions(picture: Picture, settings: TrainSettings | None) -> list[str]:
+def _training_captions(picture: Picture, settings: TrainSettings | None) -> list[str]:
     """A picture's captions, one of which each sample takes; with `settings` that shuffle, in several orders."""
     if settings is None or not settings.shuffle_tags:
         return list(picture.captions)
     return [
         shuffled_tags(caption, settings.keep_tags, generator(settings.seed, "shuffle", caption, number))
         for caption in picture.captions
-        for number in range(_SHUFFLED)
+        for number in range(_SHUFFLED_ORDERS)
     ]
 
 
-def _set(
-    pictures: Sequence[Picture], encoded: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], captions: list[Tensor]
-) -> LatentDataset:
-    mean, std, sizes, masks = zip(*encoded, strict=True)
-    order = [number for number, picture in enumerate(pictures) for _ in range(picture.repeats)]
-    return LatentDataset(mean, std, captions, torch.stack(sizes), order, masks)
+def _warn_of_long_captions(model: DiffusionModel, pictures: Sequence[Picture], listener: Listener) -> None:
+    """Warn of captions that the text encoder truncates; of one that several pictures share, once for all of them."""
+    owners: dict[str, list[Picture]] = {}
+    for picture in pictures:
+        for caption in picture.captions:
+            owners.setdefault(caption, []).append(picture)
+    for caption, captioned in owners.items():
+        if model.overlong(caption):
+            text = f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…"
+            listener.report(Note(text, warning=True, picture=captioned[0].name if len(captioned) == 1 else ""))
 
 
 def drop_frozen_text_encoders(model: DiffusionModel, trained: Collection[str]) -> None:
-    """Drop the text encoders that are not trained; what they say is encoded."""
+    """Remove the text encoders that are not trained from the model; their outputs are cached."""
     for name in [name for name in model.text_encoders if name not in trained]:
         del model.text_encoders[name]
 
@@ -238,40 +280,55 @@ def encode_captions(
 ) -> Conditioning:
     """Tokens of captions, and their encodings by those text encoders that are not trained: a row each, on the CPU."""
     text = model.tokenize(captions)
-    for name, network in model.text_encoders.items():
+    for name, text_encoder in model.text_encoders.items():
         if name not in trained:
-            to_device(network, device, torch.float32)
+            to_device(text_encoder, device, torch.float32)
             encoded = encode_tokens_in_batches(model, name, text[f"ids{name.removeprefix('text_encoder')}"])
             text |= {part: rows.cpu() for part, rows in encoded.items()}
     return text
 
 
 def encode_tokens_in_batches(model: DiffusionModel, encoder: str, ids: Tensor) -> Conditioning:
-    """What one text encoder says of tokens (prompts, tokens), sixteen prompts at a time; carries no gradient."""
+    """One text encoder's encodings of tokens (prompts, tokens), sixteen prompts at a time, without gradients."""
     with torch.no_grad():
         batches = [model.encode_tokens(encoder, part) for part in torch.split(ids, 16)]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 
-def _encoded(
+@dataclass(frozen=True)
+class _EncodedPicture:
+    """A picture's latents; see `LatentDataset`."""
+
+    mean: Tensor
+    std: Tensor
+    size: Tensor
+    mask: Tensor | None
+
+
+def _encode_picture(
     vae: Any, picture: Picture, settings: TrainSettings, flip: bool, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Mean and standard deviation of a picture's latents, its size and crop, and its mask at the latents' size."""
-    image, side = picture.open(), settings.resolution
-    shape = (side, side)
+) -> _EncodedPicture:
+    image = picture.open()
+    shape = (settings.resolution, settings.resolution)
     if settings.aspect_buckets:
-        shape = nearest_shape(image.size, bucket_shapes(side, settings.bucket_step))
-    mean, std = _posterior(vae, picture.name, to_pixels(crop(image, *shape)), flip, device)
+        shape = nearest_shape(image.size, bucket_shapes(settings.resolution, settings.bucket_step))
+    mean, std = _encode_pixels(vae, picture.name, to_pixels(crop(image, *shape)), flip, device)
+    mask = None
+    if picture.mask is not None:
+        cropped = crop(picture.mask().resize(image.size), *shape)
+        mask = mask_weights(cropped, width=mean.shape[-1], height=mean.shape[-2])
     size = torch.tensor(size_conditioning(image.size, *shape), dtype=torch.float32)
-    if picture.mask is None:
-        return mean, std, size, None
-    mask = crop(picture.mask().resize(image.size), *shape)
-    return mean, std, size, mask_weights(mask, mean.shape[-1], mean.shape[-2])
+    return _EncodedPicture(mean, std, size, mask)
 
 
-def _posterior(vae: Any, name: str, pixels: Tensor, flip: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Scaled mean and standard deviation of one picture: (versions, channels, height, width) each, on the CPU."""
-    means, stds = [], []
+def _encode_pixels(vae: Any, name: str, pixels: Tensor, flip: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Scaled mean and standard deviation of one picture: (versions, channels, height, width) each, on the CPU.
+
+    Raises:
+        WeightsError: They are not finite.
+    """
+    means = []
+    stds = []
     for version in [pixels, pixels.flip(-1)] if flip else [pixels]:
         posterior = vae.encode(version[None].to(device)).latent_dist
         if not torch.isfinite(posterior.mean).all():
@@ -281,3 +338,16 @@ def _posterior(vae: Any, name: str, pixels: Tensor, flip: bool, device: torch.de
         means.append(posterior.mean[0] * vae.config.scaling_factor)
         stds.append(posterior.std[0] * vae.config.scaling_factor)
     return torch.stack(means).cpu(), torch.stack(stds).cpu()
+
+
+def _as_dataset(
+    pictures: Sequence[Picture], encoded: Sequence[_EncodedPicture], captions: Sequence[Tensor]
+) -> LatentDataset:
+    return LatentDataset(
+        mean=[latents.mean for latents in encoded],
+        std=[latents.std for latents in encoded],
+        captions=captions,
+        size=torch.stack([latents.size for latents in encoded]),
+        order=[index for index, picture in enumerate(pictures) for _ in range(picture.repeats)],
+        masks=[latents.mask for latents in encoded],
+    )
