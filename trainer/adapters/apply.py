@@ -116,8 +116,7 @@ def _require_family(family: Family, metadata: Mapping[str, str]) -> None:
     version = metadata.get("ss_base_model_version", "")
     predictions = [Prediction(kind) for kind in ("epsilon", "v_prediction")]
     foreign = architecture not in [family.architecture(one) for one in predictions]
-    all_families = (*families.FAMILIES, *families.FOREIGN_FAMILIES)
-    known_versions = tuple(known.adapter_marks.base_version for known in all_families)
+    known_versions = tuple(known.adapter_marks.base_version for known in families.recognizable_families())
     foreign_version = version.startswith(known_versions) and version not in [
         family.base_version(one) for one in predictions
     ]

@@ -101,7 +101,7 @@ def recognized_family(adapter: Adapter) -> Family | ForeignFamily | None:
 
     What its modules show counts more than what its metadata state.
     """
-    stated = [family for family in _all_families() if _is_stated(family, adapter.metadata)]
+    stated = [family for family in families.recognizable_families() if _is_stated(family, adapter.metadata)]
     for name, layer in adapter.layers.items():
         if re.search(r"attn2_to_[kv]$", name) and len(layer.shape) > 1:
             width = layer.shape[1]
@@ -114,15 +114,11 @@ def recognized_family(adapter: Adapter) -> Family | ForeignFamily | None:
 def family_by_names(names: Iterable[str]) -> Family | ForeignFamily | None:
     """The family whose models alone have modules of such names; None if there is none."""
     whole = list(names)
-    for family in (*families.FOREIGN_FAMILIES, *families.FAMILIES):
+    for family in families.recognizable_families():
         pattern = family.adapter_marks.module_names
         if pattern and any(re.search(pattern, name) for name in whole):
             return family
     return None
-
-
-def _all_families() -> list[Family | ForeignFamily]:
-    return [*families.FAMILIES, *families.FOREIGN_FAMILIES]
 
 
 def _is_stated(family: Family | ForeignFamily, metadata: Mapping[str, str]) -> bool:

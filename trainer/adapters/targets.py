@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from ..core.errors import AdapterError, SettingsError
+from ..models import families
+from ..models.families import titles_of
 from ..models.families.base import DiffusionModel, Family
 from ..settings.adapter import AdapterSettings
 from .kohya import Adapter
@@ -79,14 +81,16 @@ def require_family_fits(family: Family, settings: AdapterSettings) -> None:
                 f"Set {component}_lr to 0; the text encoder of {family.title} is trained by text_encoder_lr.",
             )
     if settings.targets != "none" and settings.targets not in family.targets:
+        having_it = [other for other in families.FAMILIES if settings.targets in other.targets]
         raise SettingsError(
             f"targets '{settings.targets}' does not exist for {family.title}.",
-            f"Choose one of: {', '.join(family.targets)}; or a base model of Stable Diffusion XL.",
+            f"Choose one of: {', '.join(family.targets)}; or a base model of {titles_of(having_it)}.",
         )
     if settings.adapter == "full" and not family.trains_fully:
+        training_fully = [other for other in families.FAMILIES if other.trains_fully]
         raise SettingsError(
             f"adapter 'full' (fine-tuning all weights) does not exist for {family.title}.",
-            "Choose lora, dora, loha or lokr, or a base model of Stable Diffusion 1.x.",
+            f"Choose lora, dora, loha or lokr, or a base model of {titles_of(training_fully)}.",
         )
 
 

@@ -5,7 +5,7 @@ A new family is one file beside this one plus its line in `FAMILIES`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,14 +87,19 @@ _FOREIGN_CLASSES = {
 }
 
 
-def supported_titles() -> str:
-    """The supported families, for messages."""
-    return ", ".join(family.title for family in FAMILIES)
+def recognizable_families() -> list[Family | ForeignFamily]:
+    """All families whose adapters are recognised; the foreign ones first, whose marks outweigh the others'."""
+    return [*FOREIGN_FAMILIES, *FAMILIES]
+
+
+def titles_of(families: Iterable[Family]) -> str:
+    """The families' titles, for messages."""
+    return ", ".join(family.title for family in families)
 
 
 def _refuse(name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"The base model is {name}, which can't be trained here yet.", f"Use a base model of: {supported_titles()}."
+        f"The base model is {name}, which can't be trained here yet.", f"Use a base model of: {titles_of(FAMILIES)}."
     )
 
 
