@@ -1,6 +1,6 @@
 """The recipe: DreamBooth with LoRA (Ruiz et al. 2023; Hu et al. 2022), from pictures to an adapter file.
 
-Read `DreamBooth.run` first, then its methods in order: open_run, prepare, resume, loop, export.
+Read `DreamBooth.run` first, then its methods in the order in which they stand.
 """
 
 from __future__ import annotations
@@ -8,46 +8,56 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .adapters.kohya import Adapter
 from .adapters.metadata import RunFacts, training_metadata
-from .core.devices import DTYPES, explained_memory_errors, pick_device, pick_precision, release, reset_peak_memory
+from .adapters.names import networks
+from .core.devices import (
+    DTYPES,
+    explained_memory_errors,
+    pick_device,
+    pick_precision,
+    release,
+    reset_peak_memory,
+)
 from .core.distributed import ProcessGroup, accelerate_state_kept, make_accelerator
-from .core.errors import CancelledError, DivergedError
-from .core.events import Listener, Note, Opened, SilentListener, Validation
+from .core.errors import CancelledError, DivergedError, suggest
+from .core.events import Listener, Note, RunOpened, SilentListener, Validation
+from .core.seeding import seeded
 from .core.throughput import Throughput
+from .data.batches import Batch, draw_batches
 from .data.images import Picture, split_validation
 from .data.latent_cache import LatentCache, build_cache, drop_frozen_text_encoders
 from .models.families.base import BaseWeights, DiffusionModel
 from .models.nf4 import require_quantizable
+from .models.objective import Objective
 from .settings.train import TrainSettings
 from .training.adapter import StartingPoint
-from .training.averaging import Averaging
+from .training.averaging import WeightAveraging
 from .training.export import export
-from .training.loss import LossComputer, TextConditioning
 from .training.memory.fit import MemoryBudget
 from .training.optimizers import (
     learning_rate_factor,
     make_optimizer,
-    recompute_activations,
+    enable_gradient_checkpointing,
     restore_optimizer,
     set_learning_rates,
 )
-from .training.preflight import diverged, require_prediction_type, require_trainable
+from .training.preflight import require_prediction_type, require_trainable
 from .training.previews import Previews
-from .training.runs.checkpoint import Checkpoint, RunFolder, Saved, run_fingerprint
-from .training.runs.metrics import is_validated
+from .training.runs.checkpoint import Checkpoint, Course
+from .training.runs.folder import RunFolder, RunPaths, run_fingerprint
 from .training.runs.trackers import watched
+from .training.text_conditioning import TextConditioning
 from .training.trainable import Trainable, make_trainable
-
-_LOWER = "resolution or batch_size, turn gradient_checkpointing on, or set base_quantization; the run then resumes"
-_BUILT = ("model", "trainee", "averaging", "optimizer", "accelerator", "cache", "captions", "passes", "previews")
+from .training.validation import validation_loss
 
 
 @dataclass(frozen=True)
@@ -76,13 +86,11 @@ def train(
     subject: Sequence[Picture],
     priors: Sequence[Picture],
     settings: TrainSettings,
-    output_dir: Path,
-    runs_dir: Path,
+    paths: RunPaths,
     device: str = "auto",
     listener: Listener | None = None,
     *,
-    stage: StartingPoint | None = None,
-    checkpoints_dir: Path | None = None,
+    starting_point: StartingPoint | None = None,
 ) -> TrainResult:
     """Train an adapter on a subject, or go on with a run that was interrupted, or return one that is finished.
 
@@ -91,33 +99,82 @@ def train(
         subject: The subject's pictures.
         priors: Class pictures for prior preservation; empty for none.
         settings: What and how to learn.
-        output_dir: Folder of the adapter file.
-        runs_dir: Folder of all runs' state.
+        paths: Where the run writes.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
-        listener: Told what happens; may stop the run after any step.
-        stage: What is built upon beside the base.
-        checkpoints_dir: Folder of the checkpoint file of full fine-tuning; the adapter's if None.
+        listener: Gets every event; may stop the run after any step.
+        starting_point: What is built upon beside the base.
 
     Raises:
         CancelledError: The listener stopped the run; a checkpoint was written.
         DivergedError: The loss became NaN or infinite; the last good checkpoint is kept.
-        OutOfMemoryError: The memory does not suffice; says what to lower.
+        OutOfMemoryError: The device ran out of memory; names what to lower.
         SettingsError: The settings don't fit the model or the device.
         StorageError: The folders can't be written or have no room.
     """
-    place = pick_device(device)
-    fit = MemoryBudget(settings, place, ProcessGroup.here(cpu=place.type == "cpu"))
-    places = (base, subject, priors, settings, output_dir, runs_dir, fit.device, listener, stage, checkpoints_dir)
+    torch_device = pick_device(device)
+    processes = ProcessGroup.current(cpu=torch_device.type == "cpu")
+    budget = MemoryBudget(settings, torch_device, processes)
+    listener = listener or SilentListener()
+
+    def make_recipe() -> DreamBooth:
+        return DreamBooth(
+            base=base,
+            subject=subject,
+            priors=priors,
+            settings=settings,
+            paths=paths,
+            device=torch_device,
+            listener=listener,
+            starting_point=starting_point,
+            budget=budget,
+        )
+
     with accelerate_state_kept():
-        return fit.attempt(lambda: DreamBooth(*places, fit), listener or SilentListener())
+        return budget.attempt(make_recipe, listener)
+
+
+@dataclass
+class Session:
+    """Everything that a run builds and that takes memory; dropped as a whole when the run ends.
+
+    Attributes:
+        model: The denoiser, and the text encoders that are trained. The autoencoder has left.
+        objective: Noise schedule, target and loss.
+        cache: Encoded pictures and captions.
+        trainable: The parameters that are trained.
+        optimizer: Wrapped by accelerate.
+        learning_rate_factor: Step → factor of the peak learning rates.
+        averaging: Averages of the trained weights, where these are shown instead.
+        accelerator: accelerate's, for precision, gradient accumulation and clipping.
+        text: Conditioning on the captions and on the previews' prompts.
+        dtype: Type of the frozen weights and of the denoiser's input.
+    """
+
+    model: DiffusionModel
+    objective: Objective
+    cache: LatentCache
+    trainable: Trainable
+    optimizer: Any
+    learning_rate_factor: Callable[[int], float]
+    averaging: WeightAveraging
+    accelerator: Any
+    text: TextConditioning
+    dtype: torch.dtype
 
 
 class DreamBooth:
     """One run of the recipe.
 
-    Features: prior preservation, an adapter of any kind in float32 on a borrowed base in fp32/bf16/fp16 or the weights
-    themselves, trained text encoders, posterior sampling from cached latents, gradient accumulation, clipping and
-    checkpointing, exact resume, cancel within one step.
+    Features: prior preservation; an adapter of any kind in float32 on a borrowed base in fp32, bf16, fp16 or NF4, or
+    the weights themselves; trained text encoders; posterior sampling from cached latents; gradient accumulation,
+    clipping and checkpointing; averaged weights; several processes; previews, scores and early stop; exact resume, and
+    cancel within one step.
+
+    Attributes:
+        requested: The settings as the user gave them: they make the fingerprint and stand in the files.
+        settings: The settings in effect, which may take less memory for the same result.
+        step: Optimiser steps completed.
+        session: What `prepare` built.
     """
 
     def __init__(
@@ -126,258 +183,443 @@ class DreamBooth:
         subject: Sequence[Picture],
         priors: Sequence[Picture],
         settings: TrainSettings,
-        output_dir: Path,
-        runs_dir: Path,
+        paths: RunPaths,
         device: torch.device,
         listener: Listener | None = None,
-        stage: StartingPoint | None = None,
-        checkpoints_dir: Path | None = None,
-        fit: MemoryBudget | None = None,
+        starting_point: StartingPoint | None = None,
+        budget: MemoryBudget | None = None,
     ) -> None:
         """Take the inputs; nothing is built yet."""
-        self.base, self.subject, self.priors, self.given = base, list(subject), list(priors), settings
-        self.settings, self.fit = settings, fit or MemoryBudget(settings, device)
-        self.taught, self.held_out = split_validation(self.subject, settings.validation_pictures, settings.seed)
-        self.output_dir, self.runs_dir, self.device = output_dir, runs_dir, device
-        self.stage, self.checkpoints_dir = stage or StartingPoint(), checkpoints_dir or output_dir
+        self.base = base
+        self.subject = list(subject)
+        self.priors = list(priors)
+        self.requested = settings
+        self.settings = settings
+        self.paths = paths
+        self.device = device
         self.listener: Listener = listener or SilentListener()
+        self.starting_point = starting_point or StartingPoint()
+        self.budget = budget or MemoryBudget(settings, device)
+        self.processes = self.budget.processes
         self.precision = pick_precision(settings.precision, device)
-        self.team = self.fit.team
+        self.training_pictures, self.held_out = split_validation(
+            self.subject, settings.validation_pictures, settings.seed
+        )
         self.fingerprint = run_fingerprint(
-            base, subject, priors, settings, self.precision, self.stage.start, self.team.count
+            base,
+            subject,
+            priors,
+            settings,
+            precision=self.precision,
+            start=self.starting_point.start,
+            processes=self.processes.count,
         )
         self.step = 0
-        self.model: DiffusionModel
-        self._consistent = True
+        self.course = Course()
+        self._session: Session | None = None
+        self._mid_update = False  # whether weights, optimiser and step don't belong together at the moment
+
+    @property
+    def session(self) -> Session:
+        """What `prepare` built."""
+        assert self._session is not None
+        return self._session
 
     def run(self) -> TrainResult:
-        """Open the run's folder; build, cache, adapt; resume; loop; export."""
-        self.open_run()
-        last, newest = self.previews.finished_at(), self.run_folder.newest(self.settings.steps)
-        self.team.wait()
-        if last is not None:
+        """Find or make the run's folder; build, encode, inject; check or resume; train; export."""
+        newest = self.open_run()
+        finished_at = self.previews.finished_at(self.course)
+        self.processes.wait_for_everyone()
+        if finished_at is not None:
             self.listener.report(Note(f"This run is finished already: {self.run_folder.path}"))
-            return self._export(self.run_folder.trained(last), last, last)
-        alone = contextlib.nullcontext(self.listener)
-        watching = (
-            watched(self.listener, self.run_folder, self.settings, newest) if self.team.is_main_process else alone
-        )
-        with watching as self.listener, explained_memory_errors(_LOWER):
+            return self.export(finished_at, started_from=finished_at)
+        with self._watched(after=newest), self._explained_memory_errors():
             self.prepare()
-            self._resume(newest)
-            best = self._loop()
-            self.fit.tell_peak(self.listener)
-            return self._export(self.run_folder.trained(best), best, newest)
+            if newest:
+                self.resume(newest)
+            else:
+                self.check_prediction_type()
+            best = self.train()
+            self.budget.report_peak(self.listener)
+            return self.export(best, started_from=newest)
 
     def clean_up(self) -> None:
-        """Drop every network and give the device's memory back."""
-        if hasattr(self, "accelerator"):
-            self.accelerator.free_memory()
-        for name in _BUILT:
-            if hasattr(self, name):
-                delattr(self, name)
+        """Drop everything that was built and give the device's memory back."""
+        if self._session is not None:
+            self._session.accelerator.free_memory()
+        self._session = None
         release(self.device)
 
-    def open_run(self) -> None:
-        """Check the folders; find this run's folder by its fingerprint, or begin one."""
-        settings, stage = self.settings, self.stage
+    def open_run(self) -> int:
+        """Check the folders; find this run's folder by its fingerprint, or make one. Returns its newest step, or 0."""
+        settings = self.settings
         require_quantizable(settings.base_quantization, self.device)
-        require_trainable(
-            *(self.base, settings, stage.start, self.output_dir, self.runs_dir, stage.stacked),
-            *(self.checkpoints_dir, self.device),
-        )
-        shown = {"base": self.base.title} | settings.model_dump(mode="json")
-        which, anew = (self.runs_dir, settings.name, self.fingerprint, shown), settings.resume == "never"
-        self.run_folder = self.fit.folder = self.fit.folder or self.team.broadcast_from_main(
-            lambda: RunFolder.open(*which, anew=anew)
-        )
-        self.listener.report(Opened(self.run_folder.path, self.run_folder.newest(settings.steps), settings.steps))
+        require_trainable(self.base, settings, self.paths, self.starting_point, self.device)
+        if self.budget.folder is None:
+            record = {"base": self.base.title} | settings.model_dump(mode="json")
+            self.budget.folder = self.processes.broadcast_from_main(
+                lambda: RunFolder.open(
+                    self.paths.runs,
+                    name=settings.name,
+                    fingerprint=self.fingerprint,
+                    settings=record,
+                    new=settings.resume == "never",
+                )
+            )
+        self.run_folder = self.budget.folder
+        newest = self.run_folder.newest(settings.steps)
+        self.listener.report(RunOpened(self.run_folder.path, newest, settings.steps))
+        self.course = self.run_folder.course(newest)
         self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
+        return newest
+
+    @contextlib.contextmanager
+    def _watched(self, after: int) -> Iterator[None]:
+        """Write down what happens inside the block, in the main process: the metrics file, and a tracker if chosen."""
+        if not self.processes.is_main_process:
+            yield
+            return
+        listener = self.listener
+        with watched(listener, self.run_folder, self.requested, after) as self.listener:
+            yield
+
+    def _explained_memory_errors(self) -> contextlib.AbstractContextManager[None]:
+        """Running out of memory inside the block becomes an error that names what to lower."""
+        remedy = (
+            f"{suggest('resolution')} or {suggest('batch_size')}, turn {suggest('gradient_checkpointing')} on, or set "
+            f"{suggest('base_quantization')}; the run then resumes"
+        )
+        return explained_memory_errors(remedy)
 
     def prepare(self) -> None:
-        """Build the model around the borrowed weights, encode once, put in what is trained."""
-        self.settings = self.fit.settings(self.base, self.stage.start, bool(self.priors), self.precision, self.listener)
+        """Build the model around the borrowed weights, encode once, inject what is trained: the session."""
+        self.settings = self.budget.effective_settings(
+            self.base, self.starting_point.start, bool(self.priors), self.precision, self.listener
+        )
+        settings = self.settings
         reset_peak_memory(self.device)
-        self.model = self.base.family.build(self.base)
-        self.objective = self.model.objective.shaped(self.settings).to(self.device)
-        self.model.objective = self.objective.as_type(self.objective.prediction_type)  # which previews are drawn with
-        with self.team.main_process_first():
-            self.cache = self._encode()
-        self._begin_training()
+        model = self.base.family.build(self.base)
+        objective = model.objective.with_settings(settings).to(self.device)
+        model.objective = objective.with_prediction_type(objective.prediction_type)  # with which previews are generated
+        with self.processes.main_process_first():
+            cache = self._encode(model)
 
-    def _encode(self) -> LatentCache:
-        """Encode pictures and captions, or read what this run encoded before; what is not trained leaves."""
-        trained = self.settings.text_rates
-        if self.team.is_main_process:
-            self.previews.encode(self.model, trained, self.listener)
+        dtype = DTYPES[self.precision]
+        trainable = make_trainable(model, settings, self.device, dtype, self.starting_point.start)
+        if settings.gradient_checkpointing:
+            model.unet.enable_gradient_checkpointing()
+            for encoder in model.text_encoders.values():
+                enable_gradient_checkpointing(encoder)
+        optimizer = make_optimizer(trainable.groups(), settings, trainable.starting_at_zero())
+        accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
+        model.unet = accelerator.prepare_model(
+            model.unet, evaluation_mode=True
+        )  # gradients are averaged here, not there
+        text = TextConditioning(
+            model,
+            encoded=self.previews.joined(cache.text),
+            trained=list(settings.text_encoder_rates),
+            device=self.device,
+            dtype=dtype,
+            autocast=accelerator.autocast,
+        )
+        self._session = Session(
+            model=model,
+            objective=objective,
+            cache=cache,
+            trainable=trainable,
+            optimizer=accelerator.prepare(optimizer),
+            learning_rate_factor=learning_rate_factor(optimizer, settings),
+            averaging=WeightAveraging(trainable.parameters(), optimizer, settings),
+            accelerator=accelerator,
+            text=text,
+            dtype=dtype,
+        )
+
+    def _encode(self, model: DiffusionModel) -> LatentCache:
+        """Encode pictures and captions, or read what this run encoded before; drop the networks that are done."""
+        trained_encoders = self.settings.text_encoder_rates
+        if self.processes.is_main_process:
+            self.previews.encode(model, trained_encoders, self.listener)
         cache = LatentCache.load(self.run_folder.cache_path)
         if cache is None:
-            sets = {"instance": self.taught, "prior": self.priors, "validation": self.held_out}
-            cache = build_cache(self.model, sets, self.settings, self.device, self.listener)
+            pictures = {"instance": self.training_pictures, "prior": self.priors, "validation": self.held_out}
+            cache = build_cache(model, pictures, self.settings, self.device, self.listener)
             cache.save(self.run_folder.cache_path)
-        drop_frozen_text_encoders(self.model, trained)
-        del self.model.vae
+        drop_frozen_text_encoders(model, trained_encoders)
+        del model.vae
         release(self.device)
         return cache
 
-    def _begin_training(self) -> None:
-        """Bring the networks to device and precision, make them trainable, set up optimiser and accelerator."""
-        settings, dtype = self.settings, DTYPES[self.precision]
-        self.trainee: Trainable = make_trainable(self.model, settings, self.device, dtype, self.stage.start)
-        if settings.gradient_checkpointing:
-            self.model.unet.enable_gradient_checkpointing()
-            for encoder in self.model.text_encoders.values():
-                recompute_activations(encoder)
-        optimizer = make_optimizer(self.trainee.groups(), settings, self.trainee.starting_at_zero())
-        self.averaging = Averaging(self.trainee.parameters(), optimizer, settings)
-        self.learning_rate_factor = learning_rate_factor(optimizer, settings)
-        self.accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
-        self.model.unet = self.accelerator.prepare_model(self.model.unet, evaluation_mode=True)  # we reduce ourselves
-        self.optimizer = self.accelerator.prepare(optimizer)
-        autocast = self.accelerator.autocast
-        text = self.previews.joined(self.cache.text)
-        self.captions = TextConditioning(self.model, text, list(settings.text_rates), self.device, dtype, autocast)
-        self.passes = LossComputer(
-            self.model, self.objective, self.cache, self.captions, settings, dtype, self.team.share
+    def check_prediction_type(self) -> None:
+        """Let the base model itself show, before the first step, whether it predicts what it will be trained for."""
+        session = self.session
+        require_prediction_type(
+            session.model,
+            latents=session.cache.instance,
+            text=session.text,
+            prediction=self.base.prediction,
+            dtype=session.dtype,
+            listener=self.listener,
         )
 
-    def _resume(self, step: int) -> None:
-        """Load the checkpoint of that step; 0: the run is new, and first looks whether the model fits."""
-        if not step:
-            latents, dtype, prediction = self.cache.instance, DTYPES[self.precision], self.base.prediction
-            require_prediction_type(self.model, latents, self.captions, prediction, self.device, dtype, self.listener)
-            return
+    def resume(self, step: int) -> None:
+        """Load the checkpoint of that step."""
+        session = self.session
         checkpoint = self.run_folder.load(step)
-        self.trainee.restore(checkpoint.trained)
-        self.averaging.restore(checkpoint.live, step)
-        restore_optimizer(self.optimizer, checkpoint.optimizer)
-        if self.accelerator.scaler is not None and checkpoint.extra.get("scaler"):
-            self.accelerator.scaler.load_state_dict(checkpoint.extra["scaler"])
+        session.trainable.restore(checkpoint.trained)
+        session.averaging.restore(checkpoint.live, step)
+        restore_optimizer(session.optimizer, checkpoint.optimizer)
+        scaler = session.accelerator.scaler
+        if scaler is not None and checkpoint.extra.get("scaler"):
+            scaler.load_state_dict(checkpoint.extra["scaler"])
         self.step = step
         self.listener.report(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
 
-    def _loop(self) -> int:
-        """Train to the last step, or until it gets no better; leave a checkpoint however it ends. The best step."""
-        settings, pace = self.settings, Throughput(self.settings.steps, self.step, self.device)
-        previous: tuple[int, float, Tensor] | None = None
-        try:
-            best = self._preview()  # of the base itself, or of a step at which the run was stopped
+    def train(self) -> int:
+        """Train to the last step, or until the subject gets no better. Returns the step to export."""
+        settings = self.settings
+        session = self.session
+        throughput = Throughput(settings.steps, self.step, self.device)
+        for network in networks(session.model).values():
+            network.train()
+
+        with self._saved_on_exit():
+            best = self.evaluate()  # the base itself, or the step at which the run was stopped
+            unreported: tuple[int, float, Tensor] | None = None
             while self.step < settings.steps and best is None:
-                if self.captions.trained and self.step >= settings.text_encoder_steps:
-                    self._freeze_text_encoders()
-                factor = self.learning_rate_factor(self.step)
+                if session.text.trained and self.step >= settings.text_encoder_steps:
+                    self.freeze_text_encoders()
+                factor = session.learning_rate_factor(self.step)
                 loss = self.train_step(factor)
-                self.step += 1
-                self._consistent = True
-                if previous is not None:  # one step late, so that the device is never waited for
-                    self._report(pace, *previous)
-                previous = (self.step, settings.learning_rate * factor, loss)
-                due = settings.checkpoint_every and self.step % settings.checkpoint_every == 0
-                stop = self.team.anyone(self.listener.should_stop(), self.device)
-                if stop or due or self.step == settings.steps or self.previews.wanted(self.step):
-                    self._report(pace, *previous)
-                    previous = None
+                if unreported is not None:  # one step late, so that the device is never waited for
+                    self._report(throughput, *unreported)
+                unreported = (self.step, settings.learning_rate * factor, loss)
+
+                stop = self.processes.any_process(self.listener.should_stop(), self.device)
+                if stop or self._checkpoint_due() or self.previews.wanted(self.step):
+                    self._report(throughput, *unreported)
+                    unreported = None
                     if stop:
                         raise CancelledError(self.step, settings.steps)
-                    self._save()
-                    best = self._preview()
+                    self.save_checkpoint()
+                    best = self.evaluate()
+
+        if best is None:
+            return self.step
+        self.listener.report(Note(f"Stopped early: step {best} shows the subject best; since then the class drifts."))
+        return best
+
+    def train_step(self, learning_rate_factor: float) -> Tensor:
+        """One optimiser step over all its micro-batches. Returns the mean loss, 0-D, on the device.
+
+        Args:
+            learning_rate_factor: Of every component's peak learning rate.
+        """
+        settings = self.settings
+        session = self.session
+        accelerator = session.accelerator
+        set_learning_rates(session.optimizer, learning_rate_factor)
+        step_loss = torch.zeros((), device=self.device)
+
+        for micro_step in range(settings.gradient_accumulation):
+            with accelerator.accumulate(session.model.unet):
+                for batch in self.batches(micro_step):
+                    loss = self.batch_loss(batch, micro_step)
+                    accelerator.backward(loss)
+                    step_loss = step_loss + loss.detach() / settings.gradient_accumulation
+                if accelerator.sync_gradients:
+                    parameters = session.trainable.parameters()
+                    step_loss = self.processes.average_gradients(parameters, step_loss)
+                    if settings.max_grad_norm:
+                        accelerator.clip_grad_norm_(parameters, settings.max_grad_norm)
+                    self._mid_update = True
+                    session.optimizer.step()
+                    session.optimizer.zero_grad(set_to_none=True)
+                    session.trainable.after_update(("unet", *session.text.trained))
+                    session.averaging.update()
+
+        self.step += 1
+        self._mid_update = False
+        return step_loss
+
+    def batches(self, micro_step: int) -> Iterator[Batch]:
+        """The samples of a micro-batch of this step, a batch for each shape of their latents."""
+        session = self.session
+        return draw_batches(
+            session.cache,
+            self.settings,
+            step=self.step,
+            micro_batch=micro_step,
+            timesteps=session.objective.timesteps,
+            device=self.device,
+            share=self.processes.share,
+        )
+
+    def batch_loss(self, batch: Batch, micro_step: int) -> Tensor:
+        """The part of a micro-batch's loss that comes from one of its batches, 0-D: instance + λ · prior in all."""
+        session = self.session
+        noisy = session.objective.add_noise(batch.latents, batch.added_noise, batch.timesteps)
+        with self._reproducible_dropout(micro_step):
+            conditioning = session.text.rows(batch.captions) | {"size": batch.sizes}
+            prediction = session.model.predict(noisy.to(session.dtype), batch.timesteps, conditioning)
+            losses = session.objective.loss(prediction, batch.latents, batch.noise, batch.timesteps, batch.masks)
+        return (losses * batch.weights).sum()
+
+    def _reproducible_dropout(self, micro_step: int) -> contextlib.AbstractContextManager[None]:
+        """Let dropout depend on seed, step and process alone, so that resuming stays exact."""
+        if not self.settings.dropout:
+            return contextlib.nullcontext()
+        process, _ = self.processes.share
+        key: list[str | int] = ["dropout", self.step, micro_step]
+        if process:
+            key.append(process)
+        return seeded(self.device, self.settings.seed, *key)
+
+    def freeze_text_encoders(self) -> None:
+        """Train the text encoders no further: their captions are encoded one last time, and they leave."""
+        session = self.session
+        groups = session.trainable.groups()
+        parameters = [parameter for name in session.text.trained for parameter in groups.get(name, ())]
+        self._mid_update = True
+        session.averaging.freeze(parameters)
+        self._mid_update = False
+        session.text.freeze()
+        release(self.device)
+        self.listener.report(Note(f"The text encoders stay as they are after step {self.step}."))
+
+    def evaluate(self) -> int | None:
+        """Generate and score previews and compute the loss on held-out pictures, as far as they are due at this step.
+
+        Returns:
+            The best step, if by the scores the run should stop here; else None.
+        """
+        session = self.session
+        previews_due = self.previews.due(self.step, self.course)
+        validation_due = session.cache.validation is not None and self.step not in self.course.validated
+        if previews_due or validation_due:
+            if self.processes.is_main_process:
+                with session.averaging.evaluation_weights():
+                    if previews_due:
+                        self._generate_previews()
+                    if validation_due:
+                        self._validate()
+                self.run_folder.save_course(self.step, self.course)
+            self.course = self.processes.broadcast_from_main(lambda: self.course)
+        return self.previews.stopped_at(self.course)
+
+    def _generate_previews(self) -> None:
+        session = self.session
+        scores = self.previews.generate(self.step, session.model, session.text.rows, self.listener)
+        self.course.scores[self.step] = scores
+
+    def _validate(self) -> None:
+        session = self.session
+        assert session.cache.validation is not None
+        loss = validation_loss(session.model, session.objective, session.text, session.cache.validation, session.dtype)
+        self.listener.report(Validation(self.step, loss))
+        self.course.validated.append(self.step)
+
+    def _report(self, throughput: Throughput, step: int, learning_rate: float, loss: Tensor) -> None:
+        """Report a step; a loss that is not a finite number stops the run."""
+        value = float(loss)
+        if not math.isfinite(value):
+            raise DivergedError.of_loss(
+                value,
+                step,
+                learning_rate=self.settings.learning_rate,
+                precision=self.precision,
+                kept_step=self.run_folder.newest(step - 1),
+                run=str(self.run_folder.path),
+            )
+        self.listener.report(throughput.event(step, value, learning_rate))
+
+    def _checkpoint_due(self) -> bool:
+        every = self.settings.checkpoint_every
+        return self.step == self.settings.steps or bool(every and self.step % every == 0)
+
+    def save_checkpoint(self) -> None:
+        """Write a checkpoint of the current step.
+
+        Raises:
+            DivergedError: The trained weights are not finite.
+            StorageError: It can't be written.
+        """
+        session = self.session
+        settings = self.settings
+        if not session.trainable.is_finite():
+            raise DivergedError(
+                f"The trained weights are no longer finite at step {self.step}; the run was stopped.",
+                f"Lower {suggest('learning_rate')}; the last good checkpoint is kept and the run resumes from it.",
+            )
+        with session.averaging.evaluation_weights():
+            trained = session.trainable.saved(self._metadata(self.step))
+        scaler = session.accelerator.scaler
+        checkpoint = Checkpoint(
+            step=self.step,
+            trained=trained,
+            optimizer=session.optimizer.state_dict(),
+            extra={"scaler": scaler.state_dict() if scaler is not None else None},
+            live=session.averaging.raw_weights(),
+            course=self.course,
+        )
+        if self.processes.is_main_process:
+            self.run_folder.save(
+                checkpoint,
+                keep=settings.keep_checkpoints,
+                best=self.previews.best(self.course),
+                keep_adapters=settings.keep_adapters,
+            )
+
+    @contextlib.contextmanager
+    def _saved_on_exit(self) -> Iterator[None]:
+        """However the loop ends, what is done is kept: unless it is saved already, is half an update or diverged."""
+        try:
+            yield
         except BaseException as error:
             if not isinstance(error, DivergedError):
                 self._save_interrupted()
             if isinstance(error, CancelledError):
-                self.team.wait()  # a process that left now would let the launcher end the leader while it saves
+                # a process that left now would let the launcher end the main one while it saves
+                self.processes.wait_for_everyone()
             raise
-        if best is not None:
-            self.listener.report(
-                Note(f"Stopped early: step {best} shows the subject best; since then the class drifts.")
-            )
-        return best or self.step
-
-    def _preview(self) -> int | None:
-        """Draw and score what this step can do, if it is due; the best step if the run should stop here."""
-        if self.team.is_main_process:
-            with self.averaging.shown():
-                if self.previews.due(self.step):
-                    self.previews.make(self.step, self.model, self.captions.conditioning, self.listener)
-                self._validate()
-        self.team.wait()
-        for network in (self.model.unet, *self.model.text_encoders.values()):
-            network.train()
-        return self.previews.stopped_at()
-
-    def _validate(self) -> None:
-        """Tell the loss on the held-out pictures, if there are any and it was not told before."""
-        if self.cache.validation is not None and not is_validated(self.run_folder.metrics_path, self.step):
-            self.listener.report(Validation(self.step, self.passes.validation_loss(self.cache.validation)))
-
-    def _freeze_text_encoders(self) -> None:
-        """Leave the text encoders as they are: their captions are encoded one last time, and they leave."""
-        groups = self.trainee.groups()
-        self._consistent = False
-        self.averaging.settle(one for name in self.captions.trained for one in groups.get(name, ()))
-        self._consistent = True
-        self.captions.freeze()
-        release(self.device)
-        self.listener.report(Note(f"The text encoders stay as they are after step {self.step}."))
-
-    def train_step(self, factor: float) -> Tensor:
-        """One optimiser step: gradient_accumulation passes, clip, update. Returns the mean loss, on the device.
-
-        Args:
-            factor: Of every component's peak learning rate.
-        """
-        settings = self.settings
-        set_learning_rates(self.optimizer, factor)
-        total = torch.zeros((), device=self.device)
-        for micro in range(settings.gradient_accumulation):
-            with self.accelerator.accumulate(self.model.unet):
-                for loss in self.passes.losses(self.step, micro):
-                    self.accelerator.backward(loss)
-                    total = total + loss.detach() / settings.gradient_accumulation
-                if self.accelerator.sync_gradients:
-                    total = self.team.average(self.trainee.parameters(), total)
-                    if settings.max_grad_norm:
-                        self.accelerator.clip_grad_norm_(self.trainee.parameters(), settings.max_grad_norm)
-                    self._consistent = False  # until the step is counted
-                    self.optimizer.step()
-                    self.optimizer.zero_grad(set_to_none=True)
-                    self.trainee.after_update(("unet", *self.captions.trained))
-                    self.averaging.update()
-        return total
-
-    def _report(self, pace: Throughput, step: int, rate: float, loss: Tensor) -> None:
-        """Tell the listener of a step, and stop the run if its loss is not a finite number."""
-        value = float(loss)
-        if not math.isfinite(value):
-            raise diverged(value, step, self.settings.learning_rate, self.precision, self.run_folder)
-        self.listener.report(pace.event(step, value, rate))
-
-    def _save(self) -> None:
-        """Write a checkpoint of the current step."""
-        if not self.trainee.is_finite():
-            raise DivergedError(
-                f"The adapter's weights are no longer finite at step {self.step}; the run was stopped.",
-                "Lower learning_rate; the last good checkpoint is kept and the run resumes from it.",
-            )
-        scaler = self.accelerator.scaler
-        extra = {"scaler": scaler.state_dict() if scaler is not None else None}
-        with self.averaging.shown():
-            trained = self.trainee.saved(self._metadata(self.step))
-        keep, best = self.settings.keep_checkpoints, self.previews.best()
-        state = Checkpoint(self.step, trained, self.optimizer.state_dict(), extra, self.averaging.raw())
-        if self.team.is_main_process:
-            self.run_folder.save(state, keep, best=best, keep_adapters=self.settings.keep_adapters)
 
     def _save_interrupted(self) -> None:
-        """Keep what is done when the loop ends early, unless it is saved already or mid-update."""
-        saved = self.step in self.run_folder.steps()
-        if self.step and not saved and self._consistent and self.trainee.is_finite():
-            self._save()
-            self.listener.report(
-                Note(f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}")
+        is_saved = self.step in self.run_folder.steps()
+        if not self.step or is_saved or self._mid_update or not self.session.trainable.is_finite():
+            return
+        self.save_checkpoint()
+        note = f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}"
+        self.listener.report(Note(note))
+
+    def export(self, step: int, started_from: int) -> TrainResult:
+        """Write the files that the run gives, from the checkpoint of a step."""
+        saved = self.run_folder.trained(step)
+        if saved.weights is not None:
+            self.listener.report(Note("Writing the checkpoint and extracting the LoRA; this takes a minute or two."))
+        with self.processes.main_process_first():  # the others find what it wrote
+            files = export(
+                self.base,
+                saved,
+                stacked=self.starting_point.stacked,
+                settings=self.settings,
+                metadata=self._metadata(step),
+                paths=self.paths,
             )
+        if files.checkpoint is not None:
+            self.listener.report(Note(f"Checkpoint: {files.checkpoint}"))
+        self.listener.report(Note(f"Adapter: {files.path}"))
+        return TrainResult(
+            adapter=files.adapter,
+            path=files.path,
+            run=self.run_folder.path,
+            step=step,
+            started_from=started_from,
+            checkpoint=files.checkpoint,
+        )
 
     def _metadata(self, step: int) -> dict[str, str]:
+        """Metadata of the files of that step."""
         facts = RunFacts(
             family=self.base.family,
             base_title=self.base.title,
@@ -390,19 +632,7 @@ class DreamBooth:
             started_at=self.run_folder.started_at,
             prediction=self.base.prediction,
             clip_skip=self.base.clip_skip,
-            start=self.stage.start,
-            processes=self.team.count,
+            start=self.starting_point.start,
+            processes=self.processes.count,
         )
-        return training_metadata(self.given, facts, step)
-
-    def _export(self, saved: Saved, step: int, started_from: int) -> TrainResult:
-        """Write the files."""
-        metadata, stacked = self._metadata(step), self.stage.stacked
-        if saved.weights is not None:
-            self.listener.report(Note("Writing the checkpoint and extracting the LoRA; this takes a minute or two."))
-        with self.team.main_process_first():  # the others find what it wrote
-            files = export(self.base, saved, stacked, self.settings, metadata, self.output_dir, self.checkpoints_dir)
-        for path in (files.checkpoint, files.path):
-            if path is not None:
-                self.listener.report(Note(f"{'Checkpoint' if path == files.checkpoint else 'Adapter'}: {path}"))
-        return TrainResult(files.adapter, files.path, self.run_folder.path, step, started_from, files.checkpoint)
+        return training_metadata(self.requested, facts, step)

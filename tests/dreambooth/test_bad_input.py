@@ -46,12 +46,12 @@ from pack.trainer.core.errors import (
     WeightsError,
 )
 from pack.trainer.core.events import Phase, Step
-from pack.trainer.core.seeding import draw
+from pack.trainer.core.seeding import draw_sample
 from pack.trainer.data.images import load_pictures
 from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.models.open import open_base
-from pack.trainer.settings.train import GenerateSettings, TrainCommand, TrainSettings
+from pack.trainer.settings.train import GenerateCommand, TrainCommand, TrainSettings
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -1212,11 +1212,11 @@ def test_drawing_refuses(
     world: World, case: Case, error: type[TrainerError], names: tuple[str, ...], remedy: str
 ) -> None:
     values = world.training({"prompt": PROMPT, "size": "64"})
-    values = {name: value for name, value in values.items() if name in GenerateSettings.model_fields}
+    values = {name: value for name, value in values.items() if name in GenerateCommand.model_fields}
     values = {**values, "output": world.path / "picture.png", **case(world)}
     before, listener = everything(world), Recorder()
     with pytest.raises(error) as caught:
-        run_generate(GenerateSettings.checked(values), listener)
+        run_generate(GenerateCommand.checked(values), listener)
     world.monkeypatch.undo()
     for name in names:
         assert name in caught.value.problem
@@ -1311,7 +1311,7 @@ def poison(runs: Runs, picture: int) -> None:
 @pytest.mark.parametrize("checkpoint_every", [1, 4, 0])
 def test_nan_stops_the_run_and_names_the_step(runs: Runs, checkpoint_every: int) -> None:
     runs.begin(2)
-    items = [draw(TrainSettings().seed, "instance", step, 0, 1, [(4, 8, 8)] * 4).item for step in range(8)]
+    items = [draw_sample(TrainSettings().seed, "instance", step, 0, 1, [(4, 8, 8)] * 4).item for step in range(8)]
     poison(runs, items[3])
     wrong = next(step for step in range(2, 8) if items[step] == items[3]) + 1
     earlier, listener = files_below(runs.path), Recorder()

@@ -29,6 +29,7 @@ from worlds import (
     TOKENIZER,
     World,
     assert_same_end,
+    losses,
     make_world,
     make_xl_world,
     newest_step,
@@ -166,7 +167,7 @@ def test_every_picture_of_every_shape_is_used_equally_often(batch_size: int, acc
         assert len(set(shapes)) == len(shapes)
         assert sum(len(batch.latents) for batch in batches) == batch_size
         for batch in batches:
-            assert batch.latents.shape == batch.noise.shape == batch.added.shape
+            assert batch.latents.shape == batch.noise.shape == batch.added_noise.shape
             for row, (size, caption) in enumerate(zip(batch.sizes, batch.captions, strict=True)):
                 picture = int(size[0])
                 assert int(caption) == picture
@@ -241,22 +242,24 @@ def test_latents_have_the_nearest_shape(world: World, tmp_path: Path) -> None:
     shapes = bucket_shapes(64, 16)
     for number, size in enumerate(SIZES):
         width, height = nearest_shape(size, shapes)
-        mean, mask = recipe.cache.instance.mean[number], recipe.cache.instance.masks[number]
+        mean, mask = recipe.session.cache.instance.mean[number], recipe.session.cache.instance.masks[number]
         assert mean.shape == (2, 4, height // 8, width // 8)
         assert (mask is not None) == bool(number % 2)
         assert mask is None or mask.shape == (1, height // 8, width // 8)
-        assert recipe.cache.instance.size[number].tolist() == list(size_conditioning(size, width, height))
-    assert len({one.shape for one in recipe.cache.instance.mean}) >= 4
+        assert recipe.session.cache.instance.size[number].tolist() == list(size_conditioning(size, width, height))
+    assert len({one.shape for one in recipe.session.cache.instance.mean}) >= 4
 
 
 def alone(recipe: DreamBooth, batch: Batch, row: int) -> Tensor:
     """The loss of one sample, by itself."""
     one = slice(row, row + 1)
     latents, noise, timesteps = batch.latents[one], batch.noise[one], batch.timesteps[one]
-    noisy = recipe.objective.add_noise(latents, batch.added[one], timesteps)
-    told = recipe.captions.conditioning(batch.captions[one]) | {"size": batch.sizes[one]}
+    noisy = recipe.session.objective.add_noise(latents, batch.added_noise[one], timesteps)
+    told = recipe.session.text.rows(batch.captions[one]) | {"size": batch.sizes[one]}
     mask = None if batch.masks is None else batch.masks[one]
-    return recipe.objective.loss(recipe.model.predict(noisy, timesteps, told), latents, noise, timesteps, mask)[0]
+    return recipe.session.objective.loss(
+        recipe.session.model.predict(noisy, timesteps, told), latents, noise, timesteps, mask
+    )[0]
 
 
 def test_the_loss_of_a_mixed_batch_is_that_of_its_samples(world: World, tmp_path: Path) -> None:
@@ -265,9 +268,9 @@ def test_the_loss_of_a_mixed_batch_is_that_of_its_samples(world: World, tmp_path
     settings, kinds = recipe.settings, Counter[float]()
     with torch.no_grad():
         for step in range(3):
-            batches = list(draw_batches(recipe.cache, settings, step, 0, 1000, CPU))
+            batches = list(draw_batches(recipe.session.cache, settings, step, 0, 1000, CPU))
             assert len(batches) > 2
-            together = torch.stack(list(recipe.passes.losses(step, 0)))
+            together = torch.stack(losses(recipe, step))
             assert len(together) == len(batches)
             expected = torch.zeros(())
             for batch in batches:
@@ -288,12 +291,12 @@ def test_sdxl_is_told_the_size_of_the_bucket(tmp_path: Path) -> None:
         sample = inputs[0] if inputs else named["sample"]
         told.append((tuple(sample.shape), named["added_cond_kwargs"]["time_ids"]))
 
-    handle = recipe.model.unet.register_forward_pre_hook(watch, with_kwargs=True)
+    handle = recipe.session.model.unet.register_forward_pre_hook(watch, with_kwargs=True)
     expected = {size: size_conditioning(size, *nearest_shape(size, bucket_shapes(64, 16))) for size in SIZES}
     seen = set()
     with torch.no_grad():
         for step in range(4):
-            list(recipe.passes.losses(step, 0))
+            losses(recipe, step)
     handle.remove()
     for shape, ids in told:
         for row in ids.tolist():

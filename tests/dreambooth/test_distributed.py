@@ -22,11 +22,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.devices import pick_device
-from pack.trainer.core.distributed import ProcessGroup, accelerate_state_kept, groups_of
+from pack.trainer.core.distributed import ProcessGroup, accelerate_state_kept, tensor_groups
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.settings.train import TrainCommand
-from pack.trainer.training.runs.checkpoint import run_fingerprint
+from pack.trainer.training.runs.folder import run_fingerprint
 from pack.trainer.training.runs.metrics import read_metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -249,7 +249,7 @@ def test_an_error_of_one_ends_all_with_its_words(course: Course) -> None:
 @given(st.lists(st.integers(1, 9), min_size=1), st.integers(1, 20))
 def test_gradients_travel_in_groups_of_limited_size(sizes: list[int], most: int) -> None:
     tensors = [torch.empty(size) for size in sizes]
-    groups = list(groups_of(tensors, most))
+    groups = list(tensor_groups(tensors, most))
     assert [id(one) for group in groups for one in group] == [id(one) for one in tensors]
     counts = [sum(one.numel() for one in group) for group in groups]
     assert all(count <= most or len(group) == 1 for count, group in zip(counts, groups, strict=True))
@@ -263,7 +263,7 @@ def test_a_clusters_variables_alone_are_no_team(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with accelerate_state_kept():
-        team = ProcessGroup.here(cpu=True)
+        team = ProcessGroup.current(cpu=True)
     assert (team.is_main_process, team.share) == (True, (0, 1))
     assert team.broadcast_from_main(lambda: 3) == 3
 

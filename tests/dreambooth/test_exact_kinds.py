@@ -16,6 +16,7 @@ from helpers import ROOT, TINY, Recorder
 from pack.trainer.data.images import load_pictures
 from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 from worlds import (
     BOTH_TEXTS,
     COMMON,
@@ -175,6 +176,6 @@ def test_kill_leaves_no_trace(tiny_checkpoint: Path, world: World, tmp_path: Pat
 
 def finished(world: World, images: Path, settings: TrainSettings, folder: Path) -> TrainResult:
     """The run that the command line began in this folder, or one from the start."""
-    pictures, checkpoints = load_pictures(images, PROMPT, Recorder()), folder / "checkpoints"
-    places = (folder, folder / "runs", "cpu", Recorder())
-    return train(world.base, pictures, [], settings, *places, checkpoints_dir=checkpoints)
+    pictures = load_pictures(images, PROMPT, Recorder())
+    paths = RunPaths(folder, folder / "runs", folder / "checkpoints")
+    return train(world.base, pictures, [], settings, paths, "cpu", Recorder())

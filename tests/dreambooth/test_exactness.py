@@ -26,7 +26,7 @@ from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.preview import PreviewSettings
 from pack.trainer.settings.train import TrainCommand, TrainSettings
-from pack.trainer.training.runs.checkpoint import run_fingerprint
+from pack.trainer.training.runs.folder import RunPaths, run_fingerprint
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -288,7 +288,9 @@ def test_another_output_folder_gets_the_file_without_training(world: World, tmp_
     first, _ = world.train(tmp_path, steps=2)
     settings = TrainSettings(**{**COMMON, "steps": 2})
     listener = Recorder()
-    again = train(world.base, world.subject, [], settings, tmp_path / "elsewhere", tmp_path / "runs", "cpu", listener)
+    again = train(
+        world.base, world.subject, [], settings, RunPaths(tmp_path / "elsewhere", tmp_path / "runs"), "cpu", listener
+    )
     assert listener.losses == []
     assert again.path == tmp_path / "elsewhere" / "dog.safetensors"
     assert differing(again.path, first.path) == []
@@ -566,7 +568,7 @@ def test_an_exception_in_the_listener_loses_nothing(
 @pytest.mark.parametrize(
     ("function", "event", "occurrence"),
     [
-        ("losses", "call", 3),  # the third step has begun
+        ("batches", "call", 3),  # the third step has begun
         ("step", "return", 3),  # the third update is done
         ("train_step", "return", 3),
     ],
@@ -580,8 +582,7 @@ def test_an_interrupt_at_any_moment_loses_nothing(
     tmp_path: Path,
 ) -> None:
     """A second Ctrl-C raises KeyboardInterrupt wherever the program is; also right after an update."""
-    ours = [str(ROOT / "trainer" / name) for name in ("dreambooth.py", "passes.py")]
-    files = (*ours, torch.optim.Adam.step.__code__.co_filename)
+    files = (str(ROOT / "trainer" / "dreambooth.py"), torch.optim.Adam.step.__code__.co_filename)
     seen = 0
 
     def watch(frame: FrameType, happened: str, _: Any) -> Any:

@@ -21,7 +21,7 @@ from pack.trainer.dreambooth import DreamBooth, TrainResult
 from pack.trainer.merging.deltas import nearest_lora
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
-from pack.trainer.models.single_file import original_state_dict, write_checkpoint
+from pack.trainer.models.single_file import original_state_dict, write_single_file
 from pack.trainer.settings.train import TrainCommand
 from pack.trainer.training.adapter import StartingPoint
 from safetensors import safe_open
@@ -66,7 +66,7 @@ def trained(request: pytest.FixtureRequest, world: World, tmp_path_factory: pyte
 
 
 def trains_text(recipe: DreamBooth) -> bool:
-    return bool(recipe.settings.text_rates)
+    return bool(recipe.settings.text_encoder_rates)
 
 
 def opened(result: TrainResult) -> BaseWeights:
@@ -83,7 +83,7 @@ def test_borrowed_tensors_are_never_written_to(trained: Trained, world: World) -
     now = lent_tensors(world.base)
     assert [name for name, tensor in before.items() if not torch.equal(tensor, now[name])] == []
     lent = {tensor.untyped_storage().data_ptr() for tensor in now.values()}
-    for parameter in recipe.trainee.parameters():
+    for parameter in recipe.session.trainable.parameters():
         assert parameter.dtype == torch.float32
         assert parameter.untyped_storage().data_ptr() not in lent
 
@@ -112,7 +112,7 @@ def test_the_checkpoint_predicts_as_the_trained_weights(trained: Trained, world:
     assert base.fingerprint != world.base.fingerprint
     found, start = predicted(base.family.build(base)), predicted(world.base.family.build(world.base))
     said = None if trains_text(recipe) else {name: value for name, value in start.items() if name != "prediction"}
-    assert max(distances(found, predicted(recipe.model, said)).values()) < 1e-5
+    assert max(distances(found, predicted(recipe.session.model, said)).values()) < 1e-5
     assert distances(found, start)["prediction"] > 1e-2
 
 
@@ -165,12 +165,12 @@ def test_a_diffusers_folder_becomes_a_single_file(folder: Path, world: World, ti
     }
     assert all(torch.equal(tensor, source[name]) for name, tensor in ours.items() if name.startswith(VAE_PREFIX))
     found = opened(result)
-    assert max(distances(predicted(found.family.build(found)), predicted(recipe.model)).values()) < 1e-5
+    assert max(distances(predicted(found.family.build(found)), predicted(recipe.session.model)).values()) < 1e-5
 
 
 def test_the_demos_base_model_has_the_layout_of_a_single_file(tmp_path: Path) -> None:
     base = open_base(DEMO / "base")
-    write_checkpoint(tmp_path / "demo.safetensors", original_state_dict(base, {}), {}, torch.float32)
+    write_single_file(tmp_path / "demo.safetensors", original_state_dict(base, {}), {}, torch.float32)
     names = set(load_file(tmp_path / "demo.safetensors"))
     assert {f"{UNET_PREFIX}input_blocks.0.0.weight", f"{VAE_PREFIX}decoder.up.0.block.0.conv1.weight"} < names
     assert all(name.startswith((UNET_PREFIX, VAE_PREFIX, f"{TEXT_PREFIX}transformer.text_model.")) for name in names)
@@ -258,13 +258,13 @@ def test_full_fine_tuning_on_top_of_an_adapter(world: World, tmp_path: Path) -> 
     """The checkpoint holds both; the extracted LoRA what was learned now, or both if asked."""
     stacked = [(world.train(tmp_path / "first", rank=4).adapter, 0.5)]
     upper, stage = World(apply_to_base(world.base, stacked), world.subject), StartingPoint(None, stacked)
-    recipe = upper.recipe(tmp_path, stage=stage, **FULL)
+    recipe = upper.recipe(tmp_path, starting_point=stage, **FULL)
     alone = recipe.run()
     found = opened(alone)
     said = conditioned(world.base.family.build(world.base))
-    assert max(distances(predicted(found.family.build(found)), predicted(recipe.model, said)).values()) < 1e-5
+    assert max(distances(predicted(found.family.build(found)), predicted(recipe.session.model, said)).values()) < 1e-5
     listener = Recorder()
-    whole = upper.train(tmp_path, listener, stage=stage, **FULL, combine=True)
+    whole = upper.train(tmp_path, listener, starting_point=stage, **FULL, combine=True)
     assert (listener.losses, whole.run) == ([], alone.run)
     both, at_once = world.base.family.build(world.base), world.base.family.build(world.base)
     for adapter, strength in [*stacked, (alone.adapter, 1.0)]:

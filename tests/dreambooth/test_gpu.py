@@ -14,6 +14,7 @@ from pack.trainer.data.images import load_pictures
 from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -22,7 +23,9 @@ def run(checkpoint: Path, folder: Path, home: Path, listener: Recorder, **change
     values = {"name": "dog", "steps": 6, "rank": 4, "resolution": 64, "learning_rate": 1e-3, "save_precision": "fp32"}
     settings = TrainSettings.checked(values | changes)
     pictures = load_pictures(folder, "a photo of sks dog", listener)
-    return train(open_base(checkpoint), pictures, [], settings, home / "loras", home / "runs", "cuda", listener)
+    return train(
+        open_base(checkpoint), pictures, [], settings, RunPaths(home / "loras", home / "runs"), "cuda", listener
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])

@@ -43,7 +43,7 @@ def normal(seed: int, shape: Sequence[int] = SHAPE) -> Tensor:
 
 def losses(prediction_type: str, shaped: dict[str, Any], mask: Tensor | None, *parts: Tensor) -> Tensor:
     """Of a prediction, latents and noise, at two timesteps."""
-    objective = make_objective(prediction_type).shaped(ObjectiveSettings(**shaped))
+    objective = make_objective(prediction_type).with_settings(ObjectiveSettings(**shaped))
     return objective.loss(*parts, torch.tensor([100, 700]), mask)
 
 
@@ -170,7 +170,7 @@ def encoded(world: World, folder: Path, **changes: Any) -> LatentDataset:
     recipe = world.recipe(folder, **changes)
     recipe.open_run()
     recipe.prepare()
-    return recipe.cache.instance
+    return recipe.session.cache.instance
 
 
 @pytest.mark.parametrize("shapes", [{}, {"aspect_buckets": True, "bucket_step": 16}], ids=["square", "buckets"])
@@ -218,10 +218,10 @@ def test_a_sample_gets_its_mask(world: World, tmp_path: Path) -> None:
     recipe = replace(world, subject=subject).recipe(tmp_path, flip=True, batch_size=4, mask_background=0.25)
     recipe.open_run()
     recipe.prepare()
-    latents, seen = recipe.cache.instance, set()
+    latents, seen = recipe.session.cache.instance, set()
     rows = [tuple(size.tolist()) for size in latents.size]
     for step in range(12):
-        [batch] = draw_batches(recipe.cache, recipe.settings, step, 0, 1000, CPU)
+        [batch] = draw_batches(recipe.session.cache, recipe.settings, step, 0, 1000, CPU)
         for row in range(4 if batch.masks is not None else 0):
             assert batch.masks is not None
             number = rows.index(tuple(batch.sizes[row].tolist()))
@@ -241,7 +241,7 @@ def test_a_batch_without_masks_has_none(world: World, tmp_path: Path) -> None:
     recipe = world.recipe(tmp_path, mask_background=1.0, batch_size=2)
     recipe.open_run()
     recipe.prepare()
-    [batch] = draw_batches(recipe.cache, recipe.settings, 0, 0, 1000, CPU)
+    [batch] = draw_batches(recipe.session.cache, recipe.settings, 0, 0, 1000, CPU)
     assert batch.masks is None
     assert collate([batch, batch]).masks is None
 

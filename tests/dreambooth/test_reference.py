@@ -17,13 +17,14 @@ from diffusers.optimization import get_scheduler
 from helpers import DEMO, Recorder
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import Adapter
-from pack.trainer.core.seeding import Draw, draw
+from pack.trainer.core.seeding import Draw, draw_sample
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
+from pack.trainer.training.runs.folder import RunPaths
 from peft import LoraConfig
 from torch import Tensor
 
@@ -79,7 +80,7 @@ def draws_of(settings: TrainSettings, kind: str, step: int, micro: int, count: i
     first = micro * settings.batch_size
     flip = settings.flip and kind == "instance"
     return [
-        draw(settings.seed, kind, step, slot, slots, [LATENT_SHAPE] * count, 1000, flip)
+        draw_sample(settings.seed, kind, step, slot, slots, [LATENT_SHAPE] * count, 1000, flip)
         for slot in range(first, first + settings.batch_size)
     ]
 
@@ -186,7 +187,9 @@ def run(
     folder: Path,
 ) -> tuple[TrainResult, Recorder]:
     listener = Recorder()
-    return train(base, subject, priors, settings, folder / "loras", folder / "runs", "cpu", listener), listener
+    return train(
+        base, subject, priors, settings, RunPaths(folder / "loras", folder / "runs"), "cpu", listener
+    ), listener
 
 
 COMMON = {"resolution": 64, "learning_rate": 3e-3, "precision": "fp32", "save_precision": "fp32", "seed": 7}

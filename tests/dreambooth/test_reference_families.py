@@ -16,12 +16,13 @@ from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from helpers import DEMO, Recorder
 from pack.trainer.adapters.names import canonical_path
-from pack.trainer.core.seeding import Draw, draw
+from pack.trainer.core.seeding import Draw, draw_sample
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
+from pack.trainer.training.runs.folder import RunPaths
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor, nn
@@ -162,7 +163,7 @@ class PlainTrainer:
                 (picture.digest, flip): self._posterior(picture, flip) for picture in pictures for flip in (False, True)
             }
         self.latent_shape = next(iter(self.posteriors.values()))[0].shape[1:]
-        self.rates = {"unet": settings.learning_rate, **settings.text_rates}
+        self.rates = {"unet": settings.learning_rate, **settings.text_encoder_rates}
 
     def _posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(np.array(centre(picture.open()))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -262,7 +263,7 @@ def draws_of(trainer: PlainTrainer, kind: str, step: int, micro: int, count: int
     first = micro * settings.batch_size
     flip = settings.flip and kind == "instance"
     return [
-        draw(settings.seed, kind, step, slot, slots, [trainer.latent_shape] * count, 1000, flip)
+        draw_sample(settings.seed, kind, step, slot, slots, [trainer.latent_shape] * count, 1000, flip)
         for slot in range(first, first + settings.batch_size)
     ]
 
@@ -282,7 +283,7 @@ def plain_losses(trainer: PlainTrainer, subject: Sequence[Picture], priors: Sequ
     )
     losses = []
     for step in range(settings.steps):
-        if settings.text_rates and step == settings.steps * settings.text_encoder_until:
+        if settings.text_encoder_rates and step == settings.steps * settings.text_encoder_until:
             for group in groups[1:]:
                 for parameter in group["params"]:
                     parameter.requires_grad_(False)
@@ -322,7 +323,9 @@ def test_recipe_equals_the_plain_loop(
     base = open_base(folders[case.base], clip_skip=case.clip_skip)
     class_pictures = priors if case.prior else []
     listener = Recorder()
-    result = train(base, subject, class_pictures, settings, tmp_path / "loras", tmp_path / "runs", "cpu", listener)
+    result = train(
+        base, subject, class_pictures, settings, RunPaths(tmp_path / "loras", tmp_path / "runs"), "cpu", listener
+    )
 
     trainer = PlainTrainer(folders[case.base], settings, case.clip_skip, [*subject, *class_pictures])
     trainer.add_lora(TrainableAdapter(base.family.build(base), settings))
@@ -334,4 +337,4 @@ def test_recipe_equals_the_plain_loop(
             weight = plain["default"].weight.detach()
             assert (learned - weight).norm() <= 1e-3 * weight.norm()
     moved = {layer.rsplit("_text_model")[0] for layer, one in result.adapter.layers.items() if one.up.abs().max() > 0}
-    assert len([name for name in moved if name.startswith("lora_te")]) == len(settings.text_rates)
+    assert len([name for name in moved if name.startswith("lora_te")]) == len(settings.text_encoder_rates)

@@ -12,6 +12,7 @@ from pack.trainer.dreambooth import train
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import GenerationConfig, generate
 from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 
 
 def test_pictures_in_adapter_out(tiny_checkpoint: Path, picture_folder, tmp_path: Path) -> None:
@@ -19,7 +20,7 @@ def test_pictures_in_adapter_out(tiny_checkpoint: Path, picture_folder, tmp_path
     base = open_base(tiny_checkpoint)
     pictures = load_pictures(picture_folder(), "a photo of sks dog", listener)
     settings = TrainSettings(name="dog", steps=3, rank=4, resolution=64, learning_rate=1e-2)
-    result = train(base, pictures, [], settings, tmp_path / "loras", tmp_path / "runs", "cpu", listener)
+    result = train(base, pictures, [], settings, RunPaths(tmp_path / "loras", tmp_path / "runs"), "cpu", listener)
     assert result.path == tmp_path / "loras" / "dog.safetensors"
     assert len(listener.losses) == 3
     before, after = base.family.build(base), base.family.build(base)
@@ -42,6 +43,6 @@ def test_accelerates_state_is_given_back(
     other = Accelerator(cpu=True, mixed_precision="no")
     pictures = load_pictures(picture_folder(), "a photo of sks dog", Recorder())
     settings = TrainSettings(name="dog", steps=1, rank=2, resolution=64, precision="bf16")
-    train(open_base(tiny_checkpoint), pictures, [], settings, tmp_path, tmp_path / "runs", "cpu")
+    train(open_base(tiny_checkpoint), pictures, [], settings, RunPaths(tmp_path, tmp_path / "runs"), "cpu")
     assert other.mixed_precision == "no"
     assert Accelerator(cpu=True).mixed_precision == "no"

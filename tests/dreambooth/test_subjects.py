@@ -31,7 +31,7 @@ from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.images import Picture
 from pack.trainer.data.latent_cache import LatentCache
 from pack.trainer.settings.train import TrainCommand, TrainSettings
-from pack.trainer.training.runs.checkpoint import run_fingerprint
+from pack.trainer.training.runs.folder import run_fingerprint
 from PIL import Image
 from worlds import TOKENIZER, World, make_world, noisy_pictures, runs_in
 
@@ -270,9 +270,9 @@ def test_what_of_the_pictures_makes_another_run(world: World) -> None:
         "a mask": changed(0, mask=mask, mask_digest="1"),
         "another mask": changed(0, mask=mask, mask_digest="2"),
         "a mask of another": changed(1, mask=mask, mask_digest="1"),
-        "a further caption": changed(0, further=("x",)),
-        "two further captions": changed(0, further=("x", "y")),
-        "in another order": changed(0, further=("y", "x")),
+        "a further caption": changed(0, more_captions=("x",)),
+        "two further captions": changed(0, more_captions=("x", "y")),
+        "in another order": changed(0, more_captions=("y", "x")),
         "one caption of both": changed(0, caption=f"{world.subject[0].caption} x"),
         "another order of pictures": lambda pictures: pictures[::-1],
     }
@@ -290,7 +290,7 @@ def cache_of(world: World, folder: Path, **changes: Any) -> tuple[LatentCache, T
     recipe = world.recipe(folder, **changes)
     recipe.open_run()
     recipe.prepare()
-    return recipe.cache, recipe.settings
+    return recipe.session.cache, recipe.settings
 
 
 def samples(cache: LatentCache, settings: TrainSettings, steps: int) -> Iterator[tuple[float, int]]:
@@ -317,7 +317,7 @@ def test_the_share_of_samples_follows_the_repeats(world: World, tmp_path: Path) 
 
 
 def test_several_prompts_are_used_alike(world: World, tmp_path: Path) -> None:
-    subject = [replace(one, further=("the sks", "sks, seen from above")) for one in world.subject]
+    subject = [replace(one, more_captions=("the sks", "sks, seen from above")) for one in world.subject]
     cache, settings = cache_of(replace(world, subject=subject), tmp_path, batch_size=10)
     shares = Counter(caption for _, caption in samples(cache, settings, 90))
     assert set(shares) == set(cache.instance.captions[0].tolist())
@@ -358,7 +358,7 @@ def test_the_empty_caption_is_encoded_as_the_empty_prompt(world: World, tmp_path
     model = world.base.family.build(world.base)
     with torch.no_grad():
         wanted = model.encode_prompts([""])
-    told = recipe.captions.conditioning(torch.tensor([recipe.cache.empty]))
+    told = recipe.session.text.rows(torch.tensor([recipe.session.cache.empty]))
     assert wanted
     for name, rows in wanted.items():
         torch.testing.assert_close(told[name], rows)

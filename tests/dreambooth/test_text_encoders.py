@@ -21,6 +21,7 @@ from pack.trainer.models.families.clip import ClipTextEncoder, text_component
 from pack.trainer.models.families.sd2 import FAMILY as SD2
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -152,7 +153,7 @@ def learn(path: Path, folder: Path, stop_after: int | None = None, **settings: A
     pictures = load_pictures(DEMO / "subject", "photo of sks dog", Recorder())
     listener = Recorder(stop_after)
     chosen = TrainSettings(**{**COMMON, **settings})
-    return train(base, pictures, [], chosen, folder / "loras", folder / "runs", "cpu", listener), listener
+    return train(base, pictures, [], chosen, RunPaths(folder / "loras", folder / "runs"), "cpu", listener), listener
 
 
 def layers_at(result: TrainResult, step: int, start: str) -> dict[str, Tensor]:

@@ -108,17 +108,17 @@ def test_going_on_takes_over_all_that_the_file_is(kind: str, world: World, made:
     first = made(**FIRST[kind])
     stage, texts = StartingPoint(first), texts_of(first)
     changes = {**OTHERWISE, **texts, "steps": 1, **({"adapter": "lokr", "alpha": None} if kind == "LoKr" else {})}
-    recipe = world.recipe(tmp_path, stage=stage, **changes)
+    recipe = world.recipe(tmp_path, starting_point=stage, **changes)
     recipe.open_run()
     recipe.prepare()
-    for network in (recipe.model.unet, *recipe.model.text_encoders.values()):
+    for network in (recipe.session.model.unet, *recipe.session.model.text_encoders.values()):
         network.eval()
     expected = merged(world.base, (first, 1.0))
     said = None if texts else conditioned(world.base.family.build(world.base))
-    assert max(distances(predicted(recipe.model, said), expected).values()) < 1e-4
+    assert max(distances(predicted(recipe.session.model, said), expected).values()) < 1e-4
     recipe.clean_up()
 
-    result = world.train(tmp_path, stage=stage, **changes)
+    result = world.train(tmp_path, starting_point=stage, **changes)
     assert result.adapter.kind == first.kind
     assert ranks_and_alphas(result.adapter) == ranks_and_alphas(first)
     further = merged(world.base, (result.adapter, 1.0))
@@ -130,7 +130,7 @@ def test_the_file_tells_the_kind_and_rank_that_were_trained(
     kind: str, world: World, made: Made, tmp_path: Path
 ) -> None:
     first = made(**KINDS[kind])
-    told = world.train(tmp_path, stage=StartingPoint(first), steps=1, **OTHERWISE).adapter.metadata
+    told = world.train(tmp_path, starting_point=StartingPoint(first), steps=1, **OTHERWISE).adapter.metadata
     keys = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
     assert [told[key] for key in keys] == [first.metadata[key] for key in keys]
 
@@ -140,13 +140,13 @@ def test_going_on_from_a_scaled_lokr(factor: dict[str, Any], world: World, made:
     """LyCORIS scales by alpha / rank, PEFT not in every version; the factors can hold it."""
     first = made(**KINDS["LoKr"], **factor)
     first = Adapter({name: replace(layer, alpha=0.7) for name, layer in first.layers.items()})  # type: ignore[type-var]
-    recipe = world.recipe(tmp_path, stage=StartingPoint(first), adapter="lokr", **factor)
+    recipe = world.recipe(tmp_path, starting_point=StartingPoint(first), adapter="lokr", **factor)
     recipe.open_run()
     recipe.prepare()
-    recipe.model.unet.eval()
+    recipe.session.model.unet.eval()
     expected = merged(world.base, (first, 1.0))
     said = {name: value for name, value in expected.items() if name != "prediction"}
-    assert max(distances(predicted(recipe.model, said), expected).values()) < 1e-4
+    assert max(distances(predicted(recipe.session.model, said), expected).values()) < 1e-4
 
 
 def test_going_on_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_going_on_from_files_with_names_of_other_programs(world: World, xl: Worl
         assert not set(foreign.layers) & {name for name in first.layers if any(old in name for old, _ in pairs)}
         assert merged(where.base, (foreign, 1.0)).keys()
         ours, theirs = (
-            where.train(tmp_path / f"{number}-{kind}", stage=StartingPoint(one), steps=1, **texts)
+            where.train(tmp_path / f"{number}-{kind}", starting_point=StartingPoint(one), steps=1, **texts)
             for kind, one in (("ours", first), ("theirs", foreign))
         )
         assert differing(ours.path, theirs.path) == []
@@ -250,7 +250,7 @@ def test_a_start_that_does_not_fit_is_refused(
 ) -> None:
     where, start, changes = mismatched(world, xl, made)[case]
     with pytest.raises((AdapterError, SettingsError), match=told) as caught:
-        where.train(tmp_path, stage=StartingPoint(start), **changes)
+        where.train(tmp_path, starting_point=StartingPoint(start), **changes)
     assert caught.value.remedy
 
 
@@ -270,20 +270,20 @@ def test_the_combined_file_is_both_stages_on_the_plain_base(
     stacked = [(made(plain, **KINDS["LoCon"]), 0.7), (made(plain, **texts, seed=1), -0.5)]
     upper, stage = stacked_world(plain, *stacked), StartingPoint(None, stacked)
     changes: dict[str, Any] = {**texts, "rank": 3, "alpha": 1.0, "targets": "attention-mlp", "steps": 2}
-    recipe = upper.recipe(tmp_path, stage=stage, combine=True, **changes)
+    recipe = upper.recipe(tmp_path, starting_point=stage, combine=True, **changes)
     whole = recipe.run()
-    trained = predicted(recipe.model)
+    trained = predicted(recipe.session.model)
     recipe.clean_up()
     assert distances(trained, merged(upper.base))["prediction"] > 1e-3
     assert max(distances(merged(plain.base, (read_adapter(whole.path), 1.0)), trained).values()) < 1e-4
 
     listener = Recorder()
-    alone = upper.train(tmp_path, listener, stage=stage, **changes)
+    alone = upper.train(tmp_path, listener, starting_point=stage, **changes)
     assert listener.losses == []
     assert alone.run == whole.run
     assert alone.path != whole.path
     assert max(distances(merged(plain.base, *stacked, (read_adapter(alone.path), 1.0)), trained).values()) < 1e-4
-    again = upper.train(tmp_path, listener, stage=stage, combine=True, **changes)
+    again = upper.train(tmp_path, listener, starting_point=stage, combine=True, **changes)
     assert (again.path, listener.losses) == (whole.path, [])
 
 
@@ -304,7 +304,7 @@ def test_the_lower_model_stays_as_it_is(world: World, made: Made, tmp_path: Path
     first = made(**TEXT)
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in lent_tensors(world.base).items()}
     upper = stacked_world(world, (first, 1.0))
-    upper.train(tmp_path, stage=StartingPoint(None, [(first, 1.0)]), combine=True, **TEXT)
+    upper.train(tmp_path, starting_point=StartingPoint(None, [(first, 1.0)]), combine=True, **TEXT)
     copies = 0
     for name, tensor in lent_tensors(world.base).items():
         assert tensor.data_ptr() == before[name][0]
@@ -358,7 +358,7 @@ def test_adapters_that_cant_be_added_up_are_told_before_training(
     stacked = [(foreign if place == "stacked" else plain, 1.0)]
     stage, listener = StartingPoint(foreign if place == "start" else None, stacked), Recorder()
     with pytest.raises(SettingsError, match="combine"):
-        stacked_world(world, *stacked).train(tmp_path, listener, stage=stage, combine=True)
+        stacked_world(world, *stacked).train(tmp_path, listener, starting_point=stage, combine=True)
     assert listener.losses == []
 
 

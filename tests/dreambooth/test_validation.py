@@ -22,12 +22,13 @@ from pack.trainer.data.images import load_pictures, split_validation
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.settings.train import TrainCommand
 from pack.trainer.training.runs.index import RunIndex
-from pack.trainer.training.runs.metrics import is_validated, read_metrics
+from pack.trainer.training.runs.metrics import read_metrics, validated_steps
 from worlds import (
     PROMPT,
     World,
     assert_same_end,
     differing,
+    held_out_loss,
     make_world,
     noisy_pictures,
     perturb,
@@ -67,13 +68,15 @@ def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path
         assert sorted(one.digest for one in [*taught, *held]) == sorted(one.digest for one in world.subject)
     assert len({tuple(one.digest for one in split_validation(world.subject, 2, seed)[1]) for seed in range(20)}) > 3
     recipe = prepared(world, tmp_path)
-    assert recipe.cache.validation is not None
+    assert recipe.session.cache.validation is not None
     taught, held = split_validation(world.subject, 2, 0)
     alone = [prepared(replace(world, subject=[one]), tmp_path, validation_pictures=0) for one in [*taught, *held]]
     latents = [one.cache.instance.mean[0] for one in alone]
-    for found, wanted in zip([*recipe.cache.instance.mean, *recipe.cache.validation.mean], latents, strict=True):
+    for found, wanted in zip(
+        [*recipe.session.cache.instance.mean, *recipe.session.cache.validation.mean], latents, strict=True
+    ):
         torch.testing.assert_close(found, wanted)
-    assert len(recipe.cache.validation) == 2
+    assert len(recipe.session.cache.validation) == 2
 
 
 def test_a_run_learns_only_from_the_others(world: World, tmp_path: Path) -> None:
@@ -89,22 +92,22 @@ def test_a_run_learns_only_from_the_others(world: World, tmp_path: Path) -> None
 def test_the_loss_is_that_of_a_plain_loop(world: World, tmp_path: Path) -> None:
     """The base's own, written out with diffusers' schedule; whatever the run's loss, noise and timesteps are."""
     recipe = prepared(world, tmp_path / "plain")
-    latents = recipe.cache.validation
+    latents = recipe.session.cache.validation
     assert latents is not None
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     losses = []
-    recipe.model.unet.eval()
+    recipe.session.model.unet.eval()
     for picture in range(2):
         clean = latents.mean[picture][:1]
         for number, timestep in enumerate((100, 300, 500, 700, 900)):
             noise = torch.randn(clean.shape, generator=generator("validation", picture, number))
             at = torch.tensor([timestep])
-            said = recipe.captions.conditioning(latents.captions[picture][:1]) | {"size": latents.size[picture][None]}
+            said = recipe.session.text.rows(latents.captions[picture][:1]) | {"size": latents.size[picture][None]}
             with torch.no_grad():
-                found = recipe.model.predict(schedule.add_noise(clean, noise, at), at, said)
+                found = recipe.session.model.predict(schedule.add_noise(clean, noise, at), at, said)
             losses.append(float(F.mse_loss(found, noise)))
     wanted = sum(losses) / len(losses)
-    assert recipe.passes.validation_loss(latents) == pytest.approx(wanted, rel=1e-5)
+    assert held_out_loss(recipe) == pytest.approx(wanted, rel=1e-5)
     other = {"loss": "huber", "loss_weighting": "min-snr", "noise_offset": 0.5, "min_timestep": 900, "dropout": 0.5}
     for folder, changes in (("plain", {}), ("other", other)):
         listener = Recorder()
@@ -114,19 +117,19 @@ def test_the_loss_is_that_of_a_plain_loop(world: World, tmp_path: Path) -> None:
 
 def test_the_same_weights_have_the_same_loss_whenever_it_is_asked(world: World, tmp_path: Path) -> None:
     recipe = prepared(world, tmp_path, dropout=0.5, text_encoder_lr=1e-2)
-    latents = recipe.cache.validation
+    latents = recipe.session.cache.validation
     assert latents is not None
-    before = recipe.passes.validation_loss(latents)
+    before = held_out_loss(recipe)
     state = torch.random.get_rng_state()
-    assert [recipe.passes.validation_loss(latents) for _ in range(3)] == [before] * 3
+    assert [held_out_loss(recipe) for _ in range(3)] == [before] * 3
     assert torch.equal(torch.random.get_rng_state(), state)
-    for network in (recipe.model.unet, *recipe.model.text_encoders.values()):
+    for network in (recipe.session.model.unet, *recipe.session.model.text_encoders.values()):
         network.train()
     torch.manual_seed(1)
-    assert recipe.passes.validation_loss(latents) == before
-    assert all(parameter.grad is None for parameter in recipe.trainee.parameters())
-    perturb(recipe.trainee)  # type: ignore[arg-type]
-    assert recipe.passes.validation_loss(latents) != before
+    assert held_out_loss(recipe) == before
+    assert all(parameter.grad is None for parameter in recipe.session.trainable.parameters())
+    perturb(recipe.session.trainable)  # type: ignore[arg-type]
+    assert held_out_loss(recipe) != before
 
 
 def test_training_goes_on_in_training_mode(world: World, tmp_path: Path) -> None:
@@ -136,7 +139,9 @@ def test_training_goes_on_in_training_mode(world: World, tmp_path: Path) -> None
         def report(self, event: Any) -> None:
             super().report(event)
             if isinstance(event, Step):
-                modes.append([one.training for one in (recipe.model.unet, *recipe.model.text_encoders.values())])
+                modes.append(
+                    [one.training for one in (recipe.session.model.unet, *recipe.session.model.text_encoders.values())]
+                )
 
     modes: list[list[bool]] = []
     recipe = world.recipe(tmp_path, Watching(), **{**TOUCHY, "checkpoint_every": 1})
@@ -152,9 +157,7 @@ def test_every_checkpoint_is_told_once_and_recorded(world: World, tmp_path: Path
     assert len(set(found.values())) == 4
     lines = read_metrics(result.run / "metrics.jsonl")
     assert {line["step"]: line["validation_loss"] for line in lines if "validation_loss" in line} == found
-    assert [is_validated(result.run / "metrics.jsonl", step) for step in range(6)] == [
-        step in found for step in range(6)
-    ]
+    assert validated_steps(result.run / "metrics.jsonl") == sorted(found)
     scores = RunIndex(result.run.parent).curve(result.run.name)["scores"]
     assert {one["step"]: one["scores"]["validation_loss"] for one in scores} == pytest.approx(found, rel=1e-5)
     assert [one["step"] for one in RunIndex(result.run.parent).curve(result.run.name, after=2)["scores"]] == [4, 5]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter
 from pack.trainer.adapters.layers import Layer
-from pack.trainer.merging.merge import Merged, WeightedAdapter, merge
+from pack.trainer.merging.merge import MergeResult, WeightedAdapter, merge
 from pack.trainer.settings.merge import MergeSettings
 from torch import Tensor
 
@@ -128,7 +128,7 @@ def settings(method: str = "sum", **values: Any) -> MergeSettings:
 
 def merged(
     *inputs: Adapter | tuple[Adapter, float], weights: Mapping[str, Tensor] | None = None, **values: Any
-) -> Merged:
+) -> MergeResult:
     """Adapters, with strengths for all of the model, merged by `settings(**values)`; titled A, B, C …"""
     pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in inputs]
     parts = [WeightedAdapter(adapter, "ABCDEFG"[n], strength, strength) for n, (adapter, strength) in enumerate(pairs)]

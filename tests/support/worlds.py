@@ -19,6 +19,8 @@ from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import StartingPoint, TrainableAdapter
+from pack.trainer.training.runs.folder import RunPaths
+from pack.trainer.training.validation import validation_loss
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
@@ -50,6 +52,11 @@ TEXT = {"text_encoder_lr": 1e-2}
 BOTH_TEXTS = {"text_encoder_lr": 1e-2, "text_encoder_2_lr": 1e-2}
 
 
+def paths_in(folder: Path) -> RunPaths:
+    """Where a run writes that has its files below `folder`."""
+    return RunPaths(folder / "loras", folder / "runs", folder / "checkpoints")
+
+
 @dataclass(frozen=True)
 class World:
     """A base model and pictures; runs start from here."""
@@ -58,18 +65,35 @@ class World:
     subject: Sequence[Picture]
     priors: Sequence[Picture] = ()
 
-    def recipe(self, folder: Path, listener: Any = None, *, stage: StartingPoint | None = None, **changes: Any) -> DreamBooth:
+    def recipe(
+        self, folder: Path, listener: Any = None, *, starting_point: StartingPoint | None = None, **changes: Any
+    ) -> DreamBooth:
         """A run that has not begun, with its files below `folder`."""
-        settings, cpu = TrainSettings(**{**COMMON, **changes}), torch.device("cpu")
-        listener = listener or Recorder()
-        places = (folder / "loras", folder / "runs", cpu, listener, stage, folder / "checkpoints")
-        return DreamBooth(self.base, self.subject, self.priors, settings, *places)
+        return DreamBooth(
+            self.base,
+            self.subject,
+            self.priors,
+            TrainSettings(**{**COMMON, **changes}),
+            paths_in(folder),
+            torch.device("cpu"),
+            listener or Recorder(),
+            starting_point,
+        )
 
-    def train(self, folder: Path, listener: Any = None, *, stage: StartingPoint | None = None, **changes: Any) -> TrainResult:
+    def train(
+        self, folder: Path, listener: Any = None, *, starting_point: StartingPoint | None = None, **changes: Any
+    ) -> TrainResult:
         """A whole run, with its files below `folder`."""
-        settings, checkpoints = TrainSettings(**{**COMMON, **changes}), folder / "checkpoints"
-        places = (folder / "loras", folder / "runs", "cpu", listener or Recorder())
-        return train(self.base, self.subject, self.priors, settings, *places, stage=stage, checkpoints_dir=checkpoints)
+        return train(
+            self.base,
+            self.subject,
+            self.priors,
+            TrainSettings(**{**COMMON, **changes}),
+            paths_in(folder),
+            "cpu",
+            listener or Recorder(),
+            starting_point=starting_point,
+        )
 
     def stop_after(self, step: int, folder: Path, **changes: Any) -> None:
         """Begin a run, or go on with it, and stop it after that step."""
@@ -169,3 +193,16 @@ def lent_tensors(base: BaseWeights) -> dict[str, Tensor]:
     """Every tensor of a base model."""
     parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoders[0], "text_2": base.text_encoders[-1]}
     return {f"{part}.{name}": tensor for part, one in parts.items() for name, tensor in one.tensors.items()}
+
+
+def losses(recipe: DreamBooth, step: int) -> list[Tensor]:
+    """The losses of the batches of a step's first micro-batch, 0-D, of a recipe that is prepared."""
+    recipe.step = step
+    return [recipe.batch_loss(batch, 0) for batch in recipe.batches(0)]
+
+
+def held_out_loss(recipe: DreamBooth) -> float:
+    """The loss on the held-out pictures, of a recipe that is prepared."""
+    session = recipe.session
+    assert session.cache.validation is not None
+    return validation_loss(session.model, session.objective, session.text, session.cache.validation, session.dtype)

@@ -21,6 +21,7 @@ from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
+from pack.trainer.training.runs.folder import RunPaths
 from torch import Tensor, nn
 
 UNET_MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"  # 64 → 32
@@ -253,7 +254,7 @@ def test_a_bf16_run_trains_on_a_private_copy(base: BaseWeights, pictures: list[P
             steps=4, rank=4, resolution=64, learning_rate=1e-3, precision=precision, save_precision="fp32"
         )
         listener = Recorder()
-        result = train(base, pictures, [], settings, tmp_path, tmp_path / "runs", "cpu", listener)
+        result = train(base, pictures, [], settings, RunPaths(tmp_path, tmp_path / "runs"), "cpu", listener)
         assert len(listener.losses) == 4
         assert all(math.isfinite(loss) for loss in listener.losses)
         assert {part.down.dtype for part in result.adapter.layers.values()} == {torch.float32}
@@ -272,18 +273,18 @@ def test_what_is_private_and_what_is_borrowed_in_training(
     precision: Any, dtype: torch.dtype, base: BaseWeights, pictures: list[Picture], tmp_path: Path
 ) -> None:
     settings = TrainSettings(steps=1, rank=4, resolution=64, precision=precision)
-    recipe = DreamBooth(base, pictures, [], settings, tmp_path, tmp_path / "runs", torch.device("cpu"))
+    recipe = DreamBooth(base, pictures, [], settings, RunPaths(tmp_path, tmp_path / "runs"), torch.device("cpu"))
     recipe.open_run()
     recipe.prepare()
-    frozen = [p for p in recipe.model.unet.parameters() if not p.requires_grad]
+    frozen = [p for p in recipe.session.model.unet.parameters() if not p.requires_grad]
     lent = {p.untyped_storage().data_ptr() for p in base.unet.tensors.values()}
     borrowed = [p.untyped_storage().data_ptr() in lent for p in frozen]
     assert {p.dtype for p in frozen} == {dtype}
     assert all(borrowed) if precision == "fp32" else not any(borrowed)
-    assert {p.dtype for p in recipe.trainee.parameters()} == {torch.float32}
+    assert {p.dtype for p in recipe.session.trainable.parameters()} == {torch.float32}
     state = recipe.train_step(1.0)
     assert torch.isfinite(state)
-    moments = [entry["exp_avg"].dtype for entry in recipe.optimizer.state_dict()["state"].values()]
+    moments = [entry["exp_avg"].dtype for entry in recipe.session.optimizer.state_dict()["state"].values()]
     assert set(moments) == {torch.float32}
     recipe.clean_up()
     assert not hasattr(recipe, "model")

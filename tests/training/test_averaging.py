@@ -14,7 +14,7 @@ from pack.trainer.core.errors import StorageError
 from pack.trainer.core.events import Phase
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.averaging import Averaging
+from pack.trainer.training.averaging import WeightAveraging
 from pack.trainer.training.optimizers import make_optimizer, set_learning_rates
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ class Small:
         settings = TrainSettings(**{"learning_rate": 1e-2, **values})
         self.parameters = [nn.Parameter(random(5, 3, seed=0)), nn.Parameter(random(4, seed=1))]
         self.optimizer = make_optimizer({"unet": self.parameters}, settings)
-        self.averaging = Averaging(self.parameters, self.optimizer, settings)
+        self.averaging = WeightAveraging(self.parameters, self.optimizer, settings)
 
     def go(self, step: int) -> list[Tensor]:
         """One step; the raw weights after it."""
@@ -58,7 +58,7 @@ class Small:
         return [parameter.detach().clone() for parameter in self.parameters]
 
     def shown(self) -> list[Tensor]:
-        with self.averaging.shown():
+        with self.averaging.evaluation_weights():
             return self.raw()
 
 
@@ -139,7 +139,7 @@ def test_looking_changes_nothing(way: str) -> None:
         assert equal(watched.go(step), expected)
         once, twice = watched.shown(), watched.shown()
         assert equal(once, twice)
-        with pytest.raises(KeyboardInterrupt), watched.averaging.shown():
+        with pytest.raises(KeyboardInterrupt), watched.averaging.evaluation_weights():
             raise KeyboardInterrupt
         assert equal(watched.raw(), expected)
 
@@ -155,19 +155,19 @@ def test_an_interrupt_between_the_two_is_made_good(way: str, monkeypatch: pytest
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), small.averaging.shown():
-        patch.setattr(small.averaging, "_go_back", interrupted)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), small.averaging.evaluation_weights():
+        patch.setattr(small.averaging, "_restore_raw", interrupted)
     assert equal(small.raw(), shown)
     assert equal(small.shown(), shown)
     assert equal(small.raw(), raw)
-    assert equal(list(small.averaging.raw().values()), raw)
+    assert equal(list(small.averaging.raw_weights().values()), raw)
 
 
 def test_nothing_to_average_costs_nothing() -> None:
     small = Small()
     raw = small.go(1)
     assert equal(small.shown(), raw)
-    assert small.averaging.raw() == {}
+    assert small.averaging.raw_weights() == {}
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -176,12 +176,12 @@ def test_what_is_settled_keeps_what_was_shown(way: str) -> None:
     for step in range(1, 4):
         small.go(step)
     shown, raw = small.shown(), small.raw()
-    small.averaging.settle([small.parameters[1]])
+    small.averaging.freeze([small.parameters[1]])
     assert equal(small.raw(), [raw[0], shown[1]])
-    small.averaging.settle([small.parameters[1]])  # again, as a run does that goes on
+    small.averaging.freeze([small.parameters[1]])  # again, as a run does that goes on
     assert equal(small.raw(), [raw[0], shown[1]])
     assert equal(small.shown(), shown)
-    assert list(small.averaging.raw()) == ["0"]
+    assert list(small.averaging.raw_weights()) == ["0"]
     small.parameters[1].grad = None
     small.parameters[0].grad = torch.ones(5, 3)
     small.optimizer.step()
@@ -200,7 +200,7 @@ class Watcher(Recorder):
         self.trained: dict[int, dict[str, Tensor]] = {}
 
     def weights(self) -> dict[str, Tensor]:
-        saved = self.recipe.trainee.saved({})
+        saved = self.recipe.session.trainable.saved({})
         if saved.adapter is None:
             return dict(saved.weights or {})
         found = saved.adapter.layers.items()

@@ -14,14 +14,14 @@ from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.latent_cache import LatentCache, LatentDataset
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.memory import fit as fitting
-from pack.trainer.training.memory.fit import MemoryBudget, told
-from pack.trainer.training.memory.meter import AsOnCuda, LiveBytes
+from pack.trainer.training.memory.fit import MemoryBudget, plan_note
+from pack.trainer.training.memory.meter import CudaEmulation, LiveBytes
 from pack.trainer.training.memory.plan import (
-    Candidate,
     MemoryNeed,
     MemorySaving,
     Plan,
     Planner,
+    PlanOption,
     lent_bytes,
     make_plan,
     memory_savings,
@@ -65,31 +65,31 @@ def test_two_layers_counted_by_hand() -> None:
     first, second = nn.Linear(8, 16, device="meta"), nn.Linear(16, 4, device="meta")
     x = torch.empty(3, 8, device="meta")
     weights = [*first.parameters(), *second.parameters()]
-    with LiveBytes(known=weights) as live:
+    with LiveBytes(exclude=weights) as live:
         hidden = first(x)
-        assert live.now == live.peak == FLOAT * 3 * 16
+        assert live.current == live.peak == FLOAT * 3 * 16
         output = second(hidden)
-        assert live.now == FLOAT * (3 * 16 + 3 * 4)
+        assert live.current == FLOAT * (3 * 16 + 3 * 4)
         loss = output.sum()
-        assert live.now == FLOAT * (3 * 16 + 3 * 4 + 1)
+        assert live.current == FLOAT * (3 * 16 + 3 * 4 + 1)
         del hidden, output  # the second layer keeps what it was given
-        assert live.now == FLOAT * (3 * 16 + 1)
+        assert live.current == FLOAT * (3 * 16 + 1)
         loss.backward()
         del loss
         gradients = FLOAT * (8 * 16 + 16 + 16 * 4 + 4)
-        assert live.now == gradients
+        assert live.current == gradients
     assert live.peak >= gradients
 
 
 def test_storages_are_rounded_up_and_views_counted_once() -> None:
-    with LiveBytes(granule=512) as live:
+    with LiveBytes(block_size=512) as live:
         one = torch.empty(3, device="meta")
         views = [one[:2], one.view(3, 1), one.detach()]
-        assert live.now == 512
+        assert live.current == 512
         other = torch.empty(129, device="meta")
-        assert live.now == 512 + 1024
+        assert live.current == 512 + 1024
         del one, views, other
-        assert live.now == 0
+        assert live.current == 0
     assert live.peak == 512 + 1024
 
 
@@ -97,11 +97,11 @@ def test_storages_are_rounded_up_and_views_counted_once() -> None:
 def test_attention_keeps_no_matrix(device: str) -> None:
     """Query, key and value are there; a fused kernel adds the output and a float32 number for each of its rows."""
     parts = [torch.zeros(1, 2, 64, 8, device=device, requires_grad=True) for _ in range(3)]
-    with LiveBytes(device) as live, AsOnCuda(None):
+    with LiveBytes(device) as live, CudaEmulation(None):
         output = F.scaled_dot_product_attention(*parts)
         assert output.shape == (1, 2, 64, 8)
         assert live.peak == FLOAT * (2 * 64 * 8 + 2 * 64)
-    AsOnCuda(None).backward(output.sum())
+    CudaEmulation(None).backward(output.sum())
     assert all(one.grad is not None and one.grad.shape == one.shape for one in parts)
 
 
@@ -110,11 +110,11 @@ def test_autocast_is_that_of_cuda() -> None:
     layer = nn.Linear(8, 8, device="meta")
     norm = nn.LayerNorm(8, device="meta", dtype=torch.bfloat16)
     x = torch.empty(2, 8, device="meta")
-    with AsOnCuda(torch.bfloat16):
+    with CudaEmulation(torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
         assert norm(layer(x)).dtype == torch.float32
         assert F.silu(layer(x)).dtype == torch.bfloat16
-    with AsOnCuda(None):
+    with CudaEmulation(None):
         assert layer(x).dtype == torch.float32
     assert layer(x).dtype == torch.float32
 
@@ -166,10 +166,10 @@ def test_every_part_is_what_it_says(world: World) -> None:
     )
     assert plain.base == sum(2 * tensor.numel() for tensor in world.base.unet.tensors.values())
     recipe = world.recipe(Path("unused"), targets="all")
-    recipe.model = recipe.base.family.build(recipe.base)
+    model = recipe.base.family.build(recipe.base)
     from pack.trainer.training.adapter import TrainableAdapter
 
-    numbers = sum(one.numel() for one in TrainableAdapter(recipe.model, recipe.settings).parameters())
+    numbers = sum(one.numel() for one in TrainableAdapter(model, recipe.settings).parameters())
     assert plain.trained == numbers * (4 + 4 + 8)
     assert plain.activations > lean.activations > parts.activations
     assert (plain.base, plain.trained) == (lean.base, lean.trained) == (parts.base, parts.trained)
@@ -292,11 +292,11 @@ def test_the_first_that_fits_is_chosen(planner: Planner) -> None:
     for number, lean in enumerate(ways):
         plan = make_plan(planner, settings, totals[number])
         assert plan.fits
-        assert [one.lean for one in plan.looked_at] == ways[: number + 1]
-        assert plan.chosen.lean == lean
+        assert [one.saving for one in plan.measured] == ways[: number + 1]
+        assert plan.chosen.saving == lean
     nothing = make_plan(planner, settings, 1000)
     assert not nothing.fits
-    assert nothing.chosen.need.total == min(one.need.total for one in nothing.looked_at)
+    assert nothing.chosen.need.total == min(one.need.total for one in nothing.measured)
 
 
 GB = 2**30
@@ -333,10 +333,10 @@ ROOMY, TIGHT = MemoryNeed(5 * GB, GB, 9 * GB), MemoryNeed(5 * GB, GB, GB // 2)
     ids=["as set", "checkpointing", "in parts", "too large"],
 )
 def test_the_user_is_told(
-    looked_at: list[tuple[MemorySaving, MemoryNeed]], memory: int, changes: dict[str, Any], expected: str, warning: bool
+    measured: list[tuple[MemorySaving, MemoryNeed]], memory: int, changes: dict[str, Any], expected: str, warning: bool
 ) -> None:
-    plan = Plan([Candidate(*one) for one in looked_at], memory * GB)
-    note = told(plan, settings_of(**changes))
+    plan = Plan([PlanOption(*one) for one in measured], memory * GB)
+    note = plan_note(plan, settings_of(**changes))
     assert expected in note.text
     assert note.warning == warning
 

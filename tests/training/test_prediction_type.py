@@ -23,6 +23,7 @@ from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import GenerationConfig, generate, make_scheduler
 from pack.trainer.settings.train import SchedulerName, TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -146,7 +147,7 @@ def style() -> list[Picture]:
 def warnings_of_training(base: BaseWeights, pictures: list[Picture], folder: Path, **settings: Any) -> list[str]:
     listener = Recorder()
     chosen = TrainSettings(**{**SETTINGS, **settings})
-    train(base, pictures, [], chosen, folder / "loras", folder / "runs", "cpu", listener)
+    train(base, pictures, [], chosen, RunPaths(folder / "loras", folder / "runs"), "cpu", listener)
     return [text for text in listener.warnings if "epsilon" in text]
 
 

@@ -16,11 +16,18 @@ from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.families.base import Family
 from pack.trainer.settings.train import PriorSettings, TrainCommand, TrainSettings
 from pack.trainer.training import presets
-from pack.trainer.training.presets import FOLDER, apply, apply_preset, changed, load, names
-from pack.trainer.training.runs.checkpoint import RunFolder, run_fingerprint
+from pack.trainer.training.presets import (
+    FOLDER,
+    apply_preset,
+    changed_settings,
+    load_preset,
+    preset_subjects,
+    preset_values,
+)
+from pack.trainer.training.runs.folder import RunFolder, run_fingerprint
 from worlds import COMMON, World, make_world, noisy_pictures
 
-CASES = [(subject, family) for subject in names() for family in FAMILIES]
+CASES = [(subject, family) for subject in preset_subjects() for family in FAMILIES]
 IDS = [f"{subject}-{family.name}" for subject, family in CASES]
 [SD1, SD2, SDXL] = FAMILIES
 
@@ -31,8 +38,8 @@ def parsed(words: list[str]) -> TrainCommand:
 
 
 def test_there_is_a_file_for_every_subject_and_family_and_no_other() -> None:
-    assert names() == ("object", "animal", "person", "style")
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(f"{name}.toml" for name in IDS)
+    assert preset_subjects() == ("object", "animal", "person", "style")
+    assert sorted(path.name for path in FOLDER.glob("*.toml")) == sorted(f"{name}.toml" for name in IDS)
 
 
 def test_families_have_names_of_their_own() -> None:
@@ -41,7 +48,7 @@ def test_families_have_names_of_their_own() -> None:
 
 @pytest.mark.parametrize(("subject", "family"), CASES, ids=IDS)
 def test_a_file_is_whole(subject: str, family: Family) -> None:
-    preset = load(subject, family)
+    preset = load_preset(subject, family)
     assert family.title in preset.title
     assert preset.why.count(". ") == 1
     assert preset.why.endswith(".")
@@ -59,7 +66,7 @@ def test_a_file_is_whole(subject: str, family: Family) -> None:
 @pytest.mark.parametrize(("subject", "family"), CASES, ids=IDS)
 def test_values_are_possible_for_the_family(subject: str, family: Family) -> None:
     """A run could begin with them: the encoders exist, and the values go with every kind of adapter."""
-    settings = load(subject, family).settings
+    settings = load_preset(subject, family).settings
     existing = {f"{kind.name}_lr" for kind in family.text_encoders}
     assert {name for name in settings if name.startswith("text_encoder")} <= existing
     for adapter in ("lora", "dora", "loha", "lokr"):
@@ -68,9 +75,9 @@ def test_values_are_possible_for_the_family(subject: str, family: Family) -> Non
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_only_what_may_be_mirrored_is_mirrored(family: Family) -> None:
-    assert not any(load(subject, family).settings["flip"] for subject in ("object", "animal", "person"))
-    assert load("person", family).settings["steps"] > load("object", family).settings["steps"]
-    assert load("person", family).settings["text_encoder_lr"] > 0
+    assert not any(load_preset(subject, family).settings["flip"] for subject in ("object", "animal", "person"))
+    assert load_preset("person", family).settings["steps"] > load_preset("object", family).settings["steps"]
+    assert load_preset("person", family).settings["text_encoder_lr"] > 0
 
 
 WRONG = {
@@ -88,23 +95,23 @@ def test_a_file_that_is_wrong_is_refused(case: str, tmp_path: Path, monkeypatch:
     (tmp_path / "object-sd1.toml").write_text(f"title = ''\nwhy = ''\nsources = []\n{content}", encoding="utf-8")
     monkeypatch.setattr(presets, "FOLDER", tmp_path)
     with pytest.raises(SettingsError, match=named):
-        load("object", SD1)
+        load_preset("object", SD1)
 
 
 def test_a_family_without_a_file_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presets, "FOLDER", tmp_path)
     with pytest.raises(SettingsError, match=r"'style' for Stable Diffusion XL") as caught:
-        load("style", SDXL)
+        load_preset("style", SDXL)
     assert "none" in caught.value.remedy
 
 
 def test_what_is_given_wins() -> None:
-    whole = apply("person", SDXL, ())
-    assert whole == load("person", SDXL).settings
-    rest = apply("person", SDXL, {"steps", "flip", "seed"})
+    whole = preset_values("person", SDXL, ())
+    assert whole == load_preset("person", SDXL).settings
+    rest = preset_values("person", SDXL, {"steps", "flip", "seed"})
     assert rest == {name: value for name, value in whole.items() if name not in ("steps", "flip")}
-    assert apply("person", SDXL, (), priors=True) == {**whole, "prior_count": 200}
-    assert apply("person", SDXL, {"prior_count"}, priors=True) == whole
+    assert preset_values("person", SDXL, (), priors=True) == {**whole, "prior_count": 200}
+    assert preset_values("person", SDXL, {"prior_count"}, priors=True) == whole
 
 
 @pytest.mark.parametrize(("subject", "family"), CASES, ids=IDS)
@@ -116,7 +123,7 @@ def test_the_command_line_fills_in_what_neither_flag_nor_file_gives(
     path.write_text(f'preset = "{subject}"\nrank = 5\n', encoding="utf-8")
     listener = Recorder()
     chosen = apply_preset(parsed([str(path), "--steps", "800", "--no-flip", "--name", "x"]), family, listener)
-    by_hand = load(subject, family).settings | {"rank": 5, "steps": 800, "flip": False, "name": "x"}
+    by_hand = load_preset(subject, family).settings | {"rank": 5, "steps": 800, "flip": False, "name": "x"}
     words = []
     for name, value in by_hand.items():
         flag = name.replace("_", "-")
@@ -163,10 +170,10 @@ def test_on_a_node_what_was_changed_wins() -> None:
     widgets: dict[str, Any] = {name: field.default for name, field in TrainSettings.model_fields.items()}
     widgets |= {"preset": "style", "rank": 8, "learning_rate": 1e-4 * (1 + 1e-15), "alpha": 4.0, "name": "watercolour"}
     settings = TrainSettings.checked(widgets)
-    assert changed(TrainSettings()) == set()
-    assert changed(settings) == {"preset", "rank", "alpha", "name"}
-    chosen = apply_preset(settings, SD1, Recorder(), changed(settings))
-    expected = load("style", SD1).settings | {"rank": 8, "alpha": 4.0, "name": "watercolour", "preset": "style"}
+    assert changed_settings(TrainSettings()) == set()
+    assert changed_settings(settings) == {"preset", "rank", "alpha", "name"}
+    chosen = apply_preset(settings, SD1, Recorder(), changed_settings(settings))
+    expected = load_preset("style", SD1).settings | {"rank": 8, "alpha": 4.0, "name": "watercolour", "preset": "style"}
     assert chosen == TrainSettings.checked(expected)
 
 
@@ -180,7 +187,7 @@ def test_the_fingerprint_is_that_of_the_values(world: World) -> None:
         return run_fingerprint(world.base, world.subject, (), settings, "fp32")
 
     by_preset = apply_preset(TrainSettings(preset="style", steps=90), world.base.family, Recorder())
-    by_hand = TrainSettings.checked(load("style", SD1).settings | {"steps": 90})
+    by_hand = TrainSettings.checked(load_preset("style", SD1).settings | {"steps": 90})
     assert by_hand.preset == "none"
     assert fingerprint(by_preset) == fingerprint(by_hand) != fingerprint(TrainSettings(steps=90))
 
@@ -199,9 +206,9 @@ def test_train_takes_the_preset_of_the_base_models_family(tiny_checkpoint: Path,
         "rank": COMMON["rank"],
     }
     assert any(note.startswith("Preset style for Stable Diffusion 1.x: ") for note in listener.notes)
-    again = run_train(TrainCommand.checked({**load("style", SD1).settings, **values}), Recorder())
+    again = run_train(TrainCommand.checked({**load_preset("style", SD1).settings, **values}), Recorder())
     assert (again.run, again.started_from) == (first.run, 1)
 
 
 def test_advice_on_class_pictures_is_a_setting_of_theirs() -> None:
-    assert all(set(load(*case).priors) <= set(PriorSettings.model_fields) for case in CASES)
+    assert all(set(load_preset(*case).priors) <= set(PriorSettings.model_fields) for case in CASES)

@@ -20,13 +20,13 @@ from pack.trainer.core.errors import CancelledError, SettingsError, StorageError
 from pack.trainer.core.events import Phase, Preview, Step
 from pack.trainer.data.images import Picture, decode
 from pack.trainer.dreambooth import TrainResult
-from pack.trainer.evaluation.evaluator import Evaluation
+from pack.trainer.evaluation.evaluator import Evaluator
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import GenerationConfig, generate, ready_model
+from pack.trainer.models.sampling import GenerationConfig, generate, build_on_device
 from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.runs.checkpoint import RunFolder
+from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import RecordedListener, read_metrics
 from PIL import Image
 from safetensors.torch import load_file
@@ -117,7 +117,7 @@ class StopAt(Recorder):
         return told >= self.step and self.matches(self.events[-1])
 
 
-def drawing(event: Any) -> bool:
+def config(event: Any) -> bool:
     """The second prompt is being drawn."""
     return bool(event == Phase("preview", 1, 4))
 
@@ -174,7 +174,7 @@ def test_previews_change_nothing_of_what_is_trained(
 
 def drawn_by(base: BaseWeights, run: Path, step: int) -> dict[str, np.ndarray[Any, Any]]:
     """File → what the base draws with the adapter of that step's checkpoint."""
-    model = ready_model(base, torch.device("cpu"), "fp32")
+    model = build_on_device(base, torch.device("cpu"), "fp32")
     adapter = run / f"step-{step:08d}" / "adapter.safetensors"
     if adapter.is_file():
         merge_into(model, read_adapter(adapter), 1.0)
@@ -224,7 +224,7 @@ def test_scores_are_those_of_the_files(shown: dict[str, TrainResult], world: Wor
     assert [(line["step"], "scores" in line) for line in lines] == [
         (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True)
     ]  # fmt: skip
-    judged = Evaluation(
+    judged = Evaluator(
         FeatureExtractors.open(SCORER, "", torch.device("cpu")), world.subject, PROMPTS, "sks", Recorder()
     )
     assert judged.class_prompts == CLASS_PROMPTS
@@ -235,7 +235,7 @@ def test_scores_are_those_of_the_files(shown: dict[str, TrainResult], world: Wor
             return [Picture(path.name, "", str(path), lambda path=path: decode(path.read_bytes())) for path in paths]
 
         assert scores == pytest.approx(
-            judged.mark(kept("subject", step), kept("class", 0), kept("class", step)), abs=1e-5
+            judged.compute_metrics(kept("subject", step), kept("class", 0), kept("class", step)), abs=1e-5
         )
         assert len(scores) == 6
         drift = scores["drift (CLIP)"]

@@ -17,7 +17,7 @@ from helpers import Recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pack.trainer.core.errors import CancelledError, DivergedError, SettingsError, StorageError, TrainerError
-from pack.trainer.core.events import Opened, Preview, Step
+from pack.trainer.core.events import Preview, RunOpened, Step
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.training.runs.index import RunIndex
 from pack.trainer.training.runs.metrics import RecordedListener, last_lines, read_metrics
@@ -146,7 +146,7 @@ def test_the_last_line_is_the_end(error: BaseException | None, end: dict[str, An
             if error:
                 raise error
     except BaseException as caught:
-        assert caught is error  # noqa: PT017 - also None has a course here
+        assert caught is error  # noqa: PT017
     first, *rest = read_metrics(path)
     assert rest == [{"step": 2, **end}]
     RecordedListener(Recorder(), path, 2).close()
@@ -175,7 +175,7 @@ def test_a_run_that_goes_on_drops_its_old_end(runs: Runs, world: World, tmp_path
 
     listener = Looks()
     world.train(tmp_path, listener, seed=1, steps=4, name="stopped")
-    assert listener.events[0] == Opened(shelf.root / runs.stopped, 2, 4)
+    assert listener.events[0] == RunOpened(shelf.root / runs.stopped, 2, 4)
     assert seen == [1] + [0] * (len(seen) - 1)
     assert end_lines(shelf, runs.stopped) == [{"step": 4, "state": "done"}]
     assert shelf.curve(runs.stopped)["steps"] == [1, 2, 3, 4]
@@ -204,12 +204,12 @@ def test_more_steps_than_a_run_began_with_are_wanted_once_they_are_done(
 
 def test_a_run_says_where_it_is_before_anything_else(runs: Runs, world: World) -> None:
     folder = runs.shelf.root / runs.done
-    assert runs.listener.events[0] == Opened(folder, 0, 3)
+    assert runs.listener.events[0] == RunOpened(folder, 0, 3)
     again = Recorder()
     result: TrainResult = world.train(runs.shelf.root.parent, again, **SHOWN)
     assert result.started_from == 3
-    assert again.events[0] == Opened(folder, 3, 3)
-    assert [type(event) for event in again.events].count(Opened) == 1
+    assert again.events[0] == RunOpened(folder, 3, 3)
+    assert [type(event) for event in again.events].count(RunOpened) == 1
 
 
 def test_a_curve_is_what_the_listener_was_told(runs: Runs) -> None:

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from pathlib import Path
 
 from ..models.families.base import Family, Prediction
+from ..settings.sharing import shareable
 from ..settings.train import TrainSettings
 from .kohya import Adapter
 from .layers import Layer
@@ -77,7 +77,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_max_train_steps": settings.steps,
         "ss_learning_rate": settings.learning_rate,
         "ss_unet_lr": settings.learning_rate,
-        "ss_text_encoder_lr": ", ".join(map(str, settings.text_rates.values())) or "0.0",
+        "ss_text_encoder_lr": ", ".join(map(str, settings.text_encoder_rates.values())) or "0.0",
         "ss_optimizer": settings.optimizer_title(settings.weight_decay),
         "ss_lr_scheduler": settings.lr_schedule,
         "ss_lr_warmup_steps": settings.lr_warmup_steps,
@@ -120,16 +120,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "modelspec.prediction_type": {"v_prediction": "v"}.get(facts.prediction.type, facts.prediction.type),
     }
     own = {
-        CONFIG_KEY: json.dumps(
-            _without_places(settings)
-            | {
-                "base_fingerprint": facts.base_fingerprint,
-                "class_prompt": " | ".join(facts.class_pictures),
-                "captions": list(facts.captions),
-            }
-            | ({"processes": facts.processes} if facts.processes > 1 else {}),
-            sort_keys=True,
-        ),
+        CONFIG_KEY: json.dumps(_configuration(settings, facts), sort_keys=True),
         FINGERPRINT_KEY: facts.run_fingerprint,
         FORM_KEY: _form(settings),
     }
@@ -143,6 +134,18 @@ def _shape(settings: TrainSettings, start: Adapter | None) -> tuple[str, int, fl
         return settings.adapter, settings.rank, alpha
     [(rank, alpha)] = [key for key, _ in Counter((one.rank, one.alpha) for one in start.layers.values()).most_common(1)]
     return start.kind.lower(), rank, alpha
+
+
+def _configuration(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:
+    """What a run can be repeated with, but for pictures and models, whose paths are private."""
+    configuration = shareable(settings) | {
+        "base_fingerprint": facts.base_fingerprint,
+        "class_prompt": " | ".join(facts.class_pictures),
+        "captions": list(facts.captions),
+    }
+    if facts.processes > 1:
+        configuration["processes"] = facts.processes
+    return configuration
 
 
 def _network_args(settings: TrainSettings, kind: str) -> dict[str, object]:
@@ -173,12 +176,6 @@ def _form(settings: TrainSettings) -> str:
     if settings.adapter == "full":
         parts += [f"rank {settings.rank}", settings.targets]
     return ", ".join(parts)
-
-
-def _without_places(settings: TrainSettings) -> dict[str, object]:
-    """All settings; of paths only the last part, since the file may be shared."""
-    names = {name: value.name for name, value in settings if isinstance(value, Path)}
-    return settings.model_dump(mode="json") | names
 
 
 def _dataset(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:
@@ -235,7 +232,7 @@ def _tags(captions: Sequence[str]) -> dict[str, int]:
 _SHARED = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
 
 
-def without_run(metadata: Mapping[str, str]) -> dict[str, str]:
+def without_run_keys(metadata: Mapping[str, str]) -> dict[str, str]:
     """Metadata of a changed file, which is no longer the one that a run would find again."""
     return {key: value for key, value in metadata.items() if key not in (FINGERPRINT_KEY, FORM_KEY)}
 
@@ -250,7 +247,7 @@ def derived_metadata(sources: Sequence[Adapter], titles: Sequence[str], layers: 
         layers: The result's layers.
     """
     stated = [source.metadata for source in sources]
-    own = without_run(stated[0]) if len(stated) == 1 else {}
+    own = without_run_keys(stated[0]) if len(stated) == 1 else {}
     shared = {key: next((one[key] for one in stated if one.get(key)), "") for key in _SHARED}
     resolutions = {one["modelspec.resolution"] for one in stated if one.get("modelspec.resolution")}
     phrases = dict.fromkeys(one.get("modelspec.trigger_phrase", "") for one in stated)
@@ -278,7 +275,7 @@ def _now() -> str:
     return datetime.now(timezone.utc).replace(microsecond=0).isoformat()
 
 
-def describe(metadata: Mapping[str, str]) -> dict[str, str]:
+def metadata_summary(metadata: Mapping[str, str]) -> dict[str, str]:
     """The few lines of an adapter's metadata that a person asks for first; only what is there."""
     wanted = {
         "title": ("modelspec.title", "ss_output_name"),

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.kohya import Adapter
-from ..adapters.layers import make_layer
+from ..adapters.layers import DORA_SCALE, make_layer
 from ..adapters.names import canonical_path, modules_by_path, networks
-from ..adapters.peft_layers import DORA_SCALE, PEFT_METHODS, PEFT_NAME, AdapterConfig, start_of
-from ..adapters.targets import Target, choose_targets, fitted_start, targets_of
+from ..adapters.peft_layers import PEFT_ADAPTER_NAME, PEFT_METHODS, AdapterConfig, initial_values
+from ..adapters.targets import Target, choose_targets, fit_start_adapter, targets_of_adapter
 from ..core.errors import AdapterError, SettingsError
 from ..core.seeding import generator
 from ..models.families.base import DiffusionModel
@@ -70,7 +70,7 @@ class TrainableAdapter:
         """
         self._kind = PEFT_METHODS[kind_of(start) if start else settings.adapter]
         self._max_norm = settings.max_norm
-        start = fitted_start(model, start) if start else None
+        start = fit_start_adapter(model, start) if start else None
         targets = planned_targets(model, settings, start)
         modules = modules_by_path(model)  # as they are now; reading a quantised weight makes it anew
         self._inject(model, targets, settings)
@@ -78,16 +78,16 @@ class TrainableAdapter:
         injected = _injected(model)
         for target in targets:
             module = injected[target.component, target.path]
-            parts, base = self._kind.parts(module), modules[target.component, target.path]
+            parts, base = self._kind.parameters(module), modules[target.component, target.path]
             for part, parameter in parts.items():
                 parameter.data = torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
                 source = generator(settings.seed, "start", target.name, part)
                 if not parameter.is_meta:  # as it is while a run is planned
                     with torch.no_grad():
-                        parameter.copy_(start_of(self._kind, part, parameter.shape, base, source))
+                        parameter.copy_(initial_values(self._kind, part, parameter.shape, base, source))
                 parameter.requires_grad_(True)
             self.layers[target.name] = TrainedLayer(target, parts)
-            module.scaling[PEFT_NAME] = _scale(target, parts)
+            module.scaling[PEFT_ADAPTER_NAME] = _scale(target, parts)
         if start:
             self._load(start)
 
@@ -105,7 +105,7 @@ class TrainableAdapter:
                 found = {canonical_path(component, path): path for path, _ in network.named_modules()}
                 pattern = "|".join(re.escape(found[path]) for path in paths)
                 shape = AdapterConfig(f"({pattern})", rank, settings.dropout, settings.lokr_factor)
-                inject_adapter_in_model(self._kind.config(shape), network, adapter_name=PEFT_NAME)
+                inject_adapter_in_model(self._kind.make_config(shape), network, adapter_name=PEFT_ADAPTER_NAME)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Component → its trained parameters, in an order that depends on the modules' names alone."""
@@ -120,7 +120,7 @@ class TrainableAdapter:
 
     def starting_at_zero(self) -> list[nn.Parameter]:
         """The parameters of the parts that begin at zero, so that the model predicts at first as without an adapter."""
-        zero = self._kind.starts_at_zero
+        zero = self._kind.zero_initialized
         return [one for layer in self.layers.values() for part, one in layer.parts.items() if part in zero]
 
     def adapter(self, metadata: Mapping[str, str] | None = None) -> Adapter:
@@ -185,7 +185,7 @@ class TrainableAdapter:
             if layer.target.component not in trained:
                 continue
             factors = {part: parameter for part, parameter in layer.parts.items() if part != DORA_SCALE}
-            norm = self._kind.norm(factors) * _scale(layer.target, factors)
+            norm = self._kind.delta_norm(factors) * _scale(layer.target, factors)
             shrink = (self._max_norm / norm.clamp(min=self._max_norm)) ** (1 / len(factors))
             for parameter in factors.values():
                 parameter.mul_(shrink)
@@ -205,13 +205,13 @@ def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapt
             f"dropout exists for LoRA and DoRA only, and the adapter to start from is a {start.kind}.",
             "Set dropout to 0.",
         )
-    targets = targets_of(model, fitted_start(model, start))
-    for component in {target.component for target in targets} - {"unet"} - set(settings.text_rates):
+    targets = targets_of_adapter(model, fit_start_adapter(model, start))
+    for component in {target.component for target in targets} - {"unet"} - set(settings.text_encoder_rates):
         raise SettingsError(
             f"The adapter to start from has a part for the {component}, and {component}_lr is 0.",
             f"Set {component}_lr, such as 5e-5, so that this part is trained on, too.",
         )
-    for component in set(settings.text_rates) - {target.component for target in targets}:
+    for component in set(settings.text_encoder_rates) - {target.component for target in targets}:
         raise SettingsError(
             f"{component}_lr is set, but the adapter to start from has no part for the {component}.",
             f"Set {component}_lr to 0, or start without an adapter.",

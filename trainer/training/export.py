@@ -1,4 +1,4 @@
-"""The two ends of a run: what it builds upon beside the base model, and what it gives."""
+"""The files that a run gives: an adapter, and in full fine-tuning a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,20 +7,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..adapters.kohya import Adapter, read_adapter, read_header, write_adapter
 from ..adapters.layers import Layer, LoraLayer
 from ..adapters.metadata import FINGERPRINT_KEY, FORM_KEY
-from ..adapters.names import own_names
+from ..adapters.names import canonical_names
 from ..adapters.targets import choose_targets
 from ..core.devices import DTYPES
-from ..core.errors import SettingsError
+from ..core.errors import SettingsError, suggest
 from ..core.files import free_path
-from ..merging.deltas import to_delta, to_layer, total
+from ..merging.deltas import to_delta, to_layer, sum_deltas
 from ..merging.extract import extract_lora
 from ..models.families.base import BaseWeights
-from ..models.single_file import original_state_dict, write_checkpoint
+from ..models.single_file import original_state_dict, write_single_file
 from ..settings.train import TrainSettings
 from .runs.checkpoint import Saved
+from .runs.folder import RunPaths
 
 _SAME = (FINGERPRINT_KEY, FORM_KEY, "ss_steps")
 
@@ -46,8 +50,7 @@ def export(
     stacked: Sequence[tuple[Adapter, float]],
     settings: TrainSettings,
     metadata: Mapping[str, str],
-    output_dir: Path,
-    checkpoints_dir: Path,
+    paths: RunPaths,
 ) -> Exported:
     """Write what was trained; nothing is ever written over, and files of this very run are used again.
 
@@ -57,8 +60,7 @@ def export(
         stacked: The adapters that were applied to the base, for `combine`.
         settings: Name, precision, rank.
         metadata: Of the files.
-        output_dir: Folder of the adapter file.
-        checkpoints_dir: Folder of a checkpoint file.
+        paths: Where they go.
 
     Raises:
         StorageError: A file can't be written.
@@ -66,27 +68,41 @@ def export(
     dtype = DTYPES[settings.save_precision]
     checkpoint = None
     if saved.weights is not None:
-        form = {FORM_KEY: f"{settings.save_precision}, checkpoint"}  # the adapter may lie beside it
-        architecture = {"modelspec.architecture": base.family.architecture(base.prediction)}
-        tensors = original_state_dict(base, saved.weights)
-        path = checkpoints_dir / f"{settings.name}.safetensors"
-        whole = {**metadata, **architecture, **form}
-        checkpoint = _written(path, whole, lambda to: write_checkpoint(to, tensors, whole, dtype))
+        checkpoint = _export_checkpoint(base, saved.weights, settings, metadata, paths, dtype)
         targets = choose_targets(base.family.build(base), settings)
         adapter = extract_lora(base, saved.weights, targets, metadata)
     else:
         assert saved.adapter is not None
         adapter = saved.adapter
     if settings.combine:
-        own = own_names(base.family.build(base))
-        adapter = combined([(_with_names(one, own), strength) for one, strength in [*stacked, (adapter, 1.0)]])
+        names = canonical_names(base.family.build(base))
+        adapters = [*stacked, (adapter, 1.0)]
+        adapter = combined([(_with_names(adapter, names), strength) for adapter, strength in adapters])
         rank = max(layer.rank for layer in adapter.layers.values())
         metadata = {**metadata, "ss_network_dim": str(rank), "ss_network_alpha": str(float(rank))}
     adapter = replace(adapter, metadata=metadata)
-    beside = checkpoint is not None and output_dir == checkpoints_dir
-    wanted = output_dir / f"{settings.name}{'-lora' if beside else ''}.safetensors"
-    path = _written(wanted, metadata, lambda to: write_adapter(to, adapter, dtype))
+    is_beside_checkpoint = checkpoint is not None and paths.output == paths.checkpoint_output
+    suffix = "-lora" if is_beside_checkpoint else ""
+    wanted = paths.output / f"{settings.name}{suffix}.safetensors"
+    path = _written(wanted, metadata, lambda free: write_adapter(free, adapter, dtype))
     return Exported(read_adapter(path), path, checkpoint)
+
+
+def _export_checkpoint(
+    base: BaseWeights,
+    weights: Mapping[str, Tensor],
+    settings: TrainSettings,
+    metadata: Mapping[str, str],
+    paths: RunPaths,
+    dtype: torch.dtype,
+) -> Path:
+    """Write all weights as a single checkpoint file in the original layout."""
+    form = {FORM_KEY: f"{settings.save_precision}, checkpoint"}  # the adapter may lie beside it
+    architecture = {"modelspec.architecture": base.family.architecture(base.prediction)}
+    all_metadata = {**metadata, **architecture, **form}
+    tensors = original_state_dict(base, weights)
+    wanted = paths.checkpoint_output / f"{settings.name}.safetensors"
+    return _written(wanted, all_metadata, lambda free: write_single_file(free, tensors, all_metadata, dtype))
 
 
 def require_combinable(adapter: Adapter) -> None:
@@ -99,7 +115,7 @@ def require_combinable(adapter: Adapter) -> None:
         if not isinstance(layer, LoraLayer) or layer.mid is not None or layer.dora_scale is not None:
             raise SettingsError(
                 f"combine adds adapters up, which is exact for LoRA only; {name} is of the kind {layer.kind}.",
-                "Turn combine off and use both files, or apply a LoRA.",
+                f"Set {suggest('combine', False)} and use both files, or apply a LoRA.",
             )
 
 
@@ -125,7 +141,7 @@ def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 
 def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> Layer:
     shape = max((layer.shape for layer, _ in layers), key=len)  # a 1×1 kernel may be left out in a file
-    return to_layer(total([to_delta(layer, shape).times(strength) for layer, strength in layers]))
+    return to_layer(sum_deltas([to_delta(layer, shape).times(strength) for layer, strength in layers]))
 
 
 def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[Path], None]) -> Path:

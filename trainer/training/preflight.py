@@ -1,14 +1,10 @@
-"""What is checked before anything is made, or before the first step, so that a mistake is told early."""
+"""What is checked before anything is made, or before the first step, so that a mistake is reported early."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import torch
 
-from ..adapters.kohya import Adapter
-from ..core.errors import DivergedError, SettingsError, WeightsError
+from ..core.errors import SettingsError, WeightsError, suggest
 from ..core.events import Listener, Note
 from ..core.files import require_writable
 from ..core.seeding import generator
@@ -16,30 +12,36 @@ from ..data.latent_cache import LatentDataset
 from ..models.families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
 from ..models.families.clip import HEAD
 from ..settings.train import TrainSettings
-from .adapter import planned_targets
+from .adapter import StartingPoint, planned_targets
 from .export import require_combinable
-from .loss import TextConditioning
 from .optimizers import require_optimizer
-from .runs.checkpoint import RunFolder
+from .runs.folder import RunPaths
 from .runs.trackers import require_tracker
+from .text_conditioning import TextConditioning
+from .trainable import evaluating
 
-_ROOM = 50_000_000  # bytes that an adapter and its checkpoints take at the least
-_WRITTEN = 4  # bytes of a trained number in a checkpoint file, at the most
-_PLACES = ((0.9, "epsilon"), (0.9, "epsilon"), (0.3, "v_prediction"), (0.5, "v_prediction"))  # of the timesteps
-_SURELY_NOISE, _NOT_NOISE, _VELOCITY = 0.8, 0.5, 0.4  # cosines
+_ADAPTER_BYTES = 50_000_000  # that an adapter and its checkpoints take at the least
+_BYTES_PER_WEIGHT = 4  # of a trained number in a checkpoint file, at the most
+_EPSILON_FRACTIONS = (0.9, 0.9)  # of the timesteps, at which a model's output is compared with the noise
+_VELOCITY_FRACTIONS = (0.3, 0.5)  # and with the velocity
+_IS_NOISE, _IS_NOT_NOISE, _IS_VELOCITY = 0.8, 0.5, 0.4  # cosines above or below which it counts as such
 
 
 def require_trainable(
     base: BaseWeights,
     settings: TrainSettings,
-    start: Adapter | None,
-    output_dir: Path,
-    runs_dir: Path,
-    stacked: Sequence[tuple[Adapter, float]] = (),
-    checkpoints_dir: Path | None = None,
+    paths: RunPaths,
+    starting_point: StartingPoint,
     device: torch.device | None = None,
 ) -> None:
-    """Check what can be checked at once, so that a mistake is told before class pictures are made, not after.
+    """Check what can be checked at once, so that a mistake is reported before class pictures are made, not after.
+
+    Args:
+        base: The base model.
+        settings: Of the run.
+        paths: Where it writes.
+        starting_point: What it builds upon.
+        device: Where it trains; None: not known yet.
 
     Raises:
         SettingsError: A setting does not fit the model, or the optimiser can't be used.
@@ -48,27 +50,39 @@ def require_trainable(
     """
     if settings.zero_terminal_snr and base.prediction.type != "v_prediction":
         raise SettingsError(
-            "zero_terminal_snr is for models that predict the velocity: from pure noise, its noise says nothing. This "
+            "zero_terminal_snr is for models that predict the velocity: predicting the noise of pure noise teaches nothing. This "
             f"one predicts {base.prediction.type}.",
-            "Turn zero_terminal_snr off.",
+            f"Set {suggest('zero_terminal_snr', False)}.",
         )
     require_tracker(settings.log_with)
     require_optimizer(settings, device)
     if settings.combine:
-        for adapter in [*(one for one, _ in stacked), *([start] if start else [])]:
+        for adapter, _ in starting_point.stacked:
             require_combinable(adapter)
-    planned_targets(base.family.build(base), settings, start)
-    require_writable(output_dir, _ROOM)
-    if settings.adapter != "full":
-        require_writable(runs_dir, _ROOM)
-        return
+        if starting_point.start:
+            require_combinable(starting_point.start)
+    planned_targets(base.family.build(base), settings, starting_point.start)
+    require_writable(paths.output, _ADAPTER_BYTES)
+    if settings.adapter == "full":
+        _require_room_for_full_finetuning(base, settings, paths)
+    else:
+        require_writable(paths.runs, _ADAPTER_BYTES)
+
+
+def _require_room_for_full_finetuning(base: BaseWeights, settings: TrainSettings, paths: RunPaths) -> None:
+    """Check the room for checkpoints of all weights, and that a checkpoint file can hold the model.
+
+    Raises:
+        SettingsError: A checkpoint file can't tell how the model computes.
+        StorageError: A folder can't be written, or its disk is full.
+    """
     _require_usual_heads(base)
-    parts = [base.unet, *base.text_encoders]
-    numbers = sum(tensor.numel() for part in parts for tensor in part.tensors.values())
-    made = settings.steps // settings.checkpoint_every + 1 if settings.checkpoint_every else 1
-    state = _WRITTEN * (2 if settings.averages else 1) + settings.optimizer_class.bytes_per_number
-    require_writable(runs_dir, int(state * numbers) * min(made, settings.keep_checkpoints + 1))
-    require_writable(checkpoints_dir or output_dir, _WRITTEN * numbers)
+    weights = sum(tensor.numel() for part in (base.unet, *base.text_encoders) for tensor in part.tensors.values())
+    checkpoints = settings.steps // settings.checkpoint_every + 1 if settings.checkpoint_every else 1
+    copies = 2 if settings.averages else 1
+    bytes_per_weight = _BYTES_PER_WEIGHT * copies + settings.optimizer_class.bytes_per_number
+    require_writable(paths.runs, int(bytes_per_weight * weights) * min(checkpoints, settings.keep_checkpoints + 1))
+    require_writable(paths.checkpoint_output, _BYTES_PER_WEIGHT * weights)
 
 
 def _require_usual_heads(base: BaseWeights) -> None:
@@ -78,14 +92,16 @@ def _require_usual_heads(base: BaseWeights) -> None:
         SettingsError: The UNet or a text encoder has another number than every model of the family.
     """
     usual = base.family.complete(base.unet.config)["attention_head_dim"]
-    wrong = base.unet.config.get("attention_head_dim") != usual or any(
-        part.config["num_attention_heads"] != max(1, part.config["hidden_size"] // HEAD) for part in base.text_encoders
+    is_unet_unusual = base.unet.config.get("attention_head_dim") != usual
+    is_encoder_unusual = any(
+        encoder.config["num_attention_heads"] != max(1, encoder.config["hidden_size"] // HEAD)
+        for encoder in base.text_encoders
     )
-    if wrong:
+    if is_unet_unusual or is_encoder_unusual:
         raise SettingsError(
             f"The base model has another number of attention heads than {base.family.title}; a checkpoint file "
             "can't tell it, so the tuned model would compute otherwise.",
-            "Train an adapter (lora) instead of adapter 'full'.",
+            f"Train an adapter instead: {suggest('adapter', 'lora')}.",
         )
 
 
@@ -93,78 +109,77 @@ def _require_usual_heads(base: BaseWeights) -> None:
 def require_prediction_type(
     model: DiffusionModel,
     latents: LatentDataset,
-    captions: TextConditioning,
+    text: TextConditioning,
     prediction: Prediction,
-    device: torch.device,
     dtype: torch.dtype,
     listener: Listener,
 ) -> None:
-    """Ask the base model itself what it predicts.
+    """Let the base model itself show what it predicts.
 
     A model trained as what it is not learns noise, without an error. So its output for noisy pictures of the subject
     is compared with the noise, late in the schedule, and with the velocity, early. At 0.9 of the timesteps the output
     of an epsilon model has a cosine of 0.99 with the noise, that of a velocity model below 0.4; at 0.3 to 0.5 the
-    output of a velocity model has one of 0.65 or more with the velocity, that of random weights below 0.2. Between
-    lies doubt, which lets the run begin.
+    output of a velocity model has one of 0.65 or more with the velocity, that of random weights below 0.2. In between
+    the run begins.
+
+    Args:
+        model: The base, on the device where it trains.
+        latents: The subject's.
+        text: Conditioning on the captions.
+        prediction: What the model is about to be trained for.
+        dtype: Type of the denoiser's input.
+        listener: Gets a warning where the user chose the type.
 
     Raises:
         WeightsError: The model predicts the other type, and the user did not choose this one.
     """
-    for network in (model.unet, *model.text_encoders.values()):
-        network.eval()  # no dropout
-    velocity = model.objective.as_type("v_prediction").to(device)
     likeness: dict[str, list[float]] = {"epsilon": [], "v_prediction": []}
-    for number, (place, kind) in enumerate(_PLACES):
-        picture = number % len(latents)
-        clean = latents.mean[picture][:1].to(device)
-        noise = torch.randn(clean.shape, generator=generator("prediction type", number)).to(device)
-        timesteps = torch.tensor([int(place * velocity.timesteps)], device=device)
-        noisy = velocity.add_noise(clean, noise, timesteps)
-        told = captions.conditioning(latents.captions[picture][:1].to(device))
-        conditioning = told | {"size": latents.size[picture][None].to(device)}
-        output = model.predict(noisy.to(dtype), timesteps, conditioning).float()
-        wanted = velocity.target(velocity.alphas_cumprod, clean, noise, timesteps) if kind == "v_prediction" else noise
-        likeness[kind].append(float(torch.cosine_similarity(output.flatten(), wanted.flatten(), dim=0)))
-    noise_like, velocity_like = (sum(found) / len(found) for found in likeness.values())
+    fractions = [("epsilon", fraction) for fraction in _EPSILON_FRACTIONS]
+    fractions += [("v_prediction", fraction) for fraction in _VELOCITY_FRACTIONS]
+    with evaluating(model):  # no dropout
+        for number, (prediction_type, fraction) in enumerate(fractions):
+            cosine = _likeness(model, latents, text, dtype, number, prediction_type, fraction)
+            likeness[prediction_type].append(cosine)
+    noise_like, velocity_like = (sum(cosines) / len(cosines) for cosines in likeness.values())
     if prediction.type == "v_prediction":
-        other, wrong = "epsilon", noise_like > _SURELY_NOISE
+        other = "epsilon"
+        is_other = noise_like > _IS_NOISE
     else:
-        other, wrong = "v_prediction", noise_like < _NOT_NOISE and velocity_like > _VELOCITY
-    if not wrong:
+        other = "v_prediction"
+        is_other = noise_like < _IS_NOT_NOISE and velocity_like > _IS_VELOCITY
+    if not is_other:
         return
-    found = (
-        f"The base model would be trained as {prediction.type} (so says {prediction.source}), but it predicts {other}: "
-        f"its output is like the noise by {noise_like:.2f} and like the velocity by {velocity_like:.2f}."
+    problem = (
+        f"The base model would be trained as {prediction.type} (according to {prediction.source}), but it predicts "
+        f"{other}: its output is like the noise by {noise_like:.2f} and like the velocity by {velocity_like:.2f}."
     )
     if prediction.source == CHOSEN:
-        listener.report(Note(found, warning=True))
+        listener.report(Note(problem, warning=True))
         return
-    raise WeightsError(
-        found,
-        f"Set --prediction-type {other}; in ComfyUI put a ModelSamplingDiscrete node before the training "
-        f"({'eps' if other == 'epsilon' else other}).",
-    )
+    raise WeightsError(problem, f"Set {suggest('prediction_type', other)}.")
 
 
-def diverged(loss: float, step: int, rate: float, precision: str, run: RunFolder) -> DivergedError:
-    """What to say of a loss that is no finite number.
-
-    Args:
-        loss: The loss.
-        step: At which it came.
-        rate: Peak learning rate.
-        precision: Of the run.
-        run: Its folder.
-    """
-    if step == 1:
-        return DivergedError(
-            f"The base model itself gives a loss of {loss} before anything was learned.",
-            "Choose another precision (fp32 or bf16), another VAE or another checkpoint.",
-        )
-    safer = " or choose precision bf16 or fp32" if precision == "fp16" else ""
-    kept = [one for one in run.steps() if one < step]
-    rest = f"The adapter of step {kept[-1]} is kept in {run.path}." if kept else "Nothing was saved yet."
-    return DivergedError(
-        f"The loss became {loss} at step {step}; the run was stopped.",
-        f"Lower learning_rate (it was {rate:g}){safer}. {rest}",
-    )
+def _likeness(
+    model: DiffusionModel,
+    latents: LatentDataset,
+    text: TextConditioning,
+    dtype: torch.dtype,
+    number: int,
+    prediction_type: str,
+    timestep_fraction: float,
+) -> float:
+    """Cosine of the model's output, at a fraction of the timesteps, with what that prediction type would be."""
+    velocity = model.objective.with_prediction_type("v_prediction")
+    device = velocity.alphas_cumprod.device
+    picture = number % len(latents)
+    clean = latents.mean[picture][:1].to(device)
+    noise = torch.randn(clean.shape, generator=generator("prediction type", number)).to(device)
+    timesteps = torch.tensor([int(timestep_fraction * velocity.timesteps)], device=device)
+    noisy = velocity.add_noise(clean, noise, timesteps)
+    conditioning = text.rows(latents.captions[picture][:1].to(device))
+    conditioning["size"] = latents.size[picture][None].to(device)
+    output = model.predict(noisy.to(dtype), timesteps, conditioning).float()
+    target = noise
+    if prediction_type == "v_prediction":
+        target = velocity.target(velocity.alphas_cumprod, clean, noise, timesteps)
+    return float(torch.cosine_similarity(output.flatten(), target.flatten(), dim=0))

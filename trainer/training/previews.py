@@ -1,4 +1,4 @@
-"""Previews of a run: pictures drawn with the weights that are being trained, scored, and when to stop by them."""
+"""Previews of a run: pictures generated with the weights that are being trained, scored, and when to stop by them."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from ..core.prompts import split_prompts
 from ..data.image_cache import ImageCache, as_png, generated_picture
 from ..data.images import Picture
 from ..data.latent_cache import encode_captions
-from ..evaluation.evaluator import Evaluation, peak, stalled
+from ..evaluation.evaluator import Evaluator, best_step, early_stop_step
 from ..evaluation.feature_extractors import FeatureExtractors
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel
 from ..models.sampling import GenerationConfig, decode_latents, generate, generate_latents
 from ..settings.train import TrainSettings
-from .runs.checkpoint import RunFolder
-from .runs.metrics import preview_scores
+from .runs.checkpoint import Course
+from .runs.folder import RunFolder
+from .trainable import evaluating
 
 
 class Previews:
-    """What is drawn every `preview_every` steps, before the first and after the last one."""
+    """What is generated every `preview_every` steps, before the first step and after the last one."""
 
     def __init__(
         self,
@@ -34,160 +35,197 @@ class Previews:
         run: RunFolder,
         device: torch.device,
     ) -> None:
-        """Take what is drawn and where; no model is opened yet."""
-        self._base, self._subject, self._settings, self._run, self._device = base, subject, settings, run, device
+        """Take what is generated and where it goes; no model is opened yet."""
+        self._base = base
+        self._subject = subject
+        self._settings = settings
+        self._run = run
+        self._device = device
         self._prompts = split_prompts(settings.preview_prompts) or [subject[0].caption]
-        self._texts = ["", *self._prompts]
+        self._class_prompts: list[str] = []
         self._config = GenerationConfig(
             width=settings.resolution,
             height=settings.resolution,
             steps=settings.preview_steps,
             guidance=settings.preview_guidance,
         )
-        self._evaluation: Evaluation | None = None
+        self._evaluation: Evaluator | None = None
         self._encoded: Conditioning = {}
-        self._first = 0  # row of the first of them among the run's captions
+        self._first_row = 0  # of the previews' prompts among the run's captions; it is the empty prompt
 
     def encode(self, model: DiffusionModel, trained: Collection[str], listener: Listener) -> None:
-        """Encode the prompts by those text encoders that are not trained, while they are there; open the judges.
+        """Encode the prompts by the text encoders that are not trained, while they are there; open what scores.
 
         Raises:
-            WeightsError: A model that judges can't be opened.
+            WeightsError: A model that scores can't be opened.
             SettingsError: A prompt does not hold the rare word, so that its class can't be named.
         """
         settings = self._settings
         if not settings.preview_every:
             return
         if settings.score_clip or settings.score_dino:
-            judges = FeatureExtractors.open(settings.score_clip, settings.score_dino, torch.device("cpu"))
-            self._evaluation = Evaluation(judges, self._subject, self._prompts, settings.token, listener)
-            self._texts += self._evaluation.class_prompts
-        self._encoded = encode_captions(model, self._texts, self._device, trained)
+            extractors = FeatureExtractors.open(settings.score_clip, settings.score_dino, torch.device("cpu"))
+            self._evaluation = Evaluator(extractors, self._subject, self._prompts, settings.token, listener)
+            self._class_prompts = list(self._evaluation.class_prompts)
+        texts = ["", *self._prompts, *self._class_prompts]
+        self._encoded = encode_captions(model, texts, self._device, trained)
 
     def joined(self, text: Conditioning) -> Conditioning:
         """The run's captions, and after them the prompts of the previews; a row each."""
-        self._first = len(next(iter(text.values())))
-        return {name: torch.cat([rows, self._encoded[name]]) for name, rows in text.items()} if self._encoded else text
+        self._first_row = len(next(iter(text.values())))
+        if not self._encoded:
+            return text
+        return {name: torch.cat([rows, self._encoded[name]]) for name, rows in text.items()}
 
     def wanted(self, step: int) -> bool:
-        """Whether previews of this step are wanted; the same in all processes, whatever the first has drawn by now."""
+        """Whether the settings ask for previews of this step; the same in all processes."""
         every = self._settings.preview_every
         return bool(every) and (step % every == 0 or step == self._settings.steps)
 
-    def due(self, step: int) -> bool:
-        """Whether previews of this step are wanted and not there yet."""
-        return self.wanted(step) and step not in preview_scores(self._run.metrics_path)
+    def due(self, step: int, course: Course) -> bool:
+        """Whether previews of this step are wanted and were not generated before."""
+        return self.wanted(step) and step not in course.scores
 
-    def make(
-        self, step: int, model: DiffusionModel, said: Callable[[Tensor], Conditioning], listener: Listener
-    ) -> None:
-        """Draw, score and tell.
+    def generate(
+        self, step: int, model: DiffusionModel, conditioning: Callable[[Tensor], Conditioning], listener: Listener
+    ) -> dict[str, float]:
+        """Generate the previews of a step, score and report them.
 
         Args:
             step: Steps completed.
-            model: Its denoiser and text encoders as they are trained; they are left in evaluation mode.
-            said: Rows of `joined` → conditioning, one row each.
-            listener: Told of the progress and of the previews; may stop the work.
+            model: Its denoiser and text encoders as they are trained.
+            conditioning: Rows of `joined` → conditioning, one row each.
+            listener: Gets the progress and the previews; may stop the work.
+
+        Returns:
+            Metric → value; empty without models that score.
 
         Raises:
             CancelledError: The listener asked to stop.
-            OutOfMemoryError: The memory does not suffice.
+            OutOfMemoryError: The device ran out of memory.
         """
-        for network in (model.unet, *model.text_encoders.values()):
-            network.eval()
-        with explained_memory_errors("the resolution, or set preview_every to 0"):
-            decoder = self._base.family.build(self._base)
-            decoder.objective = model.objective  # the run's schedule, which may be rescaled
-            to_device(decoder.vae, self._device, torch.float32)
-            drawn = []
-            for row in range(1, len(self._texts)):
-                listener.report(Phase("preview", row - 1, len(self._texts) - 1))
+        total = len(self._prompts) + len(self._class_prompts)
+        pictures: list[Picture] = []
+        class_pictures: list[Picture] = []
+        with explained_memory_errors("the resolution, or set preview_every to 0"), evaluating(model):
+            base = self._base.family.build(self._base)
+            base.objective = model.objective  # the run's schedule, which may be rescaled
+            to_device(base.vae, self._device, torch.float32)
+            for number in range(total):
+                listener.report(Phase("preview", number, total))
                 stop_if_asked(listener, step, self._settings.steps)
-                drawn.append(self._draw(step, row, model, decoder, said, listener))
-            pictures = [one for row in drawn[: len(self._prompts)] for one in row]
-            plain = [one for row in drawn[len(self._prompts) :] for one in row]
-            before = self._before(step, plain, decoder, next(model.unet.parameters()).dtype, listener)
-            del decoder
+                of_subject = number < len(self._prompts)
+                generated = self._generate_prompt(step, number, model, base, conditioning, listener)
+                (pictures if of_subject else class_pictures).extend(generated)
+            dtype = next(model.unet.parameters()).dtype
+            base_class_pictures = self._class_pictures_of_base(step, class_pictures, base, dtype, listener)
+            del base
         release(self._device)
-        listener.report(Phase("preview", len(drawn), len(drawn)))
-        scores = self._evaluation.mark(pictures, before, plain) if self._evaluation else {}
+        listener.report(Phase("preview", total, total))
+        scores: dict[str, float] = {}
+        if self._evaluation:
+            scores = self._evaluation.compute_metrics(pictures, base_class_pictures, class_pictures)
         folder = self._run.preview_path(step)
-        listener.report(Preview(step, [(folder / one.name, one.caption) for one in pictures], scores))
+        listener.report(Preview(step, [(folder / picture.name, picture.caption) for picture in pictures], scores))
+        return scores
 
-    def _draw(
+    def _generate_prompt(
         self,
         step: int,
-        row: int,
+        number: int,
         model: DiffusionModel,
-        decoder: DiffusionModel,
-        said: Callable[[Tensor], Conditioning],
+        base: DiffusionModel,
+        conditioning: Callable[[Tensor], Conditioning],
         listener: Listener,
     ) -> list[Picture]:
-        """The pictures of one prompt, one at a time to save memory; written beside the checkpoints."""
-        settings, found = self._settings, []
-        kind = "subject" if row <= len(self._prompts) else "class"
-        number = (row - 1) % len(self._prompts)
-        for index in range(settings.preview_count):
+        """The pictures of one prompt, one at a time to save memory; written beside the checkpoints.
+
+        Args:
+            step: Steps completed.
+            number: Of the prompt, from 0: first those of the subject, then those of its class.
+            model: What is trained.
+            base: Its autoencoder decodes.
+            conditioning: Rows of `joined` → conditioning.
+            listener: May stop the work.
+        """
+        of_subject = number < len(self._prompts)
+        kind = "subject" if of_subject else "class"
+        number_of_kind = number if of_subject else number - len(self._prompts)
+        prompt = [*self._prompts, *self._class_prompts][number]
+        prompt_row = torch.tensor([self._first_row + 1 + number], device=self._device)
+        empty_row = torch.tensor([self._first_row], device=self._device)
+        pictures = []
+        for index in range(self._settings.preview_count):
             with torch.no_grad():
                 latents = generate_latents(
                     model,
-                    decoder.vae,
-                    said(torch.tensor([self._first + row], device=self._device)),
-                    said(torch.tensor([self._first], device=self._device)),
-                    [settings.preview_seed + index],
-                    self._config,
-                    listener,
+                    base.vae,
+                    prompt=conditioning(prompt_row),
+                    negative=conditioning(empty_row),
+                    seeds=[self._settings.preview_seed + index],
+                    config=self._config,
+                    listener=listener,
                 )
-                [image] = decode_latents(decoder.vae, latents)
-            name = f"{kind}-{number:02d}-{index:02d}.png"
+                [image] = decode_latents(base.vae, latents)
+            name = f"{kind}-{number_of_kind:02d}-{index:02d}.png"
             write_atomic(self._run.preview_path(step) / name, as_png(image))
-            found.append(generated_picture(name, self._texts[row], image))
-        return found
+            pictures.append(generated_picture(name, prompt, image))
+        return pictures
 
-    def _before(
-        self, step: int, plain: Sequence[Picture], base: DiffusionModel, dtype: torch.dtype, listener: Listener
+    def _class_pictures_of_base(
+        self,
+        step: int,
+        class_pictures: Sequence[Picture],
+        base: DiffusionModel,
+        dtype: torch.dtype,
+        listener: Listener,
     ) -> list[Picture]:
-        """The class pictures of the base itself: those of step 0; drawn now if previews were others then, or none."""
-        settings, found = self._settings, []
-        how = settings.model_dump(include={"resolution", "preview_steps", "preview_guidance", "preview_seed"})
-        for number, one in enumerate(plain):
+        """The base's own class pictures from the same noise: those of step 0, or generated now if these were others."""
+        settings = self._settings
+        key = settings.model_dump(include={"resolution", "preview_steps", "preview_guidance", "preview_seed"})
+        pictures = []
+        for number, picture in enumerate(class_pictures):
             index = number % settings.preview_count
-            gallery, name = (
-                ImageCache(self._run.path / "previews" / "base", how | {"prompt": one.caption}),
-                f"{index}.png",
-            )
+            name = f"{index}.png"
+            cache = ImageCache(self._run.base_preview_path, key | {"prompt": picture.caption})
             if step == 0:
-                gallery.put(name, one.open())
-            elif not gallery.has(name):
+                cache.save(name, picture.open())
+            elif not cache.has(name):
                 to_device(base.unet, self._device, dtype)
                 for encoder in base.text_encoders.values():
                     to_device(encoder, self._device, torch.float32)
                 [image] = generate(
                     base,
-                    one.caption,
-                    [settings.preview_seed + index],
-                    self._config,
-                    listener,
+                    prompt=picture.caption,
+                    seeds=[settings.preview_seed + index],
+                    config=self._config,
+                    listener=listener,
                 )
-                gallery.put(name, image)
-            found.append(gallery.picture(name, one.caption))
-        return found
+                cache.save(name, image)
+            pictures.append(cache.load(name, picture.caption))
+        return pictures
 
-    def finished_at(self) -> int | None:
+    def finished_at(self, course: Course) -> int | None:
         """Step whose weights the run gives, if no step and no preview is left to be made; else None."""
-        best, steps = self.stopped_at(), self._settings.steps
-        return steps if best is None and steps in self._run.steps() and not self.due(steps) else best
+        steps = self._settings.steps
+        stopped_at = self.stopped_at(course)
+        if stopped_at is None and steps in self._run.steps() and not self.due(steps, course):
+            return steps
+        return stopped_at
 
-    def stopped_at(self) -> int | None:
+    def stopped_at(self, course: Course) -> int | None:
         """Step of the best preview if, by the scores so far, the run should stop; else None."""
         patience = self._settings.early_stop
-        best = stalled(self._scores(), patience) if patience else None
-        return best if best is None or self._run.has(best) else None
+        if not patience:
+            return None
+        best = early_stop_step(self._scores(course), patience)
+        return best if best is not None and self._run.has(best) else None
 
-    def best(self) -> int:
+    def best(self, course: Course) -> int:
         """Step of the preview that shows the subject best so far; 0 if the run can't stop early."""
-        return peak(self._scores()) if self._settings.early_stop else 0
+        return best_step(self._scores(course)) if self._settings.early_stop else 0
 
-    def _scores(self) -> dict[int, dict[str, float]]:
-        scores = preview_scores(self._run.metrics_path)
-        return {step: found for step, found in scores.items() if found and step <= self._settings.steps}
+    def _scores(self, course: Course) -> dict[int, dict[str, float]]:
+        """The scored previews up to the run's length, which may be shorter than what was trained before."""
+        steps = self._settings.steps
+        return {step: metrics for step, metrics in course.scores.items() if metrics and step <= steps}

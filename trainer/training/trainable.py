@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
@@ -29,7 +30,7 @@ class Trainable(Protocol):
         """All trained parameters."""
 
     def starting_at_zero(self) -> list[nn.Parameter]:
-        """Those of an adapter's parts that begin at zero, which LoRA+ trains faster."""
+        """The parameters of an adapter that start at zero, to which LoRA+ gives a higher learning rate."""
 
     def saved(self, metadata: Mapping[str, str]) -> Saved:
         """A copy of the current state, for a checkpoint."""
@@ -62,11 +63,24 @@ def make_trainable(
     """
     full = settings.adapter == "full"
     for component, network in networks(model).items():
-        if component == UNET or component in settings.text_rates:
+        if component == UNET or component in settings.text_encoder_rates:
             if component == UNET and settings.base_quantization == "nf4":
                 quantize(network, device, dtype)
             to_device(network, device, torch.float32 if full else dtype)
     return FullFinetune(model, settings) if full else TrainableAdapter(model, settings, start)
+
+
+@contextlib.contextmanager
+def evaluating(model: DiffusionModel) -> Iterator[None]:
+    """Put denoiser and text encoders into evaluation mode inside the block, and back into their own mode after it."""
+    modes = [(network, network.training) for network in networks(model).values()]
+    for network, _ in modes:
+        network.eval()
+    try:
+        yield
+    finally:
+        for network, training in modes:
+            network.train(training)
 
 
 class FullFinetune:
@@ -75,7 +89,9 @@ class FullFinetune:
     def __init__(self, model: DiffusionModel, settings: TrainSettings) -> None:
         """Replace the borrowed parameters of a built model by copies and make them trainable."""
         self._networks = {
-            name: network for name, network in networks(model).items() if name == UNET or name in settings.text_rates
+            name: network
+            for name, network in networks(model).items()
+            if name == UNET or name in settings.text_encoder_rates
         }
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.float32, copy=True)

@@ -18,7 +18,7 @@ from ...core.errors import OutOfMemoryError
 from ...core.events import Listener, Note
 from ...models.families.base import BaseWeights
 from ...settings.train import TrainSettings
-from ..runs.checkpoint import RunFolder
+from ..runs.folder import RunFolder
 from .plan import GB, MemoryNeed, Plan, Planner, lent_bytes, make_plan, memory_savings, remedies
 
 ResultT = TypeVar("ResultT", covariant=True)
@@ -39,88 +39,108 @@ class MemoryBudget:
 
     Attributes:
         device: Where the run trains.
-        team: The processes of the run.
+        processes: The processes of the run.
         folder: The run's folder, once it is opened; a second try goes on in it.
     """
 
-    def __init__(self, settings: TrainSettings, device: torch.device, team: ProcessGroup | None = None) -> None:
-        """Begin with everything as set."""
-        self.device, self.team = device, team or ProcessGroup()
+    def __init__(self, settings: TrainSettings, device: torch.device, processes: ProcessGroup | None = None) -> None:
+        """Start with everything as the user set it."""
+        self.device = device
+        self.processes = processes or ProcessGroup()
         self.folder: RunFolder | None = None
-        self._settings = settings
-        self._ways, self._way = memory_savings(settings), 0
+        self._requested = settings
+        self._options = memory_savings(settings)  # fastest first
+        self._chosen = 0  # index of the option in use
         self._need: MemoryNeed | None = None
-        self._tried_again = False
+        self._is_second_try = False
 
-    def settings(
+    def effective_settings(
         self, base: BaseWeights, start: Adapter | None, priors: bool, precision: str, listener: Listener
     ) -> TrainSettings:
-        """The settings to compute with; plans them on a CUDA device, unless the setting fit is off.
+        """The settings to compute with; planned on a CUDA device, unless the setting `fit` is off.
 
         Args:
             base: The base model.
             start: An adapter to go on from.
             priors: Whether there are class pictures.
             precision: "fp32", "bf16" or "fp16".
-            listener: Told what is chosen.
+            listener: Gets a note of what is chosen.
         """
-        settings = self._settings
-        if settings.fit == "auto" and self.device.type == "cuda" and not self._tried_again:
-            memory = free_memory(self.device) + lent_bytes(base, settings, precision, self.device)
-            try:
-                plan = make_plan(Planner(base, settings, precision, start, priors), settings, memory)
-                self._way, self._need = self._ways.index(plan.chosen.lean), plan.chosen.need
-                listener.report(told(plan, settings))
-            except (NotImplementedError, RuntimeError, TypeError, AttributeError) as error:
-                text = f"The memory could not be planned ({error}), so everything stays as it is set."
-                listener.report(Note(text, warning=True))
-        self._way = self.team.largest(self._way, self.device)  # all must share the samples alike
-        return self._ways[self._way].applied(settings)
+        if self._requested.fit == "auto" and self.device.type == "cuda" and not self._is_second_try:
+            self._plan(base, start, priors, precision, listener)
+        self._chosen = self.processes.largest(self._chosen, self.device)  # all must share the samples alike
+        return self._options[self._chosen].applied(self._requested)
 
-    def tell_peak(self, listener: Listener) -> None:
-        """Say what a planned run really took, beside the plan."""
-        if self._need is not None and not self._tried_again:
-            used, planned = used_memory(self.device) / GB, self._need.peak / GB
-            listener.report(Note(f"Tensors took up to {used:.1f} GB of the GPU; {planned:.1f} GB were planned."))
+    def _plan(self, base: BaseWeights, start: Adapter | None, priors: bool, precision: str, listener: Listener) -> None:
+        """Choose the fastest option that fits into the memory that is free."""
+        settings = self._requested
+        memory = free_memory(self.device) + lent_bytes(base, settings, precision, self.device)
+        try:
+            plan = make_plan(Planner(base, settings, precision, start, priors), settings, memory)
+        except RuntimeError as error:  # torch's own: an operation can't be computed without values
+            text = f"The memory could not be planned ({error}), so everything stays as it is set."
+            listener.report(Note(text, warning=True))
+            return
+        self._chosen = self._options.index(plan.chosen.saving)
+        self._need = plan.chosen.need
+        listener.report(plan_note(plan, settings))
 
-    def attempt(self, make: Callable[[], Recipe[ResultT]], listener: Listener) -> ResultT:
-        """Run; if the memory runs out, free everything and go on once from the newest checkpoint with less.
+    def report_peak(self, listener: Listener) -> None:
+        """Report what a planned run really took, beside the plan."""
+        if self._need is None or self._is_second_try:
+            return
+        used = used_memory(self.device) / GB
+        planned = self._need.peak / GB
+        listener.report(Note(f"Tensors took up to {used:.1f} GB of the GPU; {planned:.1f} GB were planned."))
+
+    def attempt(self, make_recipe: Callable[[], Recipe[ResultT]], listener: Listener) -> ResultT:
+        """Run; if memory runs out, free everything and go on once from the newest checkpoint with less.
 
         Args:
-            make: Makes the run anew around this object.
-            listener: Told of the second try.
+            make_recipe: Makes the run around this object.
+            listener: Gets a note of the second try.
 
         Raises:
-            OutOfMemoryError: The memory ran out a second time, or there is nothing left to save.
+            OutOfMemoryError: Memory ran out a second time, or there is nothing left to save.
         """
         while True:
-            recipe = make()
+            recipe = make_recipe()
             try:
                 return recipe.run()
             except OutOfMemoryError:
-                hopeless = self._tried_again or self._way + 1 >= len(self._ways)
-                if hopeless or self._settings.fit == "off" or self.team.count > 1:  # the others would wait for ever
+                if not self._may_try_again():
                     raise
             finally:
                 recipe.clean_up()
             del recipe
-            self._tried_again, self._way = True, self._way + 1
-            step = self.folder.newest(self._settings.steps) if self.folder else 0
-            where = f"from step {step}" if step else "from the start"
-            what = self._ways[self._way].described(self._settings)
-            listener.report(Note(f"The memory did not suffice. Going on {where} with {what}.", warning=True))
+            self._is_second_try = True
+            self._chosen += 1
+            step = self.folder.newest(self._requested.steps) if self.folder else 0
+            origin = f"from step {step}" if step else "from the start"
+            change = self._options[self._chosen].described(self._requested)
+            listener.report(Note(f"Out of memory. Going on {origin} with {change}.", warning=True))
+
+    def _may_try_again(self) -> bool:
+        """Whether there is an option that takes less; several processes would wait for each other for ever."""
+        has_smaller_option = self._chosen + 1 < len(self._options)
+        allowed = self._requested.fit != "off" and self.processes.count == 1
+        return allowed and has_smaller_option and not self._is_second_try
 
 
-def told(plan: Plan, settings: TrainSettings) -> Note:
-    """What a plan says to the user."""
-    lean, need, free = plan.chosen.lean, plan.chosen.need.total / GB, plan.memory / GB
-    what = lean.described(settings)
+def plan_note(plan: Plan, settings: TrainSettings) -> Note:
+    """What the user should know of a plan."""
+    saving = plan.chosen.saving
+    need = plan.chosen.need.total / GB
+    free = plan.memory / GB
     if not plan.fits:
-        even = f", even with {what}" if what else ""
-        text = f"This training needs about {need:.1f} GB, and {free:.1f} GB are free{even}. {remedies(settings)}."
+        changes = saving.described(settings)
+        even_with = f", even with {changes}" if changes else ""
+        text = f"This training needs about {need:.1f} GB, and {free:.1f} GB are free{even_with}. {remedies(settings)}."
         return Note(text, warning=True)
-    on = ["gradient checkpointing is turned on"] if lean.checkpointing and not settings.gradient_checkpointing else []
-    if lean.split > 1:
-        on.append(f"a batch of {settings.batch_size} is computed in {lean.split} parts")
-    facts = f"This training needs about {need:.1f} GB of the {free:.1f} GB that are free"
-    return Note(f"{facts}{': ' if on else ''}{', and '.join(on)}.")
+    changed = []
+    if saving.checkpointing and not settings.gradient_checkpointing:
+        changed.append("gradient checkpointing is turned on")
+    if saving.split > 1:
+        changed.append(f"a batch of {settings.batch_size} is computed in {saving.split} parts")
+    text = f"This training needs about {need:.1f} GB of the {free:.1f} GB that are free"
+    return Note(f"{text}: {', and '.join(changed)}." if changed else f"{text}.")

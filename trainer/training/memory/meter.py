@@ -1,7 +1,8 @@
-"""What a computation holds in memory at its peak, found without memory: tensors on the meta device, counted alive.
+"""The peak memory of a computation, measured without that memory: by counting the live tensors on the meta device.
 
 A network on the meta device runs forward and backward with shapes alone. `LiveBytes` counts the storages that are
-alive; `AsOnCuda` makes the computation the one that a CUDA device does, with autocast and a fused kernel for attention.
+alive; `CudaEmulation` makes the computation the one that a CUDA device does, with autocast and a fused kernel for
+attention.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 # torch's lists of operations under CUDA's autocast, as far as networks here use them:
 # https://pytorch.org/docs/stable/amp.html#cuda-ops-that-can-autocast-to-float16
-_LOWER = {
+_AUTOCAST_TO_LOWER = {
     F.linear,
     torch.conv1d,
     torch.conv2d,
@@ -35,7 +36,7 @@ _LOWER = {
     torch.addmm,
     torch.einsum,
 }
-_FULL = {
+_AUTOCAST_TO_FLOAT32 = {
     F.layer_norm,
     F.group_norm,
     F.softmax,
@@ -53,77 +54,86 @@ _FULL = {
 
 
 class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all storages that operations inside the `with` block make, while they are alive.
+    """Counts the bytes of all storages that operations inside the `with` block allocate, while they are alive.
 
     Attributes:
-        now: Bytes that are alive.
+        current: Bytes that are alive now.
         peak: The most that were alive at once.
     """
 
     def __init__(
         self,
         device: str = "meta",
-        known: Iterable[Tensor] = (),
-        granule: int = 1,
-        seen: dict[Hashable, Any] | None = None,
+        exclude: Iterable[Tensor] = (),
+        block_size: int = 1,
+        result_cache: dict[Hashable, Any] | None = None,
     ) -> None:
-        """Begin at zero.
+        """Start at zero.
 
         Args:
             device: Type of the device whose tensors count.
-            known: Tensors that are counted elsewhere, such as weights.
-            granule: Every storage is rounded up to a multiple of this, in bytes; 512 is CUDA's.
-            seen: What operations on the meta device made of which shapes, to be kept from one measurement to the next:
-                networks repeat themselves, and finding out a shape takes long.
+            exclude: Tensors that are counted elsewhere, such as weights.
+            block_size: Every storage is rounded up to a multiple of this, in bytes; CUDA's allocator has 512.
+            result_cache: The shapes of operations' results on the meta device, by the shapes of their arguments; to be
+                kept from one measurement to the next, since networks repeat themselves, and computing a shape takes
+                long.
         """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self._device, self._granule = device, granule
-        self._seen: dict[Hashable, Any] = {} if seen is None else seen
+        self.current = 0
+        self.peak = 0
+        self._device = device
+        self._block_size = block_size
+        self._result_cache: dict[Hashable, Any] = {} if result_cache is None else result_cache
         self._alive: dict[int, weakref.ref[Any]] = {}
-        self._known = [tensor.untyped_storage() for tensor in known]  # kept, so that no number is used again
-        self._known_ids = {storage._cdata for storage in self._known}
+        self._excluded = [tensor.untyped_storage() for tensor in exclude]  # kept alive, so that no id is used again
+        self._excluded_ids = {storage._cdata for storage in self._excluded}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run the operation and take note of what it made."""
+        """Run the operation and count what it allocated."""
         result = self._result(func, tuple(args), dict(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, Tensor) and one.device.type == self._device:
-                self._note(one.untyped_storage())
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type == self._device:
+                self._count(leaf.untyped_storage())
         return result
 
     def _result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The operation's result, from what was made of the same shapes before, if it is on meta and all new."""
-        key = _key(func, args, kwargs) if self._device == "meta" and _makes_new_tensors(func) else None
-        if key in self._seen:
-            return tree_map(lambda one: one.made() if isinstance(one, _Shape) else one, self._seen[key])
+        """The operation's result; from the cache, if it is on meta and consists of new tensors only."""
+        key = _cache_key(func, args, kwargs) if self._device == "meta" and _makes_new_tensors(func) else None
+        if key in self._result_cache:
+            return tree_map(_empty_from_layout, self._result_cache[key])
         result = func(*args, **kwargs)
         if key is not None and _is_new(result, [*args, *kwargs.values()]):
-            self._seen[key] = tree_map(lambda one: None if one is None else _Shape.of(one), result)
+            self._result_cache[key] = tree_map(_layout_of, result)
         return result
 
-    def _note(self, storage: Any) -> None:
-        key = storage._cdata
-        if key in self._alive or key in self._known_ids:
+    def _count(self, storage: Any) -> None:
+        """Count a storage until it is freed, unless it is counted already or excluded."""
+        storage_id = storage._cdata
+        if storage_id in self._alive or storage_id in self._excluded_ids:
             return
-        size = -(-storage.nbytes() // self._granule) * self._granule
+        blocks = -(-storage.nbytes() // self._block_size)
+        size = blocks * self._block_size
 
-        def gone(_: object) -> None:
-            if self._alive.pop(key, None) is not None:
-                self.now -= size
+        def on_freed(_: object) -> None:
+            if self._alive.pop(storage_id, None) is not None:
+                self.current -= size
 
-        self._alive[key] = weakref.ref(storage, gone)
-        self.now += size
-        self.peak = max(self.peak, self.now)
+        self._alive[storage_id] = weakref.ref(storage, on_freed)
+        self.current += size
+        self.peak = max(self.peak, self.current)
 
 
-class AsOnCuda(TorchFunctionMode):
-    """Lets operations inside the `with` block keep what they would keep on a CUDA device."""
+class CudaEmulation(TorchFunctionMode):
+    """Lets operations inside the `with` block keep the tensors that they would keep on a CUDA device."""
 
     def __init__(self, autocast: torch.dtype | None) -> None:
-        """Take autocast's type; None: there is no autocast."""
+        """Emulate a device.
+
+        Args:
+            autocast: The type to which autocast would convert; None without autocast.
+        """
         super().__init__()
         self._autocast = autocast
 
@@ -131,21 +141,21 @@ class AsOnCuda(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Iterable[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run the operation on what autocast would give it; attention as a fused kernel."""
-        named = dict(kwargs or {})
-        attention = func is F.scaled_dot_product_attention
-        if self._autocast is not None and (attention or func in _LOWER):
-            args, named = _cast((tuple(args), named), self._autocast)
-        elif self._autocast is not None and func in _FULL:
-            args, named = _cast((tuple(args), named), torch.float32)
-        if attention:
-            query, key, value = (*args, *(named[name] for name in ("query", "key", "value") if name in named))[:3]
-            return _FusedAttention.apply(query, key, value)  # type: ignore[no-untyped-call]
-        return func(*args, **named)
+        keywords = dict(kwargs or {})
+        is_attention = func is F.scaled_dot_product_attention
+        if self._autocast is not None and (is_attention or func in _AUTOCAST_TO_LOWER):
+            args, keywords = _cast((tuple(args), keywords), self._autocast)
+        elif self._autocast is not None and func in _AUTOCAST_TO_FLOAT32:
+            args, keywords = _cast((tuple(args), keywords), torch.float32)
+        if is_attention:
+            inputs = dict(zip(("query", "key", "value"), args, strict=False)) | keywords
+            return _FusedAttention.apply(inputs["query"], inputs["key"], inputs["value"])  # type: ignore[no-untyped-call]
+        return func(*args, **keywords)
 
     def backward(self, loss: Tensor) -> None:
         """`loss.backward()` as on CUDA, also in what gradient checkpointing computes again.
 
-        Torch leaves every mode on the way into `Tensor.backward`, so its engine is asked directly.
+        Torch leaves every mode on the way into `Tensor.backward`, so its engine is called directly.
         """
         engine: Any = torch.autograd.Variable._execution_engine
         with self:
@@ -155,54 +165,63 @@ class AsOnCuda(TorchFunctionMode):
 
 
 @dataclass(frozen=True)
-class _Shape:
-    """What there is to know of a tensor on the meta device."""
+class _Layout:
+    """All that is known of a tensor on the meta device."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: torch.dtype
 
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Shape:
-        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
-    def made(self) -> Tensor:
-        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device="meta")
+def _layout_of(tensor: Tensor | None) -> _Layout | None:
+    return None if tensor is None else _Layout(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+
+def _empty_from_layout(layout: _Layout | None) -> Tensor | None:
+    if layout is None:
+        return None
+    return torch.empty_strided(layout.size, layout.stride, dtype=layout.dtype, device="meta")
 
 
 def _is_new(result: object, arguments: list[Any]) -> bool:
-    """Whether a result is made of tensors on meta that share nothing with the arguments (some views don't say so)."""
-    old = {one.untyped_storage()._cdata for one in tree_leaves(arguments) if isinstance(one, Tensor)}
-    made = [one for one in tree_leaves(result) if one is not None]
-    return all(isinstance(one, Tensor) and one.is_meta and one.untyped_storage()._cdata not in old for one in made)
+    """Whether a result consists of meta tensors that share no storage with the arguments; some views don't declare it."""
+    argument_ids = {leaf.untyped_storage()._cdata for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
+    leaves = [leaf for leaf in tree_leaves(result) if leaf is not None]
+    return all(
+        isinstance(leaf, Tensor) and leaf.is_meta and leaf.untyped_storage()._cdata not in argument_ids
+        for leaf in leaves
+    )
 
 
 def _makes_new_tensors(func: Any) -> bool:
-    """Whether an operation changes none of its arguments and gives no view of them."""
-    return all(one.alias_info is None for one in [*func._schema.arguments, *func._schema.returns])
+    """Whether an operation changes none of its arguments and returns no view of them."""
+    return all(value.alias_info is None for value in [*func._schema.arguments, *func._schema.returns])
 
 
-def _key(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
-    """The operation with its arguments' shapes; None if one of them is a tensor elsewhere or can't be compared."""
-    found: list[Hashable] = [func]
-    for one in [*args, *kwargs.items()]:
-        parts = one if isinstance(one, list | tuple) else [one]
+def _cache_key(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable:
+    """The operation with its arguments' layouts; None if one is a tensor on another device or can't be compared."""
+    key: list[Hashable] = [func]
+    for argument in [*args, *kwargs.items()]:
+        parts = argument if isinstance(argument, list | tuple) else [argument]
         for part in parts:
             if isinstance(part, Tensor):
                 if not part.is_meta:
                     return None
-                found.append(_Shape.of(part))
+                key.append(_layout_of(part))
             elif isinstance(part, Hashable):
-                found.append((type(part), part))
+                key.append((type(part), part))
             else:
                 return None
-        found.append(len(parts))
-    return tuple(found)
+        key.append(len(parts))
+    return tuple(key)
 
 
 def _cast(arguments: Any, dtype: torch.dtype) -> Any:
-    def cast(one: Any) -> Any:
-        return one.to(dtype) if isinstance(one, Tensor) and one.is_floating_point() else one
+    """The arguments with every floating-point tensor converted."""
+
+    def cast(argument: Any) -> Any:
+        is_float = isinstance(argument, Tensor) and argument.is_floating_point()
+        return argument.to(dtype) if is_float else argument
 
     return tree_map(cast, arguments)
 
@@ -211,7 +230,7 @@ class _FusedAttention(torch.autograd.Function):
     """The memory of flash attention (Dao 2023, algorithms 1 and 2); the values are empty.
 
     Kept for the backward pass are query, key, value, output and the logarithm of each row's sum; the backward pass
-    gathers the query's gradient in float32. The attention matrix is never there.
+    accumulates the query's gradient in float32. The attention matrix is never allocated.
     """
 
     @staticmethod
@@ -226,8 +245,10 @@ class _FusedAttention(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of query, key and value."""
         query, key, value, _, logsumexp = ctx.saved_tensors
-        gathered = torch.zeros_like(query, dtype=torch.float32)
-        rows = torch.zeros_like(logsumexp)
-        found = torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
-        del gathered, rows
-        return found
+        query_accumulator = torch.zeros_like(query, dtype=torch.float32)
+        row_sums = torch.zeros_like(logsumexp)
+        query_gradient = torch.zeros_like(query)
+        key_gradient = torch.zeros_like(key)
+        value_gradient = torch.zeros_like(value)
+        del query_accumulator, row_sums
+        return query_gradient, key_gradient, value_gradient

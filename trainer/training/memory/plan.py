@@ -21,9 +21,9 @@ from ...models.families.base import BaseWeights, Component, Conditioning, Diffus
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
-from ..optimizers import recompute_activations
+from ..optimizers import enable_gradient_checkpointing
 from ..trainable import Trainable, make_trainable
-from .meter import AsOnCuda, LiveBytes
+from .meter import CudaEmulation, LiveBytes
 
 GB = 2**30
 CONTEXT = GB // 2  # what CUDA itself takes of a card, beside what is planned
@@ -134,18 +134,20 @@ class Planner:
         self._steps: dict[tuple[str, MemorySaving], int] = {}
         self._seen: dict[Hashable, Any] = {}
 
-    def need(self, lean: MemorySaving, *, quantization: str | None = None, optimizer: str | None = None) -> MemoryNeed:
+    def need(
+        self, saving: MemorySaving, *, quantization: str | None = None, optimizer: str | None = None
+    ) -> MemoryNeed:
         """Measure one way to train.
 
         Args:
-            lean: What is saved.
+            saving: What is saved.
             quantization: Another value of base_quantization than the settings'.
             optimizer: Another optimiser than the settings'.
         """
         quantization = quantization or self._settings.base_quantization
         built = self._model(quantization)
-        if (quantization, lean) not in self._steps:
-            self._steps[quantization, lean] = self._step(built, lean)
+        if (quantization, saving) not in self._steps:
+            self._steps[quantization, saving] = self._step(built, saving)
         parameters = built.trainee.parameters()
         optimizer = optimizer or self._settings.optimizer
         weights = 4 * sum(one.numel() for one in parameters)
@@ -155,7 +157,7 @@ class Planner:
         return MemoryNeed(
             base=_held(networks(built.model).values()) - weights,
             trained=weights + weights + state + averaged,
-            activations=max(self._steps[quantization, lean], updating) - weights,
+            activations=max(self._steps[quantization, saving], updating) - weights,
             encoding=built.encoding,
             previews=built.previews,
         )
@@ -167,10 +169,10 @@ class Planner:
                 self._built[quantization] = _build(self._base, settings, self._dtype, self._start, self._device)
         return self._built[quantization]
 
-    def _step(self, built: _Built, lean: MemorySaving) -> int:
+    def _step(self, built: _Built, saving: MemorySaving) -> int:
         """Peak of what a step makes, gradients among it, in bytes."""
         model, parameters = built.model, built.trainee.parameters()
-        settings = lean.applied(self._settings)
+        settings = saving.applied(self._settings)
         rows = settings.batch_size * (2 if self._priors else 1)
         _recompute(model, settings.gradient_checkpointing)
         for network in networks(model).values():
@@ -183,13 +185,13 @@ class Planner:
             text["size"] = torch.zeros(rows, 6)
             noisy = torch.zeros((rows, model.unet.config.in_channels, side, side), dtype=self._dtype)
             timesteps = torch.zeros(rows, dtype=torch.int64)
-        cuda = AsOnCuda(None if self._dtype == torch.float32 else self._dtype)
+        cuda = CudaEmulation(None if self._dtype == torch.float32 else self._dtype)
         known = [one for network in networks(model).values() for one in _tensors(network)]
         gradients = [one.grad for one in parameters if one.grad is not None]
         live = LiveBytes(self._device.type, [*known, *gradients], _GRANULE, self._seen)
         with live:
             with cuda:
-                for name in settings.text_rates:
+                for name in settings.text_encoder_rates:
                     text |= model.encode_tokens(name, text[f"ids{name.removeprefix('text_encoder')}"])
                 prediction = model.predict(noisy, timesteps, text)
                 loss = (prediction.float() - torch.zeros_like(prediction, dtype=torch.float32)).pow(2).mean()
@@ -232,7 +234,7 @@ def _build(
         any_encoder: Any = encoder
         ids = torch.zeros((1, any_encoder.config.max_position_embeddings), dtype=torch.int64)
         text[f"ids{name.removeprefix('text_encoder')}"] = ids
-        if name not in settings.text_rates:
+        if name not in settings.text_encoder_rates:
             frozen.append(to_device(encoder, device, torch.float32))
             with torch.no_grad():
                 text |= {part: rows.to(dtype) for part, rows in model.encode_tokens(name, ids).items()}
@@ -252,7 +254,7 @@ def _drawing(network: nn.Module, work: Callable[[Tensor], Any], shape: Sequence[
     """Peak of what `work` makes of a float32 tensor of that shape, without gradients, in bytes."""
     known = _tensors(network)
     live = LiveBytes(known[0].device.type, known, _GRANULE)
-    with torch.no_grad(), AsOnCuda(None), live:
+    with torch.no_grad(), CudaEmulation(None), live:
         work(torch.zeros(tuple(shape), device=known[0].device))
     return live.peak
 
@@ -262,7 +264,7 @@ def _recompute(model: DiffusionModel, on: bool) -> None:
     for encoder in model.text_encoders.values():
         any_encoder: Any = encoder
         if on:
-            recompute_activations(encoder)
+            enable_gradient_checkpointing(encoder)
         else:  # the name changes with version 6 of transformers
             disable = getattr(encoder, "activation_checkpointing_disable", None)
             (disable or any_encoder.gradient_checkpointing_disable)()
@@ -322,10 +324,10 @@ def lent_bytes(base: BaseWeights, settings: TrainSettings, precision: str, devic
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PlanOption:
     """A way to train and what it needs."""
 
-    lean: MemorySaving
+    saving: MemorySaving
     need: MemoryNeed
 
 
@@ -334,22 +336,22 @@ class Plan:
     """What was chosen.
 
     Attributes:
-        looked_at: The ways that were measured, fastest first; the last one is chosen.
+        measured: The ways that were measured, fastest first; the last one is chosen.
         memory: Bytes that can be used.
     """
 
-    looked_at: Sequence[Candidate]
+    measured: Sequence[PlanOption]
     memory: int
 
     @property
-    def chosen(self) -> Candidate:
+    def chosen(self) -> PlanOption:
         """The first that fits, or the smallest."""
-        return self.looked_at[-1] if self.fits else min(self.looked_at, key=lambda one: one.need.total)
+        return self.measured[-1] if self.fits else min(self.measured, key=lambda one: one.need.total)
 
     @property
     def fits(self) -> bool:
         """Whether what is chosen fits."""
-        return self.looked_at[-1].need.total <= self.memory
+        return self.measured[-1].need.total <= self.memory
 
 
 def make_plan(planner: Planner, settings: TrainSettings, memory: int) -> Plan:
@@ -360,12 +362,12 @@ def make_plan(planner: Planner, settings: TrainSettings, memory: int) -> Plan:
         settings: Of the run.
         memory: Bytes that can be used, without what CUDA itself takes.
     """
-    looked_at = []
-    for lean in memory_savings(settings):
-        looked_at.append(Candidate(lean, planner.need(lean)))
-        if looked_at[-1].need.total <= memory:
+    measured = []
+    for saving in memory_savings(settings):
+        measured.append(PlanOption(saving, planner.need(saving)))
+        if measured[-1].need.total <= memory:
             break
-    return Plan(looked_at, memory)
+    return Plan(measured, memory)
 
 
 def remedies(settings: TrainSettings) -> str:

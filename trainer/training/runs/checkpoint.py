@@ -1,22 +1,17 @@
-"""Run state on disk: written whole or not at all, found by fingerprint, exact to the bit. No pickle.
+"""A checkpoint: everything from which a run goes on exactly, in a folder of its own. No pickle.
 
-A run's folder `<name>-<first digits of its fingerprint>` holds `run.json` (the fingerprint and the settings),
-`cache.safetensors` and checkpoints `step-00000100/` with
-    adapter.safetensors    a complete adapter file in float32, which every program loads; or, in full fine-tuning,
-    weights.safetensors    the trained weights in float32, "<component>.<parameter>"
-    live.safetensors       the weights that are updated, "<parameter>", if those above are an average of them
-    optimizer.safetensors  the optimiser's tensors, "<parameter>.<name>" and "group <number>.<name>"
-    state.json             step, losses, and what of the optimiser is not a tensor
+adapter.safetensors    a complete adapter file in float32, which every program loads; or, in full fine-tuning,
+weights.safetensors    the trained weights in float32, "<component>.<parameter>"
+live.safetensors       the weights that are updated, "<parameter>", if those above are an average of them
+optimizer.safetensors  the optimiser's tensors, "<parameter>.<name>" and "group <number>.<name>"
+state.json             step, scores so far, and what of the optimiser is not a tensor
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,17 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...adapters.kohya import Adapter, file_hashes, read_adapter, write_adapter
+from ...adapters.kohya import Adapter, read_adapter, write_adapter
 from ...core.errors import AdapterError, StorageError
-from ...core.files import explained_os_errors, folder_written_atomically, remove_leftovers, write_atomic
-from ...data.images import Picture
-from ...models.families.base import BaseWeights
-from ...settings.train import TrainSettings
+from ...core.files import write_atomic
 
-_DIGITS = 12
-_ADAPTER = "adapter.safetensors"
-_WEIGHTS = "weights.safetensors"
-_LIVE = "live.safetensors"
+ADAPTER_FILE = "adapter.safetensors"
+WEIGHTS_FILE = "weights.safetensors"
+LIVE_FILE = "live.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -44,12 +37,36 @@ class Saved:
     Attributes:
         adapter: The adapter, if one was trained.
         weights: "<component>.<parameter>" → tensor, if the weights were trained.
-        metadata: What a file of the weights says of itself; an adapter has its own.
+        metadata: Metadata of a file of the weights; an adapter has its own.
     """
 
     adapter: Adapter | None = None
     weights: Mapping[str, Tensor] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Course:
+    """What a run has measured so far, on which its further course depends.
+
+    Attributes:
+        scores: Step → metric → value, for every step whose previews were generated; previews without a model that
+            scores them have no metrics.
+        validated: Steps whose loss on the held-out pictures was reported.
+    """
+
+    scores: dict[int, dict[str, float]] = field(default_factory=dict)
+    validated: list[int] = field(default_factory=list)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Course:
+        """What `as_json` gave."""
+        scores = {int(step): dict(metrics) for step, metrics in values["scores"].items()}
+        return cls(scores, list(values["validated"]))
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values; JSON's keys are strings."""
+        return {"scores": {str(step): metrics for step, metrics in self.scores.items()}, "validated": self.validated}
 
 
 @dataclass(frozen=True)
@@ -62,6 +79,7 @@ class Checkpoint:
         optimizer: The optimiser's `state_dict()`.
         extra: Whatever else the recipe saved; JSON values.
         live: "<parameter>" → the weights that are updated, where they are not the shown ones.
+        course: What was measured up to this step; None in a checkpoint of version 0.4 or older.
     """
 
     step: int
@@ -69,254 +87,116 @@ class Checkpoint:
     optimizer: dict[str, Any]
     extra: dict[str, Any]
     live: Mapping[str, Tensor] = field(default_factory=dict)
+    course: Course | None = None
 
 
-class RunFolder:
-    """The folder of one run."""
+def write_checkpoint_files(folder: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint's files into a folder.
 
-    def __init__(self, path: Path) -> None:
-        """Look at `path`, which exists."""
-        self.path = path
+    Raises:
+        StorageError: A file can't be written.
+    """
+    from safetensors.torch import save_file
 
-    @classmethod
-    def open(
-        cls, root: Path, name: str, fingerprint: str, settings: Mapping[str, Any], *, anew: bool = False
-    ) -> RunFolder:
-        """Find the run with this fingerprint below `root`, or begin a folder for it.
+    trained = checkpoint.trained
+    if trained.adapter:
+        write_adapter(folder / ADAPTER_FILE, trained.adapter, torch.float32)
+    tensors, rest = _split_optimizer(checkpoint.optimizer)
+    try:
+        if trained.weights:
+            save_file(dict(trained.weights), folder / WEIGHTS_FILE, dict(trained.metadata))
+        save_file(tensors, folder / OPTIMIZER_FILE)
+        if checkpoint.live:
+            save_file(dict(checkpoint.live), folder / LIVE_FILE)
+    except Exception as error:  # safetensors reports a full disk as an error of its own
+        raise StorageError(
+            f"The checkpoint of step {checkpoint.step} can't be written to {folder.parent}: {error}.",
+            "Free some space on the disk and start again: the run resumes.",
+        ) from error
+    state: dict[str, Any] = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra}
+    if checkpoint.live:
+        state["live"] = True
+    if checkpoint.course is not None:
+        state["course"] = checkpoint.course.as_json()
+    (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
-        Args:
-            root: Folder of all runs.
-            name: The run's name, part of a new folder's name.
-            fingerprint: Digest of all that the result depends on.
-            settings: Written into a new folder for people to read.
-            anew: Begin a new folder even if there is one.
 
-        Raises:
-            StorageError: The folder can't be made.
-        """
-        found = (
-            [] if anew else [path for path in root.glob(f"*-{fingerprint[:_DIGITS]}*") if _belongs(path, fingerprint)]
+def read_checkpoint(folder: Path, step: int) -> Checkpoint:
+    """Read the checkpoint of a step from its folder.
+
+    Raises:
+        StorageError: It is damaged.
+    """
+    from safetensors.torch import load
+
+    with explained_damage(folder):
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        tensors = load((folder / OPTIMIZER_FILE).read_bytes())
+        return Checkpoint(
+            step=step,
+            trained=read_trained(folder),
+            optimizer=_join_optimizer(tensors, state["optimizer"]),
+            extra=state["extra"],
+            live=load((folder / LIVE_FILE).read_bytes()) if state.get("live") else {},
+            course=_course_of(state),
         )
-        if found:
-            run = cls(max(found, key=lambda path: (max(cls(path).steps(), default=0), path.stat().st_mtime)))
-            remove_leftovers(run.path)
-            return run
-        path, number = root / f"{name}-{fingerprint[:_DIGITS]}", 2
-        while path.exists():
-            path, number = root / f"{name}-{fingerprint[:_DIGITS]}-{number}", number + 1
-        record = {"fingerprint": fingerprint, "name": name, "started_at": time.time(), "settings": dict(settings)}
-        write_atomic(path / "run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
-        return cls(path)
 
-    @classmethod
-    def existing(cls, path: Path) -> RunFolder:
-        """The run in that folder.
 
-        Raises:
-            StorageError: It is not the folder of a run.
-        """
-        if not _read_json(path / "run.json").get("fingerprint"):
-            raise StorageError(
-                f"{path} is not the folder of a run.", "Give a folder below runs/, with a run.json in it."
-            )
-        return cls(path)
+def read_trained(path: Path) -> Saved:
+    """What was trained, from a checkpoint's folder or from an adapter file that was kept of one.
 
-    @property
-    def record(self) -> dict[str, Any]:
-        """What was written when the run began: "fingerprint", "name", "started_at" and "settings"."""
-        return _read_json(self.path / "run.json")
+    Raises:
+        StorageError: It is damaged.
+    """
+    from safetensors.torch import load_file
 
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return str(self.record.get("name", self.path.name))
+    with explained_damage(path):
+        if path.is_file():
+            return Saved(adapter=read_adapter(path))
+        if (path / WEIGHTS_FILE).is_file():
+            return Saved(weights=load_file(path / WEIGHTS_FILE))
+        return Saved(adapter=read_adapter(path / ADAPTER_FILE))
 
-    @property
-    def started_at(self) -> float:
-        """Unix time at which the run began."""
-        return float(self.record.get("started_at", 0.0))
 
-    @property
-    def workflow_path(self) -> Path:
-        """Where the graph that the run belongs to lies, if it was kept."""
-        return self.path / "workflow.json"
+def read_course(folder: Path) -> Course | None:
+    """What was measured up to a checkpoint; None of a checkpoint of version 0.4 or older.
 
-    @property
-    def subject_path(self) -> Path:
-        """Folder of small pictures of the subject, if they were kept."""
-        return self.path / "subject"
+    Raises:
+        StorageError: It is damaged.
+    """
+    with explained_damage(folder):
+        return _course_of(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
-    @property
-    def cache_path(self) -> Path:
-        """Where the run's encoded pictures and captions lie."""
-        return self.path / "cache.safetensors"
 
-    @property
-    def metrics_path(self) -> Path:
-        """Where the run's metrics lie (`metrics`)."""
-        return self.path / "metrics.jsonl"
+def write_course(folder: Path, course: Course) -> None:
+    """Bring what was measured since a checkpoint was written into its state.
 
-    def preview_path(self, step: int) -> Path:
-        """Folder of the previews of that step."""
-        return self.path / "previews" / f"step-{step:08d}"
+    Raises:
+        StorageError: The file can't be written, or the checkpoint is damaged.
+    """
+    path = folder / STATE_FILE
+    with explained_damage(folder):
+        state = json.loads(path.read_text(encoding="utf-8"))
+    state["course"] = course.as_json()
+    write_atomic(path, json.dumps(state).encode())
 
-    def checkpoint_path(self, step: int) -> Path:
-        """Folder of the checkpoint of that step."""
-        return self.path / f"step-{step:08d}"
 
-    def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
-        return sorted(int(path.name[5:]) for path in self.path.glob("step-*") if path.name[5:].isdecimal())
-
-    def newest(self, limit: int) -> int:
-        """Step of the newest whole checkpoint up to a step; 0 if there is none."""
-        return max((step for step in self.steps() if step <= limit), default=0)
-
-    def adapters(self) -> dict[int, Path]:
-        """Step → adapter file, ascending: of the checkpoints, and those that were kept of older ones."""
-        kept = {int(path.stem[5:]): path for path in self._kept.glob("step-*.safetensors") if path.stem[5:].isdecimal()}
-        whole = {step: self.checkpoint_path(step) / _ADAPTER for step in self.steps()}
-        found = kept | {step: path for step, path in whole.items() if path.is_file()}
-        return dict(sorted(found.items()))
-
-    @property
-    def _kept(self) -> Path:
-        return self.path / "adapters"
-
-    def save(self, checkpoint: Checkpoint, keep: int, *, best: int = 0, keep_adapters: bool = False) -> Path:
-        """Write a checkpoint, then delete the oldest of those up to its step.
-
-        Args:
-            checkpoint: What to write.
-            keep: How many checkpoints stay.
-            best: Step of one that stays in any case.
-            keep_adapters: Whether the adapters of the others stay.
-
-        Raises:
-            StorageError: It can't be written; what was there before is untouched.
-        """
-        from safetensors.torch import save_file
-
-        path = self.checkpoint_path(checkpoint.step)
-        tensors, rest = _split_optimizer(checkpoint.optimizer)
-        with folder_written_atomically(path) as folder:
-            if checkpoint.trained.adapter:
-                write_adapter(folder / _ADAPTER, checkpoint.trained.adapter, torch.float32)
-            try:
-                if checkpoint.trained.weights:
-                    save_file(dict(checkpoint.trained.weights), folder / _WEIGHTS, dict(checkpoint.trained.metadata))
-                save_file(tensors, folder / "optimizer.safetensors")
-                if checkpoint.live:
-                    save_file(dict(checkpoint.live), folder / _LIVE)
-            except Exception as error:  # safetensors reports a full disk as an error of its own
-                raise StorageError(
-                    f"{path} can't be written: {error}.",
-                    "Free some space on the disk and start again: the run resumes.",
-                ) from error
-            names = {"live": True} if checkpoint.live else {}
-            state = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra, **names}
-            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        old = [step for step in self.steps() if step <= checkpoint.step]
-        for step in old[:-keep]:
-            if step != best:
-                with contextlib.suppress(OSError):
-                    self._remove(step, keep_adapters)
-        return path
-
-    def _remove(self, step: int, keep_adapter: bool) -> None:
-        adapter = self.checkpoint_path(step) / _ADAPTER
-        if keep_adapter and adapter.is_file():
-            self._kept.mkdir(exist_ok=True)
-            adapter.replace(self._kept / f"step-{step:08d}.safetensors")
-        shutil.rmtree(self.checkpoint_path(step))
-
-    def load(self, step: int) -> Checkpoint:
-        """Read a checkpoint.
-
-        Raises:
-            StorageError: It is damaged.
-        """
-        from safetensors.torch import load
-
-        path = self.checkpoint_path(step)
-        with _explained_damage(path):
-            state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-            tensors = load((path / "optimizer.safetensors").read_bytes())
-            optimizer = _join_optimizer(tensors, state["optimizer"])
-            live = load((path / _LIVE).read_bytes()) if state.get("live") else {}
-            return Checkpoint(step, _read_trained(path), optimizer, state["extra"], live)
-
-    def trained(self, step: int) -> Saved:
-        """Read what was trained from a checkpoint, without the optimiser, or from the adapter that was kept of it.
-
-        Raises:
-            StorageError: It is damaged.
-        """
-        path = self.checkpoint_path(step)
-        if not path.is_dir():
-            path = self.adapters().get(step, path)
-        with _explained_damage(path):
-            return _read_trained(path)
-
-    def has(self, step: int) -> bool:
-        """Whether what was trained up to that step is kept."""
-        return step in self.steps() or step in self.adapters()
+def _course_of(state: Mapping[str, Any]) -> Course | None:
+    return Course.from_json(state["course"]) if "course" in state else None
 
 
 @contextlib.contextmanager
-def _explained_damage(path: Path) -> Iterator[None]:
+def explained_damage(path: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while `path` is read into a `StorageError` that says what to delete."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError, AdapterError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, AdapterError) as error:
         raise StorageError(
             f"The checkpoint {path} is damaged: {error}.",
             f"Delete that {'file' if path.suffix else 'folder'}: the run goes on from the checkpoint before it.",
         ) from error
-
-
-def _read_trained(path: Path) -> Saved:
-    from safetensors.torch import load_file
-
-    if (path / _WEIGHTS).is_file():
-        return Saved(weights=load_file(path / _WEIGHTS))
-    return Saved(adapter=read_adapter(path if path.is_file() else path / _ADAPTER))
-
-
-def run_fingerprint(
-    base: BaseWeights,
-    subject: Sequence[Picture],
-    priors: Sequence[Picture],
-    settings: TrainSettings,
-    precision: str,
-    start: Adapter | None = None,
-    processes: int = 1,
-) -> str:
-    """Digest of everything on which the trained weights depend."""
-    several = {"processes": processes} if processes > 1 else {}
-    what = {
-        "recipe": 3,
-        "start": file_hashes(start.state_dict(), {})[0] if start else "",
-        "base": base.fingerprint,
-        "subject": [picture.facts for picture in subject],
-        "priors": [picture.facts for picture in priors],
-        "settings": settings.result_settings() | {"precision": precision} | several,
-    }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-
-def _belongs(path: Path, fingerprint: str) -> bool:
-    return _read_json(path / "run.json").get("fingerprint") == fingerprint
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with explained_os_errors(path):
-            content = json.loads(path.read_text(encoding="utf-8"))
-    except (StorageError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ...core.errors import SettingsError
 from ...core.files import explained_os_errors
-from .checkpoint import RunFolder
+from .folder import RunFolder
 from .metrics import DONE, STOPPED, last_lines, measured, read_metrics
 
 _FILES = re.compile(

@@ -18,26 +18,27 @@ _TAIL = 16_384  # bytes
 
 
 class RecordedListener:
-    """Writes steps and previews to a file, each at once, and tells everything to another listener.
+    """Writes steps and previews to a file, each at once, and passes everything on to another listener.
 
     A line holds "step" and "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures", or
-    "validation_loss". As a
-    context manager it ends with a line that holds "state", and "problem" and "remedy" of a failed run.
+    "validation_loss". As a context manager it ends with a line that holds "state", and "problem" and "remedy" of a
+    failed run.
     """
 
     def __init__(self, listener: Listener, path: Path, after: int) -> None:
         """Go on with a file.
 
         Args:
-            listener: Told of everything.
+            listener: Gets every event, too.
             path: The file; what it holds beyond step `after` is another course of the run and is dropped.
-            after: Steps that count.
+            after: Steps that are done; 0: the run begins, and so does the file.
 
         Raises:
             StorageError: The file can't be written.
         """
         self._listener, self._path, self._step = listener, path, after
-        kept = [json.dumps(line) + "\n" for line in read_metrics(path) if line["step"] <= after and "state" not in line]
+        former = read_metrics(path) if after else []
+        kept = [json.dumps(line) + "\n" for line in former if line["step"] <= after and "state" not in line]
         write_atomic(path, "".join(kept).encode())
         with explained_os_errors(path):
             self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
@@ -46,7 +47,7 @@ class RecordedListener:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Note how the run ended, and close the file."""
+        """Write how the run ended, and close the file."""
         line: dict[str, Any] = {"step": self._step, "state": DONE}
         if isinstance(error, TrainerError):
             line |= {"state": FAILED, "problem": error.problem, "remedy": error.remedy}
@@ -54,12 +55,12 @@ class RecordedListener:
             line |= {"state": FAILED, "problem": f"{type(error).__name__}: {error}", "remedy": ""}
         elif error is not None:
             line["state"] = STOPPED
-        with contextlib.suppress(StorageError):  # the disk's trouble was said already
+        with contextlib.suppress(StorageError):  # the disk's trouble is reported already
             self._add(line)
         self.close()
 
     def report(self, event: Event) -> None:
-        """Note a step, a preview or a validation; pass everything on."""
+        """Write a step, a preview or a validation; pass everything on."""
         if isinstance(event, Step):
             self._step = event.step
             facts = {"loss": event.loss, "learning_rate": event.learning_rate, "rate": event.rate}
@@ -77,7 +78,7 @@ class RecordedListener:
 
     def close(self) -> None:
         """Close the file."""
-        with contextlib.suppress(OSError):  # of a line that could not be written, which was said then
+        with contextlib.suppress(OSError):  # of a line that could not be written, which was reported then
             self._file.close()
 
     def _add(self, line: dict[str, Any]) -> None:
@@ -130,11 +131,13 @@ def preview_scores(path: Path) -> dict[int, dict[str, float]]:
 
 
 def measured(line: Mapping[str, Any]) -> dict[str, float]:
-    """What a line of a metrics file says of a step beside its loss: scores of previews, loss on held-out pictures."""
-    found = dict(line.get("scores") or {})
-    return found | {VALIDATION_LOSS: line[VALIDATION_LOSS]} if VALIDATION_LOSS in line else found
+    """What a line of a metrics file holds of a step beside its loss: scores of previews, loss on held-out pictures."""
+    metrics = dict(line.get("scores") or {})
+    if VALIDATION_LOSS in line:
+        metrics[VALIDATION_LOSS] = line[VALIDATION_LOSS]
+    return metrics
 
 
-def is_validated(path: Path, step: int) -> bool:
-    """Whether a metrics file holds the loss on the held-out pictures at a step."""
-    return any(line["step"] == step and VALIDATION_LOSS in line for line in read_metrics(path))
+def validated_steps(path: Path) -> list[int]:
+    """Steps at which a metrics file holds the loss on the held-out pictures."""
+    return [line["step"] for line in read_metrics(path) if VALIDATION_LOSS in line]

@@ -8,11 +8,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,14 @@ from PIL import Image
 
 from ...core.errors import SettingsError
 from ...core.events import Event, Listener, Note, Preview, Step, Validation
+from ...settings.sharing import shareable
 from ...settings.train import TrainSettings
-from .checkpoint import RunFolder
+from .folder import RunFolder
 from .metrics import VALIDATION_LOSS, RecordedListener
 
 PROJECT = "dreambooth-lora"
 _TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
 _PATIENCE = 60.0  # seconds
-_PLACES = ("start_from", "score_clip", "score_dino")
 _NOT_SENT = ("offline", "disabled", "dryrun")  # values of WANDB_MODE that need no account
 
 
@@ -206,8 +206,10 @@ def _wandb_options(run: RunFolder) -> dict[str, Any]:
 
 
 def _configuration(run: RunFolder, settings: TrainSettings) -> dict[str, Any]:
-    """The run's settings as values that every tracker takes; of paths only the last part."""
-    values = {"base": run.record.get("settings", {}).get("base", ""), **settings.model_dump(mode="json")}
-    for name in _PLACES:
-        values[name] = Path(values[name] or "").name
-    return {name: "" if value is None else value for name, value in values.items()}
+    """The run's settings that may be shared, as values that every tracker takes, and the name of its base model."""
+    configuration: dict[str, Any] = {"base": run.record.get("settings", {}).get("base", "")}
+    for name, value in shareable(settings).items():
+        if value is None:
+            value = ""
+        configuration[name] = json.dumps(value) if isinstance(value, list) else value
+    return configuration

@@ -1,0 +1,293 @@
+"""The folder of a run: found by the run's fingerprint, written whole or not at all.
+
+`<name>-<first digits of the fingerprint>` holds `run.json` (the fingerprint and the settings), `cache.safetensors`,
+`metrics.jsonl`, `previews/`, and checkpoints `step-00000100/` (see `checkpoint`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...adapters.kohya import Adapter, file_hashes
+from ...core.errors import StorageError
+from ...core.files import explained_os_errors, folder_written_atomically, remove_leftovers, write_atomic
+from ...data.images import Picture
+from ...models.families.base import BaseWeights
+from ...settings.train import TrainSettings
+from .checkpoint import (
+    ADAPTER_FILE,
+    Checkpoint,
+    Course,
+    Saved,
+    read_checkpoint,
+    read_course,
+    read_trained,
+    write_checkpoint_files,
+    write_course,
+)
+from .metrics import preview_scores, validated_steps
+
+_DIGITS = 12
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Where a run writes.
+
+    Attributes:
+        output: Folder of the adapter file.
+        runs: Folder of all runs' state.
+        checkpoints: Folder of the checkpoint file of full fine-tuning; None: the adapter's.
+    """
+
+    output: Path
+    runs: Path
+    checkpoints: Path | None = None
+
+    @property
+    def checkpoint_output(self) -> Path:
+        """Folder of the checkpoint file of full fine-tuning."""
+        return self.checkpoints or self.output
+
+
+class RunFolder:
+    """The folder of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Take a folder, which exists."""
+        self.path = path
+
+    @classmethod
+    def open(
+        cls, root: Path, name: str, fingerprint: str, settings: Mapping[str, Any], *, new: bool = False
+    ) -> RunFolder:
+        """Find the run with this fingerprint below `root`, or make a folder for it.
+
+        Args:
+            root: Folder of all runs.
+            name: The run's name, part of a new folder's name.
+            fingerprint: Digest of everything on which the result depends.
+            settings: Written into a new folder for people to read.
+            new: Make a new folder even if there is one.
+
+        Raises:
+            StorageError: The folder can't be made.
+        """
+        if not new:
+            runs = [cls(path) for path in root.glob(f"*-{fingerprint[:_DIGITS]}*") if _belongs(path, fingerprint)]
+            if runs:
+                run = max(runs, key=lambda run: (max(run.steps(), default=0), run.path.stat().st_mtime))
+                remove_leftovers(run.path)
+                return run
+        path = root / f"{name}-{fingerprint[:_DIGITS]}"
+        number = 2
+        while path.exists():
+            path = root / f"{name}-{fingerprint[:_DIGITS]}-{number}"
+            number += 1
+        record = {"fingerprint": fingerprint, "name": name, "started_at": time.time(), "settings": dict(settings)}
+        write_atomic(path / "run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+        return cls(path)
+
+    @classmethod
+    def existing(cls, path: Path) -> RunFolder:
+        """The run in that folder.
+
+        Raises:
+            StorageError: It is not the folder of a run.
+        """
+        if not _read_json(path / "run.json").get("fingerprint"):
+            raise StorageError(
+                f"{path} is not the folder of a run.", "Give a folder below runs/, with a run.json in it."
+            )
+        return cls(path)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What was written when the run began: "fingerprint", "name", "started_at" and "settings"."""
+        return _read_json(self.path / "run.json")
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return str(self.record.get("name", self.path.name))
+
+    @property
+    def started_at(self) -> float:
+        """Unix time at which the run began."""
+        return float(self.record.get("started_at", 0.0))
+
+    @property
+    def workflow_path(self) -> Path:
+        """The graph that the run belongs to, if it was kept."""
+        return self.path / "workflow.json"
+
+    @property
+    def subject_path(self) -> Path:
+        """Folder of small pictures of the subject, if they were kept."""
+        return self.path / "subject"
+
+    @property
+    def cache_path(self) -> Path:
+        """The run's encoded pictures and captions."""
+        return self.path / "cache.safetensors"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The run's metrics (`metrics`)."""
+        return self.path / "metrics.jsonl"
+
+    def preview_path(self, step: int) -> Path:
+        """Folder of the previews of that step."""
+        return self.path / "previews" / f"step-{step:08d}"
+
+    @property
+    def base_preview_path(self) -> Path:
+        """Folder of the class pictures of the base model, with which previews are compared."""
+        return self.path / "previews" / "base"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Folder of the checkpoint of that step."""
+        return self.path / f"step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Steps of the whole checkpoints, ascending."""
+        return sorted(int(path.name[5:]) for path in self.path.glob("step-*") if path.name[5:].isdecimal())
+
+    def newest(self, limit: int) -> int:
+        """Step of the newest whole checkpoint up to a step; 0 if there is none."""
+        return max((step for step in self.steps() if step <= limit), default=0)
+
+    def adapters(self) -> dict[int, Path]:
+        """Step → adapter file, ascending: those of the checkpoints, and those that were kept of older ones."""
+        kept = {
+            int(path.stem[5:]): path
+            for path in self._kept_adapters.glob("step-*.safetensors")
+            if path.stem[5:].isdecimal()
+        }
+        of_checkpoints = {step: self.checkpoint_path(step) / ADAPTER_FILE for step in self.steps()}
+        adapters = kept | {step: path for step, path in of_checkpoints.items() if path.is_file()}
+        return dict(sorted(adapters.items()))
+
+    @property
+    def _kept_adapters(self) -> Path:
+        return self.path / "adapters"
+
+    def save(self, checkpoint: Checkpoint, keep: int, *, best: int = 0, keep_adapters: bool = False) -> Path:
+        """Write a checkpoint, then delete the oldest of those up to its step.
+
+        Args:
+            checkpoint: What to write.
+            keep: How many checkpoints stay.
+            best: Step of one that stays in any case.
+            keep_adapters: Whether the adapters of the others stay.
+
+        Raises:
+            StorageError: It can't be written; what was there before is untouched.
+        """
+        path = self.checkpoint_path(checkpoint.step)
+        with folder_written_atomically(path) as folder:
+            write_checkpoint_files(folder, checkpoint)
+        finished = [step for step in self.steps() if step <= checkpoint.step]
+        for step in finished[:-keep]:
+            if step != best:
+                with contextlib.suppress(OSError):
+                    self._remove(step, keep_adapters)
+        return path
+
+    def _remove(self, step: int, keep_adapter: bool) -> None:
+        adapter = self.checkpoint_path(step) / ADAPTER_FILE
+        if keep_adapter and adapter.is_file():
+            self._kept_adapters.mkdir(exist_ok=True)
+            adapter.replace(self._kept_adapters / f"step-{step:08d}.safetensors")
+        shutil.rmtree(self.checkpoint_path(step))
+
+    def load(self, step: int) -> Checkpoint:
+        """Read a checkpoint.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        return read_checkpoint(self.checkpoint_path(step), step)
+
+    def course(self, step: int) -> Course:
+        """What was measured up to the checkpoint of a step; nothing at step 0.
+
+        Up to version 0.4 it stood in the metrics file alone.
+
+        Raises:
+            StorageError: The checkpoint is damaged.
+        """
+        if not step:
+            return Course()
+        course = read_course(self.checkpoint_path(step))
+        if course is not None:
+            return course
+        scores = {scored: metrics for scored, metrics in preview_scores(self.metrics_path).items() if scored <= step}
+        return Course(scores, [validated for validated in validated_steps(self.metrics_path) if validated <= step])
+
+    def save_course(self, step: int, course: Course) -> None:
+        """Bring what was measured since into the checkpoint of a step, if there is one.
+
+        Raises:
+            StorageError: It can't be written.
+        """
+        if step in self.steps():
+            write_course(self.checkpoint_path(step), course)
+
+    def trained(self, step: int) -> Saved:
+        """Read what was trained from a checkpoint, without the optimiser, or from the adapter that was kept of it.
+
+        Raises:
+            StorageError: It is damaged.
+        """
+        path = self.checkpoint_path(step)
+        if not path.is_dir():
+            path = self.adapters().get(step, path)
+        return read_trained(path)
+
+    def has(self, step: int) -> bool:
+        """Whether what was trained up to that step is kept."""
+        return step in self.steps() or step in self.adapters()
+
+
+def run_fingerprint(
+    base: BaseWeights,
+    subject: Sequence[Picture],
+    priors: Sequence[Picture],
+    settings: TrainSettings,
+    precision: str,
+    start: Adapter | None = None,
+    processes: int = 1,
+) -> str:
+    """Digest of everything on which the trained weights depend."""
+    several = {"processes": processes} if processes > 1 else {}
+    what = {
+        "recipe": 3,
+        "start": file_hashes(start.state_dict(), {})[0] if start else "",
+        "base": base.fingerprint,
+        "subject": [picture.fingerprint_values for picture in subject],
+        "priors": [picture.fingerprint_values for picture in priors],
+        "settings": settings.result_settings() | {"precision": precision} | several,
+    }
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+
+def _belongs(path: Path, fingerprint: str) -> bool:
+    return _read_json(path / "run.json").get("fingerprint") == fingerprint
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        with explained_os_errors(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (StorageError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
