@@ -50,8 +50,8 @@ def require_trainable(
     """
     if settings.zero_terminal_snr and base.prediction.type != "v_prediction":
         raise SettingsError(
-            "zero_terminal_snr is for models that predict the velocity: predicting the noise of pure noise teaches nothing. This "
-            f"one predicts {base.prediction.type}.",
+            "zero_terminal_snr is for models that predict the velocity: to predict the noise of pure noise teaches "
+            f"nothing. This one predicts {base.prediction.type}.",
             f"Set {suggest('zero_terminal_snr', False)}.",
         )
     require_tracker(settings.log_with)
