@@ -285,7 +285,7 @@ def test_a_model_that_is_not_there_is_named_and_not_fetched(name: str) -> None:
         open_captioner(name, CPU)
     assert name in failure.value.problem
     assert "preprocessor_config.json" in failure.value.remedy
-    assert "--download" in failure.value.remedy
+    assert "download" in failure.value.remedy
 
 
 def test_another_model_is_refused_by_its_kind(tmp_path: Path) -> None:

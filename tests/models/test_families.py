@@ -155,7 +155,7 @@ def test_every_module_is_known_by_its_name_in_the_original(size: str) -> None:
     assert all(torch.equal(known[name].weight, tensor) for name, tensor in expected.items())
     if size != "sd2":
         names = adapter_names(model)
-        assert sorted(names[place] for place in names if place[0] == "unet") == sorted(expected)
+        assert sorted(names[path] for path in names if path.component == "unet") == sorted(expected)
 
 
 # Configurations from shapes

@@ -18,7 +18,7 @@ from helpers import Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.core.errors import SettingsError
-from pack.trainer.core.seeding import draw, generator
+from pack.trainer.core.seeding import draw_sample, generator
 from pack.trainer.core.throughput import Throughput
 from pack.trainer.data.batches import Batch, draw_batches
 from pack.trainer.dreambooth import DreamBooth
@@ -35,7 +35,7 @@ from pack.trainer.settings.objective import ObjectiveSettings
 from pack.trainer.settings.train import TrainSettings
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from worlds import World, assert_same_end, make_world
+from worlds import World, assert_same_end, losses, make_world
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -77,7 +77,7 @@ KOHYAS_HUBER: dict[tuple[str, float, int], list[float]] = {
 
 
 def shaped(kind: str = "epsilon", **settings: Any) -> Objective:
-    return make_objective(kind).shaped(ObjectiveSettings(**settings))
+    return make_objective(kind).with_settings(ObjectiveSettings(**settings))
 
 
 def loss_of(objective: Objective, error: Tensor, timesteps: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ def exact(values: list[float]) -> Any:
 def test_min_snr_is_the_papers(kind: str, gamma: float) -> None:
     snr = compute_snr(THEIRS, ALL)
     wanted = torch.minimum(snr, torch.full_like(snr, gamma)) / (snr + 1 if kind == "v_prediction" else snr)
-    weights = shaped(kind, loss_weighting="min-snr", min_snr_gamma=gamma).weights
+    weights = shaped(kind, loss_weighting="min-snr", min_snr_gamma=gamma).timestep_weights
     assert weights is not None
     torch.testing.assert_close(weights, wanted, rtol=1e-5, atol=0)
     assert 0 < (weights < weights.max()).sum() < 1000
@@ -114,11 +114,11 @@ def test_weights_are_kohyas(weighting: str, kind: str, gamma: float) -> None:
 
 def test_without_a_limit_min_snr_weighs_all_alike() -> None:
     """1000 is the largest γ and above all but the first timestep's ratio."""
-    weights = shaped(loss_weighting="min-snr", min_snr_gamma=1000.0).weights
+    weights = shaped(loss_weighting="min-snr", min_snr_gamma=1000.0).timestep_weights
     assert weights is not None
     assert (weights[2:] == 1).all()
     assert weights[0] < 1
-    assert shaped().weights is None
+    assert shaped().timestep_weights is None
     error = torch.randn((1000, 1, 2, 2), generator=torch.Generator().manual_seed(1))
     plain, weighed = (loss_of(one, error, ALL) for one in (shaped(), replaced_weights(weights)))
     assert torch.equal(plain[2:], weighed[2:])
@@ -132,7 +132,9 @@ def replaced_weights(weights: Tensor) -> Objective:
 def test_a_velocitys_weights_are_those_of_its_epsilon() -> None:
     """The error of the noise is √ᾱ times that of the velocity, so that its square weighs ᾱ = snr/(snr + 1) as much."""
     for weighting in ("min-snr", "debiased"):
-        epsilon, velocity = (shaped(kind, loss_weighting=weighting).weights for kind in ("epsilon", "v_prediction"))
+        epsilon, velocity = (
+            shaped(kind, loss_weighting=weighting).timestep_weights for kind in ("epsilon", "v_prediction")
+        )
         assert epsilon is not None
         assert velocity is not None
         ratio = (velocity / epsilon)[1:]
@@ -148,7 +150,7 @@ def test_a_velocitys_weights_are_those_of_its_epsilon() -> None:
 def test_pure_noise_gives_a_finite_loss_and_gradient(kind: str, weighting: str, loss: str) -> None:
     rescaled = make_objective(kind, zero_terminal_snr=True)
     assert rescaled.snr[-1] == 0
-    objective = rescaled.shaped(ObjectiveSettings(loss_weighting=weighting, loss=loss))
+    objective = rescaled.with_settings(ObjectiveSettings(loss_weighting=weighting, loss=loss))
     prediction = torch.randn((1, 4, 2, 2), generator=torch.Generator().manual_seed(1), requires_grad=True)
     latents = torch.ones(1, 4, 2, 2)
     value = objective.loss(prediction, latents, -latents, torch.tensor([999])).sum()
@@ -219,13 +221,13 @@ def test_a_rescaled_schedule_is_diffusers() -> None:
     torch.testing.assert_close(once.alphas_cumprod, wanted, rtol=0, atol=2e-6)
     assert once.alphas_cumprod[-1] == 0
     assert once.alphas_cumprod[0] == pytest.approx(float(THEIRS.alphas_cumprod[0]), rel=1e-6)
-    twice = once.shaped(ObjectiveSettings(zero_terminal_snr=True))
+    twice = once.with_settings(ObjectiveSettings(zero_terminal_snr=True))
     torch.testing.assert_close(twice.alphas_cumprod, once.alphas_cumprod, rtol=1e-6, atol=1e-8)
 
 
 def test_the_other_settings_leave_the_schedule() -> None:
     other = ObjectiveSettings(loss="huber", loss_weighting="debiased", noise_offset=0.1, timestep_bias=1.0)
-    assert torch.equal(make_objective().shaped(other).alphas_cumprod, make_objective().alphas_cumprod)
+    assert torch.equal(make_objective().with_settings(other).alphas_cumprod, make_objective().alphas_cumprod)
 
 
 # Noise
@@ -326,8 +328,8 @@ def test_the_range_is_never_left(place: float, timesteps: int, first: int, end: 
 @pytest.mark.parametrize(("first", "end"), [(0, 1000), (200, 700)])
 def test_the_share_of_timesteps_below_x_is_a_power_of_x(bias: float, first: int, end: int) -> None:
     settings, count = ObjectiveSettings(min_timestep=first, max_timestep=end, timestep_bias=bias), 2000
-    draws = [draw(7, "instance", step, 0, 1, [(1, 1, 1)]) for step in range(count)]
-    found = sorted(timestep_at((one.timestep + one.fraction) / 1000, 1000, settings) for one in draws)
+    draws = [draw_sample(7, "instance", step, 0, 1, [(1, 1, 1)]) for step in range(count)]
+    found = sorted(timestep_at((one.timestep + one.timestep_fraction) / 1000, 1000, settings) for one in draws)
     wanted = [((one + 1 - first) / (end - first)) ** 2**bias for one in found]  # share up to and with it
     upper = [torch.searchsorted(torch.tensor(found), one, right=True).item() / count for one in found]
     distance = max(abs(ours - theirs) for ours, theirs in zip(upper, wanted, strict=True))
@@ -357,7 +359,7 @@ def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
 
 
 def batches_of(recipe: DreamBooth, step: int = 0) -> list[Batch]:
-    return list(draw_batches(recipe.cache, recipe.settings, step, 0, 1000, recipe.device))
+    return list(draw_batches(recipe.session.cache, recipe.settings, step, 0, 1000, recipe.device))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -388,10 +390,10 @@ def test_by_default_a_step_sees_what_was_drawn(world: World, tmp_path: Path) -> 
     for step in range(5):
         [batch] = batches_of(recipe, step)
         shapes = {"instance": 3, "class": 2}
-        draws = [draw(0, kind, step, 0, 1, [(4, 8, 8)] * count) for kind, count in shapes.items()]
+        draws = [draw_sample(0, kind, step, 0, 1, [(4, 8, 8)] * count) for kind, count in shapes.items()]
         assert batch.timesteps.tolist() == [one.timestep for one in draws]
         assert torch.equal(batch.noise, torch.stack([one.noise for one in draws]))
-        assert torch.equal(batch.added, batch.noise)
+        assert torch.equal(batch.added_noise, batch.noise)
 
 
 @pytest.mark.parametrize("name", ["offset", "pyramid", "perturbation", "timesteps"])
@@ -402,7 +404,7 @@ def test_noise_and_timesteps_change_nothing_else_of_a_sample(name: str, world: W
     assert torch.equal(plain.captions, other.captions)
     assert torch.equal(plain.timesteps, other.timesteps) == (name != "timesteps")
     assert torch.equal(plain.noise, other.noise) == (name not in ("offset", "pyramid"))
-    assert torch.equal(other.added, other.noise) == (name != "perturbation")
+    assert torch.equal(other.added_noise, other.noise) == (name != "perturbation")
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -415,12 +417,12 @@ def test_a_step_has_the_loss_of_the_formulas(
     recipe = prepared(world if kind == "epsilon" else request.getfixturevalue(kind), tmp_path, **values)
     settings, total = recipe.settings, torch.zeros(())
     with torch.no_grad():
-        found = sum(recipe.passes.losses(0, 0))
+        found = sum(losses(recipe, 0))
         for batch in batches_of(recipe):
             at, size = batch.timesteps, settings.batch_size
-            noisy = THEIRS.add_noise(batch.latents, batch.added, at)
-            conditioning = recipe.captions.conditioning(batch.captions) | {"size": batch.sizes}
-            prediction = recipe.model.predict(noisy, at, conditioning)
+            noisy = THEIRS.add_noise(batch.latents, batch.added_noise, at)
+            conditioning = recipe.session.text.rows(batch.captions) | {"size": batch.sizes}
+            prediction = recipe.session.model.predict(noisy, at, conditioning)
             target = batch.noise if kind == "epsilon" else THEIRS.get_velocity(batch.latents, batch.noise, at)
             error, snr = (prediction - target).double(), compute_snr(THEIRS, at).double().view(-1, 1, 1, 1)
             c = {"mse": 0, "huber": settings.huber_c}.get(settings.loss, 0.9 / (1 + snr**-0.5) ** 2 + 0.1)
@@ -456,7 +458,7 @@ def test_a_step_waits_for_no_device(further: dict[str, Any], world: World, tmp_p
     recipe.train_step(1.0)
     with Waits() as waits:
         recipe.train_step(1.0)
-    assert waits.files == {"randomness.py", "noise.py", "batches.py", "optimizer.py"}
+    assert waits.files == {"seeding.py", "objective.py", "batches.py", "optimizer.py"}
     with Waits() as waits:
         recipe._report(Throughput(4, 0, recipe.device), 1, 1e-2, torch.ones(()))
     assert waits.files == {"dreambooth.py"}  # as it is found where it is meant to be
@@ -489,7 +491,7 @@ def test_an_epsilon_model_is_not_taught_pure_noise(world: World, tmp_path: Path)
     listener = Recorder()
     with pytest.raises(SettingsError, match=r"predict the velocity.*This one predicts epsilon") as refused:
         world.train(tmp_path, listener, zero_terminal_snr=True)
-    assert "zero_terminal_snr off" in refused.value.remedy
+    assert "zero_terminal_snr = False" in refused.value.remedy
     assert not listener.events
     assert not list(tmp_path.iterdir())
 
@@ -508,21 +510,27 @@ def test_pure_noise_asks_for_the_picture(velocity: World, tmp_path: Path) -> Non
     recipe = prepared(velocity, tmp_path, zero_terminal_snr=True, min_timestep=999)
     [batch] = batches_of(recipe)
     assert batch.timesteps.tolist() == [999, 999]
-    objective = recipe.objective
-    assert torch.equal(objective.add_noise(batch.latents, batch.added, batch.timesteps), batch.added)
+    objective = recipe.session.objective
+    assert torch.equal(objective.add_noise(batch.latents, batch.added_noise, batch.timesteps), batch.added_noise)
     target = objective.target(objective.alphas_cumprod, batch.latents, batch.noise, batch.timesteps)
     assert torch.equal(target, -batch.latents)
 
 
 def test_previews_are_drawn_with_the_rescaled_schedule(velocity: World, tmp_path: Path) -> None:
     """As the help of zero_terminal_snr says they must; everything else is as in a run without."""
-    schedules = [prepared(velocity, tmp_path / str(on), zero_terminal_snr=on).model.objective for on in (False, True)]
+    schedules = [
+        prepared(velocity, tmp_path / str(on), zero_terminal_snr=on).session.model.objective for on in (False, True)
+    ]
     assert [float(one.alphas_cumprod[-1]) == 0 for one in schedules] == [False, True]
     assert torch.equal(schedules[0].alphas_cumprod, velocity.base.family.build(velocity.base).objective.alphas_cumprod)
 
 
 def test_defaults_are_the_plain_objective() -> None:
     """The settings of a run that asks for nothing of all this."""
-    shaped, plain = make_objective().shaped(TrainSettings()), make_objective()
+    shaped, plain = make_objective().with_settings(TrainSettings()), make_objective()
     assert torch.equal(shaped.alphas_cumprod, plain.alphas_cumprod)
-    assert (shaped.target, shaped.distance, shaped.weights) == (plain.target, plain.distance, None)
+    assert (shaped.target, shaped.elementwise_loss, shaped.timestep_weights) == (
+        plain.target,
+        plain.elementwise_loss,
+        None,
+    )

@@ -44,6 +44,7 @@ from pack.trainer.models.families.ldm import unet_component, unet_config, vae_co
 from pack.trainer.models.open import HostTensors, open_base
 from pack.trainer.models.tokenizer import load_tokenizer
 from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -285,7 +286,7 @@ def test_training_leaves_lent_weights_alone(
     pictures = load_pictures(picture_folder(), "a photo of sks dog", Recorder())
     settings = TrainSettings(steps=2, rank=4, resolution=64, learning_rate=0.1, targets="attention-mlp")
     base = open_base(host_tensors(lent))
-    result = train(base, pictures, [], settings, tmp_path / "loras", tmp_path / "runs", "cpu", Recorder())
+    result = train(base, pictures, [], settings, RunPaths(tmp_path / "loras", tmp_path / "runs"), "cpu", Recorder())
     assert max(layer.up.abs().max() for layer in result.adapter.layers.values()) > 0.01
     assert digest(lent) == before
     assert {name: tensor.data_ptr() for name, tensor in lent.items()} == places
@@ -295,8 +296,7 @@ def test_training_leaves_lent_weights_alone(
         pictures,
         [],
         settings.model_copy(update={"precision": "bf16", "steps": 1}),
-        tmp_path,
-        tmp_path / "runs",
+        RunPaths(tmp_path, tmp_path / "runs"),
         "cpu",
     )
     assert digest(lent) == before
@@ -696,7 +696,7 @@ def test_no_tokenizer_anywhere_is_told(single_file: Path, tmp_path: Path, monkey
     with pytest.raises(WeightsError) as caught:
         open_base(path)
     assert "tokenizer" in caught.value.problem
-    assert "--tokenizer" in caught.value.remedy
+    assert "Set tokenizer to a folder" in caught.value.remedy
 
 
 # Refusals

@@ -27,7 +27,7 @@ from pack.trainer.models.sampling import (
     make_scheduler,
     starting_noise,
 )
-from pack.trainer.settings.train import GenerateSettings, SchedulerName
+from pack.trainer.settings.train import GenerateCommand, SchedulerName
 from torch import Tensor, nn
 
 PROMPT, NEGATIVE = "a photo of a red dog in the snow", "a blue cat"
@@ -176,7 +176,7 @@ def test_guidance_steers(model: DiffusionModel) -> None:
     torch.testing.assert_close(half, (one + zero) / 2, rtol=0, atol=1e-4)
 
 
-MOST_STEPS = next(limit.le for limit in GenerateSettings.model_fields["steps"].metadata if hasattr(limit, "le"))
+MOST_STEPS = next(limit.le for limit in GenerateCommand.model_fields["steps"].metadata if hasattr(limit, "le"))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -18,7 +18,7 @@ from ..core.errors import PicturesError, SettingsError, WeightsError, suggest
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..core.files import require_writable, write_atomic
 from ..core.prompts import article
-from ..models.hub import explained_opening, model_type, pillow_processor, title_of
+from ..models.hub import explained_opening, model_type, pillow_processor, source_title
 from ..settings.caption import CaptionCommand, CaptionSettings
 from .folder import picture_names
 from .images import Picture, decode
@@ -111,7 +111,7 @@ def open_captioner(source: str, device: torch.device, *, download: bool = False)
         )
     with explained_memory_errors(_WHAT_TO_LOWER):
         to_device(network, device, torch.float32)
-    return Captioner(title_of(source), network.eval(), processor, tokenizer)
+    return Captioner(source_title(source), network.eval(), processor, tokenizer)
 
 
 def apply_template(caption: str, settings: CaptionSettings) -> str:

@@ -14,7 +14,7 @@ from ..core.devices import explained_memory_errors, release
 from ..core.errors import suggest
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..models.families.base import BaseWeights
-from ..models.sampling import GenerationConfig, generate, ready_model
+from ..models.sampling import GenerationConfig, generate, build_on_device
 from ..settings.train import PriorSettings
 from .image_cache import ImageCache
 from .images import Picture
@@ -93,7 +93,7 @@ def _generate_missing(
     listener: Listener,
 ) -> None:
     """A function of its own, so that no other frame keeps the model alive after an error."""
-    model = ready_model(base, device, precision)
+    model = build_on_device(base, device, precision)
     config = GenerationConfig(
         width=resolution,
         height=resolution,

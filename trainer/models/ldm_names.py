@@ -31,40 +31,43 @@ def original_names(paths: Collection[str], layers_per_block: int) -> dict[str, s
     """The original code's name of every module.
 
     Args:
-        paths: Dotted paths in diffusers of a whole UNet's modules; those of attention decide how others are numbered.
+        paths: Dotted paths in diffusers of all modules of a UNet; those of attention decide the numbers of others.
         layers_per_block: Residual layers per level on the way down.
 
     Returns:
         Path in diffusers → path in the original code. Paths that have no counterpart there are left out.
     """
-    attentive = {path.split(".")[1] for path in paths if path.startswith("up_blocks.") and ".attentions." in path}
-    found = ((path, _FIXED.get(path) or _original_name(path, layers_per_block + 1, attentive)) for path in paths)
-    return {path: name for path, name in found if name}
+    attention_levels = {
+        path.split(".")[1] for path in paths if path.startswith("up_blocks.") and ".attentions." in path
+    }
+    names = {path: _FIXED.get(path) or _original_name(path, layers_per_block + 1, attention_levels) for path in paths}
+    return {path: name for path, name in names.items() if name}
 
 
-def _original_name(path: str, per_level: int, attentive: Collection[str]) -> str | None:
-    """The name of a module inside a block; `attentive` are the numbers of the up blocks that have attention."""
+def _original_name(path: str, blocks_per_level: int, attention_levels: Collection[str]) -> str | None:
+    """The name of a module inside a block; `attention_levels` are the numbers of the up blocks with attention."""
     match = _PART.match(path)
     if not match:
         return None
     side, level, kind = match.groups()
     rest = path[match.end() :]
     if kind == "downsamplers":
-        return f"input_blocks.{per_level * (int(level) + 1)}.0.op" if rest == "0.conv" else None
+        return f"input_blocks.{blocks_per_level * (int(level) + 1)}.0.op" if rest == "0.conv" else None
     if kind == "upsamplers":
-        place = 2 if level in attentive else 1
-        return f"output_blocks.{per_level * int(level) + per_level - 1}.{place}.conv" if rest == "0.conv" else None
+        block = blocks_per_level * int(level) + blocks_per_level - 1
+        index = 2 if level in attention_levels else 1
+        return f"output_blocks.{block}.{index}.conv" if rest == "0.conv" else None
     number, _, inner = rest.partition(".")
     if kind == "resnets":
         inner = _RESNET.get(inner, inner)
     if not inner:
         return None
-    place = 0 if kind == "resnets" else 1
+    index = 0 if kind == "resnets" else 1
     if side == "mid_block":
-        return f"middle_block.{2 * int(number) + place}.{inner}"
+        return f"middle_block.{2 * int(number) + index}.{inner}"
     if side == "down_blocks":
-        return f"input_blocks.{per_level * int(level) + int(number) + 1}.{place}.{inner}"
-    return f"output_blocks.{per_level * int(level) + int(number)}.{place}.{inner}"
+        return f"input_blocks.{blocks_per_level * int(level) + int(number) + 1}.{index}.{inner}"
+    return f"output_blocks.{blocks_per_level * int(level) + int(number)}.{index}.{inner}"
 
 
 _ORIGINAL = re.compile(r"^(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d+)(?:\.(.+))?$")
@@ -84,18 +87,23 @@ def diffusers_name(original: str, layers_per_block: int = 2) -> str | None:
     match = _ORIGINAL.match(original)
     if fixed or not match:
         return fixed
-    side, number, place, rest = match[1], int(match[2] or 0), int(match[3]), match[4] or ""
+    side = match[1]
+    number = int(match[2] or 0)
+    index = int(match[3])
+    rest = match[4] or ""
     if side is None:
-        return f"mid_block.{'attentions.0' if place == 1 else f'resnets.{place // 2}'}.{_inner(rest, place)}".strip(".")
+        middle = "attentions.0" if index == 1 else f"resnets.{index // 2}"
+        return f"mid_block.{middle}.{_inner(rest, index)}".strip(".")
     level, layer = divmod(number - 1 if side == "input" else number, layers_per_block + 1)
     if side == "input" and rest == "op":
         return f"down_blocks.{level}.downsamplers.0.conv"
     if side == "output" and rest == "conv":
         return f"up_blocks.{level}.upsamplers.0.conv"
-    kind = "attentions" if place == 1 else "resnets"
-    return f"{'down' if side == 'input' else 'up'}_blocks.{level}.{kind}.{layer}.{_inner(rest, place)}".strip(".")
+    direction = "down" if side == "input" else "up"
+    kind = "attentions" if index == 1 else "resnets"
+    return f"{direction}_blocks.{level}.{kind}.{layer}.{_inner(rest, index)}".strip(".")
 
 
-def _inner(rest: str, place: int) -> str:
-    """The name inside a residual layer or an attention; only the former differs."""
-    return rest if place == 1 else next((path for path, name in _RESNET.items() if name == rest), rest)
+def _inner(rest: str, index: int) -> str:
+    """The name inside a residual layer or a transformer; only the former differs."""
+    return rest if index == 1 else next((path for path, name in _RESNET.items() if name == rest), rest)

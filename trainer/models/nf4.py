@@ -1,8 +1,8 @@
 """A frozen network's Linear layers in four bits: NF4 with double quantisation (QLoRA, Dettmers et al. 2023).
 
-bitsandbytes turns weights into four bits and back. The layer itself is our own: its `weight` is the dequantised one, so
-that every kind of adapter reads shapes and norms as always, and its backward pass dequantises again instead of keeping
-the weight. Nothing is saved of it: the same weights give the same four bits, so that resuming stays exact.
+bitsandbytes quantises and dequantises. The layer itself is our own: its `weight` is the dequantised one, so that every
+adapter layer reads shapes and norms as usual, and its backward pass dequantises again instead of keeping the weight.
+The quantised weights are not saved: the same weights give the same four bits, so that resuming stays exact.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.errors import SettingsError
+from ..core.errors import SettingsError, suggest
 
-_BLOCK, _OUTER_BLOCK = 64, 256  # numbers that share a scale; scales that share one in turn
-_BYTES_OF_CODES = (16 + 256) * 4 + 4  # the tables of both levels, and the scales' mean
+_BLOCK = 64  # weights that share a scale
+_OUTER_BLOCK = 256  # scales that share a scale of their own
+_BYTES_OF_CODES = (16 + 256) * 4 + 4  # the tables of both levels, and the mean of the scales
 
 
 def load_bitsandbytes() -> Any:
-    """Import bitsandbytes without what it does beside.
+    """Import bitsandbytes without its side effects.
 
     On some processors its import asks the package `kernels` for a kernel, which downloads one, or warns that there is
     none; nothing here uses it.
 
     Raises:
-        SettingsError: It is not installed, or does not work here.
+        SettingsError: It is not installed, or can't be imported.
     """
-    logger, missing = logging.getLogger("bitsandbytes"), object()
-    level, kernels = logger.level, sys.modules.get("kernels", missing)
+    missing = object()
+    logger = logging.getLogger("bitsandbytes")
+    level = logger.level
+    kernels = sys.modules.get("kernels", missing)
     if "bitsandbytes" not in sys.modules:
         logger.setLevel(logging.ERROR)
         sys.modules["kernels"] = None  # type: ignore[assignment]
@@ -43,7 +46,8 @@ def load_bitsandbytes() -> Any:
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise SettingsError(
             f"The package bitsandbytes is needed and can't be used: {error}.",
-            f'Install it: "{sys.executable}" -m pip install bitsandbytes; or set base_quantization to none.',
+            f'Install it: "{sys.executable}" -m pip install bitsandbytes; or set '
+            f"{suggest('base_quantization', 'none')}.",
         ) from error
     finally:
         logger.setLevel(level)
@@ -53,21 +57,21 @@ def load_bitsandbytes() -> Any:
                 sys.modules["kernels"] = kernels  # type: ignore[assignment]
 
 
-def load_bitsandbytes_if_there() -> None:
-    """Import bitsandbytes, if it is installed, before another library does it less carefully."""
+def load_bitsandbytes_if_installed() -> None:
+    """Import bitsandbytes, if it is installed, before another library does so with its side effects."""
     with contextlib.suppress(SettingsError):
         load_bitsandbytes()
 
 
 def require_quantizable(quantization: str, device: torch.device) -> None:
-    """Try whether weights can be quantised on a device.
+    """Check that weights can be quantised on a device, by quantising some.
 
     Args:
         quantization: The setting base_quantization.
         device: Where training runs.
 
     Raises:
-        SettingsError: They can't; says what to install or to choose.
+        SettingsError: They can't; the remedy is what to install or to choose.
     """
     if quantization == "none":
         return
@@ -75,31 +79,33 @@ def require_quantizable(quantization: str, device: torch.device) -> None:
     try:
         packed, state = _quantized(functional, torch.linspace(-1, 1, 2 * _BLOCK).view(2, _BLOCK), device)
         functional.dequantize_4bit(packed, state)
-    except Exception as error:  # of a library that has other ones on every platform
+    except Exception as error:  # the library raises different ones on every platform
         raise SettingsError(
             f"bitsandbytes can't hold weights in four bits on {device}: {error}.",
-            "Update it (pip install -U bitsandbytes), or set base_quantization to none.",
+            f"Update it (pip install -U bitsandbytes), or set {suggest('base_quantization', 'none')}.",
         ) from error
 
 
 class Nf4Linear(nn.Linear):
-    """A frozen Linear layer whose weight is held in four bits.
+    """A frozen Linear layer whose weight is stored in four bits.
 
-    The weight is cut into blocks of 64 numbers; each is divided by its largest one and rounded to one of 16 quantiles
-    of a normal distribution (section 3, "4-bit NormalFloat"); the scales are held in 8 bits ("Double Quantization").
-    That takes 4.127 bits a number.
+    The weight is split into blocks of 64 numbers; each is divided by its largest one and rounded to one of 16 quantiles
+    of a normal distribution (section 3, "4-bit NormalFloat"); the scales are stored in 8 bits ("Double Quantization").
+    That takes 4.127 bits per weight.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device, dtype: torch.dtype) -> None:
-        """Quantise a layer; its own tensors are read alone.
+        """Quantise a layer; its own tensors are only read.
 
         Args:
             linear: A layer with weight (out, in).
-            device: Where the quantised weight lies; on "meta" it takes no memory and needs no bitsandbytes.
-            dtype: Type in which is computed.
+            device: Of the quantised weight; on "meta" it takes no memory and needs no bitsandbytes.
+            dtype: Of the computation.
         """
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, dtype
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        self.dtype = dtype
         bias = linear.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().to(device, dtype), requires_grad=False)
         self.packed: Tensor
@@ -114,25 +120,25 @@ class Nf4Linear(nn.Linear):
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
-        """The dequantised weight, (out, in); made anew at every reading."""
+        """The dequantised weight, (out, in); a new tensor at every access."""
         if self._state is None:
-            found = torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
+            weight = torch.empty((self.out_features, self.in_features), dtype=self.dtype, device="meta")
         else:
-            found = self._functional.dequantize_4bit(self.packed, self._state)
-        return nn.Parameter(found, requires_grad=False)
+            weight = self._functional.dequantize_4bit(self.packed, self._state)
+        return nn.Parameter(weight, requires_grad=False)
 
     @property
     def quantized_bytes(self) -> int:
-        """Bytes that the weight takes."""
+        """Size of the quantised weight in bytes."""
         return _quantized_bytes(self.in_features * self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, (…, in) → (…, out), with the dequantised weight."""
-        result: Tensor = _Product.apply(input.to(self.dtype), self)  # type: ignore[no-untyped-call]
+        result: Tensor = _LinearWithoutSaving.apply(input.to(self.dtype), self)  # type: ignore[no-untyped-call]
         return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move with the network to another device; scales and codes keep their types."""
+        """Move to another device with the network; scales and codes keep their types."""
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.packed.device)).device
         if device != self.packed.device:
             self.packed = self.packed.to(device)
@@ -140,8 +146,8 @@ class Nf4Linear(nn.Linear):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
 
-class _Product(torch.autograd.Function):
-    """x · Wᵀ + b, keeping neither x nor W: the backward pass needs W alone, and dequantises it again."""
+class _LinearWithoutSaving(torch.autograd.Function):
+    """x · Wᵀ + b, which saves neither x nor W: the backward pass needs only W, and dequantises it again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
@@ -158,12 +164,12 @@ class _Product(torch.autograd.Function):
 def quantize(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Replace every Linear layer of a network by one in four bits, one after the other.
 
-    So no more than one layer is ever on the device as it was. Convolutions and norms stay.
+    So the device never holds more than one unquantised layer. Convolutions and norms stay.
 
     Args:
         network: Built around borrowed tensors, which stay untouched.
-        device: Where the quantised weights go.
-        dtype: Type in which is computed.
+        device: Of the quantised weights.
+        dtype: Of the computation.
     """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):

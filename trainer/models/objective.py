@@ -1,7 +1,7 @@
 """What the denoiser predicts, and the loss of that prediction.
 
-A prediction type differs from another in `target` and in a weight of the timesteps, a way to count errors in
-`distance`, so that no caller branches on them.
+Prediction types differ in `target` and in the weights of timesteps, losses in `elementwise_loss`, so that no caller
+branches on them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from ..settings.objective import ObjectiveSettings
 
-_MOST_SNR, _LEAST_SNR = 1000.0, 0.001  # debiasing weighs those beyond alike: kohya's upper limit; pure noise has 0
+_MAX_SNR = 1000.0  # limits of debiasing: above as kohya has it; below, since pure noise has a ratio of 0
+_MIN_SNR = 0.001
 
 
 def scaled_linear_alphas_cumprod(timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012) -> Tensor:
@@ -47,11 +48,11 @@ def velocity_target(alphas_cumprod: Tensor, latents: Tensor, noise: Tensor, time
 
 _TARGETS = {"epsilon": epsilon_target, "v_prediction": velocity_target}
 
-Distance = Callable[[Tensor, Tensor, float], Tensor]
-"""(error, signal-to-noise ratio, (batch, 1, 1, 1), c) → what the error counts, of its shape."""
+ElementwiseLoss = Callable[[Tensor, Tensor, float], Tensor]
+"""(error, signal-to-noise ratio of shape (batch, 1, 1, 1), c) → the loss of each element, of the error's shape."""
 
 
-def squared(error: Tensor, snr: Tensor, c: float) -> Tensor:
+def squared_error(error: Tensor, snr: Tensor, c: float) -> Tensor:
     """The error squared."""
     return error.pow(2)
 
@@ -62,10 +63,10 @@ def pseudo_huber(error: Tensor, snr: Tensor, c: float) -> Tensor:
 
 
 def pseudo_huber_snr(error: Tensor, snr: Tensor, c: float) -> Tensor:
-    """Pseudo-Huber whose c goes from 1 without noise to `c` with much of it (kohya's schedule "snr")."""
+    """Pseudo-Huber whose c goes from 1 at no noise to `c` at pure noise (kohya's schedule "snr")."""
     sigma = snr.rsqrt()
-    sizes = (1 - c) / (1 + sigma) ** 2 + c
-    return _pseudo_huber(error, sizes)
+    scheduled_c = (1 - c) / (1 + sigma) ** 2 + c
+    return _pseudo_huber(error, scheduled_c)
 
 
 def _pseudo_huber(error: Tensor, c: float | Tensor) -> Tensor:
@@ -73,7 +74,11 @@ def _pseudo_huber(error: Tensor, c: float | Tensor) -> Tensor:
     return 2 * c * squares / ((squares + c**2).sqrt() + c)  # the same, without a difference of large numbers
 
 
-_DISTANCES: dict[str, Distance] = {"mse": squared, "huber": pseudo_huber, "huber-snr": pseudo_huber_snr}
+_ELEMENTWISE_LOSSES: dict[str, ElementwiseLoss] = {
+    "mse": squared_error,
+    "huber": pseudo_huber,
+    "huber-snr": pseudo_huber_snr,
+}
 
 
 def min_snr_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
@@ -88,13 +93,13 @@ def min_snr_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
 
 
 def debiased_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
-    """1/√snr, or 1/(snr + 1) for velocity (Yu et al. 2023; kohya's debiased estimation); arguments as before."""
-    snr = snr.clamp(_LEAST_SNR, _MOST_SNR)
+    """1/√snr, or 1/(snr + 1) for velocity (Yu et al. 2023; kohya's debiased estimation); see `min_snr_weight`."""
+    snr = snr.clamp(_MIN_SNR, _MAX_SNR)
     return 1 / (snr + 1) if velocity else snr.rsqrt()
 
 
 def constant_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
-    """One for every timestep; arguments as before."""
+    """One for every timestep; see `min_snr_weight`."""
     return torch.ones_like(snr)
 
 
@@ -109,17 +114,17 @@ class Objective:
         prediction_type: diffusers' name, "epsilon" or "v_prediction".
         alphas_cumprod: Shape (timesteps,), float32.
         target: (alphas_cumprod, latents, noise, timesteps) → what the denoiser should predict.
-        weights: Of each timestep's loss, shape (timesteps,), float32; None: all alike.
-        distance: What an error counts.
-        c: The distance's parameter.
+        timestep_weights: Of each timestep's loss, shape (timesteps,), float32; None: all equal.
+        elementwise_loss: Loss of an element of the prediction, by its error.
+        huber_c: Its parameter c.
     """
 
     prediction_type: str
     alphas_cumprod: Tensor
     target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    weights: Tensor | None = None
-    distance: Distance = squared
-    c: float = 0.1
+    timestep_weights: Tensor | None = None
+    elementwise_loss: ElementwiseLoss = squared_error
+    huber_c: float = 0.1
 
     @property
     def timesteps(self) -> int:
@@ -131,24 +136,29 @@ class Objective:
         """Signal-to-noise ratio of each timestep, ᾱ / (1 - ᾱ), shape (timesteps,)."""
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
-    def as_type(self, prediction_type: str) -> Objective:
-        """The same schedule with another prediction type, plainly."""
+    def with_prediction_type(self, prediction_type: str) -> Objective:
+        """The same schedule with another prediction type, the plain squared error, and equal weights."""
         return Objective(prediction_type, self.alphas_cumprod, _TARGETS[prediction_type])
 
-    def shaped(self, settings: ObjectiveSettings) -> Objective:
-        """The same prediction, its error weighed as the settings say."""
+    def with_settings(self, settings: ObjectiveSettings) -> Objective:
+        """The same prediction type with the schedule, loss and weights that the settings name."""
         schedule = _rescaled(self.alphas_cumprod) if settings.zero_terminal_snr else self.alphas_cumprod
-        plain = replace(self, alphas_cumprod=schedule, distance=_DISTANCES[settings.loss], c=settings.huber_c)
+        unweighted = replace(
+            self,
+            alphas_cumprod=schedule,
+            elementwise_loss=_ELEMENTWISE_LOSSES[settings.loss],
+            huber_c=settings.huber_c,
+        )
         if settings.loss_weighting == "constant":
-            return plain
+            return unweighted
         velocity = self.prediction_type == "v_prediction"
-        weights = _WEIGHTS[settings.loss_weighting](plain.snr, settings.min_snr_gamma, velocity)
-        return replace(plain, weights=weights)
+        weights = _WEIGHTS[settings.loss_weighting](unweighted.snr, settings.min_snr_gamma, velocity)
+        return replace(unweighted, timestep_weights=weights)
 
     def to(self, device: torch.device) -> Objective:
         """The same objective with its schedule on `device`."""
-        weights = None if self.weights is None else self.weights.to(device)
-        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device), weights=weights)
+        weights = None if self.timestep_weights is None else self.timestep_weights.to(device)
+        return replace(self, alphas_cumprod=self.alphas_cumprod.to(device), timestep_weights=weights)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """√ᾱ·latents + √(1-ᾱ)·noise, all (batch, channels, height, width); timesteps (batch,), int64."""
@@ -158,31 +168,32 @@ class Objective:
     def loss(
         self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """What the error of each sample counts, shape (batch,), float32.
+        """The loss of each sample, shape (batch,), float32.
 
         Args:
             prediction: The denoiser's, (batch, channels, height, width).
             latents: As `prediction`.
             noise: As `prediction`.
             timesteps: (batch,), int64.
-            mask: Weight of each place, (batch, 1, height, width), with a sum above 0; None: all alike.
+            mask: Weight of each position, (batch, 1, height, width), with a sum above 0; None: all equal.
         """
         target = self.target(self.alphas_cumprod, latents, noise, timesteps)
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         snr = alpha / (1.0 - alpha)
-        counted = self.distance(prediction.float() - target.float(), snr, self.c)
+        elements = self.elementwise_loss(prediction.float() - target.float(), snr, self.huber_c)
         if mask is None:
-            losses = counted.mean(dim=(1, 2, 3))
+            losses = elements.mean(dim=(1, 2, 3))
         else:
-            losses = (counted.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
-        return losses if self.weights is None else losses * self.weights[timesteps]
+            losses = (elements.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+        return losses if self.timestep_weights is None else losses * self.timestep_weights[timesteps]
 
 
 def _rescaled(alphas_cumprod: Tensor) -> Tensor:
     """Rescale a schedule so that its last timestep is pure noise (Lin et al. 2023, algorithm 1); same shape."""
     root = alphas_cumprod.double().sqrt()
-    first, last = root[0].clone(), root[-1].clone()
-    rescaled: Tensor = ((root - last) * first / (first - last)) ** 2  # of one that ends so already: itself
+    first = root[0].clone()
+    last = root[-1].clone()
+    rescaled: Tensor = ((root - last) * first / (first - last)) ** 2  # a schedule that ends so already stays as it is
     return rescaled.to(alphas_cumprod.dtype)
 
 
@@ -199,8 +210,8 @@ def make_objective(
     if scheduler:
         from diffusers import DDPMScheduler
 
-        plain = {name: value for name, value in scheduler.items() if name != "rescale_betas_zero_snr"}
-        schedule = DDPMScheduler.from_config(plain).alphas_cumprod
+        config = {name: value for name, value in scheduler.items() if name != "rescale_betas_zero_snr"}
+        schedule = DDPMScheduler.from_config(config).alphas_cumprod
     else:
         schedule = scaled_linear_alphas_cumprod()
     if zero_terminal_snr:
@@ -209,12 +220,12 @@ def make_objective(
 
 
 def shaped_noise(noise: Tensor, settings: ObjectiveSettings, source: torch.Generator) -> Tensor:
-    """Plain noise with the offset and the coarser levels that the settings name; plain if they name none.
+    """Noise with the offset and the coarser levels that the settings name; as it is if they name none.
 
     Args:
         noise: Standard normal, (channels, height, width).
         settings: noise_offset, multires_noise_iterations, multires_noise_discount.
-        source: Of what is drawn here.
+        source: Of the random numbers that are drawn here.
     """
     if settings.multires_noise_iterations:
         noise = pyramid_noise(noise, settings.multires_noise_iterations, settings.multires_noise_discount, source)
@@ -231,42 +242,44 @@ def pyramid_noise(noise: Tensor, iterations: int, discount: float, source: torch
 
     Args:
         noise: Standard normal, (channels, height, width).
-        iterations: Most levels; they end where a side would be one. One level is plain noise.
+        iterations: Number of levels at most; the last is one whose side would be a single element. One level is
+            plain noise.
         discount: Strength of each level over the one before.
-        source: Of what is drawn here.
+        source: Of the random numbers that are drawn here.
     """
     channels, height, width = noise.shape
     total = noise * 2**0.5  # as if level 0 had been added: the sum of two standard normals
     for level in range(1, iterations):
         step = (2 + 2 * float(torch.rand((), generator=source))) ** level
-        rows, columns = max(1, int(height / step)), max(1, int(width / step))
+        rows = max(1, int(height / step))
+        columns = max(1, int(width / step))
         coarse = torch.randn((1, channels, rows, columns), generator=source)
-        whole = functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
-        total = total + whole[0] * discount**level
+        upsampled = functional.interpolate(coarse, size=(height, width), mode="bilinear", align_corners=False)
+        total = total + upsampled[0] * discount**level
         if rows == 1 or columns == 1:
             break
     return total / total.std()
 
 
 def perturbed_noise(noise: Tensor, settings: ObjectiveSettings, source: torch.Generator) -> Tensor:
-    """The noise that is added, where `noise` is asked for: with extra noise on it (Ning et al. 2023, algorithm 1)."""
+    """The noise that is added to the latents: the target `noise` with extra noise on it (Ning et al. 2023)."""
     if not settings.input_perturbation:
         return noise
     return noise + settings.input_perturbation * torch.randn(noise.shape, generator=source)
 
 
-def timestep_at(place: float, timesteps: int, settings: ObjectiveSettings) -> int:
-    """The timestep at a place of the run's distribution of timesteps.
+def timestep_at(fraction: float, timesteps: int, settings: ObjectiveSettings) -> int:
+    """The timestep at a quantile of the run's distribution of timesteps.
 
     Args:
-        place: Evenly distributed in [0, 1).
+        fraction: Which quantile; uniformly distributed in [0, 1).
         timesteps: Number of diffusion timesteps, of which `min_timestep` and `max_timestep` count thousandths.
         settings: Range and bias.
 
     Returns:
-        In [0, timesteps); the share of those below x, as a part of the range, is x^(2^timestep_bias).
+        In [0, timesteps). The share of timesteps below a fraction x of the range is x^(2^timestep_bias).
     """
     first = settings.min_timestep * timesteps // 1000
     end = max(first + 1, settings.max_timestep * timesteps // 1000)
-    moved: float = place ** (2.0**-settings.timestep_bias)
-    return min(end - 1, first + int(moved * (end - first)))
+    biased: float = fraction ** (2.0**-settings.timestep_bias)
+    return min(end - 1, first + int(biased * (end - first)))

@@ -1,4 +1,4 @@
-"""Where base weights come from: a host's tensors, a single file, a diffusers folder. One door: `open_base`."""
+"""Opening base models: a host's tensors, a single file, or a folder of diffusers, all by `open_base`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .families.ldm import (
     vae_component,
     with_prefix,
 )
-from .nf4 import load_bitsandbytes_if_there
+from .nf4 import load_bitsandbytes_if_installed
 from .state_dicts import network_config, read_component, read_json, read_single_file, with_current_attention_names
 from .tokenizer import find_tokenizer, load_tokenizer
 
@@ -45,7 +45,7 @@ class HostTensors:
         text_encoders: Short name ("clip_l", "clip_h", "clip_g") → tensors, in Hugging Face's or OpenCLIP's layout.
         tokenizers: Short name → Hugging Face tokenizer.
         title: Name for people.
-        prediction: What the host takes the model to predict; None: to be detected.
+        prediction: What the model predicts according to the host; None: to be detected.
         clip_skip: Layer of the text encoders that the host reads, counted from the end; 0: as usual.
     """
 
@@ -70,9 +70,9 @@ def open_base(
 
     Args:
         source: A host's tensors, a `.safetensors` or `.ckpt` file, or a folder in diffusers' layout.
-        tokenizer: Folder of the CLIP tokenizer, for single files; looked for near the file if None.
-        vae: File or diffusers folder of another autoencoder.
-        prediction_type: Overrides what the model is taken to predict.
+        tokenizer: Folder of the CLIP tokenizer, for single files; None: searched near the file.
+        vae: File or diffusers folder of an autoencoder that replaces the model's.
+        prediction_type: What the model predicts; "auto": as the model states or its weights show.
         clip_skip: Layer of the text encoders that is read, counted from the end; 0: as usual.
 
     Raises:
@@ -80,10 +80,10 @@ def open_base(
         WeightsError: Not found, damaged, incomplete, or not a base model.
         SettingsError: The text encoders have no such layer.
     """
-    load_bitsandbytes_if_there()  # else diffusers does
+    load_bitsandbytes_if_installed()  # else diffusers does
     if isinstance(source, HostTensors):
         weights = _from_original(source)
-    elif os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not take
+    elif os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not accept
         weights = _from_folder(source)
     elif os.path.isfile(source):
         weights = _from_original(_from_file(source, tokenizer))
@@ -95,12 +95,12 @@ def open_base(
         rescaled = weights.prediction.zero_terminal_snr and prediction_type == "v_prediction"
         weights = replace(weights, prediction=Prediction(prediction_type, rescaled, CHOSEN))
     skip = clip_skip or weights.clip_skip
-    usual = all(skip == kind.layer + kind.unused_layers for kind in weights.family.text_encoders)
-    return checked(replace(weights, clip_skip=0 if usual else skip))
+    is_usual = all(skip == spec.layer + spec.unused_layers for spec in weights.family.text_encoders)
+    return checked(replace(weights, clip_skip=0 if is_usual else skip))
 
 
 def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
-    """Open the tensors of a single file, for what needs no tokenizer; those of the result are views of them.
+    """Open the tensors of a single file where no tokenizer is needed; the result's tensors are views of them.
 
     Args:
         tensors: From `read_single_file`.
@@ -108,18 +108,18 @@ def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
 
     Raises:
         UnsupportedModelError: A model of a family that is not supported.
-        WeightsError: It is incomplete or no base model.
+        WeightsError: It is incomplete, or not a base model.
     """
-    load_bitsandbytes_if_there()
-    return checked(_from_original(_lent(tensors, path)))
+    load_bitsandbytes_if_installed()
+    return checked(_from_original(_networks_in_file(tensors, path)))
 
 
 def _from_file(path: Path, tokenizer: Path | None) -> HostTensors:
-    lent = _lent(read_single_file(path), path)
-    return replace(lent, tokenizers=dict.fromkeys(lent.text_encoders, find_tokenizer(path, tokenizer)))
+    networks = _networks_in_file(read_single_file(path), path)
+    return replace(networks, tokenizers=dict.fromkeys(networks.text_encoders, find_tokenizer(path, tokenizer)))
 
 
-def _lent(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
+def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
     """The networks of a single file, without tokenizers."""
     refuse_foreign_keys(tensors)
     unet = with_prefix(tensors, UNET_PREFIX)
@@ -128,22 +128,29 @@ def _lent(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
             f"{path.name} holds no Stable Diffusion UNet.",
             "Give a full checkpoint (UNet, VAE and text encoder in one file).",
         )
-    family = identify(unet_config(unet))  # a wrong family is named before a missing tokenizer or text encoder is
-    texts = {}
-    for kind in family.text_encoders:
-        found = (with_prefix(tensors, prefix) for prefix in kind.file_prefixes)
-        texts[kind.short_name] = next((one for one in found if one), {})
-        if not texts[kind.short_name]:
+    family = identify(unet_config(unet))  # a wrong family is reported before a missing tokenizer or text encoder
+    text_encoders: dict[str, dict[str, Tensor]] = {}
+    for spec in family.text_encoders:
+        candidates = (with_prefix(tensors, prefix) for prefix in spec.file_prefixes)
+        text_encoder = next((candidate for candidate in candidates if candidate), None)
+        if text_encoder is None:
             raise WeightsError(
-                f"{path.name} lacks a text encoder of {family.title} ({kind.short_name}).",
+                f"{path.name} lacks a text encoder of {family.title} ({spec.short_name}).",
                 "Give a full checkpoint, not a UNet alone.",
             )
-    vae = with_prefix(tensors, VAE_PREFIX)
-    return HostTensors(unet, vae, texts, dict.fromkeys(texts), path.stem, _declared_prediction(tensors))
+        text_encoders[spec.short_name] = text_encoder
+    return HostTensors(
+        unet=unet,
+        vae=with_prefix(tensors, VAE_PREFIX),
+        text_encoders=text_encoders,
+        tokenizers=dict.fromkeys(text_encoders),
+        title=path.stem,
+        prediction=_declared_prediction(tensors),
+    )
 
 
 def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:
-    """What a checkpoint says of itself by the keys `v_pred` and `ztsnr`, which ComfyUI goes by, too."""
+    """What a checkpoint states by the keys `v_pred` and `ztsnr`, as ComfyUI reads them; None without them."""
     if "edm_mean" in tensors or "edm_vpred.sigma_max" in tensors:
         raise UnsupportedModelError(
             "The base model was trained in the EDM formulation (Playground 2.5 …), which can't be trained yet.",
@@ -167,9 +174,9 @@ def _from_original(source: HostTensors) -> BaseWeights:
         unet=unet_component(source.unet, family.complete(config)),
         vae=vae_component(source.vae, family.scaling_factor),
         text_encoders=[
-            text_component(source.text_encoders.get(kind.short_name, {}), kind) for kind in family.text_encoders
+            text_component(source.text_encoders.get(spec.short_name, {}), spec) for spec in family.text_encoders
         ],
-        tokenizers=[source.tokenizers[kind.short_name] for kind in family.text_encoders],
+        tokenizers=[source.tokenizers[spec.short_name] for spec in family.text_encoders],
         scheduler={},
         prediction=source.prediction or family.detect(source.unet),
         clip_skip=source.clip_skip,
@@ -179,7 +186,7 @@ def _from_original(source: HostTensors) -> BaseWeights:
 
 
 def checked(weights: BaseWeights) -> BaseWeights:
-    """Build the model once, which costs milliseconds and no memory, to see that it is whole; add the fingerprint.
+    """Build the model once, which costs milliseconds and no memory, to check that it is complete; add the fingerprint.
 
     Raises:
         WeightsError: A tensor is missing, unknown or of another shape.
@@ -191,7 +198,7 @@ def checked(weights: BaseWeights) -> BaseWeights:
 
 
 def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
-    """What else than the tensors decides what the model computes; the same however the model was opened."""
+    """Everything but the tensors that decides what the model computes; the same however the model was opened."""
     unet, vae = model.unet.config, model.vae.config
     text = [getattr(encoder, "config") for encoder in model.text_encoders.values()]  # noqa: B009
     facts = {
@@ -199,14 +206,14 @@ def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
         "schedule": [f"{value:.5e}" for value in model.objective.alphas_cumprod[::37].tolist()],
         "unet": [unet[name] for name in ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "freq_shift")],
         "vae": [vae[name] for name in ("scaling_factor", "norm_num_groups", "act_fn")],
-        "text": [[one.num_attention_heads, one.hidden_act, one.layer_norm_eps] for one in text],
+        "text": [[config.num_attention_heads, config.hidden_act, config.layer_norm_eps] for config in text],
         "clip_skip": weights.clip_skip,
     }
     return json.dumps(facts, sort_keys=True)
 
 
 def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse quantised weights, which can't be read as numbers without their scales."""
+    """Refuse quantised weights, whose values can't be read without their scales."""
     for name, tensor in tensors.items():
         if name.endswith((".scale_weight", ".weight_scale", ".comfy_quant")) or tensor.dtype in (
             torch.uint8,
@@ -232,11 +239,11 @@ def _from_folder(folder: Path) -> BaseWeights:
         vae=_vae_folder(folder / "vae"),
         text_encoders=[
             text_component(
-                read_component(folder / kind.name, "model"), kind, network_config(folder / kind.name / "config.json")
+                read_component(folder / spec.name, "model"), spec, network_config(folder / spec.name / "config.json")
             )
-            for kind in family.text_encoders
+            for spec in family.text_encoders
         ],
-        tokenizers=[load_tokenizer(folder / kind.tokenizer) for kind in family.text_encoders],
+        tokenizers=[load_tokenizer(folder / spec.tokenizer) for spec in family.text_encoders],
         scheduler=scheduler,
         prediction=_scheduled_prediction(scheduler),
         clip_skip=0,
@@ -246,13 +253,13 @@ def _from_folder(folder: Path) -> BaseWeights:
 
 
 def _scheduled_prediction(scheduler: Mapping[str, Any]) -> Prediction:
-    kind = scheduler.get("prediction_type", "epsilon")
-    if kind not in ("epsilon", "v_prediction"):
+    prediction_type = scheduler.get("prediction_type", "epsilon")
+    if prediction_type not in ("epsilon", "v_prediction"):
         raise WeightsError(
-            f"The model predicts {kind}, which can't be trained.",
+            f"The model predicts {prediction_type}, which can't be trained.",
             "Use a model that predicts epsilon or velocity (v_prediction).",
         )
-    return Prediction(kind, bool(scheduler.get("rescale_betas_zero_snr")), "the scheduler's configuration")
+    return Prediction(prediction_type, bool(scheduler.get("rescale_betas_zero_snr")), "the scheduler's configuration")
 
 
 def _vae_folder(folder: Path) -> Component:
@@ -262,10 +269,10 @@ def _vae_folder(folder: Path) -> Component:
 
 
 def _open_vae(path: Path, family: Family) -> Component:
-    """An autoencoder of its own: a folder of diffusers, or a file in the original layout.
+    """An autoencoder: a folder of diffusers, or a file in diffusers' or the original layout.
 
     Raises:
-        WeightsError: There is none.
+        WeightsError: It does not exist, or can't be read.
     """
     if os.path.isdir(path):
         return _vae_folder(path / "vae" if (path / "vae").is_dir() else path)
@@ -279,21 +286,21 @@ def _open_vae(path: Path, family: Family) -> Component:
 
 
 def fingerprint(facts: str, *parts: Mapping[str, Tensor]) -> str:
-    """A digest of networks that notices any retraining or merging, in a fraction of a second.
+    """A digest of networks that any retraining or merging changes, computed in a fraction of a second.
 
     Of every tensor it takes name, shape and 256 evenly spaced values, as float32: the same model gives the
     same digest whether it comes from a file or from a host that loaded it at the same precision or a higher one.
 
     Args:
-        facts: What else than the tensors belongs to the model.
+        facts: Everything beside the tensors that identifies the model.
         parts: Name → tensor of each network.
     """
     digest = hashlib.sha256(facts.encode())
     for part in parts:
         for name in sorted(part):
             flat = part[name].detach().flatten()
-            places = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64).long()
-            values = flat[places.to(flat.device)].to("cpu", torch.float32)
+            indices = torch.linspace(0, flat.numel() - 1, min(256, flat.numel()), dtype=torch.float64).long()
+            values = flat[indices.to(flat.device)].to("cpu", torch.float32)
             digest.update(f"{name} {tuple(part[name].shape)}".encode())
             digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()

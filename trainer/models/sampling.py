@@ -1,4 +1,4 @@
-"""Pictures from a model: the same seed gives the same picture, whatever else is made beside it."""
+"""Generating images: the same seed gives the same image, whatever else is generated in the same batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..settings.train import SchedulerName
 from .families.base import BaseWeights, Conditioning, DiffusionModel
 from .objective import Objective
 
-_SMALLEST = 4.9e-8  # signal that is left at a zero terminal SNR, so that no sampler divides by zero
+_MIN_ALPHA = 4.9e-8  # remaining signal at a zero terminal SNR, so that no scheduler divides by zero
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class GenerationConfig:
     guidance: float = 7.5
 
 
-def ready_model(base: BaseWeights, device: torch.device, precision: str) -> DiffusionModel:
-    """A built model on the device: the UNet in "fp32", "bf16" or "fp16", the rest in float32."""
+def build_on_device(base: BaseWeights, device: torch.device, precision: str) -> DiffusionModel:
+    """Build a model on a device: its UNet in "fp32", "bf16" or "fp16", the other networks in float32."""
     model = base.family.build(base)
     to_device(model.unet, device, DTYPES[precision])
     for network in (model.vae, *model.text_encoders.values()):
@@ -60,8 +60,8 @@ def make_scheduler(name: SchedulerName, objective: Objective) -> Any:
     import diffusers
 
     alphas = objective.alphas_cumprod.double().cpu()
-    zero_snr = bool(alphas[-1] < _SMALLEST)
-    alphas = alphas.clamp(min=_SMALLEST)
+    zero_snr = bool(alphas[-1] < _MIN_ALPHA)
+    alphas = alphas.clamp(min=_MIN_ALPHA)
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     common = {
         "num_train_timesteps": objective.timesteps,
@@ -80,7 +80,7 @@ def make_scheduler(name: SchedulerName, objective: Objective) -> Any:
 
 
 def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal latents (len(seeds), *shape); each row from its own seed, as diffusers' pipelines draw them."""
+    """Standard normal latents, (len(seeds), *shape), each from its own seed; as diffusers' pipelines draw them."""
     rows = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed % 2**64)) for seed in seeds]
     return torch.cat(rows)
 
@@ -131,14 +131,14 @@ def denoise(
 
 @torch.no_grad()
 def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
-    """Turn latents into RGB pictures with an `AutoencoderKL`, one at a time to save memory."""
+    """Decode latents to RGB images by an `AutoencoderKL`, one at a time to save memory."""
     parameter = next(vae.parameters())
-    pictures = []
+    images = []
     for row in latents.to(parameter.device, parameter.dtype):
         pixels = vae.decode(row[None] / vae.config.scaling_factor, return_dict=False)[0][0].float()
         values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
-        pictures.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
-    return pictures
+        images.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
+    return images
 
 
 @torch.no_grad()

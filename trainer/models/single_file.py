@@ -15,7 +15,7 @@ from .families.base import BaseWeights
 from .families.ldm import UNET_PREFIX, VAE_PREFIX
 from .ldm_names import original_names
 
-_VAE_PARTS = (  # diffusers' names → the original's, in this order
+_VAE_PARTS = (  # diffusers' names → the original ones, applied in this order
     (r"\.conv_shortcut\.", ".nin_shortcut."),
     (r"\.conv_norm_out\.", ".norm_out."),
     (r"\.mid_block\.resnets\.(\d)\.", lambda match: f".mid.block_{int(match[1]) + 1}."),
@@ -33,35 +33,35 @@ def original_state_dict(base: BaseWeights, changed: Mapping[str, Tensor]) -> dic
 
     Args:
         base: The base model.
-        changed: "<component>.<parameter>" → tensor that replaces the base's, as `Saved.weights`.
+        changed: "<component>.<parameter>" → tensor that replaces the base's.
     """
-    parts: dict[str, Tensor] = {}
-    unet = {**base.unet.tensors, **_of(changed, "unet")}
+    state_dict: dict[str, Tensor] = {}
+    unet = {**base.unet.tensors, **_of_component(changed, "unet")}
     modules = {name.rpartition(".")[0] for name in unet}
     names = original_names(modules, int(base.unet.config["layers_per_block"]))
     for name, tensor in unet.items():
         module, _, kind = name.rpartition(".")
-        parts[f"{UNET_PREFIX}{names[module]}.{kind}"] = tensor
+        state_dict[f"{UNET_PREFIX}{names[module]}.{kind}"] = tensor
     levels = len(base.vae.config["block_out_channels"])
     for name, tensor in base.vae.tensors.items():
         attention = ".mid_block.attentions." in name and tensor.ndim == 2
-        parts[VAE_PREFIX + _vae_name(name, levels)] = tensor[:, :, None, None] if attention else tensor
+        state_dict[VAE_PREFIX + _vae_name(name, levels)] = tensor[:, :, None, None] if attention else tensor
     for encoder, component in zip(base.family.text_encoders, base.text_encoders, strict=True):
-        own = {with_text_tower(name): tensor for name, tensor in _of(changed, encoder.name).items()}
+        replaced = {with_text_tower(name): tensor for name, tensor in _of_component(changed, encoder.name).items()}
         prefix = encoder.file_prefixes[0]
-        parts |= {prefix + name: tensor for name, tensor in {**component.tensors, **own}.items()}
-    return parts
+        state_dict |= {prefix + name: tensor for name, tensor in {**component.tensors, **replaced}.items()}
+    return state_dict
 
 
-def write_checkpoint(
+def write_single_file(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
 ) -> None:
-    """Write a checkpoint file, whole or not at all.
+    """Write a single-file checkpoint, whole or not at all.
 
     Args:
         path: The file.
         tensors: Under the original names.
-        metadata: Written along; strings.
+        metadata: Of the file; strings.
         dtype: Type of the floating-point tensors in the file.
 
     Raises:
@@ -79,22 +79,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     Raises:
         StorageError: It can't be written.
     """
-    plain: dict[str, Tensor] = {}
+    unshared: dict[str, Tensor] = {}
     storages = set()
     for name, tensor in tensors.items():
-        whole = tensor.detach().cpu().contiguous()
-        storage = whole.untyped_storage()
-        if storage.data_ptr() in storages or storage.nbytes() > whole.nbytes:  # safetensors refuses shared memory
-            whole = whole.clone()
+        on_cpu = tensor.detach().cpu().contiguous()
+        storage = on_cpu.untyped_storage()
+        if storage.data_ptr() in storages or storage.nbytes() > on_cpu.nbytes:  # safetensors refuses shared memory
+            on_cpu = on_cpu.clone()
         storages.add(storage.data_ptr())
-        plain[name] = whole
+        unshared[name] = on_cpu
     with file_written_atomically(path) as temporary:
-        save_tensors(temporary, plain, metadata)
+        save_tensors(temporary, unshared, metadata)
 
 
-def _of(changed: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+def _of_component(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:
+    """The tensors of one component, "<component>.<parameter>", by their parameters' names."""
     start = f"{component}."
-    return {name.removeprefix(start): tensor for name, tensor in changed.items() if name.startswith(start)}
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
 
 
 def _vae_name(name: str, levels: int) -> str:

@@ -16,7 +16,7 @@ _BROKEN = "The file is damaged or incomplete: download or copy it again and comp
 
 
 def read_single_file(path: Path) -> dict[str, Tensor]:
-    """Memory-map the tensors of a checkpoint; nothing but plain weights is loaded.
+    """Memory-map the tensors of a checkpoint; only plain weights are loaded.
 
     Raises:
         WeightsError: It is damaged, or holds more than plain weights.
@@ -29,7 +29,8 @@ def read_single_file(path: Path) -> dict[str, Tensor]:
                 f"{path.name} is damaged, or holds more than plain weights, such as code, and was not loaded.",
                 "Use the .safetensors version of the model.",
             ) from error
-        content = content.get("state_dict", content) if isinstance(content, dict) else {}
+        if isinstance(content, dict):
+            content = content.get("state_dict", content)
         if not isinstance(content, dict):
             content = {}
         return {name: tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
@@ -40,7 +41,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Memory-map the tensors of a safetensors file.
 
     Raises:
-        WeightsError: It is damaged or no safetensors file.
+        WeightsError: It is damaged, or not a safetensors file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -48,7 +49,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError, ValueError) as error:
-        raise WeightsError(f"{path.name} is no readable safetensors file: {error}.", _BROKEN) from error
+        raise WeightsError(f"{path.name} is not a readable safetensors file: {error}.", _BROKEN) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -69,9 +70,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def network_config(path: Path) -> dict[str, Any]:
-    """A network's configuration, without what describes the file alone."""
+    """A network's configuration, without the entries that describe only the file."""
     config = read_json(path)
-    hidden = (
+    of_the_file = (
         "_diffusers_version",
         "_name_or_path",
         "architectures",
@@ -80,11 +81,19 @@ def network_config(path: Path) -> dict[str, Any]:
         "dtype",
         "model_type",
     )
-    return {name: value for name, value in config.items() if name not in hidden}
+    return {name: value for name, value in config.items() if name not in of_the_file}
 
 
 def read_component(folder: Path, stem: str) -> dict[str, Tensor]:
-    """The tensors of one folder of a diffusers model: one file, or shards with an index."""
+    """The tensors of one folder of a diffusers model, from one file or from shards.
+
+    Args:
+        folder: Such as "unet".
+        stem: Name of the file without ending, "diffusion_pytorch_model" or "model".
+
+    Raises:
+        WeightsError: It holds no weights, or they are damaged.
+    """
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (folder / name).is_file():
             return read_safetensors(folder / name)
@@ -98,7 +107,7 @@ def read_component(folder: Path, stem: str) -> dict[str, Tensor]:
 
 
 def with_current_attention_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give a VAE's attention the names of today's diffusers (old folders: query, key, value, proj_attn)."""
+    """Give a VAE's attention the names of current diffusers (old folders: query, key, value, proj_attn)."""
     names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     renamed = {}
     for name, tensor in tensors.items():

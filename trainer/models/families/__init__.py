@@ -1,6 +1,6 @@
 """The list of families, and the recognition of models that are none of them.
 
-A new family is one file beside this one plus its line in `FAMILIES`.
+A new family is one file beside this one and its entry in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.errors import UnsupportedModelError, WeightsError
+from ...core.errors import UnsupportedModelError, WeightsError, suggest
 from .base import AdapterMarks, Family
 from .sd1 import FAMILY as SD1
 from .sd2 import FAMILY as SD2
@@ -92,19 +92,20 @@ def recognizable_families() -> list[Family | ForeignFamily]:
     return [*FOREIGN_FAMILIES, *FAMILIES]
 
 
-def titles_of(families: Iterable[Family]) -> str:
+def joined_titles(families: Iterable[Family]) -> str:
     """The families' titles, for messages."""
     return ", ".join(family.title for family in families)
 
 
 def _refuse(name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"The base model is {name}, which can't be trained here yet.", f"Use a base model of: {titles_of(FAMILIES)}."
+        f"The base model is {name}, which can't be trained here yet.",
+        f"Use a base model of: {joined_titles(FAMILIES)}.",
     )
 
 
 def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse, by name, networks that are no UNet of Stable Diffusion's kind.
+    """Refuse networks that are not a UNet of Stable Diffusion's kind, by the names of their tensors.
 
     Args:
         tensors: Names of a checkpoint or a network, with or without prefixes.
@@ -116,20 +117,20 @@ def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
     if any(".lora_" in name or name.startswith("lora_") or ".hada_w" in name or ".lokr_w" in name for name in tensors):
         raise WeightsError(
             "This file is an adapter (LoRA), not a base model.",
-            "Give the checkpoint that the adapter was made for; adapters go into --lora.",
+            f"Give the checkpoint that the adapter was made for; adapters are given as {suggest('lora')}.",
         )
-    for mark, name in _FOREIGN_KEYS:
-        if any(mark in key for key in tensors):
+    for part, name in _FOREIGN_KEYS:
+        if any(part in key for key in tensors):
             raise _refuse(name)
     if any("time_stack" in key or "temporal_transformer" in key for key in tensors):
         raise _refuse("Stable Video Diffusion")
 
 
 def refuse_foreign_class(class_name: str) -> None:
-    """Refuse a diffusers class that is no text-to-image UNet of Stable Diffusion's kind.
+    """Refuse a diffusers class that is not a UNet of Stable Diffusion's kind.
 
     Raises:
-        UnsupportedModelError: Names the model.
+        UnsupportedModelError: Always for another class; the message names the model.
     """
     if class_name == "UNet2DConditionModel":
         return
@@ -154,14 +155,17 @@ def identify(unet_config: Mapping[str, Any]) -> Family:
 
 def _unsupported_name(config: Mapping[str, Any]) -> str:
     context = config.get("cross_attention_dim")
-    extra = config.get("addition_embed_type") is not None
-    generation = "SDXL" if extra else "SD 2.x" if config.get("use_linear_projection") else "SD 1.x"
-    special = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
+    has_added_conditions = config.get("addition_embed_type") is not None
+    if has_added_conditions:
+        generation = "SDXL"
+    else:
+        generation = "SD 2.x" if config.get("use_linear_projection") else "SD 1.x"
+    by_channels = {9: "an inpainting model", 8: "an InstructPix2Pix model", 5: "a depth model", 7: "an upscaler"}
     channels = config.get("in_channels", 4)
-    if channels in special:
-        return f"{special[channels]} ({generation})"
-    if extra and context == 1280:
+    if channels in by_channels:
+        return f"{by_channels[channels]} ({generation})"
+    if has_added_conditions and context == 1280:
         return "the SDXL refiner"
-    if extra or config.get("class_embed_type") is not None:
+    if has_added_conditions or config.get("class_embed_type") is not None:
         return "Stable unCLIP"
     return f"an unknown UNet ({channels} input channels, context width {context})"

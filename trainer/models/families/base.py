@@ -14,15 +14,15 @@ from ..objective import Objective
 
 _INCOMPLETE = "Use a complete, unchanged checkpoint of this family; if it was downloaded, download it again."
 
-CHOSEN = "your setting prediction_type"  # as the source of a `Prediction`
+CHOSEN = "your setting prediction_type"  # `Prediction.source` where the user chose the type
 
 Conditioning = dict[str, Tensor]
-"""What a denoiser is told beside latents and timesteps: named tensors, batch first."""
+"""Inputs of a denoiser beside latents and timesteps: named tensors, batch first."""
 
 
 @dataclass(frozen=True)
 class Component:
-    """Tensors of one network under diffusers'/transformers' names, and the configuration they fit.
+    """Tensors of one network under the names of diffusers or transformers, and the configuration that they fit.
 
     Attributes:
         tensors: Name → tensor; may be borrowed, memory-mapped or on any device. Never written to.
@@ -36,8 +36,8 @@ class Component:
 
 
 @dataclass(frozen=True)
-class TextEncoderKind:
-    """One text encoder of a family: where it is kept, and what of it the denoiser reads.
+class TextEncoderSpec:
+    """One text encoder of a family: where its weights are found, and which of its outputs the denoiser reads.
 
     Attributes:
         name: The component's name and folder in diffusers, "text_encoder" or "text_encoder_2".
@@ -45,12 +45,12 @@ class TextEncoderKind:
         file_prefixes: What its tensors' names begin with in a single file, the usual one first.
         adapter_prefix: What its modules' names begin with in a kohya file.
         hidden_act: Activation of its MLPs.
-        pads_with_end: Whether prompts are filled up with the end token; else with token 0.
-        layer: Which hidden state is read, counted from the end: 1 the last, 2 the one before.
+        pads_with_end: Whether prompts are padded with the end token; else with token 0.
+        layer: Which hidden state is read, counted from the end: 1 is the last, 2 the one before it.
         normed: Whether the final layer norm is applied to that hidden state.
-        pooled: Whether the projected embedding of the end token is read, too.
-        unused_layers: Layers at the end that an original file holds and nobody reads; they are left out.
-        published_layers: How many layers the published encoder has, unused ones among them; 0 where none is unused.
+        pooled: Whether the projected embedding of the end token is read as well.
+        unused_layers: Number of layers at the end that an original file holds and no model reads; they are left out.
+        published_layers: Number of layers of the published encoder, with the unused ones; 0 where none is unused.
     """
 
     name: str
@@ -67,7 +67,7 @@ class TextEncoderKind:
 
     @property
     def number(self) -> str:
-        """What follows the bare word in names: "" or "_2"."""
+        """Suffix of the names that belong to it: "" or "_2"."""
         return self.name.removeprefix("text_encoder")
 
     @property
@@ -99,9 +99,9 @@ class Prediction:
     """What a denoiser predicts, on which noise schedule.
 
     Attributes:
-        type: "epsilon" or "v_prediction", diffusers' words.
+        type: "epsilon" or "v_prediction", as diffusers names them.
         zero_terminal_snr: Whether the schedule is rescaled so that the last timestep is pure noise.
-        source: Who says so, for messages, such as "the scheduler's configuration"; `CHOSEN` for the user.
+        source: How it is known, for messages, such as "the scheduler's configuration"; `CHOSEN` if by the user.
     """
 
     type: str = "epsilon"
@@ -160,19 +160,19 @@ class DiffusionModel(Protocol):
     objective: Objective
 
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
-        """Tokens of the prompts for every text encoder, cut or filled up: (prompts, tokens) each, on the CPU."""
+        """Tokens of the prompts for every text encoder, truncated or padded: (prompts, tokens) each, on the CPU."""
 
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
-        """What one text encoder, by its component's name, says of tokens; on its own device."""
+        """Embeddings of tokens by one text encoder, given by its component's name; on the encoder's device."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with all text encoders; every tensor has one row a prompt."""
+        """Encode prompts with all text encoders; every tensor has one row for each prompt."""
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the denoiser: latents (batch, channels, height, width), timesteps (batch,) → same shape as latents."""
 
     def overlong(self, prompt: str) -> bool:
-        """Whether the text encoders would cut the prompt."""
+        """Whether a text encoder would truncate the prompt."""
 
 
 class Family(Protocol):
@@ -207,7 +207,7 @@ class Family(Protocol):
     @property
     def scaling_factor(self) -> float: ...  # noqa: D102
     @property
-    def text_encoders(self) -> Sequence[TextEncoderKind]: ...  # noqa: D102
+    def text_encoders(self) -> Sequence[TextEncoderSpec]: ...  # noqa: D102
     @property
     def adapter_marks(self) -> AdapterMarks: ...  # noqa: D102
     @property
@@ -229,13 +229,13 @@ class Family(Protocol):
         """Whether a denoiser of this configuration (diffusers' keys) belongs to the family."""
 
     def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
-        """A configuration inferred from shapes, with what shapes do not show."""
+        """A configuration inferred from shapes, completed by what shapes don't show."""
 
     def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
-        """What a denoiser (original names without prefix) predicts, if nothing beside its weights says so."""
+        """What a denoiser (original names without prefix) predicts, by its weights alone."""
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """What the denoiser is told beside the text, as diffusers' `added_cond_kwargs`."""
+        """Inputs of the denoiser beside the text, as diffusers' `added_cond_kwargs`; None if it has none."""
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy.
@@ -255,7 +255,7 @@ def on_meta(make: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Mod
         with torch.device("meta"):
             return make(**config)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        raise WeightsError(f"The base model's shape is not known: {error}.", _INCOMPLETE) from error
+        raise WeightsError(f"No network can be built in the base model's shape: {error}.", _INCOMPLETE) from error
 
 
 def build_around(network: nn.Module, component: Component) -> nn.Module:
@@ -263,28 +263,30 @@ def build_around(network: nn.Module, component: Component) -> nn.Module:
 
     Args:
         network: Built under `torch.device("meta")`.
-        component: Every parameter and persistent buffer of the network, and nothing else. Each is wrapped anew,
-            so that a later change of the network's device or dtype leaves the given tensors alone.
+        component: Every parameter and persistent buffer of the network, and nothing else. The network gets tensors of
+            its own over the same storage, so that moving or casting it later leaves the given tensors alone.
 
     Raises:
         WeightsError: A tensor is missing, unknown, or of another shape than the network's.
     """
     expected = network.state_dict()
-    kind = type(network).__name__
+    class_name = type(network).__name__
     for name in component.tensors:
         if name not in expected:
-            shown = component.file_names.get(name, name)
-            raise WeightsError(f"The base model's {kind} has a tensor that is not known: {shown}.", _INCOMPLETE)
+            file_name = component.file_names.get(name, name)
+            raise WeightsError(
+                f"The base model's {class_name} has a tensor that is not known: {file_name}.", _INCOMPLETE
+            )
     borrowed = {}
-    for name, place in expected.items():
+    for name, meta in expected.items():
         tensor = component.tensors.get(name)
         if tensor is None:
-            raise WeightsError(f"The base model's {kind} lacks the tensor {name}.", _INCOMPLETE)
-        if tensor.shape != place.shape:
-            name = component.file_names.get(name, name)
-            shapes = f"{tuple(tensor.shape)} instead of {tuple(place.shape)}"
+            raise WeightsError(f"The base model's {class_name} lacks the tensor {name}.", _INCOMPLETE)
+        if tensor.shape != meta.shape:
+            file_name = component.file_names.get(name, name)
+            shapes = f"{tuple(tensor.shape)} instead of {tuple(meta.shape)}"
             raise WeightsError(
-                f"The base model's {kind} has a tensor of another shape: {name} is {shapes}.", _INCOMPLETE
+                f"The base model's {class_name} has a tensor of another shape: {file_name} is {shapes}.", _INCOMPLETE
             )
         borrowed[name] = as_ordinary(tensor)
     network.load_state_dict(borrowed, assign=True, strict=True)
@@ -298,7 +300,7 @@ def build_around(network: nn.Module, component: Component) -> nn.Module:
 
 
 def as_ordinary(tensor: Tensor) -> Tensor:
-    """A tensor over the same storage that autograd accepts, also if `tensor` was made in inference mode."""
+    """A tensor over the same storage which autograd accepts, even if `tensor` was made in inference mode."""
     if not tensor.is_inference():
         return tensor.detach()
     ordinary = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -1,4 +1,4 @@
-"""CLIP text encoders: configuration from shapes, names to transformers', tokens, and what a denoiser reads of them."""
+"""CLIP text encoders: configuration from shapes, tokens, and the outputs that a denoiser reads."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import SettingsError, WeightsError
+from ...core.errors import SettingsError, WeightsError, suggest
 from ..clip_names import TEXT_TOWER, in_transformers_names, names_as_in
-from .base import Component, Conditioning, TextEncoderKind, build_around, on_meta
+from .base import Component, Conditioning, TextEncoderSpec, build_around, on_meta
 
 HEAD = 64  # channels of an attention head in every CLIP
 _TENSORS = tuple(TEXT_TOWER + part for part in ("embeddings.", "encoder.", "final_layer_norm."))
 
 
 def text_component(
-    tensors: Mapping[str, Tensor], kind: TextEncoderKind, config: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor], spec: TextEncoderSpec, config: Mapping[str, Any] | None = None
 ) -> Component:
     """Infer a transformers `CLIPTextConfig` from a text encoder's tensors and give them transformers' names.
 
     Args:
         tensors: In Hugging Face's layout (with or without the leading "text_model.") or in OpenCLIP's; without the
             file's prefix. Other tensors are ignored. None is copied.
-        kind: Which encoder of the family it is.
-        config: Its configuration where it is known, as in a folder of diffusers; no layer is left out then.
+        spec: Which encoder of the family it is.
+        config: Its configuration where it is known, as in a folder of diffusers; then no layer is left out.
 
     Raises:
         WeightsError: A tensor that the configuration depends on is missing.
@@ -35,21 +35,22 @@ def text_component(
     named = {
         name: tensor
         for name, tensor in in_transformers_names(tensors).items()
-        if name.startswith(_TENSORS) or (kind.pooled and name == "text_projection.weight")
+        if name.startswith(_TENSORS) or (spec.pooled and name == "text_projection.weight")
     }
     embedding = named.get("text_model.embeddings.token_embedding.weight")
     if embedding is None:
         raise WeightsError(
-            f"The checkpoint holds no CLIP text encoder ({kind.short_name}).",
+            f"The checkpoint holds no CLIP text encoder ({spec.short_name}).",
             "Use a full checkpoint (UNet, VAE and text encoder).",
         )
     if config is not None:
         return Component(named, config)
-    found = {int(match[1]) for name in named if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
-    left_out = len(found) + kind.unused_layers == kind.published_layers  # by diffusers' script for original files
-    layers = len(found) - (0 if left_out else kind.unused_layers)
-    unused = tuple(f"text_model.encoder.layers.{number}." for number in range(layers, len(found)))
-    named = {name: tensor for name, tensor in named.items() if not (unused and name.startswith(unused))}
+    numbers = {int(match[1]) for name in named if (match := re.match(r"text_model\.encoder\.layers\.(\d+)\.", name))}
+    layers = len(numbers)
+    if layers + spec.unused_layers != spec.published_layers:  # else diffusers' script has left them out already
+        layers -= spec.unused_layers
+    unused = tuple(f"text_model.encoder.layers.{number}." for number in range(layers, len(numbers)))
+    named = {name: tensor for name, tensor in named.items() if not name.startswith(unused)}
     try:
         config = {
             "vocab_size": embedding.shape[0],
@@ -58,12 +59,12 @@ def text_component(
             "num_hidden_layers": layers,
             "num_attention_heads": max(1, embedding.shape[1] // HEAD),
             "max_position_embeddings": named["text_model.embeddings.position_embedding.weight"].shape[0],
-            "hidden_act": kind.hidden_act,
-            "projection_dim": named["text_projection.weight"].shape[0] if kind.pooled else embedding.shape[1],
+            "hidden_act": spec.hidden_act,
+            "projection_dim": named["text_projection.weight"].shape[0] if spec.pooled else embedding.shape[1],
         }
     except KeyError as error:
         raise WeightsError(
-            f"The base model lacks the tensor {error.args[0]} of its text encoder {kind.short_name}.",
+            f"The base model lacks the tensor {error.args[0]} of its text encoder {spec.short_name}.",
             "Use a complete checkpoint; if it was downloaded, download it again and compare its size.",
         ) from None
     return Component(named, config)
@@ -72,23 +73,24 @@ def text_component(
 class ClipTextEncoder:
     """A built text encoder with its tokenizer."""
 
-    def __init__(self, kind: TextEncoderKind, component: Component, tokenizer: Any, clip_skip: int) -> None:
+    def __init__(self, spec: TextEncoderSpec, component: Component, tokenizer: Any, clip_skip: int) -> None:
         """Build around the component's tensors; `clip_skip` as in `BaseWeights`.
 
         Raises:
             WeightsError: They don't fit together.
             SettingsError: There is no such layer.
         """
-        self.kind = kind
+        self.spec = spec
         self._tokenizer = tokenizer
         self._max_tokens: int = component.config["max_position_embeddings"]
-        self.network = _build(kind, component, tokenizer)
+        self.network = _build(spec, component, tokenizer)
         layers = int(component.config["num_hidden_layers"])
-        self._layer = (clip_skip or kind.layer + kind.unused_layers) - kind.unused_layers
+        self._layer = (clip_skip or spec.layer + spec.unused_layers) - spec.unused_layers
         if not 1 <= self._layer <= layers:
             raise SettingsError(
-                f"clip_skip {clip_skip} does not exist in {kind.short_name}.",
-                f"Choose 0 (as usual) or {1 + kind.unused_layers} to {layers + kind.unused_layers}.",
+                f"clip_skip {clip_skip} does not exist in {spec.short_name}.",
+                f"Set {suggest('clip_skip', 0)} (as usual) or to {1 + spec.unused_layers} to "
+                f"{layers + spec.unused_layers}.",
             )
 
     def tokens(self, prompt: str) -> list[int]:
@@ -100,35 +102,39 @@ class ClipTextEncoder:
         return len(self.tokens(prompt)) > self._max_tokens
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Tokens of prompts, cut or filled up to the encoder's length: (prompts, tokens), int64."""
+        """Tokens of prompts, truncated or padded to the encoder's length: (prompts, tokens), int64."""
         end = self._tokenizer.eos_token_id
+        padding = end if self.spec.pads_with_end else 0
         rows = []
         for prompt in prompts:
             ids = self.tokens(prompt)
             if len(ids) > self._max_tokens:
                 ids = [*ids[: self._max_tokens - 1], end]
-            rows.append(ids + [end if self.kind.pads_with_end else 0] * (self._max_tokens - len(ids)))
+            rows.append(ids + [padding] * (self._max_tokens - len(ids)))
         return torch.tensor(rows)
 
     def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:
         """Hidden states (prompts, tokens, width), and the projected embedding (prompts, width) where it is read."""
-        any_network: Any = network
-        output = any_network(ids.to(next(network.parameters()).device), output_hidden_states=True)
+        clip: Any = network
+        output = clip(ids.to(next(network.parameters()).device), output_hidden_states=True)
         hidden = output.hidden_states[-self._layer]
-        if self.kind.normed:
-            hidden = getattr(any_network, "text_model", any_network).final_layer_norm(hidden)
-        encoded = {f"text{self.kind.number}": hidden}
-        if self.kind.pooled:
-            encoded[f"pooled{self.kind.number}"] = output.text_embeds
+        if self.spec.normed:
+            hidden = getattr(clip, "text_model", clip).final_layer_norm(hidden)
+        encoded = {f"text{self.spec.number}": hidden}
+        if self.spec.pooled:
+            encoded[f"pooled{self.spec.number}"] = output.text_embeds
         return encoded
 
 
-def _build(kind: TextEncoderKind, component: Component, tokenizer: Any) -> nn.Module:
+def _build(spec: TextEncoderSpec, component: Component, tokenizer: Any) -> nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")}
-    config = {**component.config, **{name: value for name, value in special.items() if value is not None}}
-    model = CLIPTextModelWithProjection if kind.pooled else CLIPTextModel
+    config = dict(component.config)
+    for name in ("bos_token_id", "eos_token_id"):
+        token = getattr(tokenizer, name, None)
+        if token is not None:
+            config[name] = token
+    model = CLIPTextModelWithProjection if spec.pooled else CLIPTextModel
     encoder = on_meta(lambda **values: model(CLIPTextConfig(**values)), config)
     tensors = names_as_in(encoder.state_dict(), component.tensors)
     return build_around(encoder, replace(component, tensors=tensors))

@@ -17,7 +17,7 @@ from .base import Component
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-_REMEDY = "Use a complete checkpoint; if it was downloaded, download it again and compare its size."
+_INCOMPLETE = "Use a complete checkpoint; if it was downloaded, download it again and compare its size."
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -25,19 +25,19 @@ def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _need(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+def _required(tensors: Mapping[str, Tensor], name: str) -> Tensor:
     """The tensor of that name.
 
     Raises:
         WeightsError: There is none.
     """
     if name not in tensors:
-        raise WeightsError(f"The base model lacks the tensor {name}.", _REMEDY)
+        raise WeightsError(f"The base model lacks the tensor {name}.", _INCOMPLETE)
     return tensors[name]
 
 
 def _count(tensors: Mapping[str, Tensor], pattern: str) -> int:
-    """How many different numbers stand in the group of `pattern` among the names."""
+    """How many different numbers the group of `pattern` has among the names."""
     matches = (re.match(pattern, name) for name in tensors)
     return len({match[1] for match in matches if match})
 
@@ -60,30 +60,30 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if f"input_blocks.{index}.0.op.weight" in tensors:
             depths.append([])
             continue
-        out = _need(tensors, f"input_blocks.{index}.0.out_layers.3.weight")
+        out = _required(tensors, f"input_blocks.{index}.0.out_layers.3.weight")
         if not depths[-1]:
             channels.append(out.shape[0])
         depths[-1].append(_depth(tensors, f"input_blocks.{index}.1"))
     layers = len(depths[0])
     if not channels or any(len(level) != layers for level in depths):
-        raise WeightsError("The UNet's levels differ in their number of layers; that shape is not known.", _REMEDY)
-    up = [
+        raise WeightsError("The UNet's levels have different numbers of layers; no such UNet is known.", _INCOMPLETE)
+    depths_up = [
         [_depth(tensors, f"output_blocks.{level * (layers + 1) + layer}.1") for layer in range(layers + 1)]
         for level in range(len(depths))
     ]
-    conv_in = _need(tensors, "input_blocks.0.0.weight")
-    context = next((t.shape[1] for name, t in tensors.items() if name.endswith("attn2.to_k.weight")), None)
-    projection = next((t for name, t in tensors.items() if name.endswith("1.proj_in.weight")), None)
-    if context is None or projection is None:
-        raise WeightsError("The UNet has no cross-attention, so no prompt can steer it.", _REMEDY)
+    conv_in = _required(tensors, "input_blocks.0.0.weight")
+    key = next((tensor for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")), None)
+    projection = next((tensor for name, tensor in tensors.items() if name.endswith("1.proj_in.weight")), None)
+    if key is None or projection is None:
+        raise WeightsError("The UNet has no cross-attention, so no prompt can steer it.", _INCOMPLETE)
     config = {
         "in_channels": conv_in.shape[1],
-        "out_channels": _need(tensors, "out.2.weight").shape[0],
+        "out_channels": _required(tensors, "out.2.weight").shape[0],
         "block_out_channels": tuple(channels),
         "layers_per_block": layers,
         "down_block_types": tuple("CrossAttnDownBlock2D" if any(level) else "DownBlock2D" for level in depths),
-        "up_block_types": tuple("CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in up),
-        "cross_attention_dim": context,
+        "up_block_types": tuple("CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in depths_up),
+        "cross_attention_dim": key.shape[1],
         "use_linear_projection": projection.ndim == 2,
         "addition_embed_type": "text_time" if "label_emb.0.0.weight" in tensors else None,
     }
@@ -92,15 +92,15 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     middle = _depth(tensors, "middle_block.1")
     if not middle:  # the distilled relatives of SDXL have a residual block there, or nothing
         config["mid_block_type"] = "UNetMidBlock2D" if "middle_block.0.in_layers.2.weight" in tensors else None
-    if {*itertools.chain(*depths, *up), middle} - {0, 1}:
+    if {*itertools.chain(*depths, *depths_up), middle} - {0, 1}:
         config["transformer_layers_per_block"] = tuple(_even(level) for level in depths)
-        if [_even(level) for level in up] != [_even(level) for level in reversed(depths)]:
-            config["reverse_transformer_layers_per_block"] = tuple(_even(level) for level in up)
+        if [_even(level) for level in depths_up] != [_even(level) for level in reversed(depths)]:
+            config["reverse_transformer_layers_per_block"] = tuple(_even(level) for level in depths_up)
     return config
 
 
 def _depth(tensors: Mapping[str, Tensor], block: str) -> int:
-    """How many transformer layers a block has; 0 if it is no transformer."""
+    """How many transformer layers a block has; 0 if it is not a transformer."""
     return _count(tensors, re.escape(block) + r"\.transformer_blocks\.(\d+)\.")
 
 
@@ -118,7 +118,7 @@ def unet_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     new_names = {id(tensor): name for name, tensor in renamed.items()}
     for name, tensor in tensors.items():
         if id(tensor) not in new_names:
-            raise WeightsError(f"The UNet has a tensor that is not known: {name}.", _REMEDY)
+            raise WeightsError(f"The UNet has a tensor that is not known: {name}.", _INCOMPLETE)
     file_names = {new_names[id(tensor)]: name for name, tensor in tensors.items()}
     return Component({name: tensor for name, tensor in renamed.items() if tensor is not None}, config, file_names)
 
@@ -138,10 +138,10 @@ def diffusers_vae_component(tensors: Mapping[str, Tensor], scaling_factor: float
     return Component(
         tensors,
         {
-            "block_out_channels": tuple(_need(tensors, first.format(level)).shape[0] for level in range(levels)),
+            "block_out_channels": tuple(_required(tensors, first.format(level)).shape[0] for level in range(levels)),
             "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
             **_vae_blocks(levels),
-            "latent_channels": _need(tensors, "quant_conv.weight").shape[0] // 2,
+            "latent_channels": _required(tensors, "quant_conv.weight").shape[0] // 2,
             "scaling_factor": scaling_factor,
         },
     )
@@ -174,7 +174,7 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     config = {
         "block_out_channels": tuple(
-            _need(tensors, f"encoder.down.{level}.block.0.conv1.weight").shape[0] for level in range(levels)
+            _required(tensors, f"encoder.down.{level}.block.0.conv1.weight").shape[0] for level in range(levels)
         ),
         "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         **_vae_blocks(levels),
@@ -183,9 +183,9 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
     }
     prefixed = {VAE_PREFIX + name: tensor for name, tensor in tensors.items()}
     renamed = convert_ldm_vae_checkpoint(prefixed, config)
-    linear = re.compile(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
-    flat = {
-        name: tensor[:, :, 0, 0] if tensor.ndim == 4 and linear.search(name) else tensor
+    attention = re.compile(r"mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight$")
+    with_linear_attention = {
+        name: tensor[:, :, 0, 0] if tensor.ndim == 4 and attention.search(name) else tensor
         for name, tensor in renamed.items()
     }
-    return Component(flat, config)
+    return Component(with_linear_attention, config)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderSpec
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads_text_alone
 
 
@@ -30,8 +30,8 @@ class StableDiffusion1:
     attention_up_levels: Sequence[int] = (1, 2, 3)
     kohya_v2 = False
     trains_fully = True
-    text_encoders: Sequence[TextEncoderKind] = (
-        TextEncoderKind(
+    text_encoders: Sequence[TextEncoderSpec] = (
+        TextEncoderSpec(
             name="text_encoder",
             short_name="clip_l",
             file_prefixes=("cond_stage_model.transformer.",),

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderSpec
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads_text_alone
 
-_HEAD = 64
-_TELLTALE = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
-_VELOCITY_STD = 0.09
+_HEAD_CHANNELS = 64
+_VELOCITY_BIAS = "output_blocks.11.1.transformer_blocks.0.norm1.bias"
+_VELOCITY_STD = 0.09  # a larger spread of that bias means velocity
 
 
 class StableDiffusion2:
@@ -34,8 +34,8 @@ class StableDiffusion2:
     attention_up_levels: Sequence[int] = (1, 2, 3)
     kohya_v2 = True
     trains_fully = False
-    text_encoders: Sequence[TextEncoderKind] = (
-        TextEncoderKind(
+    text_encoders: Sequence[TextEncoderSpec] = (
+        TextEncoderSpec(
             name="text_encoder",
             short_name="clip_h",
             file_prefixes=("cond_stage_model.model.", "conditioner.embedders.0.model."),
@@ -50,7 +50,7 @@ class StableDiffusion2:
     )
 
     def architecture(self, prediction: Prediction) -> str:
-        """Stability's names tell the two prediction types apart by their resolutions."""
+        """Stability's names distinguish the two prediction types by their resolutions."""
         return "stable-diffusion-v2-768-v" if prediction.type == "v_prediction" else "stable-diffusion-v2-512"
 
     def base_version(self, prediction: Prediction) -> str:
@@ -66,8 +66,8 @@ class StableDiffusion2:
         return {**unet_config, "attention_head_dim": heads(unet_config)}
 
     def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
-        """By the spread of one bias, as ComfyUI tells the 768 models from the 512 ones: nothing in the file says it."""
-        bias = unet.get(_TELLTALE)
+        """By the spread of one bias, as ComfyUI distinguishes the 768 from the 512 models: the file states nothing."""
+        bias = unet.get(_VELOCITY_BIAS)
         if bias is not None and float(bias.float().std(correction=0)) > _VELOCITY_STD:
             return Prediction("v_prediction", source="detected in the weights")
         return Prediction("epsilon", source="detected in the weights")
@@ -83,7 +83,7 @@ class StableDiffusion2:
 
 def heads(unet_config: Mapping[str, Any]) -> tuple[int, ...]:
     """Number of attention heads at each level, of 64 channels each."""
-    return tuple(max(1, channels // _HEAD) for channels in unet_config["block_out_channels"])
+    return tuple(max(1, channels // _HEAD_CHANNELS) for channels in unet_config["block_out_channels"])
 
 
 FAMILY = StableDiffusion2()

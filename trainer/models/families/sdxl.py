@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderKind
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderSpec
 from .sd2 import heads
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel
 
-_OTHERS = (1280, 1024)  # context widths of SDXL's refiner and of Stable unCLIP, which have sizes or pictures pooled in
+_FOREIGN_CONTEXTS = (1280, 1024)  # context widths of SDXL's refiner and of Stable unCLIP
 _B_LORA = r"up_blocks\.0\.attentions\.{}\..*attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 
 
@@ -41,8 +41,8 @@ class StableDiffusionXL:
     attention_up_levels: Sequence[int] = (0, 1)
     kohya_v2 = False
     trains_fully = False
-    text_encoders: Sequence[TextEncoderKind] = (
-        TextEncoderKind(
+    text_encoders: Sequence[TextEncoderSpec] = (
+        TextEncoderSpec(
             name="text_encoder",
             short_name="clip_l",
             file_prefixes=("conditioner.embedders.0.transformer.",),
@@ -52,7 +52,7 @@ class StableDiffusionXL:
             layer=2,
             normed=False,
         ),
-        TextEncoderKind(
+        TextEncoderSpec(
             name="text_encoder_2",
             short_name="clip_g",
             file_prefixes=("conditioner.embedders.1.model.",),
@@ -78,15 +78,15 @@ class StableDiffusionXL:
         return (
             unet_config.get("in_channels", 4) == 4
             and unet_config.get("addition_embed_type") == "text_time"
-            and unet_config.get("cross_attention_dim") not in _OTHERS
+            and unet_config.get("cross_attention_dim") not in _FOREIGN_CONTEXTS
         )
 
     def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Heads of 64 channels; six numbers of 256 channels each say size and crop."""
+        """Heads of 64 channels; size and crop are six numbers, embedded in 256 channels each."""
         return {**unet_config, "attention_head_dim": heads(unet_config), "addition_time_embed_dim": 256}
 
     def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
-        """Epsilon; checkpoints that predict velocity say so."""
+        """Epsilon; checkpoints that predict velocity state it."""
         return Prediction()
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:

@@ -12,17 +12,15 @@ from ..objective import make_objective
 from .base import BaseWeights, Conditioning, Family, build_around, on_meta
 from .clip import ClipTextEncoder
 
+# The presets of modules: diffusers trains the attention's projections, kohya every layer of the transformers, and LoCon
+# also the convolutions of residual layers and resamplers.
 _ATTENTION = r"attn[12]\.(to_q|to_k|to_v|to_out\.0)"
-_MLP = (
-    rf".*\.attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\.({_ATTENTION}|ff\.net\.(0\.proj|2)))"  # kohya's
-)
-_CONV = (
-    r".*\.resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|.*\.(downsamplers|upsamplers)\.\d+\.conv"  # LoCon's
-)
+_TRANSFORMERS = rf".*\.attentions\.\d+\.(proj_in|proj_out|transformer_blocks\.\d+\.({_ATTENTION}|ff\.net\.(0\.proj|2)))"
+_CONVOLUTIONS = r".*\.resnets\.\d+\.(conv1|conv2|time_emb_proj|conv_shortcut)|.*\.(downsamplers|upsamplers)\.\d+\.conv"
 TARGETS: Mapping[str, str] = {
     "attention": rf".*\.{_ATTENTION}",
-    "attention-mlp": _MLP,
-    "all": rf"{_MLP}|{_CONV}",
+    "attention-mlp": _TRANSFORMERS,
+    "all": rf"{_TRANSFORMERS}|{_CONVOLUTIONS}",
 }
 _SELF_ATTENTION = r".*\.self_attn\.(q_proj|k_proj|v_proj|out_proj)"
 TEXT_TARGETS: Mapping[str, str] = {
@@ -55,42 +53,43 @@ class StableDiffusionModel:
         self.unet = build_around(on_meta(UNet2DConditionModel, weights.unet.config), weights.unet)
         self.vae = build_around(on_meta(AutoencoderKL, weights.vae.config), weights.vae)
         self._encoders = {
-            kind.name: ClipTextEncoder(kind, component, tokenizer, weights.clip_skip)
-            for kind, component, tokenizer in zip(
+            spec.name: ClipTextEncoder(spec, component, tokenizer, weights.clip_skip)
+            for spec, component, tokenizer in zip(
                 family.text_encoders, weights.text_encoders, weights.tokenizers, strict=True
             )
         }
-        self.text_encoders: dict[str, nn.Module] = {name: one.network for name, one in self._encoders.items()}
-        for one in self._encoders.values():
-            del one.network  # the dict above alone holds it, so that it can be let go
+        self.text_encoders: dict[str, nn.Module] = {}
+        for name, encoder in self._encoders.items():
+            self.text_encoders[name] = encoder.network
+            del encoder.network  # only the dictionary holds it, so that its memory can be freed
         self.objective = make_objective(
             weights.prediction.type, weights.scheduler, zero_terminal_snr=weights.prediction.zero_terminal_snr
         )
 
     def overlong(self, prompt: str) -> bool:
-        """Whether the text encoders would cut the prompt."""
+        """Whether a text encoder would truncate the prompt."""
         return any(encoder.overlong(prompt) for encoder in self._encoders.values())
 
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
         """Tokens of the prompts for every text encoder."""
-        return {f"ids{one.kind.number}": one.tokenize(prompts) for one in self._encoders.values()}
+        return {f"ids{encoder.spec.number}": encoder.tokenize(prompts) for encoder in self._encoders.values()}
 
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
-        """What one text encoder says of tokens."""
+        """Embeddings of tokens by one text encoder, given by its component's name."""
         return self._encoders[encoder].encode(self.text_encoders[encoder], ids)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with all text encoders."""
         ids = self.tokenize(prompts)
         encoded: Conditioning = {}
-        for name, one in self._encoders.items():
-            encoded |= self.encode_tokens(name, ids[f"ids{one.kind.number}"])
+        for name, encoder in self._encoders.items():
+            encoded |= self.encode_tokens(name, ids[f"ids{encoder.spec.number}"])
         return encoded
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Run the UNet; the text encoders' hidden states are joined along the width."""
-        hidden = [conditioning[f"text{kind.number}"] for kind in self.family.text_encoders]
-        text = (hidden[0] if len(hidden) == 1 else torch.cat(hidden, dim=-1)).to(latents.dtype)
+        """Run the UNet; the text encoders' hidden states are concatenated along the width."""
+        hidden = [conditioning[f"text{spec.number}"] for spec in self.family.text_encoders]
+        text = torch.cat(hidden, dim=-1).to(latents.dtype) if len(hidden) > 1 else hidden[0].to(latents.dtype)
         added = self.family.added_conditions(conditioning)
         output: Tensor = self.unet(latents, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
         return output
