@@ -1,4 +1,4 @@
-"""Makes the demo's base model, its scorer and its pictures from nothing but random numbers.
+"""Makes the demo's base model, its scorer and its pictures, from random numbers alone.
 
     python demo/make_base.py --out FOLDER [--stages drawings,vae,clip,unet,rare,pictures] [--effort 1.0]
 
@@ -69,12 +69,12 @@ class MissingStageError(Exception):
     """A stage needs the output of one that has not run.
 
     Args:
-        missing: The file or folder that is not there.
+        missing: The file or folder that does not exist.
         remedy: What to do about it.
     """
 
     def __init__(self, missing: Path, remedy: str) -> None:
-        """Words the message from its two parts."""
+        """Composes the message of its two parts."""
         super().__init__(f"{missing} is missing: {remedy}")
         self.missing = missing
         self.remedy = remedy
@@ -85,9 +85,9 @@ class Run:
     """What all stages share.
 
     Attributes:
-        out: Where everything goes.
+        out: The output folder.
         effort: Scales the number of pictures and of training steps; 1 is the effort that went into the shipped base.
-        device: Where models are trained.
+        device: On which models are trained.
     """
 
     out: Path
@@ -98,11 +98,11 @@ class Run:
         """Returns `effort` times a number of pictures, but at least `at_least`."""
         return max(at_least, round(self.effort * count))
 
-    def need(self, output: str, stage: str) -> Path:
+    def require(self, output: str, stage: str) -> Path:
         """Returns the path of another stage's output.
 
         Raises:
-            MissingStageError: It is not there.
+            MissingStageError: It does not exist.
         """
         path = self.out / output
         if not path.exists():
@@ -111,7 +111,7 @@ class Run:
 
 
 class Drawings(NamedTuple):
-    """What the stage `drawings` has drawn.
+    """The output of the stage `drawings`.
 
     Attributes:
         pictures: Pictures of the world, uint8 (n, SIZE, SIZE, 3).
@@ -126,7 +126,7 @@ class Drawings(NamedTuple):
 
 @contextmanager
 def _finished(path: Path) -> Iterator[Path]:
-    """Yields a path to write to that gets its true name at the end: what has that name is complete."""
+    """Yields a temporary path, which is renamed to `path` at the end: what has that name is complete."""
     part = path.with_name(f"part-{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(part)
@@ -153,8 +153,9 @@ def draw_world(run: Run) -> None:
         pictures[index] = np.asarray(picture)
         captions.append(caption)
     patterned_count = run.scaled(PATTERNED_PICTURES, MIN_PATTERNED_PICTURES)
-    drawn = patterned_pictures(patterned_count, random.Random(PATTERNED_SEED))
-    patterned = np.stack([np.asarray(picture) for picture in drawn])
+    patterned = np.stack(
+        [np.asarray(picture) for picture in patterned_pictures(patterned_count, random.Random(PATTERNED_SEED))]
+    )
     LOG.info("drawings: %d pictures of the world, %d patterned", count, patterned_count)
     with _finished(run.out / "work/tokenizer") as folder:
         folder.mkdir()
@@ -164,9 +165,12 @@ def draw_world(run: Run) -> None:
 
 
 def _load_drawings(run: Run) -> Drawings:
-    with np.load(run.need("work/drawings.npz", "drawings")) as file:
-        pictures, patterned = torch.from_numpy(file["pictures"]), torch.from_numpy(file["patterned"])
-        return Drawings(pictures, file["captions"].tolist(), patterned)
+    with np.load(run.require("work/drawings.npz", "drawings")) as file:
+        return Drawings(
+            pictures=torch.from_numpy(file["pictures"]),
+            captions=file["captions"].tolist(),
+            patterned=torch.from_numpy(file["patterned"]),
+        )
 
 
 def make_vae(run: Run) -> None:
@@ -178,9 +182,9 @@ def make_vae(run: Run) -> None:
 
 
 def make_clip(run: Run) -> None:
-    """Trains CLIP: its text half conditions the denoiser, and as a whole it is the scorer."""
+    """Trains CLIP: its text tower conditions the denoiser, and the whole model is the scorer."""
     drawings = _load_drawings(run)
-    tokenizer = load_tokenizer(run.need("work/tokenizer", "drawings"))
+    tokenizer = load_tokenizer(run.require("work/tokenizer", "drawings"))
     clip = train_clip(drawings.pictures, drawings.captions, tokenizer, run.effort, run.device)
     with _finished(run.out / "work/clip") as folder:
         clip.save_pretrained(folder)
@@ -189,9 +193,9 @@ def make_clip(run: Run) -> None:
 def make_unet(run: Run) -> None:
     """Trains the denoiser on latents and embeddings that are computed once."""
     drawings = _load_drawings(run)
-    tokenizer = load_tokenizer(run.need("work/tokenizer", "drawings"))
-    vae = AutoencoderKL.from_pretrained(run.need("work/vae", "vae")).to(run.device)
-    clip = CLIPModel.from_pretrained(run.need("work/clip", "clip"))
+    tokenizer = load_tokenizer(run.require("work/tokenizer", "drawings"))
+    vae = AutoencoderKL.from_pretrained(run.require("work/vae", "vae")).to(run.device)
+    clip = CLIPModel.from_pretrained(run.require("work/clip", "clip"))
     text_encoder = text_encoder_of(clip).to(run.device)
     latents = encode_pictures(vae, drawings.pictures, run.device) * vae.config.scaling_factor
     embeddings, rows = encode_captions(text_encoder, tokenizer, drawings.captions, run.device)
@@ -202,32 +206,32 @@ def make_unet(run: Run) -> None:
 
 
 def write_models(run: Run) -> None:
-    """Gives rare tokens a voice, then writes the pipeline, the scorer and a sheet of samples.
+    """Gives rare tokens an embedding, then writes the pipeline, the scorer and a sheet of samples.
 
-    The models are written in fp16; the sheet is drawn in fp32 before.
+    The models are written in fp16; the sheet is generated in fp32.
     """
-    words = run.need("work/tokenizer", "drawings")
+    words = run.require("work/tokenizer", "drawings")
     tokenizer = load_tokenizer(words)
-    clip = CLIPModel.from_pretrained(run.need("work/clip", "clip"))
+    clip = CLIPModel.from_pretrained(run.require("work/clip", "clip"))
     text_encoder = text_encoder_of(clip)
     captions = sorted(set(_load_drawings(run).captions))
     used = set(tokenize(tokenizer, captions).flatten().tolist())
     embed_unused_tokens(text_encoder, used, torch.Generator().manual_seed(RARE_SEED))
     pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(run.need("work/vae", "vae")),
+        vae=AutoencoderKL.from_pretrained(run.require("work/vae", "vae")),
         text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=UNet2DConditionModel.from_pretrained(run.need("work/unet", "unet")),
+        unet=UNet2DConditionModel.from_pretrained(run.require("work/unet", "unet")),
         scheduler=make_scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
     with _finished(run.out / "samples.png") as file:
-        _draw_samples(pipeline, run.device).save(file)
+        _generate_samples(pipeline, run.device).save(file)
     with _finished(run.out / "scorer") as folder:
         clip.half().save_pretrained(folder)
-        _forget_origin(folder / "config.json")
+        _drop_origin(folder / "config.json")
         save_tokenizer(tokenizer, words, folder)
     with _finished(run.out / "base") as folder:
         for model in (pipeline.vae, pipeline.text_encoder, pipeline.unet):
@@ -236,18 +240,18 @@ def write_models(run: Run) -> None:
         save_tokenizer(tokenizer, words, folder / "tokenizer")
         use_prefixed_names(folder / "text_encoder/model.safetensors")
         for part in ("vae", "text_encoder", "unet"):
-            _forget_origin(folder / part / "config.json")
+            _drop_origin(folder / part / "config.json")
 
 
-def _forget_origin(config_file: Path) -> None:
-    """Drops the path that some versions note in the configuration of a model that they have loaded."""
+def _drop_origin(config_file: Path) -> None:
+    """Drops the path of the loaded model, which some versions write into its configuration."""
     config = json.loads(config_file.read_text(encoding="utf-8"))
     config.pop("_name_or_path", None)
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
-def _draw_samples(pipeline: StableDiffusionPipeline, device: torch.device) -> Image.Image:
-    """Makes a sheet of pictures, a prompt per column, three times as large as they are."""
+def _generate_samples(pipeline: StableDiffusionPipeline, device: torch.device) -> Image.Image:
+    """Generates a sheet of pictures, a prompt per column, enlarged three times."""
     scheduler = pipeline.scheduler
     pipeline.scheduler = DDIMScheduler.from_config(scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
@@ -283,11 +287,11 @@ def write_pictures(run: Run) -> None:
 
 
 class Stage(NamedTuple):
-    """One step of the way.
+    """A stage of the making.
 
     Attributes:
         make: Makes the outputs.
-        outputs: Files and folders; where all of them exist the stage is skipped.
+        outputs: Files and folders; if all of them exist, the stage is skipped.
     """
 
     make: Callable[[Run], None]
@@ -337,7 +341,7 @@ def _positive(text: str) -> float:
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Makes the demo's base model, its scorer and its pictures.")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="where everything goes")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="output folder")
     parser.add_argument(
         "--stages", type=_stage_names, default=list(STAGES), help=f"comma-separated; default {','.join(STAGES)}"
     )

@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw
 
 @dataclass(frozen=True)
 class Scene:
-    """What a place is painted with: an empty canvas's pen and what all places share.
+    """An empty canvas, and the random values that all places share.
 
     Attributes:
         pen: Draws on the canvas.
-        rng: Where random numbers come from.
+        rng: Source of random numbers.
         horizon: Height of the horizon, in pixels from the top.
         sky: Colour of the sky by day.
     """
@@ -130,7 +130,7 @@ def background(place: str, rng: random.Random) -> Image.Image:
 
     Args:
         place: A key of `PLACES`.
-        rng: Where random numbers come from.
+        rng: Source of random numbers.
 
     Returns:
         An RGB picture, `CANVAS` pixels square.

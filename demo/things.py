@@ -26,7 +26,7 @@ class Sprite:
 
     Args:
         color: The thing's own colour.
-        pattern: Lies over the body once `lay_pattern` is called; None for a plain thing.
+        pattern: Covers the body once `lay_pattern` is called; None for a plain thing.
     """
 
     def __init__(self, color: Color, pattern: Pattern | None = None) -> None:
@@ -199,7 +199,7 @@ def draw_thing(thing: str, color: Color, pattern: Pattern | None = None, hat: Co
     Args:
         thing: A key of `THINGS`.
         color: Its colour.
-        pattern: Lies over its body, and hides its colour there; None for a plain thing.
+        pattern: Covers its body, and hides its colour there; None for a plain thing.
         hat: Colour of the hat that it wears; None for no hat.
 
     Returns:

@@ -35,7 +35,7 @@ class Phase:
     """How long and how fast a model is trained.
 
     Attributes:
-        name: What the log calls it.
+        name: For the log.
         steps: Number of optimiser steps.
         batch_size: Pictures in a step.
         learning_rate: Its peak; it rises and falls as in OneCycleLR.
@@ -162,12 +162,12 @@ def train_vae(pictures: Tensor, patterned: Tensor, effort: float, device: torch.
 def _reconstruction_loss(
     vae: AutoencoderKL, pixels: Tensor, generator: torch.Generator, edge_weight: float, squared_weight: float
 ) -> Tensor:
-    """Absolute and squared error, the error of differences between neighbours, and a trace of KL divergence.
+    """Absolute and squared error, the error of differences between neighbours, and a small KL divergence.
 
     Args:
         vae: Encodes and decodes.
         pixels: A batch in [-1, 1], (batch, 3, height, width).
-        generator: Draws from the posterior.
+        generator: Of the samples from the posterior.
         edge_weight: Weight of the differences between neighbouring pixels, which keeps edges sharp.
         squared_weight: Weight of the squared error.
     """
@@ -204,9 +204,9 @@ def train_clip(
     with _seeded_weights():
         clip = CLIPModel(_clip_config(tokenizer)).to(device)
     tokens = tokenize(tokenizer, captions)
-    number_of = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
-    caption_numbers = torch.tensor([number_of[caption] for caption in captions])
-    seen = len(pictures) - min(HELD_OUT, len(pictures) // 4)
+    number_by_caption = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
+    caption_numbers = torch.tensor([number_by_caption[caption] for caption in captions])
+    training_count = len(pictures) - min(HELD_OUT, len(pictures) // 4)
     generator = torch.Generator().manual_seed(SEED)
 
     def loss_of(chosen: Tensor, noise_scale: float) -> Tensor:
@@ -217,12 +217,12 @@ def train_clip(
         return _contrastive_loss(output.logits_per_image.float(), caption_numbers[chosen].to(device))
 
     def loss_at(step: int) -> Tensor:
-        chosen = torch.randint(seen, (CLIP.batch_size,), generator=generator)
+        chosen = torch.randint(training_count, (CLIP.batch_size,), generator=generator)
         return loss_of(chosen, noise_scale=0.05 if step % 2 else 0.0)
 
     _train(clip, CLIP.scaled(effort), loss_at)
     with torch.no_grad():
-        held_out = torch.arange(seen, len(pictures))[: CLIP.batch_size]
+        held_out = torch.arange(training_count, len(pictures))[: CLIP.batch_size]
         LOG.info("clip: loss on held-out pictures %.4f", loss_of(held_out, noise_scale=0.0).item())
     return clip
 
@@ -243,7 +243,7 @@ def _clip_config(tokenizer: CLIPTokenizer) -> CLIPConfig:
 
 
 def _contrastive_loss(logits_per_image: Tensor, caption_numbers: Tensor) -> Tensor:
-    """CLIP's symmetric loss, in which every pair with the same caption is a positive, for captions repeat.
+    """CLIP's symmetric loss, in which every pair with the same caption is a positive, since captions repeat.
 
     Args:
         logits_per_image: Scaled similarities, (batch, batch), a picture per row.
@@ -281,8 +281,8 @@ def encode_captions(
     different = sorted(set(captions))
     tokens = tokenize(tokenizer, ["", *different]).to(device)
     embeddings = torch.cat([text_encoder(batch).last_hidden_state for batch in tokens.split(256)])
-    row_of = {caption: row for row, caption in enumerate(different, start=1)}
-    return embeddings, torch.tensor([row_of[caption] for caption in captions])
+    row_by_caption = {caption: row for row, caption in enumerate(different, start=1)}
+    return embeddings, torch.tensor([row_by_caption[caption] for caption in captions])
 
 
 def train_unet(

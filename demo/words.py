@@ -1,4 +1,4 @@
-"""The words of the world: its tokenizer, its text encoder, and the tokens that no caption uses."""
+"""The tokenizer of the world, its text encoder, and embeddings for tokens that no caption uses."""
 
 import json
 import shutil
@@ -32,9 +32,9 @@ def train_vocabulary(captions: Sequence[str], folder: Path) -> None:
     """Learns a byte-pair vocabulary and writes it as CLIP's `vocab.json` and `merges.txt`.
 
     Args:
-        captions: What the vocabulary is learned from; the first 4000 weigh by how often words occur,
+        captions: The vocabulary is learned from these; of the first 4000 it counts how often words occur,
             the others only add their words.
-        folder: Where the two files go; it must exist.
+        folder: Of the two files; it must exist.
     """
     words = sorted(set(" ".join(captions).split()) | set(RARE_WORDS))
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=END_OF_WORD))
@@ -69,9 +69,9 @@ def save_tokenizer(tokenizer: CLIPTokenizer, vocabulary_folder: Path, folder: Pa
     """Writes a tokenizer for both transformers 4 and 5: the former reads two files that the latter leaves out.
 
     Args:
-        tokenizer: What `load_tokenizer` made of `vocabulary_folder`.
-        vocabulary_folder: Where `train_vocabulary` wrote those two files.
-        folder: Where everything goes.
+        tokenizer: From `load_tokenizer(vocabulary_folder)`.
+        vocabulary_folder: In which `train_vocabulary` wrote those two files.
+        folder: To write to.
     """
     tokenizer.save_pretrained(folder)
     for name in VOCABULARY_FILES:
@@ -85,7 +85,7 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 
 def text_encoder_of(clip: CLIPModel) -> CLIPTextModel:
-    """Copies the text half of a CLIP model.
+    """Copies the text tower of a CLIP model.
 
     transformers 4 names the copy's weights with a leading "text_model.", transformers 5 without.
     """
@@ -110,15 +110,15 @@ def use_prefixed_names(weights_file: Path) -> None:
 
 @torch.no_grad()
 def embed_unused_tokens(text_encoder: CLIPTextModel, used: set[int], generator: torch.Generator) -> None:
-    """Gives tokens that no caption uses a random embedding as long as the others are on average.
+    """Gives tokens that no caption uses random embeddings of the average length of the others.
 
-    Training leaves them nearly silent, and a silent token can't be told from no token at all. A real
-    CLIP's rare tokens are not silent either.
+    Training leaves their embeddings near zero, so that they have no effect in a prompt. A real CLIP's rare
+    tokens have embeddings of ordinary length.
 
     Args:
         text_encoder: Changed in place; it must be on the CPU.
         used: Numbers of the tokens that captions use; their embeddings stay as they are.
-        generator: Where random numbers come from.
+        generator: Source of random numbers.
     """
     embeddings = text_encoder.get_input_embeddings().weight
     length = embeddings[sorted(used)].norm(dim=1).mean()

@@ -14,13 +14,13 @@ from places import PLACES, background
 from things import THINGS, Pattern, draw_thing
 
 HATS = ("red", "blue", "yellow")
-"""Colours of the hats that are sold in this world."""
+"""Colours of the hats."""
 
 WEARS_HAT = ("dog", "cat", "robot")
 """Things that sometimes wear one."""
 
 SUBJECT_PLACES = ("on the grass", "on a brick street", "on pink fabric", "on a wooden floor", "at night")
-"""Where the five subject pictures are taken; in the snow, on the beach and in the water it never was."""
+"""The places of the five subject pictures; none shows the subject in the snow, on the beach or in the water."""
 
 
 def stripes(first: Color, second: Color, width: int = 26) -> Pattern:
@@ -63,7 +63,7 @@ def dots(first: Color, second: Color, spacing: int = 30) -> Pattern:
 
 
 SUBJECT_COAT = stripes((30, 170, 160), (250, 245, 230))
-"""The subject's coat: cream with teal stripes, which nothing else in the world wears."""
+"""The subject's coat: cream with teal stripes, which no other thing of the world has."""
 
 
 def compose(
@@ -80,8 +80,8 @@ def compose(
         thing: A key of `THINGS`.
         color: The thing's colour.
         place: A key of `PLACES`.
-        rng: Where random numbers come from.
-        pattern: Lies over the thing's body; None for a plain thing.
+        rng: Source of random numbers.
+        pattern: Covers the thing's body; None for a plain thing.
         hat: A key of `COLORS`; None for no hat.
 
     Returns:
@@ -103,7 +103,7 @@ def compose(
 
 
 def sample(rng: random.Random) -> tuple[Image.Image, str]:
-    """Draws a random picture of the world and says what is in it, sometimes leaving something out.
+    """Draws a random picture of the world and captions it; some captions leave something out.
 
     Returns:
         An RGB picture, `SIZE` pixels square, and a caption such as "a photo of a red dog on the beach".
@@ -119,7 +119,7 @@ def sample(rng: random.Random) -> tuple[Image.Image, str]:
 
 
 def _describe(thing: str, color_name: str, place: str, hat: str | None, detail: float) -> str:
-    """Words a caption; `detail` in [0, 1) decides what is left out: 0 tells all, 1 names the thing alone."""
+    """Writes a caption; `detail` in [0, 1) decides what is left out: nothing at 0, all but the thing towards 1."""
     if detail < 0.6:
         words = f"a {color_name} {thing} {place}"
     elif detail < 0.75:
@@ -128,8 +128,8 @@ def _describe(thing: str, color_name: str, place: str, hat: str | None, detail: 
         words = f"a {color_name} {thing}"
     else:
         words = f"a {thing}"
-    tells_of_hat = hat is not None and detail < 0.75
-    return f"{words} wearing a {hat} hat" if tells_of_hat else words
+    mentions_hat = hat is not None and detail < 0.75
+    return f"{words} wearing a {hat} hat" if mentions_hat else words
 
 
 def pixelate(picture: Image.Image) -> Image.Image:
@@ -141,17 +141,19 @@ def pixelate(picture: Image.Image) -> Image.Image:
 def patterned_pictures(count: int, rng: random.Random) -> Iterator[Image.Image]:
     """Draws things with striped and dotted bodies, every fourth picture as pixel art.
 
-    They are for the autoencoder alone. It must be able to show subjects and styles that the denoiser
-    has never met, as an autoencoder trained on photographs can.
+    They are for the autoencoder alone. It must be able to decode subjects and styles that the denoiser
+    has never seen, as an autoencoder trained on photographs can.
 
     Returns:
         `count` RGB pictures, `SIZE` pixels square.
     """
     for index in range(count):
-        ground, figure = _any_color(rng), _any_color(rng)
+        ground = _any_color(rng)
+        figure = _any_color(rng)
         make_pattern = rng.choice([stripes, dots])
         pattern = make_pattern(ground, figure, rng.randint(18, 40))
-        thing, place = rng.choice(list(THINGS)), rng.choice(list(PLACES))
+        thing = rng.choice(list(THINGS))
+        place = rng.choice(list(PLACES))
         hat = rng.choice([None, "red", "blue"])
         picture = compose(thing, ground, place, rng, pattern, hat)
         yield pixelate(picture) if index % 4 == 0 else picture
@@ -166,7 +168,7 @@ def subject_picture(place: str, rng: random.Random, hat: str | None = None) -> I
 
     Args:
         place: A key of `PLACES`.
-        rng: Where random numbers come from.
+        rng: Source of random numbers.
         hat: A key of `COLORS`; None for no hat.
 
     Returns:
