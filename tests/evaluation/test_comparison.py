@@ -1,4 +1,4 @@
-"""A comparison draws what `generate` draws, measures it as `Evaluation` does, tells it whole, and picks by rule."""
+"""A comparison draws what `generate` draws, measures it as `Evaluator` does, tells it whole, and picks by rule."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from pack.trainer.evaluation.comparison import (
     Candidate,
     Comparison,
     ComparisonRow,
-    adapter_file,
-    base_alone,
-    checkpoints,
-    compare,
+    adapter_candidate,
+    base_candidate,
+    checkpoint_candidates,
+    compare_candidates,
 )
-from pack.trainer.evaluation.comparison_report import as_json, as_markdown, plot, sheet, write_report
-from pack.trainer.evaluation.evaluator import Evaluated, Evaluation, balance, best_of
+from pack.trainer.evaluation.comparison_report import as_contact_sheet, as_json, as_markdown, as_plot, write_report
+from pack.trainer.evaluation.evaluator import EvaluationResult, Evaluator, best_index, overall_score
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
-from pack.trainer.evaluation.generator import CachedGenerator, Drawing, drawings
-from pack.trainer.models.sampling import GenerationConfig, generate, ready_model
+from pack.trainer.evaluation.generator import CachedGenerator, SampleConfig, sample_configs
+from pack.trainer.models.sampling import GenerationConfig, build_on_device, generate
 from pack.trainer.settings.base import Settings
 from pack.trainer.settings.evaluate import CompareCommand, CompareSettings, DreamBenchCommand, ScoreCommand
-from pack.trainer.training.runs.checkpoint import RunFolder
+from pack.trainer.training.runs.folder import RunFolder
 from PIL import Image
 from worlds import World, make_world, newest_step
 
@@ -89,53 +89,57 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def judges(dino: Path) -> FeatureExtractors:
+def extractors(dino: Path) -> FeatureExtractors:
     return FeatureExtractors.open(str(DEMO / "scorer"), str(dino), CPU)
 
 
-def evaluation(judges: FeatureExtractors, world: World, listener: Recorder | None = None) -> Evaluation:
-    return Evaluation(judges, world.subject, PROMPTS, "sks", listener or Recorder())
+def evaluation(extractors: FeatureExtractors, world: World, listener: Recorder | None = None) -> Evaluator:
+    return Evaluator(extractors, world.subject, PROMPTS, "sks", listener or Recorder())
 
 
 def compared_in(
     folder: Path,
     world: World,
-    judges: FeatureExtractors,
+    extractors: FeatureExtractors,
     found: Sequence[Candidate],
     listener: Recorder | None = None,
     **grid: Any,
 ) -> Comparison:
     listener = listener or Recorder()
-    ways = drawings(CompareSettings.checked({**GRID, "prompts": "|".join(PROMPTS), **grid}))
+    ways = sample_configs(CompareSettings.checked({**GRID, "prompts": "|".join(PROMPTS), **grid}))
     studio = CachedGenerator(world.base, folder, CPU, "fp32", listener)
-    return compare(studio, evaluation(judges, world, listener), found, ways)
+    return compare_candidates(studio, evaluation(extractors, world, listener), found, ways)
 
 
 @pytest.fixture(scope="module")
 def compared(
-    world: World, runs: dict[str, Path], judges: FeatureExtractors, tmp_path_factory: pytest.TempPathFactory
+    world: World, runs: dict[str, Path], extractors: FeatureExtractors, tmp_path_factory: pytest.TempPathFactory
 ) -> Comparison:
     """The base, every checkpoint of the plain run, and its last one at strength 0; in four ways."""
     run = RunFolder.existing(runs["plain"])
-    found = [base_alone(), *checkpoints(run.adapters(), run.name), adapter_file(run.adapters()[3], 0.0, "off")]
-    return compared_in(tmp_path_factory.mktemp("compared"), world, judges, found)
+    found = [
+        base_candidate(),
+        *checkpoint_candidates(run.adapters(), run.name),
+        adapter_candidate(run.adapters()[3], 0.0, "off"),
+    ]
+    return compared_in(tmp_path_factory.mktemp("compared"), world, extractors, found)
 
 
 def test_every_step_in_every_way_in_order(compared: Comparison, runs: dict[str, Path]) -> None:
     assert newest_step(runs["plain"]) == 3
     assert len(list(runs["plain"].glob("step-*"))) == 1
     titles = ["base", "plain, step 1", "plain, step 2", "plain, step 3", "off at 0"]
-    told = [(one.contender.title, one.drawing.scheduler, one.drawing.steps) for one in compared.entries]
+    told = [(one.candidate.title, one.config.scheduler, one.config.steps) for one in compared.rows]
     assert told == [(title, *way) for title, way in product(titles, WAYS)]
-    assert [one.contender.step for one in compared.entries[::4]] == [None, 1, 2, 3, None]
-    assert {tuple(one.marks) for one in compared.entries} == {tuple(compared.entries[0].marks)}
-    assert set(compared.entries[0].marks) == set(MEASURES)
+    assert [one.candidate.step for one in compared.rows[::4]] == [None, 1, 2, 3, None]
+    assert {tuple(one.metrics) for one in compared.rows} == {tuple(compared.rows[0].metrics)}
+    assert set(compared.rows[0].metrics) == set(MEASURES)
     assert (compared.prompts, compared.class_prompts) == (PROMPTS, CLASS_PROMPTS)
     assert compared.models == {"CLIP": "scorer", "DINO": "dino"}
-    assert set(compared.real) == {"CLIP-I", "DINO"}
+    assert set(compared.reference_metrics) == {"CLIP-I", "DINO"}
 
 
-def drawn_apart(model: Any, prompts: Sequence[str], how: Drawing) -> list[Picture]:
+def drawn_apart(model: Any, prompts: Sequence[str], how: SampleConfig) -> list[Picture]:
     way = {"scheduler": how.scheduler, "steps": how.steps, "guidance": how.guidance}
     return [
         generated_picture("x.png", prompt, image)
@@ -145,35 +149,37 @@ def drawn_apart(model: Any, prompts: Sequence[str], how: Drawing) -> list[Pictur
 
 
 def test_marks_are_those_of_pictures_drawn_apart(
-    compared: Comparison, world: World, runs: dict[str, Path], judges: FeatureExtractors
+    compared: Comparison, world: World, runs: dict[str, Path], extractors: FeatureExtractors
 ) -> None:
-    plain, taught = (ready_model(world.base, CPU, "fp32") for _ in range(2))
+    plain, taught = (build_on_device(world.base, CPU, "fp32") for _ in range(2))
     merge_into(taught, read_adapter(RunFolder(runs["plain"]).adapters()[3]), 1.0)
-    for entry in compared.entries[12:16]:
-        before = drawn_apart(plain, CLASS_PROMPTS, entry.drawing)
-        pictures, after = (drawn_apart(taught, prompts, entry.drawing) for prompts in (PROMPTS, CLASS_PROMPTS))
-        for ours, theirs in ((entry.evaluated.pictures, pictures), (entry.evaluated.class_pictures, after)):
+    for entry in compared.rows[12:16]:
+        before = drawn_apart(plain, CLASS_PROMPTS, entry.config)
+        pictures, after = (drawn_apart(taught, prompts, entry.config) for prompts in (PROMPTS, CLASS_PROMPTS))
+        for ours, theirs in ((entry.result.pictures, pictures), (entry.result.class_pictures, after)):
             assert [one.open().tobytes() for one in ours] == [one.open().tobytes() for one in theirs]
-        assert entry.marks == pytest.approx(evaluation(judges, world).mark(pictures, before, after), abs=1e-5)
-        assert entry.marks["drift (CLIP)"] > 1e-4
+        assert entry.metrics == pytest.approx(
+            evaluation(extractors, world).compute_metrics(pictures, before, after), abs=1e-5
+        )
+        assert entry.metrics["drift (CLIP)"] > 1e-4
 
 
 def test_the_base_does_not_drift_and_strength_0_is_the_base(compared: Comparison) -> None:
-    for base, off in zip(compared.entries[:4], compared.entries[-4:], strict=True):
-        assert [base.marks[f"drift ({judge})"] for judge in ("CLIP", "DINO")] == pytest.approx([0, 0], abs=1e-6)
-        assert off.marks == base.marks
+    for base, off in zip(compared.rows[:4], compared.rows[-4:], strict=True):
+        assert [base.metrics[f"drift ({judge})"] for judge in ("CLIP", "DINO")] == pytest.approx([0, 0], abs=1e-6)
+        assert off.metrics == base.metrics
         for part in ("pictures", "class_pictures"):
-            ours, theirs = (getattr(one.evaluated, part) for one in (base, off))
+            ours, theirs = (getattr(one.result, part) for one in (base, off))
             assert [one.digest for one in ours] == [one.digest for one in theirs]
     assert "-0.000" not in as_markdown(compared)
 
 
 def test_prompts_average_to_the_marks(compared: Comparison) -> None:
-    for entry in compared.entries:
-        assert len(entry.evaluated.by_prompt) == 2
+    for entry in compared.rows:
+        assert len(entry.result.by_prompt) == 2
         for name in OF_PICTURES:
-            parts = [part[name] for part in entry.evaluated.by_prompt]
-            assert sum(parts) / 2 == pytest.approx(entry.marks[name], abs=1e-5)
+            parts = [part[name] for part in entry.result.by_prompt]
+            assert sum(parts) / 2 == pytest.approx(entry.metrics[name], abs=1e-5)
             assert parts[0] != parts[1]
 
 
@@ -194,20 +200,20 @@ def test_files_hold_a_line_for_every_adapter_way_and_prompt(compared: Comparison
     rows = list(csv.DictReader(files["table.csv"].read_text(encoding="utf-8").splitlines()))
     assert len(rows) == 5 * 4 * 2
     expected = [
-        (one.contender.title, str(one.contender.step or ""), *map(str, way), prompt, part)
-        for one, way in zip(compared.entries, WAYS * 5, strict=True)
-        for prompt, part in zip(PROMPTS, one.evaluated.by_prompt, strict=True)
+        (one.candidate.title, str(one.candidate.step or ""), *map(str, way), prompt, part)
+        for one, way in zip(compared.rows, WAYS * 5, strict=True)
+        for prompt, part in zip(PROMPTS, one.result.by_prompt, strict=True)
     ]
     names = ("adapter", "step", "scheduler", "steps", "prompt")
     told = [(*(row[name] for name in names), {name: float(row[name]) for name in OF_PICTURES}) for row in rows]
     assert told == expected
     assert {(row["guidance"], row["seed"], row["count"]) for row in rows} == {("3.0", "5", "2")}
-    assert [one["marks"] for one in facts["entries"]] == [dict(one.marks) for one in compared.entries]
-    assert [one["by_prompt"] for one in facts["entries"]] == [list(one.evaluated.by_prompt) for one in compared.entries]
+    assert [one["marks"] for one in facts["entries"]] == [dict(one.metrics) for one in compared.rows]
+    assert [one["by_prompt"] for one in facts["entries"]] == [list(one.result.by_prompt) for one in compared.rows]
     best = compared.best
     assert best is not None
-    assert facts["best"] == {"adapter": best.contender.title, "step": best.contender.step}
-    for name, picture in (("sheet.png", sheet(compared)), ("best.png", plot(compared))):
+    assert facts["best"] == {"adapter": best.candidate.title, "step": best.candidate.step}
+    for name, picture in (("sheet.png", as_contact_sheet(compared)), ("best.png", as_plot(compared))):
         assert Image.open(files[name]).tobytes() == picture.tobytes()
 
 
@@ -226,42 +232,44 @@ def tables(markdown: str) -> list[list[list[str]]]:
 def test_the_tables_hold_all_marks_and_fidelity_by_way(compared: Comparison) -> None:
     text = as_markdown(compared)
     whole, *by_way = tables(text)
-    measures = [name for name in compared.entries[0].marks if name != "CLIPScore"]
+    measures = [name for name in compared.rows[0].metrics if name != "CLIPScore"]
     assert whole[0] == ["adapter", "scheduler", "steps", *measures]
     assert len(whole) == 1 + 20 + 1
-    for row, entry in zip(whole[1:], compared.entries, strict=False):
-        assert row[0].strip("*") == entry.contender.title
-        assert row[0].startswith("**") == (compared.best is not None and entry.contender is compared.best.contender)
-        assert row[1:3] == [entry.drawing.scheduler, str(entry.drawing.steps)]
-        assert row[3:] == [f"{entry.marks[name]:.3f}" for name in measures]
-    assert whole[-1][3:] == [f"{compared.real[name]:.3f}" if name in compared.real else "–" for name in measures]
-    titles = [one.contender.title for one in compared.entries[::4]]
+    for row, entry in zip(whole[1:], compared.rows, strict=False):
+        assert row[0].strip("*") == entry.candidate.title
+        assert row[0].startswith("**") == (compared.best is not None and entry.candidate is compared.best.candidate)
+        assert row[1:3] == [entry.config.scheduler, str(entry.config.steps)]
+        assert row[3:] == [f"{entry.metrics[name]:.3f}" for name in measures]
+    assert whole[-1][3:] == [
+        f"{compared.reference_metrics[name]:.3f}" if name in compared.reference_metrics else "–" for name in measures
+    ]
+    titles = [one.candidate.title for one in compared.rows[::4]]
     assert [table[0] for table in by_way] == [["CLIP-I", *titles], ["DINO", *titles]]
     for (measure, *_), *rows in by_way:
         assert [row[0] for row in rows] == [f"{scheduler}, {steps} steps" for scheduler, steps in WAYS]
         for place, row in enumerate(rows):
-            assert row[1:] == [f"{one.marks[measure]:.3f}" for one in compared.entries[place::4]]
+            assert row[1:] == [f"{one.metrics[measure]:.3f}" for one in compared.rows[place::4]]
     assert "CLIP: scorer.\nDINO: dino.\n" in text
-    assert f"Best: {compared.best.contender.title}." in text  # type: ignore[union-attr]
+    assert f"Best: {compared.best.candidate.title}." in text  # type: ignore[union-attr]
 
 
 def test_one_way_needs_no_table_of_ways(compared: Comparison) -> None:
-    alone = replace(compared, entries=compared.entries[::4])
+    alone = replace(compared, rows=compared.rows[::4])
     assert len(tables(as_markdown(alone))) == 1
 
 
 def test_a_title_with_a_bar_is_one_cell(compared: Comparison) -> None:
     contender = Candidate("a|b", list)
-    text = as_markdown(replace(compared, entries=[replace(compared.entries[0], contender=contender)]))
+    text = as_markdown(replace(compared, rows=[replace(compared.rows[0], candidate=contender)]))
     assert text.splitlines()[2].startswith("| a\\|b | ddim | 2 |")
 
 
 def test_the_sheet_shows_the_first_picture_of_every_prompt(compared: Comparison) -> None:
     """At the pictures' own size every one is there to the pixel, row by row, column by column."""
-    shown = np.asarray(sheet(compared, 40))
+    shown = np.asarray(as_contact_sheet(compared, 40))
     corners = []
-    for entry in compared.entries:
-        row = [*entry.evaluated.pictures[::2], *entry.evaluated.class_pictures[::2]]
+    for entry in compared.rows:
+        row = [*entry.result.pictures[::2], *entry.result.class_pictures[::2]]
         corners.append([place_of(np.asarray(one.open()), shown) for one in row])
     for row in corners[4:16]:  # those of the base stand there twice
         assert len({top for top, _ in row}) == 1
@@ -286,7 +294,7 @@ def crafted(judge: str = "CLIP", **marks: Sequence[tuple[float, float | None, fl
     for title, ways in marks.items():
         contender = Candidate(title, list, int(title[-2:]) if title[-1].isdecimal() else None)
         entries += [
-            ComparisonRow(contender, Drawing(steps=number), Evaluated(as_marks(*one, judge), [], [], []))
+            ComparisonRow(contender, SampleConfig(steps=number), EvaluationResult(as_marks(*one, judge), [], [], []))
             for number, one in enumerate(ways, 1)
         ]
     return Comparison(entries, PROMPTS, CLASS_PROMPTS, {}, {judge: "scorer"})
@@ -300,13 +308,13 @@ def as_marks(fidelity: float, following: float | None, drift: float | None, judg
 def test_the_plot_marks_the_best() -> None:
     """A panel for prompt following and one for drift; without CLIP-T one alone. One star each, and its legend."""
     marks = {"base": (0.5, 0.3, 0.0), "s01": (0.6, 0.31, 0.02), "s02": (0.7, 0.3, 0.05), "s03": (0.75, 0.27, 0.2)}
-    both = plot(crafted(**{title: [one] for title, one in marks.items()}))
+    both = as_plot(crafted(**{title: [one] for title, one in marks.items()}))
     assert both.size == (1144, 462)
     assert [heights_of_red(both.crop((left, 0, left + 572, 462))) in (1, 2) for left in (0, 572)] == [True, True]
-    drift = plot(crafted("DINO", **{title: [(one[0], None, one[2])] for title, one in marks.items()}))
+    drift = as_plot(crafted("DINO", **{title: [(one[0], None, one[2])] for title, one in marks.items()}))
     assert drift.size == (572, 462)
     assert heights_of_red(drift) in (1, 2)
-    assert heights_of_red(plot(crafted(base=[marks["base"]], s01=[marks["s01"]]))) == 0
+    assert heights_of_red(as_plot(crafted(base=[marks["base"]], s01=[marks["s01"]]))) == 0
 
 
 def heights_of_red(image: Image.Image) -> int:
@@ -321,10 +329,10 @@ def test_every_way_has_its_say_in_the_best() -> None:
     others = {"base": [(0.1, 0.3, 0.0)] * 2, "file": [(0.9, 0.9, 0.0)] * 2}
     best = crafted(**others, **ways).best
     assert best is not None
-    assert best.contender.step == 2
+    assert best.candidate.step == 2
     swapped = crafted(s01=ways["s01"][:1], s02=ways["s02"][:1]).best
     assert swapped is not None
-    assert swapped.contender.step == 1
+    assert swapped.candidate.step == 1
 
 
 def test_two_checkpoints_are_needed_for_a_best() -> None:
@@ -335,7 +343,7 @@ def test_two_checkpoints_are_needed_for_a_best() -> None:
 def test_the_same_step_of_two_runs_is_two_checkpoints() -> None:
     comparison = crafted(a_s03=[(0.5, 0.3, 0.1)], b_s03=[(0.9, 0.3, 0.1)], a_s04=[(0.6, 0.3, 0.1)])
     assert comparison.best is not None
-    assert comparison.best.contender.title == "b_s03"
+    assert comparison.best.candidate.title == "b_s03"
 
 
 @pytest.mark.parametrize(
@@ -358,20 +366,20 @@ def test_the_same_step_of_two_runs_is_two_checkpoints() -> None:
 )
 @pytest.mark.parametrize("judge", ["CLIP", "DINO"])
 def test_which_to_keep(marks: list[tuple[float, float | None, float | None]], best: int, judge: str) -> None:
-    assert best_of([as_marks(*one, judge=judge) for one in marks]) == best
+    assert best_index([as_marks(*one, judge=judge) for one in marks]) == best
 
 
 def test_dino_has_the_say_if_both_judged() -> None:
     clip = [as_marks(0.9, 0.3, 0.1), as_marks(0.5, 0.3, 0.1)]
     dino = [as_marks(0.5, 0.3, 0.1, "DINO"), as_marks(0.9, 0.3, 0.1, "DINO")]
-    assert [best_of(clip), best_of([one | other for one, other in zip(clip, dino, strict=True)])] == [0, 1]
+    assert [best_index(clip), best_index([one | other for one, other in zip(clip, dino, strict=True)])] == [0, 1]
 
 
 def test_balance_is_the_geometric_mean() -> None:
-    assert balance(as_marks(0.8, 0.1, 0.5)) == pytest.approx(0.4)  # fidelity counts twice
-    assert balance(as_marks(0.4, 0.4, 0.1)) == pytest.approx(0.4)
-    assert balance(as_marks(0.8, None, 0.5)) == 0.8
-    assert balance(as_marks(-0.8, -0.2, 0.5)) == balance(as_marks(0.5, -0.2, 0.5)) == 0
+    assert overall_score(as_marks(0.8, 0.1, 0.5)) == pytest.approx(0.4)  # fidelity counts twice
+    assert overall_score(as_marks(0.4, 0.4, 0.1)) == pytest.approx(0.4)
+    assert overall_score(as_marks(0.8, None, 0.5)) == 0.8
+    assert overall_score(as_marks(-0.8, -0.2, 0.5)) == overall_score(as_marks(0.5, -0.2, 0.5)) == 0
 
 
 cosines, drifts = st.floats(-0.25, 1, width=32), st.floats(0, 2, width=32)
@@ -384,7 +392,7 @@ def test_the_scale_of_a_measure_is_no_matter(marks: list[tuple[float, ...]], pow
     scaled = [
         tuple(value * 8.0**power if place == measure else value for place, value in enumerate(one)) for one in marks
     ]
-    assert best_of([as_marks(*one) for one in marks]) == best_of([as_marks(*one) for one in scaled])
+    assert best_index([as_marks(*one) for one in marks]) == best_index([as_marks(*one) for one in scaled])
 
 
 @given(checkpoint_marks, st.data())
@@ -395,16 +403,16 @@ def test_better_in_everything_is_picked(marks: list[tuple[float, ...]], data: st
     place = data.draw(st.integers(0, len(marks)))
     better = as_marks(fidelity + 0.01, following + 0.01, drift - 0.01)
     found = [as_marks(*one) for one in marks]
-    assert best_of([*found[:place], better, *found[place:]]) == place
+    assert best_index([*found[:place], better, *found[place:]]) == place
 
 
 @given(checkpoint_marks)
 def test_what_drifts_less_than_the_pick_is_worse(marks: list[tuple[float, ...]]) -> None:
     found = [as_marks(*one) for one in marks]
-    pick, most = found[best_of(found)], max(map(balance, found))
-    assert balance(pick) >= 0.99 * most or math.isclose(balance(pick), 0.99 * most)
+    pick, most = found[best_index(found)], max(map(overall_score, found))
+    assert overall_score(pick) >= 0.99 * most or math.isclose(overall_score(pick), 0.99 * most)
     for one in found:
-        assert one["drift (CLIP)"] >= pick["drift (CLIP)"] or balance(one) < 0.99 * most
+        assert one["drift (CLIP)"] >= pick["drift (CLIP)"] or overall_score(one) < 0.99 * most
 
 
 def files(root: Path) -> dict[Path, tuple[int, int]]:
@@ -417,7 +425,10 @@ def test_an_interrupted_comparison_goes_on(
     stop_after: int, compared: Comparison, world: World, runs: dict[str, Path], dino: Path, tmp_path: Path
 ) -> None:
     """What is drawn is not drawn again, and the end is the same."""
-    found, listener = [base_alone(), *checkpoints(RunFolder(runs["plain"]).adapters(), "plain")[:2]], Recorder()
+    found, listener = (
+        [base_candidate(), *checkpoint_candidates(RunFolder(runs["plain"]).adapters(), "plain")[:2]],
+        Recorder(),
+    )
     one_way = {"schedulers": "ddim", "steps": "2"}
 
     def again(told: Recorder) -> Comparison:
@@ -433,8 +444,8 @@ def test_an_interrupted_comparison_goes_on(
     after = files(tmp_path)
     assert len(after) == 3 * 8  # two of each of two prompts, of the subject and the class
     assert after.items() >= before.items()
-    for entry, expected in zip(whole.entries, compared.entries[:12:4], strict=True):
-        assert entry.marks == pytest.approx(expected.marks, abs=1e-5)
+    for entry, expected in zip(whole.rows, compared.rows[:12:4], strict=True):
+        assert entry.metrics == pytest.approx(expected.metrics, abs=1e-5)
     last = Recorder()
     assert as_json(again(last)) == as_json(whole)
     assert files(tmp_path) == after
@@ -444,15 +455,19 @@ def test_an_interrupted_comparison_goes_on(
 
 
 def test_without_class_pictures_there_is_no_drift(
-    world: World, runs: dict[str, Path], judges: FeatureExtractors, tmp_path: Path
+    world: World, runs: dict[str, Path], extractors: FeatureExtractors, tmp_path: Path
 ) -> None:
     studio = CachedGenerator(world.base, tmp_path, CPU, "fp32", Recorder())
-    ways = [Drawing(1, 0, 64, 64, steps=1, guidance=1.0)]
-    comparison = compare(
-        studio, evaluation(judges, world), checkpoints(RunFolder(runs["plain"]).adapters(), "plain"), ways, prior=False
+    ways = [SampleConfig(count=1, width=64, height=64, steps=1, guidance=1.0)]
+    comparison = compare_candidates(
+        studio,
+        evaluation(extractors, world),
+        checkpoint_candidates(RunFolder(runs["plain"]).adapters(), "plain"),
+        ways,
+        prior=False,
     )
-    assert {tuple(one.marks) for one in comparison.entries} == {tuple(OF_PICTURES)}
-    assert not any(one.evaluated.class_pictures for one in comparison.entries)
+    assert {tuple(one.metrics) for one in comparison.rows} == {tuple(OF_PICTURES)}
+    assert not any(one.result.class_pictures for one in comparison.rows)
     assert len(files(tmp_path)) == 3 * 2
     assert comparison.best is not None
     assert {path.name for path in write_report(comparison, tmp_path / "report").values()} >= {"table.md", "best.png"}
@@ -523,7 +538,7 @@ def test_one_run_gives_its_best_step(
     ids=str,
 )
 def test_who_is_compared(given: list[str], titles: list[str], runs: dict[str, Path]) -> None:
-    from pack.trainer.cli.evaluate import contenders
+    from pack.trainer.cli.evaluate import candidates_of
 
     file = RunFolder(runs["plain"]).adapters()[1]
     names = {**runs, "file": file, "stem": file.stem}
@@ -531,7 +546,7 @@ def test_who_is_compared(given: list[str], titles: list[str], runs: dict[str, Pa
     if "--checkpoints" in named:
         *named, _, more["checkpoints"] = named
     settings = {"base": "x", "subject": "x", "prompts": "x", "clip": "x", "runs": tuple(named), **more}
-    found = contenders(CompareCommand.checked(settings))
+    found = candidates_of(CompareCommand.checked(settings))
     assert [one.title for one in found] == ["base", *(title.format(**names) for title in titles)]
 
 
@@ -544,7 +559,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"fingerprint": "1"}')
     assert RunFolder.existing(tmp_path).name == tmp_path.name
     with pytest.raises(AdapterError, match="holds no adapter"):
-        checkpoints(RunFolder.existing(tmp_path).adapters(), "empty")
+        checkpoint_candidates(RunFolder.existing(tmp_path).adapters(), "empty")
 
 
 @pytest.mark.parametrize(
@@ -562,14 +577,14 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         (["{folder}/nothing"], ["nothing is neither a file nor a folder", "run folder or an adapter file"]),
         (["{plain}:much"], ["{plain}:much", "0.8"]),
         (["{plain}", "{text}"], ["{text}"]),
-        (["{bare}"], ["{bare} holds no adapter", "checkpoint_every"]),
+        (["{bare}"], ["The run bare holds no adapter", "checkpoint_every"]),
         (["{plain}", "--checkpoints", "9"], ["{plain} has no checkpoint of step 9", "It has: 1, 2, 3"]),
         (["{plain}", "--checkpoints", "2 9"], ["{plain} has no checkpoint of step 9", "It has: 1, 2, 3"]),
         (["{plain}", "--checkpoints", "best"], ["checkpoints", "auto, all, last"]),
         (["{plain}", "--prompts", "sks dog|a photo of a dog"], ["'a photo of a dog'", "rare word 'sks'", "token"]),
         (["{plain}", "--prompts", " | "], ["prompts", "blank"]),
         (["{plain}", "--token", "ohwx"], ["rare word 'ohwx'", "token"]),
-        (["{plain}", "--clip", "", "--dino", ""], ["neither clip nor dino", "openai/clip-vit-base-patch32"]),
+        (["{plain}", "--clip", "", "--dino", ""], ["neither --clip nor --dino", "openai/clip-vit-base-patch32"]),
         (["{plain}", "--clip", "nobody/nothing"], ["nobody/nothing", "preprocessor_config.json"]),
         (["{plain}", "--subject", "{folder}"], ["{folder} holds no pictures"]),
         (["{plain}", "--subject", "{folder}/nothing"], ["{folder}/nothing"]),

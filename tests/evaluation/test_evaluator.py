@@ -15,7 +15,14 @@ from helpers import DEMO, Recorder
 from pack.trainer.core.errors import CancelledError, PicturesError, SettingsError
 from pack.trainer.core.prompts import split_prompts, without_token
 from pack.trainer.data.images import Picture, load_pictures
-from pack.trainer.evaluation.evaluator import Evaluation, balance, best_of, fidelity_and_drift, peak, stalled
+from pack.trainer.evaluation.evaluator import (
+    Evaluator,
+    best_index,
+    best_step,
+    early_stop_step,
+    fidelity_and_drift,
+    overall_score,
+)
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors, FeatureModel, open_feature_model
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -53,9 +60,9 @@ def others() -> list[Picture]:
     return load_pictures(DEMO / "style", "", Recorder())[:16]
 
 
-def evaluation(judges: FeatureExtractors, references: Sequence[Picture], **changes: Any) -> Evaluation:
+def evaluation(extractors: FeatureExtractors, references: Sequence[Picture], **changes: Any) -> Evaluator:
     given = {"prompts": PROMPTS, "token": "sks", "listener": Recorder(), **changes}
-    return Evaluation(judges, references, **given)
+    return Evaluator(extractors, references, **given)
 
 
 def looked(model: FeatureModel, pictures: Sequence[Picture]) -> np.ndarray[Any, Any]:
@@ -91,7 +98,7 @@ def test_marks_are_the_formulas(
         expected["CLIP-T"] = float(np.mean([one @ said[i // 2] for i, one in enumerate(looked(clip, drawn))]))
         clipped = [max(0.0, float(one @ said[i // 2])) for i, one in enumerate(looked(clip, drawn))]
         expected["CLIPScore"] = 100 * float(np.mean(clipped))
-    marks = evaluation(FeatureExtractors(*(models.get(name) for name in ("CLIP", "DINO"))), subject).mark(
+    marks = evaluation(FeatureExtractors(*(models.get(name) for name in ("CLIP", "DINO"))), subject).compute_metrics(
         drawn, before, after
     )
     assert marks == pytest.approx(expected, abs=1e-5)
@@ -104,7 +111,7 @@ def test_marks_are_the_formulas(
 def test_one_picture_of_each_prompt_has_no_diversity(
     clip: FeatureModel, subject: list[Picture], others: list[Picture]
 ) -> None:
-    marks = evaluation(FeatureExtractors(clip), subject).mark(others[:2], others[2:4], others[4:6])
+    marks = evaluation(FeatureExtractors(clip), subject).compute_metrics(others[:2], others[2:4], others[4:6])
     assert set(marks) == {"CLIP-T", "CLIPScore", "CLIP-I", "drift (CLIP)"}
 
 
@@ -113,7 +120,7 @@ def test_marks_of_each_prompt_add_up(
 ) -> None:
     """And without pictures of the class nothing is said of it."""
     judged = evaluation(FeatureExtractors(clip, dino), subject)
-    marks, [one, other] = judged.mark(others[:6], [], []), judged.by_prompt(others[:6])
+    marks, [one, other] = judged.compute_metrics(others[:6], [], []), judged.by_prompt(others[:6])
     assert set(marks) - set(one) == {"diversity"}
     assert {name: (one[name] + other[name]) / 2 for name in one} == pytest.approx(
         {name: marks[name] for name in one}, abs=1e-5
@@ -124,8 +131,8 @@ def test_marks_of_each_prompt_add_up(
 
 def test_a_class_that_stays_does_not_drift(clip: FeatureModel, subject: list[Picture], others: list[Picture]) -> None:
     judged = evaluation(FeatureExtractors(clip), subject)
-    same = judged.mark(others[:2], others[2:4], others[2:4])
-    swapped = judged.mark(others[:2], others[2:4], others[3:1:-1])
+    same = judged.compute_metrics(others[:2], others[2:4], others[2:4])
+    swapped = judged.compute_metrics(others[:2], others[2:4], others[3:1:-1])
     assert same["drift (CLIP)"] == pytest.approx(0, abs=1e-6)
     assert swapped["drift (CLIP)"] > 0.01
 
@@ -135,14 +142,14 @@ def test_the_subject_itself_scores_above_others(
 ) -> None:
     """The top of the scale leaves each picture out of its own score; one alone has none."""
     judged = evaluation(FeatureExtractors(clip), subject)
-    real = judged.real()
+    real = judged.reference_metrics()
     assert real == {"CLIP-I": pytest.approx(1 - unlikeness(looked(clip, subject)), abs=1e-5)}
-    assert real["CLIP-I"] > judged.mark(others[:4], others[:4], others[:4])["CLIP-I"]
-    assert evaluation(FeatureExtractors(clip), subject[:1]).real() == {}
+    assert real["CLIP-I"] > judged.compute_metrics(others[:4], others[:4], others[:4])["CLIP-I"]
+    assert evaluation(FeatureExtractors(clip), subject[:1]).reference_metrics() == {}
 
 
 def test_each_measure_has_its_own_top(clip: FeatureModel, dino: FeatureModel, subject: list[Picture]) -> None:
-    assert evaluation(FeatureExtractors(clip, dino), subject).real() == {
+    assert evaluation(FeatureExtractors(clip, dino), subject).reference_metrics() == {
         "CLIP-I": pytest.approx(1 - unlikeness(looked(clip, subject)), abs=1e-5),
         "DINO": pytest.approx(1 - unlikeness(looked(dino, subject)), abs=1e-5),
     }
@@ -154,7 +161,7 @@ def test_class_prompts_lose_the_rare_word(clip: FeatureModel, subject: list[Pict
 
 def test_marking_can_be_stopped(clip: FeatureModel, subject: list[Picture], others: list[Picture]) -> None:
     with pytest.raises(CancelledError):
-        evaluation(FeatureExtractors(clip), subject, listener=Recorder(stop_after=1)).mark(
+        evaluation(FeatureExtractors(clip), subject, listener=Recorder(stop_after=1)).compute_metrics(
             others[:2], others[:2], others[:2]
         )
 
@@ -266,24 +273,24 @@ def test_when_to_stop(
     marks: list[tuple[float, float]], best: int, stalled_by_patience: dict[int, int | None], judge: str
 ) -> None:
     told = history(*marks, judge=judge)
-    assert peak(told) == best
-    assert {patience: stalled(told, patience) for patience in stalled_by_patience} == stalled_by_patience
+    assert best_step(told) == best
+    assert {patience: early_stop_step(told, patience) for patience in stalled_by_patience} == stalled_by_patience
 
 
 def test_dino_has_the_say_if_both_judged() -> None:
     """The paper's first choice: CLIP sees a rise where DINO sees none."""
     clip, dino = history((0, 0), (0.1, 0.1), (0.9, 0.1)), history((0, 0), (0.5, 0.1), (0.4, 0.2), judge="DINO")
     both = {step: clip[step] | dino[step] for step in clip}
-    assert (stalled(clip, 1), stalled(dino, 1), stalled(both, 1)) == (None, 10, 10)
+    assert (early_stop_step(clip, 1), early_stop_step(dino, 1), early_stop_step(both, 1)) == (None, 10, 10)
 
 
 def test_balance_weighs_fidelity_and_following() -> None:
     """It is the geometric mean, by DINO if it judged; nothing below zero counts, and without CLIP-T fidelity alone."""
     marks = {"DINO": 0.36, "CLIP-I": 0.9, "CLIP-T": 0.25}
-    assert balance(marks) == pytest.approx((0.36**2 * 0.25) ** (1 / 3))
-    assert balance({name: 4 * value for name, value in marks.items()}) == pytest.approx(4 * balance(marks))
-    assert balance(marks | {"CLIP-T": -0.1}) == balance(marks | {"DINO": -0.1}) == 0
-    assert balance({"DINO": 0.36}) == 0.36
+    assert overall_score(marks) == pytest.approx((0.36**2 * 0.25) ** (1 / 3))
+    assert overall_score({name: 4 * value for name, value in marks.items()}) == pytest.approx(4 * overall_score(marks))
+    assert overall_score(marks | {"CLIP-T": -0.1}) == overall_score(marks | {"DINO": -0.1}) == 0
+    assert overall_score({"DINO": 0.36}) == 0.36
 
 
 @pytest.mark.parametrize(
@@ -299,4 +306,4 @@ def test_balance_weighs_fidelity_and_following() -> None:
 )
 def test_which_of_several_to_keep(fidelity_following_drift: list[tuple[float, float, float]], best: int) -> None:
     names = ("CLIP-I", "CLIP-T", "drift (CLIP)")
-    assert best_of([dict(zip(names, values, strict=True)) for values in fidelity_following_drift]) == best
+    assert best_index([dict(zip(names, values, strict=True)) for values in fidelity_following_drift]) == best

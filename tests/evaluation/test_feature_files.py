@@ -18,7 +18,7 @@ import transformers
 from feature_worlds import SIZES, picture
 from helpers import DEMO, ROOT
 from pack.trainer.core.errors import WeightsError
-from pack.trainer.evaluation.feature_configs import Part, inferred_config
+from pack.trainer.evaluation.feature_configs import FeatureWeights, inferred_config
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors, open_feature_model
 from pack.trainer.evaluation.feature_files import are_files
 from safetensors.torch import load_file, save_file
@@ -183,8 +183,8 @@ def test_two_towers_are_the_whole(world: Path, tmp_path: Path) -> None:
         assert model.name.split(" + ")[1] == "words"
         assert_same(model, wanted)
     assert_same(open_feature_model(f"{eyes} + {world / 'folders' / 'clip'}", CPU), wanted)
-    judges = FeatureExtractors.open(f"{eyes} + {words}", "", CPU, tokenizer=world / "words")
-    torch.testing.assert_close(judges.read(PROMPTS), wanted.text_features(PROMPTS), atol=1e-5, rtol=0)
+    extractors = FeatureExtractors.open(f"{eyes} + {words}", "", CPU, tokenizer=world / "words")
+    torch.testing.assert_close(extractors.text_features(PROMPTS), wanted.text_features(PROMPTS), atol=1e-5, rtol=0)
 
 
 def test_two_towers_of_different_models_may_be_joined(world: Path, tmp_path: Path) -> None:
@@ -348,10 +348,13 @@ def test_published_architectures_are_told_from_their_shapes(name: str) -> None:
         tensors = classes[kind](config, **more).state_dict()
     if kind != "clip":
         tensors = names_in_files(tensors)
-    assert inferred_config(Part(name, Path(name), tensors)) == (kind, wanted)
+    assert inferred_config(FeatureWeights(name, Path(name), tensors)) == (kind, wanted)
     if kind == "clip":
         vision = half(tensors, "vision") | half(tensors, "visual")
-        assert inferred_config(Part(name, Path(name), vision)) == ("clip_vision_model", wanted["vision_config"])
+        assert inferred_config(FeatureWeights(name, Path(name), vision)) == (
+            "clip_vision_model",
+            wanted["vision_config"],
+        )
 
 
 # Tokenizers
@@ -378,7 +381,7 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(world: Path, tmp_path: Pat
 
 
 def test_without_a_tokenizer_it_says_what_to_give(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pack.trainer.models.tokenizer._tokenizer_places", lambda checkpoint: iter(()))
+    monkeypatch.setattr("pack.trainer.models.tokenizer._candidate_folders", lambda checkpoint: iter(()))
     with pytest.raises(WeightsError, match="No CLIP tokenizer was found for the text tower clip") as caught:
         open_feature_model(world / "files" / "clip.safetensors", CPU)
     assert "vocab.json and merges.txt" in caught.value.remedy
@@ -417,9 +420,9 @@ def with_(name: str, shape: tuple[int, ...]) -> Change:
         ("dinov2", with_("embeddings.register_tokens", (1, 4, 128)), "not known: embeddings.register_tokens", "regist"),
         ("dinov2 as the giant", without("layernorm.weight"), "lacks layernorm.weight", "complete"),
         ("vit", without("encoder.layer.0.intermediate.dense.weight"), "lacks the tensor encoder.layer.0.inter", ""),
-        ("vit", with_("pooler.dense.weight", (128, 128)), "a pooler, which DINO has not", "preprocessor_config.json"),
+        ("vit", with_("pooler.dense.weight", (128, 128)), "a pooler, which DINO does not have", "preprocessor_config.json"),
         ("vit", with_("embeddings.patch_embeddings.projection.weight", (100, 3, 16, 16)), "100 channels wide", "fold"),
-        ("vit", without("embeddings.cls_token"), "no feature model that is known", "SigLIP"),
+        ("vit", without("embeddings.cls_token"), "not a known feature model", "SigLIP"),
     ],
 )
 def test_bad_files_are_named(kind: str, change: Change, problem: str, remedy: str, world: Path, tmp_path: Path) -> None:
@@ -446,13 +449,13 @@ def test_bad_sources_are_named(world: Path, tmp_path: Path) -> None:
     (tmp_path / "damaged.safetensors").write_bytes(b"no weights")
     (tmp_path / "empty").mkdir()
     for source, problem in {
-        f"{tmp_path / 'none.safetensors'}": "none.safetensors is not there",
-        f"{eyes} + none": "file none is not there",
+        f"{tmp_path / 'none.safetensors'}": "none.safetensors does not exist",
+        f"{eyes} + none": "file none does not exist",
         f"{eyes} + {eyes} + {words}": "names 3 files",
         f"{eyes} + {eyes}": "eyes and eyes are no CLIP together: the first holds a vision tower, the second a vision",
         f"{dino} + {words}": "the first holds no tower of a CLIP, the second a text tower",
         f"{words}": "words holds a text tower alone",
-        f"{tmp_path / 'damaged.safetensors'}": "damaged.safetensors is no readable safetensors file",
+        f"{tmp_path / 'damaged.safetensors'}": "damaged.safetensors is not a readable safetensors file",
         f"{eyes} + {tmp_path / 'empty'}": "holds no weights",
     }.items():
         with pytest.raises(WeightsError) as caught:

@@ -18,7 +18,7 @@ from pack.trainer.__main__ import main
 from pack.trainer.core.errors import PicturesError, SettingsError, WeightsError
 from pack.trainer.data.images import load_pictures
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors, FeatureModel, open_feature_model
-from pack.trainer.evaluation.metrics import clip_score, clip_t, diversity, drift, own_score, subject_score
+from pack.trainer.evaluation.metrics import clip_score, clip_t, diversity, drift, leave_one_out_score, subject_score
 from pack.trainer.evaluation.score_table import score_pictures
 from pack.trainer.settings.evaluate import ScoreCommand
 from PIL import Image
@@ -171,7 +171,7 @@ def test_pairwise_means_are_the_papers() -> None:
     expected = np.mean([[float(a @ b) for b in references] for a in pictures])
     assert float(subject_score(pictures, references).mean()) == pytest.approx(expected, abs=1e-6)
     left_out = np.mean([float(a @ b) for i, a in enumerate(references) for j, b in enumerate(references) if i != j])
-    assert own_score(references) == pytest.approx(left_out, abs=1e-6)
+    assert leave_one_out_score(references) == pytest.approx(left_out, abs=1e-6)
     assert diversity(references) == pytest.approx(1 - left_out, abs=1e-6)
     assert drift(references, references) == pytest.approx(0, abs=1e-6)
     assert drift(references, -references) == pytest.approx(2, abs=1e-6)

@@ -20,7 +20,7 @@ PROMPTS = ["a dog", "a dog on the grass"]
 
 
 @pytest.fixture(scope="module")
-def judges() -> FeatureExtractors:
+def extractors() -> FeatureExtractors:
     return FeatureExtractors.open(str(DEMO / "scorer"), "", torch.device("cpu"))
 
 
@@ -41,19 +41,19 @@ def settings(pictures: list[Picture]) -> dict[str, list[Picture]]:
 
 
 @pytest.fixture(scope="module")
-def grid(settings: dict[str, list[Picture]], subject: list[Picture], judges: FeatureExtractors) -> ScoreGrid:
-    return score_grid(settings, PROMPTS, subject, judges, Recorder())
+def grid(settings: dict[str, list[Picture]], subject: list[Picture], extractors: FeatureExtractors) -> ScoreGrid:
+    return score_grid(settings, PROMPTS, subject, extractors, Recorder())
 
 
 def test_every_setting_is_scored_as_if_alone(
-    grid: ScoreGrid, settings: dict[str, list[Picture]], subject: list[Picture], judges: FeatureExtractors
+    grid: ScoreGrid, settings: dict[str, list[Picture]], subject: list[Picture], extractors: FeatureExtractors
 ) -> None:
     """Pictures come prompt by prompt."""
     assert list(grid.tables) == list(settings)
     for (title, table), said in zip(
         grid.tables.items(), ([*[PROMPTS[0]] * 3, *[PROMPTS[1]] * 3], PROMPTS), strict=True
     ):
-        alone = score_pictures(settings[title], said, subject, judges, Recorder())
+        alone = score_pictures(settings[title], said, subject, extractors, Recorder())
         assert [(row["picture"], row["prompt"]) for row in table.rows] == list(
             zip([one.name for one in settings[title]], said, strict=True)
         )
@@ -112,12 +112,12 @@ def test_under_a_picture_stand_the_means_of_all_of_its_prompt(
     settings: dict[str, list[Picture]],
     pictures: list[Picture],
     subject: list[Picture],
-    judges: FeatureExtractors,
+    extractors: FeatureExtractors,
 ) -> None:
     """Another third picture of the second prompt changes what stands under that prompt's first picture, no more."""
     lora, base = settings.values()
     changed = {**settings, "with LoRA, ünal": [*lora[:5], pictures[20]]}
-    other = score_grid(changed, PROMPTS, subject, judges, Recorder())
+    other = score_grid(changed, PROMPTS, subject, extractors, Recorder())
     rows, columns = np.nonzero((shown(other) != shown(grid)).any(-1))
     top, left = place_of(lora[3], shown(grid))
     assert top + 64 <= rows.min() < rows.max() < place_of(base[0], shown(grid))[0]
@@ -126,13 +126,13 @@ def test_under_a_picture_stand_the_means_of_all_of_its_prompt(
 
 @pytest.mark.parametrize("title", ["a", "dpm++, 30 steps, strength 0.8, seed 1234567"])
 def test_the_size_of_the_sheet(
-    title: str, pictures: list[Picture], subject: list[Picture], judges: FeatureExtractors
+    title: str, pictures: list[Picture], subject: list[Picture], extractors: FeatureExtractors
 ) -> None:
     """It grows by a cell and its notes with every setting, and by a cell with every prompt."""
 
     def size(settings: int, prompts: int, cell: int) -> tuple[int, int]:
         given = {f"{title}{number}": pictures[:prompts] for number in range(settings)}
-        width, height = score_grid(given, PROMPTS[:prompts], subject, judges, Recorder()).sheet(cell).size
+        width, height = score_grid(given, PROMPTS[:prompts], subject, extractors, Recorder()).sheet(cell).size
         return width, height
 
     notes = size(2, 1, 64)[1] - size(1, 1, 64)[1] - 64
@@ -142,9 +142,9 @@ def test_the_size_of_the_sheet(
 
 
 def test_without_a_subject_only_the_prompts_count(
-    settings: dict[str, list[Picture]], judges: FeatureExtractors
+    settings: dict[str, list[Picture]], extractors: FeatureExtractors
 ) -> None:
-    grid = score_grid(settings, PROMPTS, [], judges, Recorder())
+    grid = score_grid(settings, PROMPTS, [], extractors, Recorder())
     assert {name for table in grid.tables.values() for name in table.rows[0]} == {
         "picture",
         "prompt",
@@ -166,16 +166,20 @@ def test_without_a_subject_only_the_prompts_count(
     ids=str,
 )
 def test_what_makes_no_grid_is_named(
-    count: list[int], prompts: Sequence[str], told: tuple[str, str], pictures: list[Picture], judges: FeatureExtractors
+    count: list[int],
+    prompts: Sequence[str],
+    told: tuple[str, str],
+    pictures: list[Picture],
+    extractors: FeatureExtractors,
 ) -> None:
     given = {str(number): pictures[:some] for number, some in enumerate(count)}
     with pytest.raises(PicturesError) as caught:
-        score_grid(given, prompts, [], judges, Recorder())
+        score_grid(given, prompts, [], extractors, Recorder())
     assert told[0] in caught.value.problem
     assert told[1] in caught.value.remedy
 
 
 def test_scoring_can_be_stopped(settings: dict[str, list[Picture]]) -> None:
-    judges = FeatureExtractors.open(str(DEMO / "scorer"), "", torch.device("cpu"))
+    extractors = FeatureExtractors.open(str(DEMO / "scorer"), "", torch.device("cpu"))
     with pytest.raises(CancelledError):
-        score_grid(settings, PROMPTS, [], judges, Recorder(stop_after=2))
+        score_grid(settings, PROMPTS, [], extractors, Recorder(stop_after=2))

@@ -117,7 +117,7 @@ class StopAt(Recorder):
         return told >= self.step and self.matches(self.events[-1])
 
 
-def config(event: Any) -> bool:
+def drawing(event: Any) -> bool:
     """The second prompt is being drawn."""
     return bool(event == Phase("preview", 1, 4))
 

@@ -1,4 +1,4 @@
-"""Adapters drawn and scored side by side: adapter × scheduler × steps × prompt, and which checkpoint to keep."""
+"""Adapters compared side by side: adapter × scheduler × steps × prompt, and which checkpoint to keep."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..adapters.kohya import read_adapter
-from ..core.errors import AdapterError
-from .evaluator import Evaluated, Evaluation, best_of
-from .generator import Adapters, CachedGenerator, Drawing
+from ..core.errors import AdapterError, suggest
+from .evaluator import EvaluationResult, Evaluator, best_index
+from .generator import Adapters, CachedGenerator, SampleConfig
 
 BASE = "base"
 
@@ -33,16 +33,21 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One contender, drawn in one way."""
+    """One candidate with one scheduler and number of steps."""
 
-    contender: Candidate
-    drawing: Drawing
-    evaluated: Evaluated
+    candidate: Candidate
+    config: SampleConfig
+    result: EvaluationResult
 
     @property
-    def marks(self) -> Mapping[str, float]:
-        """Measure → value."""
-        return self.evaluated.marks
+    def metrics(self) -> Mapping[str, float]:
+        """Metric → value."""
+        return self.result.metrics
+
+    @property
+    def sampler(self) -> tuple[str, int]:
+        """Scheduler and number of steps."""
+        return self.config.scheduler, self.config.steps
 
 
 @dataclass(frozen=True)
@@ -50,49 +55,62 @@ class Comparison:
     """What was compared.
 
     Attributes:
-        entries: Contender by contender.
-        prompts: What was drawn of the subject.
-        class_prompts: What was drawn of the class.
-        real: The subject's own pictures among themselves: the top of the scale.
-        models: Which models judged: "CLIP", "DINO" → name.
+        rows: Candidate by candidate.
+        prompts: Prompts of the subject.
+        class_prompts: Prompts of its class.
+        reference_metrics: The subject's own pictures among themselves: the top of the scale.
+        models: Feature extractors: "CLIP", "DINO" → name of the model.
     """
 
-    entries: Sequence[ComparisonRow]
+    rows: Sequence[ComparisonRow]
     prompts: Sequence[str]
     class_prompts: Sequence[str]
-    real: Mapping[str, float]
+    reference_metrics: Mapping[str, float]
     models: Mapping[str, str]
 
     @property
+    def samplers(self) -> list[tuple[str, int]]:
+        """Every scheduler and number of steps, in the order of the rows."""
+        return list(dict.fromkeys(row.sampler for row in self.rows))
+
+    @property
     def best(self) -> ComparisonRow | None:
-        """The checkpoint to keep (`evaluation.best_of`); None if there are not two of them.
+        """The checkpoint to keep (`evaluator.best_index`); None if there are not two of them.
 
-        Drawn in several ways, every way has its say: the marks of a checkpoint are means over them.
+        With several schedulers or numbers of steps, a checkpoint's metrics are means over these.
         """
-        found = list(dict.fromkeys(entry.contender for entry in self.entries if entry.contender.step is not None))
-        if len(found) < 2:
+        checkpoints = list(dict.fromkeys(row.candidate for row in self.rows if row.candidate.step is not None))
+        if len(checkpoints) < 2:
             return None
-        groups = [[entry for entry in self.entries if entry.contender == one] for one in found]
+        rows_of_each = [[row for row in self.rows if row.candidate == checkpoint] for checkpoint in checkpoints]
         means = [
-            {name: sum(entry.marks[name] for entry in group) / len(group) for name in group[0].marks}
-            for group in groups
+            {name: sum(row.metrics[name] for row in rows) / len(rows) for name in rows[0].metrics}
+            for rows in rows_of_each
         ]
-        return groups[best_of(means)][0]
+        return rows_of_each[best_index(means)][0]
 
 
-def base_alone() -> Candidate:
+def base_candidate() -> Candidate:
     """The base without any adapter."""
     return Candidate(BASE, list)
 
 
-def adapter_file(path: Path, strength: float = 1.0, title: str = "", step: int | None = None) -> Candidate:
-    """An adapter file at a strength; read when it is drawn."""
-    shown = title or path.stem
-    shown += "" if strength == 1 else f" at {strength:g}"
-    return Candidate(shown, lambda: [(read_adapter(path), strength)], step, path)
+def adapter_candidate(path: Path, strength: float = 1.0, title: str = "", step: int | None = None) -> Candidate:
+    """An adapter file at a strength; read when it is its turn.
+
+    Args:
+        path: The file.
+        strength: Of the adapter; named in the title unless it is 1.
+        title: For people; empty: the file's name.
+        step: Of a run's checkpoint; None otherwise.
+    """
+    full_title = title or path.stem
+    if strength != 1:
+        full_title += f" at {strength:g}"
+    return Candidate(full_title, lambda: [(read_adapter(path), strength)], step, path)
 
 
-def checkpoints(adapters: Mapping[int, Path], run_name: str, strength: float = 1.0) -> list[Candidate]:
+def checkpoint_candidates(adapters: Mapping[int, Path], run_name: str, strength: float = 1.0) -> list[Candidate]:
     """The adapters of a run's checkpoints, by step.
 
     Args:
@@ -106,42 +124,48 @@ def checkpoints(adapters: Mapping[int, Path], run_name: str, strength: float = 1
     if not adapters:
         raise AdapterError(
             f"The run {run_name} holds no adapter of any checkpoint.",
-            "Give the folder of a run that trained a LoRA, below runs/; checkpoint_every sets how often it writes one.",
+            "Give the folder of a run that trained a LoRA, below runs/; it writes one as often as "
+            f"{suggest('checkpoint_every')} says.",
         )
-    return [adapter_file(path, strength, f"{run_name}, step {step}", step) for step, path in adapters.items()]
+    return [adapter_candidate(path, strength, f"{run_name}, step {step}", step) for step, path in adapters.items()]
 
 
-def compare(
-    studio: CachedGenerator,
-    evaluation: Evaluation,
-    contenders: Sequence[Candidate],
-    drawings: Sequence[Drawing],
+def compare_candidates(
+    generator: CachedGenerator,
+    evaluator: Evaluator,
+    candidates: Sequence[Candidate],
+    configs: Sequence[SampleConfig],
     *,
     prior: bool = True,
 ) -> Comparison:
-    """Draw every contender in every way, and measure.
+    """Generate pictures with every candidate and every config, and measure them.
 
     Args:
-        studio: Where to draw; closed afterwards.
-        evaluation: Prompts, references and judges.
-        contenders: What to compare.
-        drawings: How to draw.
-        prior: Whether to draw the class, too, and measure its drift.
+        generator: Generates the pictures; closed afterwards.
+        evaluator: Prompts, references and feature extractors.
+        candidates: What to compare.
+        configs: How to generate.
+        prior: Whether to generate the class, too, and measure its drift.
 
     Raises:
         AdapterError: An adapter can't be read or does not fit the base.
         StorageError: The pictures can't be written.
-        OutOfMemoryError: The memory does not suffice.
-        CancelledError: The listener asked to stop; what is drawn is kept.
+        OutOfMemoryError: The device ran out of memory.
+        CancelledError: The listener asked to stop; the finished pictures are kept.
     """
-    entries = []
+    rows = []
     try:
-        for contender in contenders:
-            adapters = contender.load()
-            for drawing in drawings:
-                evaluated = evaluation.draw_and_mark(studio, adapters, drawing, contender.title, prior=prior)
-                entries.append(ComparisonRow(contender, drawing, evaluated))
+        for candidate in candidates:
+            adapters = candidate.load()
+            for config in configs:
+                result = evaluator.evaluate(generator, adapters, config, candidate.title, prior=prior)
+                rows.append(ComparisonRow(candidate, config, result))
     finally:
-        studio.close()
-    models = {name: model.name for name, model in evaluation.judges.models.items()}
-    return Comparison(entries, evaluation.prompts, evaluation.class_prompts, evaluation.real(), models)
+        generator.close()
+    return Comparison(
+        rows=rows,
+        prompts=evaluator.prompts,
+        class_prompts=evaluator.class_prompts,
+        reference_metrics=evaluator.reference_metrics(),
+        models={name: model.name for name, model in evaluator.extractors.models.items()},
+    )

@@ -15,14 +15,18 @@ from ..core.figures import SheetRow, contact_sheet, figure_as_picture
 from ..core.files import write_atomic
 from ..data.image_cache import as_png
 from .comparison import BASE, Comparison, ComparisonRow
-from .evaluator import CLIP_SCORE, FIDELITY, FOLLOWING, fidelity_and_drift
+from .evaluator import fidelity_and_drift
 from .feature_extractors import CLIP, DINO
+from .metrics import CLIP_SCORE, CLIP_T, FIDELITY_METRICS
 
-_REAL = "real pictures, each left out of its own"
+_REFERENCES = "real pictures, each left out of its own"
 
 
 def write_report(comparison: Comparison, folder: Path) -> dict[str, Path]:
-    """Write everything; returns what → file.
+    """Write everything.
+
+    Returns:
+        File name → path.
 
     Raises:
         StorageError: It can't be written.
@@ -31,80 +35,71 @@ def write_report(comparison: Comparison, folder: Path) -> dict[str, Path]:
         "table.md": as_markdown(comparison).encode(),
         "table.csv": as_csv(comparison).encode(),
         "table.json": (json.dumps(as_json(comparison), indent=1, ensure_ascii=False) + "\n").encode(),
-        "sheet.png": as_png(sheet(comparison)),
+        "sheet.png": as_png(as_contact_sheet(comparison)),
     }
     if comparison.best:
-        files["best.png"] = as_png(plot(comparison))
+        files["best.png"] = as_png(as_plot(comparison))
     for name, content in files.items():
         write_atomic(folder / name, content)
     return {name: folder / name for name in files}
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """A table of all measures, one of fidelity by scheduler and steps if there are several, and the best checkpoint."""
-    measures = list(dict.fromkeys(name for entry in comparison.entries for name in entry.marks if name != CLIP_SCORE))
+    """A table of all metrics, one of fidelity by scheduler and steps if there are several, and the best checkpoint."""
+    names = list(dict.fromkeys(name for row in comparison.rows for name in row.metrics if name != CLIP_SCORE))
     best = comparison.best
-    lines = [_line(["adapter", "scheduler", "steps", *measures]), _line(["---"] * (3 + len(measures)))]
-    for entry in comparison.entries:
-        title = f"**{entry.contender.title}**" if best and entry.contender is best.contender else entry.contender.title
-        lines.append(
-            _line([title, entry.drawing.scheduler, str(entry.drawing.steps), *_numbers(entry.marks, measures)])
-        )
-    if comparison.real:
-        lines.append(_line([_REAL, "", "", *_numbers(comparison.real, measures)]))
-    for measure in FIDELITY.values():
-        if measure in measures and len(_ways(comparison)) > 1:
-            lines += ["", *_by_way(comparison, measure)]
+    lines = [_markdown_row(["adapter", "scheduler", "steps", *names]), _markdown_row(["---"] * (3 + len(names)))]
+    for row in comparison.rows:
+        is_best = best is not None and row.candidate is best.candidate
+        title = f"**{row.candidate.title}**" if is_best else row.candidate.title
+        scheduler, steps = row.sampler
+        lines.append(_markdown_row([title, scheduler, str(steps), *_cells(row.metrics, names)]))
+    if comparison.reference_metrics:
+        lines.append(_markdown_row([_REFERENCES, "", "", *_cells(comparison.reference_metrics, names)]))
+    if len(comparison.samplers) > 1:
+        for name in FIDELITY_METRICS.values():
+            if name in names:
+                lines += ["", *_table_by_sampler(comparison, name)]
     lines += ["", *(f"{name}: {model}." for name, model in comparison.models.items())]
     if best:
         lines.append(
-            f"Best: {best.contender.title}. Of those that show the subject and follow the prompt as well as any, it "
+            f"Best: {best.candidate.title}. Of those that show the subject and follow the prompt as well as any, it "
             "lets the class drift least."
         )
     return "\n".join(lines) + "\n"
 
 
-def _by_way(comparison: Comparison, measure: str) -> Iterator[str]:
-    """One measure: a row for each scheduler and number of steps, a column for each adapter."""
-    titles = list(dict.fromkeys(entry.contender.title for entry in comparison.entries))
-    yield _line([measure, *titles])
-    yield _line(["---"] * (1 + len(titles)))
-    for scheduler, steps in _ways(comparison):
-        found = {
-            entry.contender.title: entry.marks for entry in comparison.entries if _way(entry) == (scheduler, steps)
-        }
-        yield _line([f"{scheduler}, {steps} steps", *(_number(found[title].get(measure)) for title in titles)])
+def _table_by_sampler(comparison: Comparison, metric: str) -> Iterator[str]:
+    """One metric: a row for each scheduler and number of steps, a column for each candidate."""
+    titles = list(dict.fromkeys(row.candidate.title for row in comparison.rows))
+    yield _markdown_row([metric, *titles])
+    yield _markdown_row(["---"] * (1 + len(titles)))
+    for scheduler, steps in comparison.samplers:
+        by_title = {row.candidate.title: row.metrics for row in comparison.rows if row.sampler == (scheduler, steps)}
+        yield _markdown_row([f"{scheduler}, {steps} steps", *(_cell(by_title[title].get(metric)) for title in titles)])
 
 
-def _way(entry: ComparisonRow) -> tuple[str, int]:
-    return entry.drawing.scheduler, entry.drawing.steps
-
-
-def _ways(comparison: Comparison) -> list[tuple[str, int]]:
-    return list(dict.fromkeys(_way(entry) for entry in comparison.entries))
-
-
-def _line(cells: Sequence[str]) -> str:
+def _markdown_row(cells: Sequence[str]) -> str:
     escaped = [cell.replace("|", "\\|") for cell in cells]
     return f"| {' | '.join(escaped)} |"
 
 
-def _numbers(marks: Mapping[str, float], measures: Sequence[str]) -> list[str]:
-    return [_number(marks.get(name)) for name in measures]
+def _cells(metrics: Mapping[str, float], names: Sequence[str]) -> list[str]:
+    return [_cell(metrics.get(name)) for name in names]
 
 
-def _number(value: float | None) -> str:
+def _cell(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
 def as_csv(comparison: Comparison) -> str:
-    """A line for every adapter, scheduler, number of steps and prompt, with the measures of single pictures."""
-    stream = io.StringIO()
+    """A line for every candidate, scheduler, number of steps and prompt, with the metrics of single pictures."""
     rows = [
-        {**_facts(entry), "prompt": prompt, **marks}
-        for entry in comparison.entries
-        for prompt, marks in zip(comparison.prompts, entry.evaluated.by_prompt, strict=True)
+        {**_facts(row), "prompt": prompt, **metrics}
+        for row in comparison.rows
+        for prompt, metrics in zip(comparison.prompts, row.result.by_prompt, strict=True)
     ]
+    stream = io.StringIO()
     writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
@@ -118,72 +113,84 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "prompts": list(comparison.prompts),
         "class_prompts": list(comparison.class_prompts),
         "models": dict(comparison.models),
-        "real": dict(comparison.real),
-        "best": None if best is None else {"adapter": best.contender.title, "step": best.contender.step},
+        "real": dict(comparison.reference_metrics),
+        "best": None if best is None else {"adapter": best.candidate.title, "step": best.candidate.step},
         "entries": [
-            {**_facts(entry), "marks": dict(entry.marks), "by_prompt": [dict(one) for one in entry.evaluated.by_prompt]}
-            for entry in comparison.entries
+            {
+                **_facts(row),
+                "marks": dict(row.metrics),
+                "by_prompt": [dict(metrics) for metrics in row.result.by_prompt],
+            }
+            for row in comparison.rows
         ],
     }
 
 
-def _facts(entry: ComparisonRow) -> dict[str, Any]:
-    drawing = entry.drawing
+def _facts(row: ComparisonRow) -> dict[str, Any]:
+    """What a row is about, for CSV and JSON."""
     return {
-        "adapter": entry.contender.title,
-        "step": entry.contender.step,
-        "scheduler": drawing.scheduler,
-        "steps": drawing.steps,
-        "guidance": drawing.guidance,
-        "seed": drawing.seed,
-        "count": drawing.count,
+        "adapter": row.candidate.title,
+        "step": row.candidate.step,
+        "scheduler": row.config.scheduler,
+        "steps": row.config.steps,
+        "guidance": row.config.guidance,
+        "seed": row.config.seed,
+        "count": row.config.count,
     }
 
 
-def sheet(comparison: Comparison, cell: int = 128) -> Image.Image:
-    """The first picture of every prompt, of the subject and of its class; a row for each adapter and way to draw."""
-    several = len(_ways(comparison)) > 1
+def as_contact_sheet(comparison: Comparison, cell: int = 128) -> Image.Image:
+    """The first picture of every prompt, of the subject and of its class; a row for each candidate and sampler.
+
+    Args:
+        comparison: To show.
+        cell: Side of a picture in pixels.
+    """
+    has_several_samplers = len(comparison.samplers) > 1
     rows = []
-    for entry in comparison.entries:
-        each = entry.drawing.count
-        kinds = [entry.evaluated.pictures[::each], entry.evaluated.class_pictures[::each]]
-        label = entry.contender.title + (f", {entry.drawing.scheduler} {entry.drawing.steps}" if several else "")
-        notes = [_note(marks) for marks in entry.evaluated.by_prompt]
-        rows.append(SheetRow(label, tuple(one.open() for kind in kinds for one in kind), tuple(notes)))
+    for row in comparison.rows:
+        per_prompt = row.config.count
+        pictures = [*row.result.pictures[::per_prompt], *row.result.class_pictures[::per_prompt]]
+        label = row.candidate.title
+        if has_several_samplers:
+            scheduler, steps = row.sampler
+            label += f", {scheduler} {steps}"
+        notes = tuple(_sheet_note(metrics) for metrics in row.result.by_prompt)
+        rows.append(SheetRow(label, tuple(picture.open() for picture in pictures), notes))
     titles = [*comparison.prompts, *comparison.class_prompts][: len(rows[0].pictures)]
-    judges = ", ".join(f"{name}: {model}" for name, model in comparison.models.items())
-    return contact_sheet(
-        f"The first picture of every prompt, with the means of its scores.  {judges}", titles, rows, cell
-    )
+    models = ", ".join(f"{name}: {model}" for name, model in comparison.models.items())
+    caption = f"The first picture of every prompt, with the means of its scores.  {models}"
+    return contact_sheet(caption, titles, rows, cell)
 
 
-def _note(marks: Mapping[str, float]) -> str:
-    return "\n".join(f"{name} {_number(value)}" for name, value in marks.items() if name != CLIP_SCORE)
+def _sheet_note(metrics: Mapping[str, float]) -> str:
+    return "\n".join(f"{name} {_cell(value)}" for name, value in metrics.items() if name != CLIP_SCORE)
 
 
-def plot(comparison: Comparison) -> Image.Image:
-    """Fidelity against prompt following, and against drift, step by step; the best checkpoint is marked."""
+def as_plot(comparison: Comparison) -> Image.Image:
+    """Fidelity against prompt following, and against drift, step by step; the best checkpoint is highlighted."""
     from matplotlib.figure import Figure
 
-    steps = [entry for entry in comparison.entries if entry.contender.step is not None]
-    base = [entry for entry in comparison.entries if entry.contender.title == BASE]
-    best, judge = comparison.best, DINO if DINO in comparison.models else CLIP
-    panels: list[tuple[str, Callable[[Mapping[str, float]], float]]]
-    panels = [("drift of the class", lambda marks: fidelity_and_drift(marks)[1])]
-    if all(FOLLOWING in entry.marks for entry in steps):
-        panels.insert(0, ("prompt following (CLIP-T)", lambda marks: marks[FOLLOWING]))
+    checkpoints = [row for row in comparison.rows if row.candidate.step is not None]
+    base = [row for row in comparison.rows if row.candidate.title == BASE]
+    line = [row for row in (*base, *checkpoints) if row.sampler == checkpoints[0].sampler]
+    best = comparison.best
+    fidelity_metric = FIDELITY_METRICS[DINO if DINO in comparison.models else CLIP]
+    panels: list[tuple[str, Callable[[Mapping[str, float]], float]]] = []
+    if all(CLIP_T in row.metrics for row in checkpoints):
+        panels.append((f"prompt following ({CLIP_T})", lambda metrics: metrics[CLIP_T]))
+    panels.append(("drift of the class", lambda metrics: fidelity_and_drift(metrics)[1]))
     figure = Figure(figsize=(5.2 * len(panels), 4.2), dpi=110, layout="constrained")
-    for place, (title, across) in enumerate(panels, 1):
-        axes = figure.add_subplot(1, len(panels), place)
-        line = [entry for entry in (*base, *steps) if _way(entry) == _way(steps[0])]
-        points = [(across(entry.marks), fidelity_and_drift(entry.marks)[0]) for entry in line]
+    for number, (title, value_of) in enumerate(panels, start=1):
+        axes = figure.add_subplot(1, len(panels), number)
+        points = [(value_of(row.metrics), fidelity_and_drift(row.metrics)[0]) for row in line]
         axes.plot(*zip(*points, strict=True), "o-", color="tab:blue", markersize=4, linewidth=1)
-        for entry, point in zip(line, points, strict=True):
-            axes.annotate(str(entry.contender.step or BASE), point, (4, 4), textcoords="offset points", fontsize=7)
-            if best and entry.contender is best.contender:
-                axes.plot(*point, "*", color="tab:red", markersize=16, label=f"best: step {entry.contender.step}")
+        for row, point in zip(line, points, strict=True):
+            axes.annotate(str(row.candidate.step or BASE), point, (4, 4), textcoords="offset points", fontsize=7)
+            if best and row.candidate is best.candidate:
+                axes.plot(*point, "*", color="tab:red", markersize=16, label=f"best: step {row.candidate.step}")
                 axes.legend(fontsize=8)
         axes.set_xlabel(title)
-        axes.set_ylabel(f"fidelity ({FIDELITY[judge]})")
+        axes.set_ylabel(f"fidelity ({fidelity_metric})")
         axes.grid(alpha=0.3)
     return figure_as_picture(figure)

@@ -1,4 +1,4 @@
-"""How good an adapter is: pictures of the subject and of its class, drawn with it and measured.
+"""How good an adapter is: pictures of the subject and of its class, generated with it and measured.
 
 Fidelity, prompt following and prior drift (Ruiz et al. 2023, section 4), on pictures from the same noise for every
 adapter, so that differences are the adapters' own.
@@ -13,43 +13,61 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..core.errors import PicturesError, SettingsError
+from ..core.errors import PicturesError, SettingsError, suggest
 from ..core.events import Listener
 from ..core.prompts import without_token
 from ..data.images import Picture
 from .feature_extractors import CLIP, DINO, FeatureExtractors
-from .generator import Adapters, CachedGenerator, Drawing
-from .metrics import clip_score, clip_t, diversity, drift, own_score, subject_score
+from .generator import Adapters, CachedGenerator, SampleConfig
+from .metrics import (
+    CLASS_DIVERSITY,
+    CLIP_SCORE,
+    CLIP_T,
+    DIVERSITY,
+    DRIFT_METRICS,
+    FIDELITY_METRICS,
+    clip_score,
+    clip_t,
+    diversity,
+    drift,
+    leave_one_out_score,
+    subject_score,
+)
 
-FIDELITY = {CLIP: "CLIP-I", DINO: "DINO"}  # judge → what it measures against the subject's pictures
-DRIFT = {CLIP: "drift (CLIP)", DINO: "drift (DINO)"}
-FOLLOWING, CLIP_SCORE, DIVERSITY, CLASS_DIVERSITY = "CLIP-T", "CLIPScore", "diversity", "class diversity"
-_AS_GOOD = 0.01  # differences of a hundredth are the noise of a few pictures
+_AS_GOOD = 0.01  # relative differences of a hundredth are the noise of a few pictures
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class EvaluationResult:
     """One adapter, or the base alone.
 
     Attributes:
-        marks: Measure → value.
-        by_prompt: The measures of single pictures again, as means for each prompt.
+        metrics: Metric → value.
+        by_prompt: The metrics of single pictures again, as means for each prompt.
         pictures: Of the subject, prompt by prompt.
-        class_pictures: Of the class, likewise; empty if they were not drawn.
+        class_pictures: Of the class, likewise; empty if they were not generated.
     """
 
-    marks: Mapping[str, float]
+    metrics: Mapping[str, float]
     by_prompt: Sequence[Mapping[str, float]]
     pictures: Sequence[Picture]
     class_pictures: Sequence[Picture]
 
 
-class Evaluation:
-    """Prompts and a way to draw them, the subject's pictures, and the judges."""
+class Evaluator:
+    """Prompts, the subject's real pictures, and feature extractors.
+
+    Attributes:
+        extractors: The models.
+        references: Real pictures of the subject.
+        listener: Gets the progress; may stop the work.
+        prompts: Of the subject.
+        class_prompts: The same without the rare word.
+    """
 
     def __init__(
         self,
-        judges: FeatureExtractors,
+        extractors: FeatureExtractors,
         references: Sequence[Picture],
         prompts: Sequence[str],
         token: str,
@@ -58,145 +76,185 @@ class Evaluation:
         """Take what all adapters are measured by.
 
         Args:
-            judges: The models.
+            extractors: The models.
             references: Real pictures of the subject.
             prompts: Of the subject, with its rare word.
             token: The rare word. CLIP-T and the class pictures leave it out, since CLIP does not know it.
-            listener: Told of the progress; may stop the work.
+            listener: Gets the progress; may stop the work.
 
         Raises:
-            SettingsError: There is no prompt, or one holds the same words without the rare word.
+            SettingsError: There is no prompt, or one does not hold the rare word.
             PicturesError: There is no picture of the subject.
         """
         if not prompts:
-            raise SettingsError("There is no prompt to draw.", "Give one or more, separated by '|'.")
+            raise SettingsError("There is no prompt to generate from.", "Give one or more, separated by '|'.")
         if not references:
             raise PicturesError("There are no pictures of the subject to compare with.", "Give its folder.")
-        self.judges, self.references, self.listener = judges, list(references), listener
-        self.prompts, self.class_prompts = list(prompts), [without_token(prompt, token) for prompt in prompts]
-        same = [prompt for prompt, plain in zip(self.prompts, self.class_prompts, strict=True) if prompt == plain]
-        if same:
-            raise SettingsError(
-                f"The prompt '{same[0]}' does not hold the rare word '{token}', so it draws no subject.",
-                "Write the rare word into every prompt, or set token to the one that the adapter was taught.",
-            )
+        self.extractors = extractors
+        self.references = list(references)
+        self.listener = listener
+        self.prompts = list(prompts)
+        self.class_prompts = [without_token(prompt, token) for prompt in prompts]
+        for prompt, class_prompt in zip(self.prompts, self.class_prompts, strict=True):
+            if prompt == class_prompt:
+                raise SettingsError(
+                    f"The prompt '{prompt}' does not hold the rare word '{token}', so it shows no subject.",
+                    f"Write the rare word into every prompt, or set {suggest('token')} to the one that the adapter was "
+                    "trained with.",
+                )
 
-    def draw_and_mark(
-        self, studio: CachedGenerator, adapters: Adapters, drawing: Drawing, title: str, *, prior: bool = True
-    ) -> Evaluated:
-        """Draw the subject and its class with adapters, and measure; the base's class pictures are drawn, too.
+    def evaluate(
+        self,
+        generator: CachedGenerator,
+        adapters: Adapters,
+        config: SampleConfig,
+        title: str,
+        *,
+        prior: bool = True,
+    ) -> EvaluationResult:
+        """Generate the subject and its class with adapters, and the class with the base alone, and measure.
 
         Args:
-            studio: Where to draw.
+            generator: Generates the pictures.
             adapters: Applied to the base; none: the base alone.
-            drawing: How to draw.
+            config: How many pictures of each prompt, and how they are generated.
             title: What the progress is called.
-            prior: Whether the class is drawn, with and without the adapters, to measure the drift.
+            prior: Whether the class is generated, with and without the adapters, to measure the drift.
         """
-        plain = self.class_prompts
-        before = studio.draw([], plain, drawing, "class pictures of the base") if prior else []
-        pictures = studio.draw(adapters, self.prompts, drawing, title)
-        after = studio.draw(adapters, plain, drawing, f"{title}, class") if prior else []
-        marks = self.mark(pictures, before, after)
-        return Evaluated(marks, self.by_prompt(pictures), pictures, after)
+        before: list[Picture] = []
+        after: list[Picture] = []
+        if prior:
+            before = generator.generate([], self.class_prompts, config, "class pictures of the base")
+        pictures = generator.generate(adapters, self.prompts, config, title)
+        if prior:
+            after = generator.generate(adapters, self.class_prompts, config, f"{title}, class")
+        metrics = self.compute_metrics(pictures, before, after)
+        return EvaluationResult(metrics, self.by_prompt(pictures), pictures, after)
 
-    def mark(
+    def compute_metrics(
         self, pictures: Sequence[Picture], before: Sequence[Picture], after: Sequence[Picture]
     ) -> dict[str, float]:
         """Measure pictures.
 
         Args:
             pictures: Of the subject, prompt by prompt, the same number of each.
-            before: Of the class, drawn without the adapter; may be empty.
-            after: Of the class, drawn with it from the same noise; in the same order.
+            before: Of the class, generated without the adapter; may be empty.
+            after: Of the class, generated with it from the same noise; in the same order.
 
         Returns:
-            Measure → mean over the pictures; diversities are means over the prompts.
+            Metric → mean over the pictures; diversities are means over the prompts.
         """
-        each = len(pictures) // len(self.prompts)
-        self.judges.look([*pictures, *before, *after, *self.references], self.listener)  # all at once is fastest
-        marks = {name: float(values.mean()) for name, values in self._columns(pictures).items()}
-        first = DINO if DINO in self.judges.models else CLIP
+        all_pictures = [*pictures, *before, *after, *self.references]
+        self.extractors.image_features(all_pictures, self.listener)  # all at once is fastest
+        metrics = {name: float(values.mean()) for name, values in self._metrics_by_picture(pictures).items()}
         if before:
-            plain, plain_after = (self.judges.look(drawn, self.listener) for drawn in (before, after))
-            marks |= {DRIFT[name]: drift(plain[name], plain_after[name]) for name in plain}
-        if each > 1:
-            for title, drawn in ((DIVERSITY, pictures), (CLASS_DIVERSITY, after)):
-                if drawn:
-                    rows = self.judges.look(drawn, self.listener)[first]
-                    marks[title] = statistics.mean(diversity(part) for part in torch.split(rows, each))
-        return marks
+            features_before = self.extractors.image_features(before, self.listener)
+            features_after = self.extractors.image_features(after, self.listener)
+            metrics |= {
+                DRIFT_METRICS[name]: drift(features, features_after[name]) for name, features in features_before.items()
+            }
+        per_prompt = self._per_prompt(pictures)
+        if per_prompt > 1:
+            metrics[DIVERSITY] = self._mean_diversity(pictures, per_prompt)
+            if after:
+                metrics[CLASS_DIVERSITY] = self._mean_diversity(after, per_prompt)
+        return metrics
 
     def by_prompt(self, pictures: Sequence[Picture]) -> list[dict[str, float]]:
-        """Measures of single pictures as means over those of each prompt, in the order of the prompts."""
-        each, columns = len(pictures) // len(self.prompts), self._columns(pictures)
+        """Metrics of single pictures as means over those of each prompt, in the order of the prompts."""
+        per_prompt = self._per_prompt(pictures)
+        by_picture = self._metrics_by_picture(pictures)
         return [
-            {name: float(values[start : start + each].mean()) for name, values in columns.items()}
-            for start in range(0, len(pictures), each)
+            {name: float(values[start : start + per_prompt].mean()) for name, values in by_picture.items()}
+            for start in range(0, len(pictures), per_prompt)
         ]
 
-    def _columns(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
-        """Measure → one value for each picture of the subject."""
-        each = len(pictures) // len(self.prompts)
-        seen, real = (self.judges.look(some, self.listener) for some in (pictures, self.references))
-        columns: dict[str, Tensor] = {}
-        if self.judges.reads_text:
-            said = self.judges.read([plain for plain in self.class_prompts for _ in range(each)])
-            columns = {FOLLOWING: clip_t(seen[CLIP], said), CLIP_SCORE: clip_score(seen[CLIP], said)}
-        return columns | {FIDELITY[name]: subject_score(seen[name], real[name]) for name in seen}
-
-    def real(self) -> dict[str, float]:
+    def reference_metrics(self) -> dict[str, float]:
         """The subject's pictures among themselves, each left out of its own score: the top of the scale."""
         if len(self.references) < 2:
             return {}
-        seen = self.judges.look(self.references, self.listener)
-        return {FIDELITY[name]: own_score(features) for name, features in seen.items()}
+        features = self.extractors.image_features(self.references, self.listener)
+        return {FIDELITY_METRICS[name]: leave_one_out_score(rows) for name, rows in features.items()}
+
+    def _per_prompt(self, pictures: Sequence[Picture]) -> int:
+        return len(pictures) // len(self.prompts)
+
+    def _metrics_by_picture(self, pictures: Sequence[Picture]) -> dict[str, Tensor]:
+        """Metric → one value for each picture of the subject, (pictures,)."""
+        features = self.extractors.image_features(pictures, self.listener)
+        reference_features = self.extractors.image_features(self.references, self.listener)
+        by_picture: dict[str, Tensor] = {}
+        if self.extractors.reads_text:
+            per_prompt = self._per_prompt(pictures)
+            prompt_of_each = [prompt for prompt in self.class_prompts for _ in range(per_prompt)]
+            text_features = self.extractors.text_features(prompt_of_each)
+            by_picture[CLIP_T] = clip_t(features[CLIP], text_features)
+            by_picture[CLIP_SCORE] = clip_score(features[CLIP], text_features)
+        for name, rows in features.items():
+            by_picture[FIDELITY_METRICS[name]] = subject_score(rows, reference_features[name])
+        return by_picture
+
+    def _mean_diversity(self, pictures: Sequence[Picture], per_prompt: int) -> float:
+        """Diversity of each prompt's pictures, by DINO if there is one, as a mean over the prompts."""
+        name = DINO if DINO in self.extractors.models else CLIP
+        features = self.extractors.image_features(pictures, self.listener)[name]
+        return statistics.mean(diversity(part) for part in torch.split(features, per_prompt))
 
 
-def fidelity_and_drift(marks: Mapping[str, float]) -> tuple[float, float]:
-    """The paper's first choice: by DINO if it judged, else by CLIP. Without class pictures no drift is known: 0."""
-    judge = DINO if FIDELITY[DINO] in marks else CLIP
-    return marks[FIDELITY[judge]], marks.get(DRIFT[judge], 0.0)
+def fidelity_and_drift(metrics: Mapping[str, float]) -> tuple[float, float]:
+    """Fidelity and drift by DINO, the paper's first choice, else by CLIP. Without class pictures the drift is 0."""
+    name = DINO if FIDELITY_METRICS[DINO] in metrics else CLIP
+    return metrics[FIDELITY_METRICS[name]], metrics.get(DRIFT_METRICS[name], 0.0)
 
 
-def balance(marks: Mapping[str, float]) -> float:
+def overall_score(metrics: Mapping[str, float]) -> float:
     """Geometric mean of fidelity and prompt following, fidelity counting twice: it is what the training is for.
 
-    What gains one by losing the other gains nothing, and unlike a sum it does not depend on the measures' scales.
+    What gains one by losing the other gains nothing, and unlike a sum it does not depend on the metrics' scales.
     Without CLIP-T it is the fidelity.
     """
-    fidelity = max(0.0, fidelity_and_drift(marks)[0])
-    return (fidelity**2 * max(0.0, marks[FOLLOWING])) ** (1 / 3) if FOLLOWING in marks else fidelity
+    fidelity, _ = fidelity_and_drift(metrics)
+    fidelity = max(0.0, fidelity)
+    if CLIP_T not in metrics:
+        return fidelity
+    score: float = (fidelity**2 * max(0.0, metrics[CLIP_T])) ** (1 / 3)
+    return score
 
 
-def best_of(marks: Sequence[Mapping[str, float]]) -> int:
-    """Which of several to keep: of those whose `balance` is as good as the best, the one that drifts least.
+def best_index(candidates: Sequence[Mapping[str, float]]) -> int:
+    """Which of several to keep: of those whose `overall_score` is as good as the best, the one that drifts least.
 
     Args:
-        marks: One at least, as `Evaluation.mark` gives them.
+        candidates: Metrics of each, as `Evaluator.compute_metrics` gives them; at least one.
 
     Returns:
-        Its place in `marks`.
+        Its index.
     """
-    found = [balance(one) for one in marks]
-    good = [place for place, value in enumerate(found) if value >= (1 - _AS_GOOD) * max(found)]
-    return min(good, key=lambda place: fidelity_and_drift(marks[place])[1])
+    scores = [overall_score(metrics) for metrics in candidates]
+    as_good = [index for index, score in enumerate(scores) if score >= (1 - _AS_GOOD) * max(scores)]
+    return min(as_good, key=lambda index: fidelity_and_drift(candidates[index])[1])
 
 
-def peak(history: Mapping[int, Mapping[str, float]]) -> int:
-    """Step of the highest fidelity after the first step; 0 if there is none."""
+def best_step(history: Mapping[int, Mapping[str, float]]) -> int:
+    """Step of the highest fidelity after the first step; 0 if there is none.
+
+    Args:
+        history: Step → metrics.
+    """
     return max((step for step in history if step), key=lambda step: fidelity_and_drift(history[step])[0], default=0)
 
 
-def stalled(history: Mapping[int, Mapping[str, float]], patience: int) -> int | None:
+def early_stop_step(history: Mapping[int, Mapping[str, float]], patience: int) -> int | None:
     """Step to go back to, if since then fidelity has not risen while the prior drifted on; else None.
 
     Args:
-        history: Step → marks.
+        history: Step → metrics.
         patience: How many previews must have come since.
     """
-    best = peak(history)
-    since = sorted(step for step in history if step > best)
-    if len(since) < patience or not best:
+    best = best_step(history)
+    later = sorted(step for step in history if step > best)
+    if len(later) < patience or not best:
         return None
-    return best if fidelity_and_drift(history[since[-1]])[1] > fidelity_and_drift(history[best])[1] else None
+    _, drift_now = fidelity_and_drift(history[later[-1]])
+    _, drift_then = fidelity_and_drift(history[best])
+    return best if drift_now > drift_then else None

@@ -1,6 +1,6 @@
-"""Models that say what is in a picture: CLIP, DINO, DINOv2. One contract: pictures in, normalised features out.
+"""Feature extractors: CLIP, DINO and DINOv2. One contract: pictures or prompts in, normalised features out.
 
-Preprocessing is each model's own, by transformers' processors that work on Pillow pictures, without torchvision.
+Preprocessing is each model's own, by transformers' processors that work on Pillow images, without torchvision.
 """
 
 from __future__ import annotations
@@ -14,28 +14,35 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from ..core.devices import to_device
 from ..core.errors import PicturesError, SettingsError, WeightsError
 from ..core.events import Listener, Phase, stop_if_asked
 from ..data.images import Picture
-from ..models.hub import explained_opening, model_type, pillow_processor, title_of
+from ..models.hub import explained_opening, model_type, pillow_processor, source_title
 from .feature_files import are_files, network_class, open_feature_files
 
-_PROCESSORS = {"clip": "CLIPImageProcessor", "clip_vision_model": "CLIPImageProcessor", "dinov2": "BitImageProcessor"}
-_PROCESSORS |= {"vit": "ViTImageProcessor"}
+CLIP = "CLIP"
+DINO = "DINO"
 BATCH = 16  # pictures per forward pass
+_PROCESSORS = {
+    "clip": "CLIPImageProcessor",
+    "clip_vision_model": "CLIPImageProcessor",
+    "dinov2": "BitImageProcessor",
+    "vit": "ViTImageProcessor",
+}
 
 
 @dataclass(frozen=True)
 class FeatureModel:
-    """A model of pictures, and of prompts if it is a CLIP with a text tower.
+    """A model that encodes images, and prompts if it is a CLIP with a text tower.
 
     Attributes:
         name: For results: folder, file or hub name.
         kind: transformers' `model_type`: "clip", "clip_vision_model", "dinov2" or "vit".
         network: The transformers model, in float32.
-        processor: Pictures → pixels, the model's own.
+        processor: Images → pixels, the model's own.
         tokenizer: Prompts → tokens; None without a text tower.
     """
 
@@ -50,20 +57,21 @@ class FeatureModel:
         """Where it computes."""
         return next(self.network.parameters()).device  # type: ignore[no-any-return]
 
-    def image_features(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Normalised features (pictures, width), float32, on the CPU; of pictures of any size and mode."""
-        starts = range(0, len(pictures), BATCH)
-        return torch.cat([self.features_of(self.pixels(pictures[start : start + BATCH])) for start in starts])
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """Normalised features (images, width), float32, on the CPU; of images of any size and mode."""
+        starts = range(0, len(images), BATCH)
+        return torch.cat([self.pixel_features(self.pixels(images[start : start + BATCH])) for start in starts])
 
-    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """The model's own preprocessing, (pictures, 3, height, width), on the CPU."""
-        found: Tensor = self.processor([one.convert("RGB") for one in pictures], return_tensors="pt")["pixel_values"]
-        return found
+    def pixels(self, images: Sequence[Image.Image]) -> Tensor:
+        """The model's own preprocessing, (images, 3, height, width), on the CPU."""
+        rgb = [image.convert("RGB") for image in images]
+        pixels: Tensor = self.processor(rgb, return_tensors="pt")["pixel_values"]
+        return pixels
 
     @torch.no_grad()
-    def features_of(self, pixels: Tensor) -> Tensor:
-        """Normalised features (pictures, width), float32, on the CPU, of preprocessed pictures."""
-        return torch.nn.functional.normalize(self._pooled(pixels.to(self.device)).float(), dim=-1).cpu()
+    def pixel_features(self, pixels: Tensor) -> Tensor:
+        """Normalised features (images, width), float32, on the CPU, of preprocessed images."""
+        return normalize(self._pooled(pixels.to(self.device)).float(), dim=-1).cpu()
 
     def _pooled(self, pixels: Tensor) -> Tensor:
         """CLIP's projected class token; of the others the class token after the last norm, as their papers compare."""
@@ -76,7 +84,7 @@ class FeatureModel:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Normalised features (prompts, width), float32, on the CPU; prompts are cut to what the model reads.
+        """Normalised features (prompts, width), float32, on the CPU; prompts are truncated to what the model reads.
 
         Raises:
             WeightsError: The model has no text tower.
@@ -95,7 +103,7 @@ class FeatureModel:
         ).to(self.device)
         pooled = self.network.text_model(**tokens).pooler_output
         features: Tensor = self.network.text_projection(pooled)
-        return torch.nn.functional.normalize(features.float(), dim=-1).cpu()
+        return normalize(features.float(), dim=-1).cpu()
 
 
 def open_feature_model(
@@ -108,36 +116,42 @@ def open_feature_model(
             files of a CLIP's towers as "vision file + text file" (see `feature_files`).
         device: Where it computes.
         download: Whether a hub name may be fetched; otherwise only what the hub's cache holds is used.
-        tokenizer: Folder of the CLIP tokenizer for a weight file that none lies beside.
+        tokenizer: Folder of the CLIP tokenizer, for a weight file that has none beside it.
 
     Raises:
         WeightsError: It is not there, or of no known kind; says which files to get and where to put them.
     """
-    import transformers
-
     if are_files(source):
         files = open_feature_files(source, tokenizer)
         to_device(files.network, device, torch.float32)
         processor = pillow_processor(_PROCESSORS[files.kind]).from_dict(dict(files.preprocessing))
         return FeatureModel(files.name, files.kind, files.network.eval(), processor, files.tokenizer)
-    local, name = not download, str(source)
-    files_wanted = "config.json, model.safetensors and preprocessor_config.json (and a CLIP's tokenizer)"
-    with explained_opening("feature model", name, files_wanted, "models/feature_models"):
+    return _open_from_hub(str(source), device, download=download)
+
+
+def _open_from_hub(name: str, device: torch.device, *, download: bool) -> FeatureModel:
+    """Open what transformers wrote, from a folder or by hub name."""
+    import transformers
+
+    local_files_only = not download
+    wanted_files = "config.json, model.safetensors and preprocessor_config.json (and a CLIP's tokenizer)"
+    with explained_opening("feature model", name, wanted_files, "models/feature_models"):
         kind = model_type(name, _PROCESSORS, download=download)
-        network = network_class(kind).from_pretrained(name, local_files_only=local)
-        processor = pillow_processor(_PROCESSORS[kind]).from_pretrained(name, local_files_only=local)
-        own_tokenizer = None
+        network = network_class(kind).from_pretrained(name, local_files_only=local_files_only)
+        processor = pillow_processor(_PROCESSORS[kind]).from_pretrained(name, local_files_only=local_files_only)
+        tokenizer = None
         if kind == "clip":
-            own_tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=local_files_only)
     to_device(network, device, torch.float32)
-    return FeatureModel(title_of(name), kind, network.eval(), processor, own_tokenizer)
-
-
-CLIP, DINO = "CLIP", "DINO"
+    return FeatureModel(source_title(name), kind, network.eval(), processor, tokenizer)
 
 
 class FeatureExtractors:
-    """A CLIP model, a DINO model, or both."""
+    """A CLIP model, a DINO model, or both, which encode each picture and each prompt once.
+
+    Attributes:
+        models: "CLIP", "DINO" → model, as far as there is one.
+    """
 
     def __init__(self, clip: FeatureModel | None = None, dino: FeatureModel | None = None) -> None:
         """Take opened models.
@@ -147,8 +161,8 @@ class FeatureExtractors:
             dino: DINO or DINOv2.
         """
         self.models = {name: model for name, model in ((CLIP, clip), (DINO, dino)) if model is not None}
-        self._seen: dict[str, dict[str, Tensor]] = {name: {} for name in self.models}
-        self._read: dict[str, Tensor] = {}
+        self._image_features: dict[str, dict[str, Tensor]] = {name: {} for name in self.models}  # by digest
+        self._text_features: dict[str, Tensor] = {}  # by prompt
 
     @classmethod
     def open(
@@ -164,67 +178,79 @@ class FeatureExtractors:
             raise SettingsError(
                 "There is no model to score by.", "Name a CLIP or a DINO model, such as openai/clip-vit-base-patch32."
             )
-        sources = (clip.strip(), dino.strip())
-        more: dict[str, Any] = {"download": download, "tokenizer": tokenizer}
-        opened = [open_feature_model(one, device, **more) if one else None for one in sources]
-        return cls(*opened)
+
+        def opened(source: str) -> FeatureModel | None:
+            if not source.strip():
+                return None
+            return open_feature_model(source.strip(), device, download=download, tokenizer=tokenizer)
+
+        return cls(clip=opened(clip), dino=opened(dino))
 
     @property
     def reads_text(self) -> bool:
         """Whether there is a CLIP model with a text tower."""
         return CLIP in self.models and self.models[CLIP].tokenizer is not None
 
-    def look(self, pictures: Sequence[Picture], listener: Listener, title: str = "scoring") -> dict[str, Tensor]:
+    def image_features(
+        self, pictures: Sequence[Picture], listener: Listener, title: str = "scoring"
+    ) -> dict[str, Tensor]:
         """Features of pictures, "CLIP" and "DINO": (pictures, width) each, normalised, float32, on the CPU.
 
-        While the models look at some pictures, the next are opened and preprocessed.
+        While the models encode some pictures, the next are opened and preprocessed.
 
         Args:
-            pictures: One at least.
-            listener: Told of the progress; may stop the work.
+            pictures: At least one.
+            listener: Gets the progress; may stop the work.
             title: What the progress is called.
 
         Raises:
             PicturesError: A model gives numbers that are not finite.
             CancelledError: The listener asked to stop.
         """
-        unseen = {one.digest: one for one in pictures if any(one.digest not in seen for seen in self._seen.values())}
-        self._look_at(list(unseen.values()), listener, title)
-        return {name: torch.stack([seen[one.digest] for one in pictures]) for name, seen in self._seen.items()}
+        new = {
+            picture.digest: picture
+            for picture in pictures
+            if any(picture.digest not in known for known in self._image_features.values())
+        }
+        if new:
+            self._encode(list(new.values()), listener, title)
+        return {
+            name: torch.stack([features[picture.digest] for picture in pictures])
+            for name, features in self._image_features.items()
+        }
 
-    def _look_at(self, pictures: Sequence[Picture], listener: Listener, title: str) -> None:
-        def prepared(start: int) -> dict[str, Tensor]:
-            opened = [one.open() for one in pictures[start : start + BATCH]]
-            return {name: model.pixels(opened) for name, model in self.models.items()}
+    def _encode(self, pictures: Sequence[Picture], listener: Listener, title: str) -> None:
+        """Compute and keep features of pictures."""
 
-        if not pictures:
-            return
+        def preprocessed(start: int) -> dict[str, Tensor]:
+            images = [picture.open() for picture in pictures[start : start + BATCH]]
+            return {name: model.pixels(images) for name, model in self.models.items()}
+
         with ThreadPoolExecutor(max_workers=1) as pool:
-            coming = pool.submit(prepared, 0)
+            next_batch = pool.submit(preprocessed, 0)
             for start in range(0, len(pictures), BATCH):
                 listener.report(Phase(title, start, len(pictures)))
                 stop_if_asked(listener)
-                pixels = coming.result()
+                pixels = next_batch.result()
                 if start + BATCH < len(pictures):
-                    coming = pool.submit(prepared, start + BATCH)
+                    next_batch = pool.submit(preprocessed, start + BATCH)
                 for name, model in self.models.items():
-                    rows = model.features_of(pixels[name])
-                    if not torch.isfinite(rows).all():
+                    features = model.pixel_features(pixels[name])
+                    if not torch.isfinite(features).all():
                         raise PicturesError(
                             f"{model.name} gives numbers that are not finite.", "Choose another model file."
                         )
-                    self._seen[name] |= {
-                        one.digest: row for one, row in zip(pictures[start : start + BATCH], rows, strict=True)
-                    }
+                    for picture, row in zip(pictures[start : start + BATCH], features, strict=True):
+                        self._image_features[name][picture.digest] = row
         listener.report(Phase(title, len(pictures), len(pictures)))
 
-    def read(self, prompts: Sequence[str]) -> Tensor:
+    def text_features(self, prompts: Sequence[str]) -> Tensor:
         """CLIP's features of prompts, (prompts, width), normalised, float32, on the CPU.
 
         Raises:
             WeightsError: The CLIP model has no text tower.
         """
-        unread = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._read]
-        if unread:
-            self._read |= dict(zip(unread, self.models[CLIP].text_features(unread), strict=True))
-        return torch.stack([self._read[prompt] for prompt in prompts])
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._text_features]
+        if new:
+            self._text_features |= dict(zip(new, self.models[CLIP].text_features(new), strict=True))
+        return torch.stack([self._text_features[prompt] for prompt in prompts])

@@ -1,7 +1,7 @@
-"""CLIP, DINO and DINOv2 from single weight files, as they lie in ComfyUI's models/clip_vision and models/text_encoders.
+"""CLIP, DINO and DINOv2 from single weight files, as in ComfyUI's models/clip_vision and models/text_encoders.
 
 Such a file has no configuration: it is inferred from the tensors' shapes, and what they don't show is that of the
-published models. A file that lies as model.safetensors beside a config.json is taken by that instead.
+published models. A model.safetensors with a config.json beside it has that configuration instead.
 """
 
 from __future__ import annotations
@@ -19,23 +19,26 @@ from ..core.errors import WeightsError
 from ..models.clip_names import in_transformers_names
 from ..models.state_dicts import read_component, read_json, read_single_file
 from ..models.tokenizer import find_tokenizer, load_tokenizer
-from .feature_configs import KINDS, READ, Part, clip_config, inferred_config
+from .feature_configs import MODEL_CLASSES, SUPPORTED_MODELS, FeatureWeights, clip_config, inferred_config
 
-JOIN = " + "
-_VISION = ("vision_model.", "visual_projection.")
-_TEXT = ("text_model.", "text_projection.")
-_OPENAI_MEAN, _OPENAI_STD = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
-_IMAGENET_MEAN, _IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-_BILINEAR, _BICUBIC = 2, 3  # Pillow's numbers
+TOWER_SEPARATOR = " + "
+_VISION_NAMES = ("vision_model.", "visual_projection.")
+_TEXT_NAMES = ("text_model.", "text_projection.")
+_OPENAI_MEAN = [0.48145466, 0.4578275, 0.40821073]
+_OPENAI_STD = [0.26862954, 0.26130258, 0.27577711]
+_IMAGENET_MEAN = [0.485, 0.456, 0.406]
+_IMAGENET_STD = [0.229, 0.224, 0.225]
+_BILINEAR = 2  # Pillow's numbers
+_BICUBIC = 3
 
 
 @dataclass(frozen=True)
-class OpenedFiles:
+class OpenedFeatureModel:
     """A feature model that was opened from files.
 
     Attributes:
         name: For results: the files' names without ending.
-        kind: One of `KINDS`.
+        kind: One of `MODEL_CLASSES`.
         network: The transformers model, in float32, on the CPU.
         preprocessing: What a preprocessor_config.json says.
         tokenizer: Prompts → tokens; None without a text tower.
@@ -51,17 +54,19 @@ class OpenedFiles:
 def are_files(source: str | Path) -> bool:
     """Whether a feature model is given by a file, or by two that are joined with " + "."""
     name = str(source)
-    return not os.path.isdir(name) and (os.path.isfile(name) or name.endswith(".safetensors") or JOIN in name)
+    return not os.path.isdir(name) and (
+        os.path.isfile(name) or name.endswith(".safetensors") or TOWER_SEPARATOR in name
+    )
 
 
 def network_class(kind: str) -> Any:
-    """The transformers class of one of `KINDS`."""
+    """The transformers class of one of `MODEL_CLASSES`."""
     import transformers
 
-    return getattr(transformers, KINDS[kind])
+    return getattr(transformers, MODEL_CLASSES[kind])
 
 
-def open_feature_files(source: str | Path, tokenizer: Path | None = None) -> OpenedFiles:
+def open_feature_files(source: str | Path, tokenizer: Path | None = None) -> OpenedFeatureModel:
     """Open a feature model from one file, or a CLIP from "vision file + text file".
 
     Configuration and preprocessing are the published ones: see `inferred_config` and `published_preprocessing`. LAION's
@@ -77,39 +82,47 @@ def open_feature_files(source: str | Path, tokenizer: Path | None = None) -> Ope
             tokenizer for it.
     """
     name = str(source)
-    parts = [_read_part(name)] if os.path.isfile(name) else [_read_part(one.strip()) for one in name.split(JOIN)]
-    if len(parts) > 2:
-        raise WeightsError(f"{source} names {len(parts)} files.", 'Give one file, or "vision file + text file".')
-    if len(parts) == 2:
-        return _open_clip(*_towers(*parts), tokenizer)
-    [part] = parts
-    if part.sees and part.reads:
-        return _open_clip(part, part, tokenizer)
-    kind, config = inferred_config(part)
-    network = _build(kind, config, part.tensors, part.name)
-    return OpenedFiles(part.name, kind, network, _preprocessing(kind, config, part))
+    paths = [name] if os.path.isfile(name) else [path.strip() for path in name.split(TOWER_SEPARATOR)]
+    loaded = [_read_weights(path) for path in paths]
+    if len(loaded) > 2:
+        raise WeightsError(f"{source} names {len(loaded)} files.", 'Give one file, or "vision file + text file".')
+    if len(loaded) == 2:
+        vision, text = _vision_and_text(*loaded)
+        return _open_clip(vision, text, tokenizer)
+    [weights] = loaded
+    if weights.has_vision_tower and weights.has_text_tower:
+        return _open_clip(weights, weights, tokenizer)
+    kind, config = inferred_config(weights)
+    network = _build(kind, config, weights.tensors, weights.name)
+    return OpenedFeatureModel(weights.name, kind, network, _preprocessing(kind, config, weights))
 
 
 def published_preprocessing(kind: str, image_size: int) -> dict[str, Any]:
-    """How the published models of a kind take pictures, as a preprocessor_config.json says it.
+    """How the published models of a kind preprocess images, as a preprocessor_config.json says it.
 
     CLIP as in openai/clip-vit-large-patch14: the shorter side to the image size, bicubic, and the centre of that.
     DINOv2 as in facebook/dinov2-base: the shorter side to 256, bicubic, and the centre of 224. DINO as in
     facebook/dino-vits16: both sides to 224, bilinear. DINO and DINOv2 are normalised by ImageNet's mean and deviation.
 
     Args:
-        kind: One of `KINDS`.
-        image_size: Side of the pictures that the model was trained with, in pixels; DINOv2 does not go by it.
+        kind: One of `MODEL_CLASSES`.
+        image_size: Side of the images that the model was trained with, in pixels; not used for DINOv2.
     """
-    clip = kind.startswith("clip")
-    mean, std = (_OPENAI_MEAN, _OPENAI_STD) if clip else (_IMAGENET_MEAN, _IMAGENET_STD)
-    common: dict[str, Any] = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255}
-    common |= {"do_normalize": True, "image_mean": mean, "image_std": std}
+    is_clip = kind.startswith("clip")
+    common: dict[str, Any] = {
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": _OPENAI_MEAN if is_clip else _IMAGENET_MEAN,
+        "image_std": _OPENAI_STD if is_clip else _IMAGENET_STD,
+    }
     if kind == "vit":
         return common | {"size": {"height": image_size, "width": image_size}, "resample": _BILINEAR}
-    shorter, crop = (image_size, image_size) if clip else (256, 224)
+    shortest_edge = image_size if is_clip else 256
+    crop = image_size if is_clip else 224
     return common | {
-        "size": {"shortest_edge": shorter},
+        "size": {"shortest_edge": shortest_edge},
         "resample": _BICUBIC,
         "do_center_crop": True,
         "crop_size": {"height": crop, "width": crop},
@@ -117,24 +130,39 @@ def published_preprocessing(kind: str, image_size: int) -> dict[str, Any]:
     }
 
 
-def _read_part(source: str) -> Part:
-    place = Path(source)
+def _read_weights(source: str) -> FeatureWeights:
+    """The weights of a file or of a folder of transformers.
+
+    Raises:
+        WeightsError: It does not exist, or can't be read.
+    """
+    path = Path(source)
     if not os.path.exists(source):
         raise WeightsError(
-            f"The feature model file {source} is not there.",
+            f"The feature model file {source} does not exist.",
             "Check its name. Files are given by their path; in ComfyUI also by their name in models/clip_vision or "
             "models/text_encoders.",
         )
-    single = place.is_file()
-    folder = place.parent if single else place
-    described = (folder / "config.json").is_file() and (not single or place.name == "model.safetensors")
-    tensors = read_single_file(place) if single else read_component(place, "model")
-    name = folder.resolve().name if described or not single else place.stem
-    return Part(name, place, in_transformers_names(tensors), _declared(folder) if described else None)
+    if not path.is_file():
+        tensors = read_component(path, "model")
+        folder = path
+        has_config = (folder / "config.json").is_file()
+        name = folder.resolve().name
+    else:
+        tensors = read_single_file(path)
+        folder = path.parent
+        has_config = path.name == "model.safetensors" and (folder / "config.json").is_file()
+        name = folder.resolve().name if has_config else path.stem
+    config = _read_config(folder) if has_config else None
+    return FeatureWeights(name, path, in_transformers_names(tensors), config)
 
 
-def _declared(folder: Path) -> Any:
-    """The configuration in a folder of transformers."""
+def _read_config(folder: Path) -> Any:
+    """The configuration in a folder of transformers.
+
+    Raises:
+        WeightsError: It can't be read.
+    """
     import transformers
 
     try:
@@ -143,92 +171,115 @@ def _declared(folder: Path) -> Any:
         raise WeightsError(f"{folder / 'config.json'} can't be read: {error}.", "Copy it again.") from error
 
 
-def _towers(one: Part, other: Part) -> tuple[Part, Part]:
-    """Which of two parts gives the vision tower, and which the text tower."""
-    for vision, text in ((one, other), (other, one)):
-        if vision.sees and text.reads:
+def _vision_and_text(first: FeatureWeights, second: FeatureWeights) -> tuple[FeatureWeights, FeatureWeights]:
+    """Which of two gives the vision tower, and which the text tower.
+
+    Raises:
+        WeightsError: A tower is missing.
+    """
+    for vision, text in ((first, second), (second, first)):
+        if vision.has_vision_tower and text.has_text_tower:
             return vision, text
-    held = [
-        " and ".join(word for word, there in (("a vision tower", part.sees), ("a text tower", part.reads)) if there)
-        for part in (one, other)
-    ]
     raise WeightsError(
-        f"{one.name} and {other.name} are no CLIP together: the first holds {held[0] or 'no tower of a CLIP'}, "
-        f"the second {held[1] or 'no tower of a CLIP'}.",
+        f"{first.name} and {second.name} are no CLIP together: the first holds {_held_towers(first)}, the second "
+        f"{_held_towers(second)}.",
         'Give "vision file + text file".',
     )
 
 
-def _open_clip(vision: Part, text: Part, given: Path | None) -> OpenedFiles:
-    name = vision.name if vision is text else f"{vision.name}{JOIN}{text.name}"
+def _held_towers(weights: FeatureWeights) -> str:
+    towers = []
+    if weights.has_vision_tower:
+        towers.append("a vision tower")
+    if weights.has_text_tower:
+        towers.append("a text tower")
+    return " and ".join(towers) or "no tower of a CLIP"
+
+
+def _open_clip(vision: FeatureWeights, text: FeatureWeights, tokenizer_folder: Path | None) -> OpenedFeatureModel:
+    """A CLIP of two towers, which may come from the same file."""
+    name = vision.name if vision is text else f"{vision.name}{TOWER_SEPARATOR}{text.name}"
     config = clip_config(vision, text)
-    tokenizer = _tokenizer(text, given, config["text_config"])
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    config["text_config"] |= ends  # the pooled feature is the one at the end token
-    tensors = {key: tensor for key, tensor in vision.tensors.items() if not key.startswith(_TEXT)}
-    tensors |= {key: tensor for key, tensor in text.tensors.items() if not key.startswith(_VISION)}
+    tokenizer = _open_tokenizer(text, tokenizer_folder, config["text_config"])
+    config["text_config"] |= {  # the pooled feature is the one at the end token
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    tensors = {key: tensor for key, tensor in vision.tensors.items() if not key.startswith(_TEXT_NAMES)}
+    tensors |= {key: tensor for key, tensor in text.tensors.items() if not key.startswith(_VISION_NAMES)}
     tensors.setdefault("logit_scale", torch.zeros(()))  # no feature depends on it
     network = _build("clip", config, tensors, name)
-    return OpenedFiles(name, "clip", network, _preprocessing("clip", config["vision_config"], vision), tokenizer)
+    preprocessing = _preprocessing("clip", config["vision_config"], vision)
+    return OpenedFeatureModel(name, "clip", network, preprocessing, tokenizer)
 
 
 def _build(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> Any:
-    """The network with all of the tensors and no others; transformers gives them the names of its version."""
+    """The network with exactly these tensors; transformers gives them the names of its version.
+
+    Raises:
+        WeightsError: A tensor is missing, unknown, or of another shape.
+    """
     import transformers
 
-    more = {"add_pooling_layer": "pooler.dense.weight" in tensors} if kind == "vit" else {}
+    options = {"add_pooling_layer": "pooler.dense.weight" in tensors} if kind == "vit" else {}
     try:
-        network, report = network_class(kind).from_pretrained(
+        network, loading_info = network_class(kind).from_pretrained(
             None,
             config=transformers.AutoConfig.for_model(kind, **config),
             state_dict=dict(tensors),
             ignore_mismatched_sizes=True,  # they are named below
             output_loading_info=True,
-            **more,
+            **options,
         )
     except (ValueError, RuntimeError, KeyError) as error:
-        raise WeightsError(f"{name} can't be built as a {kind}: {error}.", READ) from error
+        raise WeightsError(f"{name} can't be built as a {kind}: {error}.", SUPPORTED_MODELS) from error
     faults = {
-        "lacks": report["missing_keys"],
-        "has a tensor of another shape:": [fault[0] for fault in report["mismatched_keys"]],
-        "has a tensor that is not known:": set(report["unexpected_keys"]) - {"logit_scale"},
+        "lacks": loading_info["missing_keys"],
+        "has a tensor of another shape:": [fault[0] for fault in loading_info["mismatched_keys"]],
+        "has a tensor that is not known:": set(loading_info["unexpected_keys"]) - {"logit_scale"},
     }
-    for words, names in faults.items():
+    for fault, names in faults.items():
         if names:
             first, *others = sorted(names)
             shown = f"{first} (and {len(others)} more)" if others else first
-            raise WeightsError(f"{name}, opened as a {kind}, {words} {shown}.", f"Take a complete file. {READ}")
+            raise WeightsError(
+                f"{name}, opened as a {kind}, {fault} {shown}.", f"Take a complete file. {SUPPORTED_MODELS}"
+            )
     return network
 
 
-def _preprocessing(kind: str, config: Mapping[str, Any], part: Part) -> Mapping[str, Any]:
-    """What is declared beside a file that has its configuration there; else as published."""
-    if part.declared is not None:
-        for file in ("preprocessor_config.json", "processor_config.json"):
-            if (part.folder / file).is_file():
-                found = read_json(part.folder / file)
-                return dict(found.get("image_processor", found))
+def _preprocessing(kind: str, config: Mapping[str, Any], weights: FeatureWeights) -> Mapping[str, Any]:
+    """As declared beside the weights if their configuration is there, too; else as published."""
+    if weights.config is not None:
+        for file_name in ("preprocessor_config.json", "processor_config.json"):
+            if (weights.folder / file_name).is_file():
+                declared = read_json(weights.folder / file_name)
+                return dict(declared.get("image_processor", declared))
     return published_preprocessing(kind, config["image_size"])
 
 
-def _tokenizer(part: Part, given: Path | None, text_config: Mapping[str, Any]) -> Any:
-    """The text tower's tokenizer: from beside its file, or the one that is given, or one that is found."""
-    beside = any((part.folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
+def _open_tokenizer(weights: FeatureWeights, given: Path | None, text_config: Mapping[str, Any]) -> Any:
+    """The text tower's tokenizer: from beside its file, or from the folder given, or from one that is found.
+
+    Raises:
+        WeightsError: There is none, or it belongs to another text tower.
+    """
+    is_beside = any((weights.folder / name).is_file() for name in ("vocab.json", "tokenizer.json"))
     try:
-        tokenizer = load_tokenizer(part.folder) if beside else find_tokenizer(part.place, given)
+        tokenizer = load_tokenizer(weights.folder) if is_beside else find_tokenizer(weights.path, given)
     except WeightsError as error:
-        if beside or given is not None:
+        if is_beside or given is not None:
             raise
         raise WeightsError(
-            f"No CLIP tokenizer was found for the text tower {part.name}.",
+            f"No CLIP tokenizer was found for the text tower {weights.name}.",
             "Put one beside the file: vocab.json and merges.txt, or tokenizer.json, as in ComfyUI/comfy/sd1_tokenizer.",
         ) from error
-    last = text_config["vocab_size"] - 1
-    if tokenizer.eos_token_id != last:
+    end_token = text_config["vocab_size"] - 1
+    if tokenizer.eos_token_id != end_token:
         raise WeightsError(
-            f"The tokenizer does not belong to the text tower {part.name}: its end token is "
-            f"{tokenizer.eos_token_id} instead of {last}.",
-            f"Give that CLIP's tokenizer{f'; there is another in {part.folder}' if beside else ''}.",
+            f"The tokenizer does not belong to the text tower {weights.name}: its end token is "
+            f"{tokenizer.eos_token_id} instead of {end_token}.",
+            f"Give that CLIP's tokenizer{f'; there is another in {weights.folder}' if is_beside else ''}.",
         )
     tokenizer.model_max_length = text_config["max_position_embeddings"]
     return tokenizer

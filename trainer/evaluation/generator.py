@@ -1,4 +1,4 @@
-"""A base model that draws with adapters. Every picture is kept, so that what was interrupted goes on."""
+"""Generates pictures with a base model and adapters, and keeps them, so that interrupted work continues."""
 
 from __future__ import annotations
 
@@ -11,49 +11,86 @@ import torch
 from ..adapters.apply import merge_into
 from ..adapters.kohya import Adapter, file_hashes
 from ..core.devices import explained_memory_errors, release
+from ..core.errors import suggest
 from ..core.events import Listener, Phase, stop_if_asked
 from ..data.image_cache import ImageCache
 from ..data.images import Picture
 from ..models.families.base import BaseWeights, DiffusionModel
-from ..models.sampling import GenerationConfig, generate, ready_model
+from ..models.sampling import GenerationConfig, build_on_device, generate
 from ..settings.evaluate import CompareSettings
-from ..settings.train import SchedulerName
 
 Adapters = Sequence[tuple[Adapter, float]]
+"""Adapters with their strengths."""
+AdapterIdentity = list[list[object]]
+"""Hash and strength of each adapter, as JSON values."""
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn.
+class SampleConfig(GenerationConfig):
+    """How many pictures of each prompt are generated, from which noise, and how.
 
     Attributes:
-        count: Pictures of each prompt; picture i of every prompt begins with the noise of `seed + i`.
-        seed: Of the first.
         width: Pixels; a multiple of 8.
         height: Pixels; a multiple of 8.
-        scheduler: See `sampling.make_scheduler`.
-        steps: Denoising steps.
-        guidance: Classifier-free guidance.
-        batch: Pictures at once; what is drawn does not depend on it, but for rounding.
+        count: Pictures of each prompt; picture i of every prompt starts from the noise of `seed + i`.
+        seed: Of the first.
+        batch_size: Pictures generated at once; they don't depend on it, except for rounding.
     """
 
-    count: int = 4
-    seed: int = 0
     width: int = 512
     height: int = 512
-    scheduler: SchedulerName = "ddim"
-    steps: int = 30
-    guidance: float = 7.5
-    batch: int = 4
+    count: int = 4
+    seed: int = 0
+    batch_size: int = 4
 
     @property
     def seeds(self) -> range:
-        """One for each picture of a prompt."""
+        """The seed of each picture of a prompt."""
         return range(self.seed, self.seed + self.count)
+
+    @property
+    def key(self) -> dict[str, object]:
+        """What a picture depends on beside its model and prompt, as JSON values that name its folder."""
+        values = {name: value for name, value in asdict(self).items() if name not in ("count", "batch_size")}
+        if not self.negative_prompt:
+            del values["negative_prompt"]
+        return values
+
+
+def sample_configs(settings: CompareSettings) -> list[SampleConfig]:
+    """A config for every scheduler and number of steps that the settings ask for."""
+    width, height = settings.width_height
+    return [
+        SampleConfig(
+            width=width,
+            height=height,
+            scheduler=scheduler,
+            steps=steps,
+            guidance=settings.guidance,
+            count=settings.count,
+            seed=settings.picture_seed,
+            batch_size=settings.picture_batch_size,
+        )
+        for scheduler, steps in settings.grid
+    ]
+
+
+@dataclass(frozen=True)
+class _MissingPictures:
+    """Pictures of a prompt that are not in its cache yet, by number."""
+
+    prompt: str
+    cache: ImageCache
+    numbers: Sequence[int]
 
 
 class CachedGenerator:
-    """A base model, a device, and a folder for pictures."""
+    """A base model, a device, and a folder for the generated pictures.
+
+    Attributes:
+        base: The opened base model; never written to.
+        listener: Gets the progress; may stop the work.
+    """
 
     def __init__(self, base: BaseWeights, root: Path, device: torch.device, precision: str, listener: Listener) -> None:
         """Take the base; nothing is built yet.
@@ -61,88 +98,86 @@ class CachedGenerator:
         Args:
             base: The opened base model; never written to.
             root: Folder in which the pictures are kept.
-            device: Where to draw.
-            precision: Of the UNet.
-            listener: Told of the progress; may stop the work.
+            device: Where to compute.
+            precision: Of the UNet: "fp32", "bf16" or "fp16".
+            listener: Gets the progress; may stop the work.
         """
-        self.base, self.listener = base, listener
-        self._root, self._device, self._precision = root, device, precision
-        self._built: tuple[list[list[object]], DiffusionModel] | None = None
+        self.base = base
+        self.listener = listener
+        self._root = root
+        self._device = device
+        self._precision = precision
+        self._model: DiffusionModel | None = None
+        self._model_identity: AdapterIdentity = []
 
-    def draw(self, adapters: Adapters, prompts: Sequence[str], drawing: Drawing, title: str) -> list[Picture]:
-        """Pictures of prompts, `drawing.count` of each, prompt by prompt; captioned with their prompts.
+    def generate(self, adapters: Adapters, prompts: Sequence[str], config: SampleConfig, title: str) -> list[Picture]:
+        """Pictures of prompts, `config.count` of each, prompt by prompt; captioned with their prompts.
 
         Args:
             adapters: Applied to the base, with their strengths.
-            prompts: What to draw.
-            drawing: How.
+            prompts: What the pictures show.
+            config: How many, and how they are generated.
             title: What the progress is called.
 
         Raises:
             AdapterError: An adapter does not fit the base.
             StorageError: The folder can't be written.
-            OutOfMemoryError: The memory does not suffice.
-            CancelledError: The listener asked to stop; what is drawn is kept.
+            OutOfMemoryError: The device ran out of memory.
+            CancelledError: The listener asked to stop; the finished pictures are kept.
         """
-        identity = [[file_hashes(adapter.state_dict(), {})[0], strength] for adapter, strength in adapters]
-        how = {name: value for name, value in asdict(drawing).items() if name not in ("count", "batch")}
-        names, galleries, missing = [f"{number:05d}.png" for number in range(drawing.count)], {}, []
+        identity: AdapterIdentity = [
+            [file_hashes(adapter.state_dict(), {})[0], strength] for adapter, strength in adapters
+        ]
+        caches: dict[str, ImageCache] = {}
+        missing: list[_MissingPictures] = []
         for prompt in dict.fromkeys(prompts):
-            what = {"base": self.base.fingerprint, "adapters": identity, "prompt": prompt, "precision": self._precision}
-            gallery = galleries[prompt] = ImageCache(self._root, what | how)
-            lacking = [number for number, name in enumerate(names) if not gallery.has(name)]
-            if lacking:
-                gallery.begin(len(lacking), drawing.width * drawing.height)
-                missing.append((gallery, prompt, lacking))
-        total = len(galleries) * drawing.count
-        done = total - sum(len(lacking) for _, _, lacking in missing)
-        with explained_memory_errors("the pictures' size or how many are drawn at once"):
-            for gallery, prompt, lacking in missing:
-                model = self._model(adapters, identity)
-                for start in range(0, len(lacking), drawing.batch):
+            cache = ImageCache(self._root, self._key(identity, prompt) | config.key)
+            numbers = [number for number in range(config.count) if not cache.has(_file_name(number))]
+            if numbers:
+                cache.prepare(len(numbers), config.width * config.height)
+                missing.append(_MissingPictures(prompt, cache, numbers))
+            caches[prompt] = cache
+        total = len(caches) * config.count
+        done = total - sum(len(of_prompt.numbers) for of_prompt in missing)
+        with explained_memory_errors(f"the pictures' size or {suggest('picture_batch_size')}"):
+            for of_prompt in missing:
+                model = self._model_with(adapters, identity)
+                for start in range(0, len(of_prompt.numbers), config.batch_size):
                     self.listener.report(Phase(title, done, total))
                     stop_if_asked(self.listener)
-                    numbers = lacking[start : start + drawing.batch]
-                    images = generate(
-                        model,
-                        prompt,
-                        [drawing.seeds[number] for number in numbers],
-                        GenerationConfig(
-                            width=drawing.width,
-                            height=drawing.height,
-                            scheduler=drawing.scheduler,
-                            steps=drawing.steps,
-                            guidance=drawing.guidance,
-                        ),
-                        self.listener,
-                    )
-                    for number, image in zip(numbers, images, strict=True):
-                        gallery.put(f"{number:05d}.png", image)
-                    done += len(numbers)
+                    batch = of_prompt.numbers[start : start + config.batch_size]
+                    seeds = [config.seeds[number] for number in batch]
+                    images = generate(model, of_prompt.prompt, seeds, config, self.listener)
+                    for number, image in zip(batch, images, strict=True):
+                        of_prompt.cache.save(_file_name(number), image)
+                    done += len(batch)
         self.listener.report(Phase(title, total, total))
-        return [galleries[prompt].picture(name, prompt) for prompt in prompts for name in names]
+        return [caches[prompt].load(_file_name(number), prompt) for prompt in prompts for number in range(config.count)]
 
     def close(self) -> None:
         """Drop the model and give its memory back."""
-        self._built = None
+        self._model = None
         release(self._device)
 
-    def _model(self, adapters: Adapters, identity: list[list[object]]) -> DiffusionModel:
+    def _key(self, identity: AdapterIdentity, prompt: str) -> dict[str, object]:
+        return {
+            "base": self.base.fingerprint,
+            "adapters": identity,
+            "prompt": prompt,
+            "precision": self._precision,
+        }
+
+    def _model_with(self, adapters: Adapters, identity: AdapterIdentity) -> DiffusionModel:
         """The model with these adapters; the last one is kept."""
-        if self._built is None or self._built[0] != identity:
+        if self._model is None or self._model_identity != identity:
             self.close()
-            model = ready_model(self.base, self._device, self._precision)
+            model = build_on_device(self.base, self._device, self._precision)
             for adapter, strength in adapters:
                 merge_into(model, adapter, strength)
-            self._built = (identity, model)
-        return self._built[1]
+            self._model = model
+            self._model_identity = identity
+        return self._model
 
 
-def drawings(settings: CompareSettings) -> list[Drawing]:
-    """Every way to draw that the settings ask for."""
-    width, height = settings.width_height
-    common = (settings.count, settings.picture_seed, width, height)
-    return [
-        Drawing(*common, scheduler, steps, settings.guidance, settings.picture_batch_size)
-        for scheduler, steps in settings.grid
-    ]
+def _file_name(number: int) -> str:
+    return f"{number:05d}.png"

@@ -1,6 +1,7 @@
-"""Scores of pictures: how well they follow a prompt, how much they show the subject, how far a prior has drifted.
+"""Metrics of pictures: how well they follow a prompt, how much they show the subject, how far a prior has drifted.
 
-All take normalised features (`feature_models`), so that a picture's are computed once for all scores.
+All are computed from normalised features (`feature_extractors`), so that each picture is encoded once for all of them.
+Their names, which tables and files have, stand here alone.
 """
 
 from __future__ import annotations
@@ -9,6 +10,18 @@ import torch
 from torch import Tensor
 
 from ..core.errors import PicturesError
+from .feature_extractors import CLIP, DINO
+
+CLIP_T = "CLIP-T"
+CLIP_SCORE = "CLIPScore"
+CLIP_I = "CLIP-I"
+DINO_I = "DINO"
+DIVERSITY = "diversity"
+CLASS_DIVERSITY = "class diversity"
+FIDELITY_METRICS = {CLIP: CLIP_I, DINO: DINO_I}
+"""Feature extractor → the metric that compares pictures with the subject's by it."""
+DRIFT_METRICS = {CLIP: "drift (CLIP)", DINO: "drift (DINO)"}
+"""Feature extractor → the metric of the class pictures' drift by it."""
 
 
 def clip_t(pictures: Tensor, prompts: Tensor) -> Tensor:
@@ -43,7 +56,7 @@ def subject_score(pictures: Tensor, references: Tensor, same: Tensor | None = No
     Args:
         pictures: (pictures, width).
         references: Features of real pictures of the subject, (references, width), by the same model.
-        same: (pictures, references), where a picture is the reference itself and is left out; None for nowhere.
+        same: Whether a picture is the reference itself, which is left out: (pictures, references), bool; None: nowhere.
 
     Raises:
         PicturesError: A picture has no other reference than itself.
@@ -57,11 +70,11 @@ def subject_score(pictures: Tensor, references: Tensor, same: Tensor | None = No
     return (cosines * counted).sum(dim=1) / counted.sum(dim=1)
 
 
-def own_score(references: Tensor) -> float:
-    """The score of real pictures among themselves, each left out of its own references: the top of the scale.
+def leave_one_out_score(references: Tensor) -> float:
+    """Mean subject score of real pictures, each compared with all others but itself: the top of the scale.
 
     Raises:
-        PicturesError: There is one picture alone.
+        PicturesError: There is only one picture.
     """
     return 1 - diversity(references)
 
@@ -70,11 +83,11 @@ def diversity(pictures: Tensor) -> float:
     """1 − mean cosine of all pairs of different pictures: 0 if all are the same.
 
     Raises:
-        PicturesError: There is one picture alone.
+        PicturesError: There is only one picture.
     """
     count = len(pictures)
     if count < 2:
-        raise PicturesError("Diversity needs two pictures at least.", "Make more pictures.")
+        raise PicturesError("Diversity needs at least two pictures.", "Make more pictures.")
     cosines = pictures @ pictures.T
     return 1 - float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
 
@@ -83,7 +96,7 @@ def drift(before: Tensor, after: Tensor) -> float:
     """How far a prior has moved: 1 − mean cosine of pictures from the same noise without and with an adapter.
 
     Args:
-        before: Without it, (pictures, width).
-        after: With it, in the same order.
+        before: Features of pictures without it, (pictures, width).
+        after: Features of pictures with it, in the same order.
     """
-    return max(0.0, 1 - float((before * after).sum(dim=1).mean()))  # the same pictures drift by no rounding
+    return max(0.0, 1 - float((before * after).sum(dim=1).mean()))  # rounding is no drift

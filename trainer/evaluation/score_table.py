@@ -1,4 +1,7 @@
-"""Scores of a set of pictures as a table: one row a picture, the means, and which models judged."""
+"""Scores of given pictures as tables: one row a picture, the means, and the models that measured.
+
+`score_pictures` scores one set of pictures; `score_grid` scores the same prompts under several generation settings.
+"""
 
 from __future__ import annotations
 
@@ -15,22 +18,33 @@ from torch import Tensor
 
 from ..core.errors import PicturesError
 from ..core.events import Listener
-from ..core.figures import SheetRow, as_table, contact_sheet
+from ..core.figures import SheetRow, contact_sheet, text_table
 from ..data.images import Picture
-from .feature_extractors import CLIP, DINO, FeatureExtractors
-from .metrics import clip_score, clip_t, diversity, own_score, subject_score
+from .feature_extractors import CLIP, FeatureExtractors
+from .metrics import (
+    CLIP_SCORE,
+    CLIP_T,
+    DIVERSITY,
+    FIDELITY_METRICS,
+    clip_score,
+    clip_t,
+    diversity,
+    leave_one_out_score,
+    subject_score,
+)
 
-SUBJECT_MEASURES = {CLIP: "CLIP-I", DINO: "DINO"}
+_PICTURE = "picture"
+_PROMPT = "prompt"
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """What was measured.
+    """What was measured of one set of pictures.
 
     Attributes:
-        rows: One for each picture: "picture", "prompt" and the measures.
-        means: Measure → mean over the pictures, and what is measured of all together.
-        models: Measure → name of the model that judged.
+        rows: One for each picture: "picture", "prompt" and the metrics.
+        means: Metric → mean over the pictures, and what is measured of all together.
+        models: Metric → name of the model that measured it.
         notes: What the reader should know.
     """
 
@@ -38,6 +52,11 @@ class ScoreTable:
     means: Mapping[str, float]
     models: Mapping[str, str]
     notes: Sequence[str]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics that every picture has."""
+        return [name for name in self.rows[0] if name not in (_PICTURE, _PROMPT)]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain values."""
@@ -49,103 +68,22 @@ class ScoreTable:
         }
 
     def as_csv(self) -> str:
-        """The rows, with a head."""
-        stream = io.StringIO()
-        writer = csv.DictWriter(stream, list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return stream.getvalue()
+        """The rows, with a header."""
+        return _as_csv(self.rows)
 
     def as_text(self) -> str:
         """For people."""
-        measures = [name for name in self.rows[0] if name not in ("picture", "prompt")]
-        width = max(len(str(row["picture"])) for row in self.rows)
-        lines = ["  ".join([" " * width, *(f"{name:>14}" for name in measures)])]
+        width = max(len(str(row[_PICTURE])) for row in self.rows)
+        lines = ["  ".join([" " * width, *(f"{name:>14}" for name in self.metrics)])]
         for row in self.rows:
-            lines.append("  ".join([f"{row['picture']:<{width}}", *(f"{row[name]:>14.4f}" for name in measures)]))
+            lines.append("  ".join([f"{row[_PICTURE]:<{width}}", *(f"{row[name]:>14.4f}" for name in self.metrics)]))
         lines += [f"{name}: {value:.4f}" for name, value in self.means.items()]
-        lines += [f"{name} by {model}" for name, model in self.models.items()]
-        return "\n".join([*lines, *self.notes])
-
-
-def score_pictures(
-    pictures: Sequence[Picture],
-    prompts: Sequence[str],
-    references: Sequence[Picture],
-    judges: FeatureExtractors,
-    listener: Listener,
-) -> ScoreTable:
-    """Score pictures by every measure that there is a model and something to compare with for.
-
-    Args:
-        pictures: To be scored.
-        prompts: One for all or one for each picture, for CLIP-T; empty: none.
-        references: Real pictures of the subject, for CLIP-I and DINO; empty: none.
-        judges: The models.
-        listener: Told of the progress; may stop the work.
-
-    Raises:
-        PicturesError: There are no pictures, the numbers don't fit, or nothing can be measured.
-        WeightsError: The CLIP model reads no text, and there are prompts.
-        CancelledError: The listener asked to stop.
-    """
-    if not pictures:
-        raise PicturesError("There are no pictures to score.", "Give picture files or a folder of them.")
-    if len(prompts) > 1 and len(prompts) != len(pictures):
-        raise PicturesError(
-            f"There are {len(prompts)} prompts for {len(pictures)} pictures.",
-            "Give one prompt, or one for each picture.",
-        )
-    columns: dict[str, Tensor] = {}
-    means: dict[str, float] = {}
-    models: dict[str, str] = {}
-    same = _same(pictures, references)
-    said = judges.read(prompts) if prompts and CLIP in judges.models else None
-    seen = judges.look([*pictures, *references], listener)
-    for name, features in seen.items():
-        title, model = SUBJECT_MEASURES[name], judges.models[name].name
-        drawn, real = features[: len(pictures)], features[len(pictures) :]
-        if name == CLIP and said is not None:
-            columns |= {"CLIP-T": clip_t(drawn, said), "CLIPScore": clip_score(drawn, said)}
-            models["CLIP-T"] = model
-        if references:
-            columns[title], models[title] = subject_score(drawn, real, same), model
-            if len(real) > 1:
-                means[f"{title} of the references, each left out of its own"] = own_score(real)
-        if len(pictures) > 1:
-            means[f"diversity by {model}"] = diversity(drawn)
-    if not columns:
-        raise PicturesError(
-            "There is nothing to measure: CLIP-T needs prompts and a CLIP model, CLIP-I and DINO need pictures of the "
-            "subject and a model.",
-            "Give prompts with a CLIP model, or the subject's pictures with a CLIP or DINO model.",
-        )
-    notes = []
-    if same.any():
-        notes.append(
-            f"{int(same.sum())} of the pictures are references themselves; they are not compared with themselves."
-        )
-    shown = list(prompts) * (len(pictures) if len(prompts) == 1 else 1) or [""] * len(pictures)
-    rows = [
-        {"picture": picture.name, "prompt": prompt} | {name: float(values[i]) for name, values in columns.items()}
-        for i, (picture, prompt) in enumerate(zip(pictures, shown, strict=True))
-    ]
-    means = {name: float(values.mean()) for name, values in columns.items()} | means
-    return ScoreTable(rows, means, models, notes)
-
-
-def _same(pictures: Sequence[Picture], references: Sequence[Picture]) -> Tensor:
-    """(pictures, references): whether they are the same file's content."""
-    rows = [[one.digest == other.digest for other in references] for one in pictures]
-    return torch.tensor(rows, dtype=torch.bool).reshape(len(pictures), len(references))
-
-
-_FACTS = ("picture", "prompt")
+        return "\n".join([*lines, *_model_lines(self), *self.notes])
 
 
 @dataclass(frozen=True)
 class ScoreGrid:
-    """What was measured.
+    """What was measured of pictures of the same prompts under several settings.
 
     Attributes:
         prompts: One for each column; the pictures of a setting come prompt by prompt, the same number of each.
@@ -165,53 +103,122 @@ class ScoreGrid:
         }
 
     def as_csv(self) -> str:
-        """A line for every picture, with a head."""
-        stream = io.StringIO()
-        rows = [{"setting": title, **row} for title, table in self.tables.items() for row in table.rows]
-        writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        return stream.getvalue()
+        """A line for every picture, with a header."""
+        return _as_csv([{"setting": title, **row} for title, table in self.tables.items() for row in table.rows])
 
     def as_text(self) -> str:
         """The means, a line for every setting."""
-        first = next(iter(self.tables.values()))
-        models = [f"{name} by {model}" for name, model in first.models.items()]
+        means = text_table({title: table.means for title, table in self.tables.items()})
         notes = dict.fromkeys(note for table in self.tables.values() for note in table.notes)
-        return "\n".join([as_table({title: table.means for title, table in self.tables.items()}), *models, *notes])
+        return "\n".join([means, *_model_lines(self._first_table), *notes])
 
     def sheet(self, cell: int = 160) -> Image.Image:
-        """A row for each setting, a column for each prompt: the first picture, under it the means of all of them."""
+        """A row for each setting, a column for each prompt: the first picture, under it the means of all of them.
+
+        Args:
+            cell: Side of a picture in pixels.
+        """
         rows = []
         for title, table in self.tables.items():
-            each, pictures = len(table.rows) // len(self.prompts), self.pictures[title]
-            parts = [table.rows[start : start + each] for start in range(0, len(table.rows), each)]
-            rows.append(SheetRow(title, tuple(one.open() for one in pictures[::each]), tuple(map(_note, parts))))
-        first = next(iter(self.tables.values()))
-        caption = "   ".join(f"{name} by {model}" for name, model in first.models.items())
-        return contact_sheet(caption, self.prompts, rows, cell)
+            per_prompt = len(table.rows) // len(self.prompts)
+            starts = range(0, len(table.rows), per_prompt)
+            images = tuple(self.pictures[title][start].open() for start in starts)
+            notes = tuple(_mean_scores(table, table.rows[start : start + per_prompt]) for start in starts)
+            rows.append(SheetRow(title, images, notes))
+        return contact_sheet("   ".join(_model_lines(self._first_table)), self.prompts, rows, cell)
+
+    @property
+    def _first_table(self) -> ScoreTable:
+        return next(iter(self.tables.values()))
 
 
-def _note(rows: Sequence[Mapping[str, Any]]) -> str:
-    measures = [name for name in rows[0] if name not in _FACTS]
-    return "\n".join(f"{name} {statistics.mean(row[name] for row in rows):.3f}" for name in measures)
+def score_pictures(
+    pictures: Sequence[Picture],
+    prompts: Sequence[str],
+    references: Sequence[Picture],
+    extractors: FeatureExtractors,
+    listener: Listener,
+) -> ScoreTable:
+    """Score pictures by every metric for which there is a model and something to compare with.
+
+    Args:
+        pictures: To be scored.
+        prompts: One for all or one for each picture, for CLIP-T; empty: none.
+        references: Real pictures of the subject, for CLIP-I and DINO; empty: none.
+        extractors: The models.
+        listener: Gets the progress; may stop the work.
+
+    Raises:
+        PicturesError: There are no pictures, the numbers don't fit, or nothing can be measured.
+        WeightsError: The CLIP model reads no text, and there are prompts.
+        CancelledError: The listener asked to stop.
+    """
+    if not pictures:
+        raise PicturesError("There are no pictures to score.", "Give picture files or a folder of them.")
+    if len(prompts) > 1 and len(prompts) != len(pictures):
+        raise PicturesError(
+            f"There are {len(prompts)} prompts for {len(pictures)} pictures.",
+            "Give one prompt, or one for each picture.",
+        )
+    columns: dict[str, Tensor] = {}
+    means_of_all: dict[str, float] = {}
+    models: dict[str, str] = {}
+    same = _same_content(pictures, references)
+    text_features = extractors.text_features(prompts) if prompts and CLIP in extractors.models else None
+    features_by_model = extractors.image_features([*pictures, *references], listener)
+    for name, all_features in features_by_model.items():
+        model = extractors.models[name].name
+        features = all_features[: len(pictures)]
+        reference_features = all_features[len(pictures) :]
+        if name == CLIP and text_features is not None:
+            columns[CLIP_T] = clip_t(features, text_features)
+            columns[CLIP_SCORE] = clip_score(features, text_features)
+            models[CLIP_T] = model
+        if references:
+            metric = FIDELITY_METRICS[name]
+            columns[metric] = subject_score(features, reference_features, same)
+            models[metric] = model
+            if len(references) > 1:
+                means_of_all[f"{metric} of the references, each left out of its own"] = leave_one_out_score(
+                    reference_features
+                )
+        if len(pictures) > 1:
+            means_of_all[f"{DIVERSITY} by {model}"] = diversity(features)
+    if not columns:
+        raise PicturesError(
+            "There is nothing to measure: CLIP-T needs prompts and a CLIP model, CLIP-I and DINO need pictures of the "
+            "subject and a model.",
+            "Give prompts with a CLIP model, or the subject's pictures with a CLIP or DINO model.",
+        )
+    notes = []
+    if same.any():
+        notes.append(
+            f"{int(same.sum())} of the pictures are references themselves; they are not compared with themselves."
+        )
+    prompt_of_each = list(prompts) if len(prompts) > 1 else [prompts[0] if prompts else ""] * len(pictures)
+    rows = [
+        {_PICTURE: picture.name, _PROMPT: prompt} | {name: float(values[index]) for name, values in columns.items()}
+        for index, (picture, prompt) in enumerate(zip(pictures, prompt_of_each, strict=True))
+    ]
+    means = {name: float(values.mean()) for name, values in columns.items()}
+    return ScoreTable(rows, means | means_of_all, models, notes)
 
 
 def score_grid(
     settings: Mapping[str, Sequence[Picture]],
     prompts: Sequence[str],
     references: Sequence[Picture],
-    judges: FeatureExtractors,
+    extractors: FeatureExtractors,
     listener: Listener,
 ) -> ScoreGrid:
     """Score the pictures of several settings.
 
     Args:
         settings: Title → pictures, prompt by prompt, the same number of each.
-        prompts: One at least.
+        prompts: At least one.
         references: Real pictures of the subject; empty: none.
-        judges: The models.
-        listener: Told of the progress; may stop the work.
+        extractors: The models.
+        listener: Gets the progress; may stop the work.
 
     Raises:
         PicturesError: There are no pictures or prompts, or a number of pictures that the prompts can't share.
@@ -229,7 +236,30 @@ def score_grid(
                 f"'{title}' has {len(pictures)} pictures for {len(prompts)} prompts.",
                 "Give the same number of pictures of every prompt, in the prompts' order.",
             )
-        each = len(pictures) // len(prompts)
-        said = [prompt for prompt in prompts for _ in range(each)]
-        tables[title] = score_pictures(pictures, said, references, judges, listener)
+        per_prompt = len(pictures) // len(prompts)
+        prompt_of_each = [prompt for prompt in prompts for _ in range(per_prompt)]
+        tables[title] = score_pictures(pictures, prompt_of_each, references, extractors, listener)
     return ScoreGrid(prompts, settings, tables)
+
+
+def _same_content(pictures: Sequence[Picture], references: Sequence[Picture]) -> Tensor:
+    """(pictures, references), bool: whether they have the same content."""
+    rows = [[picture.digest == reference.digest for reference in references] for picture in pictures]
+    return torch.tensor(rows, dtype=torch.bool).reshape(len(pictures), len(references))
+
+
+def _as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return stream.getvalue()
+
+
+def _model_lines(table: ScoreTable) -> list[str]:
+    return [f"{name} by {model}" for name, model in table.models.items()]
+
+
+def _mean_scores(table: ScoreTable, rows: Sequence[Mapping[str, Any]]) -> str:
+    """The means over some rows, a line for each metric."""
+    return "\n".join(f"{name} {statistics.mean(row[name] for row in rows):.3f}" for name in table.metrics)
