@@ -1,4 +1,4 @@
-"""What names of modules in adapter files begin with: "lora_unet_", "lora_te1_" …; it shows the network."""
+"""Prefixes of module names in adapter files, such as "lora_unet_" and "lora_te1_": they show the network."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBERED = re.compile(r"^lora_te(\d?)_")  # also the encoders of families that 
 
 def text_encoder_names() -> list[str]:
     """Component names of the text encoders of all families, each once."""
-    return list(dict.fromkeys(kind.name for family in families.FAMILIES for kind in family.text_encoders))
+    return list(dict.fromkeys(spec.name for family in families.FAMILIES for spec in family.text_encoders))
 
 
 def family_prefix(family: Family, component: str) -> str:
@@ -25,7 +25,7 @@ def family_prefix(family: Family, component: str) -> str:
         family: The family.
         component: "unet", "text_encoder" or "text_encoder_2"; one that the family lacks has its neutral prefix.
     """
-    prefixes = {kind.name: kind.adapter_prefix for kind in family.text_encoders}
+    prefixes = {spec.name: spec.adapter_prefix for spec in family.text_encoders}
     return prefixes.get(component) or neutral_prefix(component)
 
 
@@ -47,7 +47,7 @@ def possible_prefixes(family: Family, component: str) -> list[str]:
 
 def split_prefix(name: str) -> tuple[str, str]:
     """The network that a module belongs to, and the rest of its name; the UNet if the prefix is not known."""
-    prefixes = {kind.adapter_prefix: kind.name for family in families.FAMILIES for kind in family.text_encoders}
+    prefixes = {kind.adapter_prefix: spec.name for family in families.FAMILIES for spec in family.text_encoders}
     for prefix in sorted(prefixes, key=len, reverse=True):
         if name.startswith(prefix):
             return prefixes[prefix], name.removeprefix(prefix)

@@ -154,7 +154,7 @@ def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:
     if "edm_mean" in tensors or "edm_vpred.sigma_max" in tensors:
         raise UnsupportedModelError(
             "The base model was trained in the EDM formulation (Playground 2.5 …), which can't be trained yet.",
-            "Use a Stable Diffusion XL model that predicts epsilon or velocity.",
+            "Use a model that predicts epsilon or velocity.",
         )
     if "v_pred" not in tensors:
         return None
