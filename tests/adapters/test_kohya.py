@@ -80,7 +80,7 @@ def test_unet_modules_are_named_and_shaped_as_kohyas(
 def shapes_of(lora: TrainableAdapter, start: str = "lora_") -> Golden:
     """Shapes of the two matrices of every module whose name begins so."""
     return {
-        name: [list(part.shape) for part in layer.parts.values()]
+        name: [list(part.shape) for part in layer.parameters.values()]
         for name, layer in lora.layers.items()
         if name.startswith(start)
     }
@@ -363,7 +363,7 @@ def test_diffusers_and_merging_reproduce_the_trained_model(
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in lora.layers.values():
-            for part in layer.parts.values():  # numbers that half precision holds exactly
+            for part in layer.parameters.values():  # numbers that half precision holds exactly
                 part.copy_(0.05 * torch.randn(part.shape, generator=generator)).copy_(part.to(dtype))
     trained = prediction(model)
     assert (trained - plain).abs().max() > 0.01

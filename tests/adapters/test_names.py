@@ -206,7 +206,7 @@ def test_the_third_text_encoder_is_one() -> None:
     """SD 3's and Flux's T5 has the strength of text encoders."""
     name = "lora_te3_encoder_block_0_layer_0_SelfAttention_q"
     assert module_path(name).block.startswith("text")
-    assert WeightedAdapter(lora_named(1, name), "A", 2.0, 0.5).weight(name) == 0.5
+    assert WeightedAdapter(lora_named(1, name), "A", 2.0, 0.5).module_strength(name) == 0.5
 
 
 def test_vectors_are_named_as_their_modules() -> None:

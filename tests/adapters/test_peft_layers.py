@@ -170,14 +170,13 @@ def test_a_bf16_step_trains_float32_parameters(kind: str, worlds: Worlds, tmp_pa
         recipe = worlds["SD 1"].recipe(tmp_path / precision, **changes)
         recipe.open_run()
         recipe.prepare()
-        before = [parameter.detach().clone() for parameter in recipe.trainee.parameters()]
+        before = [parameter.detach().clone() for parameter in recipe.session.trainable.parameters()]
         losses[precision] = float(recipe.train_step(1.0))
-        recipe.step += 1
         losses[precision] += float(recipe.train_step(1.0))
-        assert {parameter.dtype for parameter in recipe.trainee.parameters()} == {torch.float32}
-        unmoved = [torch.equal(*pair) for pair in zip(before, recipe.trainee.parameters(), strict=True)]
+        assert {parameter.dtype for parameter in recipe.session.trainable.parameters()} == {torch.float32}
+        unmoved = [torch.equal(*pair) for pair in zip(before, recipe.session.trainable.parameters(), strict=True)]
         assert not any(unmoved)
-        networks = (recipe.model.unet, *recipe.model.text_encoders.values())
+        networks = (recipe.session.model.unet, *recipe.session.model.text_encoders.values())
         frozen = {p.dtype for network in networks for p in network.parameters() if not p.requires_grad}
         assert frozen == {torch.bfloat16 if precision == "bf16" else torch.float32}
         recipe.clean_up()
@@ -199,7 +198,7 @@ def test_gradients_reach_all_that_is_read(kind: str, family: str, worlds: Worlds
     model.predict(noise, torch.tensor([TIMESTEP] * 2), said).square().mean().backward()
     for name, layer in adapter.layers.items():
         unread = family == "SDXL" and name.startswith("lora_te1_text_model_encoder_layers_2_")
-        for part, parameter in layer.parts.items():
+        for part, parameter in layer.parameters.items():
             if unread:
                 assert parameter.grad is None, (name, part)
             else:
@@ -235,8 +234,7 @@ def test_no_change_is_ever_longer_than_its_limit(kind: str, worlds: Worlds, tmp_
     reached = 0
     for _ in range(3):
         recipe.train_step(1.0)
-        recipe.step += 1
-        saved = recipe.trainee.saved({}).adapter
+        saved = recipe.session.trainable.saved({}).adapter
         assert saved is not None
         for name, layer in saved.layers.items():
             if isinstance(layer, LoraLayer):
@@ -346,8 +344,8 @@ def test_ranks_of_blocks(worlds: Worlds) -> None:
         ("SD 1", {"include": "^conv_out$", "rank": 8}, "conv_out", "block_ranks"),
         ("SD 1", {"adapter": "loha", "rank": 33}, "33", "32"),
         ("SD 1", {"text_encoder_2_lr": 1e-4}, "text_encoder_2_lr", "text_encoder_lr"),
-        ("SD 1", {"exclude": "attn"}, "No layer", "exclude less"),
-        ("SD 1", {**TEXT, "exclude": "self_attn"}, "text_encoder", "exclude less"),
+        ("SD 1", {"exclude": "attn"}, "No layer", "shorten exclude"),
+        ("SD 1", {**TEXT, "exclude": "self_attn"}, "text_encoder", "shorten exclude"),
         ("SD 1", {"block_ranks": ".=0"}, "No layer", ""),
         ("SDXL", {"adapter": "full"}, "full", "Stable Diffusion 1.x"),
     ],

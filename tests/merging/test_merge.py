@@ -34,11 +34,11 @@ from adapter_maths import (
 )
 from helpers import Recorder
 from pack.trainer.adapters.kohya import Adapter, read_adapter, write_adapter
-from pack.trainer.adapters.layers import DifferenceLayer, LoraLayer
+from pack.trainer.adapters.layers import FullLayer, LoraLayer
 from pack.trainer.core.errors import AdapterError, CancelledError, SettingsError, TrainerError
 from pack.trainer.merging.deltas import Delta
-from pack.trainer.merging.merge import Merged, WeightedAdapter, merge
-from pack.trainer.settings.merge import MergeCommand, MergeSettings, read_block_weights
+from pack.trainer.merging.merge import MergeResult, WeightedAdapter, merge
+from pack.trainer.settings.merge import MergeCommand, MergeSettings, parse_block_weights
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
@@ -59,7 +59,7 @@ def lora(out: int, inside: int, rank: int, seed: int, *kernel: int) -> dict[str,
     return tensors_of("LoRA", (out, inside, *kernel), seed, rank)
 
 
-def sole(result: Merged, shape: Shape, name: str = NAME) -> Tensor:
+def sole(result: MergeResult, shape: Shape, name: str = NAME) -> Tensor:
     """What a result's module adds, by its equation."""
     return added(result.adapter.layers[name], shape)
 
@@ -228,7 +228,7 @@ def by_part() -> Adapter:
 def test_strengths_of_text_encoders_and_blocks(blocks: str, factors: tuple[float, ...]) -> None:
     """The last pattern that is found in a place counts, on top of the strength of the UNet or the text encoders."""
     adapter = by_part()
-    part = WeightedAdapter(adapter, "A", 0.8, -0.4, read_block_weights(blocks))
+    part = WeightedAdapter(adapter, "A", 0.8, -0.4, parse_block_weights(blocks))
     result = merge([part], settings("sum")).adapter
     for (name, layer), factor in zip(adapter.layers.items(), factors, strict=True):
         strength = factor * (0.8 if "unet" in name else -0.4)
@@ -239,7 +239,7 @@ def test_strengths_of_text_encoders_and_blocks(blocks: str, factors: tuple[float
 def test_each_adapter_has_block_weights_of_its_own() -> None:
     a, b = by_part(), by_part()
     parts = [
-        WeightedAdapter(a, "A", 1.0, 1.0, read_block_weights("down_blocks=0.5")),
+        WeightedAdapter(a, "A", 1.0, 1.0, parse_block_weights("down_blocks=0.5")),
         WeightedAdapter(b, "B", 2.0, 3.0),
     ]
     result = merge(parts, settings("svd", rank=0)).adapter
@@ -256,7 +256,7 @@ def test_biases_and_norms_are_summed_with_their_weights(dtype: torch.dtype) -> N
 
     bias, norm, text = f"{NAME}.diff_b", "lora_unet_conv_norm_out.diff", f"{SD1_TEXT}.diff_b"
     a, b = adapter(1, bias, norm), adapter(2, bias, text)
-    blocks = read_block_weights("mid_block=0.5")
+    blocks = parse_block_weights("mid_block=0.5")
     parts = [WeightedAdapter(a, "A", 0.8, 9.0, blocks), WeightedAdapter(b, "B", -2.0, 0.3)]
     for method in ("sum", "svd", "orthogonal"):
         found = merge(parts, settings(method)).adapter.vectors
@@ -363,7 +363,7 @@ def test_a_result_is_a_file_that_says_what_it_is(method: str, tmp_path: Path) ->
     kinds = ("LoRA", "LoHa", "full difference")
     a, b, c = (adapter_of({CONV_NAME: tensors_of(kind, WEIGHTS["conv 3×3"], n)}) for n, kind in enumerate(kinds))
     parts = [
-        WeightedAdapter(a, "first", 0.5, 0.25, read_block_weights("conv1=2")),
+        WeightedAdapter(a, "first", 0.5, 0.25, parse_block_weights("conv1=2")),
         WeightedAdapter(b, "second"),
         WeightedAdapter(c, "third"),
     ]
@@ -495,7 +495,7 @@ def test_what_is_kept_is_as_defined(method: str) -> None:
     assert module.lost == pytest.approx(lost, abs=1e-4)
 
 
-def reported(method: str = "svd", **values: Any) -> Merged:
+def reported(method: str = "svd", **values: Any) -> MergeResult:
     """A merge of two adapters with modules in common and modules of their own."""
     a = by_part()
     b = adapter_of({name: lora(6, 5, 3, 7 + n) for n, name in enumerate([*list(a.layers)[:3], "lora_unet_conv_out"])})
@@ -727,7 +727,7 @@ def test_a_weight_of_another_shape_is_refused(kind: str) -> None:
 def test_block_weights_that_fit_nothing_are_refused(pattern: str) -> None:
     parts = [
         WeightedAdapter(by_part(), "dog"),
-        WeightedAdapter(by_part(), "cat", 1.0, 1.0, read_block_weights(f"proj=1 {pattern}=0.5")),
+        WeightedAdapter(by_part(), "cat", 1.0, 1.0, parse_block_weights(f"proj=1 {pattern}=0.5")),
     ]
     with refused(SettingsError, f"'{pattern}'", "cat"):
         merge(parts, settings("sum"))
@@ -736,7 +736,7 @@ def test_block_weights_that_fit_nothing_are_refused(pattern: str) -> None:
 @pytest.mark.parametrize("entry", ["down_blocks", "=0.5", "down_blocks=", "down=half", "down=nan", "down=inf", "(=1"])
 def test_block_weights_that_are_none_are_refused(entry: str) -> None:
     with pytest.raises(ValueError, match=re.escape(entry)):
-        read_block_weights(f"up_blocks=1 {entry}")
+        parse_block_weights(f"up_blocks=1 {entry}")
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
@@ -803,4 +803,4 @@ def test_the_command_refuses_a_size_of_what_is_exact(name: str, method: str) -> 
 
 def test_a_dense_change_stays_a_difference_in_a_sum() -> None:
     a, b = single("full difference", WEIGHTS["linear"]), single("LoRA", WEIGHTS["linear"])
-    assert isinstance(merged(a, b).adapter.layers[NAME], DifferenceLayer)
+    assert isinstance(merged(a, b).adapter.layers[NAME], FullLayer)

@@ -28,9 +28,9 @@ from adapter_maths import (
     total,
 )
 from pack.trainer.adapters.kohya import Adapter
-from pack.trainer.adapters.layers import DifferenceLayer, LoraLayer
+from pack.trainer.adapters.layers import FullLayer, LoraLayer
 from pack.trainer.merging.deltas import Delta, Truncation, nearest_lora, truncate
-from pack.trainer.merging.merge import Merged
+from pack.trainer.merging.merge import MergeResult
 from pack.trainer.merging.methods import METHODS, MergeOptions, column_scaled
 from peft.utils import merge_utils
 from torch import Tensor
@@ -39,7 +39,7 @@ CASES = [pytest.param(kind, weight, id=f"{kind}, {weight}") for weight in WEIGHT
 DENSE = ("ties", "dare", "dare-ties", "prune")
 
 
-def sole(result: Merged, shape: Shape) -> Tensor:
+def sole(result: MergeResult, shape: Shape) -> Tensor:
     return added(result.adapter.layers[NAME], shape)
 
 
@@ -57,7 +57,7 @@ def with_spectrum(shape: Shape, values: Tensor) -> Adapter:
     """A full difference with these singular values."""
     rows, columns = shape[0], math.prod(shape[1:])
     matrix = orthonormal(rows, len(values), 1) * values.double() @ orthonormal(columns, len(values), 2).T
-    return Adapter({NAME: DifferenceLayer(matrix.float().reshape(shape))})
+    return Adapter({NAME: FullLayer(matrix.float().reshape(shape))})
 
 
 # svd
@@ -249,7 +249,7 @@ def test_the_rank_of_what_has_one_is_found(kind: str, shape: Shape) -> None:
     small = single("LoRA", shape, 1, 3)
     inputs: list[Adapter | tuple[Adapter, float]] = [small, (small, 2.0), (small, -0.5)]
     if kind == "full difference":
-        inputs = [Adapter({NAME: DifferenceLayer(small.layers[NAME].delta())})]
+        inputs = [Adapter({NAME: FullLayer(small.layers[NAME].delta())})]
     layer = merged(*inputs, method="svd").adapter.layers[NAME]
     assert layer.rank == 3
 
@@ -265,7 +265,7 @@ def test_nothing_is_left_of_an_adapter_minus_itself() -> None:
 def test_the_nearest_lora_is_the_method_svd() -> None:
     change = torch.randn(30, 40, generator=torch.Generator().manual_seed(1))
     one = nearest_lora(change, 5)
-    other = merged(Adapter({NAME: DifferenceLayer(change)}), method="svd", rank=5).adapter.layers[NAME]
+    other = merged(Adapter({NAME: FullLayer(change)}), method="svd", rank=5).adapter.layers[NAME]
     assert error(added(one, (30, 40)), added(other, (30, 40))) < 1e-6
 
 

@@ -35,7 +35,7 @@ from merge_worlds import (
     state_dict,
     weights_of,
 )
-from pack.trainer.adapters.diffusers_format import diffusers_state_dict, with_own_names, write_diffusers
+from pack.trainer.adapters.diffusers_format import diffusers_state_dict, to_kohya_format, write_diffusers
 from pack.trainer.adapters.kohya import Adapter, file_hashes, read_adapter, read_header
 from pack.trainer.adapters.layers import LoraLayer
 from pack.trainer.adapters.names import named_weights
@@ -52,8 +52,8 @@ from pack.trainer.settings.merge import (
     ExtractCommand,
     ExtractSettings,
     FuseCommand,
-    ReductionSettings,
     ResizeCommand,
+    TruncationSettings,
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -765,7 +765,7 @@ def test_resizing_is_the_truncated_decomposition(limits: dict[str, Any]) -> None
         "lora_unet_down_blocks_0_resnets_0_conv_shortcut": (12, 20, 1, 1),
     }
     adapter = adapter_of({name: tensors_of("LoRA", shape, 3, rank=8) for name, shape in shapes.items()})
-    result = resize(WeightedAdapter(adapter, "a"), ReductionSettings.checked(limits)).adapter
+    result = resize(WeightedAdapter(adapter, "a"), TruncationSettings.checked(limits)).adapter
     asked = {"rank": 32, "energy": 1.0, "ratio": 0.0, **limits}
     for name, shape in shapes.items():
         before, after = adapter.layers[name], result.layers[name]
@@ -796,7 +796,7 @@ def test_any_kind_becomes_a_lora(kind: str, bases: dict[str, BaseWeights], tmp_p
         with pytest.raises(AdapterError) as raised:
             run_resize(ResizeCommand(**values, rank=0), Recorder())
         named_error(raised.value, kind, "in", "lora_unet")
-        assert "--base" in raised.value.remedy
+        assert "--base" in raised.value.remedy_in(lambda setting, value: f"--{setting}")
         file = tmp_path / "base" / "sd15.safetensors"
         values["base"] = checkpoint(file.parent, "sd15")
     path, told = run_resize(ResizeCommand(**values, rank=0), Recorder())
@@ -818,9 +818,9 @@ def test_tools_keep_the_names_of_smaller_sdxls(size: str, tmp_path: Path) -> Non
     save_file(sdxl_state_dict(SDXL_SHAPES[size]), path)
     base = open_base(path, TOKENIZER)
     adapter = random_adapter(base, pattern=r"^lora_unet_(input|middle|output)")
-    result = resize(WeightedAdapter(adapter, "a"), ReductionSettings(rank=0)).adapter
+    result = resize(WeightedAdapter(adapter, "a"), TruncationSettings(rank=0)).adapter
     assert set(result.layers) == set(adapter.layers)
-    assert set(with_own_names(adapter).layers) == set(adapter.layers)
+    assert set(to_kohya_format(adapter).layers) == set(adapter.layers)
     weights = weights_of(base)
     assert same(deltas(result, weights), deltas(adapter, weights)) < 1e-4
 

@@ -29,12 +29,12 @@ from pack.trainer.adapters.names import modules_by_name, named_weights
 from pack.trainer.core.errors import AdapterError, CancelledError, SettingsError, TrainerError
 from pack.trainer.core.events import Phase, Step
 from pack.trainer.core.seeding import generator
-from pack.trainer.merging.merge import Merged, WeightedAdapter
+from pack.trainer.merging.merge import MergeResult, WeightedAdapter
 from pack.trainer.merging.ziplora import learned_merge
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import GenerationConfig, denoise, starting_noise
-from pack.trainer.settings.merge import BlockWeight, LearnedMergeSettings, read_block_weights
+from pack.trainer.settings.merge import BlockWeight, LearnedMergeSettings, parse_block_weights
 from torch import Tensor
 from torch.func import functional_call
 from worlds import TOKENIZER, lent_tensors
@@ -77,7 +77,7 @@ def pair(base: BaseWeights) -> tuple[WeightedAdapter, WeightedAdapter]:
 
 def learned(
     base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter], listener: Any = None, **changes: Any
-) -> Merged:
+) -> MergeResult:
     settings = LearnedMergeSettings.checked({**QUICK, **changes})
     return learned_merge(base, *pair, settings, CPU, listener or Recorder())
 
@@ -180,7 +180,7 @@ def test_it_goes_on_learning_from_the_same_start(
     learned(base, pair, long, steps=3)
     assert long.losses[:1] == short.losses
     assert [event.step for event in long.events if isinstance(event, Step)] == [1, 2, 3]
-    assert {event.name for event in long.events if isinstance(event, Phase)} == {"drawing", "merging"}
+    assert {event.name for event in long.events if isinstance(event, Phase)} == {"generating", "merging"}
 
 
 def test_recomputing_activations_changes_nothing(
@@ -425,7 +425,7 @@ def test_any_kind_of_adapter(kind: str, base: BaseWeights) -> None:
 def test_block_weights_hold_in_the_unet_and_beside_text_encoders(
     base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
 ) -> None:
-    blocks: list[BlockWeight] = read_block_weights("mid_block=0.5")
+    blocks: list[BlockWeight] = parse_block_weights("mid_block=0.5")
     with_blocks = (replace(pair[0], blocks=blocks), pair[1])
     actual = deltas(learned(base, with_blocks, learning_rate=1e-9, steps=1).adapter, weights_of(base))
     name = "lora_unet_mid_block_resnets_0_conv1"

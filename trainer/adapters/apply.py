@@ -1,4 +1,4 @@
-"""Adapters added to weights: of a built model, for drawing, or of a base model, for training on top."""
+"""Adapters added to weights: of a built model, to generate with it, or of a base model, to train on top."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ..models.families.base import BaseWeights, Component, DiffusionModel, Famil
 from ..models.open import checked
 from .kohya import Adapter
 from .layers import Layer, fits
-from .names import Adaptable, canonical_path, modules_by_name, networks, parametrized_by_name
+from .names import Adaptable, canonical_path, modules_by_name, networks, parametrized_modules_by_name
+from .prefixes import UNET
 
 logger = logging.getLogger("dreambooth_lora")
 
@@ -33,7 +34,6 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
     """
     _require_family(model.family, adapter.metadata)
     modules = modules_by_name(model)
-    places = parametrized_by_name(model) if adapter.vectors else {}
     unknown = [name for name in adapter.layers if name not in modules]
     if unknown and len(unknown) == len(adapter.layers):
         raise AdapterError(
@@ -48,26 +48,29 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
             len(adapter.layers),
             unknown[0],
         )
-    fitting = [(name, modules[name]) for name in adapter.layers if name in modules]
-    for name, module in fitting:  # all are looked at before the first is changed
-        _require_shape(name, adapter.layers[name], module)
-    for name, module in fitting:
-        weight = module.weight.detach()
-        change = adapter.layers[name].delta(weight).to(weight.device).reshape(weight.shape)
-        module.weight = nn.Parameter((weight.float() + strength * change).to(weight.dtype), requires_grad=False)
-    for name, vector in adapter.vectors.items():
-        _add_vector(places.get(name.rpartition(".")[0]), name, vector, strength)
+    known = {name: layer for name, layer in adapter.layers.items() if name in modules}
+    for name, layer in known.items():  # all are checked before the first is added
+        _require_shape(name, layer, modules[name])
+    for name, layer in known.items():
+        weight = modules[name].weight.detach()
+        delta = layer.delta(weight).to(weight.device).reshape(weight.shape)
+        merged = (weight.float() + strength * delta).to(weight.dtype)
+        modules[name].weight = nn.Parameter(merged, requires_grad=False)
+    if adapter.vectors:
+        parametrized_modules = parametrized_modules_by_name(model)
+        for key, vector in adapter.vectors.items():
+            _add_vector(parametrized_modules.get(key.rpartition(".")[0]), key, vector, strength)
 
 
-def _add_vector(module: nn.Module | None, name: str, vector: torch.Tensor, strength: float) -> None:
+def _add_vector(module: nn.Module | None, key: str, vector: torch.Tensor, strength: float) -> None:
     """Add to a bias, or to the weight of a norm; one that the model does not have is left out with a warning."""
-    kind = "bias" if name.endswith(".diff_b") else "weight"
-    parameter = getattr(module, kind, None)
+    parameter_name = "bias" if key.endswith(".diff_b") else "weight"
+    parameter = getattr(module, parameter_name, None)
     if parameter is None or parameter.shape != vector.shape:
-        logger.warning("The model has no %s for %s of the adapter; it is left out.", kind, name)
+        logger.warning("The model has no %s for %s of the adapter; it is left out.", parameter_name, key)
         return
-    changed = parameter.detach().float() + strength * vector.to(parameter.device, torch.float32)
-    setattr(module, kind, nn.Parameter(changed.to(parameter.dtype), requires_grad=False))
+    merged = parameter.detach().float() + strength * vector.to(parameter.device, torch.float32)
+    setattr(module, parameter_name, nn.Parameter(merged.to(parameter.dtype), requires_grad=False))
 
 
 def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> BaseWeights:
@@ -86,24 +89,19 @@ def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) 
     before = {component: dict(network.named_parameters()) for component, network in networks(model).items()}
     for adapter, strength in adapters:
         merge_into(model, adapter, strength)
-    changed = {
+    merged = {
         component: {
-            _own_name(component, name): parameter.detach()
+            canonical_path(component, name): parameter.detach()
             for name, parameter in network.named_parameters()
             if parameter is not before[component][name]
         }
         for component, network in networks(model).items()
     }
-    texts = [
-        _with_tensors(component, changed[kind.name])
+    text_encoders = [
+        _with_tensors(component, merged[kind.name])
         for kind, component in zip(base.family.text_encoders, base.text_encoders, strict=True)
     ]
-    return checked(replace(base, unet=_with_tensors(base.unet, changed["unet"]), text_encoders=texts))
-
-
-def _own_name(component: str, parameter: str) -> str:
-    path, _, kind = parameter.rpartition(".")
-    return f"{canonical_path(component, path)}.{kind}"
+    return checked(replace(base, unet=_with_tensors(base.unet, merged[UNET]), text_encoders=text_encoders))
 
 
 def _with_tensors(component: Component, tensors: Mapping[str, torch.Tensor]) -> Component:
@@ -111,16 +109,17 @@ def _with_tensors(component: Component, tensors: Mapping[str, torch.Tensor]) -> 
 
 
 def _require_family(family: Family, metadata: Mapping[str, str]) -> None:
-    """Refuse an adapter that says it was made for another family, in Stability's words or in kohya's."""
+    """Refuse an adapter whose metadata name another family, by Stability's key or else by kohya's."""
     architecture = metadata.get("modelspec.architecture", "").split("/")[0]
     version = metadata.get("ss_base_model_version", "")
     predictions = [Prediction(kind) for kind in ("epsilon", "v_prediction")]
-    foreign = architecture not in [family.architecture(one) for one in predictions]
-    known_versions = tuple(known.adapter_marks.base_version for known in families.recognizable_families())
-    foreign_version = version.startswith(known_versions) and version not in [
-        family.base_version(one) for one in predictions
-    ]
-    if (architecture and foreign) or (not architecture and foreign_version):
+    if architecture:
+        is_foreign = architecture not in [family.architecture(prediction) for prediction in predictions]
+    else:
+        known_versions = tuple(known.adapter_marks.base_version for known in families.recognizable_families())
+        own_versions = [family.base_version(prediction) for prediction in predictions]
+        is_foreign = version.startswith(known_versions) and version not in own_versions
+    if is_foreign:
         raise AdapterError(
             f"The adapter was made for {architecture or version}, but the base model is {family.title}.",
             "Use a base model of the adapter's family, or an adapter of the base model's family.",

@@ -1,4 +1,4 @@
-"""Adapters under the names of diffusers and PEFT."""
+"""Adapter files converted: to kohya's naming for the family, and to the format of diffusers and PEFT."""
 
 from __future__ import annotations
 
@@ -10,30 +10,34 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.errors import AdapterError
+from ..core.errors import AdapterError, suggest
 from ..core.files import write_atomic
 from ..models.clip_names import without_text_tower
-from .kohya import Adapter
+from .kohya import PEFT_MAGNITUDE, Adapter
 from .layers import Layer, LoraLayer
 from .layers.base import balanced
-from .metadata import without_run
+from .metadata import without_run_keys
 from .names import layers_per_block, module_path, weight_shape, with_kohya_names
+from .prefixes import UNET
 
-_OF_ANOTHER_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "peft_config")
-_MAGNITUDE = "lora_magnitude_vector"
+_KEYS_OF_SOURCE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "peft_config")
+_RESIZE_REMEDY = (
+    f"Make a plain LoRA of it first by resizing it, or keep it in kohya's format ({suggest('format', 'kohya')})."
+)
 
 
-def with_own_names(adapter: Adapter) -> Adapter:
-    """The adapter under kohya's names of its family, with the kernel of every convolution told."""
+def to_kohya_format(adapter: Adapter) -> Adapter:
+    """The adapter under kohya's names for its family, every convolution's factors in the shape of its kernel."""
     [named] = with_kohya_names([adapter])
     layers = {}
     for name, layer in named.layers.items():
         if isinstance(layer, LoraLayer) and layer.mid is None:
             shape = weight_shape(name, [layer], None)
             down = layer.down.reshape(layer.rank, *shape[1:])
-            layer = replace(layer, down=down, up=layer.up.reshape(shape[0], layer.rank, *[1] * (len(shape) - 2)))
+            up = layer.up.reshape(shape[0], layer.rank, *[1] * (len(shape) - 2))
+            layer = replace(layer, down=down, up=up)
         layers[name] = layer
-    return replace(named, layers=layers, metadata=without_run(named.metadata))
+    return replace(named, layers=layers, metadata=without_run_keys(named.metadata))
 
 
 def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -49,50 +53,47 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
     if adapter.vectors:
         raise AdapterError(
             f"The adapter also changes biases or norms ({next(iter(adapter.vectors))}), which diffusers can't load.",
-            "Keep it in kohya's format.",
+            f"Keep it in kohya's format ({suggest('format', 'kohya')}).",
         )
     tensors: dict[str, Tensor] = {}
-    layers = with_own_names(adapter).layers
+    layers = to_kohya_format(adapter).layers
     per_block = layers_per_block(layers)
     for name, layer in layers.items():
         if not isinstance(layer, LoraLayer) or layer.mid is not None:
-            raise AdapterError(
-                f"{name} is of the kind {layer.kind}{', with a core' if isinstance(layer, LoraLayer) else ''}, which "
-                "diffusers' format does not have.",
-                "Make a plain LoRA of it first: python -m trainer resize.",
-            )
-        place = str(module_path(name, per_block))
-        scaled = layer.up.float().flatten(1) * (layer.alpha / layer.rank)
-        up, down = balanced(scaled, layer.down.float().flatten(1))
-        tensors[f"{place}.lora_A.weight"] = down.reshape(layer.down.shape).to(dtype).contiguous()
-        tensors[f"{place}.lora_B.weight"] = up.reshape(layer.up.shape).to(dtype).contiguous()
+            kind = f"{layer.kind}, with a core" if isinstance(layer, LoraLayer) else layer.kind
+            raise AdapterError(f"{name} is of the kind {kind}, which diffusers' format does not have.", _RESIZE_REMEDY)
+        path = module_path(name, per_block)
+        scaled_up = layer.up.float().flatten(1) * (layer.alpha / layer.rank)
+        up, down = balanced(scaled_up, layer.down.float().flatten(1))
+        tensors[f"{path}.lora_A.weight"] = down.reshape(layer.down.shape).to(dtype).contiguous()
+        tensors[f"{path}.lora_B.weight"] = up.reshape(layer.up.shape).to(dtype).contiguous()
         if layer.dora_scale is not None:
-            ending = "" if place.startswith("unet.") else ".weight"  # transformers 5 completes no short names
-            tensors[f"{place}.{_MAGNITUDE}{ending}"] = _magnitude(layer.dora_scale, name)
-    _require_dora_of_all(layers)
+            ending = "" if path.component == UNET else ".weight"  # transformers 5 completes no short names
+            tensors[f"{path}.{PEFT_MAGNITUDE}{ending}"] = _peft_magnitude(layer.dora_scale, name)
+    _require_uniform_dora(layers)
     return tensors
 
 
-def _require_dora_of_all(layers: Mapping[str, Layer]) -> None:
-    """PEFT has DoRA for all modules of a network or for none."""
-    kinds: dict[str, dict[str, str]] = {}
+def _require_uniform_dora(layers: Mapping[str, Layer]) -> None:
+    """Refuse a network with DoRA for some modules only: PEFT's configuration has it for all or for none."""
+    examples: dict[str, dict[str, str]] = {}  # component → kind → name of such a module
     for name, layer in layers.items():
-        kinds.setdefault(module_path(name).component, {})[layer.kind] = name
-    for component, names in kinds.items():
+        examples.setdefault(module_path(name).component, {})[layer.kind] = name
+    for component, names in examples.items():
         if len(names) > 1:
             raise AdapterError(
                 f"{names['DoRA']} is a DoRA and {names['LoRA']} of the same {component} is none, which diffusers' "
-                "format can't tell.",
-                "Make a plain LoRA of it first: python -m trainer resize.",
+                "format does not have.",
+                _RESIZE_REMEDY,
             )
 
 
-def _magnitude(scale: Tensor, name: str) -> Tensor:
-    """DoRA's lengths as PEFT holds them: (out,) of a matrix, (1, out, 1, 1) of a convolution."""
+def _peft_magnitude(scale: Tensor, name: str) -> Tensor:
+    """DoRA's magnitudes as PEFT holds them: (out,) of a matrix, (1, out, 1, 1) of a convolution."""
     if scale.shape[0] == 1 and scale.numel() > 1:
         raise AdapterError(
-            f"{name} is a DoRA with a length for each input, which diffusers' format does not have.",
-            "Make a plain LoRA of it first: python -m trainer resize.",
+            f"{name} is a DoRA with a magnitude for each input, which diffusers' format does not have.",
+            _RESIZE_REMEDY,
         )
     flat = scale.float().flatten().contiguous()
     return flat if scale.ndim < 4 else flat[None, :, None, None]
@@ -108,31 +109,31 @@ def write_diffusers(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     from safetensors.torch import save
 
     tensors = diffusers_state_dict(adapter, dtype)
-    metadata = {name: value for name, value in adapter.metadata.items() if name not in _OF_ANOTHER_FILE}
-    metadata |= {"format": "pt", "lora_adapter_metadata": json.dumps(_configs(tensors))}
+    metadata = {key: value for key, value in adapter.metadata.items() if key not in _KEYS_OF_SOURCE_FILE}
+    metadata |= {"format": "pt", "lora_adapter_metadata": json.dumps(_peft_configs(tensors))}
     write_atomic(path, save(tensors, metadata))
 
 
-def _configs(tensors: Mapping[str, Tensor]) -> dict[str, object]:
+def _peft_configs(tensors: Mapping[str, Tensor]) -> dict[str, object]:
     """PEFT's configuration of each component, as diffusers writes it into the header: alpha is the rank everywhere."""
-    ranks: dict[str, dict[str, int]] = {}
-    dora = {name.partition(".")[0] for name in tensors if _MAGNITUDE in name}
-    for name, tensor in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            component, _, path = name.removesuffix(".lora_A.weight").partition(".")
-            path = without_text_tower(path)  # a level that transformers 5 lacks; ends of paths count, too
+    ranks: dict[str, dict[str, int]] = {}  # component → path → rank
+    for key, tensor in tensors.items():
+        if key.endswith(".lora_A.weight"):
+            component, _, path = key.removesuffix(".lora_A.weight").partition(".")
+            path = without_text_tower(path)  # PEFT compares the ends of paths, so this fits either transformers
             ranks.setdefault(component, {})[path] = tensor.shape[0]
-    found: dict[str, object] = {}
-    for component, by_path in ranks.items():
-        usual = max(set(by_path.values()), key=list(by_path.values()).count)
-        others = {path: rank for path, rank in by_path.items() if rank != usual}
+    dora_components = {key.partition(".")[0] for key in tensors if PEFT_MAGNITUDE in key}
+    configs: dict[str, object] = {}
+    for component, rank_by_path in ranks.items():
+        usual_rank = max(set(rank_by_path.values()), key=list(rank_by_path.values()).count)
+        other_ranks = {path: rank for path, rank in rank_by_path.items() if rank != usual_rank}
         config = {
-            "r": usual,
-            "lora_alpha": usual,
-            "rank_pattern": others,
-            "alpha_pattern": others,
-            "target_modules": sorted(by_path),
-            "use_dora": component in dora,
+            "r": usual_rank,
+            "lora_alpha": usual_rank,
+            "rank_pattern": other_ranks,
+            "alpha_pattern": other_ranks,
+            "target_modules": sorted(rank_by_path),
+            "use_dora": component in dora_components,
         }
-        found |= {f"{component}.{name}": value for name, value in config.items()}
-    return found
+        configs |= {f"{component}.{name}": value for name, value in config.items()}
+    return configs

@@ -1,8 +1,8 @@
-"""The kohya adapter file: module names, tensors, hashes, reading and atomic writing.
+"""Adapter files: read in the naming of any program, written in kohya's, with the hashes that others look up.
 
 A module `down_blocks.0.attentions.0.proj_in` of the UNet is named `lora_unet_down_blocks_0_attentions_0_proj_in`;
 its tensors are `<name>.lora_down.weight` (rank, in[, k, k]), `<name>.lora_up.weight` (out, rank[, 1, 1]) and
-`<name>.alpha` (0-D). `layers` knows the other kinds and what each adds to the module's weight.
+`<name>.alpha` (0-D). `layers` holds the other kinds and what each adds to the module's weight.
 
 Source: networks/lora.py of kohya-ss/sd-scripts; files of LyCORIS, diffusers, PEFT and ComfyUI are read, too.
 """
@@ -27,10 +27,12 @@ from torch import Tensor
 from ..core.errors import AdapterError
 from ..core.files import file_written_atomically, save_tensors
 from ..models.clip_names import TEXT_TOWER, with_text_tower
-from .layers import FullLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
+from .layers import DORA_SCALE, FullLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
+from .layers.base import DAMAGED_FILE_REMEDY
 from .prefixes import KOHYA_UNET_PREFIX, UNET, component_of, neutral_prefix, text_encoder_names
 
 __all__ = [
+    "PEFT_MAGNITUDE",
     "Adapter",
     "LoraLayer",
     "file_hashes",
@@ -43,15 +45,24 @@ __all__ = [
 
 logger = logging.getLogger("dreambooth_lora")
 
-_OTHER_KINDS = {
+_UNREADABLE_KINDS = {
     re.compile(r"\.(oft_diag|oft_[Rr](\..*)?)$"): "OFT as PEFT writes it",
     re.compile(r"\.a1\.weight$"): "GLoRA",
     re.compile(r"\.set_weight$"): "weights to be set",
 }
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # starts of PEFT that take something off the base
+_INITS_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of PEFT: they subtract from the base
+PEFT_MAGNITUDE = "lora_magnitude_vector"
+_LYCORIS = rf"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|{DORA_SCALE}|oft_blocks|rescale|diff"
+_VECTORS = {"diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
+_SUFFIX = rf"(lora_(?:down|up|mid)\.weight|{_LYCORIS}|alpha|diff_b|w_norm|b_norm)"
+_KOHYA_KEY = re.compile(rf"^(lora_(?:unet|te\d?)_|lycoris_|oft_unet_)([^.]+)\.{_SUFFIX}$")
+_COMFYUI_KEY = re.compile(rf"^diffusion_model\.(.+)\.{_SUFFIX}$")
+_DIFFUSERS_KEY = re.compile(
+    r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight"
+    rf"|\.({_LYCORIS}|alpha|diff_b|w_norm|b_norm)(?:\.default)?|\.({PEFT_MAGNITUDE})(?:\.default)?(?:\.weight)?)$"
+)
 _CHUNK = 2**24
 _UNKNOWN = ("?" * 64, "!" * 8)  # hashes that are yet to be computed
-_BROKEN = "Download or copy the adapter file again, or choose another."
 
 
 @dataclass(frozen=True)
@@ -78,15 +89,16 @@ class Adapter:
 
         Args:
             dtype: Type of the matrices, None for each one's own. Alphas are float32; with a type given, so are DoRA's
-                scales, which are as large as the weights that they scale: half precision would blur what was learnt.
+                scales, which are as large as the weights that they scale: half precision would blur what was learned.
         """
         tensors: dict[str, Tensor] = {}
         for name in sorted(self.layers):
-            for part, tensor in self.layers[name].tensors().items():
-                wanted = torch.float32 if dtype and part == "dora_scale" else dtype or tensor.dtype
-                tensors[f"{name}.{part}"] = tensor.detach().to("cpu", wanted).contiguous()
-            if not isinstance(self.layers[name], FullLayer):
-                tensors[f"{name}.alpha"] = torch.tensor(float(self.layers[name].alpha))
+            layer = self.layers[name]
+            for suffix, tensor in layer.tensors().items():
+                file_dtype = torch.float32 if dtype and suffix == DORA_SCALE else dtype or tensor.dtype
+                tensors[f"{name}.{suffix}"] = tensor.detach().to("cpu", file_dtype).contiguous()
+            if not isinstance(layer, FullLayer):
+                tensors[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
         vectors = {name: self.vectors[name].detach().to("cpu", dtype).contiguous() for name in sorted(self.vectors)}
         return tensors | vectors
 
@@ -103,10 +115,10 @@ def module_name(component: str, path: str) -> str:
 
 
 def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
-    """Read an adapter from named tensors in kohya's, LyCORIS's, diffusers', PEFT's or ComfyUI's naming.
+    """Read an adapter from tensors in kohya's, LyCORIS's, diffusers', PEFT's or ComfyUI's naming.
 
     Args:
-        tensors: Names and tensors, as they stand in a file or on a LORA_MODEL wire.
+        tensors: Key → tensor, as a file or a LORA_MODEL wire has them.
         metadata: The file's metadata.
 
     Raises:
@@ -114,105 +126,104 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
     """
     _require_lora(tensors)
     metadata = dict(metadata or {})
-    alphas = _Alphas(metadata)
-    parts: dict[str, dict[str, Tensor]] = {}
+    alphas = _MetadataAlphas(metadata)
+    tensors_by_module: dict[str, dict[str, Tensor]] = {}
     paths: dict[str, str] = {}
-    left_out, vectors = [], {}
+    vectors: dict[str, Tensor] = {}
+    unknown_keys = []
     for key, tensor in tensors.items():
-        split = _split_key(key)
-        if split is None:
-            left_out.append(key)
+        parsed = _parse_key(key)
+        if parsed is None:
+            unknown_keys.append(key)
             continue
-        if split.part in _VECTORS and tensor.ndim == 1:
-            vectors[f"{split.module}.{_VECTORS[split.part]}"] = _finite(tensor, key)
+        if parsed.suffix in _VECTORS and tensor.ndim == 1:
+            vectors[f"{parsed.module}.{_VECTORS[parsed.suffix]}"] = _require_finite(tensor, key)
             continue
-        if split.part == _MAGNITUDE:
-            parts.setdefault(split.module, {})["dora_scale"] = _per_output(tensor)
+        module_tensors = tensors_by_module.setdefault(parsed.module, {})
+        if parsed.suffix == PEFT_MAGNITUDE:
+            module_tensors[DORA_SCALE] = _as_dora_scale(tensor)
         else:
-            parts.setdefault(split.module, {})[split.part] = tensor
-        paths[split.module] = split.path
-    if left_out:
+            module_tensors[parsed.suffix] = tensor
+        paths[parsed.module] = parsed.path
+    if unknown_keys:
         logger.warning(
-            "%d tensors of the file are no part of an adapter and are left out: %s", len(left_out), left_out[0]
+            "%d tensors of the file are no part of an adapter and are left out: %s", len(unknown_keys), unknown_keys[0]
         )
-    layers = {name: _layer(name, found, alphas, paths[name]) for name, found in parts.items()}
+    layers = {
+        name: _parse_layer(name, module_tensors, alphas, paths[name])
+        for name, module_tensors in tensors_by_module.items()
+    }
     return Adapter(layers, metadata, vectors)
 
 
-def _finite(vector: Tensor, key: str) -> Tensor:
+def _require_finite(vector: Tensor, key: str) -> Tensor:
     if not torch.isfinite(vector.float()).all():
-        raise AdapterError(f"The adapter is damaged: {key} has numbers that are not finite.", _BROKEN)
+        raise AdapterError(f"The adapter is damaged: {key} has numbers that are not finite.", DAMAGED_FILE_REMEDY)
     return vector
 
 
-def _layer(name: str, found: dict[str, Tensor], alphas: _Alphas, path: str) -> Layer:
+def _parse_layer(name: str, tensors: dict[str, Tensor], alphas: _MetadataAlphas, path: str) -> Layer:
     """One module's layer, with the alpha beside its tensors or else that of the metadata.
 
     Raises:
         AdapterError: As `make_layer`, or its alpha is no finite number.
     """
-    given = found.pop("alpha", None)
-    if given is not None and given.numel() != 1:
-        raise AdapterError(f"The adapter is damaged: the alpha of {name} is no number.", _BROKEN)
-    layer = make_layer(name, found, None if given is None else float(given))
-    if given is not None or isinstance(layer, FullLayer | OftLayer):
+    alpha_tensor = tensors.pop("alpha", None)
+    if alpha_tensor is not None and alpha_tensor.numel() != 1:
+        raise AdapterError(f"The adapter is damaged: the alpha of {name} is no number.", DAMAGED_FILE_REMEDY)
+    layer = make_layer(name, tensors, None if alpha_tensor is None else float(alpha_tensor))
+    if alpha_tensor is not None or isinstance(layer, FullLayer | OftLayer):
         return layer
-    alpha = alphas.of(path, name, layer.rank)
+    alpha = alphas.alpha(path, name, layer.rank)
     if not math.isfinite(alpha):
-        raise AdapterError(f"The adapter is damaged: the alpha of {name} is {alpha}.", _BROKEN)
+        raise AdapterError(f"The adapter is damaged: the alpha of {name} is {alpha}.", DAMAGED_FILE_REMEDY)
     if isinstance(layer, LokrLayer) and layer.w1 is not None and layer.is_whole:
-        scale = alphas.scale_of_whole(path, name)
+        scale = alphas.scale_of_whole_lokr(path, name)
         return layer if scale == 1 else replace(layer, w1=layer.w1.float() * scale)
-    return make_layer(name, found, alpha)
+    return make_layer(name, tensors, alpha)
 
 
-def _per_output(magnitude: Tensor) -> Tensor:
+def _as_dora_scale(magnitude: Tensor) -> Tensor:
     """PEFT's DoRA magnitude, (out,) or (1, out, 1, 1) for a convolution, as (out, 1[, 1, 1])."""
     return magnitude.reshape(-1, *[1] * max(magnitude.ndim - 1, 1))
 
 
-_MAGNITUDE = "lora_magnitude_vector"
-_LYCORIS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|dora_scale|oft_blocks|rescale|diff"
-_VECTORS = {"diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
-_PART = rf"(lora_(?:down|up|mid)\.weight|{_LYCORIS}|alpha|diff_b|w_norm|b_norm)"
-_KOHYA_NAME = re.compile(rf"^(lora_(?:unet|te\d?)_|lycoris_|oft_unet_)([^.]+)\.{_PART}$")
-_COMFYUI_NAME = re.compile(rf"^diffusion_model\.(.+)\.{_PART}$")
-_DIFFUSERS_NAME = re.compile(
-    r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight"
-    rf"|\.({_LYCORIS}|alpha|diff_b|w_norm|b_norm)(?:\.default)?|\.({_MAGNITUDE})(?:\.default)?(?:\.weight)?)$"
-)
-
-
 @dataclass(frozen=True)
 class _Key:
-    """What a tensor's name says: kohya's name of the module, the part's name in kohya's file, and the dotted path."""
+    """A tensor's key in a file, parsed.
+
+    Attributes:
+        module: Kohya's name of the module.
+        suffix: What follows it in a kohya file, such as "lora_down.weight"; or `PEFT_MAGNITUDE`.
+        path: The module's dotted path in a file of diffusers or PEFT, else its name.
+    """
 
     module: str
-    part: str
+    suffix: str
     path: str
 
 
-def _split_key(key: str) -> _Key | None:
-    """Read a tensor's name; None if it is no part of a LoRA."""
-    kohya = _KOHYA_NAME.match(key)
+def _parse_key(key: str) -> _Key | None:
+    """Parse a tensor's key; None if it is no part of an adapter."""
+    kohya = _KOHYA_KEY.match(key)
     if kohya:  # lycoris_ is what LyCORIS's own wrapper calls every network; ComfyUI, too, takes it for the UNet
         name = re.sub("^(lycoris|oft_unet)_", KOHYA_UNET_PREFIX, kohya[1]) + kohya[2]  # oft_unet_: kohya's OFT
         return _Key(name, kohya[3], name)
-    host = _COMFYUI_NAME.match(key)
-    if host:
-        return _Key(KOHYA_UNET_PREFIX + host[1].replace(".", "_"), host[2], host[1])
-    other = _DIFFUSERS_NAME.match(key)
-    if not other:
+    comfyui = _COMFYUI_KEY.match(key)
+    if comfyui:
+        return _Key(KOHYA_UNET_PREFIX + comfyui[1].replace(".", "_"), comfyui[2], comfyui[1])
+    diffusers = _DIFFUSERS_KEY.match(key)
+    if not diffusers:
         return None
-    path, matrix, side = other[1], other[2], other[3]
-    if matrix:
-        side = {"A": "down", "B": "up"}[matrix]
-    part = f"lora_{side}.weight" if side else other[4] or other[5]
+    path, letter, side, lycoris, magnitude = diffusers.groups()
+    if letter:
+        side = {"A": "down", "B": "up"}[letter]
+    suffix = f"lora_{side}.weight" if side else lycoris or magnitude
     path = path.removeprefix("base_model.model.")
     component = _component_of_path(path)
     path = path.removeprefix(f"{component}.").replace(".processor.", ".")
     path = re.sub(r"\.to_out$", ".to_out.0", path)
-    return _Key(module_name(component, path), part, path)
+    return _Key(module_name(component, path), suffix, path)
 
 
 def _component_of_path(path: str) -> str:
@@ -223,42 +234,42 @@ def _component_of_path(path: str) -> str:
     return "text_encoder" if path.startswith((TEXT_TOWER, "encoder.layers.")) else UNET
 
 
-class _Alphas:
+class _MetadataAlphas:
     """Alphas that stand in metadata rather than beside the tensors: diffusers' header and PEFT's configuration."""
 
     def __init__(self, metadata: Mapping[str, str]) -> None:
         header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         components = [UNET, *text_encoder_names()]
-        self._configs: dict[str, dict[str, Any]] = {part: _sub_config(header, part) for part in components}
+        self._configs: dict[str, dict[str, Any]] = {name: _sub_config(header, name) for name in components}
         if "peft_config" in metadata:
             self._configs = dict.fromkeys(components, json.loads(metadata["peft_config"]))
         for config in self._configs.values():
-            start = str(config.get("init_lora_weights")).lower()
-            if start.startswith(_CHANGES_BASE):
+            init = str(config.get("init_lora_weights")).lower()
+            if init.startswith(_INITS_CHANGING_BASE):
                 raise AdapterError(
-                    f"The adapter belongs to weights that PEFT changed before training (init_lora_weights {start}).",
+                    f"The adapter belongs to weights that PEFT changed before training (init_lora_weights {init}).",
                     "Save it again with PEFT's path_initial_model_for_weight_conversion.",
                 )
 
-    def of(self, path: str, name: str, rank: int) -> float:
-        """The alpha of a module, by its dotted path, as PEFT finds it."""
+    def alpha(self, path: str, name: str, rank: int) -> float:
+        """The alpha of a module, by its dotted path as PEFT finds it, and its kohya name."""
         config = self._config(name)
-        default = config.get("lora_alpha") or config.get("alpha") or rank  # a LoHa's and a LoKr's is named "alpha"
-        alpha = _of_module(config.get("alpha_pattern"), path, default)
+        default = config.get("lora_alpha") or config.get("alpha") or rank  # "alpha" for LoHa and LoKr
+        alpha = _value_for_path(config.get("alpha_pattern"), path, default)
         return alpha * rank**0.5 if config.get("use_rslora") else alpha
 
-    def scale_of_whole(self, path: str, name: str) -> float:
+    def scale_of_whole_lokr(self, path: str, name: str) -> float:
         """The scale of a LoKr with whole factors: PEFT scales it, too, by its configuration's alpha / rank."""
         config = self._config(name)
-        rank = _of_module(config.get("rank_pattern"), path, config.get("r") or 1)
+        rank = _value_for_path(config.get("rank_pattern"), path, config.get("r") or 1)
         default = config.get("alpha") or rank
-        return _of_module(config.get("alpha_pattern"), path, default) / rank
+        return _value_for_path(config.get("alpha_pattern"), path, default) / rank
 
     def _config(self, name: str) -> dict[str, Any]:
         return self._configs.get(component_of(name), self._configs[UNET])
 
 
-def _of_module(patterns: Mapping[str, Any] | None, path: str, default: Any) -> float:
+def _value_for_path(patterns: Mapping[str, Any] | None, path: str, default: Any) -> float:
     """The value of the first pattern that a module's path ends with, as PEFT compares them."""
     for pattern, value in (patterns or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", path):
@@ -267,12 +278,12 @@ def _of_module(patterns: Mapping[str, Any] | None, path: str, default: Any) -> f
 
 
 def _sub_config(header: Mapping[str, Any], component: str) -> dict[str, Any]:
-    start = f"{component}."
-    return {key.removeprefix(start): value for key, value in header.items() if key.startswith(start)}
+    prefix = f"{component}."
+    return {key.removeprefix(prefix): value for key, value in header.items() if key.startswith(prefix)}
 
 
 def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Tensor names and metadata of a safetensors file, without reading its tensors.
+    """Keys of the tensors and metadata of a safetensors file, without reading its tensors.
 
     Raises:
         ValueError: It is no whole safetensors file.
@@ -284,7 +295,8 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
         if not 2 <= length <= size - 8:
             raise ValueError("no safetensors header")
         header = json.loads(file.read(length))
-    return [name for name in header if name != "__metadata__"], header.get("__metadata__") or {}
+    keys = [key for key in header if key != "__metadata__"]
+    return keys, header.get("__metadata__") or {}
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -296,15 +308,15 @@ def read_adapter(path: Path) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    extra: dict[str, str] = {}
+    peft_config: dict[str, str] = {}
     try:
         if path.is_dir():
-            extra["peft_config"] = (path / "adapter_config.json").read_text(encoding="utf-8")
+            peft_config["peft_config"] = (path / "adapter_config.json").read_text(encoding="utf-8")
             path = path / "adapter_model.safetensors"
-        names, metadata = read_header(path)
-        _require_lora(names)  # before gigabytes are read that are none
+        keys, metadata = read_header(path)
+        _require_lora(keys)  # before gigabytes are read in vain
         tensors = load(path.read_bytes())  # not memory-mapped: Windows could not replace the file while it is in use
-        return parse_adapter(tensors, {**metadata, **extra})
+        return parse_adapter(tensors, metadata | peft_config)
     except (OSError, SafetensorError, ValueError) as error:
         raise AdapterError(
             f"The adapter {path} can't be read: {error}.", "Check the path; the file must be a whole .safetensors file."
@@ -313,19 +325,19 @@ def read_adapter(path: Path) -> Adapter:
         raise AdapterError(f"{path.name}: {error.problem}", error.remedy) from None
 
 
-def _require_lora(names: Collection[str]) -> None:
-    """Refuse tensors that are no LoRA, by their names.
+def _require_lora(keys: Collection[str]) -> None:
+    """Refuse tensors that are no adapter, by their keys.
 
     Raises:
         AdapterError: A kind that can't be read yet, or nothing of a LoRA.
     """
-    for mark, kind in _OTHER_KINDS.items():
-        if any(mark.search(name) for name in names):
+    for pattern, kind in _UNREADABLE_KINDS.items():
+        if any(pattern.search(key) for key in keys):
             raise AdapterError(
                 f"The adapter is of the kind {kind}, which can't be read yet.",
                 "Use a LoRA, LoCon, DoRA, LoHa, LoKr or OFT file, or one with full differences.",
             )
-    if not any(_split_key(name) for name in names):
+    if not any(_parse_key(key) for key in keys):
         raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
 
 
@@ -335,7 +347,7 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     Args:
         path: The file.
         adapter: Its metadata is written along; `sshs_*` and `modelspec.hash_sha256` are computed here.
-        dtype: Type of the tensors in the file.
+        dtype: Of the tensors in the file.
 
     Raises:
         StorageError: The file can't be written.

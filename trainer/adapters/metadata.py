@@ -1,4 +1,4 @@
-"""What an adapter file says of itself: kohya's `ss_*`, Stability's `modelspec.*`, and the whole run configuration."""
+"""Metadata of adapter files: kohya's `ss_*`, Stability's `modelspec.*`, and the whole configuration of the run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FORM_KEY = "dreambooth.form"  # how a run's result is written: precision, alone 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the metadata tells beside the settings.
+    """What the metadata contain beside the settings.
 
     Attributes:
         family: The base model's family.
@@ -31,14 +31,14 @@ class RunFacts:
         base_fingerprint: Digest of its weights.
         run_fingerprint: Digest of everything on which the adapter depends.
         captions: Caption of every subject picture.
-        repeats: How often every subject picture is taken in an epoch.
+        repeats: Of every subject picture, how often it is taken in an epoch.
         class_pictures: Class prompt → number of its pictures.
         precision: Precision of the base model while training.
         started_at: Unix time.
         prediction: What the model predicts.
         clip_skip: Layer of the text encoders that is read; 0: the family's.
-        start: The adapter that the run went on with; its kind, rank and alpha replace the settings'.
-        processes: How many share every step.
+        start: The adapter that the run continued to train; its kind, rank and alpha replace the settings'.
+        processes: Number of processes that share every step.
     """
 
     family: Family
@@ -58,19 +58,16 @@ class RunFacts:
 
 def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> dict[str, str]:
     """Metadata of an adapter after `step` steps; every value is a string."""
-    name, kind, rank, alpha = settings.name, *_shape(settings, facts.start)
-    words = Counter(facts.captions)
-    common = [caption for caption, count in words.items() if count > 1]  # the prompts of one subject or several
-    trigger = ", ".join(common or list(words)[:1])
+    network = _network(settings, facts.start)
     kohya = {
-        "ss_output_name": name,
+        "ss_output_name": settings.name,
         "ss_base_model_version": facts.family.base_version(facts.prediction),
         "ss_sd_model_name": facts.base_title,
         "ss_v2": facts.family.kohya_v2,
-        "ss_network_module": "networks.lora" if kind in ("lora", "full") else "lycoris.kohya",
-        "ss_network_dim": rank,
-        "ss_network_alpha": alpha,
-        "ss_network_args": json.dumps(_network_args(settings, kind)),
+        "ss_network_module": "networks.lora" if network.kind in ("lora", "full") else "lycoris.kohya",
+        "ss_network_dim": network.rank,
+        "ss_network_alpha": network.alpha,
+        "ss_network_args": json.dumps(_network_args(settings, network.kind)),
         "ss_training_started_at": facts.started_at,
         "ss_training_finished_at": time.time(),
         "ss_steps": step,
@@ -101,22 +98,22 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_caption_dropout_rate": settings.caption_dropout,
         "ss_datasets": json.dumps([_dataset(settings, facts)]),
         "ss_dataset_dirs": json.dumps(
-            {f"{count}_{name}" if count > 1 else name: one for count, one in _by_repeats(facts).items()}
+            {_folder_name(settings.name, repeats): subset for repeats, subset in _subsets(facts).items()}
         ),
         "ss_reg_dataset_dirs": json.dumps(
             {prompt: {"n_repeats": 1, "img_count": count} for prompt, count in facts.class_pictures.items()}
         ),
-        "ss_tag_frequency": json.dumps({name: _tags(facts.captions)}),
+        "ss_tag_frequency": json.dumps({settings.name: _tags(facts.captions)}),
         "ss_bucket_info": json.dumps(_buckets(settings, facts)),
     }
     modelspec = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{facts.family.architecture(facts.prediction)}/lora",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": name,
+        "modelspec.title": settings.name,
         "modelspec.resolution": f"{settings.resolution}x{settings.resolution}",
         "modelspec.date": _now(),
-        "modelspec.trigger_phrase": trigger,
+        "modelspec.trigger_phrase": _trigger_phrase(facts.captions),
         "modelspec.prediction_type": {"v_prediction": "v"}.get(facts.prediction.type, facts.prediction.type),
     }
     own = {
@@ -127,13 +124,30 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
     return {key: str(value) for key, value in (kohya | modelspec | own).items()}
 
 
-def _shape(settings: TrainSettings, start: Adapter | None) -> tuple[str, int, float]:
-    """Kind, rank and alpha of what is trained; of an adapter that was gone on with, its commonest."""
-    if start is None:
-        alpha = float(settings.rank) if settings.adapter == "full" else settings.scale * settings.rank
-        return settings.adapter, settings.rank, alpha
-    [(rank, alpha)] = [key for key, _ in Counter((one.rank, one.alpha) for one in start.layers.values()).most_common(1)]
-    return start.kind.lower(), rank, alpha
+@dataclass(frozen=True)
+class _Network:
+    """What kohya's metadata state of the trained network: the setting's name of its kind, rank and alpha."""
+
+    kind: str
+    rank: int
+    alpha: float
+
+
+def _network(settings: TrainSettings, start: Adapter | None) -> _Network:
+    """That of the settings; of an adapter that was trained further, its own, with its commonest rank and alpha."""
+    if start is not None:
+        ranks_and_alphas = Counter((layer.rank, layer.alpha) for layer in start.layers.values())
+        [((rank, alpha), _)] = ranks_and_alphas.most_common(1)
+        return _Network(start.kind.lower(), rank, alpha)
+    alpha = float(settings.rank) if settings.adapter == "full" else settings.scale * settings.rank
+    return _Network(settings.adapter, settings.rank, alpha)
+
+
+def _trigger_phrase(captions: Sequence[str]) -> str:
+    """The captions of several pictures, which are the prompts of one subject or more; else the first caption."""
+    counts = Counter(captions)
+    common = [caption for caption, count in counts.items() if count > 1]
+    return ", ".join(common or list(counts)[:1])
 
 
 def _configuration(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:
@@ -149,8 +163,8 @@ def _configuration(settings: TrainSettings, facts: RunFacts) -> dict[str, object
 
 
 def _network_args(settings: TrainSettings, kind: str) -> dict[str, object]:
-    """What kohya and LyCORIS call network_args, as far as it is set; its values are strings there."""
-    found = {
+    """Kohya's and LyCORIS's network_args, as far as they are set; the values are strings there."""
+    arguments = {
         "algo": {"lora": "", "full": "", "dora": "lora"}.get(kind, kind),
         "dora_wd": "True" if kind == "dora" else "",
         "targets": settings.targets,
@@ -165,11 +179,11 @@ def _network_args(settings: TrainSettings, kind: str) -> dict[str, object]:
         "loraplus_lr_ratio": settings.lora_plus_ratio and str(settings.lora_plus_ratio),
         "rank_stabilized": "True" if settings.rank_stabilized else "",
     }
-    return {name: value for name, value in found.items() if value}
+    return {name: value for name, value in arguments.items() if value}
 
 
 def _form(settings: TrainSettings) -> str:
-    """What of an adapter file does not follow from the run: precision, combined or alone, what was extracted."""
+    """What of an adapter file the run does not determine: its precision, whether it is combined, what is extracted."""
     parts: list[str] = [settings.save_precision]
     if settings.combine:
         parts.append("combined")
@@ -180,32 +194,38 @@ def _form(settings: TrainSettings) -> str:
 
 def _dataset(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:
     """The run's pictures as kohya lists them."""
-    side, count = settings.resolution, sum(facts.repeats)
     return {
         "is_dreambooth": True,
         "batch_size_per_device": settings.batch_size,
-        "num_train_images": count,
+        "num_train_images": sum(facts.repeats),
         "num_reg_images": sum(facts.class_pictures.values()),
-        "resolution": [side, side],
+        "resolution": [settings.resolution, settings.resolution],
         "enable_bucket": settings.aspect_buckets,
         "bucket_info": _buckets(settings, facts),
         "subsets": [
-            {"img_count": one["img_count"], "num_repeats": repeats, "flip_aug": settings.flip, "is_reg": False}
-            for repeats, one in _by_repeats(facts).items()
+            {"img_count": subset["img_count"], "num_repeats": repeats, "flip_aug": settings.flip, "is_reg": False}
+            for repeats, subset in _subsets(facts).items()
         ],
     }
 
 
 def _buckets(settings: TrainSettings, facts: RunFacts) -> dict[str, object] | None:
-    """The one bucket of a run without aspect buckets; how many pictures are in which is not known here else."""
+    """The single bucket of a run without aspect buckets; None with them, since the facts don't contain them."""
     if settings.aspect_buckets:
         return None
     return {"buckets": {"0": {"resolution": [settings.resolution] * 2, "count": sum(facts.repeats)}}}
 
 
-def _by_repeats(facts: RunFacts) -> dict[int, dict[str, int]]:
-    """Repeats → what kohya says of the pictures that have so many."""
-    return {count: {"n_repeats": count, "img_count": pictures} for count, pictures in Counter(facts.repeats).items()}
+def _folder_name(name: str, repeats: int) -> str:
+    """As kohya's folders are named, repeats first."""
+    return f"{repeats}_{name}" if repeats > 1 else name
+
+
+def _subsets(facts: RunFacts) -> dict[int, dict[str, int]]:
+    """Repeats → kohya's entry for the pictures that have as many."""
+    return {
+        repeats: {"n_repeats": repeats, "img_count": pictures} for repeats, pictures in Counter(facts.repeats).items()
+    }
 
 
 def _objective(settings: TrainSettings) -> dict[str, object]:
@@ -229,11 +249,11 @@ def _tags(captions: Sequence[str]) -> dict[str, int]:
     return dict(Counter(tag.strip() for caption in captions for tag in caption.split(",") if tag.strip()))
 
 
-_SHARED = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
+_KEYS_OF_BASE = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "modelspec.prediction_type")
 
 
 def without_run_keys(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata of a changed file, which is no longer the one that a run would find again."""
+    """Metadata without the keys by which a run recognises its own result, for a file that was changed."""
     return {key: value for key, value in metadata.items() if key not in (FINGERPRINT_KEY, FORM_KEY)}
 
 
@@ -241,34 +261,37 @@ def derived_metadata(sources: Sequence[Adapter], titles: Sequence[str], layers: 
     """Metadata of an adapter that was computed from others.
 
     Args:
-        sources: The others; what the first of them says of the family is said of the result, and all that a single one
-            says.
+        sources: The others. The result has what the first of them states of the base model; of a single one it has
+            everything.
         titles: Their names.
         layers: The result's layers.
     """
-    stated = [source.metadata for source in sources]
-    own = without_run_keys(stated[0]) if len(stated) == 1 else {}
-    shared = {key: next((one[key] for one in stated if one.get(key)), "") for key in _SHARED}
-    resolutions = {one["modelspec.resolution"] for one in stated if one.get("modelspec.resolution")}
-    phrases = dict.fromkeys(one.get("modelspec.trigger_phrase", "") for one in stated)
-    models = dict.fromkeys(one.get("ss_sd_model_name", "") for one in stated)
-    ranks, alphas = {layer.rank for layer in layers.values()}, {layer.alpha for layer in layers.values()}
+    all_metadata = [source.metadata for source in sources]
+    kept = without_run_keys(all_metadata[0]) if len(all_metadata) == 1 else {}
+    base_model = {
+        key: next((metadata[key] for metadata in all_metadata if metadata.get(key)), "") for key in _KEYS_OF_BASE
+    }
+    resolutions = {metadata.get("modelspec.resolution", "") for metadata in all_metadata} - {""}
+    phrases = dict.fromkeys(metadata.get("modelspec.trigger_phrase", "") for metadata in all_metadata)
+    models = dict.fromkeys(metadata.get("ss_sd_model_name", "") for metadata in all_metadata)
+    ranks = {layer.rank for layer in layers.values()}
+    alphas = {layer.alpha for layer in layers.values()}
     plain = all(layer.kind == "LoRA" for layer in layers.values())
-    found = {
-        **shared,
+    derived = {
+        **base_model,
         "ss_network_module": "networks.lora" if plain else "lycoris.kohya",
         "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
         "ss_sd_model_name": ", ".join(filter(None, models)),
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": own.get("modelspec.title", " + ".join(titles)),
+        "modelspec.title": kept.get("modelspec.title", " + ".join(titles)),
         "modelspec.resolution": resolutions.pop() if len(resolutions) == 1 else "",
         "modelspec.date": _now(),
         "modelspec.trigger_phrase": ", ".join(filter(None, phrases)),
         "modelspec.merged_from": ", ".join(titles),
     }
-    return own | {key: str(value) for key, value in found.items() if value != ""}
+    return kept | {key: str(value) for key, value in derived.items() if value != ""}
 
 
 def _now() -> str:
@@ -276,8 +299,8 @@ def _now() -> str:
 
 
 def metadata_summary(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The few lines of an adapter's metadata that a person asks for first; only what is there."""
-    wanted = {
+    """The few entries of an adapter's metadata that a person asks for first: label → value, without empty ones."""
+    keys_by_label = {
         "title": ("modelspec.title", "ss_output_name"),
         "base model": ("ss_sd_model_name",),
         "family": ("modelspec.architecture", "ss_base_model_version"),
@@ -289,5 +312,9 @@ def metadata_summary(metadata: Mapping[str, str]) -> dict[str, str]:
         "model hash": ("sshs_model_hash",),
         "legacy hash": ("sshs_legacy_hash",),
     }
-    found = {label: next((metadata[key] for key in keys if metadata.get(key)), "") for label, keys in wanted.items()}
-    return {label: value for label, value in found.items() if value}
+    summary = {}
+    for label, keys in keys_by_label.items():
+        values = [metadata[key] for key in keys if metadata.get(key)]
+        if values:
+            summary[label] = values[0]
+    return summary

@@ -1,10 +1,15 @@
-"""Where a module of an adapter file belongs, from its name alone; the same whatever program named it."""
+"""Names of modules: what a name in an adapter file means, and which names the modules of a model have.
+
+Programs name the same module differently: by its path in diffusers or in the original code, under several prefixes.
+`module_path` leads from a name to the module's path, `kohya_name` from the path to the name in kohya's files.
+`adapter_names` and `modules_by_name` do the same for the modules of a model that is built.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -18,6 +23,7 @@ from ..models.families.base import DiffusionModel, Family
 from ..models.ldm_names import DIFFUSERS_BLOCKS, ORIGINAL_BLOCKS, diffusers_name, original_names
 from .kohya import Adapter
 from .layers import Layer, OftLayer, fits
+from .layers.base import DAMAGED_FILE_REMEDY
 from .prefixes import KOHYA_UNET_PREFIX, UNET, family_prefix, possible_prefixes, split_prefix
 
 _WORDS = (  # parts of paths that hold underscores themselves, longer ones first
@@ -28,16 +34,24 @@ _WORDS = (  # parts of paths that hold underscores themselves, longer ones first
     "proj_out|out_proj|conv_in|proj_in|to_out|q_proj|k_proj|v_proj|to_q|to_k|to_v"
 )
 _WORD = re.compile(rf"(?<![a-z0-9])({_WORDS})(?![a-z0-9])")
+_ONE_LAYER_PER_BLOCK = re.compile(r"^lora_unet_(input_blocks_(3_1|2_0_op|4_0_op)(_|$)|output_blocks_(1|3)_[12]_conv$)")
 _CONVOLUTION = re.compile(r"(^|\.)(conv\d?|conv_in|conv_out)$")  # of paths in diffusers
+_BLOCK_KINDS = ("text", "down", "mid", "up", "other")
+
+Adaptable = nn.Linear | nn.Conv2d
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+# Names and paths
 
 
 @dataclass(frozen=True)
 class ModulePath:
-    """Where a module stands.
+    """The path of a module, whatever program named it.
 
     Attributes:
         component: "unet", "text_encoder" or "text_encoder_2".
-        path: Dotted path in diffusers or transformers.
+        path: Dotted path in diffusers or transformers; in text encoders with "text_model.".
     """
 
     component: str
@@ -49,7 +63,7 @@ class ModulePath:
     @property
     def block(self) -> str:
         """The block it belongs to: "down 0", "mid", "up 3", "text", "text 2"; "other" outside of blocks."""
-        if self.component != "unet":
+        if self.component != UNET:
             return self.component.replace("_encoder", "").replace("_", " ")
         level = re.search(r"(?:(down|up)_blocks|mid_block)(?:\.(\d+))?", self.path)
         if level is None:
@@ -57,8 +71,18 @@ class ModulePath:
         return f"{level[1]} {level[2]}" if level[1] else "mid"
 
 
+def block_order(block: str) -> tuple[int, str]:
+    """A key that sorts blocks in the order of the forward pass."""
+    return _BLOCK_KINDS.index(block.split()[0]), block
+
+
 def module_path(name: str, layers_per_block: int = 2) -> ModulePath:
-    """The place of a module by its kohya name, with the original code's or diffusers' paths."""
+    """The path of a module by its kohya name, which may be made of the original code's or diffusers' path.
+
+    Args:
+        name: Such as "lora_unet_input_blocks_4_1_proj_in" or "lora_te_text_model_encoder_layers_0_mlp_fc1".
+        layers_per_block: Residual layers per level of the UNet, which the original code's numbers depend on.
+    """
     component, rest = split_prefix(name)
     path = _dotted(rest)
     if component == UNET:
@@ -68,23 +92,21 @@ def module_path(name: str, layers_per_block: int = 2) -> ModulePath:
 
 def layers_per_block(names: Iterable[str]) -> int:
     """Residual layers per level of the UNet whose modules have these names: one in some smaller SDXLs, else two."""
-    one = re.compile(r"^lora_unet_(input_blocks_(3_1|2_0_op|4_0_op)(_|$)|output_blocks_(1|3)_[12]_conv$)")
-    return 1 if any(one.match(name) for name in names) else 2
+    return 1 if any(_ONE_LAYER_PER_BLOCK.match(name) for name in names) else 2
 
 
-def _dotted(underscored: str) -> str:
-    """A path whose dots were written as underscores; the words of Stable Diffusion's networks are known."""
-    kept = _WORD.sub(lambda match: match[1].replace("_", "\0"), underscored)
-    return kept.replace("_", ".").replace("\0", "_")
+def canonical_path(component: str, path: str) -> str:
+    """A path or parameter's name with the level "text_model." that transformers 5 dropped from some text encoders."""
+    return path if component == UNET else with_text_tower(path)
 
 
 def kohya_name(path: ModulePath, family: Family) -> str:
     """The name that kohya's files give a module of a published model of a family."""
-    name = path.path
+    dotted = path.path
     if path.component == UNET and family.original_names:
         attentions = [f"up_blocks.{level}.attentions.0" for level in family.attention_up_levels]
-        name = original_names([name, *attentions], layers_per_block=2).get(name, name)
-    return family_prefix(family, path.component) + name.replace(".", "_")
+        dotted = original_names([dotted, *attentions], layers_per_block=2).get(dotted, dotted)
+    return family_prefix(family, path.component) + _underscored(dotted)
 
 
 def name_in_family(name: str, family: Family) -> str:
@@ -92,8 +114,21 @@ def name_in_family(name: str, family: Family) -> str:
 
     A name of the original code stays, however many residual layers a level of its UNet has.
     """
-    stays = family.original_names and name.startswith(tuple(_unet_beginnings(family)))
+    stays = family.original_names and name.startswith(tuple(_unet_prefixes(family)))
     return name if stays else kohya_name(module_path(name), family)
+
+
+def _underscored(path: str) -> str:
+    return path.replace(".", "_")
+
+
+def _dotted(underscored: str) -> str:
+    """A path whose dots were written as underscores; the words of Stable Diffusion's networks are known."""
+    protected = _WORD.sub(lambda match: match[1].replace("_", "\0"), underscored)
+    return protected.replace("_", ".").replace("\0", "_")
+
+
+# The family of an adapter
 
 
 def recognized_family(adapter: Adapter) -> Family | ForeignFamily | None:
@@ -113,24 +148,24 @@ def recognized_family(adapter: Adapter) -> Family | ForeignFamily | None:
 
 def family_by_names(names: Iterable[str]) -> Family | ForeignFamily | None:
     """The family whose models alone have modules of such names; None if there is none."""
-    whole = list(names)
+    all_names = list(names)
     for family in families.recognizable_families():
         pattern = family.adapter_marks.module_names
-        if pattern and any(re.search(pattern, name) for name in whole):
+        if pattern and any(re.search(pattern, name) for name in all_names):
             return family
     return None
-
-
-def _is_stated(family: Family | ForeignFamily, metadata: Mapping[str, str]) -> bool:
-    stated = f"{metadata.get('modelspec.architecture', '')} {metadata.get('ss_base_model_version', '')}"
-    marks = family.adapter_marks
-    return marks.architecture in stated or marks.base_version in stated
 
 
 def family_of(adapter: Adapter) -> str | None:
     """Short title of the family that an adapter was made for, such as "SD 1" or "Flux"; None if nothing shows it."""
     family = recognized_family(adapter)
     return family.short_title if family else None
+
+
+def _is_stated(family: Family | ForeignFamily, metadata: Mapping[str, str]) -> bool:
+    stated = f"{metadata.get('modelspec.architecture', '')} {metadata.get('ss_base_model_version', '')}"
+    marks = family.adapter_marks
+    return marks.architecture in stated or marks.base_version in stated
 
 
 def with_kohya_names(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -140,56 +175,56 @@ def with_kohya_names(adapters: Sequence[Adapter]) -> list[Adapter]:
         AdapterError: One has the same module twice, under different names.
     """
     recognized = {recognized_family(adapter) for adapter in adapters} - {None}
-    known = [family for family in recognized if family is not None and not isinstance(family, ForeignFamily)]
-    if len(known) < len(recognized):
+    trainable = [family for family in recognized if family is not None and not isinstance(family, ForeignFamily)]
+    if len(trainable) < len(recognized):
         return list(adapters)
-    if len(known) == 1:
-        family = known[0]
+    if len(trainable) == 1:
+        family = trainable[0]
+    elif trainable:
+        family = families.FAMILIES[0]
     else:
-        family = families.FAMILIES[0] if known else _family_by_naming(adapters)
+        family = _family_by_naming(adapters)
     return [_with_names_of(family, adapter) for adapter in adapters]
 
 
 def _with_names_of(family: Family, adapter: Adapter) -> Adapter:
     names = {name: name_in_family(name, family) for name in adapter.layers}
-    if len(set(names.values())) < len(names):
-        twice = next(name for name, count in Counter(names.values()).items() if count > 1)
+    repeated = [name for name, count in Counter(names.values()).items() if count > 1]
+    if repeated:
         raise AdapterError(
-            f"The adapter has the module {twice} twice, under different names.",
-            "Download or copy the adapter file again, or choose another.",
+            f"The adapter has the module {repeated[0]} twice, under different names.", DAMAGED_FILE_REMEDY
         )
     layers = {names[name]: layer for name, layer in adapter.layers.items()}
     vectors = {}
     for key, vector in adapter.vectors.items():
-        module, _, part = key.rpartition(".")
-        vectors[f"{name_in_family(module, family)}.{part}"] = vector
+        name, _, suffix = key.rpartition(".")
+        vectors[f"{name_in_family(name, family)}.{suffix}"] = vector
     return replace(adapter, layers=layers, vectors=vectors)
 
 
 def _family_by_naming(adapters: Iterable[Adapter]) -> Family:
-    """The family whose way of naming some modules have and that of the first family none; else the first family."""
+    """A family with whose prefixes some modules are named, and none with the first family's alone; else the first."""
     names = [name for adapter in adapters for name in adapter.layers]
     usual = families.FAMILIES[0]
     for family in families.FAMILIES[1:]:
-        own = tuple(_beginnings(family) - _beginnings(usual))
-        others = tuple(_beginnings(usual) - _beginnings(family))
+        own = tuple(_name_prefixes(family) - _name_prefixes(usual))
+        others = tuple(_name_prefixes(usual) - _name_prefixes(family))
         if any(name.startswith(own) for name in names) and not any(name.startswith(others) for name in names):
             return family
     return usual
 
 
-def _beginnings(family: Family) -> set[str]:
+def _name_prefixes(family: Family) -> set[str]:
     """What names of modules begin with in a family's files."""
-    return {kind.adapter_prefix for kind in family.text_encoders} | _unet_beginnings(family)
+    return {kind.adapter_prefix for kind in family.text_encoders} | _unet_prefixes(family)
 
 
-def _unet_beginnings(family: Family) -> set[str]:
+def _unet_prefixes(family: Family) -> set[str]:
     blocks = ORIGINAL_BLOCKS if family.original_names else DIFFUSERS_BLOCKS
     return {f"{KOHYA_UNET_PREFIX}{block}_" for block in blocks}
 
 
-Adaptable = nn.Linear | nn.Conv2d
-ModuleT = TypeVar("ModuleT", bound=nn.Module)
+# The modules of a model
 
 
 def networks(model: DiffusionModel) -> dict[str, nn.Module]:
@@ -209,35 +244,46 @@ def adaptable_modules(model: DiffusionModel) -> dict[str, dict[str, Adaptable]]:
     }
 
 
-def modules_by_path(model: DiffusionModel) -> dict[tuple[str, str], Adaptable]:
-    """(component, path) → Linear or convolution."""
+def modules_by_path(model: DiffusionModel) -> dict[ModulePath, Adaptable]:
+    """Path → Linear or convolution."""
     return {
-        (component, path): module
+        ModulePath(component, path): module
         for component, modules in adaptable_modules(model).items()
         for path, module in modules.items()
     }
 
 
-def canonical_path(component: str, path: str) -> str:
-    """A path with the level "text_model." that transformers 5 dropped from some text encoders."""
-    return path if component == UNET else with_text_tower(path)
-
-
-def adapter_names(model: DiffusionModel) -> dict[tuple[str, str], str]:
-    """(component, path) → the module's name in an adapter file, as kohya names it for the model's family."""
-    names: dict[tuple[str, str], str] = {}
+def adapter_names(model: DiffusionModel) -> dict[ModulePath, str]:
+    """Path of a Linear or convolution → its name in an adapter file, as kohya names it for the model's family."""
+    names: dict[ModulePath, str] = {}
     for component, modules in adaptable_modules(model).items():
-        paths = {path: path for path in modules}
-        if component == UNET and model.family.original_names:
-            paths |= _original(model)
-        prefix = family_prefix(model.family, component)
-        names |= {(component, path): prefix + paths[path].replace(".", "_") for path in modules}
+        names |= {ModulePath(component, path): name for path, name in _own_names(model, component, modules).items()}
     return names
 
 
 def modules_by_name(model: DiffusionModel) -> dict[str, Adaptable]:
     """Every name that a file may give a module → the module: diffusers' and the original code's paths, any prefix."""
-    return _by_name(model, adaptable_modules(model))
+    return _by_possible_names(model, adaptable_modules(model))
+
+
+def parametrized_modules_by_name(model: DiffusionModel) -> dict[str, nn.Module]:
+    """As `modules_by_name`, for all modules that have weights or biases of their own, such as norms."""
+    parametrized = {
+        component: {
+            canonical_path(component, path): module
+            for path, module in network.named_modules()
+            if list(module.parameters(recurse=False))
+        }
+        for component, network in networks(model).items()
+    }
+    return _by_possible_names(model, parametrized)
+
+
+def canonical_names(model: DiffusionModel) -> dict[str, str]:
+    """Every name that a file may give a module → its name in this model's own files."""
+    names = adapter_names(model)
+    own_names = {id(module): names[path] for path, module in modules_by_path(model).items()}
+    return {name: own_names[id(module)] for name, module in modules_by_name(model).items()}
 
 
 def named_weights(model: DiffusionModel, *, biases: bool = False) -> dict[str, Tensor]:
@@ -248,83 +294,77 @@ def named_weights(model: DiffusionModel, *, biases: bool = False) -> dict[str, T
         biases: Also the weights of norms, and the biases as "<module>.bias".
     """
     names = adapter_names(model)
-    found = {names[place]: module.weight.detach() for place, module in modules_by_path(model).items()}
-    for component, network in networks(model).items() if biases else ():
-        paths = {canonical_path(component, path): module for path, module in network.named_modules()}
-        own: dict[str, str] = {}
-        if component == UNET and model.family.original_names:
-            own = original_names(paths, int(model.unet.config.layers_per_block))
-        for path, module in paths.items():
-            name = family_prefix(model.family, component) + own.get(path, path).replace(".", "_")
-            for kind, parameter in module.named_parameters(recurse=False):
+    weights = {names[path]: module.weight.detach() for path, module in modules_by_path(model).items()}
+    if not biases:
+        return weights
+    for component, network in networks(model).items():
+        modules = {canonical_path(component, path): module for path, module in network.named_modules()}
+        for path, name in _own_names(model, component, modules).items():
+            for parameter_name, parameter in modules[path].named_parameters(recurse=False):
                 if parameter.ndim == 1:
-                    found[f"{name}.bias" if kind == "bias" else name] = parameter.detach()
-    return found
+                    key = f"{name}.bias" if parameter_name == "bias" else name
+                    weights[key] = parameter.detach()
+    return weights
 
 
-def parametrized_by_name(model: DiffusionModel) -> dict[str, nn.Module]:
-    """As `modules_by_name`, for all modules that have weights or biases of their own, such as norms."""
-    found = {
-        component: {
-            canonical_path(component, path): module
-            for path, module in network.named_modules()
-            if list(module.parameters(recurse=False))
-        }
-        for component, network in networks(model).items()
-    }
-    return _by_name(model, found)
+def _own_names(model: DiffusionModel, component: str, paths: Collection[str]) -> dict[str, str]:
+    """Path → name in the model's own files, for paths of one of its networks."""
+    original: Mapping[str, str] = {}
+    if component == UNET and model.family.original_names:
+        original = _original_paths(model, paths)
+    prefix = family_prefix(model.family, component)
+    return {path: prefix + _underscored(original.get(path, path)) for path in paths}
 
 
-def _by_name(model: DiffusionModel, modules: Mapping[str, Mapping[str, ModuleT]]) -> dict[str, ModuleT]:
-    found: dict[str, ModuleT] = {}
-    for component, paths in modules.items():
+def _by_possible_names(model: DiffusionModel, modules: Mapping[str, Mapping[str, ModuleT]]) -> dict[str, ModuleT]:
+    """Every name that a file may give one of these modules, of component → path → module."""
+    by_name: dict[str, ModuleT] = {}
+    for component, by_path in modules.items():
         for prefix in possible_prefixes(model.family, component):
-            found |= {prefix + path.replace(".", "_"): module for path, module in paths.items()}
+            by_name |= {prefix + _underscored(path): module for path, module in by_path.items()}
         if component == UNET:
-            original = original_names(paths, int(model.unet.config.layers_per_block))
-            found |= {KOHYA_UNET_PREFIX + name.replace(".", "_"): paths[path] for path, name in original.items()}
-    return found
+            original = _original_paths(model, by_path)
+            by_name |= {KOHYA_UNET_PREFIX + _underscored(name): by_path[path] for path, name in original.items()}
+    return by_name
 
 
-def own_names(model: DiffusionModel) -> dict[str, str]:
-    """Every name that a file may give a module → the name that this model's own files give it."""
-    names = adapter_names(model)
-    own = {id(module): names[place] for place, module in modules_by_path(model).items()}
-    return {name: own[id(module)] for name, module in modules_by_name(model).items()}
-
-
-def _original(model: DiffusionModel) -> dict[str, str]:
-    paths = [path for path, module in model.unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+def _original_paths(model: DiffusionModel, paths: Collection[str]) -> dict[str, str]:
+    """Path in diffusers → path in the original code, for modules of the model's UNet."""
     return original_names(paths, int(model.unet.config.layers_per_block))
 
 
-def is_convolution(name: str) -> bool:
-    """Whether a module whose name is this one is a 3×3 convolution in every family."""
+# Shapes of modules
+
+
+def is_3x3_convolution(name: str) -> bool:
+    """Whether a module, by its kohya name, is a 3×3 convolution in every family."""
     return bool(_CONVOLUTION.search(module_path(name).path))
 
 
 def weight_shape(name: str, layers: Sequence[Layer], weight: Tensor | None) -> tuple[int, ...]:
     """The shape of a module's weight, (out, in) or (out, in, k, k).
 
-    It is that of the weight; else of the layer that knows the kernel; else 3×3 for a module whose name is that of
-    such a convolution.
+    It is that of the weight; else that of the layer whose tensors show the kernel; else, if no layer's do, with a
+    kernel of 3×3 for a module whose name is that of such a convolution.
+
+    Args:
+        name: The module's kohya name.
+        layers: One or more for the module; without the weight, one at least that is no OFT.
+        weight: The weight, if it is known.
 
     Raises:
-        AdapterError: The layers are of different sizes.
+        AdapterError: A layer does not fit the weight, or the other layers.
     """
-    shapes = [layer.shape for layer in layers if not isinstance(layer, OftLayer)]
-    known = tuple(weight.shape) if weight is not None else max(shapes, key=len)
-    different = [layer.shape for layer in layers if not fits(layer, known)]
-    if different:
+    if weight is not None:
+        shape = tuple(weight.shape)
+    else:
+        shape = max((layer.shape for layer in layers if not isinstance(layer, OftLayer)), key=len)
+    unfitting = [layer.shape for layer in layers if not fits(layer, shape)]
+    if unfitting:
         raise AdapterError(
-            f"The module {name} has the shape {different[0]} in one adapter and {known} in another or in the base.",
+            f"The module {name} has the shape {unfitting[0]} in one adapter and {shape} in another or in the base.",
             "Merge adapters that were made for models of the same shape.",
         )
-    if weight is None and len(known) == 2 and is_convolution(name) and known[1] % 9 == 0:
-        return (known[0], known[1] // 9, 3, 3)
-    return known
-
-
-def block_order(block: str) -> tuple[int, str]:
-    """A key that sorts blocks as a picture goes through them."""
-    return (("text", "down", "mid", "up", "other").index(block.split()[0]), block)
+    if weight is None and len(shape) == 2 and shape[1] % 9 == 0 and is_3x3_convolution(name):
+        return (shape[0], shape[1] // 9, 3, 3)
+    return shape

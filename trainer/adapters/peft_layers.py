@@ -1,6 +1,6 @@
-"""How PEFT holds each kind of adapter: its configuration, and its parameters under the names of the file.
+"""How PEFT holds each kind of adapter that can be trained: its configuration, and its parameters as a file names them.
 
-A kind is one entry of `PEFT_METHODS`; nothing else in the engine knows them apart while training.
+A kind is one entry of `PEFT_METHODS`; nothing else in the engine tells kinds apart while training.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-PEFT_NAME = "subject"
-DORA_SCALE = "dora_scale"
+from .layers import DORA_SCALE
+
+PEFT_ADAPTER_NAME = "subject"
 
 
 @dataclass(frozen=True)
@@ -35,100 +36,150 @@ class AdapterConfig:
 
 
 @dataclass(frozen=True)
-class Kind:
+class PeftMethod:
     """One kind of adapter.
 
     Attributes:
         title: Its name in `Layer.kind`.
-        config: PEFT's configuration.
-        parts: A module that PEFT made → parameters under the names that follow the module's in a file.
-        starts_at_zero: The parts that start at zero, so that the model predicts at first as without an adapter.
-        norm: Parts → Frobenius norm of the unscaled change, 0-D.
+        make_config: Makes PEFT's configuration.
+        parameters: A module that PEFT made → its parameters by suffix, the part of a file's key after the module's
+            name.
+        zero_initialized: Suffixes of the parameters that start at zero, so that the model predicts at first as without
+            an adapter.
+        delta_norm: Parameters by suffix → Frobenius norm of the unscaled delta, 0-D.
     """
 
     title: str
-    config: Callable[[AdapterConfig], Any]
-    parts: Callable[[Any], dict[str, nn.Parameter]]
-    starts_at_zero: frozenset[str]
-    norm: Callable[[Mapping[str, Tensor]], Tensor]
+    make_config: Callable[[AdapterConfig], Any]
+    parameters: Callable[[Any], dict[str, nn.Parameter]]
+    zero_initialized: frozenset[str]
+    delta_norm: Callable[[Mapping[str, Tensor]], Tensor]
 
 
-def _lora_config(shape: AdapterConfig, *, dora: bool = False) -> Any:
+def _lora_config(config: AdapterConfig, *, dora: bool = False) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
-        r=shape.rank, lora_alpha=shape.rank, target_modules=shape.targets, lora_dropout=shape.dropout, use_dora=dora
+        r=config.rank,
+        lora_alpha=config.rank,
+        target_modules=config.targets,
+        lora_dropout=config.dropout,
+        use_dora=dora,
     )
 
 
-def _lora_parts(module: Any) -> dict[str, nn.Parameter]:
-    down, up = module.lora_A[PEFT_NAME].weight, module.lora_B[PEFT_NAME].weight
-    parts = {"lora_down.weight": down, "lora_up.weight": up}
-    if PEFT_NAME in module.lora_magnitude_vector:
-        parts[DORA_SCALE] = module.lora_magnitude_vector[PEFT_NAME].weight
-    return parts
+def _dora_config(config: AdapterConfig) -> Any:
+    return _lora_config(config, dora=True)
 
 
-def _lora_norm(parts: Mapping[str, Tensor]) -> Tensor:
+def _lora_parameters(module: Any) -> dict[str, nn.Parameter]:
+    parameters = {
+        "lora_down.weight": module.lora_A[PEFT_ADAPTER_NAME].weight,
+        "lora_up.weight": module.lora_B[PEFT_ADAPTER_NAME].weight,
+    }
+    if PEFT_ADAPTER_NAME in module.lora_magnitude_vector:
+        parameters[DORA_SCALE] = module.lora_magnitude_vector[PEFT_ADAPTER_NAME].weight
+    return parameters
+
+
+def _lora_norm(parameters: Mapping[str, Tensor]) -> Tensor:
     """‖up · down‖ from the two Gram matrices, without the product."""
-    down, up = parts["lora_down.weight"].flatten(1), parts["lora_up.weight"].flatten(1)
+    down = parameters["lora_down.weight"].flatten(1)
+    up = parameters["lora_up.weight"].flatten(1)
     squared: Tensor = ((up.T @ up) * (down @ down.T)).sum()
     return squared.clamp(min=0).sqrt()
 
 
-def _loha_config(shape: AdapterConfig) -> Any:
+def _loha_config(config: AdapterConfig) -> Any:
     from peft import LoHaConfig
 
-    return LoHaConfig(r=shape.rank, alpha=shape.rank, target_modules=shape.targets)
+    return LoHaConfig(r=config.rank, alpha=config.rank, target_modules=config.targets)
 
 
-def _lokr_config(shape: AdapterConfig) -> Any:
+def _lokr_config(config: AdapterConfig) -> Any:
     from peft import LoKrConfig
 
-    return LoKrConfig(r=shape.rank, alpha=shape.rank, target_modules=shape.targets, decompose_factor=shape.factor)
+    return LoKrConfig(r=config.rank, alpha=config.rank, target_modules=config.targets, decompose_factor=config.factor)
 
 
-def _lycoris_parts(module: Any) -> dict[str, nn.Parameter]:
+def _lycoris_parameters(module: Any) -> dict[str, nn.Parameter]:
     """PEFT's names are LyCORIS's."""
-    held = {name: getattr(module, name) for name in module.adapter_layer_names}
-    return {name: entries[PEFT_NAME] for name, entries in held.items() if PEFT_NAME in entries}
+    by_adapter = {suffix: getattr(module, suffix) for suffix in module.adapter_layer_names}
+    return {
+        suffix: parameters[PEFT_ADAPTER_NAME]
+        for suffix, parameters in by_adapter.items()
+        if PEFT_ADAPTER_NAME in parameters
+    }
 
 
-def _loha_norm(parts: Mapping[str, Tensor]) -> Tensor:
-    change = (parts["hada_w1_a"] @ parts["hada_w1_b"]) * (parts["hada_w2_a"] @ parts["hada_w2_b"])
-    norm: Tensor = torch.linalg.vector_norm(change)
+def _loha_norm(parameters: Mapping[str, Tensor]) -> Tensor:
+    first = parameters["hada_w1_a"] @ parameters["hada_w1_b"]
+    second = parameters["hada_w2_a"] @ parameters["hada_w2_b"]
+    norm: Tensor = torch.linalg.vector_norm(first * second)
     return norm
 
 
-def _lokr_norm(parts: Mapping[str, Tensor]) -> Tensor:
+def _lokr_norm(parameters: Mapping[str, Tensor]) -> Tensor:
     """A Kronecker product's norm is the product of the norms."""
-    norms: list[Tensor] = [
-        torch.linalg.vector_norm(parts[side] if side in parts else parts[f"{side}_a"] @ parts[f"{side}_b"])
-        for side in ("lokr_w1", "lokr_w2")
-    ]
+    norms: list[Tensor] = []
+    for side in ("lokr_w1", "lokr_w2"):
+        factor = parameters[side] if side in parameters else parameters[f"{side}_a"] @ parameters[f"{side}_b"]
+        norms.append(torch.linalg.vector_norm(factor))
     return norms[0] * norms[1]
 
 
-_UP = frozenset({"lora_up.weight"})
-PEFT_METHODS: Mapping[str, Kind] = {
-    "lora": Kind("LoRA", _lora_config, _lora_parts, _UP, _lora_norm),
-    "dora": Kind("DoRA", lambda shape: _lora_config(shape, dora=True), _lora_parts, _UP, _lora_norm),
-    "loha": Kind("LoHa", _loha_config, _lycoris_parts, frozenset({"hada_w2_b"}), _loha_norm),
-    "lokr": Kind("LoKr", _lokr_config, _lycoris_parts, frozenset({"lokr_w1", "lokr_w1_a"}), _lokr_norm),
+PEFT_METHODS: Mapping[str, PeftMethod] = {
+    "lora": PeftMethod(
+        title="LoRA",
+        make_config=_lora_config,
+        parameters=_lora_parameters,
+        zero_initialized=frozenset({"lora_up.weight"}),
+        delta_norm=_lora_norm,
+    ),
+    "dora": PeftMethod(
+        title="DoRA",
+        make_config=_dora_config,
+        parameters=_lora_parameters,
+        zero_initialized=frozenset({"lora_up.weight"}),
+        delta_norm=_lora_norm,
+    ),
+    "loha": PeftMethod(
+        title="LoHa",
+        make_config=_loha_config,
+        parameters=_lycoris_parameters,
+        zero_initialized=frozenset({"hada_w2_b"}),
+        delta_norm=_loha_norm,
+    ),
+    "lokr": PeftMethod(
+        title="LoKr",
+        make_config=_lokr_config,
+        parameters=_lycoris_parameters,
+        zero_initialized=frozenset({"lokr_w1", "lokr_w1_a"}),
+        delta_norm=_lokr_norm,
+    ),
 }
 
 
-def start_of(kind: Kind, part: str, shape: torch.Size, module: nn.Module, generator: torch.Generator) -> Tensor:
-    """Where a part's training begins, float32 on the CPU.
+def initial_values(
+    method: PeftMethod, suffix: str, shape: torch.Size, module: nn.Module, generator: torch.Generator
+) -> Tensor:
+    """What a parameter is set to before training, float32 on the CPU.
 
-    Zero, or uniform within ±1/√fan_in as PEFT does (Kaiming with a = √5), or for DoRA's magnitudes the lengths of the
+    Zero, or uniform within ±1/√fan_in as PEFT does (Kaiming with a = √5), or for DoRA's magnitudes the norms of the
     rows of the module's weight.
+
+    Args:
+        method: The kind of the adapter.
+        suffix: Which of its parameters.
+        shape: The parameter's.
+        module: The module that gets the adapter, as it was before.
+        generator: Of the random numbers, on the CPU.
     """
-    if part == DORA_SCALE:
+    if suffix == DORA_SCALE:
         weight: Any = module.weight
-        lengths: Tensor = torch.linalg.vector_norm(weight.detach().float().flatten(1), dim=1)
-        return lengths.cpu().reshape(shape)
-    if part in kind.starts_at_zero:
+        norms: Tensor = torch.linalg.vector_norm(weight.detach().float().flatten(1), dim=1)
+        return norms.cpu().reshape(shape)
+    if suffix in method.zero_initialized:
         return torch.zeros(shape)
     bound = 1 / math.sqrt(shape[1:].numel())
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)

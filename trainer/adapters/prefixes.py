@@ -47,7 +47,7 @@ def possible_prefixes(family: Family, component: str) -> list[str]:
 
 def split_prefix(name: str) -> tuple[str, str]:
     """The network that a module belongs to, and the rest of its name; the UNet if the prefix is not known."""
-    prefixes = {kind.adapter_prefix: spec.name for family in families.FAMILIES for spec in family.text_encoders}
+    prefixes = {spec.adapter_prefix: spec.name for family in families.FAMILIES for spec in family.text_encoders}
     for prefix in sorted(prefixes, key=len, reverse=True):
         if name.startswith(prefix):
             return prefixes[prefix], name.removeprefix(prefix)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import nn
 
-from ..core.errors import AdapterError, SettingsError
+from ..core.errors import AdapterError, SettingsError, suggest
 from ..models import families
-from ..models.families import titles_of
+from ..models.families import joined_titles
 from ..models.families.base import DiffusionModel, Family
 from ..settings.adapter import AdapterSettings
 from .kohya import Adapter
 from .layers import Layer, LokrLayer, fits
-from .names import Adaptable, adaptable_modules, adapter_names, modules_by_name, modules_by_path, own_names
+from .names import Adaptable, ModulePath, adapter_names, canonical_names, modules_by_name, modules_by_path, networks
 from .prefixes import UNET
 
 
@@ -37,34 +37,42 @@ class Target:
     rank: int
     alpha: float
 
+    @property
+    def module_path(self) -> ModulePath:
+        """Component and path."""
+        return ModulePath(self.component, self.path)
+
 
 def choose_targets(model: DiffusionModel, settings: AdapterSettings) -> list[Target]:
-    """The modules that the settings choose, the UNet's first, in the order of their names.
+    """The modules that the settings choose, the UNet's first, sorted by name.
 
     Raises:
         SettingsError: A setting belongs to another family, chooses nothing, or a rank does not fit a module.
     """
     require_family_fits(model.family, settings)
-    names = adapter_names(model)
     _require_patterns_match(model, settings)
-    chosen = []
-    for component, modules in adaptable_modules(model).items():
-        if component != UNET and component not in settings.text_rates:
+    names = adapter_names(model)
+    modules = modules_by_path(model)
+    targets: list[Target] = []
+    for component in networks(model):
+        if component != UNET and component not in settings.text_encoder_rates:
             continue
-        paths = _chosen_paths(model.family, component, modules, settings)
-        found = [_target(component, path, names[component, path], modules[path], settings) for path in paths]
-        kept = sorted((target for target in found if target.rank), key=lambda target: target.name)
-        if not kept:
+        paths = [path for path in modules if path.component == component]
+        chosen = _chosen_paths(model.family, component, [path.path for path in paths], settings)
+        component_targets = [
+            _target(path, names[path], modules[path], settings) for path in paths if path.path in chosen
+        ]
+        trained = [target for target in component_targets if target.rank]
+        if not trained:
             raise SettingsError(
-                f"No layer of the {component} is left to train: targets, include, exclude and block_ranks together "
-                "choose none.",
-                "Choose other targets, exclude less, or give a rank above 0.",
+                f"No layer of the {component} is left to train: {suggest('targets')}, {suggest('include')}, "
+                f"{suggest('exclude')} and {suggest('block_ranks')} together choose none.",
+                f"Choose other {suggest('targets')}, shorten {suggest('exclude')}, or set {suggest('rank')} above 0.",
             )
-        chosen += kept
-    modules_here = modules_by_path(model)
-    for target in chosen:
-        _require_rank_fits(target, modules_here[target.component, target.path], settings)
-    return chosen
+        targets += sorted(trained, key=lambda target: target.name)
+    for target in targets:
+        _require_rank_fits(target, modules[target.module_path], settings)
+    return targets
 
 
 def require_family_fits(family: Family, settings: AdapterSettings) -> None:
@@ -73,68 +81,80 @@ def require_family_fits(family: Family, settings: AdapterSettings) -> None:
     Raises:
         SettingsError: Names the setting and what to choose.
     """
-    known = {kind.name for kind in family.text_encoders}
-    for component in settings.text_rates:
-        if component not in known:
+    text_encoders = {kind.name for kind in family.text_encoders}
+    for component in settings.text_encoder_rates:
+        if component not in text_encoders:
             raise SettingsError(
-                f"{component}_lr trains a text encoder that {family.title} does not have.",
-                f"Set {component}_lr to 0; the text encoder of {family.title} is trained by text_encoder_lr.",
+                f"{suggest(f'{component}_lr')} trains a text encoder that {family.title} does not have.",
+                f"Set {suggest(f'{component}_lr', 0)}; the text encoder of {family.title} is trained by "
+                f"{suggest('text_encoder_lr')}.",
             )
     if settings.targets != "none" and settings.targets not in family.targets:
-        having_it = [other for other in families.FAMILIES if settings.targets in other.targets]
+        fitting = [other for other in families.FAMILIES if settings.targets in other.targets]
         raise SettingsError(
-            f"targets '{settings.targets}' does not exist for {family.title}.",
-            f"Choose one of: {', '.join(family.targets)}; or a base model of {titles_of(having_it)}.",
+            f"{suggest('targets', settings.targets)} does not exist for {family.title}.",
+            f"Choose {suggest('targets')} from: {', '.join(family.targets)}; or a base model of "
+            f"{joined_titles(fitting)}.",
         )
     if settings.adapter == "full" and not family.trains_fully:
-        training_fully = [other for other in families.FAMILIES if other.trains_fully]
+        fitting = [other for other in families.FAMILIES if other.trains_fully]
         raise SettingsError(
-            f"adapter 'full' (fine-tuning all weights) does not exist for {family.title}.",
-            f"Choose lora, dora, loha or lokr, or a base model of {titles_of(training_fully)}.",
+            f"{suggest('adapter', 'full')} (fine-tuning all weights) does not exist for {family.title}.",
+            f"Choose {suggest('adapter')} from: lora, dora, loha, lokr; or a base model of {joined_titles(fitting)}.",
         )
 
 
-def _chosen_paths(
-    family: Family, component: str, modules: Mapping[str, Adaptable], settings: AdapterSettings
-) -> list[str]:
-    if component != UNET:
-        preset = re.compile(family.text_targets.get(settings.targets, family.text_targets["attention-mlp"]))
-        chosen = [path for path in modules if preset.fullmatch(path)]
-    else:
-        pattern = re.compile(family.targets.get(settings.targets, "(?!)"))
+def _chosen_paths(family: Family, component: str, paths: Iterable[str], settings: AdapterSettings) -> set[str]:
+    """Those of a network's paths that `targets`, `include` (for the UNet) and `exclude` choose."""
+    if component == UNET:
+        preset = family.targets.get(settings.targets, "(?!)")
         include = settings.include_patterns
-        chosen = [path for path in modules if pattern.fullmatch(path) or any(one.search(path) for one in include)]
-    return [path for path in chosen if not any(one.search(path) for one in settings.exclude_patterns)]
+    else:
+        preset = family.text_targets.get(settings.targets, family.text_targets["attention-mlp"])
+        include = []
+    exclude = settings.exclude_patterns
+    return {
+        path
+        for path in paths
+        if (re.fullmatch(preset, path) or any(pattern.search(path) for pattern in include))
+        and not any(pattern.search(path) for pattern in exclude)
+    }
 
 
 def _require_patterns_match(model: DiffusionModel, settings: AdapterSettings) -> None:
     """Refuse a pattern that no module of a trained network matches: it has a typing error."""
-    trained = {UNET, *settings.text_rates}
-    places = [place for place in modules_by_path(model) if place[0] in trained]
-    unet = [path for component, path in places if component == UNET]
-    patterns = {
-        "include": (settings.include_patterns, unet),
-        "exclude": (settings.exclude_patterns, [path for _, path in places]),
-        "block_ranks": ([entry.pattern for entry in settings.ranks_by_block], [path for _, path in places]),
-    }
-    for name, (given, paths) in patterns.items():
-        for pattern in given:
-            if not any(pattern.search(path) for path in paths):
-                raise SettingsError(
-                    f"{name} '{pattern.pattern}' matches no layer.",
-                    f"Layers are named like {unet[0]} and {unet[len(unet) // 2]}.",
-                )
+    trained = {UNET, *settings.text_encoder_rates}
+    paths = [path for path in modules_by_path(model) if path.component in trained]
+    all_paths = [path.path for path in paths]
+    unet_paths = [path.path for path in paths if path.component == UNET]
+    searched = [
+        *(("include", pattern, unet_paths) for pattern in settings.include_patterns),
+        *(("exclude", pattern, all_paths) for pattern in settings.exclude_patterns),
+        *(("block_ranks", block.pattern, all_paths) for block in settings.ranks_by_block),
+    ]
+    for setting, pattern, searched_paths in searched:
+        if not any(pattern.search(path) for path in searched_paths):
+            raise SettingsError(
+                f"{suggest(setting)} '{pattern.pattern}' matches no layer.",
+                f"Layers are named like {unet_paths[0]} and {unet_paths[len(unet_paths) // 2]}.",
+            )
 
 
-def _target(component: str, path: str, name: str, module: nn.Module, settings: AdapterSettings) -> Target:
-    rank, alpha = settings.rank, settings.alpha
-    if isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1) and (settings.conv_rank or settings.conv_alpha):
-        rank, alpha = settings.conv_rank or rank, settings.conv_alpha
-    for entry in settings.ranks_by_block:
-        if entry.pattern.search(path):
-            rank, alpha = entry.rank, entry.alpha
-    value = float(rank if alpha is None else alpha)
-    return Target(component, path, name, rank, value * rank**0.5 if settings.rank_stabilized else value)
+def _target(path: ModulePath, name: str, module: nn.Module, settings: AdapterSettings) -> Target:
+    rank = settings.rank
+    alpha = settings.alpha
+    has_kernel = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+    if has_kernel and (settings.conv_rank or settings.conv_alpha):
+        rank = settings.conv_rank or rank
+        alpha = settings.conv_alpha
+    for block in settings.ranks_by_block:
+        if block.pattern.search(path.path):
+            rank = block.rank
+            alpha = block.alpha
+    file_alpha = float(rank if alpha is None else alpha)
+    if settings.rank_stabilized:
+        file_alpha *= rank**0.5
+    return Target(component=path.component, path=path.path, name=name, rank=rank, alpha=file_alpha)
 
 
 def _require_rank_fits(target: Target, module: Adaptable, settings: AdapterSettings) -> None:
@@ -143,12 +163,13 @@ def _require_rank_fits(target: Target, module: Adaptable, settings: AdapterSetti
     if target.rank > smallest and settings.adapter != "lokr":
         raise SettingsError(
             f"rank {target.rank} is above the size of the layer {target.path} ({smallest}).",
-            f"Set the rank to at most {smallest}; 4 to 32 are usual. (block_ranks sets it for parts of the model.)",
+            f"Set {suggest('rank')} to at most {smallest}; 4 to 32 are usual. ({suggest('block_ranks')} sets it for "
+            "parts of the model.)",
         )
 
 
-def fitted_start(model: DiffusionModel, adapter: Adapter) -> Adapter:
-    """An adapter to go on from under the names that this model's files have; a LoKr's scale goes into its factors.
+def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:
+    """An adapter to train on, under the names that this model's files have; a LoKr's scale goes into its factors.
 
     Raises:
         AdapterError: A module of it does not exist in the model, or is of another shape.
@@ -158,7 +179,8 @@ def fitted_start(model: DiffusionModel, adapter: Adapter) -> Adapter:
             f"The adapter to start from also changes biases or norms ({next(iter(adapter.vectors))}).",
             "Start from one that does not; such changes can't be trained on.",
         )
-    modules, own = modules_by_name(model), own_names(model)
+    modules = modules_by_name(model)
+    names = canonical_names(model)
     layers: dict[str, Layer] = {}
     for name, layer in adapter.layers.items():
         module = modules.get(name)
@@ -168,7 +190,7 @@ def fitted_start(model: DiffusionModel, adapter: Adapter) -> Adapter:
                 "in another shape.",
                 "Start from an adapter that was trained on a model of this shape.",
             )
-        layers[own[name]] = _with_unit_scale(layer) if isinstance(layer, LokrLayer) else layer
+        layers[names[name]] = _with_unit_scale(layer) if isinstance(layer, LokrLayer) else layer
     return replace(adapter, layers=layers)
 
 
@@ -183,14 +205,16 @@ def _with_unit_scale(layer: LokrLayer) -> LokrLayer:
     return replace(layer, w1_a=layer.w1_a * scale, alpha=float(layer.rank))
 
 
-def targets_of(model: DiffusionModel, start: Adapter) -> list[Target]:
-    """The modules, ranks and alphas of an adapter from `fitted_start`."""
-    places = {name: key for key, name in adapter_names(model).items()}
+def targets_of_adapter(model: DiffusionModel, start: Adapter) -> list[Target]:
+    """The modules, ranks and alphas of an adapter from `fit_start_adapter`."""
+    paths = {name: path for path, name in adapter_names(model).items()}
     targets = []
     for name, layer in start.layers.items():
-        rank, alpha = layer.rank, layer.alpha
+        path = paths[name]
+        rank = layer.rank
+        alpha = layer.alpha
         if isinstance(layer, LokrLayer) and layer.is_whole and layer.w2 is not None:
             rank = max(layer.w2.shape[:2])  # at which PEFT makes whole factors, too
             alpha = float(rank)
-        targets.append(Target(*places[name], name, rank, alpha))
+        targets.append(Target(component=path.component, path=path.path, name=name, rank=rank, alpha=alpha))
     return sorted(targets, key=lambda target: (target.component != UNET, target.component, target.name))

@@ -1,6 +1,6 @@
-"""Changes of weights as matrices: a product of two factors where that is known, dense otherwise. Pure linear algebra.
+"""Weight deltas as matrices: a product of two factors where that is known, dense otherwise. Pure linear algebra.
 
-A convolution's change (out, in, k, k) is the matrix (out, in·k·k).
+A convolution's delta (out, in, k, k) is the matrix (out, in·k·k).
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..adapters.layers import DifferenceLayer, Layer, LoraLayer
+from ..adapters.layers import FullLayer, Layer, LoraLayer
 from ..adapters.layers.base import balanced
 
-_WHOLE = 768  # up to this size of a matrix's smaller side its whole decomposition is computed
-_SINGULAR = 1e-14  # of a Gram matrix's largest eigenvalue; what is below is float64's rounding
-NOISE = 32 * torch.finfo(torch.float32).eps  # of the largest singular value; what is below is rounding
+_FULL_SVD_SIZE = 768  # up to this size of a matrix's smaller side its full decomposition is computed
+_EIGENVALUE_ROUNDING = 1e-14  # share of a Gram matrix's largest eigenvalue; what is below is float64's rounding
+RELATIVE_ROUNDING = 32 * torch.finfo(torch.float32).eps  # share of the largest singular value; below it is rounding
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Delta:
 
     Attributes:
         shape: The weight's, (out, in) or (out, in, k, k).
-        up: (out, rank), or the change itself, (out, in·k·k), if there is no `down`; float32.
-        down: (rank, in·k·k), float32; None for a dense change.
+        up: (out, rank), or the delta itself, (out, in·k·k), if there is no `down`; float32.
+        down: (rank, in·k·k), float32; None for a dense delta.
     """
 
     shape: tuple[int, ...]
@@ -35,7 +35,7 @@ class Delta:
 
     @property
     def rank(self) -> int:
-        """Rank of the product; of a dense change the highest possible."""
+        """Rank of the product; of a dense delta the highest possible."""
         return min(self.up.shape) if self.down is None else self.down.shape[0]
 
     @property
@@ -48,14 +48,14 @@ class Delta:
         return self.up if self.down is None else self.up @ self.down
 
     def times(self, factor: float) -> Delta:
-        """The change, scaled."""
+        """The delta, scaled."""
         return replace(self, up=self.up * factor)
 
     def inner(self, other: Delta) -> float:
-        """Frobenius' inner product, without the products of factors."""
+        """Frobenius inner product, without multiplying factors out."""
         if other.down is None:
-            self, other = other, self
-        if other.down is None:
+            if self.down is not None:
+                return other.inner(self)
             return float((self.up * other.up).sum(dtype=torch.float64))
         if self.down is None:
             return float(((other.up.T @ self.up) * other.down).sum(dtype=torch.float64))
@@ -64,12 +64,12 @@ class Delta:
 
 @dataclass(frozen=True)
 class Truncation:
-    """How far a change is reduced; every limit holds.
+    """How far the rank of a delta is reduced; every limit holds.
 
     Attributes:
         rank: Highest rank; None for no limit.
         energy: Share of the squared norm that is kept at least, above 0 to 1.
-        ratio: Highest ratio of the largest singular value to the smallest one that is kept; None for no limit.
+        ratio: Highest ratio of the largest singular value to the smallest that is kept; None for no limit.
         floor: Singular values up to this one are left out.
     """
 
@@ -80,67 +80,67 @@ class Truncation:
 
 
 def to_delta(layer: Layer, shape: Sequence[int] | None = None, weight: Tensor | None = None) -> Delta:
-    """What a layer adds.
+    """What a layer adds to its module's weight.
 
     Args:
         layer: A layer of any kind.
-        shape: The weight's, where the layer's own does not tell the kernel; None for the layer's.
-        weight: For layers that need it.
+        shape: The weight's, where the layer's own lacks the kernel; None for the layer's.
+        weight: The weight, for layers that need it.
 
     Raises:
         AdapterError: The layer needs its weight and has none.
     """
-    given = None if layer.needs_weight else layer.factors()
-    if given is None:
+    factors = None if layer.needs_weight else layer.factors()
+    if factors is None:
         dense = layer.delta(weight)
         return Delta(tuple(shape or dense.shape), dense.flatten(1))
-    up, down = given
-    known = tuple(shape or (up.shape[0], *down.shape[1:]))
-    factored = Delta(known, up.flatten(1), down.flatten(1))
+    up, down = factors
+    full_shape = tuple(shape or (up.shape[0], *down.shape[1:]))
+    factored = Delta(full_shape, up.flatten(1), down.flatten(1))
     if isinstance(layer, LoraLayer) or factored.size < up.shape[0] * down[0].numel():
         return factored
-    return Delta(known, factored.dense())
+    return Delta(full_shape, factored.dense())
 
 
-def total(changes: Sequence[Delta]) -> Delta:
-    """The sum of changes of one weight: by concatenation, which is exact, where all are products of factors."""
-    shape = max((one.shape for one in changes), key=len)  # a kernel of 1×1 may be left out
-    downs = [one.down for one in changes if one.down is not None]
-    if len(downs) < len(changes):
-        return Delta(shape, torch.stack([one.dense() for one in changes]).sum(dim=0))
-    return Delta(shape, torch.cat([one.up for one in changes], dim=1), torch.cat(downs))
+def sum_deltas(deltas: Sequence[Delta]) -> Delta:
+    """The sum of deltas of one weight: by concatenation, which is exact, where all are products of factors."""
+    shape = max((delta.shape for delta in deltas), key=len)  # a kernel of 1×1 may be left out
+    downs = [delta.down for delta in deltas if delta.down is not None]
+    if len(downs) < len(deltas):
+        return Delta(shape, torch.stack([delta.dense() for delta in deltas]).sum(dim=0))
+    return Delta(shape, torch.cat([delta.up for delta in deltas], dim=1), torch.cat(downs))
 
 
-def truncate(change: Delta, cut: Truncation) -> Delta:
-    """The nearest change of lower rank (Eckart & Young 1936), factored, singular values shared evenly by the factors.
+def truncate(delta: Delta, truncation: Truncation) -> Delta:
+    """The nearest delta of lower rank (Eckart & Young 1936), factored, singular values shared evenly by the factors.
 
     A product of factors is decomposed by way of orthonormal bases of its factors, without being multiplied out. Of a
-    large dense change only the leading part is computed.
+    large dense delta only the leading part is computed.
     """
-    energy = change.inner(change)
+    energy = delta.inner(delta)
     if not energy:
-        inside = change.up.shape[1] if change.down is None else change.down.shape[1]
-        return Delta(change.shape, change.up.new_zeros(len(change.up), 1), change.up.new_zeros(1, inside))
-    left, values, right = _singular(change, cut)
-    rank = _kept(values, cut, energy)
+        columns = delta.up.shape[1] if delta.down is None else delta.down.shape[1]
+        return Delta(delta.shape, delta.up.new_zeros(len(delta.up), 1), delta.up.new_zeros(1, columns))
+    left, values, right = _svd(delta, truncation.rank)
+    rank = _kept_rank(values, truncation, energy)
     root = values[:rank].sqrt()
-    return Delta(change.shape, left[:, :rank] * root, root[:, None] * right[:rank])
+    return Delta(delta.shape, left[:, :rank] * root, root[:, None] * right[:rank])
 
 
-def _singular(change: Delta, cut: Truncation) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors (out, n), singular values (n,), right vectors (n, in·k·k), as far as the cut needs them."""
-    if change.down is not None and change.rank < min(change.up.shape[0], change.down.shape[1]):
-        left, left_core = _orthonormal(change.up)
-        right, right_core = _orthonormal(change.down.T)
-        inner_left, values, inner_right = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
-        end = cut.rank or len(values)
-        return (left @ inner_left[:, :end]).float(), values.float(), (inner_right[:end] @ right.T).float()
-    matrix = change.dense()
-    if min(matrix.shape) <= _WHOLE or cut.rank is None:
+def _svd(delta: Delta, rank: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors (out, n), singular values (m,), right vectors (n, in·k·k); n is at least `rank` or, if None, m."""
+    if delta.down is not None and delta.rank < min(delta.up.shape[0], delta.down.shape[1]):
+        left_basis, left_core = _orthonormal(delta.up)
+        right_basis, right_core = _orthonormal(delta.down.T)
+        left, values, right = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
+        end = rank or len(values)
+        return (left_basis @ left[:, :end]).float(), values.float(), (right[:end] @ right_basis.T).float()
+    matrix = delta.dense()
+    if min(matrix.shape) <= _FULL_SVD_SIZE or rank is None:
         return torch.linalg.svd(matrix, full_matrices=False)  # type: ignore[no-any-return]
     if matrix.shape[0] <= matrix.shape[1]:
-        return _leading(matrix, cut.rank)
-    right, values, left = _leading(matrix.T, cut.rank)
+        return _leading_svd(matrix, rank)
+    right, values, left = _leading_svd(matrix.T, rank)
     return left.T, values, right.T
 
 
@@ -151,54 +151,70 @@ def _orthonormal(factor: Tensor) -> tuple[Tensor, Tensor]:
     loses to the squared condition is far below float32's rounding.
     """
     tall = factor.double()
-    squares, vectors = torch.linalg.eigh(tall.T @ tall)
-    there = squares > _SINGULAR * squares[-1]
-    lengths, vectors = squares[there].sqrt(), vectors[:, there]
-    return tall @ (vectors / lengths), lengths[:, None] * vectors.T
+    eigenvalues, eigenvectors = torch.linalg.eigh(tall.T @ tall)
+    significant = eigenvalues > _EIGENVALUE_ROUNDING * eigenvalues[-1]
+    norms = eigenvalues[significant].sqrt()
+    eigenvectors = eigenvectors[:, significant]
+    return tall @ (eigenvectors / norms), norms[:, None] * eigenvectors.T
 
 
-def _leading(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The first singular vectors and values of a wide matrix, from the eigenvectors of its Gram matrix in float64."""
+def _leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The largest singular values of a wide matrix and their vectors, from its Gram matrix's eigenvectors, float64."""
     wide = matrix.double()
-    _, vectors = torch.linalg.eigh(wide @ wide.T)
-    left = vectors.flip(1)[:, :rank]
+    _, eigenvectors = torch.linalg.eigh(wide @ wide.T)
+    left = eigenvectors.flip(1)[:, :rank]
     right = left.T @ wide
     values = torch.linalg.vector_norm(right, dim=1)
     return left.float(), values.float(), (right / values.clamp(min=1e-300)[:, None]).float()
 
 
-def _kept(values: Tensor, cut: Truncation, energy: float) -> int:
-    """How many singular values are kept; one at least, none that is rounding noise."""
-    found = values.double()
-    noise = max(NOISE * float(found[0]), cut.floor)
-    count = int((found > noise).sum())
-    if cut.energy < 1:
-        count = min(count, int((found.square().cumsum(0) < cut.energy * energy).sum()) + 1)
-    if cut.ratio is not None:
-        count = min(count, int((found * cut.ratio >= found[0]).sum()))
-    return max(1, min(count, cut.rank or count))
-
-
-def to_layer(change: Delta) -> LoraLayer | DifferenceLayer:
-    """The layer of a change: a LoRA whose alpha equals its rank, or a full difference if it is dense."""
-    out, inside, *kernel = change.shape
-    if change.down is None:
-        return DifferenceLayer(change.up.reshape(change.shape).contiguous())
-    up, down = balanced(change.up, change.down)
-    down = down.reshape(-1, inside, *kernel).contiguous()
-    return LoraLayer(down, up.reshape(out, -1, *[1] * len(kernel)).contiguous(), float(len(down)))
-
-
-def nearest_lora(change: Tensor, rank: int) -> LoraLayer:
-    """The LoRA of at most that rank whose product is nearest to a change of a weight.
+def _kept_rank(values: Tensor, truncation: Truncation, energy: float) -> int:
+    """How many singular values are kept; one at least, none that is rounding.
 
     Args:
-        change: (out, in) or (out, in, k, k).
+        values: (m,), the largest first.
+        truncation: The limits.
+        energy: Squared norm of the whole delta.
+    """
+    singular_values = values.double()
+    largest = singular_values[0]
+    floor = max(RELATIVE_ROUNDING * float(largest), truncation.floor)
+    rank = int((singular_values > floor).sum())
+    if truncation.energy < 1:
+        insufficient = singular_values.square().cumsum(0) < truncation.energy * energy
+        rank = min(rank, int(insufficient.sum()) + 1)
+    if truncation.ratio is not None:
+        rank = min(rank, int((singular_values * truncation.ratio >= largest).sum()))
+    if truncation.rank:
+        rank = min(rank, truncation.rank)
+    return max(1, rank)
+
+
+def to_layer(delta: Delta) -> LoraLayer | FullLayer:
+    """The layer of a delta: a LoRA whose alpha equals its rank, or a full difference if it is dense."""
+    outputs, inputs, *kernel = delta.shape
+    if delta.down is None:
+        return FullLayer(delta.up.reshape(delta.shape).contiguous())
+    up, down = balanced(delta.up, delta.down)
+    rank = len(down)
+    return LoraLayer(
+        down=down.reshape(rank, inputs, *kernel).contiguous(),
+        up=up.reshape(outputs, rank, *[1] * len(kernel)).contiguous(),
+        alpha=float(rank),
+    )
+
+
+def nearest_lora(delta: Tensor, rank: int) -> LoraLayer:
+    """The LoRA of at most that rank whose product is nearest to a delta of a weight.
+
+    Args:
+        delta: (out, in) or (out, in, k, k).
         rank: Highest rank.
 
     Returns:
         Both factors float32; alpha equal to the rank.
     """
-    layer = to_layer(truncate(Delta(tuple(change.shape), change.float().flatten(1)), Truncation(rank)))
+    dense = Delta(tuple(delta.shape), delta.float().flatten(1))
+    layer = to_layer(truncate(dense, Truncation(rank)))
     assert isinstance(layer, LoraLayer)
     return layer

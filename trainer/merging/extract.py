@@ -1,4 +1,4 @@
-"""LoRA out of changed weights: the nearest change of a given rank, module by module."""
+"""LoRA out of tuned weights: the nearest delta of a given rank, module by module."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ from ..core.events import Listener, Phase, SilentListener, stop_if_asked
 from ..models.families.base import BaseWeights
 from ..settings.merge import ExtractSettings
 from .deltas import Delta, nearest_lora, to_layer, truncate
-from .merge import MergeResult, layer_to_device, truncation_for
+from .merge import CPU, MergeResult, layer_to_device, truncation_for
 from .report import MergeReport, compare_with_inputs
 
 
 def extract_lora(
-    base: BaseWeights, changed: Mapping[str, Tensor], targets: list[Target], metadata: Mapping[str, str]
+    base: BaseWeights, tuned: Mapping[str, Tensor], targets: list[Target], metadata: Mapping[str, str]
 ) -> Adapter:
     """What fine-tuning changed in the weights of Linear layers and convolutions, as a LoRA.
 
     Args:
         base: The base model.
-        changed: "<component>.<parameter>" → tuned tensor.
+        tuned: "<component>.<parameter>" → tuned tensor.
         targets: The modules to extract, with their ranks.
         metadata: Of the adapter.
     """
     modules = adaptable_modules(base.family.build(base))
-    tuned = {_canonical_name(name): tensor for name, tensor in changed.items()}
+    tuned_weights = {_canonical_name(name): tensor for name, tensor in tuned.items()}
     layers = {}
     for target in targets:
-        name = f"{target.component}.{target.path}.weight"
-        weight = modules[target.component][target.path].weight
-        layers[target.name] = nearest_lora(tuned[name].float() - weight.float().cpu(), target.rank)
+        base_weight = modules[target.component][target.path].weight
+        tuned_weight = tuned_weights[f"{target.component}.{target.path}.weight"]
+        layers[target.name] = nearest_lora(tuned_weight.float() - base_weight.float().cpu(), target.rank)
     return Adapter(layers, metadata)
 
 
@@ -62,57 +62,68 @@ def extract_between(
         tuned: As `base`, of the tuned model.
         settings: Size, and whether biases count.
         device: Where to compute; None for the CPU.
-        listener: Told of the progress; may stop the work.
+        listener: Gets the progress; may stop the work.
 
     Raises:
         AdapterError: The models have different layers, or don't differ.
         CancelledError: The listener asked to stop.
     """
-    listener, device = listener or SilentListener(), device or torch.device("cpu")
-    for name in sorted(base.keys() ^ tuned.keys()):
-        raise _different_layers(name, base.get(name), tuned.get(name))
+    listener = listener or SilentListener()
+    device = device or CPU
+    unmatched = sorted(base.keys() ^ tuned.keys())
+    if unmatched:
+        raise _different_layers(unmatched[0], base.get(unmatched[0]), tuned.get(unmatched[0]))
     layers: dict[str, Layer] = {}
     vectors: dict[str, Tensor] = {}
-    modules = []
+    module_reports = []
     for number, name in enumerate(sorted(base)):
         if number % 16 == 0:
             listener.report(Phase("extracting", number, len(base)))
             stop_if_asked(listener)
-        before, after = base[name].to(device), tuned[name].to(device)  # each is read once: a host's is costly
-        if before.shape != after.shape:
-            raise _different_layers(name, before, after)
-        change = _difference(before, after)
-        if change is None:
+        base_weight = base[name].to(device)  # read once, as below: a host's is costly
+        tuned_weight = tuned[name].to(device)
+        if base_weight.shape != tuned_weight.shape:
+            raise _different_layers(name, base_weight, tuned_weight)
+        difference = _difference(base_weight, tuned_weight)
+        if difference is None:
             continue
-        if change.ndim == 1:
+        if difference.ndim == 1:
             if settings.biases:
-                vectors[f"{name.removesuffix('.bias')}.{'diff_b' if name.endswith('.bias') else 'diff'}"] = change.cpu()
+                vectors[_vector_key(name)] = difference.cpu()
             continue
-        whole = Delta(tuple(change.shape), change.flatten(1))
-        kept = truncate(whole, truncation_for(settings, whole.shape))
-        layers[name] = layer_to_device(to_layer(kept), torch.device("cpu"))
-        modules.append(compare_with_inputs(name, [(whole, 1.0)], [0], kept))
+        whole = Delta(tuple(difference.shape), difference.flatten(1))
+        truncated = truncate(whole, truncation_for(settings, whole.shape))
+        layers[name] = layer_to_device(to_layer(truncated), CPU)
+        module_reports.append(compare_with_inputs(name, {0: whole}, truncated))
     listener.report(Phase("extracting", len(base), len(base)))
     if not layers:
         raise AdapterError("The two models don't differ in any layer.", "Give the tuned model and its base.")
-    return MergeResult(Adapter(layers, {}, vectors), MergeReport(["difference"], "extract", modules))
+    return MergeResult(Adapter(layers, {}, vectors), MergeReport(["difference"], "extract", module_reports))
+
+
+def _vector_key(name: str) -> str:
+    """The key in an adapter file for the difference of a norm's weight or of a bias, "<module>.bias"."""
+    if name.endswith(".bias"):
+        return f"{name.removesuffix('.bias')}.diff_b"
+    return f"{name}.diff"
 
 
 def _different_layers(name: str, base: Tensor | None, tuned: Tensor | None) -> AdapterError:
-    shapes = ["missing" if one is None else tuple(one.shape) for one in (base, tuned)]
+    base_shape, tuned_shape = ("missing" if weight is None else tuple(weight.shape) for weight in (base, tuned))
     return AdapterError(
-        f"The models have different layers: {name} is {shapes[0]} in the base and {shapes[1]} in the tuned model.",
+        f"The models have different layers: {name} is {base_shape} in the base and {tuned_shape} in the tuned model.",
         "Give a model and the base that it was tuned from.",
     )
 
 
 def _difference(base: Tensor, tuned: Tensor) -> Tensor | None:
-    """The change, float32; None where there is none but the rounding to another type."""
+    """The difference, float32; None where there is none but the rounding to another dtype."""
     if base.dtype == tuned.dtype:
         return None if torch.equal(base, tuned) else tuned.float() - base.float()
-    change = tuned.float() - base.float()
-    types = [torch.finfo(one.dtype) for one in (base, tuned)]
-    coarser, step = max(one.eps for one in types), max(one.eps * one.smallest_normal for one in types)
-    rounding = coarser / 2 * torch.linalg.vector_norm(base.float())  # an upper bound; nearly 3 times what it is
-    rounding += step / 2 * base.numel() ** 0.5  # of numbers below the smallest normal one
-    return change if torch.linalg.vector_norm(change) > rounding else None
+    difference = tuned.float() - base.float()
+    dtypes = [torch.finfo(weight.dtype) for weight in (base, tuned)]
+    largest_eps = max(dtype.eps for dtype in dtypes)
+    largest_step = max(dtype.eps * dtype.smallest_normal for dtype in dtypes)  # of subnormal numbers
+    rounding = largest_eps / 2 * torch.linalg.vector_norm(base.float())  # an upper bound, nearly 3 times the usual
+    rounding += largest_step / 2 * base.numel() ** 0.5
+    return difference if torch.linalg.vector_norm(difference) > rounding else None

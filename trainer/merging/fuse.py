@@ -42,28 +42,30 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
     tensors = {name: tensor.contiguous() for name, tensor in read_single_file(source).items()}
     base = open_tensors(tensors, source)
     fused = dict(tensors)
-    prefixes = (UNET_PREFIX, *(start for kind in base.family.text_encoders for start in kind.file_prefixes))
-    places = _Places({name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
-    for old, new in _components(base, apply_to_base(base, adapters)):
-        for name, tensor in _changed(old, new).items():
-            key = places.key_of(old.tensors[name])
+    prefixes = (UNET_PREFIX, *(prefix for kind in base.family.text_encoders for prefix in kind.file_prefixes))
+    views = _FileViews({name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
+    for before, after in _component_pairs(base, apply_to_base(base, adapters)):
+        for name, tensor in _changed_tensors(before, after).items():
+            original = before.tensors[name]
+            key = views.key_of(original)
             if fused[key] is tensors[key]:
                 fused[key] = tensors[key].clone()
-            places.view(fused[key], key, old.tensors[name]).copy_(tensor)
-    stated = read_header(source)[1] if source.suffix.lower() == ".safetensors" else {}
-    write_tensors(output, fused, {**stated, "format": "pt"})
+            views.view_into(fused[key], key, original).copy_(tensor)
+    metadata = read_header(source)[1] if source.suffix.lower() == ".safetensors" else {}
+    write_tensors(output, fused, {**metadata, "format": "pt"})
 
 
-def _components(old: BaseWeights, new: BaseWeights) -> list[tuple[Component, Component]]:
-    return [(old.unet, new.unet), *zip(old.text_encoders, new.text_encoders, strict=True)]
+def _component_pairs(before: BaseWeights, after: BaseWeights) -> list[tuple[Component, Component]]:
+    """The UNet and the text encoders, each without and with the adapters."""
+    return [(before.unet, after.unet), *zip(before.text_encoders, after.text_encoders, strict=True)]
 
 
-def _changed(old: Component, new: Component) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in new.tensors.items() if tensor is not old.tensors[name]}
+def _changed_tensors(before: Component, after: Component) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in after.tensors.items() if tensor is not before.tensors[name]}
 
 
-class _Places:
-    """Which of a file's tensors a part of a network is a view of: fused projections hold several."""
+class _FileViews:
+    """Which of a file's tensors a network's weight is a view of: a fused projection holds several weights."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -71,34 +73,43 @@ class _Places:
         for key, tensor in tensors.items():
             self._keys.setdefault(tensor.untyped_storage().data_ptr(), []).append(key)
 
-    def key_of(self, part: Tensor) -> str:
-        """The tensor that holds a part."""
-        for key in self._keys.get(part.untyped_storage().data_ptr(), []):
-            start = part.storage_offset() - self._tensors[key].storage_offset()
-            if 0 <= start <= self._tensors[key].numel() - part.numel():
+    def key_of(self, weight: Tensor) -> str:
+        """The key of the file's tensor that holds a weight.
+
+        Raises:
+            AdapterError: There is none.
+        """
+        for key in self._keys.get(weight.untyped_storage().data_ptr(), []):
+            tensor = self._tensors[key]
+            start = weight.storage_offset() - tensor.storage_offset()
+            if 0 <= start <= tensor.numel() - weight.numel():
                 return key
         raise AdapterError(
-            f"A weight of the shape {tuple(part.shape)} is not in the file as it is in the model.",
+            f"A weight of the shape {tuple(weight.shape)} is not in the file as it is in the model.",
             "Use another version of the model, such as the original checkpoint.",
         )
 
-    def view(self, whole: Tensor, key: str, part: Tensor) -> Tensor:
-        """The part of a copy of a file's tensor that corresponds to a part of the tensor itself."""
-        return whole.as_strided(part.size(), part.stride(), part.storage_offset() - self._tensors[key].storage_offset())
+    def view_into(self, copy: Tensor, key: str, weight: Tensor) -> Tensor:
+        """The part of a copy of a file's tensor that a weight is in the tensor itself."""
+        start = weight.storage_offset() - self._tensors[key].storage_offset()
+        return copy.as_strided(weight.size(), weight.stride(), start)
 
 
-def _write_folder(source: Path, old: BaseWeights, new: BaseWeights, output: Path) -> None:
-    """Copy the folder, with the weights of the changed networks in one new file each."""
-    names = ["unet", *(kind.name for kind in new.family.text_encoders)]
-    found = {name: _changed(before, after) for name, (before, after) in zip(names, _components(old, new), strict=True)}
-    changed = {name: tensors for name, tensors in found.items() if tensors}
+def _write_folder(source: Path, before: BaseWeights, after: BaseWeights, output: Path) -> None:
+    """Copy the folder, with the weights of each changed network in one new file."""
+    names = ["unet", *(kind.name for kind in after.family.text_encoders)]
+    changed: dict[str, dict[str, Tensor]] = {}
+    for name, (component_before, component_after) in zip(names, _component_pairs(before, after), strict=True):
+        tensors = _changed_tensors(component_before, component_after)
+        if tensors:
+            changed[name] = tensors
 
-    def without_weights(folder: str, entries: list[str]) -> list[str]:
-        weights = (".safetensors", ".bin", ".msgpack", ".index.json")
-        return [one for one in entries if Path(folder).name in changed and one.endswith(weights)]
+    def weight_files(folder: str, entries: list[str]) -> list[str]:
+        suffixes = (".safetensors", ".bin", ".msgpack", ".index.json")
+        return [entry for entry in entries if Path(folder).name in changed and entry.endswith(suffixes)]
 
     with folder_written_atomically(output) as temporary:
-        shutil.copytree(source, temporary, ignore=without_weights, dirs_exist_ok=True)
+        shutil.copytree(source, temporary, ignore=weight_files, dirs_exist_ok=True)
         for name, tensors in changed.items():
             stem = "diffusion_pytorch_model" if name == "unet" else "model"
             whole = read_component(source / name, stem)

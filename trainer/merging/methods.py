@@ -1,6 +1,6 @@
-"""Ways to merge changes of one weight: pure functions, of weighted changes one change.
+"""Methods of merging: pure functions from the weighted deltas of one weight to one delta.
 
-TIES, DARE and pruning are made of PEFT's functions. They look at the single numbers of a change and give a dense one.
+TIES, DARE and pruning are made of PEFT's functions. They look at single numbers of a delta and return a dense one.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 from ..core.seeding import seeded
-from .deltas import NOISE, Delta, Truncation, total, truncate
+from .deltas import RELATIVE_ROUNDING, Delta, Truncation, sum_deltas, truncate
 
-_ROUNDING = 1e-10  # share of a change's energy that is left of it by rounding where nothing is
+_ENERGY_ROUNDING = 1e-10  # share of a delta's energy that rounding leaves of it where a projection leaves nothing
 
-Weighted = Sequence[tuple[Delta, float]]
+WeightedDeltas = Sequence[tuple[Delta, float]]
 
 
 @dataclass(frozen=True)
 class MergeOptions:
-    """What a method may be told.
+    """The options of the methods; each uses some of them.
 
     Attributes:
         density: Share of the numbers that is kept, above 0 to 1.
-        protected: Share of a change's energy whose inputs are protected from the others, above 0 to 1.
+        protected: Share of a delta's energy whose inputs are protected from the others, above 0 to 1.
         seed: Of random numbers.
         name: Of the module, for random numbers.
     """
@@ -37,70 +37,69 @@ class MergeOptions:
     name: str = ""
 
 
-def weighted_sum(parts: Weighted, choice: MergeOptions) -> Delta:
+def weighted_sum(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
     """Σ wᵢ Δᵢ, exact: factors are concatenated."""
-    return total([change.times(weight) for change, weight in parts])
+    return sum_deltas([delta.times(weight) for delta, weight in deltas])
 
 
-def ties(parts: Weighted, choice: MergeOptions) -> Delta:
-    """TIES (Yadav et al. 2023): keep the largest numbers of each, elect a sign for each place, average those of it."""
-    return _elected(_pruned(parts, choice, "magnitude"))
+def ties(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
+    """TIES (Yadav et al. 2023): keep the largest numbers of each, elect a sign for each entry, average those of it."""
+    return _elected(_pruned(deltas, options, "magnitude"))
 
 
-def magnitude_prune(parts: Weighted, choice: MergeOptions) -> Delta:
-    """Keep the largest numbers of each change, and add up."""
-    return weighted_sum(_pruned(parts, choice, "magnitude"), choice)
+def magnitude_prune(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
+    """Keep the largest numbers of each delta, and add up."""
+    return weighted_sum(_pruned(deltas, options, "magnitude"), options)
 
 
-def dare(parts: Weighted, choice: MergeOptions) -> Delta:
+def dare(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
     """DARE (Yu et al. 2024): drop numbers at random, scale the rest up to make up for them, and add up."""
-    return weighted_sum(_pruned(parts, choice, "random"), choice)
+    return weighted_sum(_pruned(deltas, options, "random"), options)
 
 
-def dare_ties(parts: Weighted, choice: MergeOptions) -> Delta:
+def dare_ties(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
     """DARE's dropping, then TIES' election of signs and average."""
-    return _elected(_pruned(parts, choice, "random"))
+    return _elected(_pruned(deltas, options, "random"))
 
 
-def orthogonal(parts: Weighted, choice: MergeOptions) -> Delta:
-    """Every change but the first leaves the inputs of those before it alone: Δ' = Δ (I − V Vᵀ), and the sum of all.
+def orthogonal(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
+    """Every delta but the first leaves the inputs of those before it alone: Δ' = Δ (I − V Vᵀ), and the sum of all.
 
-    V spans the inputs (row space) of the changes before, so that the first one works on its own inputs as it did
+    V spans the inputs (row space) of the deltas before, so that the first one acts on its own inputs as it did
     alone. The projection of continual learning: Zeng et al. 2019 (OWM), Saha et al. 2021 (GPM).
     """
-    kept: list[Delta] = []
+    projected: list[Delta] = []
     basis: Tensor | None = None
-    for change, weight in parts:
-        part = change if basis is None else _projected(change, basis)
-        kept.append(part.times(weight))
-        if part.inner(part) <= _ROUNDING * change.inner(change):
+    for delta, weight in deltas:
+        free = delta if basis is None else _projected(delta, basis)
+        projected.append(free.times(weight))
+        if free.inner(free) <= _ENERGY_ROUNDING * delta.inner(delta):
             continue
-        inputs = _inputs(part, choice.protected, NOISE * change.inner(change) ** 0.5)
+        inputs = _inputs(free, options.protected, RELATIVE_ROUNDING * delta.inner(delta) ** 0.5)
         basis = inputs if basis is None else torch.linalg.qr(torch.cat([basis, inputs], dim=1))[0]
-    return total(kept)
+    return sum_deltas(projected)
 
 
-def column_scaled(parts: Weighted, columns: Sequence[Tensor]) -> Delta:
-    """ZipLoRA (Shah et al. 2023): Σ wᵢ Δᵢ diag(mᵢ), a coefficient for each input of each change.
+def column_scaled(deltas: WeightedDeltas, columns: Sequence[Tensor]) -> Delta:
+    """ZipLoRA (Shah et al. 2023): Σ wᵢ Δᵢ diag(mᵢ), a coefficient for each input of each delta.
 
     Args:
-        parts: The weighted changes, (out, in·k·k) as matrices.
-        columns: Of each change its coefficients mᵢ, (in,).
+        deltas: The deltas with their weights, (out, in·k·k) as matrices.
+        columns: Of each delta its coefficients mᵢ, (in,).
     """
     scaled = []
-    for (change, weight), column in zip(parts, columns, strict=True):
-        rows = change.up if change.down is None else change.down
-        inside = rows.reshape(len(rows), len(column), -1) * column.to(rows.device, torch.float32)[:, None]
-        turned = inside.reshape(rows.shape)
-        part = Delta(change.shape, turned) if change.down is None else Delta(change.shape, change.up, turned)
-        scaled.append(part.times(weight))
-    return total(scaled)
+    for (delta, weight), coefficients in zip(deltas, columns, strict=True):
+        rows = delta.up if delta.down is None else delta.down
+        by_input = rows.reshape(len(rows), len(coefficients), -1)
+        scaled_rows = (by_input * coefficients.to(rows.device, torch.float32)[:, None]).reshape(rows.shape)
+        scaled.append(_with_rows(delta, scaled_rows).times(weight))
+    return sum_deltas(scaled)
 
 
-Method = Callable[[Weighted, MergeOptions], Delta]
+Method = Callable[[WeightedDeltas, MergeOptions], Delta]
 METHODS: dict[str, Method] = {
     "sum": weighted_sum,
-    "svd": weighted_sum,  # and then reduced, as all but "sum" and "orthogonal" are
+    "svd": weighted_sum,  # then truncated, as with all methods but "sum" and "orthogonal"
     "ties": ties,
     "dare": dare,
     "dare-ties": dare_ties,
@@ -109,48 +108,54 @@ METHODS: dict[str, Method] = {
 }
 
 
-def _pruned(parts: Weighted, choice: MergeOptions, method: Literal["magnitude", "random"]) -> Weighted:
-    """Dense changes of which a share is kept: the largest numbers, or random ones, then scaled up.
+def _pruned(deltas: WeightedDeltas, options: MergeOptions, method: Literal["magnitude", "random"]) -> WeightedDeltas:
+    """Dense deltas of which a share is kept: the largest numbers, or random ones, then scaled up.
 
-    Which numbers are random depends on seed, module and change, not on the order of the changes.
+    Which numbers are random depends on seed, module and delta, not on the order of the deltas.
     """
     from peft.utils.merge_utils import prune
 
-    if choice.density >= 1:
-        return [(Delta(change.shape, change.dense()), weight) for change, weight in parts]
-    found = []
-    for change, weight in parts:
-        dense = change.dense()
-        with seeded(dense.device, choice.seed, "dare", choice.name, f"{change.inner(change):.5e}"):
-            kept = prune(dense, choice.density, method)
+    if options.density >= 1:
+        return [(Delta(delta.shape, delta.dense()), weight) for delta, weight in deltas]
+    pruned = []
+    for delta, weight in deltas:
+        dense = delta.dense()
+        with seeded(dense.device, options.seed, "dare", options.name, f"{delta.inner(delta):.5e}"):
+            kept = prune(dense, options.density, method)
         if method == "random":
-            kept = kept / choice.density  # PEFT can do so, too, but 0.13 forgets it
-        found.append((Delta(change.shape, kept), weight))
-    return found
+            kept = kept / options.density  # PEFT can do so, too, but 0.13 forgets it
+        pruned.append((Delta(delta.shape, kept), weight))
+    return pruned
 
 
-def _elected(parts: Weighted) -> Delta:
-    """For each place the mean of the weighted numbers that have the sign of the majority."""
+def _elected(deltas: WeightedDeltas) -> Delta:
+    """For each entry the mean of the weighted numbers that have the sign of the majority."""
     from peft.utils.merge_utils import calculate_majority_sign_mask, disjoint_merge
 
-    dense = torch.stack([change.dense() for change, _ in parts])
-    weights = torch.tensor([weight for _, weight in parts], device=dense.device)
+    dense = torch.stack([delta.dense() for delta, _ in deltas])
+    weights = torch.tensor([weight for _, weight in deltas], device=dense.device)
     signs = calculate_majority_sign_mask(dense)
-    shape = max((change.shape for change, _ in parts), key=len)
+    shape = max((delta.shape for delta, _ in deltas), key=len)
     merged: Tensor = disjoint_merge(dense * weights.view(-1, 1, 1), signs)
     return Delta(shape, merged)
 
 
-def _projected(change: Delta, basis: Tensor) -> Delta:
-    """The change without what it does to inputs in the span of `basis` (in·k·k, n), orthonormal columns."""
-    rows, basis = (change.up if change.down is None else change.down).double(), basis.double()
+def _with_rows(delta: Delta, rows: Tensor) -> Delta:
+    """The delta with other rows (rank, in·k·k) in `down`, or (out, in·k·k) if it is dense."""
+    return Delta(delta.shape, rows) if delta.down is None else Delta(delta.shape, delta.up, rows)
+
+
+def _projected(delta: Delta, basis: Tensor) -> Delta:
+    """The delta without what it does to inputs in the span of `basis` (in·k·k, n), orthonormal columns."""
+    rows = (delta.up if delta.down is None else delta.down).double()
+    basis = basis.double()
     free = (rows - (rows @ basis) @ basis.T).float()
-    return Delta(change.shape, free) if change.down is None else Delta(change.shape, change.up, free)
+    return _with_rows(delta, free)
 
 
-def _inputs(change: Delta, energy: float, floor: float) -> Tensor:
-    """Orthonormal inputs (in·k·k, n) that a change responds to, the strongest that make up a share of its energy."""
-    down = truncate(change, Truncation(energy=energy, floor=floor)).down
+def _inputs(delta: Delta, energy: float, floor: float) -> Tensor:
+    """Orthonormal inputs (in·k·k, n) that a delta responds to, the strongest that make up a share of its energy."""
+    down = truncate(delta, Truncation(energy=energy, floor=floor)).down
     assert down is not None
-    lengths: Tensor = torch.linalg.vector_norm(down, dim=1, keepdim=True)
-    return (down / lengths).T
+    norms: Tensor = torch.linalg.vector_norm(down, dim=1, keepdim=True)
+    return (down / norms).T

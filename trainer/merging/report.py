@@ -12,24 +12,24 @@ from PIL import Image
 from torch import Tensor
 
 from ..adapters.names import block_order, module_path
-from ..core.figures import as_table, figure_as_picture, shortened
+from ..core.figures import figure_as_picture, shortened, text_table
 from .deltas import Delta
 
-_STRONG = 0.3  # |cosine| of two changes above which adapters are said to overlap strongly; of unrelated ones it is ~0
+_STRONG_OVERLAP = 0.3  # |cosine| of two adapters' deltas from which the user is warned; of unrelated ones it is ~0
 
 
 @dataclass(frozen=True)
 class ModuleReport:
     """What one module of the result keeps.
 
-    With Δᵢ the weighted change of input i, S their sum and M the result:
+    With Δᵢ the weighted delta of input i, S their sum and M the result:
 
     Attributes:
         name: kohya's.
         kept: Input's index → 1 − ⟨S − M, Δᵢ⟩ / ‖Δᵢ‖²: the share of its energy that is kept. 1: all. Above 1 or below
             0 where inputs that reinforce or oppose each other were changed together.
         overlap: Pair of indices → cosine of Δᵢ and Δⱼ.
-        lost: ‖S − M‖² / ‖S‖², the share of the sum's energy that was cut off.
+        lost: ‖S − M‖² / ‖S‖², the share of the sum's energy that is lost.
         energy: Input's index → ‖Δᵢ‖².
         rank: Of the result.
     """
@@ -43,84 +43,92 @@ class ModuleReport:
 
     @classmethod
     def untouched(cls, name: str, index: int, rank: int, energy: float = math.nan) -> ModuleReport:
-        """Of a module that one adapter alone has, and that stays as it is."""
-        return cls(name, {index: 1.0}, {}, 0.0, {index: energy}, rank)
+        """The report of a module that one adapter alone has, and that stays as it is."""
+        return cls(name=name, kept={index: 1.0}, overlap={}, lost=0.0, energy={index: energy}, rank=rank)
 
 
-def compare_with_inputs(
-    name: str,
-    weighted: Sequence[tuple[Delta, float]],
-    indices: Sequence[int],
-    result: Delta,
-    *,
-    exact: bool = False,
-) -> ModuleReport:
+def compare_with_inputs(name: str, inputs: Mapping[int, Delta], result: Delta, *, is_sum: bool = False) -> ModuleReport:
     """Compare a module's result with what was merged into it.
 
     Args:
         name: The module's.
-        weighted: The changes with their weights.
-        indices: The number of each one's adapter.
-        result: The merged change.
-        exact: Whether the result is known to be the sum, which need not be looked at then.
+        inputs: Index of an adapter → its weighted delta.
+        result: The merged delta.
+        is_sum: Whether the result is known to be the sum of the inputs, so that it need not be compared.
     """
-    inputs = [change.times(weight) for change, weight in weighted]
-    count = len(inputs)
-    between = torch.zeros(count, count, dtype=torch.float64)
-    for row in range(count):
-        for column in range(row + 1):
-            between[row, column] = between[column, row] = inputs[row].inner(inputs[column])
-    with_result, length = between.sum(dim=1), float(between.sum())
-    if not exact:
-        with_result = torch.tensor([one.inner(result) for one in inputs], dtype=torch.float64)
-        length = result.inner(result)
-    missing = between.sum(dim=1) - with_result  # ⟨S − M, Δᵢ⟩
-    energies = between.diagonal()
-    summed = float(between.sum())
-    lost = max(0.0, summed - 2 * float(with_result.sum()) + length)
-    kept = {index: _share(1 - missing[i] / energies[i]) for i, index in enumerate(indices)}
-    overlap = {
-        (indices[i], indices[j]): _share(between[i, j] / (energies[i] * energies[j]).sqrt(), 0.0)
-        for i in range(count)
-        for j in range(i + 1, count)
-    }
-    energy = {index: float(energies[i]) for i, index in enumerate(indices)}
-    return ModuleReport(name, kept, overlap, lost / summed if summed > 0 else 0.0, energy, result.rank)
+    indices = list(inputs)
+    gram = torch.zeros(len(indices), len(indices), dtype=torch.float64)  # ⟨Δᵢ, Δⱼ⟩
+    for i, first in enumerate(indices):
+        for j, second in enumerate(indices[: i + 1]):
+            product = inputs[first].inner(inputs[second])
+            gram[i, j] = product
+            gram[j, i] = product
+    with_sum = gram.sum(dim=1)  # ⟨S, Δᵢ⟩
+    sum_energy = float(gram.sum())
+    if is_sum:
+        with_result = with_sum
+        result_energy = sum_energy
+    else:
+        with_result = torch.tensor([delta.inner(result) for delta in inputs.values()], dtype=torch.float64)
+        result_energy = result.inner(result)
+    energies = gram.diagonal()
+    kept = 1 - (with_sum - with_result) / energies
+    lost_energy = max(0.0, sum_energy - 2 * float(with_result.sum()) + result_energy)
+    overlap = {}
+    for i, first in enumerate(indices):
+        for j, second in enumerate(indices[i + 1 :], start=i + 1):
+            cosine = gram[i, j] / (energies[i] * energies[j]).sqrt()
+            overlap[first, second] = _finite_or(0.0, cosine)
+    return ModuleReport(
+        name=name,
+        kept={index: _finite_or(1.0, kept[i]) for i, index in enumerate(indices)},
+        overlap=overlap,
+        lost=lost_energy / sum_energy if sum_energy > 0 else 0.0,
+        energy={index: float(energies[i]) for i, index in enumerate(indices)},
+        rank=result.rank,
+    )
 
 
-def _share(value: Tensor, default: float = 1.0) -> float:
-    """A number; `default` for 0 / 0, of an adapter that changes nothing here."""
+def _finite_or(default: float, value: Tensor) -> float:
+    """A 0-D tensor as a number; `default` for 0 / 0, of an adapter whose delta is zero."""
     number = float(value)
     return number if math.isfinite(number) else default
 
 
 def overlap_warnings(modules: Sequence[ModuleReport], titles: Sequence[str]) -> list[str]:
-    """Warnings of pairs of adapters whose changes point the same way, or opposite ways."""
+    """Warnings of pairs of adapters whose deltas point the same way, or opposite ways."""
     warnings = []
     pairs = sorted({pair for module in modules for pair in module.overlap})
     for first, second in pairs:
-        mean = _overall(modules, (first, second))
-        if abs(mean) > _STRONG:
-            effect = "do the same twice" if mean > 0 else "undo each other"
+        cosine = _overall_cosine(modules, first, second)
+        if abs(cosine) > _STRONG_OVERLAP:
+            effect = "do the same twice" if cosine > 0 else "undo each other"
             warnings.append(
-                f"{titles[first]} and {titles[second]} overlap strongly (cosine {mean:.2f}) and partly {effect}: "
+                f"{titles[first]} and {titles[second]} overlap strongly (cosine {cosine:.2f}) and partly {effect}: "
                 "lower their strengths, or choose the method orthogonal or a learned merge."
             )
     return warnings
 
 
-def _overall(modules: Sequence[ModuleReport], pair: tuple[int, int]) -> float:
-    """The cosine of two adapters over all modules that both have."""
-    inner = first = second = 0.0
+def _overall_cosine(modules: Sequence[ModuleReport], first: int, second: int) -> float:
+    """The cosine of two adapters' deltas over all modules that both have."""
+    product = 0.0
+    first_energy = 0.0
+    second_energy = 0.0
     for module in modules:
-        if pair in module.overlap:
-            a, b = (module.energy[index] for index in pair)
-            inner, first, second = inner + module.overlap[pair] * math.sqrt(a * b), first + a, second + b
-    return inner / math.sqrt(first * second) if first * second > 0 else 0.0
+        cosine = module.overlap.get((first, second))
+        if cosine is None:
+            continue
+        product += cosine * math.sqrt(module.energy[first] * module.energy[second])
+        first_energy += module.energy[first]
+        second_energy += module.energy[second]
+    if first_energy * second_energy <= 0:
+        return 0.0
+    return product / math.sqrt(first_energy * second_energy)
 
 
 @dataclass(frozen=True)
-class Report:
+class MergeReport:
     """What a merge keeps.
 
     Attributes:
@@ -143,14 +151,12 @@ class Report:
         return {block: self._columns(blocks[block]) for block in sorted(blocks, key=block_order)}
 
     def _columns(self, modules: Sequence[ModuleReport]) -> dict[str, float]:
-        found: dict[str, float] = {}
+        columns: dict[str, float] = {}
         for index, title in enumerate(self.titles):
-            values = [module.kept[index] for module in modules if index in module.kept]
-            found[f"kept: {title}"] = sum(values) / len(values) if values else math.nan
-        overlaps = [max(map(abs, module.overlap.values())) for module in modules if module.overlap]
-        found["overlap"] = sum(overlaps) / len(overlaps) if overlaps else math.nan
-        found["lost"] = sum(module.lost for module in modules) / len(modules)
-        return found
+            columns[f"kept: {title}"] = _mean([module.kept[index] for module in modules if index in module.kept])
+        columns["overlap"] = _mean([max(map(abs, module.overlap.values())) for module in modules if module.overlap])
+        columns["lost"] = _mean([module.lost for module in modules])
+        return columns
 
     def as_json(self) -> dict[str, Any]:
         """Everything, as plain values; numbers that don't exist are None."""
@@ -179,16 +185,20 @@ class Report:
 
     def as_text(self) -> str:
         """A table by block for people."""
-        table = self.by_block()
         ranks = sorted({module.rank for module in self.modules}) or [0]
-        shown = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        lines = [f"{' + '.join(self.titles)}: {self.method}, {len(self.modules)} modules, rank {shown}"]
+        rank_range = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+        lines = [f"{' + '.join(self.titles)}: {self.method}, {len(self.modules)} modules, rank {rank_range}"]
         lines += [f"warning: {text}" for text in self.warnings]
-        return "\n".join([*lines, as_table(table)])
+        return "\n".join([*lines, text_table(self.by_block())])
 
     def heat_map(self) -> Image.Image:
         """The table by block as a picture."""
         return heat_map(f"{self.method}: what is kept, by block", self.by_block())
+
+
+def _mean(values: Sequence[float]) -> float:
+    """NaN of nothing."""
+    return sum(values) / len(values) if values else math.nan
 
 
 def heat_map(title: str, table: Mapping[str, Mapping[str, float]]) -> Image.Image:
@@ -200,7 +210,8 @@ def heat_map(title: str, table: Mapping[str, Mapping[str, float]]) -> Image.Imag
     """
     from matplotlib.figure import Figure
 
-    rows, columns = list(table), list(dict.fromkeys(column for values in table.values() for column in values))
+    rows = list(table)
+    columns = list(dict.fromkeys(column for values in table.values() for column in values))
     figure = Figure(figsize=(2.2 + 1.3 * len(columns), 1.2 + 0.28 * len(rows)), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     numbers = [[table[row].get(column, math.nan) for column in columns] for row in rows]

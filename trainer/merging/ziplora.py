@@ -4,9 +4,10 @@ Each adapter gets a coefficient for every input of every layer, trained so that 
 adapter does on subject prompts and as the style adapter does on style prompts, while inputs that both use are
 penalised. A coefficient scales a column of ΔW, which a LoRA's `down` takes up: the result is an ordinary file.
 
-Differences from the paper: no pictures are needed, each adapter draws what it was taught itself; every layer that an
-adapter has takes part, convolutions by their input channels; and the subject is matched at high noise, where form is
-decided, the style at low noise (compare Ouyang et al. 2025, K-LoRA, who let the two take turns while sampling).
+Differences from the paper: no pictures are needed, since each adapter generates latents of what it was taught; every
+layer that an adapter has takes part, convolutions by their input channels; and the subject is matched at high noise,
+where form is decided, the style at low noise (compare Ouyang et al. 2025, K-LoRA, who let the two take turns while
+sampling).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ..adapters.names import Adaptable, module_path, modules_by_name, named_weig
 from ..adapters.prefixes import UNET, component_of
 from ..core.devices import DTYPES, explained_memory_errors, pick_precision, release, reset_peak_memory, to_device
 from ..core.distributed import accelerate_state_kept, make_accelerator
-from ..core.errors import AdapterError, CancelledError, DivergedError
+from ..core.errors import AdapterError, CancelledError, DivergedError, suggest
 from ..core.events import Listener, Phase, stop_if_asked
 from ..core.prompts import split_prompts
 from ..core.seeding import generator
@@ -33,76 +34,80 @@ from ..models.families.base import BaseWeights, Conditioning, DiffusionModel, as
 from ..models.sampling import GenerationConfig, denoise, starting_noise
 from ..settings.merge import LearnedMergeSettings, MergeSettings
 from .deltas import Delta, to_delta
-from .merge import Merged, WeightedAdapter, aligned, merge, require_layers_fit
+from .merge import MergeResult, WeightedAdapter, merge, require_layers_fit, with_common_names
 
-_LOWER = "resolution, turn gradient_checkpointing on, or choose bf16 or fp16"
+_MEMORY_REMEDY = (
+    f"{suggest('resolution')}, set {suggest('gradient_checkpointing', True)}, "
+    f"or choose {suggest('precision', 'bf16')} or {suggest('precision', 'fp16')}"
+)
 _SUM = MergeSettings(method="sum")
 
 
-class ZippedLayer(nn.Module):
-    """A Linear or convolution with changes on top, each with a coefficient for every input (channel).
+class ZipLoraLayer(nn.Module):
+    """A Linear or convolution with deltas on top, each with a coefficient for every input (channel).
 
     Attributes:
         base: The layer; its weights are not trained.
-        coefficients: (in,) for each change, float32, trained.
-        only: Index of the change that is applied alone and without its coefficients; None for all with theirs.
+        coefficients: (in,) for each delta, float32, trained.
+        applied_alone: Index of the one delta that is applied, without its coefficients; None for all with theirs.
     """
 
-    def __init__(self, base: Adaptable, changes: Mapping[int, Delta]) -> None:
-        """Put changes on a layer.
+    def __init__(self, base: Adaptable, deltas: Mapping[int, Delta]) -> None:
+        """Put deltas on a layer.
 
         Args:
             base: Linear or Conv2d.
-            changes: Index of the adapter → what it adds, its strength included.
+            deltas: Index of the adapter → what it adds, its strength included.
         """
         super().__init__()
         weight = base.weight
         self.base = base
-        self.only: int | None = None
+        self.applied_alone: int | None = None
         self._factors = {
-            index: _as_kernels(change, weight.shape, weight.device, weight.dtype) for index, change in changes.items()
+            index: _as_kernels(delta, weight.shape, weight.device, weight.dtype) for index, delta in deltas.items()
         }
         self.coefficients = nn.ParameterDict(
-            {str(index): nn.Parameter(torch.ones(weight.shape[1], device=weight.device)) for index in changes}
+            {str(index): nn.Parameter(torch.ones(weight.shape[1], device=weight.device)) for index in deltas}
         )
 
     def forward(self, inputs: Tensor, *args: object) -> Tensor:
         """The layer's output for inputs (batch, tokens, in) or (batch, in, height, width)."""
         output: Tensor = self.base(inputs)
         for index, kernels in self._factors.items():
-            if self.only is None:
-                scale = self.coefficients[str(index)].to(inputs.dtype)
-                linear = isinstance(self.base, nn.Linear)
-                output = output + self._changed(inputs * (scale if linear else scale[:, None, None]), kernels)
-            elif self.only == index:
-                output = output + self._changed(inputs, kernels)
+            if self.applied_alone is None:
+                coefficients = self.coefficients[str(index)].to(inputs.dtype)
+                if not isinstance(self.base, nn.Linear):
+                    coefficients = coefficients[:, None, None]
+                output = output + self._delta_output(inputs * coefficients, kernels)
+            elif self.applied_alone == index:
+                output = output + self._delta_output(inputs, kernels)
         return output
 
-    def _changed(self, inputs: Tensor, kernels: Sequence[Tensor]) -> Tensor:
+    def _delta_output(self, inputs: Tensor, kernels: Sequence[Tensor]) -> Tensor:
         if isinstance(self.base, nn.Linear):
             for kernel in kernels:
                 inputs = nn.functional.linear(inputs, kernel)
             return inputs
         first, *others = kernels
         base = self.base
-        inputs = nn.functional.conv2d(inputs, first, None, base.stride, base.padding, base.dilation, base.groups)
+        outputs = nn.functional.conv2d(inputs, first, None, base.stride, base.padding, base.dilation, base.groups)
         for kernel in others:
-            inputs = nn.functional.conv2d(inputs, kernel)
-        return inputs
+            outputs = nn.functional.conv2d(outputs, kernel)
+        return outputs
 
     def overlap(self) -> Tensor:
-        """Mean over inputs of |mᵢ · mⱼ|, summed over pairs of changes; 0-D."""
+        """Mean over inputs of |mᵢ · mⱼ|, summed over pairs of deltas; 0-D."""
         pairs = itertools.combinations(self.coefficients.values(), 2)
-        found = [(first * second).abs().mean() for first, second in pairs]
-        return torch.stack(found).sum() if found else torch.zeros((), device=self.base.weight.device)
+        overlaps = [(first * second).abs().mean() for first, second in pairs]
+        return torch.stack(overlaps).sum() if overlaps else torch.zeros((), device=self.base.weight.device)
 
 
-def _as_kernels(change: Delta, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """The factors of a change as weights of layers one after the other."""
-    up = as_ordinary(change.up.to(device, dtype))
-    if change.down is None:
+def _as_kernels(delta: Delta, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """The factors of a delta as weights of layers one after the other."""
+    up = as_ordinary(delta.up.to(device, dtype))
+    if delta.down is None:
         return [up.reshape(shape)]
-    down = as_ordinary(change.down.to(device, dtype))
+    down = as_ordinary(delta.down.to(device, dtype))
     return [down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *[1] * (len(shape) - 2))]
 
 
@@ -113,7 +118,7 @@ def learned_merge(
     settings: LearnedMergeSettings,
     device: torch.device,
     listener: Listener,
-) -> Merged:
+) -> MergeResult:
     """Merge a subject and a style adapter.
 
     Args:
@@ -122,32 +127,32 @@ def learned_merge(
         style: The style's adapter.
         settings: Prompts and training.
         device: Where to train.
-        listener: Told of the progress; may stop the work.
+        listener: Gets the progress; may stop the work.
 
     Raises:
         AdapterError: The adapters don't fit the base or each other, or have no layer of the UNet in common.
         CancelledError: The listener asked to stop.
         DivergedError: The loss became NaN or infinite.
-        OutOfMemoryError: The memory does not suffice; says what to lower.
+        OutOfMemoryError: Out of memory; the remedy names the settings to lower.
     """
-    with accelerate_state_kept(), explained_memory_errors(_LOWER):
+    with accelerate_state_kept(), explained_memory_errors(_MEMORY_REMEDY):
         try:
-            return _LearnedMerge(base, [subject, style], settings, device, listener).run()
+            return _ZipLoraTrainer(base, [subject, style], settings, device, listener).run()
         finally:
             release(device)
 
 
 @dataclass(frozen=True)
-class _Text:
-    """The prompts of one adapter, a row each.
+class _PromptEmbeddings:
+    """The conditioning of one adapter's prompts, a row each.
 
     Attributes:
-        own: As text encoders with its own part say them.
-        empty: The empty prompt likewise, as often.
-        merged: As text encoders with all adapters' parts say them.
+        alone: From text encoders with this adapter alone.
+        empty: Likewise, of the empty prompt, repeated.
+        merged: From text encoders with all adapters.
     """
 
-    own: Conditioning
+    alone: Conditioning
     empty: Conditioning
     merged: Conditioning
 
@@ -156,145 +161,170 @@ def _row(conditioning: Conditioning, row: int) -> Conditioning:
     return {name: rows[row : row + 1] for name, rows in conditioning.items()}
 
 
-class _LearnedMerge:
-    """One learned merge: draw, train, merge."""
+class _ZipLoraTrainer:
+    """One learned merge: generate latents, train coefficients, merge."""
 
     def __init__(
         self,
         base: BaseWeights,
-        parts: Sequence[WeightedAdapter],
+        adapters: Sequence[WeightedAdapter],
         settings: LearnedMergeSettings,
         device: torch.device,
         listener: Listener,
     ) -> None:
-        self.base, self.settings, self.device, self.listener = base, settings, device, listener
-        self.parts, _ = aligned(parts)
+        self.base = base
+        self.adapters, _ = with_common_names(adapters)
+        self.settings = settings
+        self.device = device
+        self.listener = listener
         self.precision = pick_precision(settings.precision, device)
         self.prompts = [split_prompts(settings.subject_prompt), split_prompts(settings.style_prompt)]
+        self.weights: dict[str, Tensor] = {}
+        self.layers: dict[str, ZipLoraLayer] = {}
 
-    def run(self) -> Merged:
-        """Encode the prompts, put the changes in, let each adapter draw, train the coefficients, merge."""
+    def run(self) -> MergeResult:
+        """Encode the prompts, put the deltas in, generate latents with each adapter, train the coefficients, merge."""
         reset_peak_memory(self.device)
         model = self.base.family.build(self.base)
         self.weights = named_weights(model)
-        require_layers_fit(self.parts, self.weights)
-        texts = self._encode()
+        require_layers_fit(self.adapters, self.weights)
+        embeddings = self._encode_all_prompts()
         model.text_encoders.clear()
         del model.vae
         to_device(model.unet, self.device, DTYPES[self.precision])
-        self.layers = self._put_in(model)
-        latents = self._draw(model, texts)
-        self._train(model, texts, latents)
+        self.layers = self._insert_layers(model)
+        latents = self._generate_latents(model, embeddings)
+        self._train(model, embeddings, latents)
         columns = {
-            name: [one.detach().cpu() for one in layer.coefficients.values()] for name, layer in self.layers.items()
+            name: [coefficients.detach().cpu() for coefficients in layer.coefficients.values()]
+            for name, layer in self.layers.items()
         }
-        return merge(self.parts, _SUM, self.weights, None, self.listener, columns=columns)
+        return merge(self.adapters, _SUM, weights=self.weights, listener=self.listener, columns=columns)
 
-    def _encode(self) -> list[_Text]:
-        """The prompts of each adapter."""
-        merged = self._text_model(self.parts)
-        found = []
-        for part, prompts in zip(self.parts, self.prompts, strict=True):
-            own = self._text_model([part])
-            empty = {name: rows.expand(len(prompts), *rows.shape[1:]) for name, rows in self._said(own, [""]).items()}
-            found.append(_Text(self._said(own, prompts), empty, self._said(merged, prompts)))
-        return found
+    def _encode_all_prompts(self) -> list[_PromptEmbeddings]:
+        """The embeddings of each adapter's prompts."""
+        merged_model = self._model_with_text_adapters(self.adapters)
+        embeddings = []
+        for weighted, prompts in zip(self.adapters, self.prompts, strict=True):
+            model = self._model_with_text_adapters([weighted])
+            empty = self._encode(model, [""])
+            embeddings.append(
+                _PromptEmbeddings(
+                    alone=self._encode(model, prompts),
+                    empty={name: rows.expand(len(prompts), *rows.shape[1:]) for name, rows in empty.items()},
+                    merged=self._encode(merged_model, prompts),
+                )
+            )
+        return embeddings
 
-    def _text_model(self, parts: Sequence[WeightedAdapter]) -> DiffusionModel:
-        """A model whose text encoders have the adapters' parts for them, in float32."""
-        changed = []
-        for part in parts:
-            layers = {name: layer for name, layer in part.adapter.layers.items() if component_of(name) != UNET}
-            vectors = {name: one for name, one in part.adapter.vectors.items() if component_of(name) != UNET}
-            if layers or vectors:
-                places = [str(module_path(name)) for name in layers]
-                blocks = [one for one in part.blocks if any(map(one.pattern.search, places))]
-                adapter = Adapter(layers, part.adapter.metadata, vectors)
-                one = merge([replace(part, adapter=adapter, blocks=blocks)], _SUM, self.weights)
-                changed.append((one.adapter, 1.0))
-        model = self.base.family.build(apply_to_base(self.base, changed))
+    def _model_with_text_adapters(self, adapters: Sequence[WeightedAdapter]) -> DiffusionModel:
+        """A model with the adapters in its text encoders, which are in float32."""
+        scaled = []
+        for weighted in adapters:
+            text_part = self._text_part(weighted)
+            if text_part.adapter.layers or text_part.adapter.vectors:
+                scaled.append((merge([text_part], _SUM, self.weights).adapter, 1.0))
+        model = self.base.family.build(apply_to_base(self.base, scaled))
         for encoder in model.text_encoders.values():
             to_device(encoder, self.device, torch.float32)
         return model
 
-    @torch.no_grad()
-    def _said(self, model: DiffusionModel, prompts: Sequence[str]) -> Conditioning:
-        """What a model's text encoders say of prompts."""
-        side = float(self.settings.resolution)
-        size = torch.tensor([[side, side, 0, 0, side, side]], device=self.device).expand(len(prompts), -1)
-        return {name: rows.to(self.device) for name, rows in model.encode_prompts(prompts).items()} | {"size": size}
+    def _text_part(self, weighted: WeightedAdapter) -> WeightedAdapter:
+        """What of an adapter belongs to text encoders; perhaps nothing."""
+        adapter = weighted.adapter
+        layers = {name: layer for name, layer in adapter.layers.items() if component_of(name) != UNET}
+        vectors = {key: vector for key, vector in adapter.vectors.items() if component_of(key) != UNET}
+        paths = [str(module_path(name)) for name in layers]
+        blocks = [block for block in weighted.blocks if any(block.pattern.search(path) for path in paths)]
+        return replace(weighted, adapter=Adapter(layers, adapter.metadata, vectors), blocks=blocks)
 
-    def _put_in(self, model: DiffusionModel) -> dict[str, ZippedLayer]:
+    @torch.no_grad()
+    def _encode(self, model: DiffusionModel, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of prompts from a model's text encoders, on the device."""
+        embeddings = {name: rows.to(self.device) for name, rows in model.encode_prompts(prompts).items()}
+        side = float(self.settings.resolution)
+        size = torch.tensor([[side, side, 0, 0, side, side]], device=self.device)
+        return embeddings | {"size": size.expand(len(prompts), -1)}
+
+    def _insert_layers(self, model: DiffusionModel) -> dict[str, ZipLoraLayer]:
         """Replace the UNet's layers that an adapter changes; their names in the file → the new ones."""
-        by_name = modules_by_name(model)
-        places = {id(module): path for path, module in model.unet.named_modules()}
-        found = {}
-        for name in sorted({name for part in self.parts for name in part.adapter.layers if component_of(name) == UNET}):
-            module, weight = by_name[name], self.weights[name]
-            changes = {
-                index: to_delta(part.adapter.layers[name], weight.shape, weight).times(part.weight(name))
-                for index, part in enumerate(self.parts)
-                if name in part.adapter.layers
+        modules = modules_by_name(model)
+        paths = {id(module): path for path, module in model.unet.named_modules()}
+        names = {name for weighted in self.adapters for name in weighted.adapter.layers if component_of(name) == UNET}
+        layers = {}
+        for name in sorted(names):
+            module = modules[name]
+            weight = self.weights[name]
+            deltas = {
+                index: to_delta(weighted.adapter.layers[name], weight.shape, weight).times(
+                    weighted.module_strength(name)
+                )
+                for index, weighted in enumerate(self.adapters)
+                if name in weighted.adapter.layers
             }
-            found[name] = ZippedLayer(module, changes)
-            parent, _, child = places[id(module)].rpartition(".")
-            setattr(model.unet.get_submodule(parent), child, found[name])
-        if not any(len(layer.coefficients) > 1 for layer in found.values()):
+            layers[name] = ZipLoraLayer(module, deltas)
+            parent, _, child = paths[id(module)].rpartition(".")
+            setattr(model.unet.get_submodule(parent), child, layers[name])
+        if not any(len(layer.coefficients) > 1 for layer in layers.values()):
             raise AdapterError(
                 "The adapters have no layer of the UNet in common, so there is nothing to learn.",
                 "Merge them by the method sum.",
             )
-        return found
+        return layers
 
-    def _apply_only(self, index: int | None) -> None:
+    def _apply_alone(self, index: int | None) -> None:
+        """Let one adapter alone act, or all with their coefficients."""
         for layer in self.layers.values():
-            layer.only = index
+            layer.applied_alone = index
 
-    def _draw(self, model: DiffusionModel, texts: Sequence[_Text]) -> list[Tensor]:
-        """Latents that each adapter draws by itself, on its prompts in turn: (pictures, channels, height, width)."""
-        settings, side = self.settings, self.settings.resolution // _factor(self.base)
-        channels = int(model.unet.config.in_channels)
+    def _generate_latents(self, model: DiffusionModel, embeddings: Sequence[_PromptEmbeddings]) -> list[Tensor]:
+        """Latents from each adapter alone, on its prompts in turn: (pictures, channels, height, width) each."""
+        settings = self.settings
         config = GenerationConfig(
             width=settings.resolution,
             height=settings.resolution,
             steps=settings.sampling_steps,
             guidance=settings.guidance,
         )
-        found = []
-        for index, text in enumerate(texts):
-            self._apply_only(index)
-            drawn = []
+        side = settings.resolution // _pixels_per_latent(self.base)
+        shape = (int(model.unet.config.in_channels), side, side)
+        total = len(embeddings) * settings.pictures
+        by_adapter = []
+        for index, adapter_embeddings in enumerate(embeddings):
+            self._apply_alone(index)
+            latents = []
             for number in range(settings.pictures):
-                self.listener.report(Phase("drawing", index * settings.pictures + number, 2 * settings.pictures))
+                self.listener.report(Phase("generating", index * settings.pictures + number, total))
                 stop_if_asked(self.listener)
                 row = number % len(self.prompts[index])
-                noise = starting_noise([settings.seed + number], (channels, side, side))
-                drawn.append(
+                latents.append(
                     denoise(
                         model,
-                        noise,
-                        _row(text.own, row),
-                        _row(text.empty, row),
-                        config,
-                        self.listener,
+                        starting_noise([settings.seed + number], shape),
+                        prompt=_row(adapter_embeddings.alone, row),
+                        negative=_row(adapter_embeddings.empty, row),
+                        config=config,
+                        listener=self.listener,
                     )
                 )
-            found.append(torch.cat(drawn))
-        self.listener.report(Phase("drawing", 2 * settings.pictures, 2 * settings.pictures))
-        return found
+            by_adapter.append(torch.cat(latents))
+        self.listener.report(Phase("generating", total, total))
+        return by_adapter
 
-    def _train(self, model: DiffusionModel, texts: Sequence[_Text], latents: Sequence[Tensor]) -> None:
+    def _train(self, model: DiffusionModel, embeddings: Sequence[_PromptEmbeddings], latents: Sequence[Tensor]) -> None:
         settings = self.settings
         if settings.gradient_checkpointing:
             model.unet.enable_gradient_checkpointing()
-        coefficients = [one for layer in self.layers.values() for one in layer.coefficients.values()]
+        coefficients = [parameter for layer in self.layers.values() for parameter in layer.coefficients.values()]
         accelerator = make_accelerator(self.device, self.precision, 1)
         model.objective = model.objective.to(self.device)
         optimizer = torch.optim.AdamW(coefficients, lr=settings.learning_rate, weight_decay=0.0)
         model.unet, optimizer = accelerator.prepare(model.unet.train(), optimizer)
-        pace = Throughput(settings.steps, 0, self.device)
+        throughput = Throughput(settings.steps, 0, self.device)
         for step in range(settings.steps):
-            losses = [self._loss(model, index, step, texts[index], latents[index]) for index in range(len(self.parts))]
+            losses = [
+                self._loss(model, index, step, embeddings[index], latents[index]) for index in range(len(self.adapters))
+            ]
             overlap = torch.stack([layer.overlap() for layer in self.layers.values()]).mean()
             loss = torch.stack(losses).sum() + settings.overlap_weight * overlap
             accelerator.backward(loss)
@@ -303,43 +333,40 @@ class _LearnedMerge:
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise DivergedError(
-                    f"The loss became {value} in step {step + 1}.", "Lower learning_rate, or choose precision fp32."
+                    f"The loss became {value} in step {step + 1}.",
+                    f"Lower {suggest('learning_rate')}, or choose {suggest('precision', 'fp32')}.",
                 )
-            self.listener.report(pace.event(step + 1, value, settings.learning_rate))
+            self.listener.report(throughput.event(step + 1, value, settings.learning_rate))
             if self.listener.should_stop():
                 raise CancelledError(step + 1, settings.steps)
         accelerator.free_memory()
 
     def _loss(
-        self,
-        model: DiffusionModel,
-        index: int,
-        step: int,
-        text: _Text,
-        latents: Tensor,
+        self, model: DiffusionModel, index: int, step: int, embeddings: _PromptEmbeddings, latents: Tensor
     ) -> Tensor:
         """How far the merged prediction is from that of one adapter alone, on one of its own latents, 0-D."""
         source = generator(self.settings.seed, "zip", index, step)
         row = int(torch.randint(len(latents), (), generator=source))
-        lowest, end = self._noise_levels(index, model.objective.timesteps)
-        timesteps = torch.randint(lowest, end, (1,), generator=source).to(self.device)
+        first, end = self._timestep_range(index, model.objective.timesteps)
+        timesteps = torch.randint(first, end, (1,), generator=source).to(self.device)
         noise = torch.randn(latents[:1].shape, generator=source).to(self.device)
         noisy = model.objective.add_noise(latents[row : row + 1], noise, timesteps).to(DTYPES[self.precision])
         prompt = row % len(self.prompts[index])
-        self._apply_only(index)
+        self._apply_alone(index)
         with torch.no_grad():
-            wanted = model.predict(noisy, timesteps, _row(text.own, prompt)).float()
-        self._apply_only(None)
-        return nn.functional.mse_loss(model.predict(noisy, timesteps, _row(text.merged, prompt)).float(), wanted)
+            target = model.predict(noisy, timesteps, _row(embeddings.alone, prompt)).float()
+        self._apply_alone(None)
+        prediction = model.predict(noisy, timesteps, _row(embeddings.merged, prompt)).float()
+        return nn.functional.mse_loss(prediction, target)
 
-    def _noise_levels(self, index: int, timesteps: int) -> tuple[int, int]:
-        """The timesteps, from and to, at which an adapter's predictions are matched."""
+    def _timestep_range(self, index: int, timesteps: int) -> tuple[int, int]:
+        """The first timestep, and the end of those, at which an adapter's predictions are matched."""
         split = round(self.settings.split * timesteps)
         if not split:
             return 0, timesteps
         return (split, timesteps) if index == 0 else (0, split)
 
 
-def _factor(base: BaseWeights) -> int:
-    """How many pixels a latent's side stands for."""
+def _pixels_per_latent(base: BaseWeights) -> int:
+    """How many pixels of a picture's side one latent stands for."""
     return int(2 ** (len(base.vae.config["block_out_channels"]) - 1))

@@ -23,15 +23,16 @@ from torch import Tensor
 
 from ...core.errors import AdapterError
 from . import full, loha, lokr, lora, oft
-from .base import BROKEN, DORA_SCALE, Layer, Parts, is_scale
-from .full import DifferenceLayer
+from .base import DAMAGED_FILE_REMEDY, DORA_SCALE, Layer, LayerTensors, dora_scale_fits
+from .full import FullLayer
 from .loha import LohaLayer
 from .lokr import LokrLayer
 from .lora import LoraLayer
 from .oft import OftLayer
 
 __all__ = [
-    "DifferenceLayer",
+    "DORA_SCALE",
+    "FullLayer",
     "Layer",
     "LohaLayer",
     "LokrLayer",
@@ -43,44 +44,49 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class _Kind:
-    names: tuple[str, ...]
-    make: Callable[[Parts, float | None], Layer]
+class _LayerType:
+    """One kind of layer: the suffixes of its tensors in a file, and the function that makes one of them."""
+
+    suffixes: tuple[str, ...]
+    make: Callable[[LayerTensors, float | None], Layer]
 
 
-_KINDS = {
-    "LoRA": _Kind(lora.NAMES, lora.make_lora),
-    "LoHa": _Kind(loha.NAMES, loha.make_loha),
-    "LoKr": _Kind(lokr.NAMES, lokr.make_lokr),
-    "OFT": _Kind(oft.NAMES, oft.make_oft),
-    "full difference": _Kind(full.NAMES, full.make_difference),
+_LAYER_TYPES = {
+    "LoRA": _LayerType(lora.SUFFIXES, lora.make_lora),
+    "LoHa": _LayerType(loha.SUFFIXES, loha.make_loha),
+    "LoKr": _LayerType(lokr.SUFFIXES, lokr.make_lokr),
+    "OFT": _LayerType(oft.SUFFIXES, oft.make_oft),
+    "full difference": _LayerType(full.SUFFIXES, full.make_full),
 }
 
 
-def make_layer(name: str, parts: Mapping[str, Tensor], alpha: float | None) -> Layer:
+def make_layer(name: str, tensors: Mapping[str, Tensor], alpha: float | None) -> Layer:
     """One module's layer from its tensors, the inverse of `Layer.tensors`.
 
     Args:
         name: The module's name, for messages.
-        parts: Tensors under the names that follow the module's in a kohya or LyCORIS file, without alpha.
+        tensors: Suffix, the part of a kohya or LyCORIS file's key after the module's name → tensor; without alpha.
         alpha: Numerator of the scale; None for the rank, of an OFT for no limit.
 
     Raises:
         AdapterError: A tensor is missing, the shapes don't belong together, or a number is not finite.
     """
-    own = {title for title, kind in _KINDS.items() if (set(parts) - {DORA_SCALE}) & set(kind.names)}
-    title = next((title for title in _KINDS if title in own), "LoRA")
-    foreign = sorted(set(parts) - set(_KINDS[title].names))
+    telling = set(tensors) - {DORA_SCALE}  # which several kinds have
+    title = next((title for title, kind in _LAYER_TYPES.items() if telling & set(kind.suffixes)), "LoRA")
+    layer_type = _LAYER_TYPES[title]
+    foreign = sorted(set(tensors) - set(layer_type.suffixes))
     if foreign:
-        raise AdapterError(f"The adapter is damaged: the {title} also has the tensor {name}.{foreign[0]}.", BROKEN)
-    for tensor in (*parts.values(), torch.tensor(alpha or 0.0)):
+        raise AdapterError(
+            f"The adapter is damaged: the {title} also has the tensor {name}.{foreign[0]}.", DAMAGED_FILE_REMEDY
+        )
+    for tensor in (*tensors.values(), torch.tensor(alpha or 0.0)):
         if not torch.isfinite(tensor.float()).all():
-            raise AdapterError(f"The adapter is damaged: {name} has numbers that are not finite.", BROKEN)
-    found = Parts(name, title, parts)
-    layer = _KINDS[title].make(found, alpha)
-    scale = getattr(layer, "dora_scale", None)
-    if scale is not None and not is_scale(scale, layer.shape):
-        raise found.misfit([DORA_SCALE], f"for a weight of {layer.shape}")
+            raise AdapterError(f"The adapter is damaged: {name} has numbers that are not finite.", DAMAGED_FILE_REMEDY)
+    layer_tensors = LayerTensors(name, title, tensors)
+    layer = layer_type.make(layer_tensors, alpha)
+    scale = getattr(layer, DORA_SCALE, None)
+    if scale is not None and not dora_scale_fits(scale, layer.shape):
+        raise layer_tensors.shape_error([DORA_SCALE], f"for a weight of {layer.shape}")
     return layer
 
 

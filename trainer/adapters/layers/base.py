@@ -1,4 +1,4 @@
-"""What the kinds of layers share: their contract, arithmetic of factors, and DoRA's decomposition."""
+"""What the kinds of layers share: their protocol, arithmetic of factors, and DoRA's decomposition."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ...core.errors import AdapterError
 
-BROKEN = "Download or copy the adapter file again, or choose another."
+DAMAGED_FILE_REMEDY = "Download or copy the adapter file again, or choose another."
 DORA_SCALE = "dora_scale"
 
 
 class Layer(Protocol):
-    """What every kind of layer can tell. Frozen; its tensors keep the type and device they were given with."""
+    """What every kind of layer offers. Frozen; its tensors keep the dtype and device that they were given with."""
 
     @property
     def alpha(self) -> float:
@@ -33,21 +33,21 @@ class Layer(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the change: (out, in), (out, in, k, k), or flat (out, in·k·k) where no tensor knows the kernel."""
+        """Shape of the delta: (out, in), (out, in, k, k), or flat (out, in·k·k) where no tensor shows the kernel."""
 
     @property
     def needs_weight(self) -> bool:
-        """Whether the change depends on the weight that is changed, and is not proportional to the layer's strength."""
+        """Whether the delta depends on the weight that it is added to, and is not proportional to the strength."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors under the names that follow the module's in a file, without alpha."""
+        """The tensors by suffix, the part of a file's key after the module's name; without alpha."""
 
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """The change as a product of two plain factors, exactly.
+        """The delta as a product of two factors without a core, exactly.
 
         Returns:
             up (out, rank) and down (rank, in[, k, k]), float32, the scale in `up`; the rank may be above that of the
-            layer. None where the change depends on the weight, or is not low-rank by its form.
+            layer. None where the delta depends on the weight, or is not low-rank by its form.
         """
 
     def delta(self, weight: Tensor | None = None) -> Tensor:
@@ -67,61 +67,81 @@ class Layer(Protocol):
 
 
 @dataclass(frozen=True)
-class Parts:
-    """The tensors of one module, asked for by name."""
+class LayerTensors:
+    """The tensors of one module as a file has them, from which a layer is made.
+
+    Attributes:
+        name: The module's name, for messages.
+        kind: The kind of the layer, for messages.
+        tensors: Suffix, such as "lora_down.weight" → tensor.
+    """
 
     name: str
     kind: str
     tensors: Mapping[str, Tensor]
 
-    def need(self, part: str) -> Tensor:
-        """A tensor that must be there, with two dimensions or more and none of them empty."""
-        if part not in self.tensors:
-            raise AdapterError(f"The adapter is incomplete: the {self.kind} {self.name} lacks its {part}.", BROKEN)
-        if self.tensors[part].ndim < 2 or not self.tensors[part].numel():
-            raise self.misfit([part], "but should be a matrix")
-        return self.tensors[part]
+    def require(self, suffix: str) -> Tensor:
+        """A tensor that must be there, with two dimensions or more and none of them empty.
 
-    def need_pair(self, outer: str, inner: str, core: str) -> None:
-        """Two factors must be there, a core may be, and their ranks must agree.
+        Raises:
+            AdapterError: It is missing, or of another shape.
+        """
+        if suffix not in self.tensors:
+            raise AdapterError(
+                f"The adapter is incomplete: the {self.kind} {self.name} lacks its {suffix}.", DAMAGED_FILE_REMEDY
+            )
+        tensor = self.tensors[suffix]
+        if tensor.ndim < 2 or not tensor.numel():
+            raise self.shape_error([suffix], "but should be a matrix")
+        return tensor
+
+    def require_factors(self, outer: str, inner: str, core: str) -> None:
+        """Check that two factors are there, and that their ranks and that of a core, if there is one, agree.
 
         Args:
-            outer: Name of (out, rank[, 1, 1]); a LoHa's or LoKr's is (rank, out) with a core.
-            inner: Name of (rank, in, …); (rank, in[, 1, 1]) with a core.
-            core: Name of (rank, rank, …).
+            outer: Suffix of (out, rank[, 1, 1]); a LoHa's or LoKr's is (rank, out) with a core.
+            inner: Suffix of (rank, in, …); (rank, in[, 1, 1]) with a core.
+            core: Suffix of (rank, rank, …).
+
+        Raises:
+            AdapterError: A factor is missing, or the shapes don't fit.
         """
-        inside, outside = self.need(inner), self.need(outer)
-        middle = self.need(core) if core in self.tensors else None
-        turned = middle is not None and self.kind != "LoRA"
-        fits = outside.flatten(1).shape[0 if turned else 1] == inside.shape[0]
-        if middle is not None:
-            fits &= middle.shape[:2] == (inside.shape[0],) * 2 and inside.shape[1:].numel() == inside.shape[1]
-        if not fits:
-            raise self.misfit([part for part in (inner, outer, core) if part in self.tensors], "which don't fit")
+        inner_factor = self.require(inner)
+        outer_factor = self.require(outer)
+        core_tensor = self.require(core) if core in self.tensors else None
+        rank = inner_factor.shape[0]
+        outer_is_transposed = core_tensor is not None and self.kind != "LoRA"
+        agree = outer_factor.flatten(1).shape[0 if outer_is_transposed else 1] == rank
+        if core_tensor is not None:
+            agree &= core_tensor.shape[:2] == (rank, rank)
+            agree &= inner_factor.shape[1:].numel() == inner_factor.shape[1]
+        if not agree:
+            present = [suffix for suffix in (inner, outer, core) if suffix in self.tensors]
+            raise self.shape_error(present, "which don't fit")
 
-    def fields(self) -> dict[str, Tensor]:
+    def by_field(self) -> dict[str, Tensor]:
         """The tensors by the fields of their layer."""
-        return {field_of(part): tensor for part, tensor in self.tensors.items()}
+        return {field_name(suffix): tensor for suffix, tensor in self.tensors.items()}
 
-    def misfit(self, parts: Iterable[str], why: str) -> AdapterError:
+    def shape_error(self, suffixes: Iterable[str], why: str) -> AdapterError:
         """The error about the shapes of some tensors."""
-        shapes = ", ".join(f"{part} {tuple(self.tensors[part].shape)}" for part in parts)
-        return AdapterError(f"The adapter is damaged: {self.name} has {shapes}, {why}.", BROKEN)
+        shapes = ", ".join(f"{suffix} {tuple(self.tensors[suffix].shape)}" for suffix in suffixes)
+        return AdapterError(f"The adapter is damaged: {self.name} has {shapes}, {why}.", DAMAGED_FILE_REMEDY)
 
 
-def by_field(layer: object, names: Iterable[str]) -> dict[str, Tensor]:
-    """The tensors of a layer under their names in a file."""
-    parts = {name: getattr(layer, field_of(name)) for name in names}
-    return {name: part for name, part in parts.items() if part is not None}
+def tensors_by_suffix(layer: object, suffixes: Iterable[str]) -> dict[str, Tensor]:
+    """The tensors of a layer by their suffixes in a file; those that it lacks are left out."""
+    tensors = {suffix: getattr(layer, field_name(suffix)) for suffix in suffixes}
+    return {suffix: tensor for suffix, tensor in tensors.items() if tensor is not None}
 
 
-def field_of(part: str) -> str:
-    """The field of a tensor, from its name in a file: "down" of "lora_down.weight", "w1_a" of "hada_w1_a"."""
-    return re.sub(r"^(lora|hada|lokr|oft)_|\.weight$", "", part)
+def field_name(suffix: str) -> str:
+    """The field of a tensor, from its suffix in a file: "down" of "lora_down.weight", "w1_a" of "hada_w1_a"."""
+    return re.sub(r"^(lora|hada|lokr|oft)_|\.weight$", "", suffix)
 
 
-def plain_factors(outer: Tensor, inner: Tensor, core: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Factors as (out, rank) and (rank, in, …), float32: a core goes into the inner one, the scale into the outer.
+def two_factors(outer: Tensor, inner: Tensor, core: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Factors as (out, rank) and (rank, in, …), float32: a core goes into the inner one, the scale into the outer one.
 
     Args:
         outer: As in `product`.
@@ -136,11 +156,11 @@ def plain_factors(outer: Tensor, inner: Tensor, core: Tensor | None, scale: floa
 
 
 def product(outer: Tensor, inner: Tensor, core: Tensor | None = None) -> Tensor:
-    """A product of factors in float32.
+    """The product of two factors and perhaps a core, float32.
 
     Args:
         outer: (out, rank[, 1, 1]); with a core (rank, out).
-        inner: (rank, in, …), of which everything behind the rank is kept; with a core (rank, in).
+        inner: (rank, in, …), of which all dimensions after the rank are kept; with a core (rank, in).
         core: (rank, rank, …), the core of a Tucker decomposition.
     """
     outer, inner = outer.float(), inner.float()
@@ -150,7 +170,7 @@ def product(outer: Tensor, inner: Tensor, core: Tensor | None = None) -> Tensor:
 
 
 def product_shape(outer: Tensor, inner: Tensor, core: Tensor | None) -> tuple[int, ...]:
-    """The shape of what `_product` gives."""
+    """The shape of what `product` returns."""
     if core is not None:
         return (outer.shape[1], inner.shape[1], *core.shape[2:])
     return (outer.shape[0], *inner.shape[1:])
@@ -160,7 +180,7 @@ def _is_per_output(scale: Tensor, shape: Sequence[int]) -> bool:
     return scale.ndim > 0 and scale.shape[0] == shape[0] == scale.numel()
 
 
-def is_scale(scale: Tensor, shape: Sequence[int]) -> bool:
+def dora_scale_fits(scale: Tensor, shape: Sequence[int]) -> bool:
     """Whether a dora_scale has a number per output or per input of a weight, whose shape may be flat."""
     per_input = scale.ndim > 1 and scale.shape[0] == 1 and scale.numel() > 0 and shape[1] % scale.numel() == 0
     return _is_per_output(scale, shape) or per_input
@@ -180,37 +200,38 @@ def require_weight(weight: Tensor | None, kind: str) -> Tensor:
     return weight
 
 
-def decomposed(plain: Tensor, scale: Tensor | None, weight: Tensor | None) -> Tensor:
-    """DoRA's change of a weight: scale / (‖W + Δ‖ + ε) · (W + Δ) − W, or Δ itself without a scale.
+def dora_delta(delta: Tensor, scale: Tensor | None, weight: Tensor | None) -> Tensor:
+    """What DoRA adds to a weight: scale / (‖W + Δ‖ + ε) · (W + Δ) − W, or Δ itself without a scale.
 
     The norm is each output row's, as in PEFT and in LyCORIS with `wd_on_output`; each input column's with a scale of
     (1, in[, 1, 1]), as in LyCORIS without it. ε is float32's machine epsilon, as LyCORIS has it; PEFT adds none.
 
     Args:
-        plain: Δ, of as many numbers as the weight.
+        delta: Δ, of as many numbers as the weight.
         scale: (out, …) or (1, in, …).
         weight: W, (out, in) or (out, in, k, k).
     """
     if scale is None:
-        return plain
+        return delta
     weight = require_weight(weight, "DoRA")
     per_output = _is_per_output(scale, weight.shape)
-    if plain.numel() != weight.numel() or not (per_output or scale.numel() == weight.shape[1]):
+    fits = delta.numel() == weight.numel() and (per_output or scale.numel() == weight.shape[1])
+    if not fits:
         raise AdapterError(
-            f"A DoRA for a weight of {tuple(plain.shape)} doesn't fit a weight of {tuple(weight.shape)}.",
+            f"A DoRA for a weight of {tuple(delta.shape)} doesn't fit a weight of {tuple(weight.shape)}.",
             "Use an adapter that was made for a model of this shape.",
         )
-    original = weight.to(plain.device, torch.float32)
-    plain = plain.reshape(weight.shape)
-    kept = 0 if per_output else 1
-    across = tuple(axis for axis in range(weight.ndim) if axis != kept)
-    norm: Tensor = torch.linalg.vector_norm(original + plain, dim=across, keepdim=True)
+    original = weight.to(delta.device, torch.float32)
+    delta = delta.reshape(weight.shape)
+    scaled_axis = 0 if per_output else 1
+    other_axes = tuple(axis for axis in range(weight.ndim) if axis != scaled_axis)
+    norm: Tensor = torch.linalg.vector_norm(original + delta, dim=other_axes, keepdim=True)
     ratio = scale.float().reshape(norm.shape) / (norm + torch.finfo(torch.float32).eps)
-    return (ratio - 1) * original + ratio * plain
+    return (ratio - 1) * original + ratio * delta
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product and of similar lengths, which half precision fits; exact, by powers of two."""
+    """Factors of the same product and of similar norms, which half precision can hold; exact, by powers of two."""
     ratios = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
     powers = torch.exp2((ratios.log2() / 2).round().nan_to_num(0.0, 0.0, 0.0))
     return up * powers, down / powers[:, None]

@@ -1,4 +1,4 @@
-"""A change as it is, without a factorisation: "full" in LyCORIS, `diff` in ComfyUI."""
+"""A weight delta as it is, without a factorisation: "full" in LyCORIS, `diff` in ComfyUI."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Parts
+from .base import LayerTensors
 
-NAMES = ("diff",)
+SUFFIXES = ("diff",)
 
 
 @dataclass(frozen=True)
-class DifferenceLayer:
-    """The change itself.
+class FullLayer:
+    """The delta itself.
 
     Attributes:
         diff: (out, in) or (out, in, k, k).
@@ -57,6 +57,6 @@ class DifferenceLayer:
         return self.diff.float()
 
 
-def make_difference(parts: Parts, alpha: float | None) -> DifferenceLayer:
+def make_full(tensors: LayerTensors, alpha: float | None) -> FullLayer:
     """A full difference; see `make_layer`. It has no alpha."""
-    return DifferenceLayer(parts.need("diff"))
+    return FullLayer(tensors.require("diff"))

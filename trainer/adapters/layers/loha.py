@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import DORA_SCALE, Parts, by_field, decomposed, plain_factors, product, product_shape
+from .base import DORA_SCALE, LayerTensors, dora_delta, product, product_shape, tensors_by_suffix, two_factors
 
-NAMES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", DORA_SCALE)
+SUFFIXES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2", DORA_SCALE)
 
 
 @dataclass(frozen=True)
@@ -58,31 +58,33 @@ class LohaLayer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under LyCORIS's names."""
-        return by_field(self, NAMES)
+        return tensors_by_suffix(self, SUFFIXES)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """See `Layer.factors`; of rank · rank, since a Hadamard product's rank is at most the product of the ranks."""
         if self.needs_weight:
             return None
-        up1, down1 = plain_factors(self.w1_a, self.w1_b, self.t1, self.alpha / self.rank)
-        up2, down2 = plain_factors(self.w2_a, self.w2_b, self.t2, 1.0)
-        return torch.einsum("or,os->ors", up1, up2).flatten(1), (down1[:, None] * down2[None]).flatten(0, 1)
+        up1, down1 = two_factors(self.w1_a, self.w1_b, self.t1, self.alpha / self.rank)
+        up2, down2 = two_factors(self.w2_a, self.w2_b, self.t2, 1.0)
+        up = torch.einsum("or,os->ors", up1, up2).flatten(1)
+        down = (down1[:, None] * down2[None]).flatten(0, 1)
+        return up, down
 
     @torch.no_grad()
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """See `Layer.delta`."""
-        plain = product(self.w1_a, self.w1_b, self.t1) * product(self.w2_a, self.w2_b, self.t2)
-        return decomposed(self.alpha / self.rank * plain, self.dora_scale, weight)
+        hadamard = product(self.w1_a, self.w1_b, self.t1) * product(self.w2_a, self.w2_b, self.t2)
+        return dora_delta(self.alpha / self.rank * hadamard, self.dora_scale, weight)
 
 
-def make_loha(parts: Parts, alpha: float | None) -> LohaLayer:
+def make_loha(tensors: LayerTensors, alpha: float | None) -> LohaLayer:
     """A LoHa; see `make_layer`."""
-    parts.need_pair("hada_w1_a", "hada_w1_b", "hada_t1")
-    parts.need_pair("hada_w2_a", "hada_w2_b", "hada_t2")
-    rank = parts.need("hada_w1_b").shape[0]
-    layer = LohaLayer(alpha=float(rank if alpha is None else alpha), **parts.fields())
-    other = product_shape(layer.w2_a, layer.w2_b, layer.t2)
-    if layer.shape != other or layer.w1_b.shape[0] != layer.w2_b.shape[0]:
-        raise parts.misfit(parts.tensors, "which don't fit")
+    tensors.require_factors("hada_w1_a", "hada_w1_b", "hada_t1")
+    tensors.require_factors("hada_w2_a", "hada_w2_b", "hada_t2")
+    rank = tensors.require("hada_w1_b").shape[0]
+    layer = LohaLayer(alpha=float(rank if alpha is None else alpha), **tensors.by_field())
+    second_shape = product_shape(layer.w2_a, layer.w2_b, layer.t2)
+    if layer.shape != second_shape or layer.w1_b.shape[0] != layer.w2_b.shape[0]:
+        raise tensors.shape_error(tensors.tensors, "which don't fit")
     return layer

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .base import DORA_SCALE, Parts, by_field, decomposed, plain_factors, product
+from .base import DORA_SCALE, LayerTensors, dora_delta, product, tensors_by_suffix, two_factors
 
-NAMES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", DORA_SCALE)
+SUFFIXES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2", DORA_SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +49,11 @@ class LokrLayer:
     @property
     def rank(self) -> int:
         """Rank of the factor that is a product: the larger one's if both are, as in ComfyUI; 1 if none is."""
-        inner = self.w2_b if self.w2 is None else self.w1_b if self.w1 is None else None
-        return 1 if inner is None else inner.shape[0]
+        if self.w2 is None and self.w2_b is not None:
+            return self.w2_b.shape[0]
+        if self.w2 is not None and self.w1 is None and self.w1_b is not None:
+            return self.w1_b.shape[0]
+        return 1
 
     @property
     def kind(self) -> str:
@@ -60,7 +63,7 @@ class LokrLayer:
     @property
     def shape(self) -> tuple[int, ...]:
         """(a·b, c·d[, k, k]), or flat (a·b, c·d·k·k) if `w2_b` is."""
-        small, large = self._factors("meta")
+        small, large = self._small_and_large("meta")
         return (small.shape[0] * large.shape[0], small.shape[1] * large.shape[1], *large.shape[2:])
 
     @property
@@ -70,42 +73,54 @@ class LokrLayer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under LyCORIS's names."""
-        return by_field(self, NAMES)
+        return tensors_by_suffix(self, SUFFIXES)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor] | None:
-        """See `Layer.factors`; the Kronecker products of the factors' factors."""
+        """See `Layer.factors`: the Kronecker products of the two factors' own factors."""
         if self.needs_weight:
             return None
         up1, down1 = _split(self.w1, self.w1_a, self.w1_b, None)
         up2, down2 = _split(self.w2, self.w2_a, self.w2_b, self.t2)
         down1 = down1.reshape(*down1.shape, *[1] * (down2.ndim - 2))
-        return torch.kron(up1 * self.scale, up2.contiguous()), torch.kron(down1, down2.contiguous())
+        up = torch.kron(up1 * self.scale, up2.contiguous())
+        down = torch.kron(down1, down2.contiguous())
+        return up, down
 
     @torch.no_grad()
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """See `Layer.delta`."""
-        small, large = self._factors()
-        plain = self.scale * torch.kron(small.reshape(*small.shape, *[1] * (large.ndim - 2)), large)
-        return decomposed(plain, self.dora_scale, weight)
+        small, large = self._small_and_large()
+        kronecker = torch.kron(small.reshape(*small.shape, *[1] * (large.ndim - 2)), large)
+        return dora_delta(self.scale * kronecker, self.dora_scale, weight)
 
-    def _factors(self, device: str | None = None) -> tuple[Tensor, Tensor]:
-        """The small and the larger factor, float32; on the meta device for their shapes alone."""
-        factors = []
-        for whole, *parts in ((self.w1, self.w1_a, self.w1_b), (self.w2, self.w2_a, self.w2_b, self.t2)):
-            there = [part.to(device) for part in parts if part is not None]
-            factors.append(product(*there) if whole is None else whole.to(device, torch.float32))
-        return factors[0].contiguous(), factors[1].contiguous()
+    def _small_and_large(self, device: str | None = None) -> tuple[Tensor, Tensor]:
+        """The small and the larger factor, float32, contiguous; on the meta device for their shapes alone."""
+        small = _whole_factor(self.w1, self.w1_a, self.w1_b, None, device)
+        large = _whole_factor(self.w2, self.w2_a, self.w2_b, self.t2, device)
+        return small, large
+
+
+def _whole_factor(
+    whole: Tensor | None, outer: Tensor | None, inner: Tensor | None, core: Tensor | None, device: str | None
+) -> Tensor:
+    """A factor that is whole, or the product of two and perhaps a core; float32, contiguous."""
+    if whole is not None:
+        return whole.to(device, torch.float32).contiguous()
+    assert outer is not None
+    assert inner is not None
+    core = None if core is None else core.to(device)
+    return product(outer.to(device), inner.to(device), core).contiguous()
 
 
 def _split(
     whole: Tensor | None, outer: Tensor | None, inner: Tensor | None, core: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """A factor as a product of two; a whole one times the smaller identity."""
+    """A factor as a product of two: its own two, or if it is whole, itself and the smaller identity."""
     if whole is None:
         assert outer is not None
         assert inner is not None
-        return plain_factors(outer, inner, core, 1.0)
+        return two_factors(outer, inner, core, 1.0)
     matrix = whole.float()
     if matrix.shape[0] <= matrix[0].numel():
         return torch.eye(matrix.shape[0], device=matrix.device), matrix
@@ -113,12 +128,15 @@ def _split(
     return matrix.flatten(1), identity.reshape(-1, *matrix.shape[1:])
 
 
-def make_lokr(parts: Parts, alpha: float | None) -> LokrLayer:
+def make_lokr(tensors: LayerTensors, alpha: float | None) -> LokrLayer:
     """A LoKr; see `make_layer`."""
-    for whole, outer, inner, core in ((*NAMES[:3], "lokr_t1"), NAMES[3:7]):
-        if whole in parts.tensors or parts.tensors.keys().isdisjoint((outer, inner)):
-            parts.need(whole)
+    for side in ("1", "2"):
+        whole = f"lokr_w{side}"
+        outer = f"lokr_w{side}_a"
+        inner = f"lokr_w{side}_b"
+        if whole in tensors.tensors or tensors.tensors.keys().isdisjoint((outer, inner)):
+            tensors.require(whole)
         else:
-            parts.need_pair(outer, inner, core)
-    layer = LokrLayer(alpha=0.0, **parts.fields())
+            tensors.require_factors(outer, inner, f"lokr_t{side}")
+    layer = LokrLayer(alpha=0.0, **tensors.by_field())
     return replace(layer, alpha=float(layer.rank if alpha is None else alpha))

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import DORA_SCALE, Parts, by_field, decomposed, plain_factors, product
+from .base import DORA_SCALE, LayerTensors, dora_delta, product, tensors_by_suffix, two_factors
 
-NAMES = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", DORA_SCALE)
+SUFFIXES = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", DORA_SCALE)
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class LoraLayer:
         up: (out, rank) or (out, rank, 1, 1).
         alpha: Numerator of the scale.
         mid: (rank, rank, k, k), the core of a Tucker-decomposed convolution; None otherwise.
-        dora_scale: (out, 1[, 1, 1]), DoRA's length of each output's row; (1, in[, 1, 1]) in LyCORIS's older form.
+        dora_scale: (out, 1[, 1, 1]), DoRA's magnitude of each output's row; (1, in[, 1, 1]), of each input's column, in
+            LyCORIS's older form.
     """
 
     down: Tensor
@@ -53,27 +54,32 @@ class LoraLayer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under kohya's names."""
-        return by_field(self, NAMES)
+        return tensors_by_suffix(self, SUFFIXES)
 
     @torch.no_grad()
     def factors(self) -> tuple[Tensor, Tensor] | None:
         """See `Layer.factors`."""
-        return None if self.needs_weight else plain_factors(*self._parts(), self.alpha / self.rank)
+        if self.needs_weight:
+            return None
+        outer, inner = self._outer_and_inner()
+        return two_factors(outer, inner, self.mid, self.alpha / self.rank)
 
     @torch.no_grad()
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """See `Layer.delta`."""
-        return decomposed(self.alpha / self.rank * product(*self._parts()), self.dora_scale, weight)
+        outer, inner = self._outer_and_inner()
+        plain = self.alpha / self.rank * product(outer, inner, self.mid)
+        return dora_delta(plain, self.dora_scale, weight)
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Outer factor, inner factor and core, as `product` takes them."""
+    def _outer_and_inner(self) -> tuple[Tensor, Tensor]:
+        """Outer and inner factor as `product` takes them, beside `mid` as the core."""
         if self.mid is None:
-            return self.up, self.down, None
-        return self.up.flatten(1).T, self.down.flatten(1), self.mid
+            return self.up, self.down
+        return self.up.flatten(1).T, self.down.flatten(1)
 
 
-def make_lora(parts: Parts, alpha: float | None) -> LoraLayer:
+def make_lora(tensors: LayerTensors, alpha: float | None) -> LoraLayer:
     """A LoRA; see `make_layer`."""
-    parts.need_pair("lora_up.weight", "lora_down.weight", "lora_mid.weight")
-    rank = parts.need("lora_down.weight").shape[0]
-    return LoraLayer(alpha=float(rank if alpha is None else alpha), **parts.fields())
+    tensors.require_factors("lora_up.weight", "lora_down.weight", "lora_mid.weight")
+    rank = tensors.require("lora_down.weight").shape[0]
+    return LoraLayer(alpha=float(rank if alpha is None else alpha), **tensors.by_field())

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ...core.errors import AdapterError
-from .base import Parts, by_field, require_weight
+from .base import LayerTensors, require_weight, tensors_by_suffix
 
-NAMES = ("oft_blocks", "rescale")
+SUFFIXES = ("oft_blocks", "rescale")
 _TINY = 1e-8  # LyCORIS's
 
 
@@ -53,7 +53,7 @@ class OftLayer:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors under LyCORIS's names."""
-        return by_field(self, NAMES)
+        return tensors_by_suffix(self, SUFFIXES)
 
     def factors(self) -> None:
         """See `Layer.factors`; a rotation is not low-rank."""
@@ -61,28 +61,28 @@ class OftLayer:
     @torch.no_grad()
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """See `Layer.delta`."""
-        given = require_weight(weight, self.kind)
-        if given.shape[0] != self.shape[0]:
+        weight = require_weight(weight, self.kind)
+        if weight.shape[0] != self.shape[0]:
             raise AdapterError(
-                f"An {self.kind} for {self.shape[0]} outputs doesn't fit a weight of {tuple(given.shape)}.",
+                f"An {self.kind} for {self.shape[0]} outputs doesn't fit a weight of {tuple(weight.shape)}.",
                 "Use an adapter that was made for a model of this shape.",
             )
-        original = given.to(self.blocks.device, torch.float32)
-        turns = self._turns()
-        if turns.ndim == 3:
-            change = _rotated(turns.transpose(1, 2), original)
+        original = weight.to(self.blocks.device, torch.float32)
+        rotations = self._rotations_less_identity()
+        if rotations.ndim == 3:
+            delta = _rotated(rotations.transpose(1, 2), original)
         else:
-            change = torch.zeros_like(original)
-            for level, turn in enumerate(turns):
+            delta = torch.zeros_like(original)
+            for level, rotation in enumerate(rotations):
                 group = 2**level * (self.rank // 2)
-                shuffled = _swapped(original + change, 2, group)
-                change = change + _swapped(_rotated(turn, shuffled), group, 2)
+                shuffled = _swapped(original + delta, 2, group)
+                delta = delta + _swapped(_rotated(rotation, shuffled), group, 2)
         if self.rescale is None:
-            return change
-        rescale = self.rescale.float().reshape(-1, *[1] * (given.ndim - 1))
-        return rescale * change + (rescale - 1) * original
+            return delta
+        rescale = self.rescale.float().reshape(-1, *[1] * (weight.ndim - 1))
+        return rescale * delta + (rescale - 1) * original
 
-    def _turns(self) -> Tensor:
+    def _rotations_less_identity(self) -> Tensor:
         """The Cayley transforms of all blocks less the identity, R − 1 = 2 Q (1 − Q)⁻¹, of the shape of `blocks`.
 
         So a small rotation, as limits of 1e-3 and less allow, is not lost in rounding.
@@ -94,8 +94,8 @@ class OftLayer:
         if 0 < limit < norm:
             skew = skew * limit / norm
         identity = torch.eye(self.rank, device=blocks.device)
-        turns: Tensor = torch.linalg.solve(identity - skew, 2 * skew, left=False)
-        return turns
+        rotations: Tensor = torch.linalg.solve(identity - skew, 2 * skew, left=False)
+        return rotations
 
 
 def _rotated(rotation: Tensor, weight: Tensor) -> Tensor:
@@ -109,14 +109,14 @@ def _swapped(weight: Tensor, first: int, second: int) -> Tensor:
     return weight.reshape(-1, first, second, *weight.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
-def make_oft(parts: Parts, alpha: float | None) -> OftLayer:
+def make_oft(tensors: LayerTensors, alpha: float | None) -> OftLayer:
     """An OFT; see `make_layer`."""
-    blocks = parts.need("oft_blocks")
+    blocks = tensors.require("oft_blocks")
     if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
-        raise parts.misfit(["oft_blocks"], "but should be square blocks")
-    layer = OftLayer(alpha=alpha or 0.0, **parts.fields())
+        raise tensors.shape_error(["oft_blocks"], "but should be square blocks")
+    layer = OftLayer(alpha=alpha or 0.0, **tensors.by_field())
     if layer.kind == "BOFT" and (layer.rank % 2 or layer.shape[0] % (2 ** (len(blocks) - 1) * layer.rank)):
-        raise parts.misfit(["oft_blocks"], "which are no butterfly factors")
+        raise tensors.shape_error(["oft_blocks"], "which are no butterfly factors")
     if layer.rescale is not None and layer.rescale.numel() != layer.shape[0]:
-        raise parts.misfit(["oft_blocks", "rescale"], "which don't fit")
+        raise tensors.shape_error(["oft_blocks", "rescale"], "which don't fit")
     return layer
