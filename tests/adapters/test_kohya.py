@@ -146,6 +146,43 @@ def test_hashes_are_kohyas(tmp_path: Path) -> None:
     assert written["sshs_legacy_hash"] == legacy
 
 
+HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
+LOOK_LIKE_HASHES = {
+    "marks of the length of the short hash": "a photo of a dog!!!!!!!! now",
+    "marks of the length of the long hash": "?" * 64,
+    "longer marks": "0x" + "?" * 64 + "!" * 24 + "?" * 130,
+    "zeros": "0" * 8 + " " + "0" * 64 + " 0x" + "0" * 64,
+    "quoted, as JSON in JSON": json.dumps({key: "!" * 8 for key in HASH_KEYS} | {"a": json.dumps(["?" * 64])}),
+    "a header that is cut off": ',"sshs_legacy_hash":"!!!!!!!!","sshs_model_hash":"' + "0" * 64,
+    "backslashes at the ends": '\\","sshs_legacy_hash":"00000000\\',
+    "not ASCII": "„" + "!" * 8 + "“ 犬\U0001f415\u2028" + "?" * 64 + "\x7f",
+    "controls": "\0\t\n\x1f" + "!" * 8 + "\n" + "0" * 64,
+}
+
+
+@pytest.mark.parametrize("text", LOOK_LIKE_HASHES.values(), ids=LOOK_LIKE_HASHES)
+def test_metadata_that_look_like_hashes_are_written_as_given(text: str, tmp_path: Path) -> None:
+    """Whatever stands in for the hashes while they are computed is replaced in their own entries alone."""
+    layers = {f"lora_unet_{n}": random_layer(3000, 3000, 32, 32.0, n) for n in range(3)}
+    layers["lora_unet_!!!!!!!!"] = random_layer(4, 4, 2, 2.0, 3)
+    keys = ["!", "a", "modelspec.title", "modelspec.hash", "modelspec.hash_sha256x", "n", "ss_tag_frequency", "ss_z"]
+    keys += ["sshs_legacy_hash ", "sshs_model_hash2", "xsshs_model_hash", '"sshs_model_hash', "zz", "\U0001f415", text]
+    metadata = {key: f"{text} {key}" for key in keys} | {"ss_comment": text, "exactly": text}
+    stale = dict.fromkeys(HASH_KEYS, text)  # of the file that the metadata come from
+    path = tmp_path / "adapter.safetensors"
+    write_adapter(path, Adapter(layers, metadata | stale), torch.float16)
+    with safe_open(path, "pt") as file:
+        written = dict(file.metadata())
+    model_hash = hashlib.sha256(path.read_bytes()[8 + int.from_bytes(path.read_bytes()[:8], "little") :]).hexdigest()
+    bare = save(load_file(path), {key: value for key, value in metadata.items() if key.startswith("ss_")})
+    legacy_hash = hashlib.sha256(bare[0x100000:0x110000]).hexdigest()[:8]
+    hashes = (model_hash, legacy_hash, f"0x{model_hash}")
+    assert written == metadata | dict(zip(HASH_KEYS, hashes, strict=True))
+    back = read_adapter(path)
+    assert back.metadata == written
+    assert set(back.layers) == set(layers)
+
+
 # Metadata
 
 READ_BY_OTHERS = [

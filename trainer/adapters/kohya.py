@@ -61,8 +61,9 @@ _DIFFUSERS_KEY = re.compile(
     r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight"
     rf"|\.({_LYCORIS}|alpha|diff_b|w_norm|b_norm)(?:\.default)?|\.({PEFT_MAGNITUDE})(?:\.default)?(?:\.weight)?)$"
 )
-_CHUNK = 2**24
-_UNKNOWN = ("?" * 64, "!" * 8)  # hashes that are yet to be computed
+_CHUNK_BYTES = 2**24
+_LEGACY_HASH_START = 0x100000
+_LEGACY_HASH_END = 0x110000
 
 
 @dataclass(frozen=True)
@@ -353,12 +354,14 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
         StorageError: The file can't be written.
     """
     tensors = adapter.state_dict(dtype)
-    metadata = {name: str(value) for name, value in adapter.metadata.items()}
+    metadata = {key: str(value) for key, value in adapter.metadata.items()}
+    placeholders = _hash_entries("0" * 64, "0" * 8)
     size = sum(tensor.nbytes for tensor in tensors.values())
     with file_written_atomically(path, size) as temporary:  # and not in memory: a merged file may have gigabytes
-        save_tensors(temporary, tensors, metadata | _hash_entries(*_UNKNOWN))
+        save_tensors(temporary, tensors, metadata | placeholders)
         with open(temporary, "r+b") as file:
-            _fill_in_hashes(file, metadata)
+            model_hash, legacy_hash = _hashes(file, _hashed_metadata(metadata))
+            _overwrite_metadata(file, _hash_entries(model_hash, legacy_hash))
 
 
 def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -369,12 +372,13 @@ def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> t
     """
     from safetensors.torch import save
 
-    content = save(dict(tensors), _hashed_metadata(metadata))
-    return _hashes(io.BytesIO(content), _hashed_metadata(metadata))
+    hashed_metadata = _hashed_metadata(metadata)
+    content = save(dict(tensors), hashed_metadata)
+    return _hashes(io.BytesIO(content), hashed_metadata)
 
 
 def _hashed_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in metadata.items() if name.startswith("ss_")}
+    return {key: value for key, value in metadata.items() if key.startswith("ss_")}
 
 
 def _hash_entries(model_hash: str, legacy_hash: str) -> dict[str, str]:
@@ -385,30 +389,40 @@ def _hash_entries(model_hash: str, legacy_hash: str) -> dict[str, str]:
     }
 
 
-def _fill_in_hashes(file: BinaryIO, metadata: Mapping[str, str]) -> None:
-    """Put the hashes into the header of a file that was written with `_UNKNOWN` ones, which are as long."""
-    found = _hashes(file, _hashed_metadata(metadata))
+def _overwrite_metadata(file: BinaryIO, entries: Mapping[str, str]) -> None:
+    """Replace values in the header of a safetensors file by others of the same length; all other bytes stay.
+
+    Args:
+        file: Open for reading and writing.
+        entries: Key in the metadata → its new value; plain ASCII that needs no escapes in JSON.
+    """
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
-    text = file.read(length)
-    for unknown, known in zip(_UNKNOWN, found, strict=True):
-        text = text.replace(unknown.encode(), known.encode())
-    file.seek(8)
-    file.write(text)
+    header = file.read(length)
+    for key, value in entries.items():
+        # A quote inside a JSON string has a backslash before it, so only a whole key can match.
+        match = re.search(rb'[{,]\s*"' + re.escape(key).encode() + rb'"\s*:\s*"([^"\\]*)"', header)
+        if match is None or len(match[1]) != len(value):
+            raise ValueError(f"the header has no {key} of {len(value)} characters")
+        file.seek(8 + match.start(1))
+        file.write(value.encode())
 
 
-def _hashes(file: BinaryIO, hashed: Mapping[str, str]) -> tuple[str, str]:
-    """The hashes of a file, whatever its metadata, as if it had the hashed metadata alone."""
+def _hashes(file: BinaryIO, hashed_metadata: Mapping[str, str]) -> tuple[str, str]:
+    """`sshs_model_hash` and `sshs_legacy_hash` of a file, as if the given metadata were all that it has."""
     file.seek(0)
     header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    start = file.tell()
-    whole = hashlib.sha256()
-    while chunk := file.read(_CHUNK):
-        whole.update(chunk)
-    text = json.dumps(header | {"__metadata__": dict(hashed)}, ensure_ascii=False, separators=(",", ":")).encode()
+    data_start = file.tell()
+    model_hash = hashlib.sha256()
+    while chunk := file.read(_CHUNK_BYTES):
+        model_hash.update(chunk)
+
+    bare_header = header | {"__metadata__": dict(hashed_metadata)}
+    text = json.dumps(bare_header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    before = len(text).to_bytes(8, "little") + text
-    first, last = 0x100000 - len(before), 0x110000 - len(before)
-    file.seek(start + max(first, 0))
-    region = before[0x100000:0x110000] + file.read(max(last - max(first, 0), 0))
-    return whole.hexdigest(), hashlib.sha256(region).hexdigest()[:8]
+    beginning = len(text).to_bytes(8, "little") + text  # of the file with that header; the data follow
+    data_from = max(_LEGACY_HASH_START - len(beginning), 0)
+    data_to = max(_LEGACY_HASH_END - len(beginning), 0)
+    file.seek(data_start + data_from)
+    region = beginning[_LEGACY_HASH_START:_LEGACY_HASH_END] + file.read(max(data_to - data_from, 0))
+    return model_hash.hexdigest(), hashlib.sha256(region).hexdigest()[:8]
