@@ -1,4 +1,4 @@
-"""Writes docs/settings.md, the reference of every setting of every command, from their definitions.
+"""Writes docs/settings.md, the reference of all settings of all commands, from their definitions.
 
     python tools/make_settings_page.py
 
@@ -24,38 +24,23 @@ if "pack" not in sys.modules:  # as tests/conftest.py loads it
     sys.modules["pack"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["pack"])
 
-from pack.trainer.__main__ import _TOOLS, _parser  # noqa: E402
-from pack.trainer.cli.flags import is_table  # noqa: E402
-from pack.trainer.settings.base import Settings, field_extra  # noqa: E402
-from pack.trainer.settings.caption import CaptionCommand  # noqa: E402
+from pack.trainer.__main__ import COMMANDS as CLI_COMMANDS  # noqa: E402
+from pack.trainer.__main__ import _parser  # noqa: E402
+from pack.trainer.cli.flags import flag, is_table  # noqa: E402
+from pack.trainer.settings.base import MAX_SEED, Settings, field_extra  # noqa: E402
 from pack.trainer.settings.data import SubjectTable  # noqa: E402
-from pack.trainer.settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand  # noqa: E402
-from pack.trainer.settings.train import (  # noqa: E402
-    GenerateSettings,
-    PlanCommand,
-    PriorsCommand,
-    PriorSettings,
-    TrainCommand,
-    TrainSettings,
-)
+from pack.trainer.settings.train import PriorSettings, TrainSettings  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
-COMMANDS: dict[str, type[Settings]] = {
-    "train": TrainCommand,
-    "plan": PlanCommand,
-    "priors": PriorsCommand,
-    "generate": GenerateSettings,
-    "caption": CaptionCommand,
-    **{name: kind for name, kind, _, _ in _TOOLS},
-    "score": ScoreCommand,
-    "compare": CompareCommand,
-    "dreambench": DreamBenchCommand,
-}
-OTHERS = ("inspect", "demo")  # which have no settings
-NODES: Mapping[str, Sequence[str]] = {  # which do the same as a command
+COMMANDS: dict[str, type[Settings]] = {command.name: command.settings for command in CLI_COMMANDS}
+OTHERS = ("inspect", "demo")  # commands without settings
+NODES: Mapping[str, Sequence[str]] = {  # nodes that do the same as a command
     "train": (
-        *("DreamBoothTrainLora", "DreamBoothTrainingSettings", "DreamBoothFineTune", "DreamBoothClassPriors"),
+        "DreamBoothTrainLora",
+        "DreamBoothTrainingSettings",
+        "DreamBoothFineTune",
+        "DreamBoothClassPriors",
         "DreamBoothSubject",
     ),
     "caption": ("DreamBoothCaptionImages",),
@@ -68,15 +53,16 @@ NODES: Mapping[str, Sequence[str]] = {  # which do the same as a command
     "compare": ("DreamBoothPickBest",),
 }
 _PRIORS = "DreamBoothClassPriors"
-_SUBJECT = {
+_SUBJECT = "DreamBoothSubject"
+_SUBJECT_INPUTS = {  # input of the node → setting
     "captions": "",
     "captions_from": "captions",
     "masks_from": "masks",
     "caption": "instance_prompt",
     "folder": "images",
 }
-_ORDER = ("Base model", "Subject", "Class pictures", "Training", "Adapter", "Text encoders", "Previews", "Saving")
-_KINDS = {int: "whole number", float: "number", bool: "on or off", str: "text", Path: "path"}
+_GROUP_ORDER = ("Base model", "Subject", "Class pictures", "Training", "Adapter", "Text encoders", "Previews", "Saving")
+_TYPE_NAMES = {int: "whole number", float: "number", bool: "on or off", str: "text", Path: "path"}
 _HEAD = """# Settings
 
 Every setting of every command. Written by `tools/make_settings_page.py` from the definitions in `trainer/`: change it
@@ -86,11 +72,11 @@ A setting has one name everywhere. It is a key of a TOML file (`python -m traine
 as underscores, and a flag; flags win over the file. What is on or off is `true` or `false` in TOML, and as a flag
 `--flip` or `--no-flip`. A list is a TOML list, or a flag given several times.
 
-**Result** says whether what is learned depends on it. If so, another value is another run; if not, a run goes on, or is
-found again, whatever it is. The run's length counts only where the learning rate depends on it. A preset counts by the
-values that it gives.
+**Result** tells whether what is learned depends on the setting. If so, another value makes another run; if not, the
+same run continues, or is found again, whatever the value. The run's length counts only if the learning rate depends on
+it. A preset counts by the values that it sets.
 
-**Nodes** are those of ComfyUI that have the setting as an input.
+**Nodes** are the nodes of ComfyUI that have the setting as an input.
 """
 
 
@@ -105,48 +91,48 @@ def page() -> str:
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
-    """The command line's commands, as the command line itself has them."""
-    [action] = [one for one in _parser()._actions if isinstance(one, argparse._SubParsersAction)]
-    return dict(action.choices)
+    """The parsers of the command line's commands."""
+    [subparsers_action] = [action for action in _parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    return dict(subparsers_action.choices)
 
 
 def _section(
     command: str, kind: type[Settings], parser: argparse.ArgumentParser, shown: dict[tuple[Any, ...], str]
 ) -> str:
-    """One command: its settings by group; those that an earlier command has in the same way are only named.
+    """One command: its settings by group; those that an earlier command has with the same definition are only named.
 
     Args:
         command: Its name.
         kind: Its settings.
-        parser: Its part of the command line.
-        shown: Definitions so far, with the command that they stand under; added to.
+        parser: Its parser.
+        shown: Definition → the command under which it is described; the command's own are added.
     """
-    places = [action.dest for action in parser._actions if not action.option_strings and action.dest != "config"]
-    given = f"{places[0].upper()} …" if places else "[RUN.toml]"
+    positionals = [action.dest for action in parser._actions if not action.option_strings and action.dest != "config"]
+    first_argument = f"{positionals[0].upper()} …" if positionals else "[RUN.toml]"
     lines = [
         f"## {command}\n",
         f"{parser.description}\n",
-        f"`python -m trainer {command} {given} [--setting value …]`\n",
+        f"`python -m trainer {command} {first_argument} [--setting value …]`\n",
     ]
     groups: dict[str, list[str]] = {}
-    before: dict[str, list[str]] = {}
+    described_before: dict[str, list[str]] = {}
     for name, field in kind.model_fields.items():
         if earlier := shown.get(_definition(kind, name, field)):
-            before.setdefault(earlier, []).append(name)
+            described_before.setdefault(earlier, []).append(name)
         else:
             shown[_definition(kind, name, field)] = command
             groups.setdefault(field_extra(kind, name)["group"], []).append(name)
     learns = issubclass(kind, TrainSettings | PriorSettings)
     nodes = _node_inputs(NODES.get(command, ()))
     head = ["Setting", "Value", "Default", "What it is", *["Result"] * learns, *["Nodes"] * bool(nodes)]
-    for group, names in sorted(groups.items(), key=lambda entry: _place(entry[0])):
+    for group, names in sorted(groups.items(), key=lambda entry: _group_index(entry[0])):
         lines.append(f"### {group}\n" if command == "train" else f"**{group}**\n")
         lines += [_row(head), "|---" * len(head) + "|"]
-        lines += [_row(_cells(kind, name, name in places, learns, nodes)) for name in names]
+        lines += [_row(_cells(kind, name, name in positionals, learns, nodes)) for name in names]
         lines.append("")
     if command == "train":
         lines += _tables()
-    for earlier, names in before.items():
+    for earlier, names in described_before.items():
         lines.append(f"As for [{earlier}](#{earlier}): {', '.join(f'`{name}`' for name in names)}.\n")
     return "\n".join(lines)
 
@@ -155,13 +141,13 @@ def _tables() -> list[str]:
     """The keys of a table [[subject]]."""
     head = ["Key", "Value", "Default", "What it is"]
     rows = [_row(_cells(SubjectTable, name, False, False, {})) for name in SubjectTable.model_fields]
-    keys = [row.replace(f"<br>`--{name.replace('_', '-')}`", "") for row, name in zip(rows, SubjectTable.model_fields)]
+    keys = [row.replace(f"<br>`{flag(name)}`", "") for row, name in zip(rows, SubjectTable.model_fields)]
     return ["### Tables `[[subject]]`\n", _row(head), "|---" * len(head) + "|", *keys, ""]
 
 
-def _place(group: str) -> int:
-    """Where a group stands on the page; those that are not in `_ORDER` come after it, as they are."""
-    return _ORDER.index(group) if group in _ORDER else len(_ORDER)
+def _group_index(group: str) -> int:
+    """Where a group stands on the page; those that are not in `_GROUP_ORDER` come last, in order of definition."""
+    return _GROUP_ORDER.index(group) if group in _GROUP_ORDER else len(_GROUP_ORDER)
 
 
 def _definition(kind: type[Settings], name: str, field: FieldInfo) -> tuple[Any, ...]:
@@ -173,10 +159,10 @@ def _cells(
     kind: type[Settings], name: str, positional: bool, learns: bool, nodes: Mapping[str, Iterable[str]]
 ) -> list[str]:
     field, extra = kind.model_fields[name], field_extra(kind, name)
-    flag = "given without a flag" if positional else f"`--{name.replace('_', '-')}`"
+    given_by = "given without a flag" if positional else f"`{flag(name)}`"
     if is_table(field):
-        flag = "in a settings file alone"
-    cells = [f"`{name}`<br>{flag}", value_of(field, extra["unit"]), _default(field), field.description or ""]
+        given_by = "in a settings file alone"
+    cells = [f"`{name}`<br>{given_by}", value_of(field, extra["unit"]), _default(field), field.description or ""]
     if learns:
         cells.append("yes" if extra["affects_result"] else "–")
     if nodes:
@@ -185,18 +171,21 @@ def _cells(
 
 
 def _node_inputs(nodes: Iterable[str]) -> dict[str, set[str]]:
-    """Title of a node → the settings that it has, whose names may have lost or gained a word there."""
+    """Title of a node → the settings that it has as inputs, whose names may have lost or gained a word there."""
     texts = json.loads((ROOT / "locales" / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
-    found = {}
+    settings_of = {}
     for node in nodes:
         names = set(texts[node]["inputs"])
         if node == _PRIORS:
-            own = {"resolution", "precision"} & names
-            names = own | {f"{prefix}_{name}" for name in names - own for prefix in ("prior", "class")}
-        names = {_SUBJECT.get(name, name) for name in names} if node == "DreamBoothSubject" else names
+            unprefixed = {"resolution", "precision"} & names
+            prefixed = {f"{prefix}_{name}" for name in names - unprefixed for prefix in ("prior", "class")}
+            names = unprefixed | prefixed
+        if node == _SUBJECT:
+            names = {_SUBJECT_INPUTS.get(name, name) for name in names}
         names |= {name.removeprefix("method_") for name in names} | {name.removesuffix("_model") for name in names}
-        found[texts[node]["display_name"].removesuffix(" (DreamBooth)")] = names
-    return found
+        title = texts[node]["display_name"].removesuffix(" (DreamBooth)")
+        settings_of[title] = names
+    return settings_of
 
 
 def value_of(field: FieldInfo, unit: str = "") -> str:
@@ -209,7 +198,7 @@ def value_of(field: FieldInfo, unit: str = "") -> str:
         return "list of texts"
     parts = [field.annotation, *get_args(field.annotation)]
     parts += [get_args(part)[0] for part in parts if get_origin(part) is Annotated]
-    word = next(_KINDS[part] for part in parts if part in _KINDS)
+    type_name = next(_TYPE_NAMES[part] for part in parts if part in _TYPE_NAMES)
     bounds = {
         rule: getattr(limit, rule)
         for limit in field.metadata
@@ -218,14 +207,15 @@ def value_of(field: FieldInfo, unit: str = "") -> str:
     }
     low = [f"{sign} {_number(bounds[rule])}" for rule, sign in (("ge", "≥"), ("gt", ">")) if rule in bounds]
     high = [f"{sign} {_number(bounds[rule])}" for rule, sign in (("le", "≤"), ("lt", "<")) if rule in bounds]
-    several = [f"a multiple of {bounds['multiple_of']}"] if "multiple_of" in bounds else []
-    return ", ".join([f"{word} of {unit}" if unit and word != "text" else word, *several, *low, *high])
+    multiple = [f"a multiple of {bounds['multiple_of']}"] if "multiple_of" in bounds else []
+    quantity = f"{type_name} of {unit}" if unit and type_name != "text" else type_name
+    return ", ".join([quantity, *multiple, *low, *high])
 
 
 def _number(value: float) -> str:
-    return (
-        "2⁶⁴ − 1" if value == 2**64 - 1 else f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:g}"
-    )
+    if value == MAX_SEED:
+        return "2⁶⁴ − 1"
+    return f"{value:,}".replace(",", " ") if isinstance(value, int) else f"{value:g}"
 
 
 def _default(field: FieldInfo) -> str:

@@ -17,12 +17,12 @@ import pytest
 from helpers import ROOT
 from pack.trainer.cli.train import parse_strength
 from pack.trainer.core.errors import SettingsError
-from pack.trainer.settings.train import GenerateSettings, PriorsCommand, TrainCommand, field_extra
+from pack.trainer.settings.train import GenerateCommand, PriorsCommand, TrainCommand, field_extra
 from PIL import Image
 from safetensors.torch import load_file
 from shell import Shell
 
-COMMANDS = {"train": TrainCommand, "priors": PriorsCommand, "generate": GenerateSettings}
+COMMANDS = {"train": TrainCommand, "priors": PriorsCommand, "generate": GenerateCommand}
 TRAIN_FLAGS = [
     "--base",
     "--images",
@@ -432,9 +432,10 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(
 
 
 def test_the_file_tells_no_local_paths(run: Shell, train_words: list[str], tmp_path: Path) -> None:
-    """An adapter is made to be shared: of paths only names stand in it."""
+    """An adapter is made to be shared: no path stands in it, and of the base model its title alone."""
     assert run(*train_words) == 0
     content = Path(run.lines[-1]).read_bytes()
     length = int.from_bytes(content[:8], "little")
     assert str(tmp_path).encode() not in content[8 : 8 + length]
-    assert b"tiny.safetensors" in content[8 : 8 + length]
+    assert b"tiny.safetensors" not in content[8 : 8 + length]
+    assert b'"ss_sd_model_name":"tiny"' in content[8 : 8 + length]

@@ -19,10 +19,10 @@ from pack.trainer.core.errors import CancelledError, SettingsError, StorageError
 from pack.trainer.core.events import Note, Phase, Step
 from pack.trainer.data.image_cache import generated_picture
 from pack.trainer.data.images import Picture, load_pictures
-from pack.trainer.evaluation.evaluator import Evaluation
+from pack.trainer.evaluation.evaluator import Evaluator
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import GenerationConfig, generate, ready_model
+from pack.trainer.models.sampling import GenerationConfig, build_on_device, generate
 from pack.trainer.settings.evaluate import DreamBenchCommand
 from worlds import differing, noisy_pictures
 
@@ -114,16 +114,16 @@ def benched(tiny_checkpoint: Path, data: Path, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def judges() -> FeatureExtractors:
+def extractors() -> FeatureExtractors:
     return FeatureExtractors.open(HOW["clip"], "", CPU)
 
 
 def run(
-    base: Path, data: Path, output: Path, judges: FeatureExtractors, listener: Recorder, **changes: Any
+    base: Path, data: Path, output: Path, extractors: FeatureExtractors, listener: Recorder, **changes: Any
 ) -> dict[str, Path]:
     """The same without the command line, so that it can be stopped."""
     settings = DreamBenchCommand.checked({"base": base, "data": data, "output_dir": output, **HOW, **changes})
-    return dreambench(open_base(base), settings, judges, listener)
+    return dreambench(open_base(base), settings, extractors, listener)
 
 
 def rows_of(folder: Path) -> dict[str, list[str]]:
@@ -167,11 +167,11 @@ def test_the_table_holds_every_subject_and_what_was_published(benched: Path) -> 
 
 @pytest.mark.parametrize("name", ["my_cup", "puppy"])
 def test_marks_are_those_of_the_files_own_pictures(
-    name: str, benched: Path, data: Path, tiny_checkpoint: Path, judges: FeatureExtractors
+    name: str, benched: Path, data: Path, tiny_checkpoint: Path, extractors: FeatureExtractors
 ) -> None:
     """Things are drawn by the prompts for objects, live subjects by theirs; with and without the adapter file."""
     base = open_base(tiny_checkpoint)
-    plain, taught = (ready_model(base, CPU, "fp32") for _ in range(2))
+    plain, taught = (build_on_device(base, CPU, "fp32") for _ in range(2))
     merge_into(taught, read_adapter(benched / f"{name}.safetensors"), 1.0)
 
     def drawn(model: Any, prompts: Sequence[str]) -> list[Picture]:
@@ -183,11 +183,13 @@ def test_marks_are_those_of_the_files_own_pictures(
         ]
 
     references = load_pictures(data / name, "", Recorder())
-    evaluation = Evaluation(judges, references, DRAWN[name], "sks", Recorder())
+    evaluation = Evaluator(extractors, references, DRAWN[name], "sks", Recorder())
     assert evaluation.class_prompts == CLASSES[name]
-    expected = evaluation.mark(drawn(taught, DRAWN[name]), drawn(plain, CLASSES[name]), drawn(taught, CLASSES[name]))
+    expected = evaluation.compute_metrics(
+        drawn(taught, DRAWN[name]), drawn(plain, CLASSES[name]), drawn(taught, CLASSES[name])
+    )
     assert facts_of(benched)["subjects"][name] == pytest.approx(expected, abs=1e-5)
-    assert facts_of(benched)["real"][name] == pytest.approx(evaluation.real())
+    assert facts_of(benched)["real"][name] == pytest.approx(evaluation.reference_metrics())
     assert expected["drift (CLIP)"] > 1e-5
 
 
@@ -273,12 +275,12 @@ def test_an_interrupted_bench_goes_on(
     benched: Path,
     tiny_checkpoint: Path,
     data: Path,
-    judges: FeatureExtractors,
+    extractors: FeatureExtractors,
     tmp_path: Path,
 ) -> None:
     """No step is trained twice, no picture drawn twice, and the table is that of the whole run."""
     first, second = StopWhen(at_subject(number, event)), Recorder()
-    fresh = FeatureExtractors(judges.models["CLIP"])
+    fresh = FeatureExtractors(extractors.models["CLIP"])
     with pytest.raises(CancelledError):
         run(tiny_checkpoint, data, tmp_path, fresh, first, drift=True)
     before = stamps(tmp_path)
@@ -299,13 +301,13 @@ def test_an_interrupted_bench_goes_on(
 
 
 def test_one_subject_gone_on_from_an_adapter(
-    benched: Path, tiny_checkpoint: Path, data: Path, judges: FeatureExtractors, tmp_path: Path
+    benched: Path, tiny_checkpoint: Path, data: Path, extractors: FeatureExtractors, tmp_path: Path
 ) -> None:
     """At a rate that moves nothing the adapter stays the one that it started from, and so do its marks."""
     start = tmp_path / "start.safetensors"
     write_adapter(start, read_adapter(benched / "puppy.safetensors"), torch.float32)
     changes = {"start_from": start, "learning_rate": 1e-30, "weight_decay": 0.0, "steps": 1, "prior_count": 0}
-    run(tiny_checkpoint, data, tmp_path / "out", judges, Recorder(), subjects="puppy", **changes)
+    run(tiny_checkpoint, data, tmp_path / "out", extractors, Recorder(), subjects="puppy", **changes)
     assert list(facts_of(tmp_path / "out")["subjects"]) == ["puppy"]
     assert differing(tmp_path / "out" / "puppy.safetensors", start) == []
     assert rows_of(tmp_path / "out")["puppy (dog)"] == rows_of(benched)["puppy (dog)"][:2]
@@ -385,15 +387,15 @@ def test_a_data_set_without_its_file_is_named(tmp_path: Path) -> None:
         ({}, ["{data}/kitten holds no pictures", "3 to 20"]),
         ({"data": "{plain}"}, ["'a green cup' does not hold the rare word 'sks'", "token"]),
         ({"token": " "}, ["does not hold the rare word", "token"]),
-        ({"clip": ""}, ["neither clip nor dino", "openai/clip-vit-base-patch32"]),
+        ({"clip": ""}, ["neither --clip nor --dino", "openai/clip-vit-base-patch32"]),
         ({"clip": "nobody/nothing"}, ["nobody/nothing", "preprocessor_config.json"]),
         ({"base": "{nothing}"}, ["{nothing}"]),
         ({"scheduler": "heun"}, ["scheduler", "'ddim', 'pndm'"]),
-        ({"picture_steps": 0}, ["picture_steps"]),
-        ({"prior_count": -1}, ["prior_count"]),
+        ({"picture_steps": 0}, ["--picture-steps"]),
+        ({"prior_count": -1}, ["--prior-count"]),
         ({"steps": "many"}, ["steps", "many"]),
-        ({"preview_every": 1, "preview_prompts": "a sks dog"}, ["preview_prompts", "leave it empty"]),
-        ({"combine": True}, ["combine", "turn combine off"]),
+        ({"preview_every": 1, "preview_prompts": "a sks dog"}, ["--preview-prompts", "leave it empty"]),
+        ({"combine": True}, ["combine", "set --no-combine"]),
         ({"start_from": "{nothing}"}, ["{nothing}"]),
         ({"subjects": "my_cup", "include": "^nowhere$"}, ["nowhere"]),
         ({"subjects": "my_cup", "output_dir": "{file}"}, ["{file} is a file"]),

@@ -16,7 +16,7 @@ from pack.trainer.cli.train import run_generate, run_priors, run_train
 from pack.trainer.core.errors import WeightsError
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
-from pack.trainer.settings.train import GenerateSettings, PriorsCommand, TrainCommand
+from pack.trainer.settings.train import GenerateCommand, PriorsCommand, TrainCommand
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -64,7 +64,7 @@ def drawn(path: Path, folder: Path, **changes: Any) -> np.ndarray[Any, Any]:
     """The pixels of a small picture."""
     values = {name: value for name, value in common(path, folder).items() if name != "output_dir"}
     output = folder / "picture.png"
-    settings = GenerateSettings(**values, prompt="a red dog", size="64x96", steps=2, output=output, **changes)
+    settings = GenerateCommand(**values, prompt="a red dog", size="64x96", steps=2, output=output, **changes)
     assert run_generate(settings, Recorder()) == [output]
     with Image.open(output) as picture:
         assert picture.size == (64, 96)

@@ -29,7 +29,7 @@ from merge_worlds import (
     weights_of,
 )
 from pack.trainer.adapters.kohya import Adapter, read_adapter, read_header
-from pack.trainer.cli.merge import _parts
+from pack.trainer.cli.merge import _weighted_adapters
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
@@ -180,7 +180,7 @@ def test_block_weights_belong_to_the_adapters_in_turn(
     factors = {DOWN_NAME: (0.5, 0.5), UNET_NAME: (0.0, -0.5), TEXT_NAME: (1.0, 1.0)}
     close(output, {n: a * first[n] + b * second[n] for n, (a, b) in factors.items()}, weights)
     assert run("merge", dog, *blocks, "--output", output) == 1
-    assert "block_weights is given 2 times for 1 adapters" in run.errors
+    assert "--block-weights is given 2 times for 1 adapters" in run.errors
     told = json.loads(read_header(output)[1]["dreambooth.merge"])
     assert [part["blocks"] for part in told["inputs"]] == [
         {"down_blocks": 0.5, "mid_block": 0.0},
@@ -251,7 +251,7 @@ def test_adapters_of_one_name_stay_apart(stems: list[str], models: Path, tmp_pat
         folder.mkdir()
         (folder / f"{stem}.safetensors").write_bytes((models / "dog.safetensors").read_bytes())
     texts = [str(tmp_path / str(number) / f"{stem}.safetensors") for number, stem in enumerate(stems)]
-    titles = [part.title for part in _parts(texts, ())]
+    titles = [part.title for part in _weighted_adapters(texts, ())]
     assert len(set(titles)) == len(titles), titles
 
 
@@ -481,11 +481,11 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     ),
     "learned-merge: empty prompts": (
         ["learned-merge", "DOG", "DOG", "--base", "BASE", "--output", "O", *LEARNED, "--style-prompt", " | "],
-        ("style_prompt", "empty"),
+        ("--style-prompt", "empty"),
     ),
     "learned-merge: no prompt": (
         ["learned-merge", "DOG", "DOG", "--base", "BASE", "--output", "O", "--subject-prompt", "a"],
-        ("style_prompt", "required"),
+        ("--style-prompt", "required"),
     ),
     "learned-merge: no base": (["learned-merge", "DOG", "DOG", "--output", "O", *LEARNED], ("base",)),
     "learned-merge: no steps": (

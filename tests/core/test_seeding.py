@@ -15,19 +15,20 @@ from helpers import Recorder
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from pack.trainer.core.seeding import Draw, derived_seed, draw
+from pack.trainer.core.seeding import Draw, derived_seed, draw_sample
 from pack.trainer.data.images import load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import GenerationConfig, generate
 from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 
 LARGEST = 2**64 - 1
 SHAPE = (4, 8, 8)
 
 
 def drawn(seed: int = 0, kind: str = "instance", step: int = 0, slot: int = 0, slots: int = 1, **more: Any) -> Draw:
-    return draw(seed, kind, step, slot, slots, [SHAPE] * more.pop("count", 5), **more)
+    return draw_sample(seed, kind, step, slot, slots, [SHAPE] * more.pop("count", 5), **more)
 
 
 def same(first: Draw, second: Draw) -> bool:
@@ -174,7 +175,7 @@ def test_a_whole_run_leaves_the_global_generators_alone(
         before = (torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate())
         settings = TrainSettings(steps=2, rank=4, resolution=64, seed=LARGEST, flip=True, **changes)
         folder, listener = tmp_path / str(global_seed), Recorder()
-        train(base, pictures, class_pictures, settings, folder, folder / "runs", "cpu", listener)
+        train(base, pictures, class_pictures, settings, RunPaths(folder, folder / "runs"), "cpu", listener)
         generate(base.family.build(base), "a dog", [LARGEST], GenerationConfig(width=64, height=64, steps=1))
         assert torch.equal(torch.get_rng_state(), before[0])
         assert np.array_equal(np.random.get_state()[1], before[1])

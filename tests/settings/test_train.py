@@ -440,14 +440,14 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for kind in ("lora", "dora", "loha", "full")
     ),
     *(
-        ({"adapter": kind, "combine": True, "base_lora": ["a"]}, ("combine", f"'{kind}'", "turn combine off"))
+        ({"adapter": kind, "combine": True, "base_lora": ["a"]}, ("combine", f"'{kind}'", "combine = off"))
         for kind in ("dora", "loha", "lokr")
     ),
     *(
         ({"adapter": "lokr", **values}, ("LoKr", "alpha", "learning_rate"))
         for values in ({"alpha": 4.0}, {"targets": "all", "conv_alpha": 4.0}, {"block_ranks": "mid_block=4:2"})
     ),
-    ({"combine": True}, ("combine", "give base_lora", "turn combine off")),
+    ({"combine": True}, ("combine", "give base_lora", "combine = off")),
     ({"targets": "none"}, ("targets", "give include")),
     ({"targets": "none", "include": " "}, ("targets", "give include")),
     *(

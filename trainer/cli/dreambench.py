@@ -1,6 +1,6 @@
-"""DreamBench (Ruiz et al. 2023, section 4): every subject of a data set is learned, drawn by the prompts, and scored.
+"""DreamBench (Ruiz et al. 2023, section 4): an adapter for every subject of a data set, its pictures, their scores.
 
-What was begun goes on: a run is found by its fingerprint, a drawn picture by its own.
+Unfinished work continues: a run is found by its fingerprint, a generated picture by its own.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ from ..core.events import Listener, Note, SilentListener
 from ..core.files import explained_os_errors, write_atomic
 from ..core.prompts import without_token
 from ..data.class_images import generate_class_images
-from ..data.images import load_pictures
+from ..data.images import Picture, load_pictures
 from ..dreambooth import train
-from ..evaluation.evaluator import DRIFT, FIDELITY, FOLLOWING, Evaluation
+from ..evaluation.evaluator import Evaluator
 from ..evaluation.feature_extractors import CLIP, DINO, FeatureExtractors
-from ..evaluation.generator import CachedGenerator, Drawing
+from ..evaluation.generator import CachedGenerator, SampleConfig
+from ..evaluation.metrics import CLIP_I, CLIP_T, DINO_I, DRIFT_METRICS, FIDELITY_METRICS
 from ..models.families.base import BaseWeights
 from ..settings.evaluate import DreamBenchCommand
 from ..settings.train import PriorSettings, TrainSettings
 from ..training.adapter import StartingPoint
 from ..training.preflight import require_trainable
+from ..training.runs.folder import RunPaths
 
 PROMPTS_FILE = "prompts_and_classes.txt"
 PUBLISHED = {  # Ruiz et al. 2023, table 1: 30 subjects, DINO ViT-S/16 and CLIP ViT-B/32
-    "real pictures, as published": {"DINO": 0.774, "CLIP-I": 0.885},
-    "DreamBooth on Stable Diffusion, as published": {"DINO": 0.668, "CLIP-I": 0.803, "CLIP-T": 0.305},
+    "real pictures, as published": {DINO_I: 0.774, CLIP_I: 0.885},
+    "DreamBooth on Stable Diffusion, as published": {DINO_I: 0.668, CLIP_I: 0.803, CLIP_T: 0.305},
 }
-_TRAINING = set(TrainSettings.model_fields)
+Metrics = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class BenchSubject:
     """One subject of the data set.
 
     Attributes:
-        name: Of its folder.
+        name: Name of its folder.
         noun: Its class.
         prompts: With "{0}" for the rare word and "{1}" for the class.
     """
@@ -55,7 +57,7 @@ class BenchSubject:
     prompts: Sequence[str]
 
     def prompts_with(self, token: str) -> list[str]:
-        """What to draw."""
+        """The prompts of its pictures."""
         return [prompt.replace("{0}", token).replace("{1}", self.noun) for prompt in self.prompts]
 
 
@@ -69,157 +71,198 @@ def read_subjects(data: Path, live: Sequence[str], only: Sequence[str] = ()) -> 
 
     Raises:
         StorageError: The file can't be read.
-        SettingsError: It names no subjects or prompts, or one that is wanted has no folder.
+        SettingsError: It names no subjects or prompts, or a wanted subject has no folder.
     """
     path = data / PROMPTS_FILE
     with explained_os_errors(path):
         text = path.read_text(encoding="utf-8-sig", errors="replace")
     nouns = dict(re.findall(r"^([\w-]+),([^\n'(]+)$", text, re.MULTILINE))
     nouns.pop("subject_name", None)
-    objects, _, living = text.partition("Live Subject Prompts")
-    kinds = [re.findall(r"^\s*'(.+)'\.format\(", part, re.MULTILINE) for part in (objects, living)]
-    unknown = [name for name in only if name not in nouns or not (data / name).is_dir()]
-    if unknown:
-        raise SettingsError(
-            f"{data} has no subject {unknown[0]}.",
-            f"Choose from: {', '.join(n for n in nouns if (data / n).is_dir())}.",
-        )
-    found = [
-        BenchSubject(name, noun.strip(), kinds[1] if noun.strip() in live else kinds[0])
-        for name, noun in nouns.items()
-        if (data / name).is_dir() and (not only or name in only)
+    with_folder = {name: noun.strip() for name, noun in nouns.items() if (data / name).is_dir()}
+    missing = [name for name in only if name not in with_folder]
+    if missing:
+        raise SettingsError(f"{data} has no subject {missing[0]}.", f"Choose from: {', '.join(with_folder)}.")
+    object_part, _, live_part = text.partition("Live Subject Prompts")
+    object_prompts = _prompts_in(object_part)
+    live_prompts = _prompts_in(live_part)
+    subjects = [
+        BenchSubject(name, noun, live_prompts if noun in live else object_prompts)
+        for name, noun in with_folder.items()
+        if not only or name in only
     ]
-    empty = next((one for one in found if not one.prompts), None)
-    if not found or empty:
+    without_prompts = next((subject for subject in subjects if not subject.prompts), None)
+    if not subjects or without_prompts:
+        lack = (
+            f"no prompts for a {without_prompts.noun}" if without_prompts else "no subject that has a folder beside it"
+        )
         raise SettingsError(
-            f"{path} names {f'no prompts for a {empty.noun}' if empty else 'no subject that has a folder beside it'}.",
+            f"{path} names {lack}.",
             "Take the file of the DreamBooth data set, with its classes, object prompts and live subject prompts.",
         )
-    return found
+    return subjects
+
+
+def _prompts_in(text: str) -> list[str]:
+    return re.findall(r"^\s*'(.+)'\.format\(", text, re.MULTILINE)
 
 
 def dreambench(
-    base: BaseWeights, settings: DreamBenchCommand, judges: FeatureExtractors, listener: Listener
+    base: BaseWeights, settings: DreamBenchCommand, extractors: FeatureExtractors, listener: Listener
 ) -> dict[str, Path]:
-    """Train, draw and score every subject; the table is written anew after each.
+    """Train on every subject, generate and score; the table is written again after each.
 
     Args:
         base: The opened base model.
-        settings: What to train and draw.
-        judges: The models.
-        listener: Told of everything; may stop the work.
+        settings: What to train and generate.
+        extractors: The models that the scores come from.
+        listener: Gets every event; may stop the work.
 
     Returns:
         "table.md" and "table.json" → file.
 
     Raises:
-        TrainerError: As `dreambooth.train` and `comparison.compare` raise.
-        CancelledError: The listener asked to stop; the same call goes on.
+        TrainerError: See `dreambooth.train` and `comparison.compare_candidates`.
+        CancelledError: The listener asked to stop; the same call continues.
     """
     subjects = read_subjects(settings.data, settings.live.split(), settings.subjects.split())
     start = read_adapter(settings.start_from) if settings.start_from else None
-    require_trainable(base, _training(settings), start, settings.output_dir, settings.output_dir / "runs")
+    require_trainable(base, _train_settings(settings), _run_paths(settings), StartingPoint(start))
     for subject in subjects:
-        _evaluation(subject, settings, judges, SilentListener())  # what is wrong comes first
-    rows: dict[str, dict[str, float]] = {}
-    real: dict[str, dict[str, float]] = {}
+        _evaluator(subject, settings, extractors, SilentListener())  # fails before the first training
+    scores: dict[str, Metrics] = {}
+    real: dict[str, Metrics] = {}
     files: dict[str, Path] = {}
     for number, subject in enumerate(subjects, 1):
         listener.report(Note(f"{subject.name}, {number} of {len(subjects)}"))
-        evaluation = _evaluation(subject, settings, judges, listener)
-        rows[subject.name] = _bench(base, subject, evaluation, start, settings, listener)
-        real[subject.name] = evaluation.real()
-        files = _write(settings.output_dir, subjects, rows, real, judges)
+        evaluator = _evaluator(subject, settings, extractors, listener)
+        scores[subject.name] = _train_and_score(base, subject, evaluator, start, settings, listener)
+        real[subject.name] = evaluator.reference_metrics()
+        files = _write_table(settings.output_dir, subjects, scores, real, extractors)
     return files
 
 
-def _training(settings: DreamBenchCommand, **changes: str) -> TrainSettings:
-    return TrainSettings.checked({name: getattr(settings, name) for name in _TRAINING} | changes)
+def _train_settings(settings: DreamBenchCommand, **changes: str) -> TrainSettings:
+    return TrainSettings.checked({name: getattr(settings, name) for name in TrainSettings.model_fields} | changes)
 
 
-def _evaluation(
-    subject: BenchSubject, settings: DreamBenchCommand, judges: FeatureExtractors, listener: Listener
-) -> Evaluation:
-    """What a subject is measured by; its references are what it is learned from."""
+def _run_paths(settings: DreamBenchCommand) -> RunPaths:
+    return RunPaths(output=settings.output_dir, runs=settings.output_dir / "runs")
+
+
+def _evaluator(
+    subject: BenchSubject, settings: DreamBenchCommand, extractors: FeatureExtractors, listener: Listener
+) -> Evaluator:
+    """The evaluator of a subject; its references are the training pictures."""
     pictures = load_pictures(settings.data / subject.name, f"a photo of {settings.token} {subject.noun}", listener)
-    return Evaluation(judges, pictures, subject.prompts_with(settings.token), settings.token, listener)
+    return Evaluator(extractors, pictures, subject.prompts_with(settings.token), settings.token, listener)
 
 
-def _bench(
+def _train_and_score(
     base: BaseWeights,
     subject: BenchSubject,
-    evaluation: Evaluation,
+    evaluator: Evaluator,
     start: Adapter | None,
     settings: DreamBenchCommand,
     listener: Listener,
-) -> dict[str, float]:
-    """Train and draw one subject; its marks."""
-    device, output = pick_device(settings.device), settings.output_dir
+) -> Metrics:
+    """Train on one subject and generate pictures of it; returns their scores."""
+    device = pick_device(settings.device)
     precision = pick_precision(settings.precision, device)
-    priors = []
-    if settings.prior_count:
-        wanted = PriorSettings.checked(
-            {
-                "class_prompt": without_token(f"a photo of {settings.token} {subject.noun}", settings.token),
-                "prior_count": settings.prior_count,
-                "prior_scheduler": settings.prior_scheduler,
-                "prior_steps": settings.prior_steps,
-                "prior_guidance": settings.prior_guidance,
-            }
-        )
-        root = output / "class-pictures"
-        priors = generate_class_images(base, wanted, settings.resolution, root, device, precision, listener)
-    training, runs = _training(settings, name=subject.name), output / "runs"
-    pictures, stage = evaluation.references, StartingPoint(start)
-    result = train(base, pictures, priors, training, output, runs, settings.device, listener, stage=stage)
-    studio = CachedGenerator(base, output / "pictures", device, precision, listener)
+    result = train(
+        base,
+        subject=evaluator.references,
+        priors=_class_pictures(base, subject, settings, listener) if settings.prior_count else [],
+        settings=_train_settings(settings, name=subject.name),
+        paths=_run_paths(settings),
+        device=settings.device,
+        listener=listener,
+        starting_point=StartingPoint(start),
+    )
+    config = SampleConfig(
+        width=settings.resolution,
+        height=settings.resolution,
+        scheduler=settings.scheduler,
+        steps=settings.picture_steps,
+        guidance=settings.guidance,
+        count=settings.count,
+        seed=settings.picture_seed,
+        batch_size=settings.picture_batch_size,
+    )
+    generator = CachedGenerator(base, settings.output_dir / "pictures", device, precision, listener)
     with torch.no_grad():
-        adapters = [(result.adapter, 1.0)]
-        found = evaluation.draw_and_mark(studio, adapters, _drawing(settings), subject.name, prior=settings.drift)
-    studio.close()
-    return dict(found.marks)
+        evaluation = evaluator.evaluate(generator, [(result.adapter, 1.0)], config, subject.name, prior=settings.drift)
+    generator.close()
+    return evaluation.metrics
 
 
-def _drawing(settings: DreamBenchCommand) -> Drawing:
-    return Drawing(
-        settings.count,
-        settings.picture_seed,
-        settings.resolution,
-        settings.resolution,
-        settings.scheduler,
-        settings.picture_steps,
-        settings.guidance,
-        settings.picture_batch_size,
+def _class_pictures(
+    base: BaseWeights, subject: BenchSubject, settings: DreamBenchCommand, listener: Listener
+) -> Sequence[Picture]:
+    device = pick_device(settings.device)
+    priors = PriorSettings.checked(
+        {
+            "class_prompt": without_token(f"a photo of {settings.token} {subject.noun}", settings.token),
+            "prior_count": settings.prior_count,
+            "prior_scheduler": settings.prior_scheduler,
+            "prior_steps": settings.prior_steps,
+            "prior_guidance": settings.prior_guidance,
+        }
+    )
+    return generate_class_images(
+        base,
+        priors,
+        resolution=settings.resolution,
+        root=settings.output_dir / "class-pictures",
+        device=device,
+        precision=pick_precision(settings.precision, device),
+        listener=listener,
     )
 
 
-def _write(
+def _write_table(
     folder: Path,
     subjects: Sequence[BenchSubject],
-    rows: Mapping[str, Mapping[str, float]],
-    real: Mapping[str, Mapping[str, float]],
-    judges: FeatureExtractors,
+    scores: Mapping[str, Metrics],
+    real: Mapping[str, Metrics],
+    extractors: FeatureExtractors,
 ) -> dict[str, Path]:
-    nouns = {one.name: one.noun for one in subjects}
-    table: dict[str, Mapping[str, float]] = {f"{name} ({nouns[name]})": marks for name, marks in rows.items()}
-    table["mean"] = _means(rows)
+    """Write the table as Markdown and as JSON.
+
+    Args:
+        folder: Where to.
+        subjects: All of them.
+        scores: Name of a subject → the scores of its generated pictures, as far as it is trained.
+        real: Name of a subject → the scores of its real pictures, each compared with the others.
+        extractors: The models that the scores come from.
+
+    Returns:
+        "table.md" and "table.json" → file.
+    """
+    nouns = {subject.name: subject.noun for subject in subjects}
+    table: dict[str, Metrics] = {f"{name} ({nouns[name]})": metrics for name, metrics in scores.items()}
+    table["mean"] = _means(scores)
     table["real pictures, each left out of its own"] = _means(real)
-    wanted = [FIDELITY[DINO], FIDELITY[CLIP], FOLLOWING, *DRIFT.values()]
-    measures = [name for name in wanted if name in table["mean"]]
-    lines = [f"| {' | '.join(['subject', *measures])} |", "|---" * (1 + len(measures)) + "|"]
-    for title, marks in {**table, **PUBLISHED}.items():
-        cells = [f"{marks[name]:.3f}" if name in marks else "–" for name in measures]
+    order = [FIDELITY_METRICS[DINO], FIDELITY_METRICS[CLIP], CLIP_T, *DRIFT_METRICS.values()]
+    columns = [name for name in order if name in table["mean"]]
+    lines = [f"| {' | '.join(['subject', *columns])} |", "|---" * (1 + len(columns)) + "|"]
+    for title, metrics in {**table, **PUBLISHED}.items():
+        cells = [f"{metrics[name]:.3f}" if name in metrics else "–" for name in columns]
         lines.append(f"| {' | '.join([title, *cells])} |")
-    models = {name: model.name for name, model in judges.models.items()}
+    models = {name: model.name for name, model in extractors.models.items()}
     lines += ["", *(f"{name}: {model}." for name, model in models.items())]
-    facts = {"subjects": rows, "real": real, "mean": table["mean"], "models": models}
-    files = {"table.md": "\n".join(lines) + "\n", "table.json": json.dumps(facts, indent=1) + "\n"}
-    for name, content in files.items():
+    facts = {
+        "subjects": {name: dict(metrics) for name, metrics in scores.items()},
+        "real": {name: dict(metrics) for name, metrics in real.items()},
+        "mean": table["mean"],
+        "models": models,
+    }
+    contents = {"table.md": "\n".join(lines) + "\n", "table.json": json.dumps(facts, indent=1) + "\n"}
+    for name, content in contents.items():
         write_atomic(folder / name, content.encode())
-    return {name: folder / name for name in files}
+    return {name: folder / name for name in contents}
 
 
-def _means(rows: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Mean over the subjects of every measure, over those that have it."""
-    measures = dict.fromkeys(name for marks in rows.values() for name in marks)
-    return {name: statistics.mean(marks[name] for marks in rows.values() if name in marks) for name in measures}
+def _means(rows: Mapping[str, Metrics]) -> dict[str, float]:
+    """Mean of every metric over the subjects that have it."""
+    names = dict.fromkeys(name for metrics in rows.values() for name in metrics)
+    return {name: statistics.mean(metrics[name] for metrics in rows.values() if name in metrics) for name in names}

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from ..adapters.kohya import read_adapter
 from ..core.devices import pick_device, pick_precision
@@ -14,29 +17,36 @@ from ..core.events import Listener
 from ..core.files import require_writable, write_atomic
 from ..core.prompts import split_prompts
 from ..data.images import load_pictures
-from ..evaluation.comparison import Candidate, Comparison, adapter_file, base_alone, checkpoints, compare
+from ..evaluation.comparison import (
+    Candidate,
+    Comparison,
+    adapter_candidate,
+    base_candidate,
+    checkpoint_candidates,
+    compare_candidates,
+)
 from ..evaluation.comparison_report import write_report
-from ..evaluation.evaluator import Evaluation
+from ..evaluation.evaluator import Evaluator
 from ..evaluation.feature_extractors import FeatureExtractors
-from ..evaluation.generator import CachedGenerator, drawings
+from ..evaluation.generator import CachedGenerator, sample_configs
 from ..evaluation.score_table import ScoreTable, score_pictures
-from ..settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand
+from ..settings.evaluate import CompareCommand, DreamBenchCommand, FeatureExtractorSettings, ScoreCommand
 from ..training.presets import apply_preset
-from ..training.runs.checkpoint import RunFolder
+from ..training.runs.folder import RunFolder
 from .dreambench import dreambench, read_subjects
-from .train import open_settings, parse_strength
+from .train import open_base_model, parse_strength
 
 
 def run_score(settings: ScoreCommand, listener: Listener) -> ScoreTable:
-    """Score pictures; the table, which is written if a file is given."""
+    """Score pictures; returns the table, which is also written if a file is given."""
     device = pick_device(settings.device)
     if settings.output is not None:
         require_writable(settings.output.absolute().parent, 1_000_000)
     pictures = load_pictures(settings.pictures, settings.prompt, listener)
     references = load_pictures(settings.subject, "", listener) if settings.subject else []
-    judges = FeatureExtractors.open(settings.clip, settings.dino, device, download=settings.download)
+    extractors = _open_extractors(settings, device)
     prompts = [picture.caption for picture in pictures]
-    table = score_pictures(pictures, prompts if all(prompts) else [], references, judges, listener)
+    table = score_pictures(pictures, prompts if all(prompts) else [], references, extractors, listener)
     if settings.output is not None:
         is_csv = settings.output.suffix.lower() == ".csv"
         content = table.as_csv() if is_csv else json.dumps(table.as_json(), indent=1, ensure_ascii=False) + "\n"
@@ -45,68 +55,72 @@ def run_score(settings: ScoreCommand, listener: Listener) -> ScoreTable:
 
 
 def run_compare(settings: CompareCommand, listener: Listener) -> tuple[Comparison, dict[str, Path]]:
-    """Draw and score adapters side by side; the comparison and its files."""
+    """Generate and score pictures with adapters side by side; returns the comparison and its files."""
     device = pick_device(settings.device)
-    chosen = contenders(settings)
+    candidates = candidates_of(settings)
     references = load_pictures(settings.subject, "", listener)
-    judges = FeatureExtractors.open(settings.clip, settings.dino, device, download=settings.download)
-    evaluation = Evaluation(judges, references, split_prompts(settings.prompts), settings.token, listener)
-    precision, base = pick_precision(settings.precision, device), open_settings(settings)
+    extractors = _open_extractors(settings, device)
+    evaluator = Evaluator(extractors, references, split_prompts(settings.prompts), settings.token, listener)
+    precision = pick_precision(settings.precision, device)
+    base = open_base_model(settings)
     require_writable(settings.output_dir, 10_000_000)
-    studio = CachedGenerator(base, settings.output_dir / "pictures", device, precision, listener)
-    comparison = compare(studio, evaluation, chosen, drawings(settings))
+    generator = CachedGenerator(base, settings.output_dir / "pictures", device, precision, listener)
+    comparison = compare_candidates(generator, evaluator, candidates, sample_configs(settings))
     return comparison, write_report(comparison, settings.output_dir)
 
 
 def run_dreambench(settings: DreamBenchCommand, listener: Listener) -> dict[str, Path]:
-    """Train and score every subject of a data set; the files of the table."""
-    read_subjects(settings.data, settings.live.split(), settings.subjects.split())  # what is wrong comes first
-    judges = FeatureExtractors.open(
-        settings.clip, settings.dino, pick_device(settings.device), download=settings.download
-    )
-    base = open_settings(settings)
-    return dreambench(base, apply_preset(settings, base.family, listener), judges, listener)
+    """Train on every subject of a data set, generate and score; returns the files of the table."""
+    read_subjects(settings.data, settings.live.split(), settings.subjects.split())  # fails before models are opened
+    extractors = _open_extractors(settings, pick_device(settings.device))
+    base = open_base_model(settings)
+    return dreambench(base, apply_preset(settings, base.family, listener), extractors, listener)
 
 
-def contenders(settings: CompareCommand) -> list[Candidate]:
-    """The base and the adapters that the settings name.
+def _open_extractors(settings: FeatureExtractorSettings, device: torch.device) -> FeatureExtractors:
+    return FeatureExtractors.open(settings.clip, settings.dino, device, download=settings.download)
+
+
+def candidates_of(settings: CompareCommand) -> list[Candidate]:
+    """The base and the adapters to compare, with unique titles.
 
     Raises:
-        SettingsError: A file is not there, or a run has no checkpoint of a wanted step.
-        StorageError: A folder is no run's.
-        AdapterError: A run has no adapters, or a file is none.
+        SettingsError: A file does not exist, or a run has no checkpoint of a given step.
+        StorageError: A folder is not a run's.
+        AdapterError: A run has no adapters, or a file is not an adapter.
     """
-    places = [parse_strength(text) for text in settings.runs]
-    folders = sum(path.is_dir() for path, _ in places)
-    found = [base_alone()] if settings.with_base else []
-    for path, strength in places:
+    files = [parse_strength(text) for text in settings.runs]
+    run_count = sum(path.is_dir() for path, _ in files)
+    candidates = [base_candidate()] if settings.with_base else []
+    for path, strength in files:
         if path.is_dir():
-            found += _of_run(RunFolder.existing(path), strength, settings, folders)
+            candidates += _candidates_of_run(RunFolder.existing(path), strength, settings, run_count)
         elif path.is_file():
-            read_adapter(path)  # what is wrong comes first
-            found.append(adapter_file(path, strength))
+            read_adapter(path)  # fails before any picture is generated
+            candidates.append(adapter_candidate(path, strength))
         else:
             raise SettingsError(f"{path} is neither a file nor a folder.", "Give a run folder or an adapter file.")
-    return _told_apart(found)
+    return _with_unique_titles(candidates)
 
 
-def _of_run(run: RunFolder, strength: float, settings: CompareCommand, runs: int) -> list[Candidate]:
-    all_steps = checkpoints(run.adapters(), run.name, strength)
-    there = [one.step for one in all_steps if one.step is not None]
-    wanted = settings.chosen_steps(there, runs)
-    missing = [step for step in wanted if step not in there]
+def _candidates_of_run(run: RunFolder, strength: float, settings: CompareCommand, run_count: int) -> list[Candidate]:
+    candidates = checkpoint_candidates(run.adapters(), run.name, strength)
+    steps = [candidate.step for candidate in candidates if candidate.step is not None]
+    chosen = settings.chosen_steps(steps, run_count)
+    missing = [step for step in chosen if step not in steps]
     if missing:
         raise SettingsError(
-            f"{run.path} has no checkpoint of step {missing[0]}.", f"It has: {', '.join(map(str, there))}."
+            f"{run.path} has no checkpoint of step {missing[0]}.", f"It has: {', '.join(map(str, steps))}."
         )
-    return [one for one in all_steps if one.step in wanted]
+    return [candidate for candidate in candidates if candidate.step in chosen]
 
 
-def _told_apart(found: Sequence[Candidate]) -> list[Candidate]:
-    """The same, with a number after titles that occur twice."""
-    seen: dict[str, int] = {}
-    result = []
-    for one in found:
-        seen[one.title] = seen.get(one.title, 0) + 1
-        result.append(replace(one, title=f"{one.title} ({seen[one.title]})") if seen[one.title] > 1 else one)
-    return result
+def _with_unique_titles(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The same, with a number after titles that occur again."""
+    counts: Counter[str] = Counter()
+    unique = []
+    for candidate in candidates:
+        title = candidate.title
+        counts[title] += 1
+        unique.append(replace(candidate, title=f"{title} ({counts[title]})") if counts[title] > 1 else candidate)
+    return unique

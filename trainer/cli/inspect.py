@@ -1,4 +1,4 @@
-"""What a model file is: adapter or base model, its targets, ranks, hashes and metadata."""
+"""What the command inspect reports of a file: adapter or base model, modules, ranks, hashes and metadata."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from torch import Tensor
 
 from ..adapters.kohya import Adapter, file_hashes, read_adapter
-from ..adapters.layers import Layer
-from ..adapters.metadata import describe
+from ..adapters.layers import DORA_SCALE, Layer
+from ..adapters.metadata import metadata_summary
 from ..adapters.prefixes import component_of
 from ..core.errors import AdapterError, UnsupportedModelError, WeightsError
-from ..core.figures import as_table
-from ..merging.profile import profile
+from ..core.figures import text_table
+from ..merging.profile import profile_adapter
 from ..models.families import identify, refuse_foreign_keys
 from ..models.families.ldm import UNET_PREFIX, unet_config, with_prefix
 from ..models.open import open_base
 from ..models.state_dicts import read_safetensors
 
-_MODULE = re.compile(
+_MODULE_TYPE = re.compile(
     r"(attn[12]_to_(?:q|k|v|out_0)|ff_net_(?:0_proj|2)|proj_in|proj_out|conv\d?|conv_shortcut|time_emb_proj"
     r"|self_attn_(?:q|k|v|out)_proj|mlp_fc[12])$"
 )
@@ -32,43 +32,44 @@ def inspect(path: Path, *, blocks: bool = False) -> dict[str, Any]:
 
     Args:
         path: The file or folder.
-        blocks: Also where an adapter works, which takes singular values of all its layers.
+        blocks: Also in which blocks an adapter works, for which the singular values of all its layers are computed.
 
     Raises:
-        AdapterError: It is neither an adapter nor a base model that can be read; says why.
+        AdapterError: It is neither an adapter nor a base model that can be read; gives the reason.
     """
     if not path.exists():
         raise AdapterError(f"{path} does not exist.", "Check the path for a typing error.")
     try:
         adapter = read_adapter(path)
         facts = {"file": str(path), **describe_adapter(adapter)}
-        return facts | {"blocks": profile(adapter)} if blocks else facts
+        return facts | {"blocks": profile_adapter(adapter)} if blocks else facts
     except AdapterError as error:
         try:
             return _describe_base(path)
-        except UnsupportedModelError as other:
-            return {"file": str(path), "kind": "base model", "family": other.problem}
+        except UnsupportedModelError as unsupported:
+            return {"file": str(path), "kind": "base model", "family": unsupported.problem}
         except (WeightsError, KeyError):
             raise error from None
 
 
 def describe_adapter(adapter: Adapter) -> dict[str, Any]:
     """Describe an adapter; plain values, ready for JSON."""
-    parts: dict[str, Counter[str]] = {}
+    modules: dict[str, Counter[str]] = {}
     for name in adapter.layers:
-        component = component_of(name)
-        kind = _MODULE.search(name)
-        parts.setdefault(component, Counter())[kind[1] if kind else "other"] += 1
+        match = _MODULE_TYPE.search(name)
+        types = modules.setdefault(component_of(name), Counter())
+        types[match[1] if match else "other"] += 1
     layers = adapter.layers.values()
+    dtypes = {tensor.dtype for layer in layers for tensor in _matrices(layer)}
     model_hash, legacy_hash = file_hashes(adapter.state_dict(), adapter.metadata)
     return {
         "kind": _kind(adapter),
-        "modules": {component: {"count": sum(kinds.values()), **kinds} for component, kinds in parts.items()},
+        "modules": {component: {"count": sum(types.values()), **types} for component, types in modules.items()},
         "rank": sorted({layer.rank for layer in layers}),
         "alpha": sorted({layer.alpha for layer in layers}),
-        "dtype": sorted({str(tensor.dtype).removeprefix("torch.") for layer in layers for tensor in _matrices(layer)}),
+        "dtype": sorted(str(dtype).removeprefix("torch.") for dtype in dtypes),
         "hashes": {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash},
-        "summary": describe(adapter.metadata),
+        "summary": metadata_summary(adapter.metadata),
         "metadata": dict(sorted(adapter.metadata.items())),
     }
 
@@ -83,7 +84,7 @@ def _kind(adapter: Adapter) -> str:
 
 
 def _matrices(layer: Layer) -> list[Tensor]:
-    return [tensor for part, tensor in layer.tensors().items() if part != "dora_scale"]
+    return [tensor for part, tensor in layer.tensors().items() if part != DORA_SCALE]
 
 
 def _describe_base(path: Path) -> dict[str, Any]:
@@ -96,16 +97,16 @@ def _describe_base(path: Path) -> dict[str, Any]:
     return {"file": str(path), "kind": "base model", "family": identify(unet_config(unet)).title}
 
 
-def as_text(facts: dict[str, Any]) -> str:
-    """The facts as lines for people."""
+def facts_as_text(facts: dict[str, Any]) -> str:
+    """The facts of `inspect` as plain text."""
     lines = [f"{facts.get('file', 'adapter')}: {facts['kind']}"]
     for key, value in facts.items():
         if key in ("file", "kind", "metadata", "blocks"):
             continue
         if key == "modules":
-            for component, kinds in value.items():
-                detail = ", ".join(f"{kind} {count}" for kind, count in kinds.items() if kind != "count")
-                lines.append(f"  {component}: {kinds['count']} modules ({detail})")
+            for component, types in value.items():
+                counts = ", ".join(f"{name} {count}" for name, count in types.items() if name != "count")
+                lines.append(f"  {component}: {types['count']} modules ({counts})")
         elif isinstance(value, dict):
             lines += [f"  {name}: {entry}" for name, entry in value.items()]
         elif isinstance(value, list):
@@ -113,7 +114,7 @@ def as_text(facts: dict[str, Any]) -> str:
         else:
             lines.append(f"  {key}: {value}")
     if facts.get("blocks"):
-        lines += [f"  {line}" for line in as_table(facts["blocks"]).splitlines()]
+        lines += [f"  {line}" for line in text_table(facts["blocks"]).splitlines()]
     if facts.get("metadata"):
         lines.append("  metadata:")
         lines += [f"    {name} = {str(value)[:200]}" for name, value in facts["metadata"].items()]

@@ -1,94 +1,142 @@
-"""What `python -m trainer plan` does: the memory that ways to train need, as a table."""
+"""What the command plan does: the memory that a training needs, with several options to save some, as a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 
 from ..adapters.kohya import read_adapter
 from ..core.devices import free_memory, pick_device, pick_precision
-from ..core.errors import SettingsError
+from ..core.errors import SettingsError, suggest
+from ..models.families.base import BaseWeights
 from ..settings.train import PlanCommand, TrainSettings
-from ..training.memory.plan import CONTEXT, GB, MemoryNeed, MemorySaving, Planner, lent_bytes, memory_savings, remedies
-from .train import open_settings
+from ..training.memory.plan import (
+    CUDA_CONTEXT,
+    GB,
+    MemoryNeed,
+    MemorySaving,
+    Planner,
+    memory_savings,
+    remedies,
+    resident_bytes,
+)
+from .train import open_base_model
 
 _EIGHT_BIT = "adamw-8bit"
-_EXPLAINED = """base: the frozen weights. trained: what is learned, its gradients, the optimiser's state.
-activations: what a step keeps beside them. encoding: all that is there while pictures and captions
-are encoded. previews: what is there beside the weights while one is drawn.
+_COLUMNS = ("base", "trained", "activations", "encoding", "previews", "in all")
+_EXPLANATION = """base: the frozen weights. trained: what is learned, its gradients, the optimiser's state.
+activations: what a step keeps beside them. encoding: the most while pictures and captions are
+encoded. previews: what is there beside the weights while a preview is generated.
 in all: the most at any time, with a margin of 5 % and 0.25 GB. CUDA itself takes about 0.5 GB more."""
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One line of the table: an option and the memory that it needs."""
+
+    title: str
+    need: MemoryNeed
+
+
 def run_plan(settings: PlanCommand) -> str:
-    """Measure every way to train that the settings allow, and some that change them; returns a table.
+    """Measure every option that the settings allow, and some that change them; returns a table as text.
+
+    Settings in the text are named by `suggest`.
 
     Raises:
         SettingsError: The settings do not fit the model, or no memory is given and there is no CUDA GPU.
     """
     device = pick_device(settings.device)
-    on_gpu = device.type == "cuda"
-    if settings.memory is None and not on_gpu:
+    if settings.memory is None and device.type != "cuda":
         raise SettingsError(
-            "There is no CUDA GPU here whose memory could be planned.", "Give a card's memory in GB: --memory 8."
+            "This computer has no CUDA GPU whose memory could be planned.",
+            f"Give a graphics card's memory in GB: {suggest('memory', 8)}.",
         )
-    precision: str = settings.precision
-    if precision == "auto":
-        precision = pick_precision("auto", device) if on_gpu else "bf16"
+    precision = _planned_precision(settings, device)
     start = read_adapter(settings.start_from) if settings.start_from else None
-    base = open_settings(settings)
-    if settings.memory is None:
-        memory = free_memory(device) + lent_bytes(base, settings, precision, device)
-    else:
-        memory = round(settings.memory * GB) - CONTEXT
+    base = open_base_model(settings)
+    memory = _planned_memory(settings, base, precision, device)
     planner = Planner(base, settings, precision, start, bool(settings.prior_count))
-    ways = [(lean.described(settings) or "as set", planner.need(lean)) for lean in memory_savings(settings)]
-    head = (
+    savings = memory_savings(settings)
+    rows = [_Row(saving.described(settings) or "as set", planner.need(saving)) for saving in savings]
+    lossy = _lossy_rows(rows[-1].title, savings[-1], settings, planner)
+    lines = [
+        _headline(settings, base, precision),
+        "",
+        *_table(rows, lossy),
+        "",
+        _EXPLANATION,
+        "",
+        _verdict(rows, settings, memory),
+    ]
+    return "\n".join(lines)
+
+
+def _planned_precision(settings: PlanCommand, device: torch.device) -> str:
+    """The precision to plan for: "auto" is that of the GPU, or that of a recent one if this computer has none."""
+    if settings.precision == "auto" and device.type != "cuda":
+        return "bf16"
+    return settings.precision if settings.precision != "auto" else pick_precision("auto", device)
+
+
+def _planned_memory(settings: PlanCommand, base: BaseWeights, precision: str, device: torch.device) -> int:
+    """Bytes to plan for, without those that CUDA itself takes."""
+    if settings.memory is None:
+        return free_memory(device) + resident_bytes(base, settings, precision, device)
+    return round(settings.memory * GB) - CUDA_CONTEXT
+
+
+def _headline(settings: PlanCommand, base: BaseWeights, precision: str) -> str:
+    return (
         f"{base.family.title}, {precision}, {settings.resolution}², {settings.adapter} of rank {settings.rank}, "
         f"{settings.batch_size} × {settings.gradient_accumulation} pictures a step"
         f"{' and as many of the class' if settings.prior_count else ''}; in GB"
     )
-    further = plan_advice(memory_savings(settings)[-1], settings, planner)
-    further = [(f"{ways[-1][0]}, {name}", need) for name, need in further]
-    lines = [head, "", *table(ways, further), "", _EXPLAINED, "", _verdict(ways, settings, memory)]
-    return "\n".join(lines)
 
 
-def plan_advice(lean: MemorySaving, settings: TrainSettings, planner: Planner) -> list[tuple[str, MemoryNeed]]:
-    """What settings that change the result would need; the user alone chooses them.
+def _lossy_rows(title: str, saving: MemorySaving, settings: TrainSettings, planner: Planner) -> list[_Row]:
+    """Options that change the result, for the user alone to choose.
 
     Args:
-        lean: What is saved beside.
-        settings: The run's.
-        planner: Of the run.
+        title: Of the option that they are added to.
+        saving: That option.
+        settings: The run's settings.
+        planner: The run's planner.
     """
-    others: list[tuple[str, dict[str, str]]] = []
-    if not str(getattr(settings, "optimizer", "adamw")).startswith(_EIGHT_BIT):
-        others.append((_EIGHT_BIT, {"optimizer": _EIGHT_BIT}))
-    if settings.base_quantization == "none" and settings.adapter != "full":
-        others += [(f"{name}nf4", {**one, "quantization": "nf4"}) for name, one in [("", {}), *_joined(others)]]
-    return [(name, planner.need(lean, **changes)) for name, changes in others]
+    rows = []
+    eight_bit = not settings.optimizer.startswith(_EIGHT_BIT)
+    four_bit = settings.base_quantization == "none" and settings.adapter != "full"
+    if eight_bit:
+        rows.append(_Row(f"{title}, {_EIGHT_BIT}", planner.need(saving, optimizer=_EIGHT_BIT)))
+    if four_bit:
+        rows.append(_Row(f"{title}, nf4", planner.need(saving, quantization="nf4")))
+    if eight_bit and four_bit:
+        need = planner.need(saving, optimizer=_EIGHT_BIT, quantization="nf4")
+        rows.append(_Row(f"{title}, {_EIGHT_BIT}, nf4", need))
+    return rows
 
 
-def _joined(others: Sequence[tuple[str, dict[str, str]]]) -> list[tuple[str, dict[str, str]]]:
-    return [(f"{name}, ", changes) for name, changes in others]
-
-
-def table(ways: Sequence[tuple[str, MemoryNeed]], further: Sequence[tuple[str, MemoryNeed]]) -> list[str]:
-    """Lines of a table: ways to train that give the same, and ways that change the result."""
-    width = max(len(name) for name, _ in [*ways, *further])
-    columns = ["base", "trained", "activations", "encoding", "previews", "in all"]
-    lines = [" " * width + "".join(f"{column:>12}" for column in columns), *(_line(*one, width) for one in ways)]
-    if further:
-        lines += ["and with settings that change what is learned a little:", *(_line(*one, width) for one in further)]
+def _table(rows: Sequence[_Row], lossy: Sequence[_Row]) -> list[str]:
+    """The lines of the table: options with the same result, then those that change it."""
+    width = max(len(row.title) for row in [*rows, *lossy])
+    lines = [" " * width + "".join(f"{column:>12}" for column in _COLUMNS)]
+    lines += [_line(row, width) for row in rows]
+    if lossy:
+        lines.append("and with settings that change what is learned a little:")
+        lines += [_line(row, width) for row in lossy]
     return lines
 
 
-def _line(name: str, need: MemoryNeed, width: int) -> str:
-    numbers = (need.base, need.trained, need.activations, need.encoding, need.previews, need.total)
-    return name.ljust(width) + "".join(f"{number / GB:12.2f}" if number else f"{'-':>12}" for number in numbers)
+def _line(row: _Row, width: int) -> str:
+    need = row.need
+    sizes = (need.base, need.trained, need.activations, need.encoding, need.previews, need.total)
+    return row.title.ljust(width) + "".join(f"{size / GB:12.2f}" if size else f"{'-':>12}" for size in sizes)
 
 
-def _verdict(ways: Sequence[tuple[str, MemoryNeed]], settings: TrainSettings, memory: int) -> str:
-    name = next((name for name, need in ways if need.total <= memory), None)
-    if name is None:
-        return f"None of these fits into {memory / GB:.1f} GB. {remedies(settings)}."
-    return f"Picked for {memory / GB:.1f} GB: {name}."
+def _verdict(rows: Sequence[_Row], settings: TrainSettings, memory: int) -> str:
+    for row in rows:
+        if row.need.total <= memory:
+            return f"Picked for {memory / GB:.1f} GB: {row.title}."
+    return f"None of these fits into {memory / GB:.1f} GB. {remedies(settings)}."

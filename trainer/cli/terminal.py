@@ -1,4 +1,4 @@
-"""The command line as a listener: a progress bar, notes, and Ctrl-C as a request to stop."""
+"""The command line as a listener: a progress bar, notes, and Ctrl-C to stop."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from types import FrameType
 from typing import Any
 
+from ..core.errors import Wording, plain, worded
 from ..core.events import Event, Note, Phase, Step, Validation
 
 
@@ -15,24 +16,33 @@ class Terminal:
     """Shows events on standard error; SIGINT and SIGTERM ask the work to stop at the next safe moment.
 
     A second signal ends the program at once. Use as a context manager.
+
+    Attributes:
+        quiet: Whether nothing is shown, because another of several processes shows it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, wording: Wording = plain) -> None:
+        """Show nothing yet.
+
+        Args:
+            wording: How settings in notes are worded.
+        """
+        is_launched = "LOCAL_RANK" in os.environ  # as one of several processes, of which only the first shows events
+        self.quiet = is_launched and os.environ.get("RANK", "0") != "0"
+        self._wording = wording
         self._bar: Any = None
         self._title = ""
         self._stop = False
-        launched = "LOCAL_RANK" in os.environ  # as one of several processes, of which the first speaks
-        self.quiet = launched and os.environ.get("RANK", "0") != "0"
-        self._former: dict[int, Any] = {}
+        self._previous_handlers: dict[int, Any] = {}
 
     def __enter__(self) -> Terminal:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self._former[number] = signal.signal(number, self._on_signal)
+            self._previous_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._close()
-        for number, handler in self._former.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -40,10 +50,10 @@ class Terminal:
             raise KeyboardInterrupt
         self._stop = True
         if not self.quiet:
-            self._write("Stopping after this step; what is done is kept. Again to stop at once.")
+            self._write("Stopping after this step; the work so far is kept. Press Ctrl-C again to stop at once.")
 
     def should_stop(self) -> bool:
-        """Whether a signal came."""
+        """Whether a signal was received."""
         return self._stop
 
     def report(self, event: Event) -> None:
@@ -51,17 +61,19 @@ class Terminal:
         if self.quiet:
             return
         if isinstance(event, Note):
-            self._write(("warning: " if event.warning else "") + event.text)
+            text = worded(event.text, self._wording)
+            self._write(f"warning: {text}" if event.warning else text)
         elif isinstance(event, Phase):
-            self._show(event.name, event.done, event.total)
+            self._show_progress(event.name, event.done, event.total)
         elif isinstance(event, Step):
+            self._show_progress("training", event.step, event.steps)
             memory = f"{event.memory / 2**30:.1f} GB" if event.memory >= 2**29 else f"{event.memory / 2**20:.0f} MB"
-            self._show("training", event.step, event.steps)
-            self._bar.set_postfix_str(f"loss {event.loss:.4f}, lr {event.learning_rate:.2g}, {memory}", refresh=False)
+            facts = f"loss {event.loss:.4f}, lr {event.learning_rate:.2g}, {memory}"
+            self._bar.set_postfix_str(facts, refresh=False)
         elif isinstance(event, Validation):
             self._write(f"Validation loss after step {event.step}: {event.loss:.4f}")
 
-    def _show(self, title: str, done: int, total: int) -> None:
+    def _show_progress(self, title: str, done: int, total: int) -> None:
         from tqdm import tqdm
 
         if title != self._title or self._bar is None:

@@ -1,4 +1,4 @@
-"""What each command of the command line does, over the engine."""
+"""What the commands train, priors and generate do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..adapters.apply import apply_to_base, merge_into
 from ..adapters.kohya import Adapter, read_adapter
 from ..core.devices import explained_memory_errors, pick_device, pick_precision
 from ..core.distributed import ProcessGroup
-from ..core.errors import PicturesError, SettingsError
+from ..core.errors import PicturesError, SettingsError, suggest
 from ..core.events import Listener, Phase
 from ..core.files import explained_os_errors, require_writable
 from ..data.class_images import class_images_folder, generate_class_images
@@ -25,86 +25,133 @@ from ..dreambooth import TrainResult, train
 from ..models.families.base import BaseWeights
 from ..models.nf4 import require_quantizable
 from ..models.open import open_base
-from ..models.sampling import GenerationConfig, generate, ready_model
+from ..models.sampling import GenerationConfig, build_on_device, generate
 from ..settings.data import SubjectTable
-from ..settings.model import BaseSettings
-from ..settings.train import GenerateSettings, PriorsCommand, PriorSettings, TrainCommand
+from ..settings.model import BaseModelSettings
+from ..settings.train import GenerateCommand, PriorsCommand, PriorSettings, TrainCommand
 from ..training.adapter import StartingPoint
 from ..training.preflight import require_trainable
 from ..training.presets import apply_preset
+from ..training.runs.folder import RunPaths
 
 
 def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
-    """Check everything, make the class pictures, train."""
-    require_quantizable(settings.base_quantization, pick_device(settings.device))
-    pictures = [
-        picture
-        for one in settings.subjects
-        for picture in load_pictures(one.images, one.instance_prompt, listener, _reading(one))
-    ]
-    own = [
-        picture
-        for one in settings.subjects
-        if one.class_images
-        for picture in _class_images(one.class_images, one, listener)
-    ]
-    split_validation(pictures, settings.validation_pictures, settings.seed)  # its error comes before the class pictures
+    """Check everything, generate the class pictures, train."""
+    device = pick_device(settings.device)
+    require_quantizable(settings.base_quantization, device)
+    pictures = _subject_pictures(settings, listener)
+    class_pictures = _given_class_pictures(settings, listener)
+    split_validation(pictures, settings.validation_pictures, settings.seed)  # fails before class pictures are generated
     start = read_adapter(settings.start_from) if settings.start_from else None
     stacked = read_adapters(settings.base_lora)
-    base = apply_to_base(open_settings(settings), stacked)
+    base = apply_to_base(open_base_model(settings), stacked)
     settings = apply_preset(settings, base.family, listener)
-    runs = settings.output_dir / "runs"
-    require_trainable(base, settings, start, settings.output_dir, runs, stacked)
+    paths = RunPaths(output=settings.output_dir, runs=settings.output_dir / "runs")
+    starting_point = StartingPoint(start, stacked)
+    require_trainable(base, settings, paths, starting_point)
     check_pictures(pictures, settings.resolution, listener)
-    team = ProcessGroup.here(cpu=pick_device(settings.device).type == "cpu")
-    with team.main_process_first():
-        made = [
-            picture
-            for one in settings.subjects
-            for picture in _class_pictures(base, _priors_of(settings, one), settings.resolution, settings, listener)
-        ]
-    stage, priors = StartingPoint(start, stacked), [*own, *made]
-    return train(base, pictures, priors, settings, settings.output_dir, runs, settings.device, listener, stage=stage)
+    with ProcessGroup.current(cpu=device.type == "cpu").main_process_first():
+        for subject in settings.subjects:
+            class_pictures += _generated_class_pictures(base, _prior_settings(settings, subject), settings, listener)
+    return train(
+        base,
+        subject=pictures,
+        priors=class_pictures,
+        settings=settings,
+        paths=paths,
+        device=settings.device,
+        listener=listener,
+        starting_point=starting_point,
+    )
 
 
-def _reading(subject: SubjectTable) -> AnnotationOptions:
-    return AnnotationOptions(subject.captions, subject.masks, subject.repeats, subject.token, subject.class_noun)
+def _subject_pictures(settings: TrainCommand, listener: Listener) -> list[Picture]:
+    """The pictures of all subjects."""
+    pictures = []
+    for subject in settings.subjects:
+        options = AnnotationOptions(
+            captions=subject.captions,
+            masks=subject.masks,
+            repeats=subject.repeats,
+            token=subject.token,
+            class_noun=subject.class_noun,
+        )
+        pictures += load_pictures(subject.images, subject.instance_prompt, listener, options)
+    return pictures
 
 
-def _class_images(path: Path, subject: SubjectTable, listener: Listener) -> list[Picture]:
-    """Class pictures of the user's own.
+def _given_class_pictures(settings: TrainCommand, listener: Listener) -> list[Picture]:
+    """The user's own class pictures of all subjects.
 
     Raises:
         PicturesError: They can't be used, or have no caption.
     """
-    reading = AnnotationOptions(token=subject.token, noun=subject.class_noun)
-    pictures = load_pictures(path, subject.class_prompt, listener, reading)
-    if not all(picture.caption for picture in pictures):
-        raise PicturesError(f"The class pictures in {path} have no captions.", "Give class_prompt: 'a photo of a dog'.")
+    pictures = []
+    for subject in settings.subjects:
+        if subject.class_images is None:
+            continue
+        options = AnnotationOptions(token=subject.token, class_noun=subject.class_noun)
+        of_subject = load_pictures(subject.class_images, subject.class_prompt, listener, options)
+        if not all(picture.caption for picture in of_subject):
+            raise PicturesError(
+                f"The class pictures in {subject.class_images} have no captions.",
+                f"Give {suggest('class_prompt', 'a photo of a dog')}, for example.",
+            )
+        pictures += of_subject
     return pictures
 
 
-def _priors_of(settings: TrainCommand, subject: SubjectTable) -> PriorSettings:
-    """How the class pictures of one subject are made."""
-    how = settings.model_dump(include=set(PriorSettings.model_fields))
-    return PriorSettings(**how | {"class_prompt": subject.class_prompt, "prior_count": subject.prior_count})
+def _prior_settings(settings: TrainCommand, subject: SubjectTable) -> PriorSettings:
+    """How the class pictures of one subject are generated."""
+    values = settings.model_dump(include=set(PriorSettings.model_fields))
+    return PriorSettings(**values | {"class_prompt": subject.class_prompt, "prior_count": subject.prior_count})
 
 
 def run_priors(settings: PriorsCommand, listener: Listener) -> Path:
-    """Make class pictures; returns their folder."""
-    base = apply_to_base(open_settings(settings), read_adapters(settings.base_lora))
-    _class_pictures(base, settings, settings.resolution, settings, listener)
+    """Generate class pictures; returns their folder."""
+    base = apply_to_base(open_base_model(settings), read_adapters(settings.base_lora))
+    _generated_class_pictures(base, settings, settings, listener)
+    root = _class_pictures_root(settings)
     precision = pick_precision(settings.precision, pick_device(settings.device))
-    return class_images_folder(_priors_root(settings.output_dir), base, settings, settings.resolution, precision)
+    return class_images_folder(root, base, settings, settings.resolution, precision)
 
 
-def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
-    """Draw pictures with a base model and adapters; returns the files."""
-    loaded = read_adapters(settings.lora)
+def _generated_class_pictures(
+    base: BaseWeights, priors: PriorSettings, settings: TrainCommand | PriorsCommand, listener: Listener
+) -> Sequence[Picture]:
+    """The class pictures that the base model generates, or has generated before.
+
+    Args:
+        base: The base model.
+        priors: Which class pictures.
+        settings: Where and at which resolution and precision they are generated.
+        listener: Gets the progress.
+    """
+    if not priors.prior_count:
+        return []
+    device = pick_device(settings.device)
+    return generate_class_images(
+        base,
+        priors,
+        resolution=settings.resolution,
+        root=_class_pictures_root(settings),
+        device=device,
+        precision=pick_precision(settings.precision, device),
+        listener=listener,
+    )
+
+
+def _class_pictures_root(settings: TrainCommand | PriorsCommand) -> Path:
+    return settings.output_dir / "class-pictures"
+
+
+def run_generate(settings: GenerateCommand, listener: Listener) -> list[Path]:
+    """Generate pictures with a base model and adapters; returns the files."""
+    adapters = read_adapters(settings.lora)
     _require_picture_path(settings.output)
     device = pick_device(settings.device)
-    model = ready_model(open_settings(settings), device, pick_precision(settings.precision, device))
-    for adapter, strength in loaded:
+    model = build_on_device(open_base_model(settings), device, pick_precision(settings.precision, device))
+    for adapter, strength in adapters:
         merge_into(model, adapter, strength)
     width, height = settings.width_height
     config = GenerationConfig(
@@ -116,19 +163,13 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
         guidance=settings.guidance,
     )
     paths = []
-    for number in range(settings.count):
-        listener.report(Phase("pictures", number, settings.count))
-        with explained_memory_errors("--size"):
-            [image] = generate(
-                model,
-                settings.prompt,
-                [settings.seed + number],
-                config,
-                listener,
-            )
+    for index in range(settings.count):
+        listener.report(Phase("pictures", index, settings.count))
+        with explained_memory_errors(suggest("size")):
+            [image] = generate(model, settings.prompt, [settings.seed + index], config, listener)
         path = settings.output
         if settings.count > 1:
-            path = path.with_name(f"{path.stem}-{number:03d}{path.suffix}")
+            path = path.with_name(f"{path.stem}-{index:03d}{path.suffix}")
         with explained_os_errors(path):
             image.save(path)
         paths.append(path)
@@ -137,43 +178,47 @@ def run_generate(settings: GenerateSettings, listener: Listener) -> list[Path]:
 
 
 def _require_picture_path(path: Path) -> None:
-    """Check, before anything is drawn, that a picture can be written there.
+    """Check, before anything is generated, that a picture can be written there.
 
     Raises:
-        SettingsError: The ending is none of a picture format, or the path is a folder.
+        SettingsError: The extension is not of a picture format, or the path is a folder.
         StorageError: Its folder can't be written.
     """
     if path.is_dir():
-        raise SettingsError(f"{path} is a folder.", "Give the name of a picture file in it: --output picture.png.")
-    writable = {ending for ending, name in Image.registered_extensions().items() if name in Image.SAVE}
+        raise SettingsError(
+            f"{path} is a folder.",
+            f"Give the name of a picture file in it, such as {suggest('output', path / 'picture.png')}.",
+        )
+    writable = {extension for extension, name in Image.registered_extensions().items() if name in Image.SAVE}
     if path.suffix.lower() not in writable:
         raise SettingsError(f"{path} does not end like a picture file.", "Give a name ending in .png or .jpg.")
     require_writable(path.absolute().parent, 1_000_000)
 
 
 def parse_strength(text: str) -> tuple[Path, float]:
-    """Split FILE[:STRENGTH]; a Windows drive letter is no strength.
+    """Split FILE[:STRENGTH]; a Windows drive letter is no file with a strength.
 
     Raises:
-        SettingsError: What follows the last colon is no number although the whole is no file.
+        SettingsError: What follows the last colon is not a number, and there is no file of the whole name.
     """
     whole = Path(text).expanduser()
     head, colon, tail = text.rpartition(":")
     if os.path.exists(whole) or not colon or len(head) < 2:
         return whole, 1.0
     with contextlib.suppress(ValueError):
-        if math.isfinite(strength := float(tail)):
+        strength = float(tail)
+        if math.isfinite(strength):
             return Path(head).expanduser(), strength
-    raise SettingsError(f"{text} is neither a file nor FILE:STRENGTH.", "Write --lora FILE or --lora FILE:0.8.")
+    raise SettingsError(f"{text} is neither a file nor FILE:STRENGTH.", "Write FILE, or FILE:0.8 for another strength.")
 
 
 def read_adapters(texts: Sequence[str]) -> list[tuple[Adapter, float]]:
     """Adapters with their strengths, from FILE[:STRENGTH]."""
-    places = [parse_strength(text) for text in texts]
-    return [(read_adapter(path), strength) for path, strength in places]
+    files = [parse_strength(text) for text in texts]  # a typing error is reported before any file is read
+    return [(read_adapter(path), strength) for path, strength in files]
 
 
-def open_settings(settings: BaseSettings) -> BaseWeights:
+def open_base_model(settings: BaseModelSettings) -> BaseWeights:
     """Open the base model that the settings name."""
     return open_base(
         settings.base,
@@ -182,22 +227,3 @@ def open_settings(settings: BaseSettings) -> BaseWeights:
         prediction_type=settings.prediction_type,
         clip_skip=settings.clip_skip,
     )
-
-
-def _priors_root(output_dir: Path) -> Path:
-    return output_dir / "class-pictures"
-
-
-def _class_pictures(
-    base: BaseWeights,
-    priors: PriorSettings,
-    resolution: int,
-    where: TrainCommand | PriorsCommand,
-    listener: Listener,
-) -> Sequence[Picture]:
-    if not priors.prior_count:
-        return []
-    device = pick_device(where.device)
-    precision = pick_precision(where.precision, device)
-    root = _priors_root(where.output_dir)
-    return generate_class_images(base, priors, resolution, root, device, precision, listener)

@@ -57,7 +57,7 @@ class Note:
     """A message for the user.
 
     Attributes:
-        text: One or two sentences.
+        text: One or two sentences; settings are named by `suggest`, which each face words by `worded`.
         warning: Whether something may be wrong.
         picture: Name of the picture that it is about, as in `Picture.name`; "" if it is about none or several.
     """

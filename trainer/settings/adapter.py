@@ -221,7 +221,7 @@ class AdapterSettings(Settings):
         if self.combine and kind not in ("lora", "full"):
             raise ValueError(
                 f"{suggest('combine')} adds up adapters, which is exact for LoRA only, and {suggest('adapter')} is "
-                f"'{kind}': choose {suggest('adapter', 'lora')}, or turn {suggest('combine')} off and use both files"
+                f"'{kind}': choose {suggest('adapter', 'lora')}, or set {suggest('combine', False)} and use both files"
             )
         return self
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
@@ -139,7 +139,8 @@ class CompareSettings(EvaluationSettings, SizeSettings):
     @property
     def grid(self) -> list[tuple[SchedulerName, int]]:
         """Every scheduler with every number of steps."""
-        return [(name, int(steps)) for name in _words(self.schedulers) for steps in _words(self.steps)]  # type: ignore[misc]
+        schedulers = [cast(SchedulerName, name) for name in _words(self.schedulers)]
+        return [(scheduler, int(steps)) for scheduler in schedulers for steps in _words(self.steps)]
 
 
 class CompareCommand(CompareSettings, FeatureExtractorSettings, BaseModelSettings):
@@ -223,7 +224,7 @@ class DreamBenchCommand(TrainSettings, EvaluationSettings, FeatureExtractorSetti
             )
         if self.combine:
             raise ValueError(
-                f"{suggest('combine')} is on but there is nothing to combine with: turn {suggest('combine')} off"
+                f"{suggest('combine')} is on but there is nothing to combine with: set {suggest('combine', False)}"
             )
         return self
 

@@ -29,7 +29,7 @@ METHOD_SETTINGS: Mapping[MethodName, tuple[str, ...]] = {
     "prune": ("density", *_TRUNCATION),
     "orthogonal": ("protected",),
 }
-"""Merge method → the settings that it takes, in the order in which a node shows them."""
+"""Merge method → the settings that it takes."""
 
 
 @dataclass(frozen=True)
