@@ -8,7 +8,7 @@
 
 Reported:
     step ratio          one step of the recipe / one bare forward + backward of the same UNet with the same
-                        adapters on ready tensors at the same precision; medians of pairs taken in turn
+                        adapters on tensors made before, at the same precision; medians of pairs taken in turn
     to the first step   seconds from the start of a fresh process until its first training step is done
     peak memory         of that process (resident size; on CUDA the device's peak)
 """
@@ -24,11 +24,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 sys.dont_write_bytecode = True
 
 import numpy as np  # noqa: E402
@@ -66,7 +67,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Make what is missing, run each part in a process of its own, print the figures."""
+    """Make what is missing, run each part in its own process, print the figures."""
     pictures = arguments.scratch / "pictures"
     pictures.mkdir()
     for number in range(PICTURES):
@@ -81,10 +82,10 @@ def report(arguments: argparse.Namespace) -> None:
     arguments.tokenizer = arguments.tokenizer or tokenizer_folder(arguments)
     ratio = run_part("ratio", arguments)
     start = run_part("start", arguments)
-    lean = ", gradient checkpointing" if arguments.gradient_checkpointing else ""
+    checkpointing = ", gradient checkpointing" if arguments.gradient_checkpointing else ""
     print(
         f"{arguments.size}, {arguments.precision}, {arguments.resolution}², batch 1, rank {arguments.rank}, "
-        f"{arguments.targets}{lean}, {ratio['device']}"
+        f"{arguments.targets}{checkpointing}, {ratio['device']}"
     )
     print(f"step of the recipe   {ratio['recipe']:.3f} s   bare {ratio['bare']:.3f} s   ratio {ratio['ratio']:.3f}")
     print(f"to the first step    {start['first_step']:.1f} s")
@@ -96,15 +97,17 @@ def report(arguments: argparse.Namespace) -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     if arguments.diffusers:
-        theirs = run_diffusers(arguments)
-        steps, starts = theirs["step"] / ratio["recipe"], theirs["first_step"] / start["first_step"]
-        print(f"diffusers' script    {theirs['step']:.3f} s/step   ratio to the recipe {steps:.2f}")
-        print(f"to the first step    {theirs['first_step']:.1f} s   ratio {starts:.2f}")
-        print(f"peak memory          {theirs['peak'] / 2**30:.2f} GiB   ratio {theirs['peak'] / start['peak']:.2f}")
+        diffusers = run_diffusers(arguments)
+        seconds_ratio = diffusers["step"] / ratio["recipe"]
+        start_ratio = diffusers["first_step"] / start["first_step"]
+        peak_ratio = diffusers["peak"] / start["peak"]
+        print(f"diffusers' script    {diffusers['step']:.3f} s/step   ratio to the recipe {seconds_ratio:.2f}")
+        print(f"to the first step    {diffusers['first_step']:.1f} s   ratio {start_ratio:.2f}")
+        print(f"peak memory          {diffusers['peak'] / 2**30:.2f} GiB   ratio {peak_ratio:.2f}")
 
 
 def tokenizer_folder(arguments: argparse.Namespace) -> Path | None:
-    """The base's own tokenizer, or for random weights one of a few words: the words don't matter here."""
+    """None for a base with its own tokenizer; for random weights one of a few words, which don't matter here."""
     if arguments.base.is_dir() or arguments.base.parent != arguments.scratch:
         return None
     return ROOT / "demo" / "base" / "tokenizer"
@@ -112,16 +115,8 @@ def tokenizer_folder(arguments: argparse.Namespace) -> Path | None:
 
 def run_part(part: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run one part in a fresh process; its last line of output is JSON."""
-    command = [
-        sys.executable,
-        __file__,
-        "--part",
-        part,
-        "--base",
-        str(arguments.base),
-        "--scratch",
-        str(arguments.scratch),
-    ]
+    command = [sys.executable, __file__, "--part", part]
+    command += ["--base", str(arguments.base), "--scratch", str(arguments.scratch)]
     command += ["--precision", arguments.precision, "--resolution", str(arguments.resolution)]
     command += ["--rank", str(arguments.rank), "--pairs", str(arguments.pairs), "--targets", arguments.targets]
     if arguments.gradient_checkpointing:
@@ -157,52 +152,57 @@ def step_ratio(arguments: argparse.Namespace) -> dict[str, Any]:
     from trainer.data.images import load_pictures
     from trainer.dreambooth import DreamBooth
     from trainer.models.open import open_base
+    from trainer.training.runs.folder import RunPaths
 
     pictures = load_pictures(arguments.scratch / "pictures", PROMPT, SilentListener())
     base = open_base(arguments.base, arguments.tokenizer)
     device = pick_device("auto")
     out = arguments.scratch / "ratio"
-    recipe = DreamBooth(base, pictures, [], settings_for(arguments, 1000), out, out / "runs", device)
+    paths = RunPaths(output=out, runs=out / "runs")
+    recipe = DreamBooth(base, pictures, [], settings_for(arguments, steps=1000), paths, device)
     recipe.open_run()
     recipe.prepare()
-    side = recipe.cache.instance.latent_shape
-    dtype = DTYPES[arguments.precision]
-    noisy = torch.randn(1, *side, device=device, dtype=dtype)
-    target, timestep = torch.randn(1, *side, device=device), torch.tensor([500], device=device)
-    conditioning = {name: row.detach() for name, row in recipe.captions.conditioning(torch.tensor([0])).items()}
-    conditioning["size"] = recipe.cache.instance.size[:1].to(device)
+    session = recipe.session
+    latent_shape = session.cache.instance.shapes[0]
+    noisy = torch.randn(1, *latent_shape, device=device, dtype=DTYPES[arguments.precision])
+    target = torch.randn(1, *latent_shape, device=device)
+    timestep = torch.tensor([500], device=device)
+    conditioning = {name: row.detach() for name, row in session.text.rows(torch.tensor([0])).items()}
+    conditioning["size"] = session.cache.instance.size[:1].to(device)
 
-    def bare() -> None:
-        prediction = recipe.model.predict(noisy, timestep, conditioning)
+    def bare_pass() -> None:
+        prediction = session.model.predict(noisy, timestep, conditioning)
         torch.nn.functional.mse_loss(prediction.float(), target).backward()
 
-    def step() -> None:
+    def recipe_step() -> None:
         recipe.train_step(1.0)
-        recipe.step += 1
 
-    def timed(work: Any) -> float:
+    def seconds_of(work: Callable[[], None]) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize()
-        begin = time.perf_counter()
+        began = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        return time.perf_counter() - began
 
-    bare(), step()  # warm up
-    for parameter in recipe.trainee.parameters():
-        parameter.grad = None
+    def drop_gradients() -> None:
+        for parameter in session.trainable.parameters():
+            parameter.grad = None
+
+    bare_pass()  # both warm up
+    recipe_step()
+    drop_gradients()
     pairs = []
     for number in range(arguments.pairs):
-        order = (bare, step) if number % 2 else (step, bare)
-        seconds = {work: timed(work) for work in order}
-        for parameter in recipe.trainee.parameters():
-            parameter.grad = None
-        pairs.append((seconds[step], seconds[bare]))
+        order = (bare_pass, recipe_step) if number % 2 else (recipe_step, bare_pass)
+        seconds = {work: seconds_of(work) for work in order}
+        drop_gradients()
+        pairs.append((seconds[recipe_step], seconds[bare_pass]))
     return {
-        "recipe": statistics.median(ours for ours, _ in pairs),
-        "bare": statistics.median(theirs for _, theirs in pairs),
-        "ratio": statistics.median(ours / theirs for ours, theirs in pairs),
+        "recipe": statistics.median(recipe_seconds for recipe_seconds, _ in pairs),
+        "bare": statistics.median(bare_seconds for _, bare_seconds in pairs),
+        "ratio": statistics.median(recipe_seconds / bare_seconds for recipe_seconds, bare_seconds in pairs),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
     }
 
@@ -216,33 +216,34 @@ def start_and_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     from trainer.data.images import load_pictures
     from trainer.dreambooth import train
     from trainer.models.open import open_base
-
-    first: list[float] = []
+    from trainer.training.runs.folder import RunPaths
 
     class Clock:
         """The recipe asks whether to stop right after every step; a step's event comes later."""
 
-        encoded = False
+        def __init__(self) -> None:
+            self.encoded = False
+            self.first_step: float | None = None
 
         def report(self, event: object) -> None:
             if isinstance(event, Phase):
                 self.encoded = event.done == event.total
 
         def should_stop(self) -> bool:
-            if self.encoded and not first:
-                first.append(time.time() - began)
+            if self.encoded and self.first_step is None:
+                self.first_step = time.time() - began
             return False
 
     clock = Clock()
     pictures = load_pictures(arguments.scratch / "pictures", PROMPT, clock)
     out = arguments.scratch / "start"
     base = open_base(arguments.base, arguments.tokenizer)
-    steps = 3
-    train(base, pictures, [], settings_for(arguments, steps), out, out / "runs", "auto", clock)
+    paths = RunPaths(output=out, runs=out / "runs")
+    train(base, pictures, [], settings_for(arguments, steps=3), paths, "auto", clock)
     import torch
 
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_resident()
-    return {"first_step": first[0], "peak": peak}
+    return {"first_step": clock.first_step, "peak": peak}
 
 
 def peak_resident() -> int:
@@ -259,25 +260,25 @@ def run_diffusers(arguments: argparse.Namespace) -> dict[str, float]:
     command = [arguments.diffusers_python, str(arguments.diffusers), "--pretrained_model_name_or_path", str(folder)]
     command += ["--instance_data_dir", str(arguments.scratch / "pictures"), "--instance_prompt", PROMPT]
     command += ["--resolution", str(arguments.resolution), "--train_batch_size", "1", "--rank", str(arguments.rank)]
-    command += ["--max_train_steps", str(steps), "--output_dir", str(arguments.scratch / "theirs")]
-    command += ["--mixed_precision", {"fp32": "no"}.get(arguments.precision, arguments.precision)]
+    command += ["--max_train_steps", str(steps), "--output_dir", str(arguments.scratch / "diffusers")]
+    command += ["--mixed_precision", "no" if arguments.precision == "fp32" else arguments.precision]
     began = time.time()
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     assert process.stderr is not None
-    done: dict[int, float] = {}
-    text = b""
+    finished: dict[int, float] = {}  # step → when it was done
+    output = b""
     while chunk := os.read(process.stderr.fileno(), 4096):
-        text = (text + chunk)[-2000:]
-        for match in re.finditer(rb"Steps:[^\r]*?(\d+)/%d" % steps, text):
-            done.setdefault(int(match[1]), time.time())
+        output = (output + chunk)[-2000:]
+        for match in re.finditer(rb"Steps:[^\r]*?(\d+)/%d" % steps, output):
+            finished.setdefault(int(match[1]), time.time())
     _, status, usage = os.wait4(process.pid, 0)
-    if status or steps not in done:
-        raise SystemExit(f"diffusers' script failed:\n{text.decode(errors='replace')}")
+    if status or steps not in finished:
+        raise SystemExit(f"diffusers' script failed:\n{output.decode(errors='replace')}")
     return {
-        "first_step": done[1] - began,
-        "step": (done[steps] - done[2]) / (steps - 2),
+        "first_step": finished[1] - began,
+        "step": (finished[steps] - finished[2]) / (steps - 2),
         "peak": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024),
     }
 

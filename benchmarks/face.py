@@ -4,7 +4,7 @@
 
 Reported:
     chart      frame of ten thousand steps: the time that drawing takes in the page (median and slowest of 60 frames,
-               the pointer moving), and the memory that the curve's numbers take
+               the pointer moving), and the memory of the curve's numbers
     messages   from the server to a page, per second, while a small model trains as fast as it can
     slower     seconds of a training with a listening page over those without one, in turns; the page listens on a bare
                websocket, since a browser that draws without a graphics card takes the processor from the training
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tests" / "support")]
 sys.dont_write_bytecode = True
 
 from browser import opened_page  # noqa: E402
@@ -76,7 +76,9 @@ class Page:
     """Listens as a page does, without drawing."""
 
     def __init__(self, url: str) -> None:
-        self._url, self.times, self._open = url.replace("http", "ws") + "/ws?clientId=bench", [], True
+        self._url = url.replace("http", "ws") + "/ws?clientId=bench"
+        self._open = True
+        self.times: list[float] = []
         self._thread = threading.Thread(target=self._listen, daemon=True)
 
     def __enter__(self) -> Page:
@@ -101,16 +103,15 @@ class Page:
 
     def most_in_a_second(self) -> int:
         """The most messages in any second."""
-        return max((sum(0 <= other - one < 1 for other in self.times) for one in self.times), default=0)
+        return max((sum(0 <= moment - start < 1 for moment in self.times) for start in self.times), default=0)
 
 
 def trained_seconds(server: ComfyServer, name: str, steps: int) -> float:
     """Seconds from the first reported step to the last, by the run's own record."""
-    server.wait(server.queue(graph(name, steps, 0)), timeout=1200)
+    server.wait(server.queue(graph(name, steps, seed=0)), timeout=1200)
     [run] = (server.base_dir / "output" / "dreambooth" / "runs").glob(f"{name}-*")
-    rates = [
-        line["rate"] for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "rate" in line
-    ]
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    rates = [line["rate"] for line in lines if "rate" in line]
     shutil.rmtree(run)
     return steps / statistics.median(rates[len(rates) // 2 :])
 
@@ -130,13 +131,14 @@ def main() -> None:
                 facts: dict[str, Any] = {"chart": page.evaluate(_CHART)}
             trained_seconds(server, "warm-up", 10)
             pairs = []
+            most_messages = 0
             for number in range(arguments.rounds):
                 alone = trained_seconds(server, f"alone-{number}", arguments.steps)
                 with Page(server.url) as listening:
-                    pairs.append((trained_seconds(server, f"watched-{number}", arguments.steps), alone))
-                facts["most messages in a second"] = max(
-                    facts.get("most messages in a second", 0), listening.most_in_a_second()
-                )
+                    watched = trained_seconds(server, f"watched-{number}", arguments.steps)
+                pairs.append((watched, alone))
+                most_messages = max(most_messages, listening.most_in_a_second())
+            facts["most messages in a second"] = most_messages
             facts["seconds"] = pairs
             facts["slower"] = statistics.median(watched / alone for watched, alone in pairs)
     print(json.dumps(facts, indent=1))

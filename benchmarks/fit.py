@@ -1,12 +1,12 @@
-"""What a training takes of a GPU's memory, beside what the plan said of it: random weights of real size.
+"""GPU memory that a training uses, beside what was planned: random weights of real size.
 
     python benchmarks/fit.py                         SDXL's size, 1024², rank 16, batch 1, bf16
     python benchmarks/fit.py --size sd15 --resolution 512
     python benchmarks/fit.py --card 8                the allocator refuses more than a card of 8 GB has
-    python benchmarks/fit.py --plan                  the plan alone; so it is also where there is no GPU
+    python benchmarks/fit.py --plan                  the plan alone, as it also does without a GPU
 
-Every way to train runs in a process of its own: as it is, with gradient checkpointing, and beside that with 8-bit Adam
-(where the setting optimizer exists), with NF4, with both.
+Every variant runs in its own process: as it is, with gradient checkpointing, and with that and 8-bit Adam, NF4, or
+both.
 
 Reported in GB, planned and measured:
     encoding    peak of the tensors while pictures and captions are encoded
@@ -31,20 +31,22 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 sys.dont_write_bytecode = True
 
 TOKENIZER = ROOT / "demo" / "base" / "tokenizer"
-LEAN = {"gradient_checkpointing": True}
-EIGHT_BIT, FOUR_BIT = {"optimizer": "adamw-8bit"}, {"base_quantization": "nf4"}
-WAYS: dict[str, dict[str, Any]] = {
+CHECKPOINTING = {"gradient_checkpointing": True}
+EIGHT_BIT_ADAM = {"optimizer": "adamw-8bit"}
+NF4 = {"base_quantization": "nf4"}
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "checkpointing": LEAN,
-    "checkpointing, 8-bit Adam": {**LEAN, **EIGHT_BIT},
-    "checkpointing, NF4": {**LEAN, **FOUR_BIT},
-    "checkpointing, 8-bit Adam, NF4": {**LEAN, **EIGHT_BIT, **FOUR_BIT},
+    "checkpointing": CHECKPOINTING,
+    "checkpointing, 8-bit Adam": {**CHECKPOINTING, **EIGHT_BIT_ADAM},
+    "checkpointing, NF4": {**CHECKPOINTING, **NF4},
+    "checkpointing, 8-bit Adam, NF4": {**CHECKPOINTING, **EIGHT_BIT_ADAM, **NF4},
 }
-STEPS, WARM_UP = 12, 3
+STEPS = 12
+WARM_UP_STEPS = 3
 GB = 2**30
 
 
@@ -54,19 +56,19 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--card", type=float, help="memory of the card that is pretended, in GB")
+    parser.add_argument("--card", type=float, help="limit the memory to that of a card with so many GB")
     parser.add_argument("--plan", action="store_true", help="only plan")
     parser.add_argument("--out", type=Path, help="file for the figures, such as benchmarks/results/fit-4060.json")
-    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.way:
-        print(json.dumps(measured(arguments)))
+    if arguments.variant:
+        print(json.dumps(measure(arguments)))
         return
     import torch
 
     if not arguments.plan and not torch.cuda.is_available():
-        print("There is no CUDA GPU here: nothing is measured, what follows is the plan alone.\n")
+        print("There is no CUDA GPU: nothing is measured, what follows is the plan alone.\n")
         arguments.plan = True
     with tempfile.TemporaryDirectory() as scratch:
         arguments.scratch = Path(scratch)
@@ -74,10 +76,10 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Plan every way, and measure it if there is a GPU; print the figures."""
+    """Plan every variant, and measure it if there is a GPU; print the figures."""
     base = arguments.scratch / "random.safetensors"
     if arguments.plan:
-        write_empty(base, arguments.size)
+        write_zeros(base, arguments.size)
     else:
         import checkpoints
         import torch
@@ -85,7 +87,7 @@ def report(arguments: argparse.Namespace) -> None:
         getattr(checkpoints, f"{arguments.size}_checkpoint")(base, size="full", dtype=torch.float16)
         write_pictures(arguments.scratch / "pictures")
     began = time.perf_counter()
-    plans = planned(arguments)
+    plans = plan_all(arguments)
     seconds = time.perf_counter() - began
     print(
         f"{arguments.size}, bf16, {arguments.resolution}², batch {arguments.batch_size}, rank {arguments.rank}; "
@@ -93,12 +95,14 @@ def report(arguments: argparse.Namespace) -> None:
     )
     print(f"{'':32}{'encoding':>16}{'steps':>16}{'in all':>16}{'steps/s':>9}")
     figures: dict[str, Any] = {}
-    for way, plan in plans.items():
-        real = {} if arguments.plan else run_way(way, arguments)
-        figures[way] = {"planned": plan, "measured": real}
-        cells = "".join(f"{_pair(plan[part], real.get(part)):>16}" for part in ("encoding", "steps", "in all"))
-        speed = f"{real['rate']:9.2f}" if "rate" in real else ""
-        print(f"{way:32}{cells}{speed}{'   out of memory' if real.get('failed') else ''}")
+    for variant, planned in plans.items():
+        measured = {} if arguments.plan else run_variant(variant, arguments)
+        figures[variant] = {"planned": planned, "measured": measured}
+        parts = ("encoding", "steps", "in all")
+        cells = "".join(f"{_planned_and_measured(planned[part], measured.get(part)):>16}" for part in parts)
+        speed = f"{measured['rate']:9.2f}" if "rate" in measured else ""
+        failure = "   out of memory" if measured.get("failed") else ""
+        print(f"{variant:32}{cells}{speed}{failure}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         names = ("size", "resolution", "rank", "batch_size", "card")
@@ -106,17 +110,14 @@ def report(arguments: argparse.Namespace) -> None:
         arguments.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
-def _pair(plan: float, real: float | None) -> str:
-    return f"{plan / GB:.2f}" + ("" if real is None else f" | {real / GB:.2f}")
+def _planned_and_measured(planned: float, measured: float | None) -> str:
+    return f"{planned / GB:.2f}" + ("" if measured is None else f" | {measured / GB:.2f}")
 
 
-def settings_for(way: str, arguments: argparse.Namespace) -> Any:
-    """Settings of a way to train; None where a setting of it does not exist."""
+def settings_for(variant: str, arguments: argparse.Namespace) -> Any:
+    """Settings of a variant."""
     from trainer.settings.train import TrainSettings
 
-    changes = WAYS[way]
-    if not set(changes) <= set(TrainSettings.model_fields):
-        return None
     return TrainSettings(
         name="fit",
         steps=STEPS,
@@ -127,12 +128,12 @@ def settings_for(way: str, arguments: argparse.Namespace) -> Any:
         checkpoint_every=0,
         resume="never",
         fit="off",
-        **changes,
+        **VARIANTS[variant],
     )
 
 
-def planned(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
-    """Way → planned bytes."""
+def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
+    """Variant → planned bytes."""
     from trainer.models.open import open_base
     from trainer.settings.train import TrainSettings
     from trainer.training.memory.plan import MemorySaving, Planner
@@ -141,25 +142,25 @@ def planned(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     settings = TrainSettings(
         rank=arguments.rank, resolution=arguments.resolution, batch_size=arguments.batch_size, precision="bf16"
     )
-    planner = Planner(base, settings, "bf16", None, False)
-    found = {}
-    for way, changes in WAYS.items():
+    planner = Planner(base, settings, precision="bf16", start=None, priors=False)
+    plans = {}
+    for variant, changes in VARIANTS.items():
         need = planner.need(
             MemorySaving(bool(changes.get("gradient_checkpointing"))),
             quantization=changes.get("base_quantization"),
             optimizer=changes.get("optimizer"),
         )
-        found[way] = {
+        plans[variant] = {
             "encoding": need.encoding,
             "steps": need.base + need.trained + need.activations,
             "in all": need.total,
         }
-    return found
+    return plans
 
 
-def run_way(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure one way in a fresh process; its last line of output is JSON."""
-    command = [sys.executable, __file__, "--way", way, "--scratch", str(arguments.scratch)]
+def run_variant(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measure one variant in a fresh process; its last line of output is JSON."""
+    command = [sys.executable, __file__, "--variant", variant, "--scratch", str(arguments.scratch)]
     for name in ("resolution", "rank", "batch_size", "card"):
         if getattr(arguments, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
@@ -167,7 +168,7 @@ def run_way(way: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return dict(json.loads(output.splitlines()[-1]))
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Train a few steps on the GPU."""
     import torch
 
@@ -176,14 +177,12 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     from trainer.data.images import load_pictures
     from trainer.dreambooth import train
     from trainer.models.open import open_base
+    from trainer.training.runs.folder import RunPaths
 
-    settings = settings_for(arguments.way, arguments)
-    if settings is None:
-        return {}
     if arguments.card:
-        whole = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (arguments.card - 0.5) * GB / whole))
-    found: dict[str, Any] = {}
+        total_memory = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, (arguments.card - 0.5) * GB / total_memory))
+    figures: dict[str, Any] = {}
     times: list[float] = []
 
     class Clock:
@@ -191,26 +190,31 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
         def report(self, event: object) -> None:
             if isinstance(event, Phase) and event.name == "encoding pictures" and event.done == event.total:
-                found["encoding"] = torch.cuda.max_memory_allocated()
+                figures["encoding"] = torch.cuda.max_memory_allocated()
                 torch.cuda.reset_peak_memory_stats()
 
         def should_stop(self) -> bool:
-            if "encoding" in found:
+            if "encoding" in figures:
                 torch.cuda.synchronize()
                 times.append(time.perf_counter())
             return False
 
     clock = Clock()
     pictures = load_pictures(arguments.scratch / "pictures", "a photo of sks dog", clock)
-    out = arguments.scratch / arguments.way.replace(",", "").replace(" ", "-")
+    settings = settings_for(arguments.variant, arguments)
+    out = arguments.scratch / arguments.variant.replace(",", "").replace(" ", "-")
+    paths = RunPaths(output=out, runs=out / "runs")
     try:
         base = open_base(arguments.scratch / "random.safetensors", TOKENIZER)
-        train(base, pictures, [], settings, out, out / "runs", "cuda", clock)
+        train(base, pictures, [], settings, paths, "cuda", clock)
     except OutOfMemoryError:
-        found["failed"] = True
-    found |= {"steps": torch.cuda.max_memory_allocated(), "in all": torch.cuda.max_memory_reserved()}
-    seconds = [after - before for before, after in itertools.pairwise(times)][WARM_UP:]
-    return found | ({"rate": 1 / statistics.median(seconds)} if seconds else {})
+        figures["failed"] = True
+    figures["steps"] = torch.cuda.max_memory_allocated()
+    figures["in all"] = torch.cuda.max_memory_reserved()
+    seconds = [after - before for before, after in itertools.pairwise(times)][WARM_UP_STEPS:]
+    if seconds:
+        figures["rate"] = 1 / statistics.median(seconds)
+    return figures
 
 
 def write_pictures(folder: Path) -> None:
@@ -224,8 +228,8 @@ def write_pictures(folder: Path) -> None:
         Image.fromarray(noise).resize((1024, 1024)).save(folder / f"{number}.jpg")
 
 
-def write_empty(path: Path, size: str) -> None:
-    """A checkpoint of zeros of real size, as a file with a hole that takes no room on most disks: shapes are enough."""
+def write_zeros(path: Path, size: str) -> None:
+    """A checkpoint of zeros of real size, as a sparse file that takes no room on most disks: shapes are enough."""
     import checkpoints
 
     shapes = {"sd15": checkpoints.SHAPES, "sd2": checkpoints.SD2_SHAPES, "sdxl": checkpoints.SDXL_SHAPES}

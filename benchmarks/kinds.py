@@ -4,8 +4,8 @@
 
 Every kind learns the striped dog of demo/subject with the same class pictures, steps and batch; its rank is the
 largest that keeps it within the parameters of the first row. Reported, as mean and spread over the seeds:
-    fidelity   CLIP-I (the demo's scorer) between drawings of the subject in places where no picture showed it, and
-               what the world's own program draws there; "base" and "truth" are the ends of the scale
+    fidelity   CLIP-I (the demo's scorer) between generated pictures of the subject in places where no picture showed
+               it, and what the world's own program draws there; "base" and "truth" are the ends of the scale
     dog drift, other drift   1 - CLIP-I between the base's and the tuned model's pictures of a plain dog, and of other
                things, from the same noise: 0 is an untouched prior
 """
@@ -39,24 +39,19 @@ from trainer.core.events import SilentListener  # noqa: E402
 from trainer.core.figures import SheetRow, contact_sheet  # noqa: E402
 from trainer.data.class_images import generate_class_images  # noqa: E402
 from trainer.data.images import Picture, load_pictures  # noqa: E402
-from trainer.dreambooth import (
-    TrainResult,  # noqa: E402
-    train,  # noqa: E402
-)
+from trainer.dreambooth import TrainResult, train  # noqa: E402
 from trainer.models.families.base import BaseWeights, DiffusionModel  # noqa: E402
 from trainer.models.open import open_base  # noqa: E402
 from trainer.models.sampling import GenerationConfig, generate  # noqa: E402
 from trainer.settings.train import PriorSettings, TrainSettings  # noqa: E402
-from trainer.training.adapter import (
-    StartingPoint,  # noqa: E402
-    TrainableAdapter,  # noqa: E402
-)
+from trainer.training.adapter import StartingPoint, TrainableAdapter  # noqa: E402
+from trainer.training.runs.folder import RunPaths  # noqa: E402
 
 DEMO = ROOT / "demo"
 PLACES = ("in the snow", "on the beach", "in the water")
 OTHERS = ("a photo of a blue cat on the grass", "a photo of a red car on the beach", "a photo of a flower at night")
 TWO_STAGES = ("a photo of sks dog", "pixel, a red cat")
-DRAWN = 4  # pictures of each prompt
+PICTURES_PER_PROMPT = 4
 RECIPE: dict[str, Any] = {
     "name": "x",
     "steps": 400,
@@ -87,9 +82,9 @@ class Scorer:
         self._clip: Any = CLIPModel.from_pretrained(DEMO / "scorer", torch_dtype=torch.float32).eval()
 
     @torch.no_grad()
-    def features(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
-        """Normalised features, (pictures, width)."""
-        pixels = torch.stack([torch.from_numpy(np.array(one)).permute(2, 0, 1) / 127.5 - 1 for one in pictures])
+    def features(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Normalised features, (images, width)."""
+        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1 for image in images])
         pooled = self._clip.vision_model(pixel_values=pixels).pooler_output
         return torch.nn.functional.normalize(self._clip.visual_projection(pooled), dim=-1)
 
@@ -109,7 +104,9 @@ class Bench:
     """The base, its pictures before training, the truth, and the class pictures."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.scorer, self.base = folder, Scorer(), open_base(DEMO / "base")
+        self.folder = folder
+        self.scorer = Scorer()
+        self.base = open_base(DEMO / "base")
         self.subject = load_pictures(DEMO / "subject", "a photo of sks dog", SilentListener())
         priors = PriorSettings(class_prompt="a photo of a dog", prior_count=32, prior_steps=25, prior_guidance=4.0)
         self.priors = generate_class_images(
@@ -118,7 +115,7 @@ class Bench:
         rng = random.Random(0)
         truth = [[subject_picture(place, rng) for _ in range(8)] for place in PLACES]
         self.truth = [self.scorer.features(pictures) for pictures in truth]
-        self.before = self.drawings(self.model(self.base, []))
+        self.before = self.generate(self.model(self.base, []))
 
     def model(self, base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> DiffusionModel:
         """A model in float32 with adapters merged into it."""
@@ -129,94 +126,120 @@ class Bench:
             merge_into(built, adapter, strength)
         return built
 
-    def drawings(self, model: DiffusionModel) -> dict[str, list[Image.Image]]:
+    def generate(self, model: DiffusionModel) -> dict[str, list[Image.Image]]:
         """Pictures of the subject, a plain dog, and other things; the same noise for every model."""
-        prompts = {"subject": "a photo of sks dog {}", "dog": "a photo of a dog {}"}
-        wanted = {kind: [text.format(place) for place in PLACES] for kind, text in prompts.items()}
-        return {kind: [one for text in texts for one in draw(model, text)] for kind, texts in wanted.items()} | {
-            "other": [one for text in OTHERS for one in draw(model, text)]
+        prompts = {
+            "subject": [f"a photo of sks dog {place}" for place in PLACES],
+            "dog": [f"a photo of a dog {place}" for place in PLACES],
+            "other": list(OTHERS),
+        }
+        return {
+            kind: [image for prompt in of_kind for image in generate_images(model, prompt)]
+            for kind, of_kind in prompts.items()
         }
 
     def scores(self, result: TrainResult, after: dict[str, list[Image.Image]], seconds: float) -> Scores:
         """The figures of one run."""
         return Scores(
-            self.fidelity(after["subject"]),
-            self.drift(after, "dog"),
-            self.drift(after, "other"),
-            seconds,
-            result.path.stat().st_size,
+            fidelity=self.fidelity(after["subject"]),
+            dog_drift=self.drift(after, "dog"),
+            other_drift=self.drift(after, "other"),
+            seconds=seconds,
+            bytes=result.path.stat().st_size,
         )
 
-    def fidelity(self, pictures: list[Image.Image]) -> float:
+    def fidelity(self, images: list[Image.Image]) -> float:
         """Mean CLIP-I to the truth of each place."""
-        drawn = self.scorer.features(pictures).split(DRAWN)
-        return statistics.mean(float((a @ b.T).mean()) for a, b in zip(drawn, self.truth, strict=True))
+        by_place = self.scorer.features(images).split(PICTURES_PER_PROMPT)
+        return statistics.mean(
+            float((features @ truth.T).mean()) for features, truth in zip(by_place, self.truth, strict=True)
+        )
 
     def drift(self, after: dict[str, list[Image.Image]], kind: str) -> float:
         """1 - CLIP-I between before and after, pair by pair."""
-        pair = (self.scorer.features(pictures[kind]) for pictures in (self.before, after))
-        first, second = pair
-        return 1 - float((first * second).sum(dim=1).mean())
+        features_before = self.scorer.features(self.before[kind])
+        features_after = self.scorer.features(after[kind])
+        return 1 - float((features_before * features_after).sum(dim=1).mean())
 
     def train(
         self,
         subject: list[Picture],
         settings: TrainSettings,
-        stage: StartingPoint | None = None,
+        starting_point: StartingPoint | None = None,
         base: BaseWeights | None = None,
     ) -> TrainResult:
         """Train in a folder of its own."""
         out = Path(tempfile.mkdtemp(dir=self.folder))
-        priors = self.priors if subject is self.subject else []
-        return train(base or self.base, subject, priors, settings, out, out / "runs", "cpu", stage=stage)
+        return train(
+            base or self.base,
+            subject=subject,
+            priors=self.priors if subject is self.subject else [],
+            settings=settings,
+            paths=RunPaths(output=out, runs=out / "runs"),
+            device="cpu",
+            starting_point=starting_point,
+        )
 
 
-def draw(model: DiffusionModel, prompt: str) -> list[Image.Image]:
-    """`DRAWN` pictures of a prompt."""
+def generate_images(model: DiffusionModel, prompt: str) -> list[Image.Image]:
+    """`PICTURES_PER_PROMPT` pictures of a prompt."""
     config = GenerationConfig(width=64, height=64, steps=25, guidance=4.0)
-    return generate(model, prompt, range(DRAWN), config)
+    return generate(model, prompt, range(PICTURES_PER_PROMPT), config)
 
 
-def parameters(base: BaseWeights, settings: TrainSettings) -> int:
+def count_parameters(base: BaseWeights, settings: TrainSettings) -> int:
     """How many numbers these settings train."""
-    return sum(one.numel() for one in TrainableAdapter(base.family.build(base), settings).parameters())
+    trainable = TrainableAdapter(base.family.build(base), settings)
+    return sum(parameter.numel() for parameter in trainable.parameters())
 
 
-def at_most(base: BaseWeights, values: dict[str, Any], limit: int) -> TrainSettings:
+def with_largest_rank(base: BaseWeights, values: dict[str, Any], limit: int) -> TrainSettings:
     """The settings with the largest rank that keeps them within `limit` parameters."""
-    found = TrainSettings(**{**values, "rank": 1})
+    largest = TrainSettings(**{**values, "rank": 1})
     for rank in range(2, 65):
-        candidate = TrainSettings(**{**values, "rank": rank})
-        if parameters(base, candidate) > limit * 1.02:
+        settings = TrainSettings(**{**values, "rank": rank})
+        if count_parameters(base, settings) > limit * 1.02:
             break
-        found = candidate
-    return found
+        largest = settings
+    return largest
 
 
-def compare(bench: Bench, seeds: int, tell: Callable[[str], None]) -> tuple[list[dict[str, Any]], list[SheetRow]]:
+def compare_kinds(
+    bench: Bench, seeds: int, report: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[SheetRow]]:
     """Train every kind with every seed; rows of the table, and of the contact sheet."""
     first = next(iter(KINDS.values()))
-    limit = parameters(bench.base, TrainSettings(**{**RECIPE, **FIRST, **first}))
-    table, rows = [], [SheetRow("base", tuple(bench.before["subject"][::2] + bench.before["dog"][::DRAWN]))]
+    limit = count_parameters(bench.base, TrainSettings(**{**RECIPE, **FIRST, **first}))
+    table = []
+    sheet_rows = [sheet_row("base", bench.before)]
     for name, values in KINDS.items():
-        settings = at_most(bench.base, {**RECIPE, **values}, limit)
-        found: list[Scores] = []
+        settings = with_largest_rank(bench.base, {**RECIPE, **values}, limit)
+        scores: list[Scores] = []
         for seed in range(seeds):
             began = time.perf_counter()
             result = bench.train(bench.subject, settings.model_copy(update={"seed": seed}))
             seconds = time.perf_counter() - began
-            after = bench.drawings(bench.model(bench.base, [(result.adapter, 1.0)]))
-            found.append(bench.scores(result, after, seconds))
+            after = bench.generate(bench.model(bench.base, [(result.adapter, 1.0)]))
+            scores.append(bench.scores(result, after, seconds))
             if seed == 0:
-                rows.append(SheetRow(name, tuple(after["subject"][::2] + after["dog"][::DRAWN])))
-        count = parameters(bench.base, settings)
-        entry = {"kind": name, "rank": settings.rank, "learning_rate": settings.learning_rate, "parameters": count}
+                sheet_rows.append(sheet_row(name, after))
+        row: dict[str, Any] = {
+            "kind": name,
+            "rank": settings.rank,
+            "learning_rate": settings.learning_rate,
+            "parameters": count_parameters(bench.base, settings),
+        }
         for figure in ("fidelity", "dog_drift", "other_drift", "seconds"):
-            values_ = [getattr(one, figure) for one in found]
-            entry[figure] = [statistics.mean(values_), statistics.stdev(values_) if len(values_) > 1 else 0.0]
-        table.append(entry | {"bytes": found[0].bytes})
-        tell(json.dumps(table[-1]))
-    return table, rows
+            by_seed = [getattr(of_seed, figure) for of_seed in scores]
+            row[figure] = [statistics.mean(by_seed), statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0]
+        table.append(row | {"bytes": scores[0].bytes})
+        report(json.dumps(table[-1]))
+    return table, sheet_rows
+
+
+def sheet_row(label: str, images: dict[str, list[Image.Image]]) -> SheetRow:
+    """Two pictures of the subject and one of a plain dog in each place."""
+    return SheetRow(label, tuple(images["subject"][::2] + images["dog"][::PICTURES_PER_PROMPT]))
 
 
 def as_markdown(table: list[dict[str, Any]], ends: dict[str, float], seeds: int) -> str:
@@ -242,48 +265,50 @@ def two_stages(bench: Bench) -> tuple[dict[str, float], list[SheetRow]]:
 
     style = load_pictures(DEMO / "style", "pixel", SilentListener())
     values = {**RECIPE, "rank": 8, "targets": "attention-mlp", "save_precision": "fp32"}
-    concept = bench.train(style, TrainSettings(**values, seed=1))
-    lower = apply_to_base(bench.base, [(concept.adapter, 1.0)])
-    stage = StartingPoint(stacked=[(concept.adapter, 1.0)])
-    alone = bench.train(bench.subject, TrainSettings(**values), stage, lower)
-    both = bench.train(bench.subject, TrainSettings(**values, combine=True), stage, lower)
-    columns = {
+    concept = bench.train(style, TrainSettings(**values, seed=1)).adapter
+    base_with_concept = apply_to_base(bench.base, [(concept, 1.0)])
+    starting_point = StartingPoint(stacked=[(concept, 1.0)])
+    second = bench.train(bench.subject, TrainSettings(**values), starting_point, base_with_concept).adapter
+    combined = bench.train(
+        bench.subject, TrainSettings(**values, combine=True), starting_point, base_with_concept
+    ).adapter
+    adapters_of: dict[str, list[tuple[Adapter, float]]] = {
         "base": [],
-        "concept": [(concept.adapter, 1.0)],
-        "second alone": [(alone.adapter, 1.0)],
-        "stacked": [(concept.adapter, 1.0), (alone.adapter, 1.0)],
-        "combined": [(both.adapter, 1.0)],
+        "concept": [(concept, 1.0)],
+        "second alone": [(second, 1.0)],
+        "stacked": [(concept, 1.0), (second, 1.0)],
+        "combined": [(combined, 1.0)],
     }
-    rows, figures = [], {}
-    drawn = {}
-    for name, adapters in columns.items():
+    prompts = [f"{text} {place}" for text in TWO_STAGES for place in PLACES]
+    images: dict[str, list[Image.Image]] = {}
+    figures: dict[str, float] = {}
+    for name, adapters in adapters_of.items():
         model = bench.model(bench.base, adapters)
-        drawn[name] = [draw(model, f"{text} {place}")[0] for text in TWO_STAGES for place in PLACES]
-        figures[f"fidelity, {name}"] = bench.fidelity(bench.drawings(model)["subject"])
-        rows.append(SheetRow(name, tuple(drawn[name])))
-    pairs = zip(drawn["stacked"], drawn["combined"], strict=True)
-    figures["largest difference of a pixel, stacked and combined"] = max(
-        int(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max()) for a, b in pairs
-    )
-    return figures, rows
+        images[name] = [generate_images(model, prompt)[0] for prompt in prompts]
+        figures[f"fidelity, {name}"] = bench.fidelity(bench.generate(model)["subject"])
+    differences = [
+        int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
+        for one, other in zip(images["stacked"], images["combined"], strict=True)
+    ]
+    figures["largest difference of a pixel, stacked and combined"] = max(differences)
+    return figures, [SheetRow(name, tuple(of_name)) for name, of_name in images.items()]
 
 
 def report_kinds(bench: Bench, arguments: argparse.Namespace) -> None:
     """Write the table and the contact sheet of the kinds."""
-    truth = [features @ features.T for features in bench.truth]
-    off = ~torch.eye(8, dtype=torch.bool)
+    cosines_by_place = [features @ features.T for features in bench.truth]
+    off_diagonal = ~torch.eye(8, dtype=torch.bool)
     ends = {
         "base": bench.fidelity(bench.before["subject"]),
-        "truth": statistics.mean(float(one[off].mean()) for one in truth),
+        "truth": statistics.mean(float(cosines[off_diagonal].mean()) for cosines in cosines_by_place),
     }
-    table, rows = compare(bench, arguments.seeds, print)
+    table, rows = compare_kinds(bench, arguments.seeds, print)
     text = as_markdown(table, ends, arguments.seeds)
     print(text)
     (arguments.out / "kinds.json").write_text(json.dumps({"ends": ends, "table": table}, indent=1) + "\n")
     (arguments.out / "kinds.md").write_text(text, encoding="utf-8")
-    titles = tuple(place.split()[-1] for place in PLACES for _ in range(2)) + tuple(
-        f"dog, {p.split()[-1]}" for p in PLACES
-    )
+    places = [place.split()[-1] for place in PLACES]
+    titles = [place for place in places for _ in range(2)] + [f"dog, {place}" for place in places]
     caption = "a photo of sks dog …, where it never was; then a photo of a dog …   (first seed)"
     contact_sheet(caption, titles, rows, 80).save(arguments.sheets / "kinds.png")
 

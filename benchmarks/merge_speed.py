@@ -84,7 +84,7 @@ class Tool:
         return self.label == "ours"
 
     def run(self, limit: float | None) -> None:
-        """Run it once in a fresh process and note its figures; `limit` in seconds."""
+        """Run it once in a fresh process and keep its figures; `limit` in seconds."""
         self.output.unlink(missing_ok=True)
         log = self.output.with_suffix(".log")
         environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
@@ -107,15 +107,15 @@ class Tool:
         self.stopped = True
         process.kill()
 
-    def _rounds(self) -> list[tuple[float, float, float]]:
-        return list(zip(self.seconds, self.cpu, self.peaks, strict=True))
-
     def figures(self) -> dict[str, Any]:
         return {
             "seconds": statistics.median(self.seconds),
             "cpu_seconds": statistics.median(self.cpu),
             "peak_gib": statistics.median(self.peaks),
-            "rounds": [dict(zip(("seconds", "cpu_seconds", "peak_gib"), one)) for one in self._rounds()],
+            "rounds": [
+                {"seconds": seconds, "cpu_seconds": cpu, "peak_gib": peak}
+                for seconds, cpu, peak in zip(self.seconds, self.cpu, self.peaks, strict=True)
+            ],
             "stopped": self.stopped,
         }
 
@@ -156,16 +156,19 @@ def report(arguments: argparse.Namespace) -> None:
                 continue
             tool.run(None if tool.is_ours or not arguments.limit else arguments.limit * 60)
             stopped = ", stopped" if tool.stopped else ""
-            told = f"{tool.seconds[-1]:.1f} s, {tool.cpu[-1]:.1f} CPU s, {tool.peaks[-1]:.2f} GiB{stopped}"
-            print(f"{tool.job}, {tool.label}: {told}", file=sys.stderr, flush=True)
-    found = json.loads(run_part("errors", arguments).splitlines()[-1])
-    facts = found.pop("facts")
-    rows = {name_of(tool): tool.figures() | found.get(tool.output.stem, {}) for tool in tools}
-    text = as_text(tools, rows, facts)
-    print(text)
-    whole = facts | {"code": digest, "runs": rows, "ratios": {job: ratios(job, tools, rows) for job in ("sum", "svd")}}
+            figures = f"{tool.seconds[-1]:.1f} s, {tool.cpu[-1]:.1f} CPU s, {tool.peaks[-1]:.2f} GiB{stopped}"
+            print(f"{tool.job}, {tool.label}: {figures}", file=sys.stderr, flush=True)
+    errors_by_file = json.loads(run_part("errors", arguments).splitlines()[-1])
+    facts = errors_by_file.pop("facts")
+    rows = {name_of(tool): tool.figures() | errors_by_file.get(tool.output.stem, {}) for tool in tools}
+    print(as_text(tools, rows, facts))
+    results = facts | {
+        "code": digest,
+        "runs": rows,
+        "ratios": {job: ratios(job, tools, rows) for job in ("sum", "svd")},
+    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def our_tools(scratch: Path, code: Path) -> list[Tool]:
@@ -206,14 +209,18 @@ def name_of(tool: Tool) -> str:
 
 def ratios(job: str, tools: Sequence[Tool], rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Label → figure → theirs / ours; of the errors of svd (1 + theirs) / (1 + ours)."""
-    found = {}
+    by_label = {}
+    ours = rows[f"{job}, ours"]
     for tool in tools:
-        if tool.job == job and not tool.is_ours:
-            both = rows[name_of(tool)], rows[f"{job}, ours"]
-            known = [name for name in both[1] if name not in ("rounds", "stopped") and name in both[0]]
-            above = {name: int(job == "svd" and name.startswith("error")) for name in known}
-            found[tool.label] = {name: (both[0][name] + above[name]) / (both[1][name] + above[name]) for name in known}
-    return found
+        if tool.job != job or tool.is_ours:
+            continue
+        theirs = rows[name_of(tool)]
+        by_label[tool.label] = {}
+        for name in ours:
+            if name in theirs and name not in ("rounds", "stopped"):
+                above = int(job == "svd" and name.startswith("error"))
+                by_label[tool.label][name] = (theirs[name] + above) / (ours[name] + above)
+    return by_label
 
 
 def as_text(tools: Sequence[Tool], rows: dict[str, dict[str, Any]], facts: dict[str, Any]) -> str:
@@ -280,7 +287,7 @@ def write_pair(scratch: Path, modules: int) -> None:
 
 
 def errors(scratch: Path) -> dict[str, dict[str, Any]]:
-    """Stem of each result → its errors; and the facts of the comparison."""
+    """File name of each result, without ending → its errors; and the facts of the comparison."""
     import torch
     from safetensors import safe_open
     from torch import Tensor
@@ -296,18 +303,20 @@ def errors(scratch: Path) -> dict[str, dict[str, Any]]:
     sizes = {name: math.prod(pair[0].get_slice(f"{name}.lora_up.weight").get_shape()) for name in names}
     sizes = {name: size * pair[0].get_slice(f"{name}.lora_down.weight").get_shape()[1] for name, size in sizes.items()}
     sample = sorted({*evenly(names, SAMPLE), max(names, key=lambda name: sizes[name])})
-    found: dict[str, list[float]] = {stem: [] for stem in results}
+    errors_of: dict[str, list[float]] = {stem: [] for stem in results}
     for name in sample:
         parts = [factors(file, name) for file in pair]
         up = torch.cat([up * weight for (up, _), weight in zip(parts, STRENGTHS, strict=True)], dim=1)
         down = torch.cat([down for _, down in parts])
         core = torch.linalg.qr(up)[1] @ torch.linalg.qr(down.T)[1].T
-        values = torch.linalg.svdvals(core)
-        smallest, norm, truth = float(values[RANK:].norm()), float(values.norm()), up @ down
+        singular_values = torch.linalg.svdvals(core)
+        smallest_error = float(singular_values[RANK:].norm())
+        norm = float(singular_values.norm())
+        exact_sum = up @ down
         for stem, file in results.items():
-            their_up, their_down = factors(file, name)
-            off = float((truth - their_up @ their_down).norm())
-            found[stem].append(off / smallest - 1 if stem.startswith("svd") else off / norm)
+            merged_up, merged_down = factors(file, name)
+            error = float((exact_sum - merged_up @ merged_down).norm())
+            errors_of[stem].append(error / smallest_error - 1 if stem.startswith("svd") else error / norm)
     facts = {
         "modules": len(names),
         "rank": RANK,
@@ -324,7 +333,7 @@ def errors(scratch: Path) -> dict[str, dict[str, Any]]:
             "error_worst": max(values),
             "file_bytes": (scratch / f"{stem}.safetensors").stat().st_size,
         }
-        for stem, values in found.items()
+        for stem, values in errors_of.items()
     }
     return rows | {"facts": facts}
 
@@ -375,7 +384,7 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def run_script(script: Path, words: list[str]) -> None:
     """Run one of kohya's scripts in this process, with stubs for packages that it does not use."""
-    import diffusers  # noqa: F401  these two look for torchvision, so before it is stubbed
+    import diffusers  # noqa: F401
     from transformers import CLIPTextModel, CLIPTokenizer  # noqa: F401
 
     sys.meta_path.append(Stubs(UNUSED))

@@ -3,13 +3,13 @@
     python benchmarks/merging.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
 
 The striped dog of demo/subject and the pixel art of demo/style are trained apart, and merged by every method. Each
-result draws prompts that neither was trained on: the dog as pixel art, in places where it never was. Reported, as mean
-and spread over the seeds:
-    subject    how far the drawing's features (the demo's scorer) lie on the way from plain dogs and other things (0) to
-               the subject (1), along the direction that tells them apart best (Fisher 1936) in the world's pictures
+result generates from prompts that neither was trained on: the dog as pixel art, in places where it never was. Reported,
+as mean and spread over the seeds:
+    subject    how far a picture's features (the demo's scorer) lie on the way from plain dogs and other things (0) to
+               the subject (1), along the direction that separates them best (Fisher 1936) in the world's pictures
     style      1 - r / r0, where r is how much a picture differs from its own 16 x 16 squares and r0 the same of the
                world's smooth pictures: 0 is smooth, 1 is pixel art
-    both       mean over the drawings of the product of the two, each cut to [0, 1]
+    both       mean over the pictures of the product of the two, each cut to [0, 1]
 """
 
 from __future__ import annotations
@@ -61,33 +61,37 @@ LEARNED: dict[str, Any] = {
     "resolution": 64,
     "guidance": 4.0,
 }
-DRAWN, KNOWN = 8, 24  # drawings of each prompt, true pictures of each kind and place
+PICTURES_PER_PROMPT = 8
+TRUE_PICTURES = 24  # of each kind and place
 
 
-class Judge:
-    """Scores drawings by what the world's own program draws."""
+class WorldScorer:
+    """Scores pictures by what the world's own program draws."""
 
     def __init__(self, scorer: kinds.Scorer) -> None:
-        self._scorer, rng = scorer, random.Random(0)
-        subject = [subject_picture(place, rng) for place in PLACES for _ in range(KNOWN)]
+        self._scorer = scorer
+        rng = random.Random(0)
+        subject = [subject_picture(place, rng) for place in PLACES for _ in range(TRUE_PICTURES)]
         others = [
             compose(thing, jitter(COLORS[rng.choice(list(COLORS))], rng), place, rng)
             for place in PLACES
-            for thing in ["dog"] * KNOWN + list(THINGS) * 3
+            for thing in ["dog"] * TRUE_PICTURES + list(THINGS) * 3
         ]
         self._smooth = statistics.mean(map(roughness, [*subject, *others]))
-        first, second = (scorer.features([*known, *map(pixelate, known)]) for known in (subject, others))
-        inside = torch.cat([one - one.mean(dim=0) for one in (first, second)])
-        covariance = inside.T @ inside / len(inside)
+        of_subject = scorer.features([*subject, *map(pixelate, subject)])
+        of_others = scorer.features([*others, *map(pixelate, others)])
+        centred = torch.cat([features - features.mean(dim=0) for features in (of_subject, of_others)])
+        covariance = centred.T @ centred / len(centred)
         covariance += 0.1 * covariance.diagonal().mean() * torch.eye(len(covariance))
-        self._direction = torch.linalg.solve(covariance, first.mean(dim=0) - second.mean(dim=0))
-        self._ends = [float(one.mean(dim=0) @ self._direction) for one in (second, first)]
+        self._direction = torch.linalg.solve(covariance, of_subject.mean(dim=0) - of_others.mean(dim=0))
+        self._low = float(of_others.mean(dim=0) @ self._direction)
+        self._high = float(of_subject.mean(dim=0) @ self._direction)
 
     def scores(self, pictures: Sequence[Image.Image]) -> dict[str, float]:
         """Means of subject, style and both over pictures."""
-        low, high = self._ends
-        subject = ((self._scorer.features(pictures) @ self._direction - low) / (high - low)).clamp(0, 1)
-        style: Tensor = torch.tensor([1 - roughness(one) / self._smooth for one in pictures]).clamp(0, 1)
+        along = self._scorer.features(pictures) @ self._direction
+        subject = ((along - self._low) / (self._high - self._low)).clamp(0, 1)
+        style: Tensor = torch.tensor([1 - roughness(picture) / self._smooth for picture in pictures]).clamp(0, 1)
         return {
             "subject": float(subject.mean()),
             "style": float(style.mean()),
@@ -97,7 +101,8 @@ class Judge:
 
 def roughness(picture: Image.Image) -> float:
     """Mean squared difference of a picture, in [0, 1], from its own 16 x 16 squares."""
-    pixels, squares = (np.asarray(one, dtype=float) / 255 for one in (picture, pixelate(picture)))
+    pixels = np.asarray(picture, dtype=float) / 255
+    squares = np.asarray(pixelate(picture), dtype=float) / 255
     return float(np.square(pixels - squares).mean())
 
 
@@ -109,27 +114,31 @@ def train_two(bench: Bench, seed: int) -> tuple[Adapter, Adapter]:
     return subject.adapter, bench.train(style, TrainSettings(**{**common, **STYLE})).adapter
 
 
-def results(bench: Bench, subject: Adapter, style: Adapter, seed: int) -> dict[str, list[tuple[Adapter, float]]]:
-    """Row of the table → adapters to draw with."""
-    parts = [WeightedAdapter(subject, "subject"), WeightedAdapter(style, "style")]
-    found = {"base": [], "subject alone": [(subject, 1.0)], "style alone": [(style, 1.0)]}
+def merge_all(bench: Bench, subject: Adapter, style: Adapter, seed: int) -> dict[str, list[tuple[Adapter, float]]]:
+    """Row of the table → adapters to generate with."""
+    inputs = [WeightedAdapter(subject, "subject"), WeightedAdapter(style, "style")]
+    rows: dict[str, list[tuple[Adapter, float]]] = {
+        "base": [],
+        "subject alone": [(subject, 1.0)],
+        "style alone": [(style, 1.0)],
+    }
     for name, values in METHODS.items():
-        found[name] = [(merge(parts, MergeSettings(**values)).adapter, 1.0)]
-    strong = [replace(part, strength=STRONGER, text_strength=STRONGER) for part in parts]
-    found[f"sum at {STRONGER}"] = [(merge(strong, MergeSettings()).adapter, 1.0)]
+        rows[name] = [(merge(inputs, MergeSettings(**values)).adapter, 1.0)]
+    stronger = [replace(weighted, strength=STRONGER, text_strength=STRONGER) for weighted in inputs]
+    rows[f"sum at {STRONGER}"] = [(merge(stronger, MergeSettings()).adapter, 1.0)]
     for name, split in (("learned", {}), ("learned, paper", {"split": 0.0})):
         settings = LearnedMergeSettings(**LEARNED, **split, seed=seed)
-        learned = learned_merge(bench.base, *parts, settings, torch.device("cpu"), SilentListener())
-        found[name] = [(learned.adapter, 1.0)]
-    return found
+        learned = learned_merge(bench.base, *inputs, settings, torch.device("cpu"), SilentListener())
+        rows[name] = [(learned.adapter, 1.0)]
+    return rows
 
 
-def drawings(bench: Bench, adapters: list[tuple[Adapter, float]]) -> list[Image.Image]:
-    """`DRAWN` pictures of the prompt in each place; the same noise for every result."""
+def generate_images(bench: Bench, adapters: list[tuple[Adapter, float]]) -> list[Image.Image]:
+    """`PICTURES_PER_PROMPT` pictures of the prompt in each place; the same noise for every result."""
     model = bench.model(bench.base, adapters)
-    texts = [PROMPT.format(place) for place in PLACES]
+    prompts = [PROMPT.format(place) for place in PLACES]
     config = GenerationConfig(width=64, height=64, steps=25, guidance=4.0)
-    return [one for text in texts for one in generate(model, text, range(DRAWN), config)]
+    return [image for prompt in prompts for image in generate(model, prompt, range(PICTURES_PER_PROMPT), config)]
 
 
 def main() -> None:
@@ -143,19 +152,20 @@ def main() -> None:
     rows: list[SheetRow] = []
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(Path(scratch))
-        judge = Judge(bench.scorer)
+        scorer = WorldScorer(bench.scorer)
         for seed in range(arguments.seeds):
-            for name, adapters in results(bench, *train_two(bench, seed), seed).items():
-                drawn = drawings(bench, adapters)
-                scores.setdefault(name, []).append(judge.scores(drawn))
+            subject, style = train_two(bench, seed)
+            for name, adapters in merge_all(bench, subject, style, seed).items():
+                images = generate_images(bench, adapters)
+                scores.setdefault(name, []).append(scorer.scores(images))
                 print(seed, name, json.dumps(scores[name][-1]), flush=True)
                 if seed == 0:
-                    rows.append(SheetRow(name, tuple(drawn[::2])))
+                    rows.append(SheetRow(name, tuple(images[::2])))
     table = as_markdown(scores)
     print(table)
     (arguments.out / "merging.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
     (arguments.out / "merging.md").write_text(table, encoding="utf-8")
-    titles = tuple(place.split()[-1] for place in PLACES for _ in range(DRAWN // 2))
+    titles = tuple(place.split()[-1] for place in PLACES for _ in range(PICTURES_PER_PROMPT // 2))
     sheet = contact_sheet(f"{PROMPT.format('…')}, where it never was   (first seed)", titles, rows, 80)
     sheet.save(arguments.sheets / "merging.png")
 

@@ -2,8 +2,8 @@
 
     python benchmarks/score_speed.py [--pictures 100] [--side 512] [--rounds 3]
 
-A random CLIP ViT-B/32 of real size scores pictures: opened, decoded, preprocessed, run and compared. The bare passes
-take pixels that are ready, in batches of the same size. Medians of the rounds, which take turns.
+A random CLIP ViT-B/32 of real size scores pictures: opened, decoded, preprocessed, encoded and compared. The bare
+passes take preprocessed pixels, in batches of the same size. Medians of the rounds, in which the two take turns.
 """
 
 from __future__ import annotations
@@ -28,18 +28,24 @@ from PIL import Image  # noqa: E402
 
 from trainer.core.events import SilentListener  # noqa: E402
 from trainer.data.images import load_pictures  # noqa: E402
-from trainer.evaluation.feature_extractors import (  # noqa: E402
-    BATCH,
-    FeatureExtractors,
-    FeatureModel,
-)
+from trainer.evaluation.feature_extractors import BATCH, FeatureExtractors, FeatureModel  # noqa: E402
 from trainer.evaluation.score_table import score_pictures  # noqa: E402
 
 
-def timed(work: Callable[[], object]) -> float:
+def seconds_of(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
+
+
+def write_pictures(folder: Path, count: int, side: int) -> Path:
+    """Noisy pictures in a new folder."""
+    folder.mkdir()
+    for number in range(count):
+        noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        image = Image.fromarray(noise).resize((side, side), Image.Resampling.BICUBIC)
+        image.save(folder / f"{number:03d}.png")
+    return folder
 
 
 def main() -> None:
@@ -48,34 +54,32 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    side = arguments.side
     torch.manual_seed(0)
     processor = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
     network = transformers.CLIPModel(transformers.CLIPConfig()).eval()
     model = FeatureModel("random ViT-B/32", "clip", network, processor())
     with tempfile.TemporaryDirectory() as scratch:
-        drawn, subject = Path(scratch, "drawn"), Path(scratch, "subject")
-        for folder, count in ((drawn, arguments.pictures), (subject, 4)):
-            folder.mkdir()
-            for number in range(count):
-                noise = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-                picture = Image.fromarray(noise).resize((arguments.side, arguments.side), Image.Resampling.BICUBIC)
-                picture.save(folder / f"{number:03d}.png")
         listener = SilentListener()
-        pictures, references = (load_pictures(folder, "", listener) for folder in (drawn, subject))
+        pictures = load_pictures(write_pictures(Path(scratch, "pictures"), arguments.pictures, side), "", listener)
+        references = load_pictures(write_pictures(Path(scratch, "subject"), 4, side), "", listener)
         total = len(pictures) + len(references)
 
+        def score() -> None:
+            score_pictures(pictures, [], references, FeatureExtractors(model), listener)
+
         @torch.no_grad()
-        def bare() -> None:
+        def bare_passes() -> None:
             for start in range(0, total, BATCH):
                 pixels = torch.zeros(min(BATCH, total - start), 3, 224, 224)
                 network.visual_projection(network.vision_model(pixel_values=pixels).pooler_output)
 
-        rounds = []
-        for _ in range(arguments.rounds + 1):
-            scoring = timed(lambda: score_pictures(pictures, [], references, FeatureExtractors(model), listener))
-            rounds.append((scoring, timed(bare)))
-    scored, passed = (statistics.median(column) for column in zip(*rounds[1:], strict=True))  # the first warms up
-    facts = {"pictures": total, "side": arguments.side, "scoring": scored, "bare": passed, "ratio": scored / passed}
+        score()  # both warm up
+        bare_passes()
+        rounds = [(seconds_of(score), seconds_of(bare_passes)) for _ in range(arguments.rounds)]
+    scoring = statistics.median(seconds for seconds, _ in rounds)
+    bare = statistics.median(seconds for _, seconds in rounds)
+    facts = {"pictures": total, "side": side, "scoring": scoring, "bare": bare, "ratio": scoring / bare}
     print(json.dumps(facts, indent=1))
 
 
