@@ -86,7 +86,7 @@ def test_a_run_is_listed_with_its_curve(folder: Path) -> None:
     assert index.curve(name)["steps"][:4] == [1, 2, 3, 4]
     run = RunFolder.existing(folder / "runs" / name)
     assert run.steps() == [4]
-    assert run.course(4).validated == [0, 4]
+    assert run.measurements(4).validated == [0, 4]
 
 
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: f"{path.parent.name}-{path.stem}")

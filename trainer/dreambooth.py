@@ -1,12 +1,13 @@
 """The recipe: DreamBooth with LoRA (Ruiz et al. 2023; Hu et al. 2022), from pictures to an adapter file.
 
-Read `DreamBooth.run` first, then its methods in the order in which they stand.
+Read `DreamBooth.run` first; the methods that it calls follow in that order.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,17 +45,17 @@ from .training.averaging import WeightAveraging
 from .training.export import export
 from .training.memory.fit import MemoryBudget
 from .training.optimizers import (
+    enable_gradient_checkpointing,
     learning_rate_factor,
     make_optimizer,
-    enable_gradient_checkpointing,
     restore_optimizer,
     set_learning_rates,
 )
 from .training.preflight import require_prediction_type, require_trainable
 from .training.previews import Previews
-from .training.runs.checkpoint import Checkpoint, Course
+from .training.runs.checkpoint import Checkpoint, Measurements
 from .training.runs.folder import RunFolder, RunPaths, run_fingerprint
-from .training.runs.trackers import watched
+from .training.runs.trackers import logging_listener
 from .training.text_conditioning import TextConditioning
 from .training.trainable import Trainable, make_trainable
 from .training.validation import validation_loss
@@ -69,7 +70,7 @@ class TrainResult:
         path: The adapter file.
         run: The run's folder, with its checkpoints.
         step: Step whose weights the files hold: the last, unless the run stopped early.
-        started_from: Step from which this call went on; equal to the number of steps if the run was finished.
+        started_from: Step from which this call went on; equal to `step` if the run was finished.
         checkpoint: The checkpoint file of full fine-tuning; None otherwise.
     """
 
@@ -130,7 +131,7 @@ def train(
         )
 
     with accelerate_state_kept():
-        return budget.attempt(make_recipe, listener)
+        return budget.attempt(make_recipe, listener)  # make_recipe().run(), and once more with less if memory runs out
 
 
 @dataclass
@@ -189,7 +190,16 @@ class DreamBooth:
         starting_point: StartingPoint | None = None,
         budget: MemoryBudget | None = None,
     ) -> None:
-        """Take the inputs; nothing is built yet."""
+        """Take the inputs, with the fingerprint of what the result depends on; nothing is built yet.
+
+        Args: As those of `train`, but for
+            device: Where to train.
+            budget: How the run is computed so that it fits; of a run of one process, if None.
+
+        Raises:
+            SettingsError: The device can't train at that precision.
+            PicturesError: More pictures would be held out than there are.
+        """
         self.base = base
         self.subject = list(subject)
         self.priors = list(priors)
@@ -215,8 +225,10 @@ class DreamBooth:
             processes=self.processes.count,
         )
         self.step = 0
-        self.course = Course()
+        self.measurements = Measurements()
         self._session: Session | None = None
+        self._throughput = Throughput(settings.steps, 0, device)
+        self._pending: tuple[int, float, Tensor] | None = None  # step, learning rate and loss that are not reported yet
         self._mid_update = False  # whether weights, optimiser and step don't belong together at the moment
 
     @property
@@ -227,28 +239,21 @@ class DreamBooth:
 
     def run(self) -> TrainResult:
         """Find or make the run's folder; build, encode, inject; check or resume; train; export."""
-        newest = self.open_run()
-        finished_at = self.previews.finished_at(self.course)
-        self.processes.wait_for_everyone()
+        newest_step = self.open_run()
+        finished_at = self.previews.finished_at(self.measurements)
+        self.processes.wait_for_everyone()  # before the main process writes into the folder that all have looked at
         if finished_at is not None:
             self.listener.report(Note(f"This run is finished already: {self.run_folder.path}"))
-            return self.export(finished_at, started_from=finished_at)
-        with self._watched(after=newest), self._explained_memory_errors():
+            return self.write_files(finished_at, started_from=finished_at)
+        with self._logged(after=newest_step), self._explained_memory_errors():
             self.prepare()
-            if newest:
-                self.resume(newest)
+            if newest_step:
+                self.resume(newest_step)
             else:
                 self.check_prediction_type()
-            best = self.train()
+            step_to_export = self.train_loop()
             self.budget.report_peak(self.listener)
-            return self.export(best, started_from=newest)
-
-    def clean_up(self) -> None:
-        """Drop everything that was built and give the device's memory back."""
-        if self._session is not None:
-            self._session.accelerator.free_memory()
-        self._session = None
-        release(self.device)
+            return self.write_files(step_to_export, started_from=newest_step)
 
     def open_run(self) -> int:
         """Check the folders; find this run's folder by its fingerprint, or make one. Returns its newest step, or 0."""
@@ -267,27 +272,27 @@ class DreamBooth:
                 )
             )
         self.run_folder = self.budget.folder
-        newest = self.run_folder.newest(settings.steps)
-        self.listener.report(RunOpened(self.run_folder.path, newest, settings.steps))
-        self.course = self.run_folder.course(newest)
+        newest_step = self.run_folder.newest(settings.steps)
+        self.listener.report(RunOpened(self.run_folder.path, newest_step, settings.steps))
+        self.measurements = self.run_folder.measurements(newest_step)
         self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
-        return newest
+        return newest_step
 
     @contextlib.contextmanager
-    def _watched(self, after: int) -> Iterator[None]:
+    def _logged(self, after: int) -> Iterator[None]:
         """Write down what happens inside the block, in the main process: the metrics file, and a tracker if chosen."""
         if not self.processes.is_main_process:
             yield
             return
         listener = self.listener
-        with watched(listener, self.run_folder, self.requested, after) as self.listener:
+        with logging_listener(listener, self.run_folder, self.requested, self.base.title, after) as self.listener:
             yield
 
     def _explained_memory_errors(self) -> contextlib.AbstractContextManager[None]:
         """Running out of memory inside the block becomes an error that names what to lower."""
         remedy = (
-            f"{suggest('resolution')} or {suggest('batch_size')}, turn {suggest('gradient_checkpointing')} on, or set "
-            f"{suggest('base_quantization')}; the run then resumes"
+            f"{suggest('resolution')} or {suggest('batch_size')} or set {suggest('base_quantization')}, which begins a "
+            f"new run; or turn {suggest('gradient_checkpointing')} on, with which this run resumes"
         )
         return explained_memory_errors(remedy)
 
@@ -299,8 +304,9 @@ class DreamBooth:
         settings = self.settings
         reset_peak_memory(self.device)
         model = self.base.family.build(self.base)
-        objective = model.objective.with_settings(settings).to(self.device)
-        model.objective = objective.with_prediction_type(objective.prediction_type)  # with which previews are generated
+        training_objective = model.objective.with_settings(settings).to(self.device)
+        # for sampling: the same schedule, without the weights of the loss
+        model.objective = training_objective.with_prediction_type(training_objective.prediction_type)
         with self.processes.main_process_first():
             cache = self._encode(model)
 
@@ -312,9 +318,8 @@ class DreamBooth:
                 enable_gradient_checkpointing(encoder)
         optimizer = make_optimizer(trainable.groups(), settings, trainable.starting_at_zero())
         accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
-        model.unet = accelerator.prepare_model(
-            model.unet, evaluation_mode=True
-        )  # gradients are averaged here, not there
+        # autocast, but no DistributedDataParallel: train_step averages the gradients itself
+        model.unet = accelerator.prepare_model(model.unet, evaluation_mode=True)
         text = TextConditioning(
             model,
             encoded=self.previews.joined(cache.text),
@@ -325,7 +330,7 @@ class DreamBooth:
         )
         self._session = Session(
             model=model,
-            objective=objective,
+            objective=training_objective,
             cache=cache,
             trainable=trainable,
             optimizer=accelerator.prepare(optimizer),
@@ -339,7 +344,7 @@ class DreamBooth:
     def _encode(self, model: DiffusionModel) -> LatentCache:
         """Encode pictures and captions, or read what this run encoded before; drop the networks that are done."""
         trained_encoders = self.settings.text_encoder_rates
-        if self.processes.is_main_process:
+        if self.processes.is_main_process:  # before the encoders leave
             self.previews.encode(model, trained_encoders, self.listener)
         cache = LatentCache.load(self.run_folder.cache_path)
         if cache is None:
@@ -376,39 +381,38 @@ class DreamBooth:
         self.step = step
         self.listener.report(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
 
-    def train(self) -> int:
+    def train_loop(self) -> int:
         """Train to the last step, or until the subject gets no better. Returns the step to export."""
         settings = self.settings
         session = self.session
-        throughput = Throughput(settings.steps, self.step, self.device)
+        self._throughput = Throughput(settings.steps, self.step, self.device)
         for network in networks(session.model).values():
             network.train()
 
         with self._saved_on_exit():
-            best = self.evaluate()  # the base itself, or the step at which the run was stopped
-            unreported: tuple[int, float, Tensor] | None = None
-            while self.step < settings.steps and best is None:
+            stop_at = self.evaluate()  # the base itself, or the step at which the run was interrupted
+            while self.step < settings.steps and stop_at is None:
                 if session.text.trained and self.step >= settings.text_encoder_steps:
                     self.freeze_text_encoders()
                 factor = session.learning_rate_factor(self.step)
                 loss = self.train_step(factor)
-                if unreported is not None:  # one step late, so that the device is never waited for
-                    self._report(throughput, *unreported)
-                unreported = (self.step, settings.learning_rate * factor, loss)
+                self._report_pending()  # one step late, so that one process alone never waits for its device
+                self._pending = (self.step, settings.learning_rate * factor, loss)
 
                 stop = self.processes.any_process(self.listener.should_stop(), self.device)
+                # early stop may export the step of any preview, so each has a checkpoint
                 if stop or self._checkpoint_due() or self.previews.wanted(self.step):
-                    self._report(throughput, *unreported)
-                    unreported = None
+                    self._report_pending()
                     if stop:
                         raise CancelledError(self.step, settings.steps)
                     self.save_checkpoint()
-                    best = self.evaluate()
+                    stop_at = self.evaluate()
 
-        if best is None:
+        if stop_at is None:
             return self.step
-        self.listener.report(Note(f"Stopped early: step {best} shows the subject best; since then the class drifts."))
-        return best
+        note = f"Stopped early: step {stop_at} shows the subject best; since then the class drifts."
+        self.listener.report(Note(note))
+        return stop_at
 
     def train_step(self, learning_rate_factor: float) -> Tensor:
         """One optimiser step over all its micro-batches. Returns the mean loss, 0-D, on the device.
@@ -426,9 +430,9 @@ class DreamBooth:
             with accelerator.accumulate(session.model.unet):
                 for batch in self.batches(micro_step):
                     loss = self.batch_loss(batch, micro_step)
-                    accelerator.backward(loss)
+                    accelerator.backward(loss)  # divides by gradient_accumulation
                     step_loss = step_loss + loss.detach() / settings.gradient_accumulation
-                if accelerator.sync_gradients:
+                if accelerator.sync_gradients:  # after the last micro-batch
                     parameters = session.trainable.parameters()
                     step_loss = self.processes.average_gradients(parameters, step_loss)
                     if settings.max_grad_norm:
@@ -457,7 +461,11 @@ class DreamBooth:
         )
 
     def batch_loss(self, batch: Batch, micro_step: int) -> Tensor:
-        """The part of a micro-batch's loss that comes from one of its batches, 0-D: instance + λ · prior in all."""
+        """The part of a micro-batch's loss that comes from one of its batches, 0-D.
+
+        `batch.weights` hold 1 / batch_size for the subject's samples and λ / batch_size for those of the class, so that
+        the parts add up to instance + λ · prior.
+        """
         session = self.session
         noisy = session.objective.add_noise(batch.latents, batch.added_noise, batch.timesteps)
         with self._reproducible_dropout(micro_step):
@@ -467,7 +475,7 @@ class DreamBooth:
         return (losses * batch.weights).sum()
 
     def _reproducible_dropout(self, micro_step: int) -> contextlib.AbstractContextManager[None]:
-        """Let dropout depend on seed, step and process alone, so that resuming stays exact."""
+        """Let dropout depend on seed, step, micro-step and process alone, so that resuming stays exact."""
         if not self.settings.dropout:
             return contextlib.nullcontext()
         process, _ = self.processes.share
@@ -495,33 +503,48 @@ class DreamBooth:
             The best step, if by the scores the run should stop here; else None.
         """
         session = self.session
-        previews_due = self.previews.due(self.step, self.course)
-        validation_due = session.cache.validation is not None and self.step not in self.course.validated
+        previews_due = self.previews.due(self.step, self.measurements)
+        validation_due = session.cache.validation is not None and self.step not in self.measurements.validated
         if previews_due or validation_due:
+            stopped = False
             if self.processes.is_main_process:
-                with session.averaging.evaluation_weights():
-                    if previews_due:
-                        self._generate_previews()
-                    if validation_due:
-                        self._validate()
-                self.run_folder.save_course(self.step, self.course)
-            self.course = self.processes.broadcast_from_main(lambda: self.course)
-        return self.previews.stopped_at(self.course)
+                try:
+                    with session.averaging.evaluation_weights():
+                        if previews_due:
+                            self._generate_previews()
+                        if validation_due:
+                            self._validate()
+                except CancelledError:
+                    stopped = True
+                self.run_folder.save_measurements(self.step, self.measurements)
+            outcome = (self.measurements, stopped)
+            self.measurements, stopped = self.processes.broadcast_from_main(lambda: outcome)
+            if stopped:  # by all processes together: one alone would leave the others waiting for it
+                raise CancelledError(self.step, self.settings.steps)
+        return self.previews.stopped_at(self.measurements)
 
     def _generate_previews(self) -> None:
         session = self.session
         scores = self.previews.generate(self.step, session.model, session.text.rows, self.listener)
-        self.course.scores[self.step] = scores
+        self.measurements.scores[self.step] = scores
 
     def _validate(self) -> None:
         session = self.session
         assert session.cache.validation is not None
         loss = validation_loss(session.model, session.objective, session.text, session.cache.validation, session.dtype)
         self.listener.report(Validation(self.step, loss))
-        self.course.validated.append(self.step)
+        self.measurements.validated.append(self.step)
 
-    def _report(self, throughput: Throughput, step: int, learning_rate: float, loss: Tensor) -> None:
-        """Report a step; a loss that is not a finite number stops the run."""
+    def _report_pending(self) -> None:
+        """Report the step that was not reported yet, if there is one.
+
+        Raises:
+            DivergedError: Its loss is not a finite number.
+        """
+        if self._pending is None:
+            return
+        step, learning_rate, loss = self._pending
+        self._pending = None
         value = float(loss)
         if not math.isfinite(value):
             raise DivergedError.of_loss(
@@ -532,7 +555,7 @@ class DreamBooth:
                 kept_step=self.run_folder.newest(step - 1),
                 run=str(self.run_folder.path),
             )
-        self.listener.report(throughput.event(step, value, learning_rate))
+        self.listener.report(self._throughput.event(step, value, learning_rate))
 
     def _checkpoint_due(self) -> bool:
         every = self.settings.checkpoint_every
@@ -550,8 +573,10 @@ class DreamBooth:
         if not session.trainable.is_finite():
             raise DivergedError(
                 f"The trained weights are no longer finite at step {self.step}; the run was stopped.",
-                f"Lower {suggest('learning_rate')}; the last good checkpoint is kept and the run resumes from it.",
+                f"Lower {suggest('learning_rate')}, which begins a new run; the last good checkpoint is kept.",
             )
+        if not self.processes.is_main_process:
+            return
         with session.averaging.evaluation_weights():
             trained = session.trainable.saved(self._metadata(self.step))
         scaler = session.accelerator.scaler
@@ -561,15 +586,14 @@ class DreamBooth:
             optimizer=session.optimizer.state_dict(),
             extra={"scaler": scaler.state_dict() if scaler is not None else None},
             live=session.averaging.raw_weights(),
-            course=self.course,
+            measurements=self.measurements,
         )
-        if self.processes.is_main_process:
-            self.run_folder.save(
-                checkpoint,
-                keep=settings.keep_checkpoints,
-                best=self.previews.best(self.course),
-                keep_adapters=settings.keep_adapters,
-            )
+        self.run_folder.save(
+            checkpoint,
+            keep=settings.keep_checkpoints,
+            best=self.previews.best(self.measurements),
+            keep_adapters=settings.keep_adapters,
+        )
 
     @contextlib.contextmanager
     def _saved_on_exit(self) -> Iterator[None]:
@@ -577,6 +601,11 @@ class DreamBooth:
         try:
             yield
         except BaseException as error:
+            if isinstance(error, RuntimeError | MemoryError):
+                traceback.clear_frames(
+                    error.__traceback__
+                )  # which hold the activations of a step that ran out of memory
+                release(self.device)
             if not isinstance(error, DivergedError):
                 self._save_interrupted()
             if isinstance(error, CancelledError):
@@ -585,14 +614,19 @@ class DreamBooth:
             raise
 
     def _save_interrupted(self) -> None:
+        try:
+            self._report_pending()
+        except DivergedError:
+            return
         is_saved = self.step in self.run_folder.steps()
         if not self.step or is_saved or self._mid_update or not self.session.trainable.is_finite():
             return
         self.save_checkpoint()
-        note = f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}"
-        self.listener.report(Note(note))
+        if self.processes.is_main_process:
+            note = f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}"
+            self.listener.report(Note(note))
 
-    def export(self, step: int, started_from: int) -> TrainResult:
+    def write_files(self, step: int, started_from: int) -> TrainResult:
         """Write the files that the run gives, from the checkpoint of a step."""
         saved = self.run_folder.trained(step)
         if saved.weights is not None:
@@ -636,3 +670,10 @@ class DreamBooth:
             processes=self.processes.count,
         )
         return training_metadata(self.requested, facts, step)
+
+    def clean_up(self) -> None:
+        """Drop everything that was built and give the device's memory back."""
+        if self._session is not None:
+            self._session.accelerator.free_memory()
+        self._session = None
+        release(self.device)

@@ -19,7 +19,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.core.seeding import draw_sample, generator
-from pack.trainer.core.throughput import Throughput
 from pack.trainer.data.batches import Batch, draw_batches
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.models.objective import (
@@ -460,7 +459,8 @@ def test_a_step_waits_for_no_device(further: dict[str, Any], world: World, tmp_p
         recipe.train_step(1.0)
     assert waits.files == {"seeding.py", "objective.py", "batches.py", "optimizer.py"}
     with Waits() as waits:
-        recipe._report(Throughput(4, 0, recipe.device), 1, 1e-2, torch.ones(()))
+        recipe._pending = (1, 1e-2, torch.ones(()))
+        recipe._report_pending()
     assert waits.files == {"dreambooth.py"}  # as it is found where it is meant to be
 
 
@@ -491,7 +491,7 @@ def test_an_epsilon_model_is_not_taught_pure_noise(world: World, tmp_path: Path)
     listener = Recorder()
     with pytest.raises(SettingsError, match=r"predict the velocity.*This one predicts epsilon") as refused:
         world.train(tmp_path, listener, zero_terminal_snr=True)
-    assert "zero_terminal_snr = False" in refused.value.remedy
+    assert "zero_terminal_snr = off" in refused.value.remedy
     assert not listener.events
     assert not list(tmp_path.iterdir())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import Recorder
 from pack.trainer.__main__ import main
+from pack.trainer.core.errors import plain, worded
 from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.latent_cache import LatentCache, LatentDataset
 from pack.trainer.settings.train import TrainSettings
@@ -22,10 +23,10 @@ from pack.trainer.training.memory.plan import (
     Plan,
     Planner,
     PlanOption,
-    lent_bytes,
     make_plan,
     memory_savings,
     remedies,
+    resident_bytes,
     state_bytes,
 )
 from torch import nn
@@ -304,7 +305,7 @@ ROOMY, TIGHT = MemoryNeed(5 * GB, GB, 9 * GB), MemoryNeed(5 * GB, GB, GB // 2)
 
 
 @pytest.mark.parametrize(
-    ("looked_at", "memory", "changes", "expected", "warning"),
+    ("measured", "memory", "changes", "expected", "warning"),
     [
         ([(MemorySaving(False), ROOMY)], 24, {}, "about 16.0 GB of the 24.0 GB that are free.", False),
         (
@@ -326,7 +327,7 @@ ROOMY, TIGHT = MemoryNeed(5 * GB, GB, 9 * GB), MemoryNeed(5 * GB, GB, GB // 2)
             6,
             {},
             "7.1 GB, and 6.0 GB are free, even with gradient checkpointing. Lower resolution, set base_quantization "
-            "to nf4 or set optimizer to adamw-8bit.",
+            "= nf4 or set optimizer = adamw-8bit.",
             True,
         ),
     ],
@@ -337,7 +338,7 @@ def test_the_user_is_told(
 ) -> None:
     plan = Plan([PlanOption(*one) for one in measured], memory * GB)
     note = plan_note(plan, settings_of(**changes))
-    assert expected in note.text
+    assert expected in worded(note.text, plain)
     assert note.warning == warning
 
 
@@ -360,7 +361,9 @@ def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: l
     for lean in memory_savings(settings):
         small_card[0] = planner.need(lean).total
         listener = Recorder()
-        chosen = MemoryBudget(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener)
+        chosen = MemoryBudget(settings, torch.device("cuda")).effective_settings(
+            world.base, None, False, "bf16", listener
+        )
         assert chosen == lean.applied(settings)
         assert len(listener.notes) == 1
         assert lean.checkpointing == ("turned on" in listener.notes[0])
@@ -368,14 +371,19 @@ def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: l
     small_card[0] = 1
     listener = Recorder()
     least = settings_of(gradient_checkpointing=True)
-    assert MemoryBudget(least, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == least
+    assert (
+        MemoryBudget(least, torch.device("cuda")).effective_settings(world.base, None, False, "bf16", listener) == least
+    )
     assert len(listener.warnings) == 1
 
 
 @pytest.mark.parametrize(("device", "fit"), [("cpu", "auto"), ("mps", "auto"), ("cuda", "off")])
 def test_nothing_is_planned_unasked(device: str, fit: str, world: World) -> None:
     settings, listener = settings_of(fit=fit), Recorder()
-    assert MemoryBudget(settings, torch.device(device)).settings(world.base, None, False, "fp32", listener) == settings
+    assert (
+        MemoryBudget(settings, torch.device(device)).effective_settings(world.base, None, False, "fp32", listener)
+        == settings
+    )
     assert listener.events == []
 
 
@@ -385,17 +393,37 @@ def test_a_plan_that_fails_stops_no_run(world: World, small_card: list[int], mon
 
     monkeypatch.setattr(fitting, "make_plan", fails)
     settings, listener = settings_of(), Recorder()
-    assert MemoryBudget(settings, torch.device("cuda")).settings(world.base, None, False, "bf16", listener) == settings
+    assert (
+        MemoryBudget(settings, torch.device("cuda")).effective_settings(world.base, None, False, "bf16", listener)
+        == settings
+    )
     assert "could not be planned" in listener.warnings[0]
+
+
+MISTAKES = (TypeError, AttributeError, KeyError, ValueError, AssertionError, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_planner_is_not_hidden(
+    mistake: type[Exception], world: World, small_card: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise mistake("a mistake")
+
+    monkeypatch.setattr(fitting, "make_plan", fails)
+    budget, listener = MemoryBudget(settings_of(), torch.device("cuda")), Recorder()
+    with pytest.raises(mistake):
+        budget.effective_settings(world.base, None, False, "bf16", listener)
+    assert listener.events == []
 
 
 def test_weights_that_lie_there_need_no_more_room(world: World) -> None:
     size = sum(tensor.nbytes for tensor in world.base.unet.tensors.values())
     cpu = torch.device("cpu")
-    assert lent_bytes(world.base, settings_of(), "fp32", cpu) == size
-    assert lent_bytes(world.base, settings_of(), "bf16", cpu) == 0
-    assert lent_bytes(world.base, settings_of(base_quantization="nf4"), "fp32", cpu) == 0
-    assert lent_bytes(world.base, settings_of(), "fp32", torch.device("cuda")) == 0
+    assert resident_bytes(world.base, settings_of(), "fp32", cpu) == size
+    assert resident_bytes(world.base, settings_of(), "bf16", cpu) == 0
+    assert resident_bytes(world.base, settings_of(base_quantization="nf4"), "fp32", cpu) == 0
+    assert resident_bytes(world.base, settings_of(), "fp32", torch.device("cuda")) == 0
 
 
 # The command
@@ -416,7 +444,7 @@ def test_the_command_shows_every_way_and_what_is_picked(
         assert line in text
     assert text.splitlines()[-1] == "Picked for 7.5 GB: as set."
     tight = planned(capsys, tiny_checkpoint, "--memory", "0.7", "--gradient-checkpointing")
-    assert tight.splitlines()[-1].startswith("None of these fits into 0.2 GB. Lower resolution")
+    assert tight.splitlines()[-1].startswith("None of these fits into 0.2 GB. Lower --resolution")
 
 
 def test_the_command_needs_a_number_without_a_gpu(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

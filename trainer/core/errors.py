@@ -26,9 +26,14 @@ def worded(text: str, word: Wording) -> str:
     return _SUGGESTED.sub(lambda match: word(match[1], match[2]), text)
 
 
+SWITCHED = {"True": "on", "False": "off"}  # the value of a switch, as people call it
+
+
 def plain(setting: str, value: str | None) -> str:
-    """The wording of a face that has none of its own: `resume`, or `resume = never`."""
-    return setting if value is None else f"{setting} = {value}"
+    """The wording of a face that has none of its own: `resume`, `resume = never`, or `combine = off`."""
+    if value is None:
+        return setting
+    return f"{setting} = {SWITCHED.get(value, value)}"
 
 
 class TrainerError(Exception):
@@ -92,6 +97,32 @@ class StorageError(TrainerError):
 
 class DivergedError(TrainerError):
     """The loss or the weights became NaN or infinite."""
+
+    @classmethod
+    def of_loss(
+        cls, loss: float, step: int, *, learning_rate: float, precision: str, kept_step: int, run: str
+    ) -> DivergedError:
+        """The error of a loss that is not a finite number.
+
+        Args:
+            loss: The loss.
+            step: Step at which it occurred, from 1.
+            learning_rate: Peak learning rate of the run.
+            precision: "fp32", "bf16" or "fp16".
+            kept_step: Step of the newest checkpoint before it; 0: none.
+            run: The run's folder.
+        """
+        if step == 1:
+            return cls(
+                f"The base model itself gives a loss of {loss} before anything was learned.",
+                f"Choose another {suggest('precision')} (fp32 or bf16), another VAE or another checkpoint.",
+            )
+        safer = f" or choose {suggest('precision', 'bf16')} or fp32" if precision == "fp16" else ""
+        kept = f"The adapter of step {kept_step} is kept in {run}." if kept_step else "Nothing was saved yet."
+        return cls(
+            f"The loss became {loss} at step {step}; the run was stopped.",
+            f"Lower {suggest('learning_rate')} (it was {learning_rate:g}){safer}, which begins a new run. {kept}",
+        )
 
 
 class OutOfMemoryError(TrainerError):

@@ -1,4 +1,4 @@
-"""An adapter being trained: PEFT layers inside a model's networks, seen under the names of the adapter file."""
+"""An adapter being trained: PEFT's layers inside a model's networks, under the names of the adapter file."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..adapters.kohya import Adapter
 from ..adapters.layers import DORA_SCALE, make_layer
-from ..adapters.names import canonical_path, modules_by_path, networks
+from ..adapters.names import Adaptable, ModulePath, canonical_path, modules_by_path, networks
 from ..adapters.peft_layers import PEFT_ADAPTER_NAME, PEFT_METHODS, AdapterConfig, initial_values
+from ..adapters.prefixes import UNET
 from ..adapters.targets import Target, choose_targets, fit_start_adapter, targets_of_adapter
-from ..core.errors import AdapterError, SettingsError
+from ..core.errors import AdapterError, SettingsError, suggest
 from ..core.seeding import generator
 from ..models.families.base import DiffusionModel
 from ..settings.train import TrainSettings
@@ -38,100 +39,134 @@ class StartingPoint:
 
 @dataclass(frozen=True)
 class TrainedLayer:
-    """The trained parameters of one module, float32, under the names that follow the module's in a file."""
+    """The trained parameters of one module, float32.
+
+    Attributes:
+        target: The module.
+        parameters: By suffix: what follows the module's name in a key of the file.
+    """
 
     target: Target
-    parts: Mapping[str, nn.Parameter]
+    parameters: Mapping[str, nn.Parameter]
 
-    def saved_shape(self, part: str) -> tuple[int, ...]:
-        """A part's shape in the file; PEFT holds DoRA's magnitudes in another one."""
-        shape = tuple(self.parts[part].shape)
-        if part != DORA_SCALE:
-            return shape
-        return (self.parts[part].numel(), *[1] * (self.parts["lora_down.weight"].ndim - 1))
+    @property
+    def factors(self) -> dict[str, nn.Parameter]:
+        """The parameters that the delta is a product of: all but DoRA's magnitudes."""
+        return {suffix: parameter for suffix, parameter in self.parameters.items() if suffix != DORA_SCALE}
+
+    @property
+    def scale(self) -> float:
+        """What the delta is multiplied by: alpha / rank; a LoKr of two whole factors has no rank to scale by."""
+        if {"lokr_w1", "lokr_w2"} <= set(self.parameters):
+            return 1.0
+        return self.target.alpha / self.target.rank
+
+    def saved_shape(self, suffix: str) -> tuple[int, ...]:
+        """A parameter's shape in the file, which for DoRA's magnitudes is not PEFT's."""
+        parameter = self.parameters[suffix]
+        if suffix != DORA_SCALE:
+            return tuple(parameter.shape)
+        dimensions = self.parameters["lora_down.weight"].ndim
+        return (parameter.numel(), *[1] * (dimensions - 1))
 
 
 class TrainableAdapter:
-    """An adapter inside a model's UNet and text encoders, whatever its kind."""
+    """An adapter of any kind inside a model's UNet and text encoders.
+
+    Attributes:
+        layers: Name of a module in the file → its layer.
+    """
 
     def __init__(self, model: DiffusionModel, settings: TrainSettings, start: Adapter | None = None) -> None:
         """Inject the adapter.
 
-        Its start depends on the seed and each module's name alone, and leaves the model's predictions as they are.
+        Its initial values depend on the seed and each module's name alone, and leave the model's predictions as they
+        are.
 
         Args:
             model: A built model; its networks get PEFT's layers.
-            settings: Kind, layers, ranks, seed.
-            start: An adapter to go on from: its kind, layers, ranks and alphas replace the settings'.
+            settings: Kind, modules, ranks, seed.
+            start: An adapter to go on from: its kind, modules, ranks and alphas replace the settings'.
 
         Raises:
             SettingsError: The settings do not fit the model.
             AdapterError: `start` does not.
         """
-        self._kind = PEFT_METHODS[kind_of(start) if start else settings.adapter]
+        self._method = PEFT_METHODS[_method_name(start) if start else settings.adapter]
         self._max_norm = settings.max_norm
         start = fit_start_adapter(model, start) if start else None
         targets = planned_targets(model, settings, start)
-        modules = modules_by_path(model)  # as they are now; reading a quantised weight makes it anew
+        original_modules = modules_by_path(model)  # those that PEFT's layers will wrap
         self._inject(model, targets, settings)
+        injected_modules = _injected_modules(model)
         self.layers: dict[str, TrainedLayer] = {}
-        injected = _injected(model)
         for target in targets:
-            module = injected[target.component, target.path]
-            parts, base = self._kind.parameters(module), modules[target.component, target.path]
-            for part, parameter in parts.items():
-                parameter.data = torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
-                source = generator(settings.seed, "start", target.name, part)
-                if not parameter.is_meta:  # as it is while a run is planned
-                    with torch.no_grad():
-                        parameter.copy_(initial_values(self._kind, part, parameter.shape, base, source))
-                parameter.requires_grad_(True)
-            self.layers[target.name] = TrainedLayer(target, parts)
-            module.scaling[PEFT_ADAPTER_NAME] = _scale(target, parts)
+            module = injected_modules[target.module_path]
+            layer = TrainedLayer(target, self._method.parameters(module))
+            self._initialize(layer, original_modules[target.module_path], settings.seed)
+            module.scaling[PEFT_ADAPTER_NAME] = layer.scale
+            self.layers[target.name] = layer
         if start:
             self._load(start)
 
     def _inject(self, model: DiffusionModel, targets: Sequence[Target], settings: TrainSettings) -> None:
-        """Let PEFT put its layers in, once for each network and rank."""
+        """Let PEFT inject its layers, once for each network and rank."""
         from peft import inject_adapter_in_model
 
-        places: dict[tuple[str, int], list[str]] = {}
+        paths_by_rank: dict[tuple[str, int], list[str]] = {}
         for target in targets:
-            places.setdefault((target.component, target.rank), []).append(target.path)
+            paths_by_rank.setdefault((target.component, target.rank), []).append(target.path)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of another rank, on other modules
-            for (component, rank), paths in places.items():
+            for (component, rank), paths in paths_by_rank.items():
                 network = networks(model)[component]
-                found = {canonical_path(component, path): path for path, _ in network.named_modules()}
-                pattern = "|".join(re.escape(found[path]) for path in paths)
-                shape = AdapterConfig(f"({pattern})", rank, settings.dropout, settings.lokr_factor)
-                inject_adapter_in_model(self._kind.make_config(shape), network, adapter_name=PEFT_ADAPTER_NAME)
+                own_paths = {canonical_path(component, path): path for path, _ in network.named_modules()}
+                pattern = "|".join(re.escape(own_paths[path]) for path in paths)
+                config = AdapterConfig(
+                    targets=f"({pattern})", rank=rank, dropout=settings.dropout, factor=settings.lokr_factor
+                )
+                inject_adapter_in_model(self._method.make_config(config), network, adapter_name=PEFT_ADAPTER_NAME)
+
+    def _initialize(self, layer: TrainedLayer, module: Adaptable, seed: int) -> None:
+        """Give a layer its initial values, in float32 whatever type PEFT chose, and make it trainable."""
+        for suffix, parameter in layer.parameters.items():
+            parameter.data = torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+            if not parameter.is_meta:  # as it is while a run's memory is planned
+                source = generator(seed, "start", layer.target.name, suffix)
+                values = initial_values(self._method, suffix, parameter.shape, module, source)
+                with torch.no_grad():
+                    parameter.copy_(values)
+            parameter.requires_grad_(True)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Component → its trained parameters, in an order that depends on the modules' names alone."""
-        found: dict[str, list[nn.Parameter]] = {}
+        groups: dict[str, list[nn.Parameter]] = {}
         for layer in self.layers.values():
-            found.setdefault(layer.target.component, []).extend(layer.parts.values())
-        return found
+            groups.setdefault(layer.target.component, []).extend(layer.parameters.values())
+        return groups
 
     def parameters(self) -> list[nn.Parameter]:
         """All trained parameters."""
         return [parameter for group in self.groups().values() for parameter in group]
 
     def starting_at_zero(self) -> list[nn.Parameter]:
-        """The parameters of the parts that begin at zero, so that the model predicts at first as without an adapter."""
-        zero = self._kind.zero_initialized
-        return [one for layer in self.layers.values() for part, one in layer.parts.items() if part in zero]
+        """The parameters that start at zero, so that the model predicts at first as without an adapter."""
+        return [
+            parameter
+            for layer in self.layers.values()
+            for suffix, parameter in layer.parameters.items()
+            if suffix in self._method.zero_initialized
+        ]
 
     def adapter(self, metadata: Mapping[str, str] | None = None) -> Adapter:
         """A copy of the current state on the CPU, float32."""
         layers = {}
         for name, layer in self.layers.items():
-            parts = {
-                part: parameter.detach().cpu().reshape(layer.saved_shape(part)).clone()
-                for part, parameter in layer.parts.items()
+            tensors = {
+                suffix: parameter.detach().cpu().reshape(layer.saved_shape(suffix)).clone()
+                for suffix, parameter in layer.parameters.items()
             }
-            layers[name] = make_layer(name, parts, layer.target.alpha)
+            layers[name] = make_layer(name, tensors, layer.target.alpha)
         return Adapter(layers, metadata or {})
 
     def load(self, adapter: Adapter) -> None:
@@ -142,23 +177,24 @@ class TrainableAdapter:
         """
         if set(adapter.layers) != set(self.layers):
             raise AdapterError(
-                "The checkpoint adapts other modules than this run.", "Start anew with --resume never or another name."
+                "The checkpoint adapts other modules than this run.",
+                f"Start again with {suggest('resume', 'never')}, or with another {suggest('name')}.",
             )
         self._load(adapter)
 
     def _load(self, adapter: Adapter) -> None:
         for name, layer in self.layers.items():
             tensors = adapter.layers[name].tensors()
-            shapes = {part: layer.saved_shape(part) for part in layer.parts}
-            if {part: tuple(tensor.shape) for part, tensor in tensors.items()} != shapes:
-                found = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+            loaded_shapes = {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()}
+            expected_shapes = {suffix: layer.saved_shape(suffix) for suffix in layer.parameters}
+            if loaded_shapes != expected_shapes:
                 raise AdapterError(
-                    f"{name} of the adapter has the tensors {found}, and this run trains {shapes}.",
-                    "Start from an adapter that was trained here, with the same settings (lokr_factor).",
+                    f"{name} of the adapter has the tensors {loaded_shapes}, and this run trains {expected_shapes}.",
+                    f"Start from an adapter that was trained here, with the same settings ({suggest('lokr_factor')}).",
                 )
             with torch.no_grad():
-                for part, parameter in layer.parts.items():
-                    parameter.copy_(tensors[part].reshape(parameter.shape))
+                for suffix, parameter in layer.parameters.items():
+                    parameter.copy_(tensors[suffix].reshape(parameter.shape))
 
     def saved(self, metadata: Mapping[str, str]) -> Saved:
         """A copy of the current state, as a complete adapter."""
@@ -174,21 +210,25 @@ class TrainableAdapter:
 
     def is_finite(self) -> bool:
         """Whether every trained number is finite."""
-        return all(bool(torch.isfinite(p.detach().cpu()).all()) for p in self.parameters())
+        return all(bool(torch.isfinite(parameter.detach().cpu()).all()) for parameter in self.parameters())
 
     @torch.no_grad()
     def after_update(self, trained: Collection[str]) -> None:
-        """Shrink every layer's change to `max_norm`, if there is a limit, all its factors alike (kohya's way)."""
+        """Shrink every layer's delta to a norm of at most `max_norm`, if that is set: all factors alike, as kohya does.
+
+        Args:
+            trained: Components that are still trained.
+        """
         if not self._max_norm:
             return
         for layer in self.layers.values():
             if layer.target.component not in trained:
                 continue
-            factors = {part: parameter for part, parameter in layer.parts.items() if part != DORA_SCALE}
-            norm = self._kind.delta_norm(factors) * _scale(layer.target, factors)
+            factors = layer.factors
+            norm = self._method.delta_norm(factors) * layer.scale
             shrink = (self._max_norm / norm.clamp(min=self._max_norm)) ** (1 / len(factors))
-            for parameter in factors.values():
-                parameter.mul_(shrink)
+            for factor in factors.values():
+                factor.mul_(shrink)
 
 
 def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapter | None) -> list[Target]:
@@ -200,49 +240,47 @@ def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapt
     """
     if start is None:
         return choose_targets(model, settings)
-    if settings.dropout and kind_of(start) not in ("lora", "dora"):
+    if settings.dropout and _method_name(start) not in ("lora", "dora"):
         raise SettingsError(
-            f"dropout exists for LoRA and DoRA only, and the adapter to start from is a {start.kind}.",
-            "Set dropout to 0.",
+            f"{suggest('dropout')} exists for LoRA and DoRA only, and the adapter to start from is a {start.kind}.",
+            f"Set {suggest('dropout', 0)}.",
         )
     targets = targets_of_adapter(model, fit_start_adapter(model, start))
-    for component in {target.component for target in targets} - {"unet"} - set(settings.text_encoder_rates):
+    components = {target.component for target in targets}
+    rates = settings.text_encoder_rates
+    for component in components - {UNET} - set(rates):
+        rate = suggest(f"{component}_lr")
         raise SettingsError(
-            f"The adapter to start from has a part for the {component}, and {component}_lr is 0.",
-            f"Set {component}_lr, such as 5e-5, so that this part is trained on, too.",
+            f"The adapter to start from has a part for the {component}, and {rate} is 0.",
+            f"Set {rate}, such as 5e-5, so that this part is trained on, too.",
         )
-    for component in set(settings.text_encoder_rates) - {target.component for target in targets}:
+    for component in set(rates) - components:
         raise SettingsError(
-            f"{component}_lr is set, but the adapter to start from has no part for the {component}.",
-            f"Set {component}_lr to 0, or start without an adapter.",
+            f"{suggest(f'{component}_lr')} is set, but the adapter to start from has no part for the {component}.",
+            f"Set {suggest(f'{component}_lr', 0)}, or start without an adapter.",
         )
     return targets
 
 
-def kind_of(adapter: Adapter) -> str:
-    """The setting's name of an adapter's kind.
+def _method_name(adapter: Adapter) -> str:
+    """The name of an adapter's kind in the settings.
 
     Raises:
         AdapterError: It is of a kind that can't be trained on.
     """
-    found = next((name for name, kind in PEFT_METHODS.items() if kind.title == adapter.kind), None)
-    if found is None:
-        raise AdapterError(
-            f"The adapter to start from is of the kind {adapter.kind}, which can't be trained on.",
-            f"Start from one of: {', '.join(kind.title for kind in PEFT_METHODS.values())}.",
-        )
-    return found
+    for name, method in PEFT_METHODS.items():
+        if method.title == adapter.kind:
+            return name
+    raise AdapterError(
+        f"The adapter to start from is of the kind {adapter.kind}, which can't be trained on.",
+        f"Start from one of: {', '.join(method.title for method in PEFT_METHODS.values())}.",
+    )
 
 
-def _scale(target: Target, parts: Mapping[str, Tensor]) -> float:
-    """What a layer's change is multiplied by; a LoKr of two whole factors has no rank to scale by."""
-    return 1.0 if {"lokr_w1", "lokr_w2"} <= set(parts) else target.alpha / target.rank
-
-
-def _injected(model: DiffusionModel) -> dict[tuple[str, str], Any]:
-    """(component, path) → the layers that PEFT put in."""
+def _injected_modules(model: DiffusionModel) -> dict[ModulePath, Any]:
+    """The layers that PEFT injected."""
     return {
-        (component, canonical_path(component, path)): module
+        ModulePath(component, canonical_path(component, path)): module
         for component, network in networks(model).items()
         for path, module in network.named_modules()
         if hasattr(module, "base_layer")

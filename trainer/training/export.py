@@ -18,7 +18,7 @@ from ..adapters.targets import choose_targets
 from ..core.devices import DTYPES
 from ..core.errors import SettingsError, suggest
 from ..core.files import free_path
-from ..merging.deltas import to_delta, to_layer, sum_deltas
+from ..merging.deltas import sum_deltas, to_delta, to_layer
 from ..merging.extract import extract_lora
 from ..models.families.base import BaseWeights
 from ..models.single_file import original_state_dict, write_single_file

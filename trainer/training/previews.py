@@ -19,7 +19,7 @@ from ..evaluation.feature_extractors import FeatureExtractors
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel
 from ..models.sampling import GenerationConfig, decode_latents, generate, generate_latents
 from ..settings.train import TrainSettings
-from .runs.checkpoint import Course
+from .runs.checkpoint import Measurements
 from .runs.folder import RunFolder
 from .trainable import evaluating
 
@@ -82,9 +82,9 @@ class Previews:
         every = self._settings.preview_every
         return bool(every) and (step % every == 0 or step == self._settings.steps)
 
-    def due(self, step: int, course: Course) -> bool:
+    def due(self, step: int, measurements: Measurements) -> bool:
         """Whether previews of this step are wanted and were not generated before."""
-        return self.wanted(step) and step not in course.scores
+        return self.wanted(step) and step not in measurements.scores
 
     def generate(
         self, step: int, model: DiffusionModel, conditioning: Callable[[Tensor], Conditioning], listener: Listener
@@ -205,27 +205,27 @@ class Previews:
             pictures.append(cache.load(name, picture.caption))
         return pictures
 
-    def finished_at(self, course: Course) -> int | None:
+    def finished_at(self, measurements: Measurements) -> int | None:
         """Step whose weights the run gives, if no step and no preview is left to be made; else None."""
         steps = self._settings.steps
-        stopped_at = self.stopped_at(course)
-        if stopped_at is None and steps in self._run.steps() and not self.due(steps, course):
+        stopped_at = self.stopped_at(measurements)
+        if stopped_at is None and steps in self._run.steps() and not self.due(steps, measurements):
             return steps
         return stopped_at
 
-    def stopped_at(self, course: Course) -> int | None:
+    def stopped_at(self, measurements: Measurements) -> int | None:
         """Step of the best preview if, by the scores so far, the run should stop; else None."""
         patience = self._settings.early_stop
         if not patience:
             return None
-        best = early_stop_step(self._scores(course), patience)
+        best = early_stop_step(self._scores(measurements), patience)
         return best if best is not None and self._run.has(best) else None
 
-    def best(self, course: Course) -> int:
+    def best(self, measurements: Measurements) -> int:
         """Step of the preview that shows the subject best so far; 0 if the run can't stop early."""
-        return best_step(self._scores(course)) if self._settings.early_stop else 0
+        return best_step(self._scores(measurements)) if self._settings.early_stop else 0
 
-    def _scores(self, course: Course) -> dict[int, dict[str, float]]:
+    def _scores(self, measurements: Measurements) -> dict[int, dict[str, float]]:
         """The scored previews up to the run's length, which may be shorter than what was trained before."""
         steps = self._settings.steps
-        return {step: metrics for step, metrics in course.scores.items() if metrics and step <= steps}
+        return {step: metrics for step, metrics in measurements.scores.items() if metrics and step <= steps}

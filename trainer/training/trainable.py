@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ..adapters.kohya import Adapter
-from ..adapters.names import UNET, networks
+from ..adapters.names import networks
+from ..adapters.prefixes import UNET
 from ..core.devices import to_device
 from ..core.errors import AdapterError
 from ..models.families.base import DiffusionModel

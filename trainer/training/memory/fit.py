@@ -19,7 +19,7 @@ from ...core.events import Listener, Note
 from ...models.families.base import BaseWeights
 from ...settings.train import TrainSettings
 from ..runs.folder import RunFolder
-from .plan import GB, MemoryNeed, Plan, Planner, lent_bytes, make_plan, memory_savings, remedies
+from .plan import GB, MemoryNeed, Plan, Planner, make_plan, memory_savings, remedies, resident_bytes
 
 ResultT = TypeVar("ResultT", covariant=True)
 
@@ -74,7 +74,7 @@ class MemoryBudget:
     def _plan(self, base: BaseWeights, start: Adapter | None, priors: bool, precision: str, listener: Listener) -> None:
         """Choose the fastest option that fits into the memory that is free."""
         settings = self._requested
-        memory = free_memory(self.device) + lent_bytes(base, settings, precision, self.device)
+        memory = free_memory(self.device) + resident_bytes(base, settings, precision, self.device)
         try:
             plan = make_plan(Planner(base, settings, precision, start, priors), settings, memory)
         except RuntimeError as error:  # torch's own: an operation can't be computed without values

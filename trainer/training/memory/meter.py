@@ -184,7 +184,7 @@ def _empty_from_layout(layout: _Layout | None) -> Tensor | None:
 
 
 def _is_new(result: object, arguments: list[Any]) -> bool:
-    """Whether a result consists of meta tensors that share no storage with the arguments; some views don't declare it."""
+    """Whether a result consists of meta tensors that share no storage with the arguments; some views don't tell."""
     argument_ids = {leaf.untyped_storage()._cdata for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)}
     leaves = [leaf for leaf in tree_leaves(result) if leaf is not None]
     return all(

@@ -1,4 +1,4 @@
-"""How much memory of a CUDA device a training will take, before it begins; and what to do if that is too much.
+"""How much memory of a CUDA device a training will take, before it starts; and what to do if that is too much.
 
 Weights and optimiser states are counted. What a step keeps between its forward and its backward pass is measured: the
 run's own networks, with its own adapter, go through a step on the meta device, which has shapes and no memory.
@@ -17,21 +17,28 @@ from torch import Tensor, nn
 from ...adapters.kohya import Adapter
 from ...adapters.names import networks
 from ...core.devices import DTYPES, to_device
+from ...core.errors import suggest
 from ...models.families.base import BaseWeights, Component, Conditioning, DiffusionModel
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
-from ..optimizers import enable_gradient_checkpointing
+from ..optimizers import disable_gradient_checkpointing, enable_gradient_checkpointing
 from ..trainable import Trainable, make_trainable
 from .meter import CudaEmulation, LiveBytes
 
 GB = 2**30
-CONTEXT = GB // 2  # what CUDA itself takes of a card, beside what is planned
-_WORKSPACES, _SLACK = GB // 4, 0.05  # of cuBLAS and cuDNN; share that the allocator can't use
-_GRANULE = 512  # bytes; CUDA's allocator rounds up to it
+CUDA_CONTEXT = GB // 2  # bytes that CUDA itself takes of a card, beside what is planned
+_WORKSPACES = GB // 4  # bytes of cuBLAS and cuDNN
+_FRAGMENTATION = 0.05  # share of the peak that the allocator can't use
+_ALLOCATOR_BLOCK = 512  # bytes; CUDA's allocator rounds up to a multiple
 _META = torch.device("meta")
-_ONE_BY_ONE = ("adafactor", "adamw-8bit", "adamw-8bit-paged")  # optimisers that make no temporary of all tensors
-_SMALL_8BIT, _BLOCK_8BIT, _SMALL_PAGED = 4096, 256, 100_000  # of bitsandbytes, in numbers of a tensor
+_UPDATES_TENSOR_BY_TENSOR = ("adafactor", "adamw-8bit", "adamw-8bit-paged")  # the others make temporaries of them all
+_FLOAT32_BYTES = 4
+
+# of bitsandbytes, in numbers
+_MIN_SIZE_8BIT = 4096  # smaller tensors have states in float32
+_BLOCK_SIZE_8BIT = 256  # numbers that share a scale
+_MIN_SIZE_PAGED = 100_000  # smaller tensors have states that are not paged
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,8 @@ class MemorySaving:
 
     Attributes:
         checkpointing: Whether activations are computed again in the backward pass.
-        split: Into how many parts every batch is cut; there are as many times more passes a step. A sample is drawn for
-            its place in the whole step, so that they stay the same.
+        split: Into how many parts every batch is cut; a step has that many times more passes. A sample is drawn for
+            its index in the whole step, so the samples stay the same.
     """
 
     checkpointing: bool
@@ -57,11 +64,13 @@ class MemorySaving:
         return settings.model_copy(update=changes)
 
     def described(self, settings: TrainSettings) -> str:
-        """What is different from the settings, such as "gradient checkpointing"; "" if nothing is."""
-        parts = ["gradient checkpointing"] if self.checkpointing and not settings.gradient_checkpointing else []
+        """What differs from the settings, such as "gradient checkpointing"; "" if nothing does."""
+        changes = []
+        if self.checkpointing and not settings.gradient_checkpointing:
+            changes.append("gradient checkpointing")
         if self.split > 1:
-            parts.append(f"batches of {settings.batch_size} computed in {self.split} parts")
-        return ", ".join(parts)
+            changes.append(f"batches of {settings.batch_size} computed in {self.split} parts")
+        return ", ".join(changes)
 
 
 def memory_savings(settings: TrainSettings) -> list[MemorySaving]:
@@ -69,9 +78,10 @@ def memory_savings(settings: TrainSettings) -> list[MemorySaving]:
 
     With dropout a batch is not cut, since what is dropped depends on the pass.
     """
-    found = list(dict.fromkeys([MemorySaving(settings.gradient_checkpointing), MemorySaving(True)]))
-    size = 1 if settings.dropout else settings.batch_size
-    return found + [MemorySaving(True, split) for split in range(2, size + 1) if size % split == 0]
+    whole_batch = [MemorySaving(settings.gradient_checkpointing), MemorySaving(True)]
+    max_split = 1 if settings.dropout else settings.batch_size
+    splits = [split for split in range(2, max_split + 1) if max_split % split == 0]
+    return list(dict.fromkeys(whole_batch)) + [MemorySaving(True, split) for split in splits]
 
 
 @dataclass(frozen=True)
@@ -79,11 +89,12 @@ class MemoryNeed:
     """Memory of the device in bytes.
 
     Attributes:
-        base: The UNet and trained text encoders, as far as they are frozen.
-        trained: What is trained, its gradients, the optimiser's state and the averaged weights.
-        activations: What a step holds beside these at its peak.
-        encoding: The most that is there while captions, and after them pictures, are encoded, before the first step.
-        previews: The autoencoder and what it holds while a preview is drawn, beside base and trained; 0 without them.
+        base: The frozen weights of the UNet and of the text encoders that are trained.
+        trained: The trained weights, their gradients and averages, and the optimiser's state.
+        activations: The most that a step holds beside these.
+        encoding: The most that is held while captions, and then pictures, are encoded, before the first step.
+        previews: The autoencoder and what it holds while it decodes a preview, beside base and trained; 0 without
+            previews.
     """
 
     base: int
@@ -99,12 +110,12 @@ class MemoryNeed:
 
     @property
     def total(self) -> int:
-        """The peak and a margin: workspaces, and what the allocator can't use. CUDA's own 0.5 GB is not in it."""
-        return round(self.peak * (1 + _SLACK)) + _WORKSPACES
+        """The peak and a margin for workspaces and fragmentation, without `CUDA_CONTEXT`."""
+        return round(self.peak * (1 + _FRAGMENTATION)) + _WORKSPACES
 
 
 class Planner:
-    """Measures what a run needs. Holds networks without memory; takes a few seconds for each kind of base."""
+    """Measures what a run needs, with networks that take no memory; takes seconds for each quantisation of the base."""
 
     def __init__(
         self,
@@ -118,26 +129,27 @@ class Planner:
         """Take what is planned.
 
         Args:
-            base: The base model; its tensors' shapes and types alone are looked at.
+            base: The base model; only the shapes and types of its tensors matter.
             settings: What is trained and how.
             precision: "fp32", "bf16" or "fp16".
             start: An adapter to go on from.
             priors: Whether there are class pictures.
             device: Where to measure; on another than "meta" all is computed for real, with the same counting.
         """
+        self._base = _on_meta(base) if device == _META else base
+        self._settings = settings
+        self._dtype = DTYPES[precision]
+        self._start = start
+        self._priors = priors
         self._device = device
-        if device == _META:
-            base = _on_meta(base)
-        self._base = base
-        self._settings, self._dtype, self._start, self._priors = settings, DTYPES[precision], start, priors
-        self._built: dict[str, _Built] = {}
-        self._steps: dict[tuple[str, MemorySaving], int] = {}
-        self._seen: dict[Hashable, Any] = {}
+        self._prepared: dict[str, _PreparedModel] = {}  # by base_quantization
+        self._step_peaks: dict[tuple[str, MemorySaving], int] = {}
+        self._result_cache: dict[Hashable, Any] = {}
 
     def need(
         self, saving: MemorySaving, *, quantization: str | None = None, optimizer: str | None = None
     ) -> MemoryNeed:
-        """Measure one way to train.
+        """Measure one option.
 
         Args:
             saving: What is saved.
@@ -145,187 +157,229 @@ class Planner:
             optimizer: Another optimiser than the settings'.
         """
         quantization = quantization or self._settings.base_quantization
-        built = self._model(quantization)
-        if (quantization, saving) not in self._steps:
-            self._steps[quantization, saving] = self._step(built, saving)
-        parameters = built.trainee.parameters()
         optimizer = optimizer or self._settings.optimizer
-        weights = 4 * sum(one.numel() for one in parameters)
-        averaged = weights if self._settings.ema_decay else 0
-        state = sum(state_bytes(optimizer, one.shape) for one in parameters)
-        updating = weights + (0 if optimizer in _ONE_BY_ONE else weights)  # gradients, and a temporary for every tensor
+        prepared = self._prepare(quantization)
+        parameters = prepared.trainable.parameters()
+
+        weights = _FLOAT32_BYTES * sum(parameter.numel() for parameter in parameters)
+        gradients = weights
+        averages = weights if self._settings.ema_decay else 0
+        states = sum(state_bytes(optimizer, parameter.shape) for parameter in parameters)
+        update_temporaries = 0 if optimizer in _UPDATES_TENSOR_BY_TENSOR else weights
+
+        if (quantization, saving) not in self._step_peaks:
+            self._step_peaks[quantization, saving] = self._measure_step(prepared, saving)
+        step_peak = max(self._step_peaks[quantization, saving], gradients + update_temporaries)
         return MemoryNeed(
-            base=_held(networks(built.model).values()) - weights,
-            trained=weights + weights + state + averaged,
-            activations=max(self._steps[quantization, saving], updating) - weights,
-            encoding=built.encoding,
-            previews=built.previews,
+            base=_weight_bytes(networks(prepared.model).values()) - weights,
+            trained=weights + gradients + states + averages,
+            activations=step_peak - gradients,
+            encoding=prepared.encoding,
+            previews=prepared.previews,
         )
 
-    def _model(self, quantization: str) -> _Built:
-        if quantization not in self._built:
+    def _prepare(self, quantization: str) -> _PreparedModel:
+        if quantization not in self._prepared:
             settings = self._settings.model_copy(update={"base_quantization": quantization})
             with self._device:
-                self._built[quantization] = _build(self._base, settings, self._dtype, self._start, self._device)
-        return self._built[quantization]
+                self._prepared[quantization] = _prepare_model(
+                    self._base, settings, dtype=self._dtype, start=self._start, device=self._device
+                )
+        return self._prepared[quantization]
 
-    def _step(self, built: _Built, saving: MemorySaving) -> int:
-        """Peak of what a step makes, gradients among it, in bytes."""
-        model, parameters = built.model, built.trainee.parameters()
+    def _measure_step(self, prepared: _PreparedModel, saving: MemorySaving) -> int:
+        """The most that a step's forward and backward pass allocate, its gradients included, in bytes."""
         settings = saving.applied(self._settings)
-        rows = settings.batch_size * (2 if self._priors else 1)
-        _recompute(model, settings.gradient_checkpointing)
+        model = prepared.model
+        parameters = prepared.trainable.parameters()
         for network in networks(model).values():
             network.train()
-        for parameter in parameters:  # earlier passes of the step have left theirs
+            if settings.gradient_checkpointing:
+                enable_gradient_checkpointing(network)
+            else:
+                disable_gradient_checkpointing(network)
+        for parameter in parameters:  # earlier passes of the step have left their gradients
             parameter.grad = torch.zeros_like(parameter) if settings.gradient_accumulation > 1 else None
-        side = settings.resolution // built.downscale
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+        samples = settings.batch_size * (2 if self._priors else 1)
+        side = settings.resolution // prepared.vae_scale_factor
         with self._device:
-            text = {name: one.expand(rows, *one.shape[1:]).contiguous() for name, one in built.text.items()}
-            text["size"] = torch.zeros(rows, 6)
-            noisy = torch.zeros((rows, model.unet.config.in_channels, side, side), dtype=self._dtype)
-            timesteps = torch.zeros(rows, dtype=torch.int64)
-        cuda = CudaEmulation(None if self._dtype == torch.float32 else self._dtype)
-        known = [one for network in networks(model).values() for one in _tensors(network)]
-        gradients = [one.grad for one in parameters if one.grad is not None]
-        live = LiveBytes(self._device.type, [*known, *gradients], _GRANULE, self._seen)
+            text = {
+                name: tensor.expand(samples, *tensor.shape[1:]).contiguous() for name, tensor in prepared.text.items()
+            }
+            text["size"] = torch.zeros(samples, 6)
+            noisy = torch.zeros((samples, model.unet.config.in_channels, side, side), dtype=self._dtype)
+            timesteps = torch.zeros(samples, dtype=torch.int64)
+
+        weights = [tensor for network in networks(model).values() for tensor in _stored_tensors(network)]
+        live = LiveBytes(
+            self._device.type,
+            exclude=[*weights, *gradients],
+            block_size=_ALLOCATOR_BLOCK,
+            result_cache=self._result_cache,
+        )
+        cuda = CudaEmulation(autocast=None if self._dtype == torch.float32 else self._dtype)
         with live:
             with cuda:
-                for name in settings.text_encoder_rates:
-                    text |= model.encode_tokens(name, text[f"ids{name.removeprefix('text_encoder')}"])
+                for encoder in settings.text_encoder_rates:
+                    text |= model.encode_tokens(encoder, text[_ids_name(encoder)])
                 prediction = model.predict(noisy, timesteps, text)
                 loss = (prediction.float() - torch.zeros_like(prediction, dtype=torch.float32)).pow(2).mean()
             del prediction, text
             cuda.backward(loss)
-        peak = live.peak + sum(one.nbytes for one in gradients)
+        peak = live.peak + sum(gradient.nbytes for gradient in gradients)
         for parameter in parameters:
             parameter.grad = None
         return peak
 
 
 @dataclass(frozen=True)
-class _Built:
-    """Networks as the recipe prepares them, on the meta device.
+class _PreparedModel:
+    """A model as the recipe prepares it for training, on the planner's device.
 
     Attributes:
         model: Without autoencoder, and without the text encoders that are not trained.
-        trainee: What is trained in it.
-        text: What the captions' rows are on the device, for one sample.
-        downscale: Side of a picture / side of its latents.
+        trainable: What is trained in it.
+        text: The conditioning on the caption of one sample.
+        vae_scale_factor: Side of a picture / side of its latents.
         encoding: See `MemoryNeed`.
         previews: See `MemoryNeed`.
     """
 
     model: DiffusionModel
-    trainee: Trainable
+    trainable: Trainable
     text: Conditioning
-    downscale: int
+    vae_scale_factor: int
     encoding: int
     previews: int
 
 
-def _build(
-    base: BaseWeights, settings: TrainSettings, dtype: torch.dtype, start: Adapter | None, device: torch.device
-) -> _Built:
+def _prepare_model(
+    base: BaseWeights, settings: TrainSettings, *, dtype: torch.dtype, start: Adapter | None, device: torch.device
+) -> _PreparedModel:
+    """Build a model, measure what encoding and previews need, and put in what is trained."""
     model = base.family.build(base)
     text: Conditioning = {}
-    frozen: list[nn.Module] = []
+    frozen_encoders: list[nn.Module] = []
     for name, encoder in list(model.text_encoders.items()):
         any_encoder: Any = encoder
         ids = torch.zeros((1, any_encoder.config.max_position_embeddings), dtype=torch.int64)
-        text[f"ids{name.removeprefix('text_encoder')}"] = ids
+        text[_ids_name(name)] = ids
         if name not in settings.text_encoder_rates:
-            frozen.append(to_device(encoder, device, torch.float32))
+            frozen_encoders.append(to_device(encoder, device, torch.float32))
             with torch.no_grad():
-                text |= {part: rows.to(dtype) for part, rows in model.encode_tokens(name, ids).items()}
+                text |= {part: tensor.to(dtype) for part, tensor in model.encode_tokens(name, ids).items()}
             del model.text_encoders[name]
+
     vae: Any = to_device(model.vae, device, torch.float32)
     del model.vae
-    downscale, side = 2 ** (len(vae.config.block_out_channels) - 1), settings.resolution
-    encoding = max(_held(frozen), _held([vae]) + _drawing(vae, vae.encode, (1, 3, side, side)))
+    vae_bytes = _weight_bytes([vae])
+    vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    side = settings.resolution
+    encoding = max(_weight_bytes(frozen_encoders), vae_bytes + _forward_peak(vae, vae.encode, (1, 3, side, side)))
     previews = 0
     if settings.preview_every:
-        latents = (1, vae.config.latent_channels, side // downscale, side // downscale)
-        previews = _held([vae]) + _drawing(vae, vae.decode, latents)
-    return _Built(model, make_trainable(model, settings, device, dtype, start), text, downscale, encoding, previews)
+        latent_side = side // vae_scale_factor
+        latents_shape = (1, vae.config.latent_channels, latent_side, latent_side)
+        previews = vae_bytes + _forward_peak(vae, vae.decode, latents_shape)
+    return _PreparedModel(
+        model=model,
+        trainable=make_trainable(model, settings, device, dtype, start),
+        text=text,
+        vae_scale_factor=vae_scale_factor,
+        encoding=encoding,
+        previews=previews,
+    )
 
 
-def _drawing(network: nn.Module, work: Callable[[Tensor], Any], shape: Sequence[int]) -> int:
-    """Peak of what `work` makes of a float32 tensor of that shape, without gradients, in bytes."""
-    known = _tensors(network)
-    live = LiveBytes(known[0].device.type, known, _GRANULE)
-    with torch.no_grad(), CudaEmulation(None), live:
-        work(torch.zeros(tuple(shape), device=known[0].device))
+def _ids_name(encoder: str) -> str:
+    """The name that a text encoder's tokens have in the conditioning."""
+    return f"ids{encoder.removeprefix('text_encoder')}"
+
+
+def _forward_peak(network: nn.Module, forward: Callable[[Tensor], Any], shape: Sequence[int]) -> int:
+    """The most that `forward` allocates for a float32 tensor of that shape, without gradients, in bytes."""
+    weights = _stored_tensors(network)
+    device = weights[0].device
+    live = LiveBytes(device.type, exclude=weights, block_size=_ALLOCATOR_BLOCK)
+    with torch.no_grad(), CudaEmulation(autocast=None), live:
+        forward(torch.zeros(tuple(shape), device=device))
     return live.peak
-
-
-def _recompute(model: DiffusionModel, on: bool) -> None:
-    (model.unet.enable_gradient_checkpointing if on else model.unet.disable_gradient_checkpointing)()
-    for encoder in model.text_encoders.values():
-        any_encoder: Any = encoder
-        if on:
-            enable_gradient_checkpointing(encoder)
-        else:  # the name changes with version 6 of transformers
-            disable = getattr(encoder, "activation_checkpointing_disable", None)
-            (disable or any_encoder.gradient_checkpointing_disable)()
 
 
 def _on_meta(base: BaseWeights) -> BaseWeights:
     """A base model of the same shapes and types, without memory."""
 
-    def emptied(part: Component) -> Component:
-        tensors = {name: torch.empty(one.shape, dtype=one.dtype, device=_META) for name, one in part.tensors.items()}
-        return replace(part, tensors=tensors)
+    def without_memory(component: Component) -> Component:
+        tensors = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device=_META)
+            for name, tensor in component.tensors.items()
+        }
+        return replace(component, tensors=tensors)
 
-    encoders = [emptied(part) for part in base.text_encoders]
-    return replace(base, unet=emptied(base.unet), vae=emptied(base.vae), text_encoders=encoders)
+    return replace(
+        base,
+        unet=without_memory(base.unet),
+        vae=without_memory(base.vae),
+        text_encoders=[without_memory(encoder) for encoder in base.text_encoders],
+    )
 
 
-def _tensors(network: nn.Module) -> list[Tensor]:
+def _stored_tensors(network: nn.Module) -> list[Tensor]:
+    """A network's parameters and buffers, and the packed weights of its quantised layers."""
     packed = [module.packed for module in network.modules() if isinstance(module, Nf4Linear)]
     return [*network.parameters(), *network.buffers(), *packed]
 
 
-def _held(parts: Iterable[nn.Module]) -> int:
-    """Bytes of networks' weights."""
-    found = 0
+def _weight_bytes(parts: Iterable[nn.Module]) -> int:
+    """Bytes that the networks' weights take."""
+    size = 0
     for network in parts:
-        found += sum(one.nbytes for one in [*network.parameters(), *network.buffers()])
-        found += sum(module.quantized_bytes for module in network.modules() if isinstance(module, Nf4Linear))
-    return found
+        size += sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
+        size += sum(module.quantized_bytes for module in network.modules() if isinstance(module, Nf4Linear))
+    return size
 
 
 def state_bytes(optimizer: str, shape: Sequence[int]) -> int:
-    """Bytes that an optimiser keeps on the device of a trained float32 tensor, beside weight and gradient.
+    """Bytes of an optimiser's state on the device for a trained float32 tensor, beside weight and gradient.
 
     Args:
         optimizer: Its name in the settings.
         shape: The tensor's.
     """
     numbers = math.prod(shape)
-    if optimizer == "adafactor":  # rows' and columns' means (Shazeer & Stern 2018)
-        return 4 * (math.prod(shape[:-1]) + math.prod([*shape[:-2], shape[-1]])) if len(shape) > 1 else 4 * numbers
+    if optimizer == "adafactor":  # means of rows and columns (Shazeer & Stern 2018)
+        if len(shape) < 2:
+            return _FLOAT32_BYTES * numbers
+        rows = math.prod(shape[:-1])
+        columns = math.prod([*shape[:-2], shape[-1]])
+        return _FLOAT32_BYTES * (rows + columns)
     if not optimizer.startswith("adamw-8bit"):
         return round(OPTIMIZERS[optimizer].bytes_per_number * numbers)
-    if numbers < _SMALL_8BIT:
-        return 8 * numbers
-    if optimizer == "adamw-8bit-paged" and numbers >= _SMALL_PAGED:
+    if numbers < _MIN_SIZE_8BIT:
+        return 2 * _FLOAT32_BYTES * numbers
+    if optimizer == "adamw-8bit-paged" and numbers >= _MIN_SIZE_PAGED:
         return 0  # the driver moves it between the memories
-    return 2 * (numbers + 4 * -(-numbers // _BLOCK_8BIT))
+    scales = -(-numbers // _BLOCK_SIZE_8BIT)
+    return 2 * (numbers + _FLOAT32_BYTES * scales)
 
 
-def lent_bytes(base: BaseWeights, settings: TrainSettings, precision: str, device: torch.device) -> int:
-    """Bytes of the base that lie on the device already as they are needed, so that they need no more room."""
+def resident_bytes(base: BaseWeights, settings: TrainSettings, precision: str, device: torch.device) -> int:
+    """Bytes of the base that are on the device already as they are needed, so that they need no more room."""
     if settings.base_quantization != "none" or settings.adapter == "full":
         return 0
-    there = (device, torch.device(device.type, device.index or 0))
-    unet = base.unet.tensors.values()
-    return sum(one.nbytes for one in unet if one.device in there and one.dtype == DTYPES[precision])
+    same_devices = (device, torch.device(device.type, device.index or 0))
+    return sum(
+        tensor.nbytes
+        for tensor in base.unet.tensors.values()
+        if tensor.device in same_devices and tensor.dtype == DTYPES[precision]
+    )
 
 
 @dataclass(frozen=True)
 class PlanOption:
-    """A way to train and what it needs."""
+    """What can be saved, and what a run then needs."""
 
     saving: MemorySaving
     need: MemoryNeed
@@ -333,10 +387,10 @@ class PlanOption:
 
 @dataclass(frozen=True)
 class Plan:
-    """What was chosen.
+    """The options that were measured, and the choice between them.
 
     Attributes:
-        measured: The ways that were measured, fastest first; the last one is chosen.
+        measured: Fastest first; those after the first that fits are left out.
         memory: Bytes that can be used.
     """
 
@@ -345,8 +399,8 @@ class Plan:
 
     @property
     def chosen(self) -> PlanOption:
-        """The first that fits, or the smallest."""
-        return self.measured[-1] if self.fits else min(self.measured, key=lambda one: one.need.total)
+        """The fastest that fits; if none does, the smallest."""
+        return self.measured[-1] if self.fits else min(self.measured, key=lambda option: option.need.total)
 
     @property
     def fits(self) -> bool:
@@ -355,26 +409,28 @@ class Plan:
 
 
 def make_plan(planner: Planner, settings: TrainSettings, memory: int) -> Plan:
-    """Measure one way after the other until one fits.
+    """Measure one option after the other until one fits.
 
     Args:
         planner: Of the run.
         settings: Of the run.
-        memory: Bytes that can be used, without what CUDA itself takes.
+        memory: Bytes that can be used, without `CUDA_CONTEXT`.
     """
     measured = []
     for saving in memory_savings(settings):
-        measured.append(PlanOption(saving, planner.need(saving)))
-        if measured[-1].need.total <= memory:
+        option = PlanOption(saving, planner.need(saving))
+        measured.append(option)
+        if option.need.total <= memory:
             break
     return Plan(measured, memory)
 
 
 def remedies(settings: TrainSettings) -> str:
-    """What else would save memory; it changes what is learned, so that it is the user's to choose."""
-    found = ["lower resolution"]
+    """What else would save memory, as an instruction; it changes what is learned, so that the user has to choose it."""
+    changes = [f"lower {suggest('resolution')}"]
     if settings.base_quantization == "none" and settings.adapter != "full":
-        found.append("set base_quantization to nf4")
+        changes.append(f"set {suggest('base_quantization', 'nf4')}")
     if not settings.optimizer.startswith("adamw-8bit"):
-        found.append("set optimizer to adamw-8bit")
-    return " or ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found).capitalize()
+        changes.append(f"set {suggest('optimizer', 'adamw-8bit')}")
+    *others, last = changes
+    return f"{', '.join(others)} or {last}".capitalize() if others else last.capitalize()

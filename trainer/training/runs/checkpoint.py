@@ -46,7 +46,7 @@ class Saved:
 
 
 @dataclass
-class Course:
+class Measurements:
     """What a run has measured so far, on which its further course depends.
 
     Attributes:
@@ -59,7 +59,7 @@ class Course:
     validated: list[int] = field(default_factory=list)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Course:
+    def from_json(cls, values: Mapping[str, Any]) -> Measurements:
         """What `as_json` gave."""
         scores = {int(step): dict(metrics) for step, metrics in values["scores"].items()}
         return cls(scores, list(values["validated"]))
@@ -79,7 +79,7 @@ class Checkpoint:
         optimizer: The optimiser's `state_dict()`.
         extra: Whatever else the recipe saved; JSON values.
         live: "<parameter>" → the weights that are updated, where they are not the shown ones.
-        course: What was measured up to this step; None in a checkpoint of version 0.4 or older.
+        measurements: What was measured up to this step; None in a checkpoint of version 0.4 or older.
     """
 
     step: int
@@ -87,7 +87,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     extra: dict[str, Any]
     live: Mapping[str, Tensor] = field(default_factory=dict)
-    course: Course | None = None
+    measurements: Measurements | None = None
 
 
 def write_checkpoint_files(folder: Path, checkpoint: Checkpoint) -> None:
@@ -116,8 +116,8 @@ def write_checkpoint_files(folder: Path, checkpoint: Checkpoint) -> None:
     state: dict[str, Any] = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra}
     if checkpoint.live:
         state["live"] = True
-    if checkpoint.course is not None:
-        state["course"] = checkpoint.course.as_json()
+    if checkpoint.measurements is not None:
+        state["measurements"] = checkpoint.measurements.as_json()
     (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
 
 
@@ -138,7 +138,7 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
             optimizer=_join_optimizer(tensors, state["optimizer"]),
             extra=state["extra"],
             live=load((folder / LIVE_FILE).read_bytes()) if state.get("live") else {},
-            course=_course_of(state),
+            measurements=_measurements_of(state),
         )
 
 
@@ -158,17 +158,17 @@ def read_trained(path: Path) -> Saved:
         return Saved(adapter=read_adapter(path / ADAPTER_FILE))
 
 
-def read_course(folder: Path) -> Course | None:
+def read_measurements(folder: Path) -> Measurements | None:
     """What was measured up to a checkpoint; None of a checkpoint of version 0.4 or older.
 
     Raises:
         StorageError: It is damaged.
     """
     with explained_damage(folder):
-        return _course_of(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+        return _measurements_of(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
 
-def write_course(folder: Path, course: Course) -> None:
+def write_measurements(folder: Path, measurements: Measurements) -> None:
     """Bring what was measured since a checkpoint was written into its state.
 
     Raises:
@@ -177,12 +177,12 @@ def write_course(folder: Path, course: Course) -> None:
     path = folder / STATE_FILE
     with explained_damage(folder):
         state = json.loads(path.read_text(encoding="utf-8"))
-    state["course"] = course.as_json()
+    state["measurements"] = measurements.as_json()
     write_atomic(path, json.dumps(state).encode())
 
 
-def _course_of(state: Mapping[str, Any]) -> Course | None:
-    return Course.from_json(state["course"]) if "course" in state else None
+def _measurements_of(state: Mapping[str, Any]) -> Measurements | None:
+    return Measurements.from_json(state["measurements"]) if "measurements" in state else None
 
 
 @contextlib.contextmanager

@@ -25,13 +25,13 @@ from ...settings.train import TrainSettings
 from .checkpoint import (
     ADAPTER_FILE,
     Checkpoint,
-    Course,
+    Measurements,
     Saved,
     read_checkpoint,
-    read_course,
+    read_measurements,
     read_trained,
     write_checkpoint_files,
-    write_course,
+    write_measurements,
 )
 from .metrics import preview_scores, validated_steps
 
@@ -217,7 +217,7 @@ class RunFolder:
         """
         return read_checkpoint(self.checkpoint_path(step), step)
 
-    def course(self, step: int) -> Course:
+    def measurements(self, step: int) -> Measurements:
         """What was measured up to the checkpoint of a step; nothing at step 0.
 
         Up to version 0.4 it stood in the metrics file alone.
@@ -226,21 +226,23 @@ class RunFolder:
             StorageError: The checkpoint is damaged.
         """
         if not step:
-            return Course()
-        course = read_course(self.checkpoint_path(step))
-        if course is not None:
-            return course
+            return Measurements()
+        measurements = read_measurements(self.checkpoint_path(step))
+        if measurements is not None:
+            return measurements
         scores = {scored: metrics for scored, metrics in preview_scores(self.metrics_path).items() if scored <= step}
-        return Course(scores, [validated for validated in validated_steps(self.metrics_path) if validated <= step])
+        return Measurements(
+            scores, [validated for validated in validated_steps(self.metrics_path) if validated <= step]
+        )
 
-    def save_course(self, step: int, course: Course) -> None:
+    def save_measurements(self, step: int, measurements: Measurements) -> None:
         """Bring what was measured since into the checkpoint of a step, if there is one.
 
         Raises:
             StorageError: It can't be written.
         """
         if step in self.steps():
-            write_course(self.checkpoint_path(step), course)
+            write_measurements(self.checkpoint_path(step), measurements)
 
     def trained(self, step: int) -> Saved:
         """Read what was trained from a checkpoint, without the optimiser, or from the adapter that was kept of it.

@@ -1,10 +1,11 @@
-"""All runs below one folder, for whoever shows them: what each is, its curve, its files, and removing one.
+"""All runs below one folder, for whoever lists them: a run's summary, its curve, its files, and deleting it.
 
-Names come from outside here, such as a browser: none of them leads out of the folder of its run.
+Names of runs and files come from outside, such as a browser: none of them leads out of the folder of its run.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -18,33 +19,31 @@ from ...core.files import explained_os_errors
 from .folder import RunFolder
 from .metrics import DONE, STOPPED, last_lines, measured, read_metrics
 
-_FILES = re.compile(
+_SHOWN_FILES = re.compile(
     r"(run\.json|workflow\.json|metrics\.jsonl"
     r"|subject/\d{2}\.jpg"
     r"|previews/step-\d{8}/(subject|class)-\d{2}-\d{2}\.png"
     r"|(step-\d{8}/adapter|adapters/step-\d{8})\.safetensors)",
     re.ASCII,
 )
-_LONGEST_NAME = 255
+_MAX_NAME_BYTES = 255
 
 
 @dataclass(frozen=True)
 class RunIndex:
-    """The folder of all runs.
+    """The runs in one folder.
 
     Attributes:
-        root: Its path; need not exist.
+        root: The folder; need not exist.
     """
 
     root: Path
 
     def names(self) -> list[str]:
         """The runs' folder names, the newest first."""
-        found = []
-        for path in self.root.glob("*/run.json"):
-            if not path.parent.is_symlink():
-                found.append((_changed_at(path.parent), path.parent.name))
-        return [name for _, name in sorted(found, reverse=True)]
+        folders = [path.parent for path in self.root.glob("*/run.json") if not path.parent.is_symlink()]
+        dated = sorted(((_changed_at(folder), folder.name) for folder in folders), reverse=True)
+        return [name for _, name in dated]
 
     def run(self, name: str) -> RunFolder:
         """The run of that folder name.
@@ -53,66 +52,68 @@ class RunIndex:
             SettingsError: There is none, or the name leads elsewhere.
         """
         path = self.root / name
-        plain = 0 < len(name.encode(errors="replace")) <= _LONGEST_NAME and name not in (".", "..")
-        plain = plain and not any(letter in "/\\\0:" or letter < " " for letter in name)
         try:
-            known = plain and not path.is_symlink() and (path / "run.json").is_file()
+            exists = _is_plain(name) and not path.is_symlink() and (path / "run.json").is_file()
         except (OSError, ValueError):
-            known = False
-        if not known:
+            exists = False
+        if not exists:
             raise SettingsError(f"There is no run '{name[:80]}'.", "Refresh the list of runs.")
         return RunFolder(path)
 
     def file(self, name: str, relative: str) -> Path:
-        """A file of a run that may be shown or fetched.
+        """A file of a run that may be shown or downloaded.
 
         Args:
             name: The run's folder name.
             relative: Path in it, with forward slashes.
 
         Raises:
-            SettingsError: There is no such run or file, or it is none that is shown.
+            SettingsError: There is no such run or file, or the file is not one that may be shown.
         """
         folder = self.run(name).path
-        path = folder / relative if _FILES.fullmatch(relative) else None
+        path = folder / relative if _SHOWN_FILES.fullmatch(relative) else None
         if path is None or not path.is_file() or folder.resolve() not in path.resolve().parents:
             raise SettingsError(f"The run has no file '{relative[:80]}' to show.", "Refresh the list of runs.")
         return path
 
     def summary(self, name: str) -> dict[str, Any]:
-        """What a list shows of a run, as plain values; cheap, whatever the run's length.
+        """What a list shows of a run, as plain values; fast, whatever the run's length.
 
-        "id", "name", "started_at" and "changed_at" (Unix times), "steps" (wanted), "step" (done), "state" ("done",
-        "stopped" or "failed"; who trains knows better which are running), "problem" and "remedy" of a failed one,
-        "loss" and "preview" (the newest picture's path in the run) if there are any.
+        "id", "name", "base", "started_at" and "changed_at" (Unix times), "steps" (requested), "step" (completed),
+        "state" ("done", "stopped" or "failed"; whoever trains knows better which are running), "loss" and "preview"
+        (path of the newest picture in the run), each None if there is none; and, of a run that ended, "problem" and
+        "remedy" if it failed, and "best" if it has one.
         """
         run = self.run(name)
         settings = run.record.get("settings", {})
         lines = last_lines(run.metrics_path)
-        wanted, done = int(settings.get("steps", 0)), max(run.steps(), default=0)
-        step = max([done, *(line["step"] for line in lines)])
-        loss = next((line["loss"] for line in reversed(lines) if "loss" in line), None)
-        found: dict[str, Any] = {
+        requested = int(settings.get("steps", 0))
+        saved = max(run.steps(), default=0)
+        step = max([saved, *(line["step"] for line in lines)])
+        losses = [line["loss"] for line in lines if "loss" in line]
+        summary: dict[str, Any] = {
             "id": name,
             "name": run.name,
             "base": settings.get("base", ""),
             "started_at": run.started_at,
             "changed_at": _changed_at(run.path),
-            "steps": max(wanted, step),  # a run may go on for more steps than it began with
+            "steps": max(requested, step),  # a run may go on for more steps than it began with
             "step": step,
-            "state": DONE if wanted and done >= wanted else STOPPED,
-            "loss": None if loss is None else _short(loss),
+            "state": DONE if requested and saved >= requested else STOPPED,
+            "loss": _rounded(losses[-1]) if losses else None,
             "preview": newest_preview(run),
         }
-        ended = lines[-1] if lines and "state" in lines[-1] else {}
-        return found | {key: ended[key] for key in ("state", "problem", "remedy", "best") if key in ended}
+        if lines and "state" in lines[-1]:
+            end = lines[-1]
+            summary |= {key: end[key] for key in ("state", "problem", "remedy", "best") if key in end}
+        return summary
 
     def details(self, name: str) -> dict[str, Any]:
         """All of a run but its curve: summary, settings, files with sizes, previews, the subject's pictures.
 
         Raises:
             SettingsError: There is no such run.
-            StorageError: It can't be read, such as one that is being removed.
+            StorageError: It can't be read, for instance while it is being deleted.
         """
         run = self.run(name)
         with explained_os_errors(run.path):
@@ -121,45 +122,46 @@ class RunIndex:
                 for folder in sorted((run.path / "previews").glob("step-*"))
                 if folder.name[5:].isdecimal()
             }
+            all_files = [Path(folder, file) for folder, _, files in os.walk(run.path) for file in files]
             return self.summary(name) | {
                 "settings": run.record.get("settings", {}),
                 "adapters": [
-                    {"step": step, "file": path.relative_to(run.path).as_posix(), "bytes": _bytes(path)}
+                    {"step": step, "file": path.relative_to(run.path).as_posix(), "bytes": _size(path)}
                     for step, path in run.adapters().items()
                 ],
                 "previews": previews,
                 "subject": sorted(path.name for path in run.subject_path.glob("*.jpg")),
                 "workflow": run.workflow_path.is_file(),
-                "bytes": sum(_bytes(Path(place, file)) for place, _, files in os.walk(run.path) for file in files),
+                "bytes": sum(_size(path) for path in all_files),
             }
 
     def curve(self, name: str, after: int = -1) -> dict[str, Any]:
-        """The metrics of a run beyond a step, column by column: "steps", "losses", "rates", and "scores" by step."""
+        """The metrics of a run after a step, column by column: "steps", "losses", "rates", and "scores" by step."""
         lines = [line for line in read_metrics(self.run(name).metrics_path) if line["step"] > after]
         steps = [line for line in lines if "loss" in line]
         return {
             "steps": [line["step"] for line in steps],
-            "losses": [_short(line["loss"]) for line in steps],
-            "rates": [_short(line["learning_rate"]) for line in steps],
+            "losses": [_rounded(line["loss"]) for line in steps],
+            "rates": [_rounded(line["learning_rate"]) for line in steps],
             "scores": [
-                {"step": line["step"], "scores": {name: _short(value) for name, value in scores.items()}}
+                {"step": line["step"], "scores": {metric: _rounded(value) for metric, value in scores.items()}}
                 for line in lines
                 if (scores := measured(line))
             ],
         }
 
     def delete(self, name: str) -> None:
-        """Remove a run with all its files.
+        """Delete a run with all its files.
 
         Raises:
             SettingsError: There is no such run.
-            StorageError: It can't be removed.
+            StorageError: It can't be deleted.
         """
         path = self.run(name).path
-        aside = path.with_name(f".deleted-{uuid.uuid4().hex[:8]}")
+        hidden = path.with_name(f".deleted-{uuid.uuid4().hex[:8]}")
         with explained_os_errors(path):
-            path.rename(aside)  # at once or not at all
-            shutil.rmtree(aside)
+            path.rename(hidden)  # at once or not at all
+            shutil.rmtree(hidden)
 
 
 def newest_preview(run: RunFolder) -> str | None:
@@ -168,21 +170,29 @@ def newest_preview(run: RunFolder) -> str | None:
     return pictures[-1].relative_to(run.path).as_posix() if pictures else None
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name is one of a folder, with nothing in it that leads elsewhere on any system."""
+    if name in ("", ".", "..") or len(name.encode(errors="replace")) > _MAX_NAME_BYTES:
+        return False
+    return not any(character in "/\\\0:" or character < " " for character in name)
+
+
 def _changed_at(folder: Path) -> float:
+    """When a run's records last changed, as a Unix time; 0.0 if it is gone."""
     try:
         return max(path.stat().st_mtime for path in (folder, *folder.glob("*.json*")))
     except OSError:
         return 0.0
 
 
-def _bytes(file: Path) -> int:
-    """Its size; 0 of a file that is gone, such as that of a checkpoint while newer ones are written."""
+def _size(path: Path) -> int:
+    """A file's size in bytes; 0 if it is gone, such as that of a checkpoint while newer ones are written."""
     try:
-        return file.lstat().st_size
+        return path.lstat().st_size
     except OSError:
         return 0
 
 
-def _short(value: float) -> float | None:
-    """Six digits are enough for a curve; what is no finite number is None, as JSON knows none."""
-    return float(f"{value:.6g}") if value == value and abs(value) != float("inf") else None
+def _rounded(value: float) -> float | None:
+    """A number with six digits, which are enough for a curve; None if it is not finite, which JSON can't express."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
