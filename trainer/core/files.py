@@ -227,14 +227,14 @@ def read_toml(path: Path) -> dict[str, Any]:
             "Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: "
             "base = 'C:\\models\\x.safetensors'.",
         ) from error
-    return _underscored(content)
+    return _with_underscores(content)
 
 
-def _underscored(table: dict[str, Any]) -> dict[str, Any]:
+def _with_underscores(table: dict[str, Any]) -> dict[str, Any]:
     """A table, and the tables in its lists, with underscores for dashes in keys."""
-    underscored = {}
+    renamed = {}
     for key, value in table.items():
         if isinstance(value, list):
-            value = [_underscored(entry) if isinstance(entry, dict) else entry for entry in value]
-        underscored[key.replace("-", "_")] = value
-    return underscored
+            value = [_with_underscores(entry) if isinstance(entry, dict) else entry for entry in value]
+        renamed[key.replace("-", "_")] = value
+    return renamed
