@@ -13,7 +13,7 @@ from ..adapters.kohya import Adapter
 from ..adapters.names import networks
 from ..adapters.prefixes import UNET
 from ..core.devices import to_device
-from ..core.errors import AdapterError
+from ..core.errors import AdapterError, suggest
 from ..models.families.base import DiffusionModel
 from ..models.nf4 import quantize
 from ..settings.train import TrainSettings
@@ -133,7 +133,7 @@ class FullFinetune:
         if set(own) != set(weights):
             raise AdapterError(
                 "The checkpoint holds other weights than this run trains.",
-                "Start anew with --resume never or another name.",
+                f"Start again with {suggest('resume', 'never')}, or with another {suggest('name')}.",
             )
         with torch.no_grad():
             for name, parameter in own.items():
