@@ -14,7 +14,7 @@ from ..core.devices import explained_memory_errors, release
 from ..core.errors import suggest
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..models.families.base import BaseWeights
-from ..models.sampling import GenerationConfig, generate, build_on_device
+from ..models.sampling import GenerationConfig, build_on_device, generate
 from ..settings.train import PriorSettings
 from .image_cache import ImageCache
 from .images import Picture
