@@ -93,8 +93,8 @@ def tensors_of(
     parts = {part: torch.randn(shape, generator=generator) for part, shape in shapes.items()}
     for part in parts.keys() & {"dora_scale", "rescale"}:
         parts[part] = 0.5 + parts[part].abs()
-    found = {part: tensor.to(dtype) for part, tensor in parts.items()}
-    return found if kind == "full difference" else found | {"alpha": torch.tensor(ALPHAS.get(kind, 3.0))}
+    tensors = {part: tensor.to(dtype) for part, tensor in parts.items()}
+    return tensors if kind == "full difference" else tensors | {"alpha": torch.tensor(ALPHAS.get(kind, 3.0))}
 
 
 def adapter_of(modules: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, str] | None = None) -> Adapter:
@@ -130,9 +130,12 @@ def merged(
     *inputs: Adapter | tuple[Adapter, float], weights: Mapping[str, Tensor] | None = None, **values: Any
 ) -> MergeResult:
     """Adapters, with strengths for all of the model, merged by `settings(**values)`; titled A, B, C …"""
-    pairs = [one if isinstance(one, tuple) else (one, 1.0) for one in inputs]
-    parts = [WeightedAdapter(adapter, "ABCDEFG"[n], strength, strength) for n, (adapter, strength) in enumerate(pairs)]
-    return merge(parts, settings(**values), weights)
+    pairs = [given if isinstance(given, tuple) else (given, 1.0) for given in inputs]
+    weighted = [
+        WeightedAdapter(adapter, title, strength, strength)
+        for title, (adapter, strength) in zip("ABCDEFG", pairs, strict=False)
+    ]
+    return merge(weighted, settings(**values), weights)
 
 
 def added(layer: Layer, shape: Shape, weight: Tensor | None = None) -> Tensor:
@@ -204,11 +207,11 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual.double() - expected).norm() / expected.norm())
 
 
-def tail(change: Tensor, rank: int) -> float:
-    """Norm of what the nearest change of a rank leaves out (Eckart & Young)."""
-    values = torch.linalg.svdvals(change)
+def tail(delta: Tensor, rank: int) -> float:
+    """Norm of what the nearest delta of a rank leaves out (Eckart & Young)."""
+    values = torch.linalg.svdvals(delta)
     return float(values[rank:].norm())
 
 
-def total(changes: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
-    return torch.stack([strength * change for change, strength in zip(changes, strengths, strict=True)]).sum(dim=0)
+def total(deltas: Sequence[Tensor], strengths: Sequence[float]) -> Tensor:
+    return torch.stack([strength * delta for delta, strength in zip(deltas, strengths, strict=True)]).sum(dim=0)

@@ -47,7 +47,7 @@ def state_dict(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     for name, tensor in tensors.items():
         if tensor.ndim == 1 and tensor.is_floating_point() and not name.startswith("first_stage_model."):
             tensor += 0.1 * torch.randn(tensor.shape, generator=source)
-    return {name: one.to(dtype) if one.is_floating_point() else one for name, one in tensors.items()}
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
 
 
 def checkpoint(folder: Path, family: str, **values: Any) -> Path:
@@ -67,8 +67,8 @@ def demo_base() -> BaseWeights:
 
 def weights_of(base: BaseWeights, pattern: str = "") -> dict[str, Tensor]:
     """The weights that adapters change, by kohya's names; only those that the pattern is found in."""
-    found = named_weights(base.family.build(base))
-    return {name: weight for name, weight in found.items() if re.search(pattern, name)}
+    weights = named_weights(base.family.build(base))
+    return {name: weight for name, weight in weights.items() if re.search(pattern, name)}
 
 
 def random_parts(kind: str, weight: Tensor, source: torch.Generator, rank: int, alpha: float) -> dict[str, Tensor]:
@@ -77,31 +77,31 @@ def random_parts(kind: str, weight: Tensor, source: torch.Generator, rank: int, 
     ones = [1] * len(kernel)
     size = 0.1 * float(weight.float().std()) + 1e-4
 
-    def drawn(*shape: int) -> Tensor:
+    def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=source)
 
     match kind:
         case "LoRA" | "DoRA":
-            up = drawn(out, rank, *ones) * (size * rank / alpha / math.sqrt(rank))
-            parts = {"lora_down.weight": drawn(rank, inside, *kernel), "lora_up.weight": up}
+            up = randn(out, rank, *ones) * (size * rank / alpha / math.sqrt(rank))
+            parts = {"lora_down.weight": randn(rank, inside, *kernel), "lora_up.weight": up}
             if kind == "DoRA":
-                length = weight.float().flatten(1).norm(dim=1) * (1 + 0.1 * drawn(out)).abs()
+                length = weight.float().flatten(1).norm(dim=1) * (1 + 0.1 * randn(out)).abs()
                 parts["dora_scale"] = length.reshape(out, 1, *ones)
         case "Tucker":
-            up = drawn(out, rank, *ones) * (size / alpha)
-            core = drawn(rank, rank, *kernel)
-            parts = {"lora_down.weight": drawn(rank, inside, *ones), "lora_up.weight": up, "lora_mid.weight": core}
+            up = randn(out, rank, *ones) * (size / alpha)
+            core = randn(rank, rank, *kernel)
+            parts = {"lora_down.weight": randn(rank, inside, *ones), "lora_up.weight": up, "lora_mid.weight": core}
         case "LoHa":
             width = inside * math.prod(kernel)
-            parts = {f"hada_w{n}_a": drawn(out, rank) for n in (1, 2)}
-            parts |= {f"hada_w{n}_b": drawn(rank, width) for n in (1, 2)}
+            parts = {f"hada_w{n}_a": randn(out, rank) for n in (1, 2)}
+            parts |= {f"hada_w{n}_b": randn(rank, width) for n in (1, 2)}
             parts["hada_w1_a"] *= size / alpha
         case "LoKr":
-            parts = {"lokr_w1": drawn(2, 2), "lokr_w2": drawn(out // 2, inside // 2, *kernel) * size}
+            parts = {"lokr_w1": randn(2, 2), "lokr_w2": randn(out // 2, inside // 2, *kernel) * size}
         case "OFT":
-            return {"oft_blocks": 0.05 * drawn(out // 4, 4, 4), "alpha": torch.tensor(0.0)}
+            return {"oft_blocks": 0.05 * randn(out // 4, 4, 4), "alpha": torch.tensor(0.0)}
         case "full difference":
-            return {"diff": drawn(*weight.shape) * size}
+            return {"diff": randn(*weight.shape) * size}
         case _:
             raise AssertionError(kind)
     return parts | {"alpha": torch.tensor(alpha)}
@@ -130,9 +130,10 @@ def random_adapter(
 
 def both(*adapters: Adapter) -> Adapter:
     """Adapters of different modules as one."""
-    layers = {name: layer for one in adapters for name, layer in one.layers.items()}
-    assert len(layers) == sum(len(one.layers) for one in adapters)
-    return Adapter(layers, adapters[0].metadata, {k: v for one in adapters for k, v in one.vectors.items()})
+    layers = {name: layer for adapter in adapters for name, layer in adapter.layers.items()}
+    assert len(layers) == sum(len(adapter.layers) for adapter in adapters)
+    vectors = {key: vector for adapter in adapters for key, vector in adapter.vectors.items()}
+    return Adapter(layers, adapters[0].metadata, vectors)
 
 
 def saved(adapter: Adapter, path: Path, dtype: torch.dtype = torch.float32) -> Path:
@@ -161,13 +162,13 @@ def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
     assert set(ours) == set(theirs)
     with torch.no_grad():
         return max(
-            float((ours[name].double() - one.double()).norm() / one.double().norm().clamp(min=1e-12))
-            for name, one in theirs.items()
+            float((ours[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-12))
+            for name, tensor in theirs.items()
         )
 
 
 def predicts(model: DiffusionModel) -> Tensor:
-    """What a model predicts of some noise with what its own text encoders say."""
+    """What a model predicts from some noise with the embeddings of its own text encoders."""
     for network in (model.unet, *model.text_encoders.values()):
         network.float().eval()
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))

@@ -82,14 +82,14 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """The kind of its layers; if there are several, all of them, the commonest first."""
+        """The kind of its layers; if there are several, all of them, the most common first."""
         return ", ".join(kind for kind, _ in Counter(layer.kind for layer in self.layers.values()).most_common())
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """The tensors under kohya's names, contiguous, on the CPU.
 
         Args:
-            dtype: Type of the matrices, None for each one's own. Alphas are float32; with a type given, so are DoRA's
+            dtype: Of the matrices, None for each one's own. Alphas are float32; with a dtype given, so are DoRA's
                 scales, which are as large as the weights that they scale: half precision would blur what was learned.
         """
         tensors: dict[str, Tensor] = {}

@@ -134,7 +134,7 @@ class _Network:
 
 
 def _network(settings: TrainSettings, start: Adapter | None) -> _Network:
-    """That of the settings; of an adapter that was trained further, its own, with its commonest rank and alpha."""
+    """That of the settings; of an adapter that was trained further, its own, with its most common rank and alpha."""
     if start is not None:
         ranks_and_alphas = Counter((layer.rank, layer.alpha) for layer in start.layers.values())
         [((rank, alpha), _)] = ranks_and_alphas.most_common(1)

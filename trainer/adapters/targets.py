@@ -100,7 +100,7 @@ def require_family_fits(family: Family, settings: AdapterSettings) -> None:
         fitting = [other for other in families.FAMILIES if other.trains_fully]
         raise SettingsError(
             f"{suggest('adapter', 'full')} (fine-tuning all weights) does not exist for {family.title}.",
-            f"Choose {suggest('adapter')} from: lora, dora, loha, lokr; or a base model of {joined_titles(fitting)}.",
+            f"Choose lora, dora, loha or lokr for {suggest('adapter')}, or a base model of {joined_titles(fitting)}.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Several adapters become one: `merge` goes through them module by module, so that memory for one module suffices.
+"""Several adapters become one: `merge` goes through them module by module, one module's deltas in memory at a time.
 
 `methods` holds the methods, `deltas` the arithmetic, `report` what is reported of the result.
 """

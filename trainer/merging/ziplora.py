@@ -268,7 +268,7 @@ class _ZipLoraTrainer:
         if not any(len(layer.coefficients) > 1 for layer in layers.values()):
             raise AdapterError(
                 "The adapters have no layer of the UNet in common, so there is nothing to learn.",
-                "Merge them by the method sum.",
+                f"Merge them with {suggest('method', 'sum')} instead.",
             )
         return layers
 
@@ -368,5 +368,5 @@ class _ZipLoraTrainer:
 
 
 def _pixels_per_latent(base: BaseWeights) -> int:
-    """How many pixels of a picture's side one latent stands for."""
+    """Pixels of a picture's side per latent."""
     return int(2 ** (len(base.vae.config["block_out_channels"]) - 1))
