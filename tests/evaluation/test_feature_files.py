@@ -420,7 +420,12 @@ def with_(name: str, shape: tuple[int, ...]) -> Change:
         ("dinov2", with_("embeddings.register_tokens", (1, 4, 128)), "not known: embeddings.register_tokens", "regist"),
         ("dinov2 as the giant", without("layernorm.weight"), "lacks layernorm.weight", "complete"),
         ("vit", without("encoder.layer.0.intermediate.dense.weight"), "lacks the tensor encoder.layer.0.inter", ""),
-        ("vit", with_("pooler.dense.weight", (128, 128)), "a pooler, which DINO does not have", "preprocessor_config.json"),
+        (
+            "vit",
+            with_("pooler.dense.weight", (128, 128)),
+            "a pooler, which DINO does not have",
+            "preprocessor_config.json",
+        ),
         ("vit", with_("embeddings.patch_embeddings.projection.weight", (100, 3, 16, 16)), "100 channels wide", "fold"),
         ("vit", without("embeddings.cls_token"), "not a known feature model", "SigLIP"),
     ],
