@@ -274,4 +274,4 @@ def test_processes_don_t_share_a_device(device: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SettingsError, match="share") as caught:
         pick_device(device)
-    assert "--device auto" in caught.value.remedy
+    assert "device = auto" in caught.value.remedy

@@ -173,7 +173,7 @@ def test_doras_magnitudes_are_those_of_the_four_bits(world: World) -> None:
     base = modules[layer.target.path].base_layer
     assert isinstance(base, Nf4Linear)
     lengths = torch.linalg.vector_norm(base.weight, dim=1)
-    torch.testing.assert_close(layer.parts["dora_scale"].detach().flatten(), lengths)
+    torch.testing.assert_close(layer.parameters["dora_scale"].detach().flatten(), lengths)
 
 
 def test_the_file_is_an_ordinary_lora(world: World, straight: tuple[TrainResult, Recorder]) -> None:

@@ -104,7 +104,7 @@ def trained_file(base: BaseWeights, kind: str, folder: Path) -> Path:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for layer in trained.layers.values():
-            for part, parameter in layer.parts.items():
+            for part, parameter in layer.parameters.items():
                 noise = torch.randn(parameter.shape, generator=generator)
                 if part == "dora_scale":
                     parameter.mul_(1 + 0.1 * noise)

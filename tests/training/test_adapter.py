@@ -68,12 +68,12 @@ def test_the_start_is_pefts_and_changes_nothing(targets: Any, base: BaseWeights)
     lora = TrainableAdapter(model, TrainSettings(rank=16, targets=targets))
     assert torch.equal(predicted(model), before)
     for name, started in lora.layers.items():
-        assert set(started.parts) == {DOWN, UP}
-        down = started.parts[DOWN].detach()
+        assert set(started.parameters) == {DOWN, UP}
+        down = started.parameters[DOWN].detach()
         bound = 1 / math.sqrt(down[0].numel())
         assert float(down.abs().max()) <= bound, name
         assert float(down.std()) == pytest.approx(bound / math.sqrt(3), rel=0.15), name
-        assert not started.parts[UP].any()
+        assert not started.parameters[UP].any()
         assert (started.target.rank, started.target.alpha) == (16, 16)
 
 
@@ -81,7 +81,7 @@ def test_the_start_depends_on_seed_and_module_alone(base: BaseWeights) -> None:
     def starts(**values: Any) -> dict[str, Tensor]:
         torch.manual_seed(len(values))
         lora = TrainableAdapter(base.family.build(base), TrainSettings(rank=4, **values))
-        return {name: started.parts[DOWN].detach() for name, started in lora.layers.items()}
+        return {name: started.parameters[DOWN].detach() for name, started in lora.layers.items()}
 
     first, again, few, other = starts(), starts(alpha=9.0), starts(targets="attention"), starts(seed=2**64 - 1)
     assert len(few) < len(first)
@@ -99,8 +99,8 @@ def test_only_the_adapter_is_trained(base: BaseWeights) -> None:
     assert len(trained) == 2 * len(lora.layers)
     assert list(lora.layers) == sorted(lora.layers)
     first = next(iter(lora.layers.values()))
-    assert lora.parameters()[0] is first.parts[DOWN]
-    assert lora.parameters()[1] is first.parts[UP]
+    assert lora.parameters()[0] is first.parameters[DOWN]
+    assert lora.parameters()[1] is first.parameters[UP]
     assert {name: len(group) for name, group in lora.groups().items()} == {"unet": len(trained)}
 
 
@@ -115,7 +115,7 @@ def test_a_saved_state_is_a_copy_and_comes_back(alpha: float | None, base: BaseW
     assert all(not part.up.any() for part in saved.layers.values())
     assert {part.alpha for part in saved.layers.values()} == {alpha or 4.0}
     lora.load(saved)
-    assert all(torch.equal(lora.layers[name].parts[DOWN], part.down) for name, part in saved.layers.items())
+    assert all(torch.equal(lora.layers[name].parameters[DOWN], part.down) for name, part in saved.layers.items())
     with pytest.raises(AdapterError):
         lora.load(Adapter(dict(list(saved.layers.items())[1:])))
 
@@ -142,7 +142,7 @@ def test_lokr_takes_any_rank(base: BaseWeights) -> None:
     """It has no rank above a size: its factors are whole then."""
     settings = TrainSettings(adapter="lokr", rank=33)
     lora = TrainableAdapter(base.family.build(base), settings)
-    assert {frozenset(started.parts) for started in lora.layers.values()} == {frozenset({"lokr_w1", "lokr_w2"})}
+    assert {frozenset(started.parameters) for started in lora.layers.values()} == {frozenset({"lokr_w1", "lokr_w2"})}
 
 
 # Which layers, of which rank
@@ -151,12 +151,12 @@ def test_lokr_takes_any_rank(base: BaseWeights) -> None:
 @pytest.mark.parametrize(
     ("family", "values", "told", "remedy"),
     [
-        ("Stable Diffusion 1.x", {"text_encoder_2_lr": 1e-5}, "text_encoder_2_lr", "Set text_encoder_2_lr to 0"),
-        ("Stable Diffusion 2.x", {"text_encoder_2_lr": 1e-5}, "text_encoder_2_lr", "Set text_encoder_2_lr to 0"),
+        ("Stable Diffusion 1.x", {"text_encoder_2_lr": 1e-5}, "text_encoder_2_lr", "Set text_encoder_2_lr = 0"),
+        ("Stable Diffusion 2.x", {"text_encoder_2_lr": 1e-5}, "text_encoder_2_lr", "Set text_encoder_2_lr = 0"),
         ("Stable Diffusion 1.x", {"targets": "b-lora-style"}, "b-lora-style", "attention, attention-mlp, all"),
         ("Stable Diffusion 2.x", {"targets": "b-lora-content"}, "b-lora-content", "Stable Diffusion XL"),
-        ("Stable Diffusion 2.x", {"adapter": "full"}, "'full'", "lora, dora, loha or lokr"),
-        ("Stable Diffusion XL", {"adapter": "full"}, "'full'", "Stable Diffusion 1.x"),
+        ("Stable Diffusion 2.x", {"adapter": "full"}, "adapter = full", "lora, dora, loha, lokr"),
+        ("Stable Diffusion XL", {"adapter": "full"}, "adapter = full", "Stable Diffusion 1.x"),
     ],
 )
 def test_settings_of_another_family_are_refused(family: str, values: dict[str, Any], told: str, remedy: str) -> None:
@@ -243,7 +243,9 @@ def test_bf16_keeps_the_adapter_in_float32(targets: Any, base: BaseWeights) -> N
     assert {p.dtype for p in lora.parameters()} == {torch.float32}
     assert {p.dtype for p in model.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
     exact = TrainableAdapter(base.family.build(base), TrainSettings(rank=4, targets=targets))
-    assert all(torch.equal(exact.layers[name].parts[DOWN], part.parts[DOWN]) for name, part in lora.layers.items())
+    assert all(
+        torch.equal(exact.layers[name].parameters[DOWN], part.parameters[DOWN]) for name, part in lora.layers.items()
+    )
 
 
 def test_a_bf16_run_trains_on_a_private_copy(base: BaseWeights, pictures: list[Picture], tmp_path: Path) -> None:
@@ -299,7 +301,7 @@ def full_adapter(base: BaseWeights, **values: Any) -> Adapter:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for part in lora.layers.values():
-            part.parts[UP].copy_(0.1 * torch.randn(part.parts[UP].shape, generator=generator))
+            part.parameters[UP].copy_(0.1 * torch.randn(part.parameters[UP].shape, generator=generator))
     return lora.adapter()
 
 

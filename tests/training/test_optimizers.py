@@ -386,21 +386,21 @@ def test_options_that_can_not_be_read_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"optimizer": "prodigy"}, ("prodigy", "learning_rate to 1")),
-        ({"optimizer": "prodigy", "learning_rate": 0.09}, ("0.09", "learning_rate to 1")),
-        ({"optimizer": "prodigy", "learning_rate": 1.0, **TEXT}, ("text_encoder_lr to 1", "or to 0")),
+        ({"optimizer": "prodigy"}, ("prodigy", "learning_rate = 1")),
+        ({"optimizer": "prodigy", "learning_rate": 0.09}, ("0.09", "learning_rate = 1")),
+        ({"optimizer": "prodigy", "learning_rate": 1.0, **TEXT}, ("text_encoder_lr = 1", "or text_encoder_lr = 0")),
         (
             {"optimizer": "prodigy", "learning_rate": 1.0, "text_encoder_2_lr": 0.5},
-            ("text_encoder_2_lr to 1", "one rate"),
+            ("text_encoder_2_lr = 1", "one learning rate"),
         ),
-        ({"optimizer": "prodigy", "learning_rate": 1.0, "lora_plus_ratio": 16.0}, ("lora_plus_ratio to 0",)),
+        ({"optimizer": "prodigy", "learning_rate": 1.0, "lora_plus_ratio": 16.0}, ("lora_plus_ratio = 0",)),
         *(
             ({"optimizer": "adamw-schedule-free", "lr_schedule": schedule}, (f"'{schedule}'", "constant_with_warmup"))
             for schedule in ("linear", "cosine", "cosine_with_restarts", "polynomial")
         ),
-        ({"optimizer": "adamw-schedule-free", "ema_decay": 0.9}, ("ema_decay to 0",)),
-        ({"optimizer": "adamw-schedule-free", "max_norm": 1.0}, ("max_norm to 0",)),
-        ({"adapter": "full", "lora_plus_ratio": 16.0}, ("'full'", "set it to 0")),
+        ({"optimizer": "adamw-schedule-free", "ema_decay": 0.9}, ("ema_decay = 0",)),
+        ({"optimizer": "adamw-schedule-free", "max_norm": 1.0}, ("max_norm = 0",)),
+        ({"adapter": "full", "lora_plus_ratio": 16.0}, ("'full'", "set lora_plus_ratio = 0")),
         ({"ema_decay": 1.0}, ("ema_decay",)),
         ({"lora_plus_ratio": -1.0}, ("lora_plus_ratio",)),
         ({"optimizer": "adamw8bit"}, ("optimizer", "'adamw-8bit'")),

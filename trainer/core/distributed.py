@@ -11,27 +11,28 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .errors import SettingsError
+from .errors import SettingsError, suggest
 
-Made = TypeVar("Made")
-_PATIENCE = timedelta(days=2)  # of processes that wait until the first has made the class pictures
-_AT_ONCE = 2**26  # numbers in one message: all of an adapter, while a whole model is never there twice
+T = TypeVar("T")
+_TIMEOUT = timedelta(days=2)  # of processes that wait until the main process has made the class pictures
+_MAX_NUMBERS_PER_REDUCTION = 2**26  # all of an adapter at once, while a whole model is never copied at once
 
 
 class ProcessGroup:
-    """The processes of a run, which take the same steps; the first of them, the leader, writes all files.
+    """The processes of a run, which take the same steps; the main process, the first of them, writes all files.
 
     Attributes:
-        index: Which process this is, from 0.
-        count: How many there are.
+        index: Which process this is (its rank), from 0.
+        count: How many there are (the world size).
     """
 
     def __init__(self, index: int = 0, count: int = 1) -> None:
-        """A team whose processes are connected already, or a single process."""
-        self.index, self.count = index, count
+        """A group whose processes are connected already, or a single process."""
+        self.index = index
+        self.count = count
 
     @classmethod
-    def here(cls, *, cpu: bool) -> ProcessGroup:
+    def current(cls, *, cpu: bool) -> ProcessGroup:
         """The processes that a launcher started with this one (RANK and WORLD_SIZE say so), connected.
 
         Clusters set these two for a program that nobody launched several times, but not LOCAL_RANK.
@@ -41,11 +42,12 @@ class ProcessGroup:
         """
         if "LOCAL_RANK" not in os.environ:
             return cls()
-        index, count = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        index = int(os.environ.get("RANK", "0"))
+        count = int(os.environ.get("WORLD_SIZE", "1"))
         if count > 1 and not torch.distributed.is_initialized():
             from accelerate.state import PartialState
 
-            PartialState(cpu=cpu, timeout=_PATIENCE)
+            PartialState(cpu=cpu, timeout=_TIMEOUT)
         return cls(index, count)
 
     @property
@@ -55,93 +57,114 @@ class ProcessGroup:
 
     @property
     def share(self) -> tuple[int, int]:
-        """Which of how many shares of a step's samples this process takes."""
+        """Which share of a step's samples this process takes, and of how many: (index, count)."""
         return self.index, self.count
 
-    def wait(self) -> None:
-        """Wait until every process is here."""
+    def wait_for_everyone(self) -> None:
+        """Block until every process has come this far."""
         if self.count > 1:
             torch.distributed.barrier()
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """The leader does the block first, then the others, who find what it made; then all go on."""
+        """Run the block in the main process first, then in the others, which find what it made; then all go on."""
         if not self.is_main_process:
-            self.wait()
+            self.wait_for_everyone()
         yield
         if self.is_main_process:
-            self.wait()
-        self.wait()
+            self.wait_for_everyone()
+        self.wait_for_everyone()
 
-    def broadcast_from_main(self, make: Callable[[], Made]) -> Made:
-        """What the leader makes, a value that can be pickled; the others get a copy and make nothing."""
+    def broadcast_from_main(self, make: Callable[[], T]) -> T:
+        """What `make` returns in the main process, a value that can be pickled; the others get a copy of it.
+
+        `make` is not called in the others, and must not return None.
+        """
         if self.count == 1:
             return make()
-        made: list[Made | None] = [make() if self.is_main_process else None]
-        torch.distributed.broadcast_object_list(made)
-        assert made[0] is not None
-        return made[0]
+        values: list[T | None] = [make() if self.is_main_process else None]
+        torch.distributed.broadcast_object_list(values)
+        value = values[0]
+        assert value is not None
+        return value
 
-    def anyone(self, wish: bool, device: torch.device) -> bool:
-        """Whether any process wishes something; all get the same answer."""
-        return bool(self.largest(int(wish), device))
+    def any_process(self, condition: bool, device: torch.device) -> bool:
+        """Whether the condition holds in any process; all get the same answer."""
+        return bool(self.largest(int(condition), device))
 
     def largest(self, number: int, device: torch.device) -> int:
-        """The largest of the processes' numbers."""
+        """The largest of the processes' numbers; all get the same."""
         if self.count == 1:
             return number
         numbers = torch.tensor([number], device=device)
         torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
         return int(numbers.item())
 
-    def average(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
-        """Bring the mean of all processes' gradients into the parameters; returns the mean of their losses, 0-D.
+    def average_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor) -> Tensor:
+        """Replace the parameters' gradients by their means over all processes; returns the mean loss, 0-D.
 
-        A parameter without a gradient has one in no process: all compute the same graph.
+        A parameter without a gradient has none in any process: all compute the same graph.
         """
         if self.count == 1:
             return loss
-        mean = loss.detach().float().clone()
-        for group in groups_of([mean, *(one.grad for one in parameters if one.grad is not None)], _AT_ONCE):
-            whole = torch.cat([one.flatten().float() for one in group])
-            torch.distributed.all_reduce(whole)
-            whole /= self.count
-            parts = torch.split(whole, [one.numel() for one in group])
-            for tensor, part in zip(group, parts, strict=True):
-                tensor.copy_(part.view_as(tensor))
-        return mean
+        mean_loss = loss.detach().float().clone()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        for group in tensor_groups([mean_loss, *gradients], _MAX_NUMBERS_PER_REDUCTION):
+            flat = torch.cat([tensor.flatten().float() for tensor in group])
+            torch.distributed.all_reduce(flat)
+            flat /= self.count
+            means = torch.split(flat, [tensor.numel() for tensor in group])
+            for tensor, mean in zip(group, means, strict=True):
+                tensor.copy_(mean.view_as(tensor))
+        return mean_loss
 
 
-def groups_of(tensors: Sequence[Tensor], most: int) -> Iterator[list[Tensor]]:
-    """Tensors in their order, in groups of at most so many numbers, or of one tensor that has more."""
+def tensor_groups(tensors: Sequence[Tensor], max_numbers: int) -> Iterator[list[Tensor]]:
+    """The tensors in their order, in groups of at most `max_numbers` numbers, or of one tensor that has more."""
     group: list[Tensor] = []
-    for one in tensors:
-        if group and sum(map(Tensor.numel, group)) + one.numel() > most:
+    size = 0
+    for tensor in tensors:
+        if group and size + tensor.numel() > max_numbers:
             yield group
             group = []
-        group.append(one)
+            size = 0
+        group.append(tensor)
+        size += tensor.numel()
     yield group
 
 
 def make_accelerator(device: torch.device, precision: str, accumulation: int) -> Any:
-    """An accelerator for this run; a former run in the same process may have used another precision."""
+    """An accelerator for this run; a former run in the same process may have used another precision.
+
+    Args:
+        device: Where it computes.
+        precision: "fp32", "bf16" or "fp16".
+        accumulation: Micro-batches of a step.
+
+    Raises:
+        SettingsError: The precision does not work on the device.
+    """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
-    mixed = "no" if precision == "fp32" else precision
+    mixed_precision = "no" if precision == "fp32" else precision
     for state in (AcceleratorState, PartialState, GradientState):
         state._shared_state.clear()
     try:
-        return Accelerator(cpu=device.type == "cpu", mixed_precision=mixed, gradient_accumulation_steps=accumulation)
+        return Accelerator(
+            cpu=device.type == "cpu", mixed_precision=mixed_precision, gradient_accumulation_steps=accumulation
+        )
     except (ValueError, NotImplementedError) as error:
-        raise SettingsError(f"{precision} does not work on {device}: {error}.", "Choose precision fp32.") from error
+        raise SettingsError(
+            f"{precision} does not work on {device}: {error}.", f"Choose {suggest('precision', 'fp32')}."
+        ) from error
 
 
 @contextlib.contextmanager
 def accelerate_state_kept() -> Iterator[None]:
-    """Give accelerate's process-wide state back as it was: other programs in this process may use it, too."""
+    """Restore accelerate's process-wide state after the block: other programs in this process may use it, too."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     states = [state._shared_state for state in (AcceleratorState, PartialState, GradientState)]
