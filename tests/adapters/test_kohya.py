@@ -29,6 +29,7 @@ from pack.trainer.models.families.base import BaseWeights, DiffusionModel, Predi
 from pack.trainer.models.families.clip import text_component
 from pack.trainer.models.families.ldm import unet_component, unet_config, vae_component
 from pack.trainer.models.open import open_base
+from pack.trainer.settings.base import field_extra
 from pack.trainer.settings.train import PriorSettings, TrainCommand, TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
@@ -336,8 +337,10 @@ def test_metadata_is_well_formed(metadata: dict[str, str]) -> None:
 def test_the_file_alone_tells_its_run(metadata: dict[str, str], command: TrainCommand) -> None:
     config = json.loads(metadata[CONFIG_KEY])
     for settings in (TrainSettings, PriorSettings):
-        values = {name: config[name] for name in settings.model_fields}
+        paths = {name for name in settings.model_fields if field_extra(settings, name)["path"]}
+        values = {name: config[name] for name in settings.model_fields if name not in paths}
         assert settings.checked(values) == settings(**{name: getattr(command, name) for name in values})
+        assert not paths & set(config)
     assert config["captions"] == ["a photo of sks dog"] * 5
     assert config["base_fingerprint"] == open_base(command.base).fingerprint
 

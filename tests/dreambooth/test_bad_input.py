@@ -52,6 +52,7 @@ from pack.trainer.dreambooth import TrainResult, train
 from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import GenerateCommand, TrainCommand, TrainSettings
+from pack.trainer.training.runs.folder import RunPaths
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -399,7 +400,7 @@ def truncated_pickle(world: World) -> Values:
     return {"base": world.path / "half.ckpt"}
 
 
-@mistake(TRAINING, WeightsError, "adapter (LoRA)", remedy="--lora")
+@mistake(TRAINING, WeightsError, "adapter (LoRA)", remedy="lora")
 def adapter_given_as_base(world: World) -> Values:
     write_adapter(world.path / "lora.safetensors", tiny_adapter(), torch.float16)
     return {"base": world.path / "lora.safetensors"}
@@ -680,12 +681,12 @@ def rank_of_the_lora_that_is_taken_out_of_all_weights(world: World) -> Values:
     return {"adapter": "full", "rank": 33}
 
 
-@mistake(TRAINING, SettingsError, "combine", "LoHa", remedy="Turn combine off")
+@mistake(TRAINING, SettingsError, "combine", "LoHa", remedy="Set combine = off")
 def combining_with_a_loha(world: World) -> Values:
     return {"combine": True, "base_lora": [str(written(world, tiny_loha()))]}
 
 
-@mistake(TRAINING, SettingsError, "combine", "LoHa", remedy="Turn combine off")
+@mistake(TRAINING, SettingsError, "combine", "LoHa", remedy="Set combine = off")
 def combining_what_starts_from_a_loha(world: World) -> Values:
     write_adapter(world.path / "style.safetensors", tiny_adapter(), torch.float32)
     start = written(world, tiny_loha())
@@ -720,7 +721,10 @@ WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
     "rank of convolutions above a layer": ({"conv_rank": 33, "targets": "all"}, ("rank 33", "conv", "32")),
     "an unknown kind": ({"adapter": "oft"}, ("adapter", "oft", "lokr")),
     "full fine-tuning with dropout": ({"adapter": "full", "dropout": 0.1}, ("dropout", "'full'", "unset dropout")),
-    "full fine-tuning of some layers": ({"adapter": "full", "include": "mid"}, ("include", "'full'", "choose lora")),
+    "full fine-tuning of some layers": (
+        {"adapter": "full", "include": "mid"},
+        ("include", "'full'", "choose adapter = lora"),
+    ),
     "full fine-tuning without some layers": ({"adapter": "full", "exclude": "mid"}, ("exclude", "'full'", "unset")),
     "full fine-tuning by blocks": ({"adapter": "full", "block_ranks": "mid=4"}, ("block_ranks", "'full'", "unset")),
     "full fine-tuning with a limit": ({"adapter": "full", "max_norm": 1.0}, ("max_norm", "'full'", "unset")),
@@ -734,21 +738,21 @@ WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
         {"adapter": "lokr", "rank_stabilized": True},
         ("rank_stabilized", "lora and dora", "'lokr'", "unset"),
     ),
-    "a factor without LoKr": ({"lokr_factor": 4}, ("lokr_factor", "'lora'", "choose lokr")),
+    "a factor without LoKr": ({"lokr_factor": 4}, ("lokr_factor", "'lora'", "choose adapter = lokr")),
     "DoRA combined": (
         {"adapter": "dora", "combine": True, "base_lora": ["x"]},
-        ("combine", "'dora'", "turn combine off"),
+        ("combine", "'dora'", "set combine = off"),
     ),
-    "combined with nothing": ({"combine": True}, ("combine", "give base_lora", "turn combine off")),
+    "combined with nothing": ({"combine": True}, ("combine", "give base_lora", "set combine = off")),
     "no layers": ({"targets": "none"}, ("targets", "'none'", "give include")),
-    "rank of convolutions without any": ({"conv_rank": 4}, ("conv_rank", "'attention-mlp'", "targets 'all'")),
+    "rank of convolutions without any": ({"conv_rank": 4}, ("conv_rank", "'attention-mlp'", "targets = all")),
     "alpha of convolutions without any": (
         {"conv_alpha": 4.0, "targets": "attention"},
-        ("conv_alpha", "'attention'", "targets 'all'"),
+        ("conv_alpha", "'attention'", "targets = all"),
     ),
     "the end of what never began": (
         {"text_encoder_until": 0.5},
-        ("text_encoder_until", "give text_encoder_lr", "set text_encoder_until to 1"),
+        ("text_encoder_until", "give text_encoder_lr", "set text_encoder_until = 1"),
     ),
     "a second text encoder": ({"text_encoder_2_lr": 1e-5}, ("text_encoder_2_lr", "Stable Diffusion 1.x")),
     "B-LoRA": ({"targets": "b-lora-content"}, ("b-lora-content", "Stable Diffusion 1.x")),
@@ -1240,8 +1244,8 @@ class Runs:
             **{"name": "dog", "rank": 2, "resolution": 64, "checkpoint_every": 1, "keep_checkpoints": 99, **changes}
         )
         pictures = load_pictures(self.pictures, PROMPT, Recorder())
-        roots = (self.path / "loras", self.path / "runs")
-        return train(open_base(self.base), pictures, [], settings, *roots, "cpu", listener or Recorder())
+        paths = RunPaths(self.path / "loras", self.path / "runs")
+        return train(open_base(self.base), pictures, [], settings, paths, "cpu", listener or Recorder())
 
     def begin(self, steps: int) -> None:
         """Put a run of so many steps there."""
@@ -1457,7 +1461,7 @@ def test_a_wrong_prediction_type_is_found_out(world: World, chosen: bool) -> Non
     else:
         with pytest.raises(WeightsError) as caught:
             run_train(command, listener)
-        assert "--prediction-type epsilon" in caught.value.remedy
+        assert "prediction_type = epsilon" in caught.value.remedy
         assert "ModelSamplingDiscrete" in caught.value.remedy
         assert not listener.losses
         assert not (world.out / "wrong.safetensors").exists()

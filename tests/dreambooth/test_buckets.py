@@ -356,7 +356,7 @@ def test_the_course_does_not_depend_on_the_cache_file(world: World, tmp_path: Pa
 def test_pictures_of_one_shape_alone_and_in_the_company_of_others(world: World, tmp_path: Path) -> None:
     """Buckets change the shape of a picture, and nothing else of it: alone it is encoded to the same latents."""
     changes = {**BUCKETS, "flip": True}
-    together = prepared(world, tmp_path / "together", **changes).cache.instance
+    together = prepared(world, tmp_path / "together", **changes).session.cache.instance
     for number in (1, 4):
         alone = prepared(replace(world, subject=[world.subject[number]]), tmp_path / str(number), **changes)
-        assert torch.equal(alone.cache.instance.mean[0], together.mean[number])
+        assert torch.equal(alone.session.cache.instance.mean[0], together.mean[number])

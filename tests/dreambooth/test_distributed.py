@@ -196,7 +196,8 @@ def test_two_learn_what_one_would(course: Course, alone: TrainResult) -> None:
     assert any(name.startswith("lora_te") for name in ours)
     for name, tensor in theirs.items():
         distance = torch.linalg.vector_norm(ours[name] - tensor) / torch.linalg.vector_norm(tensor)
-        assert float(distance) < 1e-5, name
+        # gradients are summed in another order, and Adam divides by small ones: 4e-6 to 1.5e-5 from CPU to CPU
+        assert float(distance) < 1e-4, name
     ours_told, theirs_told = (losses_of(one) for one in (run, alone.run))
     assert ours_told == pytest.approx(theirs_told, rel=1e-4)
 

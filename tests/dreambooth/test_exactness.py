@@ -79,9 +79,8 @@ class World:
         settings = TrainSettings(**{**COMMON, **VARIANTS[variant], **changes})
         listener = listener or Recorder()
         priors = self.priors if variant == RICH else []
-        roots = folder / "loras", folder / "runs"
-        models = folder / "models"
-        result = train(self.base, self.subject, priors, settings, *roots, "cpu", listener, checkpoints_dir=models)
+        paths = RunPaths(folder / "loras", folder / "runs", folder / "models")
+        result = train(self.base, self.subject, priors, settings, paths, "cpu", listener)
         return result, listener
 
     def stop_after(self, step: int, folder: Path, *, variant: str = PLAIN, **changes: Any) -> None:

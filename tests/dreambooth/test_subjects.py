@@ -347,7 +347,7 @@ def test_leaving_captions_out_changes_nothing_else(world: World, tmp_path: Path)
     dropped, dropping = cache_of(world, tmp_path / "dropped", batch_size=3, caption_dropout=0.5)
     for step in range(5):
         [one], [other] = (draw_batches(*both, step, 0, 1000, CPU) for both in ((plain, settings), (dropped, dropping)))
-        for part in ("latents", "noise", "added", "timesteps", "sizes", "weights"):
+        for part in ("latents", "noise", "added_noise", "timesteps", "sizes", "weights"):
             assert torch.equal(getattr(one, part), getattr(other, part))
 
 

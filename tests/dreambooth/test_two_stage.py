@@ -150,7 +150,7 @@ def test_going_on_from_a_scaled_lokr(factor: dict[str, Any], world: World, made:
 
 
 def test_going_on_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {**OTHERWISE, **TEXT, "stage": StartingPoint(made(**FIRST["LoRA"]))}
+    changes: dict[str, Any] = {**OTHERWISE, **TEXT, "starting_point": StartingPoint(made(**FIRST["LoRA"]))}
     straight = world.train(tmp_path / "straight", **changes)
     for step in (1, 3):
         world.stop_after(step, tmp_path / "stopped", **changes)
@@ -182,7 +182,7 @@ def test_a_start_counts_by_its_content_alone(tiny_checkpoint: Path, made: Made, 
         assert len(listener.losses) == 2
         assert another.run != first.run
     assert str(tmp_path) not in "".join(first.adapter.metadata.values())
-    assert "one.safetensors" in first.adapter.metadata["dreambooth.config"]
+    assert "one.safetensors" not in "".join(first.adapter.metadata.values())
 
 
 def renamed(adapter: Adapter, *pairs: tuple[str, str]) -> Adapter:
@@ -294,7 +294,7 @@ def test_layers_of_two_names_are_combined_under_one(world: World, xl: World, mad
         files = []
         for kind, one in (("ours", first), ("theirs", renamed(first, *pairs))):
             upper = stacked_world(plain, (one, 1.0))
-            changes = {**texts, "combine": True, "steps": 1, "stage": StartingPoint(None, [(one, 1.0)])}
+            changes = {**texts, "combine": True, "steps": 1, "starting_point": StartingPoint(None, [(one, 1.0)])}
             files.append(upper.train(tmp_path / f"{number}-{kind}", **changes).path)
         assert set(load_file(files[0])) == set(load_file(files[1]))
         assert differing(*files) == []
@@ -365,7 +365,7 @@ def test_adapters_that_cant_be_added_up_are_told_before_training(
 def test_two_stages_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
     stacked = [(made(**TEXT), 0.7)]
     upper = stacked_world(world, *stacked)
-    changes: dict[str, Any] = {**TEXT, "combine": True, "stage": StartingPoint(None, stacked)}
+    changes: dict[str, Any] = {**TEXT, "combine": True, "starting_point": StartingPoint(None, stacked)}
     straight = upper.train(tmp_path / "straight", **changes)
     upper.stop_after(2, tmp_path / "stopped", **{**changes, "combine": False})
     assert_same_end(upper.train(tmp_path / "stopped", **changes), straight)

@@ -156,9 +156,8 @@ def test_an_epsilon_model_is_not_trained_as_velocity(subject: list[Picture], tmp
     with pytest.raises(WeightsError) as refusal:
         warnings_of_training(base, subject, tmp_path)
     problem, remedy = refusal.value.problem, refusal.value.remedy
-    assert "trained as v_prediction (so says the scheduler's configuration), but it predicts epsilon" in problem
-    assert "--prediction-type epsilon" in remedy
-    assert "ModelSamplingDiscrete" in remedy
+    assert "trained as v_prediction (according to the scheduler's configuration), but it predicts epsilon" in problem
+    assert "prediction_type = epsilon" in remedy
     assert not list((tmp_path / "loras").glob("*"))
     mended = open_base(tmp_path / "base", prediction_type="epsilon")
     assert not warnings_of_training(mended, subject, tmp_path)
@@ -171,7 +170,7 @@ def test_a_velocity_model_is_not_trained_as_epsilon(shown: str, request: pytest.
     with pytest.raises(WeightsError) as refusal:
         warnings_of_training(open_base(DEMO / "base"), pictures, tmp_path)
     assert "trained as epsilon" in refusal.value.problem
-    assert "--prediction-type v_prediction" in refusal.value.remedy
+    assert "prediction_type = v_prediction" in refusal.value.remedy
     mended = open_base(DEMO / "base", prediction_type="v_prediction")
     assert not warnings_of_training(mended, pictures, tmp_path)
 
@@ -179,7 +178,7 @@ def test_a_velocity_model_is_not_trained_as_epsilon(shown: str, request: pytest.
 def test_an_explicit_choice_is_only_warned_of_and_once(subject: list[Picture], tmp_path: Path) -> None:
     base = open_base(DEMO / "base", prediction_type="v_prediction")
     [warning] = warnings_of_training(base, subject, tmp_path)
-    assert f"trained as v_prediction (so says {CHOSEN}), but it predicts epsilon" in warning
+    assert f"trained as v_prediction (according to {CHOSEN}), but it predicts epsilon" in warning
     assert not warnings_of_training(base, subject, tmp_path, steps=2)  # goes on with the run
 
 

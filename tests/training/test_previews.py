@@ -24,7 +24,7 @@ from pack.trainer.evaluation.evaluator import Evaluator
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import GenerationConfig, generate, build_on_device
+from pack.trainer.models.sampling import GenerationConfig, build_on_device, generate
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import RecordedListener, read_metrics

@@ -21,7 +21,7 @@ from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..core.files import write_atomic
 from ..core.prompts import shuffled_tags
 from ..core.seeding import Draw, generator
-from ..models.families.base import Conditioning, DiffusionModel
+from ..models.families.base import Conditioning, DiffusionModel, token_ids_key
 from ..settings.train import TrainSettings
 from .buckets import bucket_shapes, nearest_shape
 from .images import Picture, crop, mask_weights, size_conditioning, to_pixels
@@ -283,7 +283,7 @@ def encode_captions(
     for name, text_encoder in model.text_encoders.items():
         if name not in trained:
             to_device(text_encoder, device, torch.float32)
-            encoded = encode_tokens_in_batches(model, name, text[f"ids{name.removeprefix('text_encoder')}"])
+            encoded = encode_tokens_in_batches(model, name, text[token_ids_key(name)])
             text |= {part: rows.cpu() for part, rows in encoded.items()}
     return text
 

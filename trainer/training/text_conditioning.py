@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..core.devices import to_device
 from ..data.latent_cache import encode_tokens_in_batches
-from ..models.families.base import Conditioning, DiffusionModel
+from ..models.families.base import Conditioning, DiffusionModel, token_ids_key
 
 
 class TextConditioning:
@@ -53,7 +53,7 @@ class TextConditioning:
         conditioning = {name: encoded[rows] for name, encoded in self._rows.items()}
         with self._autocast():
             for encoder in self._trained:
-                conditioning |= self._model.encode_tokens(encoder, conditioning[_token_ids(encoder)])
+                conditioning |= self._model.encode_tokens(encoder, conditioning[token_ids_key(encoder)])
         return conditioning
 
     def freeze(self) -> None:
@@ -61,14 +61,9 @@ class TextConditioning:
         for encoder in self._trained:
             self._model.text_encoders[encoder].eval()
             with self._autocast():
-                embeddings = encode_tokens_in_batches(self._model, encoder, self._rows[_token_ids(encoder)])
+                embeddings = encode_tokens_in_batches(self._model, encoder, self._rows[token_ids_key(encoder)])
             self._rows |= {name: rows.to(self._dtype) for name, rows in embeddings.items()}
         self._trained = []
         for network in self._model.text_encoders.values():
             to_device(network, torch.device("cpu"), next(network.parameters()).dtype)  # until it is saved
         self._model.text_encoders.clear()
-
-
-def _token_ids(encoder: str) -> str:
-    """Name of a text encoder's token ids in a conditioning."""
-    return f"ids{encoder.removeprefix('text_encoder')}"

@@ -76,6 +76,11 @@ class TextEncoderSpec:
         return f"tokenizer{self.number}"
 
 
+def token_ids_key(text_encoder: str) -> str:
+    """The name of a text encoder's token ids in a conditioning: "text_encoder_2" → "ids_2"."""
+    return f"ids{text_encoder.removeprefix('text_encoder')}"
+
+
 @dataclass(frozen=True)
 class AdapterMarks:
     """What shows that an adapter file was made for a family.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import make_objective
-from .base import BaseWeights, Conditioning, Family, build_around, on_meta
+from .base import BaseWeights, Conditioning, Family, build_around, on_meta, token_ids_key
 from .clip import ClipTextEncoder
 
 # The presets of modules: diffusers trains the attention's projections, kohya every layer of the transformers, and LoCon
@@ -72,7 +72,7 @@ class StableDiffusionModel:
 
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
         """Tokens of the prompts for every text encoder."""
-        return {f"ids{encoder.spec.number}": encoder.tokenize(prompts) for encoder in self._encoders.values()}
+        return {token_ids_key(name): encoder.tokenize(prompts) for name, encoder in self._encoders.items()}
 
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
         """Embeddings of tokens by one text encoder, given by its component's name."""
@@ -82,8 +82,8 @@ class StableDiffusionModel:
         """Encode prompts with all text encoders."""
         ids = self.tokenize(prompts)
         encoded: Conditioning = {}
-        for name, encoder in self._encoders.items():
-            encoded |= self.encode_tokens(name, ids[f"ids{encoder.spec.number}"])
+        for name in self._encoders:
+            encoded |= self.encode_tokens(name, ids[token_ids_key(name)])
         return encoded
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:

@@ -18,7 +18,7 @@ from ...adapters.kohya import Adapter
 from ...adapters.names import networks
 from ...core.devices import DTYPES, to_device
 from ...core.errors import suggest
-from ...models.families.base import BaseWeights, Component, Conditioning, DiffusionModel
+from ...models.families.base import BaseWeights, Component, Conditioning, DiffusionModel, token_ids_key
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
@@ -223,7 +223,7 @@ class Planner:
         with live:
             with cuda:
                 for encoder in settings.text_encoder_rates:
-                    text |= model.encode_tokens(encoder, text[_ids_name(encoder)])
+                    text |= model.encode_tokens(encoder, text[token_ids_key(encoder)])
                 prediction = model.predict(noisy, timesteps, text)
                 loss = (prediction.float() - torch.zeros_like(prediction, dtype=torch.float32)).pow(2).mean()
             del prediction, text
@@ -265,7 +265,7 @@ def _prepare_model(
     for name, encoder in list(model.text_encoders.items()):
         any_encoder: Any = encoder
         ids = torch.zeros((1, any_encoder.config.max_position_embeddings), dtype=torch.int64)
-        text[_ids_name(name)] = ids
+        text[token_ids_key(name)] = ids
         if name not in settings.text_encoder_rates:
             frozen_encoders.append(to_device(encoder, device, torch.float32))
             with torch.no_grad():
@@ -291,11 +291,6 @@ def _prepare_model(
         encoding=encoding,
         previews=previews,
     )
-
-
-def _ids_name(encoder: str) -> str:
-    """The name that a text encoder's tokens have in the conditioning."""
-    return f"ids{encoder.removeprefix('text_encoder')}"
 
 
 def _forward_peak(network: nn.Module, forward: Callable[[Tensor], Any], shape: Sequence[int]) -> int:
