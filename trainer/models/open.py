@@ -199,7 +199,8 @@ def checked(weights: BaseWeights) -> BaseWeights:
 
 def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
     """Everything but the tensors that decides what the model computes; the same however the model was opened."""
-    unet, vae = model.unet.config, model.vae.config
+    unet = model.unet.config
+    vae = model.vae.config
     text = [getattr(encoder, "config") for encoder in model.text_encoders.values()]  # noqa: B009
     facts = {
         "prediction": model.objective.prediction_type,

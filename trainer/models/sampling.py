@@ -111,7 +111,8 @@ def denoise(
         CancelledError: The listener asked to stop.
     """
     parameter = next(model.unet.parameters())
-    device, dtype = parameter.device, parameter.dtype
+    device = parameter.device
+    dtype = parameter.dtype
     scheduler = make_scheduler(config.scheduler, model.objective)
     scheduler.set_timesteps(config.steps, device=device)
     latents: Tensor = noise.to(device) * scheduler.init_noise_sigma

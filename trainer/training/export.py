@@ -26,7 +26,7 @@ from ..settings.train import TrainSettings
 from .runs.checkpoint import Saved
 from .runs.folder import RunPaths
 
-_SAME = (FINGERPRINT_KEY, FORM_KEY, "ss_steps")
+_IDENTIFYING = (FINGERPRINT_KEY, FORM_KEY, "ss_steps")
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[Path], 
 
 def _is_same(path: Path, metadata: Mapping[str, str]) -> bool:
     try:
-        _, found = read_header(path)
+        _, existing = read_header(path)
     except (OSError, ValueError):
         return False
-    return all(found.get(key) == metadata.get(key) for key in _SAME)
+    return all(existing.get(key) == metadata.get(key) for key in _IDENTIFYING)

@@ -120,7 +120,9 @@ class FullFinetune:
 
     def saved(self, metadata: Mapping[str, str]) -> Saved:
         """A copy of the current state on the CPU."""
-        copies = {name: one.detach().to("cpu", copy=True).contiguous() for name, one in self._named().items()}
+        copies = {
+            name: parameter.detach().to("cpu", copy=True).contiguous() for name, parameter in self._named().items()
+        }
         return Saved(weights=copies, metadata=metadata)
 
     def restore(self, saved: Saved) -> None:
@@ -129,14 +131,15 @@ class FullFinetune:
         Raises:
             AdapterError: It is another run's.
         """
-        own, weights = self._named(), saved.weights or {}
-        if set(own) != set(weights):
+        parameters = self._named()
+        weights = saved.weights or {}
+        if set(parameters) != set(weights):
             raise AdapterError(
                 "The checkpoint holds other weights than this run trains.",
                 f"Start again with {suggest('resume', 'never')}, or with another {suggest('name')}.",
             )
         with torch.no_grad():
-            for name, parameter in own.items():
+            for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
 
     def is_finite(self) -> bool:

@@ -203,13 +203,13 @@ def _split_optimizer(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[
     """An optimiser's state dict as tensors for safetensors and a rest for JSON."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
-    places: set[int] = set()
+    addresses: set[int] = set()
 
     def keep(key: str, tensor: Tensor) -> None:
         copy = tensor.detach().cpu().contiguous()
-        if copy.data_ptr() in places:  # safetensors refuses memory that is shared, as bitsandbytes' tables are
+        if copy.data_ptr() in addresses:  # safetensors refuses memory that is shared, as bitsandbytes' tables are
             copy = copy.clone()
-        places.add(copy.data_ptr())
+        addresses.add(copy.data_ptr())
         tensors[key] = copy
 
     for index, entry in state["state"].items():

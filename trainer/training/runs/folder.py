@@ -271,7 +271,7 @@ def run_fingerprint(
 ) -> str:
     """Digest of everything on which the trained weights depend."""
     several = {"processes": processes} if processes > 1 else {}
-    what = {
+    facts = {
         "recipe": 3,
         "start": file_hashes(start.state_dict(), {})[0] if start else "",
         "base": base.fingerprint,
@@ -279,7 +279,7 @@ def run_fingerprint(
         "priors": [picture.fingerprint_values for picture in priors],
         "settings": settings.result_settings() | {"precision": precision} | several,
     }
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _belongs(path: Path, fingerprint: str) -> bool:

@@ -36,7 +36,9 @@ class RecordedListener:
         Raises:
             StorageError: The file can't be written.
         """
-        self._listener, self._path, self._step = listener, path, after
+        self._listener = listener
+        self._path = path
+        self._step = after
         former = read_metrics(path) if after else []
         kept = [json.dumps(line) + "\n" for line in former if line["step"] <= after and "state" not in line]
         write_atomic(path, "".join(kept).encode())
@@ -118,11 +120,11 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 def _parsed(text: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
         try:
-            found = json.loads(line)
+            content = json.loads(line)
         except ValueError:
             continue
-        if isinstance(found, dict) and isinstance(found.get("step"), int):
-            yield found
+        if isinstance(content, dict) and isinstance(content.get("step"), int):
+            yield content
 
 
 def preview_scores(path: Path) -> dict[int, dict[str, float]]:
