@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import ComfyExtension, io
-
+from .api import ComfyExtension, io
 from .caption import CaptionImages
 from .lora import ApplyLora, LoadLoraFile, SaveLora
 from .lora_tools import ExtractLora, InspectLora, ResizeLora

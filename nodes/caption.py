@@ -1,13 +1,12 @@
-"""Caption Images: what pictures show, in BLIP's words and the subject's."""
+"""Caption Images: captions by BLIP, with the subject's rare word in them."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..trainer.settings.caption import CaptionSettings
 from . import host, host_models
+from .api import io
 from .base import Node
 from .host_progress import NodeListener
 from .widgets import CATEGORY, widget
@@ -23,8 +22,8 @@ class CaptionImages(Node):
             node_id="DreamBoothCaptionImages",
             display_name="Caption Images (DreamBooth)",
             category=CATEGORY,
-            description="Says what each picture shows, by BLIP, with your subject's rare word put in. Captions keep "
-            "the subject apart from what else is in its pictures.",
+            description="Captions each picture by BLIP, with your subject's rare word put in. Captions separate the "
+            "subject from what else is in its pictures.",
             search_aliases=["blip", "caption", "tag", "describe", "interrogate", "image to text"],
             is_output_node=True,
             inputs=[
@@ -50,7 +49,7 @@ class CaptionImages(Node):
 
     @classmethod
     def execute(cls, images: Any, model: str, download: bool, **values: Any) -> io.NodeOutput:
-        """Describe the pictures."""
+        """Caption the pictures."""
         import torch
 
         from ..trainer.core.events import SilentListener
@@ -62,6 +61,6 @@ class CaptionImages(Node):
         device = torch.device(host.device_name())
         with host.interruptible():
             captioner = open_captioner(host_models.caption_model(model.strip()), device, download=download)
-            found = list(caption_pictures(captioner, pictures, settings, NodeListener(cls.hidden.unique_id)))
-        text = "\n".join(caption for _, caption in found)
+            captioned = list(caption_pictures(captioner, pictures, settings, NodeListener(cls)))
+        text = "\n".join(caption for _, caption in captioned)
         return io.NodeOutput(text, ui={"text": [text]})

@@ -11,23 +11,27 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..trainer.core.errors import AdapterError, CancelledError, SettingsError, WeightsError
 
+if TYPE_CHECKING:
+    from ..trainer.training.runs.folder import RunPaths
+
 logger = logging.getLogger("dreambooth_lora")
-NO_FOLDER = "(connected images)"
+NO_FOLDER = "(connected images)"  # instead of a folder's name
 _LARGEST_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6, one with zero terminal SNR at 4518
 
 
 def subject_folders() -> list[str]:
-    """Folders (also nested ones) and zip files in ComfyUI's input folder, with forward slashes."""
+    """`NO_FOLDER`, then folders (also nested ones) and zip files in ComfyUI's input folder, with forward slashes."""
     import folder_paths
 
     root = Path(folder_paths.get_input_directory())
-    folders = [path for depth in ("*", "*/*") for path in root.glob(depth) if path.is_dir()]
-    found = [path for path in (*folders, *root.glob("*.zip")) if not path.name.startswith(".")]
-    return [NO_FOLDER, *sorted(path.relative_to(root).as_posix() for path in found)]
+    folders = [path for pattern in ("*", "*/*") for path in root.glob(pattern) if path.is_dir()]
+    shown = [path for path in (*folders, *root.glob("*.zip")) if not path.name.startswith(".")]
+    names = {path.relative_to(root).as_posix() for path in shown}
+    return [NO_FOLDER, *sorted(names - {NO_FOLDER})]
 
 
 def input_path(name: str) -> Path:
@@ -41,15 +45,21 @@ def input_path(name: str) -> Path:
     root = Path(folder_paths.get_input_directory()).resolve()
     path = (root / name).absolute()
     if ".." in Path(name).parts or not path.is_relative_to(root):
-        raise WeightsError(f"{name} lies outside of ComfyUI's input folder.", "Choose a folder from the list.")
+        raise WeightsError(f"{name} is outside of ComfyUI's input folder.", "Choose a folder from the list.")
     return path
 
 
 def folder_stamp(path: Path) -> str:
-    """Changes when the files of a folder change, also those in its folders (masks, kohya's), or the zip file."""
-    files = sorted(found for depth in ("*", "*/*", "*/*/*") for found in path.glob(depth)) if path.is_dir() else [path]
-    stamps = [(f.relative_to(path.parent).as_posix(), f.stat()) for f in files if f.is_file()]
-    return repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stamps])
+    """A text that changes with the zip file, or with the files of the folder and of its folders (masks, kohya's)."""
+    paths = [path]
+    if path.is_dir():
+        paths = sorted(inner for pattern in ("*", "*/*", "*/*/*") for inner in path.glob(pattern))
+    stamps = []
+    for file in paths:
+        if file.is_file():
+            status = file.stat()
+            stamps.append((file.relative_to(path.parent).as_posix(), status.st_size, status.st_mtime_ns))
+    return repr(stamps)
 
 
 def keep_workflow(run: Any, workflow: Mapping[str, Any]) -> None:
@@ -64,7 +74,7 @@ def keep_workflow(run: Any, workflow: Mapping[str, Any]) -> None:
 
 
 def take_checkpoint(run: Any, step: int) -> Path:
-    """Copy the adapter of a run's step into the LoRA folder, under the first free name.
+    """Copy the adapter of a run's step into the LoRA folder, under the first free name; returns its path.
 
     Raises:
         AdapterError: The run has no adapter of that step.
@@ -72,14 +82,19 @@ def take_checkpoint(run: Any, step: int) -> Path:
     """
     from ..trainer.core.files import free_path, write_atomic
 
-    found = run.adapters()
-    if step not in found:
-        steps = ", ".join(map(str, found)) or "none"
+    adapters = run.adapters()
+    if step not in adapters:
+        steps = ", ".join(map(str, adapters)) or "none"
         raise AdapterError(f"{run.path.name} has no adapter of step {step}.", f"Choose one of: {steps}.")
-    name = run.name if Path(run.name).name == run.name else run.path.name  # a record may come from elsewhere
-    path = free_path(loras_folder() / f"{name}-{step:06d}.safetensors")
-    write_atomic(path, found[step].read_bytes())
+    path = free_path(loras_folder() / checkpoint_name(run, step))
+    write_atomic(path, adapters[step].read_bytes())
     return path
+
+
+def checkpoint_name(run: Any, step: int) -> str:
+    """The file name of the adapter of a run's step, outside of the run's folder."""
+    name = run.name if Path(run.name).name == run.name else run.path.name  # a record may come from elsewhere
+    return f"{name}-{step:06d}.safetensors"
 
 
 def loras_folder() -> Path:
@@ -120,19 +135,38 @@ def lora_path(name: str) -> Path:
 
 
 def work_folder() -> Path:
-    """Where run state and class pictures lie."""
+    """Where this pack writes runs, class pictures, generated pictures and scores."""
     import folder_paths
 
     return Path(folder_paths.get_output_directory()) / "dreambooth"
 
 
+def runs_folder() -> Path:
+    """The folder with a folder for each run."""
+    return work_folder() / "runs"
+
+
+def shown_folder(path: Path) -> str:
+    """A folder in ComfyUI's output folder as pages show it, such as output/dreambooth/runs/dog."""
+    import folder_paths
+
+    return path.relative_to(Path(folder_paths.get_output_directory()).parent).as_posix()
+
+
+def run_paths() -> RunPaths:
+    """Where a run writes: ComfyUI's own folders for models, and its output folder for the rest."""
+    from ..trainer.training.runs.folder import RunPaths
+
+    return RunPaths(output=loras_folder(), runs=runs_folder(), checkpoints=checkpoints_folder())
+
+
 def run_path(run: str) -> Path:
-    """A run's folder: a whole path, or a name below the runs' folder.
+    """The folder of a run, given by its whole path or its name.
 
     Raises:
-        SettingsError: None is named, or one outside of the runs' folder.
+        SettingsError: None is named, or one outside of `runs_folder`.
     """
-    root = (work_folder() / "runs").resolve()
+    root = runs_folder().resolve()
     path = (root / run.strip()).resolve()
     if not run.strip() or path.parent != root:
         raise SettingsError(
@@ -142,7 +176,7 @@ def run_path(run: str) -> Path:
 
 
 def device_name() -> str:
-    """ComfyUI's compute device, in the engine's words."""
+    """ComfyUI's compute device, as the engine's setting `device`."""
     import comfy.model_management
 
     device = comfy.model_management.get_torch_device()
@@ -153,14 +187,14 @@ def device_name() -> str:
 
 
 def algebra_device() -> str:
-    """Where singular values are computed: ComfyUI's device if it is CUDA, else the CPU."""
+    """The device to compute singular values on: ComfyUI's if it is CUDA, else the CPU."""
     name = device_name()
     return name if name.startswith("cuda") else "cpu"
 
 
 @contextlib.contextmanager
 def training_mode() -> Iterator[None]:
-    """Leave inference mode, free the device before and after, and turn a stop into ComfyUI's own interrupt."""
+    """Leave inference mode, free the device before and after, and turn a cancel into ComfyUI's own interrupt."""
     import comfy.model_management
     import torch
 
@@ -176,7 +210,7 @@ def training_mode() -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn a stop into ComfyUI's own interrupt."""
+    """Turn a cancel into ComfyUI's own interrupt."""
     import comfy.model_management
 
     try:
@@ -189,8 +223,8 @@ def interruptible() -> Iterator[None]:
 def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
     """Open the base model that ComfyUI holds, with the LoRAs applied to it; returns `BaseWeights`.
 
-    What the graph makes of the model is taken over: the prediction type of a ModelSamplingDiscrete node, and the layer
-    of a CLIP Set Last Layer node. No tensor is copied but those that a LoRA patches.
+    What the graph sets on the model counts: the prediction type of a ModelSamplingDiscrete node, and the layer of a
+    CLIP Set Last Layer node. No tensor is copied but those that a LoRA patches.
 
     Raises:
         UnsupportedModelError: Its family can't be trained; named.
@@ -199,14 +233,15 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
     from ..trainer.models.families import FAMILIES
     from ..trainer.models.open import HostTensors, open_base
 
-    known = {kind.short_name for family in FAMILIES for kind in family.text_encoders}
-    encoders = {name: part for name, part in vars(clip.cond_stage_model)["_modules"].items() if name in known}
-    lent = HostTensors(
-        unet=_patched(model.model.diffusion_model, model.patches, "diffusion_model."),
+    known = {encoder.short_name for family in FAMILIES for encoder in family.text_encoders}
+    modules = vars(clip.cond_stage_model)["_modules"]
+    encoders = {name: modules[name] for name in modules if name in known}
+    tensors = HostTensors(
+        unet=_patched_tensors(model.model.diffusion_model, model.patches, "diffusion_model."),
         vae=dict(vae.first_stage_model.state_dict()),
         text_encoders={
-            name: _patched(part.transformer, clip.patcher.patches, f"{name}.transformer.")
-            for name, part in encoders.items()
+            name: _patched_tensors(encoder.transformer, clip.patcher.patches, f"{name}.transformer.")
+            for name, encoder in encoders.items()
         },
         tokenizers={name: getattr(getattr(clip.tokenizer, name, None), "tokenizer", None) for name in encoders},
         title=_title(model),
@@ -214,27 +249,27 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
         clip_skip=-(getattr(clip, "layer_idx", None) or 0),
     )
     if getattr(model, "injections", None):
-        logger.warning("Adapters that were applied in bypass mode are not seen by the training; apply them as usual.")
-    return open_base(lent)
+        logger.warning("Adapters that were applied in bypass mode don't count in training; apply them as usual.")
+    return open_base(tensors)
 
 
 def _prediction(model: Any) -> Any:
-    """What ComfyUI takes the model to predict, as the engine's `Prediction`; None for kinds that are no UNet's.
+    """What ComfyUI takes the model to predict, as the engine's `Prediction`; None for models without a UNet.
 
     Raises:
         WeightsError: Neither epsilon nor velocity.
     """
-    import comfy.model_sampling as kinds
+    import comfy.model_sampling as samplings
 
     from ..trainer.models.families.base import Prediction
 
     sampling = model.get_model_object("model_sampling")
     source = "the model's sampling in the graph"
-    discrete = isinstance(sampling, kinds.ModelSamplingDiscrete)
-    if discrete and isinstance(sampling, kinds.V_PREDICTION) and not isinstance(sampling, kinds.EDM):
+    discrete = isinstance(sampling, samplings.ModelSamplingDiscrete)
+    if discrete and isinstance(sampling, samplings.V_PREDICTION) and not isinstance(sampling, samplings.EDM):
         rescaled = bool(sampling.sigmas[-1] > _LARGEST_SIGMA)
         return Prediction("v_prediction", rescaled, source)
-    if discrete and type(sampling).calculate_denoised is kinds.EPS.calculate_denoised:
+    if discrete and type(sampling).calculate_denoised is samplings.EPS.calculate_denoised:
         return Prediction("epsilon", source=source)
     if hasattr(model.model.diffusion_model, "input_blocks"):
         name = " with ".join(base.__name__ for base in type(sampling).__bases__)
@@ -245,8 +280,8 @@ def _prediction(model: Any) -> Any:
     return None
 
 
-def _patched(network: Any, patches: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The network's tensors by name; those that patches change as changed copies, all others as they lie."""
+def _patched_tensors(network: Any, patches: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The network's tensors by name: patched copies of those with patches, all others themselves."""
     import comfy.lora
     import torch
 
@@ -256,12 +291,13 @@ def _patched(network: Any, patches: Mapping[str, Any], prefix: str) -> dict[str,
             name = key.removeprefix(prefix)
             if name != key and name in tensors:
                 weight = tensors[name]
-                changed = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
-                tensors[name] = changed.to(weight.dtype)
+                patched = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
+                tensors[name] = patched.to(weight.dtype)
     return tensors
 
 
 def _title(model: Any) -> str:
+    """The name of the model's checkpoint file, or of its class."""
     source = getattr(model, "cached_patcher_init", None)
     with contextlib.suppress(Exception):
         return Path(source[1][0]).stem  # the checkpoint's path, where ComfyUI remembers it
@@ -273,7 +309,7 @@ def apply_adapter(
 ) -> tuple[Any, Any]:
     """Apply a kohya state dict as ComfyUI's Load LoRA does; `model` or `clip` may be None.
 
-    One thing is mended: ComfyUI 0.28 divides a DoRA by the length of the weight's rows before the change instead of
+    With one correction: ComfyUI 0.28 divides a DoRA by the norms of the weight's rows before the change instead of
     after it. Here the model computes what was trained.
 
     Raises:
@@ -282,24 +318,25 @@ def apply_adapter(
     import comfy.sd
 
     weights = _Weights(model, clip)
-    fitting, foreign = _fit(weights, model, clip, tensors)
+    fitting, foreign = _split_by_fit(weights, model, clip, tensors)
     if foreign and not fitting:
         raise AdapterError(
             f"The adapter does not fit this model: none of its {len(foreign)} modules has a counterpart of its shape "
             f"(e.g. {foreign[0]}).",
-            "Use an adapter that was made for the model's family (SD 1.x, SDXL …).",
+            "Use an adapter that was made for the model's family.",
         )
     if foreign:
         logger.warning(
             "%d of the adapter's modules don't fit this model and are left out, e.g. %s", len(foreign), foreign[0]
         )
-    kept = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] not in set(foreign)}
-    kept |= _dora_scales(weights, kept)
+    left_out = set(foreign)
+    kept = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] not in left_out}
+    kept |= _corrected_dora_scales(weights, kept)
     return comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)  # type: ignore[no-any-return]
 
 
 def lent_weights(model: Any, clip: Any) -> Mapping[str, Any]:
-    """The weights of a MODEL and a CLIP, of which either may be None, by the modules' kohya names; read when asked."""
+    """The weights of a MODEL and a CLIP, of which either may be None, by the modules' kohya names; read on access."""
     return _LentWeights(_Weights(model, clip))
 
 
@@ -309,14 +346,14 @@ class _LentWeights(Mapping[str, Any]):
         from ..trainer.models.families import FAMILIES, ForeignFamily
 
         self._weights = weights
-        aliases = [name for name in weights.names() if len(weights.shape(name) or ()) > 1]
+        layers = [name for name in weights.names() if len(weights.shape(name) or ()) > 1]
         family = family_by_names(weights.names()) or FAMILIES[0]
         self._aliases = {
-            name if isinstance(family, ForeignFamily) else name_in_family(name, family): name for name in aliases
+            name if isinstance(family, ForeignFamily) else name_in_family(name, family): name for name in layers
         }
 
     def __getitem__(self, name: str) -> Any:
-        return self._weights.current(self._aliases[name])
+        return self._weights.patched(self._aliases[name])
 
     def __contains__(self, name: object) -> bool:
         return name in self._aliases  # without reading the weight
@@ -344,7 +381,7 @@ class _Weights:
             self._keys |= comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
 
     def names(self) -> list[str]:
-        """All names that a kohya file may give a module."""
+        """All names that a kohya file may give to a module of these."""
         from ..trainer.adapters.prefixes import is_kohya_name
 
         return [name for name in self._keys if is_kohya_name(name) and self.shape(name)]
@@ -354,7 +391,7 @@ class _Weights:
         key = self._keys.get(name)
         return tuple(self._weights[key][0][0].shape) if isinstance(key, str) and key in self._weights else None
 
-    def current(self, name: str) -> Any:
+    def patched(self, name: str) -> Any:
         """A copy of a module's weight in float32, with the patches of this MODEL or CLIP and of no other."""
         import comfy.lora
         import torch
@@ -364,8 +401,8 @@ class _Weights:
         return comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
 
 
-def _dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """The magnitudes of DoRA layers, such that ComfyUI's division by the wrong length gives the right weight."""
+def _corrected_dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The magnitudes of DoRA layers, such that ComfyUI's division by the wrong norms gives the right weight."""
     import torch
 
     from ..trainer.adapters.kohya import parse_adapter
@@ -373,28 +410,36 @@ def _dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any
     names = {key.rpartition(".")[0] for key in tensors if key.endswith(".dora_scale")}
     if not names:
         return {}
-    parts = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] in names}
+    dora_tensors = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] in names}
     scales = {}
-    for name, layer in parse_adapter(parts).layers.items():
+    for name, layer in parse_adapter(dora_tensors).layers.items():
         scale = tensors[f"{name}.dora_scale"]
         if scale.shape[0] != layer.shape[0] or weights.shape(name) is None:
-            continue  # the older form, by inputs, is computed rightly
-        weight = weights.current(name)
-        plain = replace(layer, dora_scale=None).delta().to(weight.device).reshape(weight.shape)
-        before, after = (torch.linalg.vector_norm(one.flatten(1), dim=1) for one in (weight, weight + plain))
-        scales[f"{name}.dora_scale"] = scale.float() * (before / after).to(scale.device).reshape(scale.shape)
+            continue  # ComfyUI computes the older form, by inputs, as intended
+        weight = weights.patched(name)
+        delta = replace(layer, dora_scale=None).delta().to(weight.device).reshape(weight.shape)
+        norm_before = torch.linalg.vector_norm(weight.flatten(1), dim=1)
+        norm_after = torch.linalg.vector_norm((weight + delta).flatten(1), dim=1)
+        correction = (norm_before / norm_after).to(scale.device)
+        scales[f"{name}.dora_scale"] = scale.float() * correction.reshape(scale.shape)
     return scales
 
 
-def _fit(weights: _Weights, model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the adapter's modules that have a counterpart of their shape, and of those that have none."""
+def _split_by_fit(weights: _Weights, model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Names of the adapter's modules that have a counterpart of their shape, and of those that have none.
+
+    Modules of a MODEL or CLIP that is None count as fitting.
+    """
     from ..trainer.adapters.kohya import parse_adapter
     from ..trainer.adapters.layers import fits
     from ..trainer.adapters.prefixes import UNET, component_of
 
-    fitting, foreign = [], []
+    fitting = []
+    foreign = []
     for name, layer in parse_adapter(tensors).layers.items():
         owner = model if component_of(name) == UNET else clip
-        apart = owner is None
-        (fitting if apart or fits(layer, weights.shape(name) or (0,)) else foreign).append(name)
+        if owner is None or fits(layer, weights.shape(name) or (0,)):
+            fitting.append(name)
+        else:
+            foreign.append(name)
     return fitting, foreign

@@ -8,52 +8,76 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..trainer.core.errors import PicturesError
+from ..trainer.core.errors import PicturesError, worded
 from ..trainer.core.events import Event, Note
 from ..trainer.data.folder import picture_names
 from ..trainer.data.images import Picture, load_pictures
 from . import host
+from .urls import thumbnail_url
+from .wording import wording_of
 
-_THUMBNAIL = 192  # pixels
+_THUMBNAIL_SIDE = 192  # pixels
 
 
-class _Notebook:
+class _WarningCollector:
     """A listener that keeps the warnings."""
 
     def __init__(self) -> None:
-        self.warnings: list[str] = []
+        self.warnings: list[Note] = []
 
     def report(self, event: Event) -> None:
         if isinstance(event, Note) and event.warning:
-            self.warnings.append(event.text)
+            self.warnings.append(event)
 
     def should_stop(self) -> bool:
         return False
 
 
-def picture_folders() -> list[dict[str, Any]]:
-    """The folders and zip files of the input folder: "name", and "count" of a folder's pictures (None for a zip)."""
-    found = []
+def picture_folders() -> dict[str, Any]:
+    """The folders and zip files of the input folder.
+
+    "no_folder": what Subject's folder is called while its pictures come from another node. "folders": "name",
+    "archive" (whether it is a zip file), and "count" of a folder's pictures (None for a zip file).
+    """
+    folders = []
     for name in host.subject_folders():
         if name == host.NO_FOLDER:
             continue
         path = host.input_path(name)
-        found.append({"name": name, "count": len(picture_names(path)) if path.is_dir() else None})
-    return found
+        is_archive = not path.is_dir()
+        folders.append({"name": name, "archive": is_archive, "count": None if is_archive else len(picture_names(path))})
+    return {"no_folder": host.NO_FOLDER, "folders": folders}
 
 
 def picture_report(folder: str) -> dict[str, Any]:
-    """What a run would find there: "pictures" (name, caption, width, height), "warnings", and a "problem" or None."""
+    """What a run would find in a folder or zip file.
+
+    "pictures" ("name", "caption", "width", "height", "thumbnail": a URL), "warnings" ("picture": the name of the one
+    that it is about, or "", and "text"), and a "problem" or None.
+    """
+    from .subject import Subject
+
+    wording = wording_of(Subject)
     path = _inside(folder)
     try:
-        pictures, warnings = _looked_at(path, host.folder_stamp(path))
+        pictures, warnings = _checked_pictures(path, host.folder_stamp(path))
     except PicturesError as error:
-        return {"pictures": [], "warnings": [], "problem": f"{error.problem} {error.remedy}"}
-    shown = [
-        {"name": one.name, "caption": one.caption, "width": width, "height": height}
-        for one, (width, height) in pictures
-    ]
-    return {"pictures": shown, "warnings": warnings, "problem": None}
+        problem = f"{error.problem_in(wording)} {error.remedy_in(wording)}"
+        return {"pictures": [], "warnings": [], "problem": problem}
+    return {
+        "pictures": [
+            {
+                "name": picture.name,
+                "caption": picture.caption,
+                "width": width,
+                "height": height,
+                "thumbnail": thumbnail_url(folder, picture.name),
+            }
+            for picture, (width, height) in pictures
+        ],
+        "warnings": [{"picture": note.picture, "text": worded(note.text, wording)} for note in warnings],
+        "problem": None,
+    }
 
 
 def thumbnail(folder: str, name: str) -> bytes:
@@ -63,37 +87,39 @@ def thumbnail(folder: str, name: str) -> bytes:
         PicturesError: There is no such picture.
     """
     path = _inside(folder)
-    pictures, _ = _looked_at(path, host.folder_stamp(path))
-    for one, _ in pictures:
-        if one.name == name:
-            return as_thumbnail(one)
+    pictures, _ = _checked_pictures(path, host.folder_stamp(path))
+    for picture, _ in pictures:
+        if picture.name == name:
+            return as_thumbnail(picture)
     raise PicturesError(f"There is no picture '{name[:80]}' in {folder}.", "Press R to refresh the list.")
 
 
 def _inside(folder: str) -> Path:
-    """The path of a folder or zip file that is shown on pages: not one that a link takes out of the input folder.
+    """The path of a folder or zip file that may be shown: not one that a link takes out of the input folder.
 
     Raises:
-        PicturesError: It lies elsewhere, or is not there.
+        PicturesError: It is elsewhere, or does not exist.
     """
-    path, root = host.input_path(folder), host.input_path("").resolve()
-    there = path != root and os.path.exists(path)  # unlike Path.exists, no error for a path that no system takes
-    if not there or not path.resolve().is_relative_to(root):
+    path = host.input_path(folder)
+    root = host.input_path("").resolve()
+    exists = path != root and os.path.exists(path)  # unlike Path.exists, no error for a path that no system takes
+    if not exists or not path.resolve().is_relative_to(root):
         raise PicturesError(f"There is no folder '{folder[:80]}' to show.", "Press R to refresh the list.")
     return path
 
 
 def as_thumbnail(picture: Picture) -> bytes:
     """A picture as a small JPEG."""
-    image, stream = picture.open(), io.BytesIO()
-    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image = picture.open()
+    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
+    stream = io.BytesIO()
     image.save(stream, "JPEG", quality=85)
     return stream.getvalue()
 
 
 @functools.lru_cache(maxsize=8)
-def _looked_at(path: Path, stamp: str) -> tuple[list[tuple[Picture, tuple[int, int]]], list[str]]:
-    """The good pictures with their sizes, and warnings; looked at anew when the folder's files change."""
-    notebook = _Notebook()
-    pictures = load_pictures(path, "", notebook)
-    return [(one, one.open().size) for one in pictures], notebook.warnings
+def _checked_pictures(path: Path, stamp: str) -> tuple[list[tuple[Picture, tuple[int, int]]], list[Note]]:
+    """The usable pictures with their sizes, and warnings; read again when the folder's files change (`stamp`)."""
+    collector = _WarningCollector()
+    pictures = load_pictures(path, "", collector)
+    return [(picture, picture.open().size) for picture in pictures], collector.warnings

@@ -8,7 +8,6 @@ origin that is ComfyUI's own. No name leads out of the folders that it belongs t
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -19,12 +18,12 @@ from aiohttp import web
 
 from ..trainer.core.errors import TrainerError
 from . import host, live
+from .urls import PREFIX, details_with_urls, summary_with_urls
+from .wording import wording_of
 
 if TYPE_CHECKING:
     from ..trainer.training.runs.index import RunIndex
 
-logger = logging.getLogger("dreambooth_lora")
-_PREFIX = "/dreambooth"
 _HEADER = "X-DreamBooth"
 _LARGEST_BODY = 65_536
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -35,7 +34,7 @@ def register() -> None:
     from server import PromptServer
 
     routes = PromptServer.instance.routes
-    for method, path, answer in (
+    for method, path, handler in (
         ("GET", "/nodes", _nodes),
         ("GET", "/runs", _runs),
         ("GET", "/runs/{run}", _details),
@@ -47,23 +46,25 @@ def register() -> None:
         ("GET", "/folders/pictures", _pictures),
         ("GET", "/folders/thumbnail", _thumbnail),
     ):
-        routes.route(method, _PREFIX + path)(_explained(answer, writes=method != "GET"))
+        routes.route(method, PREFIX + path)(_guarded(handler, writes=method != "GET"))
 
 
-def _explained(answer: Handler, *, writes: bool) -> Handler:
+def _guarded(handler: Handler, *, writes: bool) -> Handler:
     """Turn the engine's errors into answers, and refuse writes from elsewhere."""
+    wording = wording_of(None)
 
-    async def handler(request: web.Request) -> web.StreamResponse:
+    async def guarded(request: web.Request) -> web.StreamResponse:
         try:
             if writes:
                 _require_own_page(request)
-            return await answer(request)
+            return await handler(request)
         except TrainerError as error:
-            return web.json_response({"problem": error.problem, "remedy": error.remedy}, status=404)
+            content = {"problem": error.problem_in(wording), "remedy": error.remedy_in(wording)}
+            return web.json_response(content, status=404)
         except (ValueError, LookupError, RecursionError) as error:  # also of a body that is no JSON, or in no charset
-            return web.json_response({"problem": f"The request is not understood: {error}.", "remedy": ""}, status=400)
+            return web.json_response({"problem": f"The request is not valid: {error}.", "remedy": ""}, status=400)
 
-    return handler
+    return guarded
 
 
 def _require_own_page(request: web.Request) -> None:
@@ -76,15 +77,15 @@ def _require_own_page(request: web.Request) -> None:
         raise web.HTTPRequestEntityTooLarge(_LARGEST_BODY, length or 0)
 
 
-def _shelf() -> RunIndex:
+def _run_index() -> RunIndex:
     from ..trainer.training.runs.index import RunIndex
 
-    return RunIndex(host.work_folder() / "runs")
+    return RunIndex(host.runs_folder())
 
 
-async def _in_thread(work: Callable[..., Any], *arguments: Any) -> Any:
-    """Run what reads files beside the server's loop."""
-    return await asyncio.get_running_loop().run_in_executor(None, partial(work, *arguments))
+async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run what reads files in a thread, so that the server's loop goes on."""
+    return await asyncio.get_running_loop().run_in_executor(None, partial(function, *arguments))
 
 
 async def _nodes(request: web.Request) -> web.Response:
@@ -92,31 +93,42 @@ async def _nodes(request: web.Request) -> web.Response:
 
 
 async def _runs(request: web.Request) -> web.Response:
-    shelf = _shelf()
+    return web.json_response(await _in_thread(_run_summaries))
 
-    def summaries() -> list[dict[str, Any]]:
-        found = []
-        for name in shelf.names():
-            try:
-                found.append(live.with_state(shelf.summary(name)))
-            except TrainerError:  # removed in the meantime
-                continue
-        return found
 
-    return web.json_response(await _in_thread(summaries))
+def _run_summaries() -> list[dict[str, Any]]:
+    index = _run_index()
+    summaries = []
+    for name in index.names():
+        try:
+            summary = summary_with_urls(index.run(name), index.summary(name))
+        except TrainerError:  # removed in the meantime
+            continue
+        summaries.append(live.with_state(summary))
+    return summaries
 
 
 async def _details(request: web.Request) -> web.Response:
-    return web.json_response(live.with_state(await _in_thread(_shelf().details, request.match_info["run"])))
+    return web.json_response(await _in_thread(_run_details, request.match_info["run"]))
+
+
+def _run_details(name: str) -> dict[str, Any]:
+    """All of a run but its curve, with what only the host knows: "folder", and the file "name" of each adapter."""
+    index = _run_index()
+    run = index.run(name)
+    details = details_with_urls(run, index.details(name))
+    for adapter in details["adapters"]:
+        adapter["name"] = host.checkpoint_name(run, adapter["step"])
+    return live.with_state(details) | {"folder": host.shown_folder(run.path)}
 
 
 async def _curve(request: web.Request) -> web.Response:
     after = int(request.query.get("after", "-1"))
-    return web.json_response(await _in_thread(_shelf().curve, request.match_info["run"], after))
+    return web.json_response(await _in_thread(_run_index().curve, request.match_info["run"], after))
 
 
 async def _file(request: web.Request) -> web.StreamResponse:
-    path: Path = await _in_thread(_shelf().file, request.match_info["run"], request.match_info["file"])
+    path: Path = await _in_thread(_run_index().file, request.match_info["run"], request.match_info["file"])
     return web.FileResponse(path, headers={"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"})
 
 
@@ -126,14 +138,14 @@ async def _use(request: web.Request) -> web.Response:
     step = body.get("step") if isinstance(body, dict) else None
     if type(step) is not int:  # True is one, too
         raise ValueError("'step' must be a whole number")
-    path = await _in_thread(host.take_checkpoint, _shelf().run(request.match_info["run"]), step)
+    path = await _in_thread(host.take_checkpoint, _run_index().run(request.match_info["run"]), step)
     return web.json_response({"file": path.name})
 
 
 async def _delete(request: web.Request) -> web.Response:
     run = request.match_info["run"]
     live.require_idle(run)
-    await _in_thread(_shelf().delete, run)
+    await _in_thread(_run_index().delete, run)
     return web.json_response({})
 
 

@@ -1,4 +1,4 @@
-"""What the nodes are doing now: kept for pages that are opened later, and sent to those that are open."""
+"""The current state of each node: kept for pages that are opened later, and sent to those that are open."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 from ..trainer.core.errors import SettingsError
 
 _MOST_NODES = 200
+_ENDED = ("done", "stopped", "failed")
 _nodes: dict[str, dict[str, Any]] = {}
 _lock = threading.Lock()
 
 
-def note(node: str, **facts: Any) -> dict[str, Any]:
+def update(node: str, **facts: Any) -> dict[str, Any]:
     """Keep facts about a node, on top of what is known of it; returns all of them.
 
     Args:
@@ -29,33 +30,32 @@ def note(node: str, **facts: Any) -> dict[str, Any]:
         return dict(known)
 
 
-def begin(node: str) -> None:
-    """Forget what a node did before."""
+def forget(node: str) -> None:
+    """Drop all facts about a node."""
     with _lock:
         _nodes.pop(node, None)
 
 
 def snapshot() -> dict[str, dict[str, Any]]:
-    """Node → what is known of it."""
+    """Node → facts about it."""
     with _lock:
         return {node: dict(facts) for node, facts in _nodes.items()}
 
 
 def with_state(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's summary, with the state "running" if a node works on it."""
-    return dict(summary) | ({"state": "running"} if _works_on(str(summary["id"])) else {})
+    """A run's summary, with the state "running" if a node is training it."""
+    return dict(summary) | ({"state": "running"} if _is_trained_now(str(summary["id"])) else {})
 
 
 def require_idle(run: str) -> None:
-    """Refuse if a node works on that run.
+    """Refuse if a node is training that run.
 
     Raises:
-        SettingsError: One does.
+        SettingsError: One is.
     """
-    if _works_on(run):
+    if _is_trained_now(run):
         raise SettingsError(f"The run '{run}' is training.", "Cancel it first.")
 
 
-def _works_on(run: str) -> bool:
-    ended = ("done", "stopped", "failed")
-    return any(facts.get("run") == run and facts.get("state") not in ended for facts in snapshot().values())
+def _is_trained_now(run: str) -> bool:
+    return any(facts.get("run") == run and facts.get("state") not in _ENDED for facts in snapshot().values())

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..trainer.settings.train import TrainSettings
 from . import host
+from .api import io
 from .base import Node
-from .widgets import CATEGORY, widget
+from .widgets import CATEGORY, strength_input, widget
 
 
 class LoraTensors(dict[str, Any]):
@@ -54,19 +53,19 @@ class LoadLoraFile(Node):
 
     @classmethod
     def fingerprint_inputs(cls, file: str = "", **_: Any) -> str:
-        """Changes when the file changes."""
+        """A text that changes with the file."""
         status = host.lora_path(file).stat()
         return f"{status.st_size} {status.st_mtime_ns}"
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        """Read and name the tensors as kohya does."""
+        """Read the file; the output's tensors have kohya's names."""
         from ..trainer.adapters.kohya import read_adapter
 
         path = host.lora_path(file)
         adapter = read_adapter(path)
-        named = {"ss_output_name": path.stem, **adapter.metadata}  # reports call it by its file's name at least
-        return io.NodeOutput(LoraTensors(adapter.state_dict(), named))
+        metadata = {"ss_output_name": path.stem, **adapter.metadata}  # so that reports have a name for it
+        return io.NodeOutput(LoraTensors(adapter.state_dict(), metadata))
 
 
 class ApplyLora(Node):
@@ -75,7 +74,6 @@ class ApplyLora(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        strength = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
         return io.Schema(
             node_id="DreamBoothApplyLora",
             display_name="Apply LoRA (DreamBooth)",
@@ -86,8 +84,8 @@ class ApplyLora(Node):
                 io.Model.Input("model", tooltip="Model to put the adapter on."),
                 io.Clip.Input("clip", optional=True, tooltip="Its text encoder, if the adapter has a part for it."),
                 io.LoraModel.Input("lora", tooltip="From Train LoRA or Load LoRA File."),
-                io.Float.Input("strength_model", tooltip="Strength on the UNet; 1 is as trained.", **strength),
-                io.Float.Input("strength_clip", tooltip="Strength on the text encoder; 1 is as trained.", **strength),
+                strength_input("strength_model", "Strength on the UNet; 1 is as trained."),
+                strength_input("strength_clip", "Strength on the text encoder; 1 is as trained."),
             ],
             outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
         )

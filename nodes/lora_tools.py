@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from comfy_api.latest import io
-
-from ..trainer.settings.merge import ExtractSettings, ReductionSettings
+from ..trainer.settings.merge import ExtractSettings, TruncationSettings
 from . import host
+from .api import io
 from .base import Node
 from .host_progress import NodeListener
 from .lora import as_adapter
@@ -17,7 +16,7 @@ from .widgets import CATEGORY, widget
 
 
 class ResizeLora(Node):
-    """Brings an adapter to another rank."""
+    """Changes the rank of an adapter."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -31,7 +30,7 @@ class ResizeLora(Node):
             search_aliases=["lora rank", "shrink lora", "compress lora", "convert lycoris"],
             inputs=[
                 io.LoraModel.Input("lora", tooltip="Adapter of any kind."),
-                *(widget(ReductionSettings, name) for name in ReductionSettings.model_fields),
+                *(widget(TruncationSettings, name) for name in TruncationSettings.model_fields),
                 *base_inputs(),
             ],
             outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
@@ -45,20 +44,20 @@ class ResizeLora(Node):
 
         from ..trainer.merging.merge import WeightedAdapter, resize
 
-        settings = ReductionSettings.checked(values)
+        settings = TruncationSettings.checked(values)
         with host.interruptible():
             resized = resize(
                 WeightedAdapter(as_adapter(lora), "the adapter"),
                 settings,
                 host.lent_weights(model, clip),
                 torch.device(host.algebra_device()),
-                NodeListener(cls.hidden.unique_id),
+                NodeListener(cls),
             )
         return merged_output(resized)
 
 
 class ExtractLora(Node):
-    """Makes a LoRA of the difference of two models."""
+    """Makes a LoRA of the difference between two models."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -74,7 +73,7 @@ class ExtractLora(Node):
                 io.Model.Input("base_model", tooltip="The model that it was tuned from."),
                 io.Clip.Input("clip", optional=True, tooltip="The tuned text encoder, if it is to be extracted, too."),
                 io.Clip.Input("base_clip", optional=True, tooltip="The text encoder that it was tuned from."),
-                *(widget(ExtractSettings, name) for name in ReductionSettings.model_fields),
+                *(widget(ExtractSettings, name) for name in TruncationSettings.model_fields),
             ],
             outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
             hidden=[io.Hidden.unique_id],
@@ -92,22 +91,22 @@ class ExtractLora(Node):
 
         if (clip is None) != (base_clip is None):
             raise SettingsError(
-                "Of the two text encoders one alone is connected.", "Connect both clip and base_clip, or neither."
+                "Only one of the two text encoders is connected.", "Connect both clip and base_clip, or neither."
             )
         settings = ExtractSettings.checked(values)
         with host.interruptible():
-            found = extract_between(
+            extracted = extract_between(
                 host.lent_weights(base_model, base_clip),
                 host.lent_weights(model, clip),
                 settings,
                 torch.device(host.algebra_device()),
-                NodeListener(cls.hidden.unique_id),
+                NodeListener(cls),
             )
-        return merged_output(found)
+        return merged_output(extracted)
 
 
 class InspectLora(Node):
-    """Says what an adapter is and where it works."""
+    """Describes an adapter, and where in the model it works."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -135,14 +134,14 @@ class InspectLora(Node):
     @classmethod
     def execute(cls, lora: Any, other: Any = None, model: Any = None, clip: Any = None) -> io.NodeOutput:
         """Describe."""
-        from ..trainer.cli.inspect import as_text, describe_adapter
-        from ..trainer.merging.profile import profile
+        from ..trainer.cli.inspect import describe_adapter, facts_as_text
+        from ..trainer.merging.profile import profile_adapter
         from ..trainer.merging.report import heat_map
 
         adapter = as_adapter(lora)
         second = None if other is None else as_adapter(other)
-        table = profile(adapter, second, host.lent_weights(model, clip))
+        table = profile_adapter(adapter, second, host.lent_weights(model, clip))
         facts = describe_adapter(adapter) | {"blocks": table}
-        text = as_text(facts)
-        picture = as_image(heat_map(facts["kind"], table))
-        return io.NodeOutput(text, picture, json.dumps(facts, ensure_ascii=False), ui={"text": [text]})
+        text = facts_as_text(facts)
+        image = as_image(heat_map(facts["kind"], table))
+        return io.NodeOutput(text, image, json.dumps(facts, ensure_ascii=False), ui={"text": [text]})

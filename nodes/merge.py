@@ -3,43 +3,54 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
-from comfy_api.latest import io
-
-from ..trainer.settings.merge import LearnedMergeSettings, MergeSettings
+from ..trainer.settings.merge import LearnedMergeSettings, MergeSettings, MethodName
 from . import host
+from .api import io
 from .base import Node
 from .host_progress import NodeListener
 from .lora import as_adapter, as_wire
-from .widgets import CATEGORY, widget
+from .widgets import CATEGORY, strength_input, widget
 
-_MOST = 20
-_STRENGTH = {"default": 1.0, "min": -10.0, "max": 10.0, "step": 0.05}
-_SIZE = ("rank", "energy", "conv_rank", "ratio")
-_OPTIONS = {
-    "sum": (),
-    "svd": _SIZE,
-    "ties": ("density", *_SIZE),
-    "dare": ("density", "seed", *_SIZE),
-    "dare-ties": ("density", "seed", *_SIZE),
-    "prune": ("density", *_SIZE),
-    "orthogonal": ("protected",),
+_MOST_ADAPTERS = 20
+# Settings of methods, in this order on the node: saved workflows hold the values by their place.
+_METHOD_SETTINGS = ("density", "protected", "seed", "rank", "energy", "conv_rank", "ratio")
+_FOLDED_AWAY = ("conv_rank", "ratio")
+_DEFAULT_STRENGTHS = "1.0, 1.0"
+_SHOWN = (  # by Learned Merge
+    "subject_prompt",
+    "style_prompt",
+    "steps",
+    "learning_rate",
+    "resolution",
+    "seed",
+    "overlap_weight",
+    "split",
+    "pictures",
+    "sampling_steps",
+    "guidance",
+    "precision",
+    "gradient_checkpointing",
+)
+_EXAMPLE_PROMPTS = {
+    "subject_prompt": {"default": "a photo of sks dog"},
+    "style_prompt": {"default": "pixel art, a house | pixel art, a red car"},
 }
 
 
 def base_inputs() -> list[io.Input]:
-    """The base model, for the kinds of adapters that need it."""
-    why = "For DoRA and OFT, whose change depends on the model that they were made for."
+    """The base model, for the types of adapters that need it."""
+    tooltip = "For DoRA and OFT, whose change depends on the model that they were made for."
     return [
-        io.Model.Input("model", optional=True, tooltip=why),
-        io.Clip.Input("clip", optional=True, tooltip=why),
+        io.Model.Input("model", optional=True, tooltip=tooltip),
+        io.Clip.Input("clip", optional=True, tooltip=tooltip),
     ]
 
 
 def report_outputs() -> list[io.Output]:
-    """The outputs that tell what was kept."""
+    """The outputs that show how much is kept of each adapter."""
     return [
         io.String.Output(display_name="report", tooltip="What is kept of each adapter, by block, and warnings."),
         io.Image.Output(display_name="heat_map", tooltip="The report as a picture."),
@@ -60,8 +71,18 @@ def merged_output(merged: Any) -> io.NodeOutput:
 
 
 def _title(lora: Any, number: int) -> str:
-    stated = getattr(lora, "metadata", {})
-    return f"{number}: {stated.get('modelspec.title') or stated.get('ss_output_name') or 'adapter'}"
+    """What reports call an adapter, such as "1: my-dog"."""
+    metadata = getattr(lora, "metadata", {})
+    return f"{number}: {metadata.get('modelspec.title') or metadata.get('ss_output_name') or 'adapter'}"
+
+
+def _method_option(method: str) -> io.DynamicCombo.Option:
+    """A merge method with the settings that it uses."""
+    used = MergeSettings.model_construct(method=method).used_settings
+    inputs = [
+        widget(MergeSettings, name, advanced=name in _FOLDED_AWAY or None) for name in _METHOD_SETTINGS if name in used
+    ]
+    return io.DynamicCombo.Option(method, inputs)
 
 
 class MergeLoras(Node):
@@ -70,13 +91,8 @@ class MergeLoras(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        options = [
-            io.DynamicCombo.Option(
-                method, [widget(MergeSettings, name, advanced=name in ("conv_rank", "ratio") or None) for name in names]
-            )
-            for method, names in _OPTIONS.items()
-        ]
-        template = io.Autogrow.TemplatePrefix(io.LoraModel.Input("lora"), prefix="lora_", min=1, max=_MOST)
+        lora = io.LoraModel.Input("lora")
+        template = io.Autogrow.TemplatePrefix(lora, prefix="lora_", min=1, max=_MOST_ADAPTERS)
         return io.Schema(
             node_id="DreamBoothMergeLoras",
             display_name="Merge LoRAs (DreamBooth)",
@@ -88,12 +104,14 @@ class MergeLoras(Node):
                 io.Autogrow.Input("loras", template=template, tooltip="Adapters of any kind, of the same family."),
                 io.String.Input(
                     "strengths",
-                    default="1.0, 1.0",
+                    default=_DEFAULT_STRENGTHS,
                     tooltip="A number for each adapter, in order; two with a colon for UNet and text encoder, such as "
                     "1.0, 0.7:0.5. What is not given is 1. Negative: subtracted.",
                 ),
                 io.DynamicCombo.Input(
-                    "method", options=options, tooltip=MergeSettings.model_fields["method"].description
+                    "method",
+                    options=[_method_option(method) for method in get_args(MethodName)],
+                    tooltip=MergeSettings.model_fields["method"].description,
                 ),
                 *base_inputs(),
             ],
@@ -112,19 +130,18 @@ class MergeLoras(Node):
 
         settings = MergeSettings.checked(method)
         connected = [lora for lora in loras.values() if lora is not None]
-        parts = [
-            WeightedAdapter(as_adapter(lora), _title(lora, number), *pair)
-            for number, (lora, pair) in enumerate(
-                zip(connected, read_strengths(strengths, len(connected)), strict=True), start=1
-            )
+        pairs = zip(connected, read_strengths(strengths, len(connected)), strict=True)
+        adapters = [
+            WeightedAdapter(as_adapter(lora), _title(lora, number), strength_unet, strength_text_encoder)
+            for number, (lora, (strength_unet, strength_text_encoder)) in enumerate(pairs, start=1)
         ]
         with host.interruptible():
             merged = merge(
-                parts,
+                adapters,
                 settings,
                 host.lent_weights(model, clip),
                 torch.device(host.algebra_device()),
-                NodeListener(cls.hidden.unique_id),
+                NodeListener(cls),
             )
         return merged_output(merged)
 
@@ -133,26 +150,25 @@ def read_strengths(text: str, count: int) -> list[tuple[float, float]]:
     """Strengths for UNet and text encoder of `count` adapters, from "1.0, 0.7:0.5".
 
     Raises:
-        SettingsError: It is no such list, or too long.
+        SettingsError: It is not such a list, or too long.
     """
     from ..trainer.core.errors import SettingsError
 
     entries = [entry.strip() for entry in text.replace("\n", ",").split(",") if entry.strip()]
-    default = "1.0, 1.0"
-    if len(entries) > count and text.strip() != default:
+    if len(entries) > count and text.strip() != _DEFAULT_STRENGTHS:
         raise SettingsError(
             f"strengths names {len(entries)} numbers for {count} adapters.", "Give one number for each adapter."
         )
-    found = []
+    strengths = []
     for entry in entries[:count]:
         try:
             numbers = [float(number) for number in entry.split(":")]
         except ValueError:
             numbers = []
         if len(numbers) not in (1, 2) or not all(map(math.isfinite, numbers)):
-            raise SettingsError(f"strengths: '{entry}' is no number.", "Write numbers, such as 1.0, 0.7 or 0.7:0.5.")
-        found.append((numbers[0], numbers[-1]))
-    return found + [(1.0, 1.0)] * (count - len(found))
+            raise SettingsError(f"strengths: '{entry}' is not a number.", "Write numbers, such as 1.0, 0.7 or 0.7:0.5.")
+        strengths.append((numbers[0], numbers[-1]))
+    return strengths + [(1.0, 1.0)] * (count - len(strengths))
 
 
 class ScaleLora(Node):
@@ -169,14 +185,14 @@ class ScaleLora(Node):
             search_aliases=["lora block weight", "lora strength", "lbw"],
             inputs=[
                 io.LoraModel.Input("lora", tooltip="The adapter."),
-                io.Float.Input("strength_model", tooltip="Factor of its part for the UNet.", **_STRENGTH),
-                io.Float.Input("strength_clip", tooltip="Factor of its part for the text encoder.", **_STRENGTH),
+                strength_input("strength_model", "Factor of its part for the UNet."),
+                strength_input("strength_clip", "Factor of its part for the text encoder."),
                 io.String.Input(
                     "block_weights",
                     default="",
                     multiline=True,
-                    tooltip="Further factors of parts of the model: PATTERN=FACTOR, separated by blanks, such as "
-                    "down_blocks=0.5 mid_block=0 attn1=0.8; the last that is found in a layer's place counts.",
+                    tooltip="Further factors of parts of the model: PATTERN=FACTOR, separated by spaces, such as "
+                    "down_blocks=0.5 mid_block=0 attn1=0.8; the last that is found in a layer's path counts.",
                 ),
                 *base_inputs(),
             ],
@@ -197,14 +213,14 @@ class ScaleLora(Node):
         """Scale."""
         from ..trainer.core.errors import SettingsError
         from ..trainer.merging.merge import WeightedAdapter, merge
-        from ..trainer.settings.merge import read_block_weights
+        from ..trainer.settings.merge import parse_block_weights
 
         try:
-            blocks = read_block_weights(block_weights)
+            blocks = parse_block_weights(block_weights)
         except ValueError as error:
-            raise SettingsError(f"block_weights: {error}.", "Write PATTERN=FACTOR, separated by blanks.") from None
-        part = WeightedAdapter(as_adapter(lora), _title(lora, 1), strength_model, strength_clip, blocks)
-        merged = merge([part], MergeSettings(), host.lent_weights(model, clip))
+            raise SettingsError(f"block_weights: {error}.", "Write PATTERN=FACTOR, separated by spaces.") from None
+        adapter = WeightedAdapter(as_adapter(lora), _title(lora, 1), strength_model, strength_clip, blocks)
+        merged = merge([adapter], MergeSettings(), host.lent_weights(model, clip))
         return io.NodeOutput(as_wire(merged.adapter))
 
 
@@ -214,22 +230,6 @@ class LearnedMerge(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        shown = (
-            "subject_prompt",
-            "style_prompt",
-            "steps",
-            "learning_rate",
-            "resolution",
-            "seed",
-            "overlap_weight",
-            "split",
-            "pictures",
-            "sampling_steps",
-            "guidance",
-            "precision",
-            "gradient_checkpointing",
-        )
-        texts = {"subject_prompt": "a photo of sks dog", "style_prompt": "pixel art, a house | pixel art, a red car"}
         return io.Schema(
             node_id="DreamBoothLearnedMerge",
             display_name="Learned Merge (DreamBooth)",
@@ -243,12 +243,9 @@ class LearnedMerge(Node):
                 io.Vae.Input("vae", tooltip="Its VAE."),
                 io.LoraModel.Input("subject_lora", tooltip="The subject's adapter."),
                 io.LoraModel.Input("style_lora", tooltip="The style's adapter."),
-                *(
-                    widget(LearnedMergeSettings, name, **({"default": texts[name]} if name in texts else {}))
-                    for name in shown
-                ),
-                io.Float.Input("subject_strength", tooltip="Strength of the subject; 1 is as trained.", **_STRENGTH),
-                io.Float.Input("style_strength", tooltip="Strength of the style; 1 is as trained.", **_STRENGTH),
+                *(widget(LearnedMergeSettings, name, **_EXAMPLE_PROMPTS.get(name, {})) for name in _SHOWN),
+                strength_input("subject_strength", "Strength of the subject; 1 is as trained."),
+                strength_input("style_strength", "Strength of the style; 1 is as trained."),
             ],
             outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
             hidden=[io.Hidden.unique_id],
@@ -272,13 +269,10 @@ class LearnedMerge(Node):
         from ..trainer.merging.ziplora import learned_merge
 
         settings = LearnedMergeSettings.checked(values)
-        given = ((subject_lora, subject_strength), (style_lora, style_strength))
-        parts: Sequence[Any] = [
-            WeightedAdapter(as_adapter(lora), _title(lora, number), strength, strength)
-            for number, (lora, strength) in enumerate(given, start=1)
-        ]
+        subject = WeightedAdapter(as_adapter(subject_lora), _title(subject_lora, 1), subject_strength, subject_strength)
+        style = WeightedAdapter(as_adapter(style_lora), _title(style_lora, 2), style_strength, style_strength)
+        device = pick_device(host.device_name())
         with host.training_mode():
             base = host.borrow_base(model, clip, vae)
-            listener = NodeListener(cls.hidden.unique_id)
-            merged = learned_merge(base, *parts, settings, pick_device(host.device_name()), listener)
+            merged = learned_merge(base, subject, style, settings, device, NodeListener(cls))
         return merged_output(merged)

@@ -1,19 +1,18 @@
-"""Pick Best Checkpoint: draws with every checkpoint of a run, scores the pictures, and gives the best adapter."""
+"""Pick Best Checkpoint: generates with every checkpoint of a run, scores the pictures, and gives the best adapter."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from comfy_api.latest import io, ui
-
 from ..trainer.settings.evaluate import CompareSettings
 from ..trainer.settings.train import TrainSettings
 from . import host
+from .api import io, ui
 from .base import Node
 from .host_progress import NodeListener
 from .lora import as_wire
 from .merge import as_image
-from .score import clip_input, dino_input, download_input, open_judges
+from .score import clip_input, dino_input, download_input, open_feature_extractors
 from .subject import SubjectValue
 from .widgets import CATEGORY, SUBJECT, widget
 
@@ -27,7 +26,7 @@ class PickBestCheckpoint(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        changes: dict[str, dict[str, Any]] = {
+        options: dict[str, dict[str, Any]] = {
             "prompts": {
                 "multiline": True,
                 "default": _PROMPTS,
@@ -41,8 +40,9 @@ class PickBestCheckpoint(Node):
             node_id="DreamBoothPickBest",
             display_name="Pick Best Checkpoint (DreamBooth)",
             category=CATEGORY,
-            description="Draws with every checkpoint of a run and with the base, measures likeness, prompt following "
-            "and drift of the class, and gives the adapter of the best step. Drawn pictures are kept.",
+            description="Generates pictures with every checkpoint of a run and with the base, measures likeness, "
+            "prompt following and drift of the class, and gives the adapter of the best step. Generated pictures are "
+            "kept.",
             search_aliases=["best epoch", "choose checkpoint", "overfitting", "evaluate lora", "compare checkpoints"],
             is_output_node=True,
             inputs=[
@@ -55,7 +55,7 @@ class PickBestCheckpoint(Node):
                     default="",
                     tooltip="From Train LoRA's output 'run', or the name of a folder in output/dreambooth/runs.",
                 ),
-                *(widget(CompareSettings, name, **changes.get(name, {})) for name in _SHOWN),
+                *(widget(CompareSettings, name, **options.get(name, {})) for name in _SHOWN),
                 clip_input(),
                 dino_input(""),
                 download_input(),
@@ -73,10 +73,12 @@ class PickBestCheckpoint(Node):
 
     @classmethod
     def fingerprint_inputs(cls, run: str = "", **_: Any) -> str:
-        """Changes when the run has other checkpoints."""
-        from ..trainer.training.runs.checkpoint import RunFolder
+        """A text that changes with the run's checkpoints."""
+        from ..trainer.training.runs.folder import RunFolder
 
-        return repr(list(RunFolder(host.run_path(run)).adapters())) if isinstance(run, str) and run.strip() else ""
+        if not isinstance(run, str) or not run.strip():
+            return ""
+        return repr(list(RunFolder(host.run_path(run)).adapters()))
 
     @classmethod
     def execute(
@@ -92,32 +94,44 @@ class PickBestCheckpoint(Node):
         precision: str,
         **values: Any,
     ) -> io.NodeOutput:
-        """Draw, score, choose."""
+        """Generate, score, choose."""
         import torch
 
         from ..trainer.core.devices import pick_device, pick_precision
         from ..trainer.core.prompts import split_prompts
-        from ..trainer.evaluation.comparison import base_alone, checkpoints, compare
-        from ..trainer.evaluation.comparison_report import as_markdown, plot, sheet, write_report
-        from ..trainer.evaluation.evaluator import Evaluation
-        from ..trainer.evaluation.generator import CachedGenerator, drawings
-        from ..trainer.training.runs.checkpoint import RunFolder
+        from ..trainer.evaluation.comparison import base_candidate, checkpoint_candidates, compare_candidates
+        from ..trainer.evaluation.comparison_report import as_contact_sheet, as_markdown, as_plot, write_report
+        from ..trainer.evaluation.evaluator import Evaluator
+        from ..trainer.evaluation.generator import CachedGenerator, sample_configs
+        from ..trainer.training.runs.folder import RunFolder
 
         values["prompts"] = values["prompts"].replace("{subject}", subject.instance_prompt)
         settings = CompareSettings.checked({**values, "token": subject.token})
-        folder = RunFolder.existing(host.run_path(run))
-        found = checkpoints(folder.adapters(), folder.name)
-        listener, device = NodeListener(cls.hidden.unique_id), pick_device(host.device_name())
+        run_folder = RunFolder.existing(host.run_path(run))
+        candidates = checkpoint_candidates(run_folder.adapters(), run_folder.name)
+        listener = NodeListener(cls)
+        device = pick_device(host.device_name())
         with host.training_mode(), torch.no_grad():
-            judges = open_judges(clip_model, dino_model, download)
-            evaluation = Evaluation(judges, subject.pictures, split_prompts(settings.prompts), settings.token, listener)
+            feature_extractors = open_feature_extractors(clip_model, dino_model, download=download)
+            prompts = split_prompts(settings.prompts)
+            evaluator = Evaluator(feature_extractors, subject.pictures, prompts, settings.token, listener)
             base = host.borrow_base(model, clip, vae)
-            place = host.work_folder() / "pictures"
-            studio = CachedGenerator(base, place, device, pick_precision(precision, device), listener)  # type: ignore[arg-type]
-            comparison = compare(studio, evaluation, [base_alone(), *found], drawings(settings))
-        write_report(comparison, host.work_folder() / "scores" / folder.path.name)
-        best = comparison.best.contender if comparison.best else found[-1]
-        images, text = [as_image(plot(comparison)), as_image(sheet(comparison))], as_markdown(comparison)
-        preview = ui.PreviewImage(images[0], cls=cls).as_dict()
+            cache_folder = host.work_folder() / "pictures"
+            generator = CachedGenerator(base, cache_folder, device, pick_precision(precision, device), listener)
+            comparison = compare_candidates(
+                generator, evaluator, [base_candidate(), *candidates], sample_configs(settings)
+            )
+        write_report(comparison, host.work_folder() / "scores" / run_folder.path.name)
+        best = comparison.best.candidate if comparison.best else candidates[-1]
         [(adapter, _)] = best.load()
-        return io.NodeOutput(as_wire(adapter), best.step, *images, text, ui={**preview, "text": [text]})
+        text = as_markdown(comparison)
+        plot_image = as_image(as_plot(comparison))
+        preview = ui.PreviewImage(plot_image, cls=cls).as_dict()
+        return io.NodeOutput(
+            as_wire(adapter),
+            best.step,
+            plot_image,
+            as_image(as_contact_sheet(comparison)),
+            text,
+            ui={**preview, "text": [text]},
+        )

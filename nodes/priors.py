@@ -1,20 +1,19 @@
-"""Class Priors: pictures of the class by the base model itself, so that the class stays what it is."""
+"""Class Priors: pictures of the class by the base model itself, for prior preservation."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..trainer.settings.train import PriorSettings, TrainSettings
 from . import host
+from .api import io
 from .base import Node
 from .host_progress import NodeListener
 from .subject import SubjectValue
 from .widgets import CATEGORY, PRIORS, SUBJECT, widget
 
-_SHOWN = 16
+_SHOWN = 16  # pictures of the output `images`
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class PriorsValue:
 
 
 class ClassPriors(Node):
-    """Makes class pictures, or uses those of the same settings again."""
+    """Generates class pictures, or takes those that exist for the same settings."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -34,8 +33,8 @@ class ClassPriors(Node):
             node_id="DreamBoothClassPriors",
             display_name="Class Priors (DreamBooth)",
             category=CATEGORY,
-            description="Lets the base model draw its own idea of the class. Training beside these pictures keeps "
-            "other dogs from turning into yours. They are kept on disk and used again.",
+            description="Generates pictures of the class with the base model. Training on them, too, keeps other dogs "
+            "from turning into yours. They are kept on disk and used again.",
             search_aliases=["prior preservation", "regularization images", "class images", "reg images"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without your subject."),
@@ -75,7 +74,7 @@ class ClassPriors(Node):
         subject: SubjectValue | None = None,
         **values: Any,
     ) -> io.NodeOutput:
-        """Make what is missing."""
+        """Generate the missing pictures."""
         import torch
 
         from ..trainer.core.devices import pick_device, pick_precision
@@ -83,23 +82,22 @@ class ClassPriors(Node):
         from ..trainer.data.images import to_pixels
 
         prompts = [prompt.strip()] if prompt.strip() else list(subject.class_prompts if subject else [""])
-        named = {f"prior_{name}": value for name, value in values.items()}
-        each = [PriorSettings.checked(named | {"class_prompt": one}) for one in prompts]
+        common = {f"prior_{name}": value for name, value in values.items()}
+        settings = [PriorSettings.checked(common | {"class_prompt": prompt}) for prompt in prompts]
         device = pick_device(host.device_name())
+        listener = NodeListener(cls)
+        pictures: list[Any] = []
         with host.training_mode(), torch.no_grad():
             base = host.borrow_base(model, clip, vae)
-            pictures = [
-                picture
-                for settings in each
-                for picture in generate_class_images(
+            for prior_settings in settings:
+                pictures += generate_class_images(
                     base,
-                    settings,
-                    resolution,
-                    host.work_folder() / "class-pictures",
-                    device,
-                    pick_precision(precision, device),  # type: ignore[arg-type]
-                    NodeListener(cls.hidden.unique_id),
+                    prior_settings,
+                    resolution=resolution,
+                    root=host.work_folder() / "class-pictures",
+                    device=device,
+                    precision=pick_precision(precision, device),
+                    listener=listener,
                 )
-            ]
         shown = torch.stack([to_pixels(picture.open()) for picture in pictures[:_SHOWN]])
         return io.NodeOutput(PriorsValue(tuple(pictures)), (shown.permute(0, 2, 3, 1) + 1) / 2)

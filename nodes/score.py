@@ -6,62 +6,73 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from comfy_api.latest import io
-
 from . import host, host_models
+from .api import io
 from .base import Node
 from .host_progress import NodeListener
 from .subject import SubjectValue
-from .widgets import CATEGORY, SUBJECT
+from .widgets import CATEGORY, SUBJECT, as_setting
 
-_MODEL = (
-    "A folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json{more}), a file in "
-    "models/clip_vision{join}, a path, or a hub name. {paper}"
+_CLIP_TOOLTIP = (
+    "A folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json and the tokenizer's "
+    "files), a file in models/clip_vision (for prompts a whole CLIP, or vision file + text file), a path, or a hub "
+    "name. The papers' is openai/clip-vit-base-patch32."
 )
-_DOWNLOAD = "Fetch a model that is given by its hub name and is not there yet."
+_DINO_TOOLTIP = (
+    "A folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json), a file in "
+    "models/clip_vision, a path, or a hub name. The DreamBooth paper's is facebook/dino-vits16. Empty: not measured."
+)
 
 
 def clip_input() -> io.Input:
-    """Which CLIP model judges."""
-    paper = "The papers' is openai/clip-vit-base-patch32."
-    join = " (for prompts a whole CLIP, or vision file + text file)"
-    tooltip = _MODEL.format(more=" and the tokenizer's files", join=join, paper=paper)
-    return io.String.Input("clip_model", default="openai/clip-vit-base-patch32", tooltip=tooltip)
+    """The CLIP model to measure with."""
+    default = "openai/clip-vit-base-patch32"
+    return as_setting("clip", io.String.Input("clip_model", default=default, tooltip=_CLIP_TOOLTIP))
 
 
 def dino_input(default: str = "facebook/dino-vits16") -> io.Input:
-    """Which DINO model judges."""
-    paper = "The DreamBooth paper's is facebook/dino-vits16. Empty: not measured."
-    return io.String.Input("dino_model", default=default, tooltip=_MODEL.format(more="", join="", paper=paper))
+    """The DINO model to measure with."""
+    return as_setting("dino", io.String.Input("dino_model", default=default, tooltip=_DINO_TOOLTIP))
 
 
 def download_input() -> io.Input:
     """Whether the models may be fetched."""
-    return io.Boolean.Input("download", default=False, tooltip=_DOWNLOAD)
+    tooltip = "Fetch a model that is given by its hub name and is not there yet."
+    return io.Boolean.Input("download", default=False, tooltip=tooltip)
 
 
-def open_judges(clip: str, dino: str, download: bool) -> Any:
-    """The engine's `FeatureExtractors` of models named as ComfyUI's folders have them; blank: none."""
+def open_feature_extractors(clip: str, dino: str, *, download: bool) -> Any:
+    """The engine's `FeatureExtractors` of models named as in ComfyUI's folders; blank: none."""
     import torch
 
     from ..trainer.evaluation.feature_extractors import FeatureExtractors
 
-    names = [host_models.feature_model(name.strip()) if name.strip() else "" for name in (clip, dino)]
+    clip_path, dino_path = (host_models.feature_model(name.strip()) if name.strip() else "" for name in (clip, dino))
     device = torch.device(host.device_name())
-    return FeatureExtractors.open(*names, device, download=download, tokenizer=host_models.clip_tokenizer())
+    return FeatureExtractors.open(
+        clip_path, dino_path, device, download=download, tokenizer=host_models.clip_tokenizer()
+    )
 
 
 def _score(
-    node_id: str, images: Any, prompts: Sequence[str], references: Sequence[Any], clip: str, dino: str, download: bool
+    node: type[io.ComfyNode],
+    images: Any,
+    *,
+    prompts: Sequence[str] = (),
+    references: Sequence[Any] = (),
+    clip: str,
+    dino: str = "",
+    download: bool,
 ) -> Any:
     """The engine's `ScoreTable` of an IMAGE batch."""
     from ..trainer.data.images import load_pictures
     from ..trainer.evaluation.score_table import score_pictures
 
-    listener = NodeListener(node_id)
+    listener = NodeListener(node)
     pictures = load_pictures(list(images), "", listener)
     with host.interruptible():
-        return score_pictures(pictures, prompts, references, open_judges(clip, dino, download), listener)
+        feature_extractors = open_feature_extractors(clip, dino, download=download)
+        return score_pictures(pictures, prompts, references, feature_extractors, listener)
 
 
 class ClipScore(Node):
@@ -97,13 +108,14 @@ class ClipScore(Node):
     def execute(cls, images: Any, prompts: str, clip_model: str, download: bool) -> io.NodeOutput:
         """Score."""
         from ..trainer.core.errors import PicturesError
+        from ..trainer.evaluation.metrics import CLIP_SCORE, CLIP_T
 
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         if not lines:
             raise PicturesError("There is no prompt to score by.", "Write what the pictures should show.")
-        table = _score(cls.hidden.unique_id, images, lines, [], clip_model, "", download)
+        table = _score(cls, images, prompts=lines, clip=clip_model, download=download)
         text = table.as_text()
-        return io.NodeOutput(table.means["CLIP-T"], table.means["CLIPScore"], text, ui={"text": [text]})
+        return io.NodeOutput(table.means[CLIP_T], table.means[CLIP_SCORE], text, ui={"text": [text]})
 
 
 class SubjectScore(Node):
@@ -139,7 +151,10 @@ class SubjectScore(Node):
         cls, images: Any, subject: SubjectValue, clip_model: str, dino_model: str, download: bool
     ) -> io.NodeOutput:
         """Score."""
-        table = _score(cls.hidden.unique_id, images, [], subject.pictures, clip_model, dino_model, download)
-        means = [table.means.get(name, math.nan) for name in ("CLIP-I", "DINO")]
+        from ..trainer.evaluation.metrics import CLIP_I, DINO_I
+
+        table = _score(cls, images, references=subject.pictures, clip=clip_model, dino=dino_model, download=download)
+        clip_i = table.means.get(CLIP_I, math.nan)
+        dino = table.means.get(DINO_I, math.nan)
         text = table.as_text()
-        return io.NodeOutput(*means, text, ui={"text": [text]})
+        return io.NodeOutput(clip_i, dino, text, ui={"text": [text]})

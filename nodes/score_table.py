@@ -6,17 +6,16 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from comfy_api.latest import io, ui
-
 from . import host
+from .api import io, ui
 from .base import Node
 from .host_progress import NodeListener
 from .merge import as_image
-from .score import clip_input, dino_input, download_input, open_judges
+from .score import clip_input, dino_input, download_input, open_feature_extractors
 from .subject import SubjectValue
 from .widgets import CATEGORY, SUBJECT
 
-_MOST = 20
+_MOST_SETTINGS = 20
 
 
 class ScoreTable(Node):
@@ -25,7 +24,7 @@ class ScoreTable(Node):
     @classmethod
     def define_schema(cls) -> io.Schema:
         """Describe the node to ComfyUI."""
-        template = io.Autogrow.TemplatePrefix(io.Image.Input("images"), prefix="images_", min=1, max=_MOST)
+        template = io.Autogrow.TemplatePrefix(io.Image.Input("images"), prefix="images_", min=1, max=_MOST_SETTINGS)
         return io.Schema(
             node_id="DreamBoothScoreTable",
             display_name="Score Table (DreamBooth)",
@@ -89,32 +88,34 @@ class ScoreTable(Node):
         from ..trainer.settings.train import TrainSettings
 
         name = TrainSettings.checked({"name": name}).name
-        listener = NodeListener(cls.hidden.unique_id)
+        listener = NodeListener(cls)
         connected = [images for images in settings.values() if images is not None]
-        shown = {
+        pictures = {
             title: load_pictures(list(images), "", listener)
             for title, images in zip(_titles(titles, len(connected)), connected, strict=True)
         }
         lines = [line.strip() for line in prompts.splitlines() if line.strip()]
         with host.interruptible():
-            judges = open_judges(clip_model, dino_model if subject else "", download)
-            grid = score_grid(shown, lines, subject.pictures if subject else [], judges, listener)
-        sheet, folder = grid.sheet(), host.work_folder() / "scores"
-        table, facts = grid.as_csv(), json.dumps(grid.as_json(), indent=1, ensure_ascii=False)
-        for ending, content in ((".csv", table.encode()), (".json", facts.encode()), (".png", as_png(sheet))):
-            write_atomic(free_path(folder / f"{name}{ending}"), content)
+            feature_extractors = open_feature_extractors(clip_model, dino_model if subject else "", download=download)
+            grid = score_grid(pictures, lines, subject.pictures if subject else [], feature_extractors, listener)
+        sheet = grid.sheet()
+        csv = grid.as_csv()
+        facts = json.dumps(grid.as_json(), indent=1, ensure_ascii=False)
+        folder = host.work_folder() / "scores"
+        for suffix, content in ((".csv", csv.encode()), (".json", facts.encode()), (".png", as_png(sheet))):
+            write_atomic(free_path(folder / f"{name}{suffix}"), content)
         image = as_image(sheet)
         preview = ui.PreviewImage(image, cls=cls).as_dict()
-        return io.NodeOutput(image, table, facts, ui={**preview, "text": [grid.as_text()]})
+        return io.NodeOutput(image, csv, facts, ui={**preview, "text": [grid.as_text()]})
 
 
 def _titles(text: str, count: int) -> list[str]:
-    """A title for each of `count` settings; those that are not given, or given twice, are told apart by a number."""
+    """A title for each of `count` settings; those that are missing, or given twice, get a number."""
     lines = [line.strip() for line in text.splitlines() if line.strip()][:count]
     lines += [f"setting {number + 1}" for number in range(len(lines), count)]
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     titles = []
     for line in lines:
-        seen[line] = seen.get(line, 0) + 1
-        titles.append(line if seen[line] == 1 else f"{line} ({seen[line]})")
+        counts[line] = counts.get(line, 0) + 1
+        titles.append(line if counts[line] == 1 else f"{line} ({counts[line]})")
     return titles

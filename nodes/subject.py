@@ -1,20 +1,19 @@
-"""Subject: the pictures to learn from, and the words for them."""
+"""Subject: the pictures to learn from, and the prompts for them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from comfy_api.latest import io
-
 from ..trainer.core.errors import PicturesError
 from ..trainer.core.prompts import article, fill_placeholders, split_prompts, without_token
 from ..trainer.data.folder import AnnotationOptions, CaptionSource, MaskSource
 from ..trainer.settings.data import PictureSettings
 from . import host
+from .api import io
 from .base import Node
 from .host_progress import NodeListener
-from .widgets import CATEGORY, SUBJECT, widget
+from .widgets import CATEGORY, SUBJECT, as_setting, widget
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class SubjectValue:
 
 
 class Subject(Node):
-    """Pictures and words."""
+    """Loads the subject's pictures."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -46,27 +45,33 @@ class Subject(Node):
             node_id="DreamBoothSubject",
             display_name="Subject (DreamBooth)",
             category=CATEGORY,
-            description="Pictures of one subject, and the words that will call it.",
+            description="Pictures of one subject, and the words for it in prompts.",
             search_aliases=["training images", "dataset", "load images", "dreambooth", "instance images"],
             inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=host.subject_folders(),
-                    tooltip="Folder or zip file with 3 to 20 pictures, in ComfyUI's input folder. A text file of the "
-                    "same name is a picture's own caption. Press R to refresh the list.",
+                as_setting(
+                    "images",
+                    io.Combo.Input(
+                        "folder",
+                        options=host.subject_folders(),
+                        tooltip="Folder or zip file with 3 to 20 pictures, in ComfyUI's input folder. A text file of "
+                        "the same name is a picture's own caption. Press R to refresh the list.",
+                    ),
                 ),
                 io.String.Input(
                     "token",
                     default="sks",
-                    tooltip="Rare word that will call the subject. One that the model does not know yet.",
+                    tooltip="Rare word for the subject, one that the model does not know yet.",
                 ),
                 io.String.Input("class_noun", default="dog", tooltip="What the subject is: dog, backpack, man, toy …"),
-                io.String.Input(
-                    "caption",
-                    default="a photo of {token} {class}",
-                    tooltip="Caption of the pictures; {token} and {class} stand for the words above. Several, "
-                    "separated by '|', are used in turn by chance.",
-                    advanced=True,
+                as_setting(
+                    "instance_prompt",
+                    io.String.Input(
+                        "caption",
+                        default="a photo of {token} {class}",
+                        tooltip="Caption of the pictures; {token} and {class} stand for the words above. Several, "
+                        "separated by '|', are chosen from at random.",
+                        advanced=True,
+                    ),
                 ),
                 io.Image.Input("images", optional=True, tooltip="Pictures from other nodes, instead of a folder."),
                 SUBJECT.Input(
@@ -90,7 +95,7 @@ class Subject(Node):
             ],
             outputs=[
                 SUBJECT.Output(display_name="subject"),
-                io.String.Output(display_name="instance_prompt", tooltip="Prompt that calls the subject."),
+                io.String.Output(display_name="instance_prompt", tooltip="Prompt for the subject."),
                 io.String.Output(display_name="class_prompt", tooltip="The same without the rare word."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -98,7 +103,7 @@ class Subject(Node):
 
     @classmethod
     def fingerprint_inputs(cls, folder: str = "", **_: Any) -> str:
-        """Changes when the folder's files change."""
+        """A text that changes with the folder's files."""
         if folder in ("", host.NO_FOLDER):
             return ""
         return host.folder_stamp(host.input_path(folder))
@@ -134,23 +139,32 @@ class Subject(Node):
         pictures = load_pictures(
             list(images) if connected else host.input_path(folder),
             prompts,
-            NodeListener(cls.hidden.unique_id),
-            AnnotationOptions(captions_from, masks_from, repeats, token, class_noun),
+            NodeListener(cls),
+            AnnotationOptions(
+                captions=captions_from, masks=masks_from, repeats=repeats, token=token, class_noun=class_noun
+            ),
             captions=[line for line in captions.splitlines() if line.strip()],
             masks=[] if mask is None else list(mask),
         )
         prompt = " ".join(fill_placeholders(template, token, class_noun).split())
         class_prompt = _class_prompt(template, token, class_noun)
-        before: tuple[Any, ...] = (subject.pictures, subject.class_prompts) if subject else ((), ())
-        class_prompts = tuple(dict.fromkeys((*before[1], class_prompt)))
-        value = SubjectValue((*before[0], *pictures), prompt, class_prompt, token.strip(), class_prompts)
+        chained_pictures = subject.pictures if subject else ()
+        chained_class_prompts = subject.class_prompts if subject else ()
+        value = SubjectValue(
+            pictures=(*chained_pictures, *pictures),
+            instance_prompt=prompt,
+            class_prompt=class_prompt,
+            token=token.strip(),
+            class_prompts=tuple(dict.fromkeys((*chained_class_prompts, class_prompt))),
+        )
         return io.NodeOutput(value, value.instance_prompt, value.class_prompt)
 
 
 def _class_prompt(caption: str, token: str, class_noun: str) -> str:
     """The caption without the rare word, with the article that the noun wants: a photo of a dog."""
-    noun, start = class_noun.strip(), "{token} {class}"
-    if caption.startswith(start):
-        caption = f"{article(noun)} {noun}{caption.removeprefix(start)}"
+    noun = class_noun.strip()
+    usual_start = "{token} {class}"
+    if caption.startswith(usual_start):
+        caption = f"{article(noun)} {noun}{caption.removeprefix(usual_start)}"
     prompt = without_token(caption.replace("{class}", noun), "{token}")
     return " ".join(without_token(prompt.replace("{token}", ""), token).split())

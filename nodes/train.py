@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from comfy_api.latest import io
-
+from ..trainer.core.errors import SettingsError, suggest
 from ..trainer.settings.data import DataSettings
 from ..trainer.settings.objective import ObjectiveSettings
 from ..trainer.settings.optimizer import OptimizerSettings
 from ..trainer.settings.preview import PreviewSettings
 from ..trainer.settings.train import TrainSettings
 from . import host, host_models
+from .api import io
 from .base import Node
 from .host_progress import TrainingListener
 from .lora import as_adapter, as_wire
 from .priors import PriorsValue
 from .subject import SubjectValue
-from .widgets import CATEGORY, PRIORS, SETTINGS, SUBJECT, widget
+from .widgets import CATEGORY, PRIORS, SETTINGS, SUBJECT, strength_input, widget
 
 _ON_THE_NODE = (
     "name",
@@ -33,8 +34,9 @@ _ON_THE_NODE = (
     "seed",
 )
 _WIRED = ("start_from",)
-_PREVIEW, _PRESET = "preview_every", "preset"
-_NEWER = (  # last: saved workflows hold widget values by place
+_PREVIEW = "preview_every"
+_PRESET = "preset"
+_NEWER = (  # last: saved workflows hold the values of widgets by their place
     *(name for name in PreviewSettings.model_fields if name != _PREVIEW),
     "keep_adapters",
     *DataSettings.model_fields,
@@ -46,18 +48,43 @@ _NEWER = (  # last: saved workflows hold widget values by place
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
-_COMMON = (  # not folded away
-    *("text_encoder_2_lr", "batch_size", "gradient_accumulation", "prior_weight", "flip", "lr_schedule"),
-    *("lr_warmup_steps", "precision", "gradient_checkpointing", "checkpoint_every", "keep_checkpoints"),
-    *("preview_prompts", "token", "score_clip", "score_dino", "early_stop", "aspect_buckets", "caption_dropout"),
-    *("validation_pictures", "loss_weighting", "log_with", "optimizer", "ema_decay", "fit", "base_quantization"),
+_COMMON = frozenset(  # not folded away
+    {
+        "aspect_buckets",
+        "base_quantization",
+        "batch_size",
+        "caption_dropout",
+        "checkpoint_every",
+        "early_stop",
+        "ema_decay",
+        "fit",
+        "flip",
+        "gradient_accumulation",
+        "gradient_checkpointing",
+        "keep_checkpoints",
+        "log_with",
+        "loss_weighting",
+        "lr_schedule",
+        "lr_warmup_steps",
+        "optimizer",
+        "precision",
+        "preview_prompts",
+        "prior_weight",
+        "score_clip",
+        "score_dino",
+        "text_encoder_2_lr",
+        "token",
+        "validation_pictures",
+    }
 )
-_FINE_TUNING: Mapping[str, Mapping[str, Any]] = {
+_LORA_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "adapter": {"options": ["lora", "dora", "loha", "lokr"]},  # "full" is Fine-tune Checkpoint's
+}
+_FINE_TUNING_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "learning_rate": {"default": 2e-6},
     "rank": {"default": 64, "tooltip": "Rank of the extracted LoRA."},
     "targets": {"tooltip": "Layers of the extracted LoRA; all weights are trained.", "default": "all"},
 }
-_ADAPTERS = ["lora", "dora", "loha", "lokr"]  # all weights are trained by Fine-tune Checkpoint
 
 
 class TrainingSettings(Node):
@@ -81,7 +108,7 @@ class TrainingSettings(Node):
 
     @classmethod
     def execute(cls, **values: Any) -> io.NodeOutput:
-        """Check the values alone; Train LoRA checks them together with its own."""
+        """Pass the values on; Train LoRA checks them together with its own."""
         unset = {name: None for name in ("alpha", "conv_alpha") if not values.get(name)}
         return io.NodeOutput(MappingProxyType(values | unset))
 
@@ -99,12 +126,12 @@ def _sources(model: str) -> list[io.Input]:
 
 
 def _preview_input() -> io.Input:
-    """How often the node shows sample pictures; graphs that were saved before have none."""
+    """How often the node shows sample pictures; older saved graphs don't have it."""
     return widget(TrainSettings, _PREVIEW, default=100, optional=True)
 
 
 class TrainLora(Node):
-    """Trains, goes on with an interrupted run, or returns a finished one."""
+    """Trains, resumes an interrupted run, or returns a finished one."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -113,14 +140,14 @@ class TrainLora(Node):
             node_id="DreamBoothTrainLora",
             display_name="Train LoRA (DreamBooth)",
             category=CATEGORY,
-            description="Teaches the model your subject. Cancel at any moment: queue again and it goes on where it "
+            description="Teaches the model your subject. Cancel at any moment: queue again and it resumes where it "
             "stopped. The adapter file lands in ComfyUI's LoRA folder.",
             search_aliases=["dreambooth", "fine-tune", "lora training", "kohya", "train lora"],
             is_output_node=True,
             inputs=[
-                *_sources("Base model, from any loader; LoRAs applied before are trained upon."),
+                *_sources("Base model, from any loader; LoRAs that are applied to it count as part of it."),
                 io.LoraModel.Input(
-                    "start_from", optional=True, tooltip="Adapter to go on training; its layers and ranks are kept."
+                    "start_from", optional=True, tooltip="Adapter to continue training; its layers and ranks are kept."
                 ),
                 io.LoraModel.Input(
                     "base_lora",
@@ -129,19 +156,8 @@ class TrainLora(Node):
                     "learned on top; with 'combine' in Training Settings the file holds both.",
                 ),
                 SETTINGS.Input("settings", optional=True, tooltip="Everything else."),
-                *(
-                    widget(TrainSettings, name, **({"options": _ADAPTERS} if name == "adapter" else {}))
-                    for name in _ON_THE_NODE
-                ),
-                io.Float.Input(
-                    "base_lora_strength",
-                    default=1.0,
-                    min=-10.0,
-                    max=10.0,
-                    step=0.05,
-                    advanced=True,
-                    tooltip="Strength of base_lora, if one is connected.",
-                ),
+                *(widget(TrainSettings, name, **_LORA_OPTIONS.get(name, {})) for name in _ON_THE_NODE),
+                strength_input("base_lora_strength", "Strength of base_lora, if one is connected.", advanced=True),
                 _preview_input(),
                 widget(TrainSettings, _PRESET, optional=True),
             ],
@@ -171,26 +187,33 @@ class TrainLora(Node):
         **values: Any,
     ) -> io.NodeOutput:
         """Train and apply the adapter."""
-        from ..trainer.core.errors import SettingsError
         from ..trainer.training.adapter import StartingPoint
 
         checked = TrainSettings.checked({**(settings or {}), **values})
         if checked.combine and base_lora is None:
             raise SettingsError(
-                "combine is on, but no base_lora is connected to combine with.",
-                "Connect base_lora, or turn combine off in Training Settings.",
+                f"{suggest('combine')} is on, but no base_lora is connected to combine with.",
+                f"Connect base_lora, or turn {suggest('combine')} off.",
             )
         start = as_adapter(start_from) if start_from is not None else None
-        stacked = [(as_adapter(base_lora), base_lora_strength)] if base_lora is not None else []
-        lower = (model, clip)
-        if stacked:
-            lower = host.apply_adapter(model, clip, base_lora, base_lora_strength, base_lora_strength)
-        result = run_training(
-            cls.hidden, (*lower, vae), subject, priors, class_images, checked, StartingPoint(start, stacked)
+        stacked = []
+        base_model, base_clip = model, clip
+        if base_lora is not None:
+            stacked = [(as_adapter(base_lora), base_lora_strength)]
+            base_model, base_clip = host.apply_adapter(model, clip, base_lora, base_lora_strength, base_lora_strength)
+        result = _train(
+            cls,
+            BaseParts(base_model, base_clip, vae),
+            TrainingPictures(subject, priors, class_images),
+            checked,
+            StartingPoint(start, stacked),
         )
-        adapter = as_wire(result.adapter)
-        trained = host.apply_adapter(*((model, clip) if checked.combine else lower), adapter, 1.0, 1.0)
-        return io.NodeOutput(*trained, adapter, str(result.path), str(result.run), ui={"text": [str(result.path)]})
+        lora = as_wire(result.adapter)
+        if not checked.combine:  # else the file holds base_lora, too
+            model, clip = base_model, base_clip
+        trained_model, trained_clip = host.apply_adapter(model, clip, lora, 1.0, 1.0)
+        path = str(result.path)
+        return io.NodeOutput(trained_model, trained_clip, lora, path, str(result.run), ui={"text": [path]})
 
 
 class FineTuneCheckpoint(Node):
@@ -209,10 +232,10 @@ class FineTuneCheckpoint(Node):
             search_aliases=["dreambooth", "full fine-tuning", "train checkpoint"],
             is_output_node=True,
             inputs=[
-                *_sources("Stable Diffusion 1.x, from any loader; LoRAs applied before become part of it."),
+                *_sources("Stable Diffusion 1.x, from any loader; LoRAs that are applied to it become part of it."),
                 SETTINGS.Input("settings", optional=True, tooltip="Everything else."),
                 *(
-                    widget(TrainSettings, name, **_FINE_TUNING.get(name, {}))
+                    widget(TrainSettings, name, **_FINE_TUNING_OPTIONS.get(name, {}))
                     for name in _ON_THE_NODE
                     if name != "adapter"
                 ),
@@ -244,48 +267,80 @@ class FineTuneCheckpoint(Node):
         from ..trainer.training.adapter import StartingPoint
 
         checked = TrainSettings.checked({**(settings or {}), **values, "adapter": "full"})
-        result = run_training(cls.hidden, (model, clip, vae), subject, priors, class_images, checked, StartingPoint())
-        adapter = as_wire(result.adapter)
-        tuned = host.load_checkpoint(result.checkpoint)
-        return io.NodeOutput(*tuned, adapter, str(result.checkpoint), ui={"text": [str(result.checkpoint)]})
+        result = _train(
+            cls,
+            BaseParts(model, clip, vae),
+            TrainingPictures(subject, priors, class_images),
+            checked,
+            StartingPoint(),
+        )
+        tuned_model, tuned_clip, tuned_vae = host.load_checkpoint(result.checkpoint)
+        path = str(result.checkpoint)
+        lora = as_wire(result.adapter)
+        return io.NodeOutput(tuned_model, tuned_clip, tuned_vae, lora, path, ui={"text": [path]})
 
 
-def run_training(
-    hidden: Any,
-    parts: tuple[Any, Any, Any],
-    subject: SubjectValue,
-    priors: PriorsValue | None,
-    class_images: Any,
-    settings: TrainSettings,
-    stage: Any,
+@dataclass(frozen=True)
+class BaseParts:
+    """ComfyUI's MODEL, CLIP and VAE, to train upon."""
+
+    model: Any
+    clip: Any
+    vae: Any
+
+
+@dataclass(frozen=True)
+class TrainingPictures:
+    """What a training node learns from: its inputs subject, priors and class_images."""
+
+    subject: SubjectValue
+    priors: PriorsValue | None
+    class_images: Any
+
+
+def _train(
+    node: type[io.ComfyNode], parts: BaseParts, pictures: TrainingPictures, settings: TrainSettings, starting_point: Any
 ) -> Any:
-    """Train on ComfyUI's MODEL, CLIP and VAE; returns the engine's `TrainResult`."""
+    """Train for a node, and show it there.
+
+    Args:
+        node: The clone of its class that ComfyUI runs.
+        parts: What to train upon.
+        pictures: What to learn.
+        settings: Checked.
+        starting_point: The engine's `StartingPoint`.
+
+    Returns:
+        The engine's `TrainResult`.
+    """
     from ..trainer.data.image_check import check_pictures
     from ..trainer.data.images import load_pictures
     from ..trainer.dreambooth import train
-    from ..trainer.training.presets import apply_preset, changed
+    from ..trainer.training.presets import apply_preset, changed_settings
 
-    workflow = (hidden.extra_pnginfo or {}).get("workflow")
-    listener = TrainingListener(hidden.unique_id, settings.name, subject.pictures, workflow)
+    subject = pictures.subject
+    workflow = (node.hidden.extra_pnginfo or {}).get("workflow")
+    listener = TrainingListener(node, settings.name, subject.pictures, workflow)
     with listener.ending():
-        named = {name: getattr(settings, name).strip() for name in ("score_clip", "score_dino")}
-        judges = {name: host_models.feature_model(value) for name, value in named.items() if value}
-        class_pictures = list(priors.pictures) if priors else []
-        if class_images is not None:
-            class_pictures += load_pictures(list(class_images), subject.class_prompt, listener)
+        feature_models = {}
+        for name in ("score_clip", "score_dino"):
+            model = getattr(settings, name).strip()
+            if model:
+                feature_models[name] = host_models.feature_model(model)
+        class_pictures = list(pictures.priors.pictures) if pictures.priors else []
+        if pictures.class_images is not None:
+            class_pictures += load_pictures(list(pictures.class_images), subject.class_prompt, listener)
         with host.training_mode():
-            base = host.borrow_base(*parts)
-            settings = apply_preset(settings, base.family, listener, changed(settings))
+            base = host.borrow_base(parts.model, parts.clip, parts.vae)
+            settings = apply_preset(settings, base.family, listener, changed_settings(settings))
             check_pictures(subject.pictures, settings.resolution, listener)
             return train(
                 base,
                 subject.pictures,
                 class_pictures,
-                settings.model_copy(update=judges),
-                host.loras_folder(),
-                host.work_folder() / "runs",
-                host.device_name(),
-                listener,
-                stage=stage,
-                checkpoints_dir=host.checkpoints_folder(),
+                settings.model_copy(update=feature_models),
+                paths=host.run_paths(),
+                device=host.device_name(),
+                listener=listener,
+                starting_point=starting_point,
             )

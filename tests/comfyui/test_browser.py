@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from checkpoints import sd15_checkpoint
 from comfy_graphs import CHECKPOINT
 from comfy_host import ComfyServer, find_comfyui
 from helpers import DEMO, ROOT
+from pack.trainer.training.runs.folder import RunFolder
 
 pytestmark = [
     pytest.mark.comfy,
@@ -35,6 +38,7 @@ PANEL = """
   };
 }
 """
+CHOSEN = "window.app.graph.nodes.find((one) => one.type === 'DreamBoothSubject').widgets[0].value"
 SMALL = {"resolution": 64, "width": 64, "height": 64, "rank": 4, "batch_size": 1, "targets": "attention"}
 
 
@@ -171,7 +175,7 @@ def test_a_failed_run_says_what_to_do(server: ComfyServer) -> None:
         page.evaluate("window.app.queuePrompt(0, 1)")
         wait_for(page, "failed")
         error = page.evaluate("document.querySelector('.dreambooth-training .dreambooth-error').textContent")
-        assert error.startswith("Set the rank")
+        assert error.startswith("Set rank to")
         shot(page, "failed")
 
 
@@ -216,17 +220,156 @@ def test_pictures_are_shown_dropped_and_warned_of(server: ComfyServer) -> None:
         page.wait_for_function("document.querySelector('.dreambooth-warnings').textContent.includes('broken.png')")
         assert page.evaluate("document.querySelectorAll('.dreambooth-subject img').length") == 1
         shot(page, "subject")
-        folder = "window.app.graph.nodes.find((one) => one.type === 'DreamBoothSubject').widgets[0].value"
-        assert page.evaluate(folder) == "bad"
-        page.evaluate(
-            """async () => {
-              const canvas = Object.assign(document.createElement("canvas"), { width: 64, height: 64 });
-              const blob = await new Promise((done) => canvas.toBlob(done));
-              const dataTransfer = new DataTransfer();
-              dataTransfer.items.add(new File([blob], "dropped ü.png", { type: "image/png" }));
-              const panel = document.querySelector(".dreambooth-subject");
-              panel.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
-            }"""
-        )
+        assert page.evaluate(CHOSEN) == "bad"
+        drop_picture(page, "dropped ü.png")
         page.wait_for_function("document.querySelectorAll('.dreambooth-subject img').length === 2")
     assert (server.base_dir / "input" / "bad" / "dropped ü.png").is_file()
+
+
+def drop_picture(page: Any, name: str) -> None:
+    """Drop a picture on the panel of Subject."""
+    page.evaluate(
+        """async (name) => {
+          const canvas = Object.assign(document.createElement("canvas"), { width: 64, height: 64 });
+          const blob = await new Promise((done) => canvas.toBlob(done));
+          const dataTransfer = new DataTransfer();
+          dataTransfer.items.add(new File([blob], name, { type: "image/png" }));
+          const panel = document.querySelector(".dreambooth-subject");
+          panel.dispatchEvent(new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true }));
+        }""",
+        name,
+    )
+
+
+# Folder that the node has → the one that dropped pictures go to.
+DROPPED_INTO = {
+    name: name for name in ("rex (2024)", "(x)", "a)", "()", "(connected images) 2", "in/(side)", "new (1)")
+}
+DROPPED_INTO |= {"archive.zip": "subject", "(connected images)": "subject", "folder.zip": "folder.zip"}
+
+
+def test_pictures_are_dropped_into_the_folder_that_is_chosen(server: ComfyServer) -> None:
+    """Whatever it is called; where none is chosen, or a zip file, into a new one."""
+    root = server.base_dir / "input"
+    for name in set(DROPPED_INTO) - {"(connected images)", "archive.zip", "new (1)"}:
+        (root / name).mkdir(parents=True)
+    with zipfile.ZipFile(root / "archive.zip", "w") as archive:
+        archive.write(DEMO / "subject" / "0.png", "0.png")
+    landed = {}
+    with opened_page(server.url) as page:
+        open_template(page, "train_then_generate", {})
+        for number, name in enumerate(DROPPED_INTO):
+            file = f"dropped-{number}.png"
+            set_widgets(page, {"folder": name})
+            page.wait_for_timeout(300)
+            drop_picture(page, file)
+            page.wait_for_selector(f".dreambooth-subject img[title^='{file}']", state="attached")
+            [path] = root.rglob(file)
+            landed[name] = path.parent.relative_to(root).as_posix()
+            assert page.evaluate(CHOSEN) == landed[name]
+    assert landed == DROPPED_INTO
+
+
+def test_the_pictures_that_are_marked_are_those_that_warnings_are_about(server: ComfyServer) -> None:
+    """Not those whose name begins like another one's."""
+    folder = server.base_dir / "input" / "alike"
+    folder.mkdir()
+    for name in ("0.png", "1.png", "2.png.png"):
+        shutil.copy(DEMO / "subject" / "0.png", folder / name)
+    for number, name in enumerate(("1.png.png", "2.png"), start=1):
+        shutil.copy(DEMO / "subject" / f"{number}.png", folder / name)
+    with opened_page(server.url) as page:
+        open_template(page, "train_then_generate", {"folder": "alike"})
+        page.wait_for_selector(".dreambooth-subject img[title^='2.png.png']", state="attached")
+        marked = page.evaluate("[...document.querySelectorAll('.dreambooth-subject img.bad')].map((one) => one.title)")
+        assert [title.split(", ")[0] for title in marked] == ["1.png", "2.png.png"]
+
+
+# How many objects of each class are alive, after garbage is collected.
+COUNTED = {
+    "TrainingPanel": "training_panel.js",
+    "SubjectPanel": "subject_panel.js",
+    "RunsPanel": "runs_panel.js",
+    "Chart": "chart.js",
+    "Curve": "chart.js",
+}
+NOTHING = dict.fromkeys(COUNTED, 0)
+
+
+def alive(page: Any) -> dict[str, int]:
+    """Objects of the pack's classes that the page still holds."""
+    session = page.context.new_cdp_session(page)
+    counts = {}
+    for name, file in COUNTED.items():
+        code = f'import("/extensions/dreambooth-lora/lib/{file}").then((module) => module.{name}.prototype)'
+        prototype = session.send("Runtime.evaluate", {"expression": code, "awaitPromise": True})["result"]["objectId"]
+        objects = session.send("Runtime.queryObjects", {"prototypeObjectId": prototype})["objects"]["objectId"]
+        count = {"objectId": objects, "functionDeclaration": "function () { return this.length; }"}
+        counts[name] = session.send("Runtime.callFunctionOn", count | {"returnByValue": True})["result"]["value"]
+        session.send("Runtime.releaseObject", {"objectId": objects})
+    session.detach()
+    return counts
+
+
+def attached(page: Any) -> int:
+    """Charts that follow the size of their element."""
+    return page.evaluate('import("/extensions/dreambooth-lora/lib/chart.js").then(({ Chart }) => Chart.attached)')
+
+
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_nodes_that_are_removed_leave_nothing(renderer: str, server: ComfyServer) -> None:
+    """Nor do nodes that were only made to be copied, and graphs that were left."""
+    with opened_page(server.url, vue=renderer == "vue") as page:
+        for _ in range(3):
+            open_template(page, "train_then_generate", {})
+        assert attached(page) == 1
+        page.evaluate(
+            """async () => {
+              const graph = window.app.graph;
+              for (let round = 0; round < 5; round += 1) {
+                for (const type of ["DreamBoothTrainLora", "DreamBoothFineTune", "DreamBoothSubject"]) {
+                  const node = window.LiteGraph.createNode(type);
+                  graph.add(node);
+                  node.clone();
+                  await new Promise((done) => setTimeout(done, 50));
+                  graph.remove(node);
+                }
+              }
+            }"""
+        )
+        assert attached(page) == 1
+        page.evaluate("window.app.graph.clear()")
+        page.evaluate("window.app.graph.add(window.LiteGraph.createNode('KSampler'))")
+        page.wait_for_timeout(500)
+        assert attached(page) == 0
+        assert alive(page) == NOTHING
+
+
+def test_runs_that_are_closed_leave_nothing(server: ComfyServer) -> None:
+    runs = server.base_dir / "output" / "dreambooth" / "runs"
+    for name in ("first", "second"):
+        run = RunFolder.open(runs, name, f"{name:0<64}", {"steps": 3})
+        lines = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4} for step in (1, 2, 3)]
+        run.metrics_path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    with opened_page(server.url) as page:
+        page.evaluate("window.app.graph.clear()")
+        tab = page.get_by_role("button", name="DreamBooth runs").first
+        tab.click()
+        rows = page.locator(".dreambooth-run")
+        for name in ("first", "first", "second", "first", "second"):  # the second click closes it
+            rows.filter(has=page.locator("b", has_text=re.compile(f"^{name}$"))).click()
+            page.wait_for_timeout(300)
+        page.wait_for_function("!!document.querySelector('.dreambooth-details canvas')")
+        assert attached(page) == 2  # of the comparison, and of the run that is open
+        assert alive(page) == NOTHING | {"RunsPanel": 1, "Chart": 2, "Curve": 1}
+        rows.filter(has=page.locator("b", has_text=re.compile("^second$"))).click()
+        page.wait_for_function("!document.querySelector('.dreambooth-details')")
+        assert attached(page) == 1
+        for _ in range(3):
+            tab.click()
+            page.wait_for_timeout(300)
+        assert page.locator(".dreambooth-runs").count() == 0
+        assert attached(page) == 0
+        assert alive(page) == NOTHING
+    for run in runs.glob("*-0000*"):
+        shutil.rmtree(run)

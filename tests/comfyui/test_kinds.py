@@ -84,7 +84,7 @@ def test_a_kind_changes_the_prediction_alike(kind: str, predictions: Predictions
 def test_dora_is_exact_through_our_node_alone(predictions: Predictions) -> None:
     """ComfyUI 0.28 divides by the rows' lengths before the change; our Apply LoRA gives it scales that make up for it.
 
-    Should this fail because ComfyUI mended it, remove `_dora_scales` from nodes/host.py.
+    Should this fail because ComfyUI mended it, remove `_corrected_dora_scales` from nodes/host.py.
     """
 
     assert predictions.deviation("ours-dora", "dora") < 1e-3

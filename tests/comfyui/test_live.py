@@ -23,22 +23,22 @@ def live() -> Any:
 
 
 def test_what_a_node_does_is_kept(live: Any) -> None:
-    told = live.note("1:2", state="starting", name="dog")
+    told = live.update("1:2", state="starting", name="dog")
     told["name"] = "changed"
-    assert live.note("1:2", state="training", run="dog-1", step=3).items() >= {"name": "dog", "step": 3}.items()
-    live.note("3", state="done", run="cat-1")
+    assert live.update("1:2", state="training", run="dog-1", step=3).items() >= {"name": "dog", "step": 3}.items()
+    live.update("3", state="done", run="cat-1")
     kept = live.snapshot()
     kept["3"]["run"] = "changed"
     assert {node: facts["run"] for node, facts in live.snapshot().items()} == {"1:2": "dog-1", "3": "cat-1"}
     assert all(facts["node"] == node and facts["at"] <= time.time() for node, facts in kept.items())
-    live.begin("1:2")
-    live.begin("4")
+    live.forget("1:2")
+    live.forget("4")
     assert list(live.snapshot()) == ["3"]
 
 
 def test_the_nodes_that_did_something_last_are_kept(live: Any) -> None:
     for number in [*range(300), 250, 150]:
-        live.note(str(number), state="done")
+        live.update(str(number), state="done")
     assert [int(node) for node in live.snapshot()] == [*range(100, 150), *range(151, 250), *range(251, 300), 250, 150]
 
 
@@ -58,10 +58,10 @@ def test_the_nodes_that_did_something_last_are_kept(live: Any) -> None:
     ids=str,
 )
 def test_a_run_is_running_while_a_node_works_on_it(states: list[str], running: bool, live: Any) -> None:
-    live.note("other", state="done", run="dog-1")
-    live.note("another", state="training", run="cat-1")
+    live.update("other", state="done", run="dog-1")
+    live.update("another", state="training", run="cat-1")
     for state in states:
-        live.note("1", state=state, run="dog-1")
+        live.update("1", state=state, run="dog-1")
     summary = {"id": "dog-1", "state": "stopped", "step": 3}
     assert live.with_state(summary) == summary | ({"state": "running"} if running else {})
     if not running:

@@ -86,6 +86,9 @@ class Site:
     def use(self, body: bytes, **headers: str) -> Reply:
         return self.ask(f"/dreambooth/runs/{quote(self.run)}/use", "POST", body, **OWN | headers)
 
+    def file_url(self, relative: str) -> str:
+        return f"/dreambooth/runs/{quote(self.run)}/files/{quote(relative)}"
+
     def kept(self) -> dict[str, dict[str, bytes | str]]:
         return {name: tree(self.server.base_dir / name) for name in KEPT}
 
@@ -142,8 +145,24 @@ def test_runs_are_the_shelf_s(prefix: str, site: Site) -> None:
         reply = site.ask(base + target)
         assert (reply.status, reply.json) == (200, json.loads(json.dumps(wanted)))
 
-    same("", [site.shelf.summary(site.run)])
-    same(f"/{name}", site.shelf.details(site.run))
+    summary, details = site.shelf.summary(site.run), site.shelf.details(site.run)
+    preview = site.file_url(summary["preview"])
+    same("", [summary | {"preview": preview}])
+    with_urls = {
+        "preview": preview,
+        "previews": {
+            step: [site.file_url(f"previews/step-{step:08d}/{name}") for name in names]
+            for step, names in details["previews"].items()
+        },
+        "subject": [site.file_url("subject/00.jpg")],
+        "workflow": site.file_url("workflow.json"),
+        "folder": f"output/dreambooth/runs/{site.run}",
+        "adapters": [
+            entry | {"url": site.file_url(entry["file"]), "name": f"my dog ü-{entry['step']:06d}.safetensors"}
+            for entry in details["adapters"]
+        ],
+    }
+    same(f"/{name}", details | with_urls)
     for after in ("", "?after=-1", "?after=1", "?after=99"):
         same(f"/{name}/curve{after}", site.shelf.curve(site.run, int(after[7:] or -1)))
 
@@ -166,6 +185,29 @@ def test_every_file_that_is_shown_is_sent_as_it_is(site: Site) -> None:
     adapters = {entry["file"] for entry in details["adapters"]}
     assert sent == pictures | adapters | {"run.json", "workflow.json", "metrics.jsonl", "subject/00.jpg"}
     assert len(pictures) == 6
+
+
+def urls_in(value: Any) -> Iterator[str]:
+    """Every text in an answer that is a URL of the pack."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for inner in value:
+            yield from urls_in(inner)
+    elif isinstance(value, str) and value.startswith("/dreambooth/"):
+        yield value
+
+
+def test_every_url_in_an_answer_can_be_fetched(site: Site) -> None:
+    """Pages take what they show from the answers alone."""
+    details = site.get(f"/runs/{quote(site.run)}")
+    urls = {*urls_in(details), *urls_in(site.get("/runs"))}
+    urls |= {*urls_in(site.get(f"/folders/pictures?folder={quote('dog ü')}"))}
+    urls |= {*urls_in(site.get("/folders/pictures?folder=cat.zip"))}
+    assert len(urls) == 6 + 3 + 1 + 1 + 5  # previews, adapters, subject, workflow, thumbnails
+    for url in urls:
+        for prefix in ("", "/api"):
+            assert site.ask(prefix + url).status == 200, url
 
 
 def test_a_checkpoint_is_copied_under_a_free_name(site: Site) -> None:
@@ -204,23 +246,34 @@ def test_deleting_removes_that_run_alone(site: Site) -> None:
 
 
 def test_folders_are_listed_with_counts(site: Site) -> None:
-    counts = {entry["name"]: entry["count"] for entry in site.get("/folders")}
+    answer = site.get("/folders")
+    assert answer["no_folder"] == "(connected images)"
+    counts = {entry["name"]: entry["count"] for entry in answer["folders"]}
+    archives = {entry["name"] for entry in answer["folders"] if entry["archive"]}
     wanted = {"dog ü": 5, "dog ü/inside": 0, "empty": 0, "cat.zip": None, "evil.zip": None}
     assert counts.items() >= wanted.items()
     assert counts.keys() - wanted.keys() <= {"linked", "3d"}  # the latter is ComfyUI's own
+    assert archives == {"cat.zip", "evil.zip"}
 
 
 def test_pictures_are_reported_as_a_run_would_find_them(site: Site) -> None:
     report = site.get(f"/folders/pictures?folder={quote('dog ü')}")
     sizes = {"0.png": (640, 320), "1.png": (100, 400), "2.png": (50, 40), "twice.png": (100, 400)}
     assert report["pictures"] == [
-        {"name": name, "caption": "a sks dog" if name == "0.png" else "", "width": width, "height": height}
+        {
+            "name": name,
+            "caption": "a sks dog" if name == "0.png" else "",
+            "width": width,
+            "height": height,
+            "thumbnail": f"/dreambooth/folders/thumbnail?folder=dog+%C3%BC&picture={name}",
+        }
         for name, (width, height) in sizes.items()
     ]
     assert report["problem"] is None
     assert len(report["warnings"]) == 2
-    assert "damaged.jpg" in report["warnings"][0]
-    assert "twice.png is the same picture as 1.png" in report["warnings"][1]
+    assert "damaged.jpg" in report["warnings"][0]["text"]
+    assert "twice.png is the same picture as 1.png" in report["warnings"][1]["text"]
+    assert [warning["picture"] for warning in report["warnings"]] == ["damaged.jpg", "twice.png"]
     assert [one["name"] for one in site.get("/folders/pictures?folder=cat.zip")["pictures"]] == ["2.png"]
 
 
@@ -562,12 +615,14 @@ def test_messages_name_pictures_that_are_there(heard: Heard, site: Site) -> None
     previews = [told["preview"] for told in heard.told if "preview" in told]
     assert [preview["step"] for preview in previews] == [0, 10, 20, 30]
     for preview in previews:
-        [name] = preview["pictures"]
-        reply = site.ask(f"/dreambooth/runs/{heard.run}/files/previews/step-{preview['step']:08d}/{name}")
+        [url] = preview["pictures"]
+        assert f"/previews/step-{preview['step']:08d}/" in url
+        reply = site.ask(url)
         assert Image.open(io.BytesIO(reply.content)).size == (64, 64)
     details = site.get(f"/runs/{heard.run}")
-    assert details["subject"] == [f"0{number}.jpg" for number in range(5)]
-    for name in details["subject"]:
+    names = [url.rpartition("/")[2] for url in details["subject"]]
+    assert names == [f"0{number}.jpg" for number in range(5)]
+    for name in names:
         assert Image.open(site.shelf.root / heard.run / "subject" / name).format == "JPEG"
 
 

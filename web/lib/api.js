@@ -21,14 +21,9 @@ async function answer(response) {
   return content;
 }
 
-/** Address of a file of a run. */
-export function fileUrl(run, file) {
-  return api.apiURL(`${PREFIX}/runs/${encodeURIComponent(run)}/files/${file.split("/").map(encodeURIComponent).join("/")}`);
-}
-
-/** Address of a picture's thumbnail. */
-export function thumbnailUrl(folder, picture) {
-  return api.apiURL(`${PREFIX}/folders/thumbnail?${new URLSearchParams({ folder, picture })}`);
+/** Address in this page of a URL that the server sent: ComfyUI may be served below some other path. */
+export function addressOf(url) {
+  return api.apiURL(url);
 }
 
 /** Path of a run, to `get`. */

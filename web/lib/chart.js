@@ -11,7 +11,9 @@ export const RUN_COLORS = ["#4a90d9", "#e0883a", "#5bb56b", "#c266c9", "#d46a6a"
 /** Numbers by step, in typed arrays that grow. */
 export class Curve {
   constructor(title = "", color = RUN_COLORS[0]) {
-    Object.assign(this, { title, color, length: 0, scores: [], capacity: 0 });
+    this.title = title;
+    this.color = color;
+    this.capacity = 0;
     this.clear();
   }
 
@@ -21,14 +23,8 @@ export class Curve {
     this.reserve(1024);
   }
 
-  /** Forget what lies beyond a step: the run went another way from there. */
-  cut(step) {
-    while (this.length && this.steps[this.length - 1] > step) this.length -= 1;
-    this.scores = this.scores.filter((one) => one.step <= step);
-  }
-
   reserve(capacity) {
-    if (capacity <= this.capacity && this.steps) return;
+    if (capacity <= this.capacity) return;
     for (const name of ["steps", "losses", "smooth", "rates"]) {
       const grown = new Float64Array(capacity);
       if (this[name]) grown.set(this[name].subarray(0, this.length));
@@ -37,14 +33,18 @@ export class Curve {
     this.capacity = capacity;
   }
 
+  /** The last step with a loss; -1 if there is none. */
+  lastStep() {
+    return this.length ? this.steps[this.length - 1] : -1;
+  }
+
   /** Add { steps, losses, rates, scores }, columns in the order of the steps; what is known already is left out. */
   append({ steps = [], losses = [], rates = [], scores = [] }) {
     for (let index = 0; index < steps.length; index += 1) {
-      if (this.length && steps[index] <= this.steps[this.length - 1]) continue;
-      if (losses[index] == null) continue;
+      if (steps[index] <= this.lastStep() || losses[index] == null) continue;
       if (this.length === this.capacity) this.reserve(2 * this.capacity);
       const at = this.length;
-      // an average that forgets, without the pull of its start (Kingma and Ba 2015, section 3)
+      // exponential moving average with bias correction (Kingma and Ba 2015, section 3)
       const weight = (1 - SMOOTHING) / (1 - SMOOTHING ** (at + 1));
       this.smooth[at] = at ? this.smooth[at - 1] + weight * (losses[index] - this.smooth[at - 1]) : losses[index];
       this.steps[at] = steps[index];
@@ -52,34 +52,38 @@ export class Curve {
       this.rates[at] = rates[index] ?? 0;
       this.length += 1;
     }
-    for (const one of scores) {
-      const known = this.scores.find((other) => other.step === one.step);
-      const whole = { step: one.step, scores: { ...known?.scores, ...one.scores } };
-      this.scores = [...this.scores.filter((other) => other !== known), whole].sort((a, b) => a.step - b.step);
+    for (const point of scores) {
+      const known = this.scores.find(({ step }) => step === point.step);
+      const merged = { step: point.step, scores: { ...known?.scores, ...point.scores } };
+      this.scores = [...this.scores.filter((other) => other !== known), merged].sort((a, b) => a.step - b.step);
     }
   }
 
-  /** Place of the step nearest to `step`; -1 if there is none. */
+  /** Index of the step nearest to `step`; -1 if there is none. */
   nearest(step) {
-    let [low, high] = [0, this.length - 1];
+    let low = 0;
+    let high = this.length - 1;
     while (low < high) {
       const middle = (low + high) >> 1;
       if (this.steps[middle] < step) low = middle + 1;
       else high = middle;
     }
-    return low > 0 && step - this.steps[low - 1] < this.steps[low] - step ? low - 1 : this.length ? low : -1;
+    if (!this.length) return -1;
+    return low > 0 && step - this.steps[low - 1] < this.steps[low] - step ? low - 1 : low;
   }
 }
 
 export class Chart {
-  /** `curves`: one, or several to compare. */
+  static attached = 0; // how many follow the size of their element now
+
+  /** `curves`: one, or several to compare. Nothing is drawn before `attach`. */
   constructor(curves) {
     this.curves = curves;
     this.log = false;
     this.total = 0;
     this.pointer = null;
-    this.frames = 0;
-    this.slowest = 0;
+    this.observer = null;
+    this.request = 0;
     this.canvas = make("canvas");
     this.legend = make("div", { className: "dreambooth-legend" });
     this.logButton = make("button", { textContent: "log", title: "Logarithmic loss axis", type: "button" });
@@ -87,9 +91,26 @@ export class Chart {
     this.element = make("div", { className: "dreambooth-chart" }, this.canvas);
     this.canvas.onpointermove = (event) => this.point(event.offsetX / Math.max(1, this.canvas.clientWidth));
     this.canvas.onpointerleave = () => this.point(null);
+    this.setLog(false);
+  }
+
+  /** Draw from now on, whenever something changes, until `dispose`. */
+  attach() {
+    if (this.observer) return;
+    Chart.attached += 1;
     this.observer = new ResizeObserver(() => this.schedule());
     this.observer.observe(this.element);
-    this.setLog(false);
+    this.schedule();
+  }
+
+  /** Let go of the page; `attach` brings the chart back. */
+  dispose() {
+    if (!this.observer) return;
+    Chart.attached -= 1;
+    this.observer.disconnect();
+    this.observer = null;
+    cancelAnimationFrame(this.request);
+    this.request = 0;
   }
 
   setLog(log) {
@@ -98,29 +119,24 @@ export class Chart {
     this.schedule();
   }
 
-  point(share) {
-    this.pointer = share;
+  /** Show the values below a point, given as a fraction of the width; null: the newest ones. */
+  point(fraction) {
+    this.pointer = fraction;
     this.schedule();
   }
 
-  dispose() {
-    this.observer.disconnect();
-    cancelAnimationFrame(this.request);
-  }
-
+  /** Draw with the next frame. */
   schedule() {
-    if (this.request) return;
+    if (this.request || !this.observer) return;
     this.request = requestAnimationFrame(() => {
       this.request = 0;
-      const began = performance.now();
       if (this.element.isConnected) this.draw();
-      this.frames += 1;
-      this.slowest = Math.max(this.slowest, performance.now() - began);
     });
   }
 
   draw() {
-    const [width, height] = [this.canvas.clientWidth, this.canvas.clientHeight];
+    const width = this.canvas.clientWidth;
+    const height = this.canvas.clientHeight;
     if (width < 10 || height < 10) return;
     const ratio = window.devicePixelRatio || 1;
     if (this.canvas.width !== Math.round(width * ratio) || this.canvas.height !== Math.round(height * ratio)) {
@@ -132,7 +148,7 @@ export class Chart {
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, width, height);
     const frame = { left: 40, right: width - 8, top: 6, bottom: height - 16, ink: style.color };
-    const last = Math.max(1, this.total, ...this.curves.map((one) => (one.length ? one.steps[one.length - 1] : 0)));
+    const last = Math.max(1, this.total, ...this.curves.map((curve) => curve.lastStep()));
     const across = (step) => frame.left + ((frame.right - frame.left) * step) / last;
     const [low, high] = this.range();
     const scale = this.log ? Math.log : (value) => value;
@@ -151,7 +167,8 @@ export class Chart {
   /** The losses that the axis spans: all of the smoothed ones, and the raw ones but for the outermost hundredths. */
   range() {
     const raw = [];
-    let [low, high] = [Infinity, -Infinity];
+    let low = Infinity;
+    let high = -Infinity;
     for (const curve of this.curves) {
       const stride = Math.max(1, Math.floor(curve.length / 1000));
       for (let at = 0; at < curve.length; at += stride) {
@@ -176,8 +193,8 @@ export class Chart {
     pen.textAlign = "right";
     pen.textBaseline = "middle";
     for (let tick = 0; tick <= 3; tick += 1) {
-      const share = tick / 3;
-      const value = this.log ? low * (high / low) ** share : low + share * (high - low);
+      const fraction = tick / 3;
+      const value = this.log ? low * (high / low) ** fraction : low + fraction * (high - low);
       pen.globalAlpha = 0.75;
       pen.fillText(value.toPrecision(2), frame.left - 4, up(value));
       pen.globalAlpha = 0.15;
@@ -185,9 +202,9 @@ export class Chart {
     }
     pen.globalAlpha = 0.75;
     pen.textBaseline = "top";
-    for (const share of [0, 0.5, 1]) {
-      pen.textAlign = share === 1 ? "right" : share ? "center" : "left";
-      pen.fillText(String(Math.round(share * last)), across(share * last), frame.bottom + 3);
+    for (const [fraction, align] of [[0, "left"], [0.5, "center"], [1, "right"]]) {
+      pen.textAlign = align;
+      pen.fillText(String(Math.round(fraction * last)), across(fraction * last), frame.bottom + 3);
     }
     pen.globalAlpha = 1;
   }
@@ -208,10 +225,10 @@ export class Chart {
       pen.globalAlpha = 0.35;
       pen.beginPath();
       let previous = null;
-      for (const [x, one] of columns) {
-        if (previous !== null) pen.lineTo(x, up(one.high));
-        else pen.moveTo(x, up(one.high));
-        pen.lineTo(x, up(one.low));
+      for (const [x, { low, high }] of columns) {
+        if (previous !== null) pen.lineTo(x, up(high));
+        else pen.moveTo(x, up(high));
+        pen.lineTo(x, up(low));
         previous = x;
       }
       pen.stroke();
@@ -219,7 +236,7 @@ export class Chart {
     pen.globalAlpha = 1;
     pen.lineWidth = 1.6;
     pen.beginPath();
-    for (const [x, one] of columns) pen.lineTo(x, up(one.smooth));
+    for (const [x, { smooth }] of columns) pen.lineTo(x, up(smooth));
     pen.stroke();
     pen.lineWidth = 1;
   }
@@ -245,27 +262,35 @@ export class Chart {
   drawScores(pen, frame, curve, across) {
     this.scoreNames(curve).forEach((name, number) => {
       pen.strokeStyle = pen.fillStyle = SCORE_COLORS[number % SCORE_COLORS.length];
-      const points = curve.scores.filter((one) => one.scores[name] != null);
-      const at = (one) => [across(one.step), frame.bottom - (frame.bottom - frame.top) * Math.min(1, Math.max(0, one.scores[name]))];
+      const points = [];
+      for (const { step, scores } of curve.scores) {
+        if (scores[name] == null) continue;
+        const value = Math.min(1, Math.max(0, scores[name]));
+        points.push({ x: across(step), y: frame.bottom - (frame.bottom - frame.top) * value });
+      }
       pen.beginPath();
-      for (const one of points) pen.lineTo(...at(one));
+      for (const { x, y } of points) pen.lineTo(x, y);
       pen.stroke();
-      for (const one of points) {
+      for (const { x, y } of points) {
         pen.beginPath();
-        pen.arc(...at(one), 2.5, 0, 2 * Math.PI);
+        pen.arc(x, y, 2.5, 0, 2 * Math.PI);
         pen.fill();
       }
     });
   }
 
   scoreNames(curve) {
-    const names = new Set(curve.scores.flatMap((one) => Object.keys(one.scores)));
-    names.delete("CLIPScore"); // CLIP-T once more, a hundred times as large
+    const names = new Set(curve.scores.flatMap(({ scores }) => Object.keys(scores)));
+    names.delete("CLIPScore"); // 100 × CLIP-T
     return [...names];
   }
 
+  /** A line below the pointer, and the values there in the legend. */
   drawPointer(pen, frame, last, across) {
-    const step = this.pointer === null ? Infinity : ((this.pointer * this.canvas.clientWidth - frame.left) / (frame.right - frame.left)) * last;
+    let step = Infinity;
+    if (this.pointer !== null) {
+      step = ((this.pointer * this.canvas.clientWidth - frame.left) / (frame.right - frame.left)) * last;
+    }
     const items = [];
     for (const curve of this.curves) {
       const at = curve.nearest(step);
@@ -276,9 +301,9 @@ export class Chart {
       }
       items.push(item(curve.color, `step ${curve.steps[at]} · loss ${curve.losses[at].toPrecision(3)} · smoothed ${curve.smooth[at].toPrecision(3)}`));
       items.push(item(frame.ink, `lr ${curve.rates[at].toPrecision(2)}`));
-      const before = curve.scores.filter((one) => one.step <= curve.steps[at]);
+      const before = curve.scores.filter((point) => point.step <= curve.steps[at]);
       this.scoreNames(curve).forEach((name, number) => {
-        const value = before.findLast((one) => one.scores[name] != null)?.scores[name];
+        const value = before.findLast((point) => point.scores[name] != null)?.scores[name];
         if (value != null) items.push(item(SCORE_COLORS[number % SCORE_COLORS.length], `${name} ${value.toFixed(3)}`));
       });
       if (this.pointer !== null) {
@@ -293,9 +318,9 @@ export class Chart {
 }
 
 function item(color, text) {
-  const mark = make("i");
-  mark.style.background = color;
-  return make("span", {}, mark, text);
+  const swatch = make("i");
+  swatch.style.background = color;
+  return make("span", {}, swatch, text);
 }
 
 function line(pen, from, to) {

@@ -1,4 +1,4 @@
-// Elements in a line, and the pack's style sheet.
+// Elements made in one line, and the pack's style sheet.
 
 /** An element with properties and children: make("div", { className: "x" }, "text", other). */
 export function make(tag, properties = {}, ...children) {
@@ -8,6 +8,7 @@ export function make(tag, properties = {}, ...children) {
 }
 
 const CSS = `
+.dreambooth-panel { width: 100%; height: 100%; min-height: 0; }
 .dreambooth { box-sizing: border-box; display: flex; flex-direction: column; gap: 4px; width: 100%; height: 100%;
   min-height: 0; padding: 6px; overflow: hidden; font: 12px/1.35 system-ui, sans-serif; color: var(--fg-color, #ddd);
   background: var(--comfy-menu-bg, #222); border-radius: 6px; }
@@ -73,5 +74,5 @@ export function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));
   const parts = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
   if (!parts[0]) parts.shift();
-  return parts.map((part, place) => (place ? String(part).padStart(2, "0") : part)).join(":");
+  return parts.map((part, index) => (index ? String(part).padStart(2, "0") : part)).join(":");
 }

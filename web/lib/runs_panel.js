@@ -1,43 +1,60 @@
 // The sidebar tab: all runs, their curves side by side, their files, and what can be done with them.
 
-import { fileUrl, get, runPath, send } from "./api.js";
+import { addressOf, get, runPath, send } from "./api.js";
 import { Chart, Curve, RUN_COLORS } from "./chart.js";
 import { make, shortTime } from "./dom.js";
 
 export class RunsPanel {
-  /** `host` does what the page's frame can: loadGraph, queue, confirm, refreshLists, say. */
+  /** `host` does what only ComfyUI's page can: loadGraph, queue, confirm, refreshLists, notify. */
   constructor(host) {
     this.host = host;
-    this.opened = null;
-    this.compared = new Map();
+    this.opened = null; // id of the run whose details are shown
+    this.details = null; // and these: { box, chart }
+    this.compared = new Map(); // id → curve
     this.chart = new Chart([]);
+    this.chart.attach();
     this.chart.element.style.flex = "none";
     this.chart.element.style.height = "160px";
     this.comparison = make("div", { hidden: true }, this.chart.element, this.chart.legend);
     this.list = make("div");
-    this.again = make("button", { textContent: "⟳ Refresh", type: "button" });
-    this.again.onclick = () => this.refresh();
+    this.refreshButton = make("button", { textContent: "⟳ Refresh", type: "button" });
+    this.refreshButton.onclick = () => this.refresh();
     this.element = make(
       "div",
       { className: "dreambooth dreambooth-runs" },
-      make("div", { className: "dreambooth-head" }, this.again, make("small", { textContent: "Tick runs to compare their losses." })),
+      make("div", { className: "dreambooth-head" }, this.refreshButton, make("small", { textContent: "Tick runs to compare their losses." })),
       this.comparison,
       this.list,
     );
   }
 
   dispose() {
+    this.disposed = true;
     this.chart.dispose();
+    this.closeDetails();
   }
 
   async refresh() {
+    let rows;
     try {
       const runs = await get("/runs");
-      this.list.replaceChildren(...runs.flatMap((run) => this.row(run)));
-      if (!runs.length) this.list.append(make("p", { textContent: "No run yet. Train LoRA (DreamBooth) begins one." }));
+      if (this.disposed) return;
+      this.closeDetails();
+      this.forgetAllBut(runs);
+      rows = runs.flatMap((run) => this.row(run));
+      if (!runs.length) rows.push(make("p", { textContent: "No run yet. Train LoRA (DreamBooth) begins one." }));
     } catch (error) {
-      this.list.replaceChildren(make("p", { className: "dreambooth-error", textContent: error.message }));
+      this.closeDetails();
+      rows = [errorText(error)];
     }
+    this.list.replaceChildren(...rows);
+  }
+
+  /** Runs that are gone are compared no longer. */
+  forgetAllBut(runs) {
+    const ids = new Set(runs.map((run) => run.id));
+    for (const id of this.compared.keys()) if (!ids.has(id)) this.compared.delete(id);
+    this.showComparison();
   }
 
   row(run) {
@@ -45,7 +62,7 @@ export class RunsPanel {
     tick.onclick = (event) => event.stopPropagation();
     tick.onchange = () => this.compare(run, tick.checked);
     const picture = run.preview
-      ? make("img", { src: fileUrl(run.id, run.preview), loading: "lazy", alt: "newest sample" })
+      ? make("img", { src: addressOf(run.preview), loading: "lazy", alt: "newest sample" })
       : make("span", { className: "none" });
     const loss = run.loss == null ? "" : ` · loss ${run.loss.toPrecision(3)}`;
     const state = make("span", { className: "dreambooth-state", textContent: run.state });
@@ -64,68 +81,79 @@ export class RunsPanel {
       ),
       state,
     );
-    row.onclick = () => this.open(run);
-    return this.opened === run.id ? [row, this.details(run)] : [row];
+    row.onclick = () => this.toggle(run);
+    return this.opened === run.id ? [row, this.openDetails(run)] : [row];
   }
 
-  async open(run) {
+  /** Open a run's details, or close them. */
+  async toggle(run) {
     this.opened = this.opened === run.id ? null : run.id;
     await this.refresh();
   }
 
-  details(run) {
+  openDetails(run) {
     const box = make("div", { className: "dreambooth-details" }, make("small", { textContent: "loading…" }));
+    const details = { box, chart: null };
+    this.details = details;
     Promise.all([get(runPath(run.id)), get(runPath(run.id, "/curve"))])
-      .then(([details, columns]) => this.fill(box, details, columns))
-      .catch((error) => box.replaceChildren(make("p", { className: "dreambooth-error", textContent: error.message })));
+      .then(([facts, points]) => {
+        if (this.details === details) this.fill(details, facts, points);
+      })
+      .catch((error) => box.replaceChildren(errorText(error)));
     return box;
   }
 
-  fill(box, run, columns) {
+  closeDetails() {
+    this.details?.chart?.dispose();
+    this.details = null;
+  }
+
+  fill(details, run, points) {
     const curve = new Curve(run.name);
-    curve.append(columns);
+    curve.append(points);
     const chart = new Chart([curve]);
+    details.chart = chart;
     chart.total = run.steps;
     Object.assign(chart.element.style, { flex: "none", height: "130px" });
-    const button = (text, title, work) => {
-      const made = make("button", { textContent: text, title, type: "button" });
-      made.onclick = () => work().catch((error) => this.host.say(error.message));
-      return made;
-    };
-    const actions = [];
-    if (run.workflow) {
-      actions.push(button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
-      if (run.state === "stopped" || run.state === "failed") {
-        actions.push(button("Resume", "Open the graph of this run and queue it", () => this.resume(run)));
-      }
-    }
-    if (run.state !== "running") actions.push(button("Delete…", "Remove the run with its checkpoints", () => this.delete(run)));
-    const adapters = run.adapters.map(({ step, file, bytes }) =>
-      make(
-        "tr",
-        {},
-        make("td", {}, make("a", { href: fileUrl(run.id, file), download: `${run.name}-${step}.safetensors`, textContent: `step ${step}` })),
-        make("td", { textContent: `${(bytes / 1e6).toFixed(1)} MB` }),
-        make("td", {}, button("Use", "Copy this checkpoint into the LoRA folder", () => this.use(run, step))),
-      ),
-    );
-    const settings = Object.entries(run.settings)
-      .filter(([, value]) => value !== null && value !== "")
-      .map(([name, value]) => make("tr", {}, make("td", { textContent: name }), make("td", { textContent: String(value) })));
-    const samples = Object.entries(run.previews).map(([step, names]) =>
-      make("img", { src: fileUrl(run.id, `previews/step-${step.padStart(8, "0")}/${names[0]}`), title: `step ${step}`, loading: "lazy" }),
-    );
-    box.replaceChildren(
+    details.box.replaceChildren(
       ...(run.problem ? [make("div", { className: "dreambooth-error", textContent: `${run.remedy}\n${run.problem}` })] : []),
-      make("div", { className: "actions" }, ...actions),
+      make("div", { className: "actions" }, ...this.actions(run)),
       chart.element,
       chart.legend,
-      make("div", { className: "dreambooth-grid", hidden: !samples.length }, ...samples),
-      folded("Checkpoints", make("table", {}, ...adapters)),
-      folded("Settings", make("table", {}, ...settings)),
-      make("small", { textContent: `output/dreambooth/runs/${run.id} · ${(run.bytes / 1e6).toFixed(0)} MB` }),
+      make("div", { className: "dreambooth-grid", hidden: !Object.keys(run.previews).length }, ...samples(run)),
+      folded("Checkpoints", make("table", {}, ...run.adapters.map((adapter) => this.adapterRow(run, adapter)))),
+      folded("Settings", make("table", {}, ...settingRows(run))),
+      make("small", { textContent: `${run.folder} · ${(run.bytes / 1e6).toFixed(0)} MB` }),
     );
-    chart.schedule();
+    chart.attach();
+  }
+
+  actions(run) {
+    const buttons = [];
+    if (run.workflow) {
+      buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
+      if (run.state === "stopped" || run.state === "failed") {
+        buttons.push(this.button("Resume", "Open the graph of this run and queue it", () => this.resume(run)));
+      }
+    }
+    if (run.state !== "running") buttons.push(this.button("Delete…", "Remove the run with its checkpoints", () => this.delete(run)));
+    return buttons;
+  }
+
+  adapterRow(run, { step, url, name, bytes }) {
+    return make(
+      "tr",
+      {},
+      make("td", {}, make("a", { href: addressOf(url), download: name, textContent: `step ${step}` })),
+      make("td", { textContent: `${(bytes / 1e6).toFixed(1)} MB` }),
+      make("td", {}, this.button("Use", "Copy this checkpoint into the LoRA folder", () => this.use(run, step))),
+    );
+  }
+
+  button(text, title, action) {
+    const button = make("button", { textContent: text, title, type: "button" });
+    button.onclick = () => action().catch((error) => this.host.notify(error.message));
+    return button;
   }
 
   async compare(run, wanted) {
@@ -134,14 +162,18 @@ export class RunsPanel {
       curve.append(await get(runPath(run.id, "/curve")));
       this.compared.set(run.id, curve);
     } else this.compared.delete(run.id);
+    this.showComparison();
+  }
+
+  showComparison() {
     this.chart.curves = [...this.compared.values()];
-    this.chart.curves.forEach((curve, number) => (curve.color = RUN_COLORS[number % RUN_COLORS.length]));
+    this.chart.curves.forEach((curve, index) => (curve.color = RUN_COLORS[index % RUN_COLORS.length]));
     this.comparison.hidden = !this.chart.curves.length;
     this.chart.schedule();
   }
 
   async loadGraph(run) {
-    const response = await fetch(fileUrl(run.id, "workflow.json"));
+    const response = await fetch(addressOf(run.workflow));
     if (!response.ok) throw new Error("The graph of this run is gone.");
     await this.host.loadGraph(await response.json(), run.name);
   }
@@ -154,17 +186,33 @@ export class RunsPanel {
   async use(run, step) {
     const { file } = await send("POST", runPath(run.id, "/use"), { step });
     await this.host.refreshLists();
-    this.host.say(`${file} is in the LoRA folder.`);
+    this.host.notify(`${file} is in the LoRA folder.`);
   }
 
   async delete(run) {
     const sure = await this.host.confirm(`Delete the run '${run.id}' with all its checkpoints and sample pictures? The finished adapter file in the LoRA folder stays.`);
     if (!sure) return;
     await send("DELETE", runPath(run.id));
-    this.compared.delete(run.id);
     this.opened = null;
     await this.refresh();
   }
+}
+
+/** The first sample picture of each step. */
+function samples(run) {
+  return Object.entries(run.previews)
+    .filter(([, pictures]) => pictures.length)
+    .map(([step, [first]]) => make("img", { src: addressOf(first), title: `step ${step}`, loading: "lazy" }));
+}
+
+function settingRows(run) {
+  return Object.entries(run.settings)
+    .filter(([, value]) => value !== null && value !== "")
+    .map(([name, value]) => make("tr", {}, make("td", { textContent: name }), make("td", { textContent: String(value) })));
+}
+
+function errorText(error) {
+  return make("p", { className: "dreambooth-error", textContent: error.message });
 }
 
 function folded(title, content) {

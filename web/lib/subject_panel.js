@@ -1,28 +1,32 @@
 // On Subject: the folders with their counts, the pictures of the chosen one, warnings, and a place to drop pictures.
 
-import { get, thumbnailUrl } from "./api.js";
+import { addressOf, get } from "./api.js";
 import { make } from "./dom.js";
+
+const NEW_FOLDER = "subject"; // for pictures that are dropped while no folder is chosen
 
 export class SubjectPanel {
   /**
-   * `chosen` gives the folder that the node has, `choose` sets it, `upload` puts files into a folder of the input folder.
+   * `chosen` gives the folder that the node has, `choose` sets it, `upload` puts a file into a folder of the input folder.
    */
   constructor({ chosen, choose, upload }) {
     Object.assign(this, { chosen, choose, upload });
+    this.folders = [];
+    this.noFolder = null; // what the node's folder is called while pictures come from its input
     this.select = make("select", { title: "Folder in ComfyUI's input folder" });
     this.select.onchange = () => {
       this.choose(this.select.value);
       this.refresh();
     };
-    this.again = make("button", { textContent: "⟳", title: "Look again", type: "button" });
-    this.again.onclick = () => this.refresh();
+    this.refreshButton = make("button", { textContent: "⟳", title: "Refresh", type: "button" });
+    this.refreshButton.onclick = () => this.refresh();
     this.text = make("span");
     this.grid = make("div", { className: "dreambooth-grid" });
     this.warnings = make("div", { className: "dreambooth-warnings", hidden: true });
     this.element = make(
       "div",
       { className: "dreambooth dreambooth-subject" },
-      make("div", { className: "dreambooth-head" }, this.select, this.again, this.text),
+      make("div", { className: "dreambooth-head" }, this.select, this.refreshButton, this.text),
       this.warnings,
       this.grid,
     );
@@ -34,19 +38,33 @@ export class SubjectPanel {
     this.element.ondrop = (event) => this.drop(event);
   }
 
+  /** Begin to show the node's folder. */
+  attach() {
+    this.attached = true;
+    this.refresh();
+  }
+
+  /** The node is gone: answers that are still under way are dropped. */
+  dispose() {
+    this.attached = false;
+  }
+
   async refresh() {
-    const folders = await get("/folders").catch(() => []);
+    const { no_folder: noFolder, folders } = await get("/folders").catch(() => ({ no_folder: this.noFolder, folders: [] }));
+    if (!this.attached) return;
+    Object.assign(this, { noFolder, folders });
     const chosen = this.chosen();
     const options = folders.map(({ name, count }) =>
       make("option", { value: name, textContent: count === null ? name : `${name} (${count})` }),
     );
-    if (!folders.some(({ name }) => name === chosen)) options.unshift(make("option", { value: chosen, textContent: chosen }));
+    const exists = folders.some(({ name }) => name === chosen);
+    if (!exists) options.unshift(make("option", { value: chosen, textContent: chosen }));
     this.select.replaceChildren(...options);
     this.select.value = chosen;
-    await this.look(chosen, folders.some(({ name }) => name === chosen));
+    await this.showPictures(chosen, exists);
   }
 
-  async look(folder, exists) {
+  async showPictures(folder, exists) {
     this.grid.replaceChildren();
     this.warnings.hidden = true;
     this.text.textContent = "";
@@ -56,18 +74,19 @@ export class SubjectPanel {
     }
     const query = new URLSearchParams({ folder });
     const report = await get(`/folders/pictures?${query}`).catch((error) => ({ pictures: [], warnings: [], problem: error.message }));
-    if (this.chosen() !== folder) return;
-    const troubles = [report.problem, ...report.warnings].filter(Boolean);
-    this.warnings.hidden = !troubles.length;
-    this.warnings.textContent = troubles.join("\n");
+    if (!this.attached || this.chosen() !== folder) return;
+    const messages = [report.problem, ...report.warnings.map((warning) => warning.text)].filter(Boolean);
+    this.warnings.hidden = !messages.length;
+    this.warnings.textContent = messages.join("\n");
     this.text.textContent = `${report.pictures.length} picture${report.pictures.length === 1 ? "" : "s"}`;
+    const bad = new Set(report.warnings.map((warning) => warning.picture));
     this.grid.replaceChildren(
-      ...report.pictures.map((one) =>
+      ...report.pictures.map((picture) =>
         make("img", {
-          src: thumbnailUrl(folder, one.name),
+          src: addressOf(picture.thumbnail),
           loading: "lazy",
-          title: `${one.name}, ${one.width} × ${one.height}${one.caption ? `: ${one.caption}` : ""}`,
-          className: report.warnings.some((text) => text.startsWith(one.name)) ? "bad" : "",
+          title: `${picture.name}, ${picture.width} × ${picture.height}${picture.caption ? `: ${picture.caption}` : ""}`,
+          className: bad.has(picture.name) ? "bad" : "",
         }),
       ),
     );
@@ -79,14 +98,18 @@ export class SubjectPanel {
     if (!files.length) return;
     event.preventDefault();
     event.stopPropagation();
-    await this.take(files);
+    await this.add(files);
   }
 
-  /** Upload files into the chosen folder, or into a new one. */
-  async take(files) {
-    const folder = this.select.selectedOptions[0]?.value.match(/^[^()]+$/) && !this.chosen().endsWith(".zip") ? this.chosen() : "subject";
-    this.text.textContent = `uploading ${files.length}…`;
+  /** Upload files into the chosen folder; into a new one if none is chosen, or a zip file. */
+  async add(files) {
     try {
+      if (this.noFolder === null) await this.refresh();
+      if (this.noFolder === null) throw new Error("ComfyUI does not answer.");
+      const chosen = this.chosen();
+      const isArchive = this.folders.some(({ name, archive }) => name === chosen && archive);
+      const folder = !chosen || chosen === this.noFolder || isArchive ? NEW_FOLDER : chosen;
+      this.text.textContent = `uploading ${files.length}…`;
       for (const file of files) await this.upload(folder, file);
       await this.choose(folder);
       await this.refresh();

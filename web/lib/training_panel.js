@@ -1,16 +1,17 @@
 // On Train LoRA and Fine-tune Checkpoint: how far the run is, its curve, its sample pictures.
 
-import { fileUrl, get, runPath } from "./api.js";
+import { addressOf, get, runPath } from "./api.js";
 import { Chart, Curve } from "./chart.js";
 import { duration, make } from "./dom.js";
 
 const ENDED = ["done", "stopped", "failed"];
-const WORDS = {
+const SHOWN = 6; // sample pictures of a step
+const STATE_TEXTS = {
   idle: "not trained yet",
   waiting: "waiting",
   starting: "starting",
   done: "done",
-  stopped: "stopped, can go on",
+  stopped: "stopped, can be resumed",
   failed: "failed",
 };
 
@@ -18,13 +19,14 @@ export class TrainingPanel {
   /** `runName` gives the name that the node's runs have. */
   constructor(runName) {
     this.runName = runName;
-    this.run = null;
-    this.previews = new Map();
-    this.shown = null;
+    this.run = null; // id of the run that is shown
+    this.recoveredName = null;
+    this.previews = new Map(); // step → URLs of its pictures
+    this.shownStep = null;
     this.facts = {};
     this.curve = new Curve("loss");
     this.chart = new Chart([this.curve]);
-    this.state = make("span", { className: "dreambooth-state", textContent: WORDS.idle });
+    this.state = make("span", { className: "dreambooth-state" });
     this.text = make("span");
     this.fill = make("div");
     this.error = make("div", { className: "dreambooth-error", hidden: true });
@@ -50,8 +52,13 @@ export class TrainingPanel {
     this.setState("idle");
   }
 
+  attach() {
+    this.chart.attach();
+  }
+
   dispose() {
     this.chart.dispose();
+    this.run = null; // so answers that are still under way are dropped
   }
 
   /** Take in what the server sends of this node; a node of another graph may have had the same id. */
@@ -61,8 +68,7 @@ export class TrainingPanel {
       this.follow(facts.run);
     } else if (facts.points) {
       const [first] = facts.points.steps;
-      const known = this.curve.length ? this.curve.steps[this.curve.length - 1] : 0;
-      if (first > known + 1) this.catchUp(); // messages were missed
+      if (first > Math.max(0, this.curve.lastStep()) + 1) this.catchUp(); // messages were missed
       else this.curve.append(facts.points);
     } else if (ENDED.includes(facts.state)) {
       this.catchUp();
@@ -70,7 +76,7 @@ export class TrainingPanel {
     }
     if (facts.preview) this.addPreview(facts.preview);
     if (facts.scores) this.curve.append({ scores: [facts.scores] });
-    this.tell(facts);
+    this.update(facts);
   }
 
   /** Show a run: what is on the disk, and from then on what is sent. */
@@ -83,12 +89,12 @@ export class TrainingPanel {
     this.strip.hidden = this.slider.hidden = true;
     const details = await get(runPath(run)).catch(() => null);
     if (!details || this.run !== run) return;
-    this.subject.replaceChildren(...details.subject.map((name) => this.picture(run, `subject/${name}`)));
-    for (const [step, names] of Object.entries(details.previews)) {
-      this.addPreview({ step: Number(step), pictures: names });
+    this.subject.replaceChildren(...details.subject.map(picture));
+    for (const [step, pictures] of Object.entries(details.previews)) {
+      this.addPreview({ step: Number(step), pictures });
     }
     this.strip.hidden = !details.subject.length && !this.previews.size;
-    if (details.state !== "running" || this.facts.state === undefined) this.tell(details);
+    if (details.state !== "running" || this.facts.state === undefined) this.update(details);
     await this.catchUp();
   }
 
@@ -98,10 +104,12 @@ export class TrainingPanel {
     if (this.catching) return;
     this.catching = true;
     try {
-      while (this.behind) {
+      while (this.behind && this.run) {
         this.behind = false;
-        const known = this.curve.length ? this.curve.steps[this.curve.length - 1] : -1;
-        this.curve.append(await get(runPath(this.run, `/curve?after=${known}`)));
+        const run = this.run;
+        const points = await get(runPath(run, `/curve?after=${this.curve.lastStep()}`));
+        if (this.run === run) this.curve.append(points);
+        else this.behind = true;
       }
     } catch {
       this.behind = false; // the run has not written anything yet
@@ -118,23 +126,24 @@ export class TrainingPanel {
       this.receive(live);
       return;
     }
-    if (this.facts.name === name || this.shownName === name) return;
+    if (this.facts.name === name || this.recoveredName === name) return;
     const runs = await get("/runs").catch(() => []);
-    const found = runs.find((one) => one.name === name);
-    if (!found || this.runName() !== name) return;
-    this.shownName = name;
-    await this.follow(found.id);
+    const newest = runs.find((run) => run.name === name);
+    if (!newest || this.runName() !== name) return;
+    this.recoveredName = name;
+    await this.follow(newest.id);
   }
 
-  tell(facts) {
+  /** Show facts, on top of what is known. */
+  update(facts) {
     this.facts = { ...this.facts, ...facts };
     if (facts.state) this.setState(facts.state);
     const { step, steps, total, done, state } = this.facts;
-    const phase = total && !["training", "running", ...ENDED].includes(state);
-    const [now, all] = phase ? [done, total] : [step, steps];
+    const isPhase = total && !["training", "running", ...ENDED].includes(state);
+    const [finished, wanted] = isPhase ? [done, total] : [step, steps];
     if (steps) this.chart.total = steps;
-    this.fill.style.width = all ? `${(100 * now) / all}%` : "0";
-    this.text.textContent = [phase ? `${done} of ${total}` : "", this.progress()].filter(Boolean).join(" · ");
+    this.fill.style.width = wanted ? `${(100 * finished) / wanted}%` : "0";
+    this.text.textContent = [isPhase ? `${done} of ${total}` : "", this.progress()].filter(Boolean).join(" · ");
     const failed = state === "failed" && (this.facts.problem || this.facts.remedy);
     this.error.hidden = !failed;
     if (failed) this.error.textContent = [this.facts.remedy, this.facts.problem].filter(Boolean).join("\n");
@@ -156,44 +165,43 @@ export class TrainingPanel {
 
   setState(state) {
     this.state.dataset.state = state;
-    this.state.textContent = WORDS[state] ?? state;
+    this.state.textContent = STATE_TEXTS[state] ?? state;
   }
 
-  /** Where an end was told by ComfyUI itself, such as a stop while the node waited. */
+  /** ComfyUI itself reports the end, such as a stop while the node waited. */
   end(state, facts = {}) {
-    if (!ENDED.includes(this.facts.state)) this.tell({ state, ...facts });
+    if (!ENDED.includes(this.facts.state)) this.update({ state, ...facts });
   }
 
   addPreview({ step, pictures, scores }) {
     this.previews.set(step, pictures);
     if (scores && Object.keys(scores).length) this.curve.append({ scores: [{ step, scores }] });
     const steps = this.steps();
-    const followed = this.shown === null || Number(this.range.value) >= this.range.max;
+    const showsNewest = this.shownStep === null || Number(this.range.value) >= this.range.max;
     this.range.max = steps.length - 1;
     this.strip.hidden = false;
     this.slider.hidden = steps.length < 2;
-    if (followed) {
+    if (showsNewest) {
       this.range.value = steps.length - 1;
       this.show(steps.length - 1);
     }
   }
 
+  /** Steps with sample pictures, ascending. */
   steps() {
     return [...this.previews.keys()].sort((a, b) => a - b);
   }
 
-  /** Show the sample pictures of the place-th step that has some. */
-  show(place) {
-    const step = this.steps()[place];
+  /** Show the sample pictures of a step, given by its index in `steps`. */
+  show(index) {
+    const step = this.steps()[index];
     if (step === undefined) return;
-    this.shown = step;
-    const folder = `previews/step-${String(step).padStart(8, "0")}`;
-    const pictures = this.previews.get(step).slice(0, 6);
-    this.samples.replaceChildren(...pictures.map((name) => this.picture(this.run, `${folder}/${name}`)));
+    this.shownStep = step;
+    this.samples.replaceChildren(...this.previews.get(step).slice(0, SHOWN).map(picture));
     this.rangeText.textContent = step ? `step ${step}` : "base";
   }
+}
 
-  picture(run, file) {
-    return make("img", { src: fileUrl(run, file), loading: "lazy", alt: file });
-  }
+function picture(url) {
+  return make("img", { src: addressOf(url), loading: "lazy", alt: decodeURIComponent(url.split("/").at(-1)) });
 }

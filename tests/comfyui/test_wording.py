@@ -1,0 +1,159 @@
+"""How the nodes word the settings that the engine names in errors and notes: every one of them, in terms of nodes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import json
+import os
+import pkgutil
+import subprocess
+from collections.abc import Iterator
+from typing import Any
+
+import pack.trainer.settings
+import pytest
+from comfy_host import ENVIRONMENT, find_comfyui, find_python
+from helpers import ROOT
+from pack.trainer.settings.base import Settings
+
+pytestmark = [
+    pytest.mark.comfy,
+    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"),
+]
+# What runs in ComfyUI's own Python: reads the settings' names, and prints how they are worded.
+PROGRAM = """
+import importlib.util, json, sys
+comfyui, root = sys.argv[1:]
+sys.argv = ["main.py", "--cpu"]
+sys.path.insert(0, comfyui)
+spec = importlib.util.spec_from_file_location("pack", root + "/__init__.py", submodule_search_locations=[root])
+sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+from pack.nodes import NODES, wording
+from pack.nodes.base import NodeError
+from pack.trainer.core.errors import SettingsError, suggest
+names, asked = json.load(sys.stdin)
+nodes = {node.__name__: node for node in NODES}
+answer = {
+    "unworded": [name for name in names if not wording.is_worded(name)],
+    "stale": sorted({*wording._IN_THE_GRAPH, *wording._COMMAND_LINE_ONLY} - set(names)),
+    "texts": [wording.wording_of(nodes.get(node))(name, value) for node, name, value in asked],
+    "error": str(
+        NodeError(
+            SettingsError(f"{suggest('rank')} is low.", f"Start again with {suggest('resume', 'never')}."),
+            wording.wording_of(nodes["TrainLora"].PREPARE_CLASS_CLONE(None)),
+        )
+    ),
+}
+print("ANSWER" + json.dumps(answer))
+"""
+TEXTS = {  # (node, setting, value) → how it is worded there
+    ("TrainLora", "rank", "8"): "rank = 8",
+    ("TrainLora", "resume", "never"): "resume = never (on Training Settings)",
+    ("FineTuneCheckpoint", "resume", "never"): "resume = never (on Training Settings)",
+    ("TrainingSettings", "resume", "never"): "resume = never",
+    ("TrainLora", "gradient_checkpointing", "True"): "gradient_checkpointing = true (on Training Settings)",
+    ("TrainLora", "batch_size", None): "batch_size (on Training Settings)",
+    ("TrainLora", "prior_count", "100"): "count = 100 (on Class Priors)",
+    ("TrainLora", "class_noun", None): "class_noun (on Subject)",
+    ("TrainLora", "images", None): "folder (on Subject)",
+    ("TrainLora", "base_lora", None): "the input base_lora",
+    ("TrainLora", "download", "True"): "download = true (on CLIP Score)",
+    ("TrainLora", "token", None): "token (on Training Settings)",
+    ("Subject", "token", None): "token",
+    ("Subject", "masks", "off"): "masks_from = off",
+    ("ClassPriors", "prior_batch_size", "1"): "batch_size = 1",
+    ("ClassPriors", "class_prompt", "a photo of a dog"): "prompt = a photo of a dog",
+    ("SaveLora", "save_precision", "fp32"): "precision = fp32",
+    ("ClipScore", "clip", None): "clip_model",
+    ("PickBestCheckpoint", "clip", None): "clip_model",
+    ("MergeLoras", "method", "svd"): "method = svd",
+    ("MergeLoras", "density", None): "density",
+    (
+        "TrainLora",
+        "prediction_type",
+        "epsilon",
+    ): "sampling = eps on a ModelSamplingDiscrete node before the training",
+    ("TrainLora", "prediction_type", None): "sampling on a ModelSamplingDiscrete node before the training",
+    ("TrainLora", "vae", None): "the connected VAE",
+    ("TrainLora", "base", None): "the connected model",
+    (None, "resume", "never"): "resume = never (on Training Settings)",
+}
+
+
+def suggested_names() -> Iterator[str]:
+    """The settings that the sources of the engine and the nodes suggest by name."""
+    for folder in ("trainer", "nodes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "suggest":
+                    [name, *_] = call.args
+                    if isinstance(name, ast.Constant):
+                        yield name.value
+
+
+def settings_names() -> Iterator[str]:
+    """Every setting: where a suggestion's name is computed, it is one of them."""
+    modules = pkgutil.iter_modules(pack.trainer.settings.__path__)
+    for module in [importlib.import_module(f"pack.trainer.settings.{module.name}") for module in modules]:
+        for each in vars(module).values():
+            if isinstance(each, type) and issubclass(each, Settings):
+                yield from each.model_fields
+
+
+@pytest.fixture(scope="module")
+def answer() -> dict[str, Any]:
+    comfyui = find_comfyui()
+    assert comfyui is not None
+    names = sorted({*suggested_names(), *settings_names()})
+    command = [str(find_python(comfyui)), "-c", PROGRAM, str(comfyui), str(ROOT)]
+    done = subprocess.run(
+        command, input=json.dumps([names, list(TEXTS)]), env=os.environ | ENVIRONMENT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.partition("ANSWER")[2])
+
+
+def test_every_setting_that_the_engine_suggests_has_a_wording(answer: dict[str, Any]) -> None:
+    assert answer["unworded"] == []
+    assert answer["stale"] == []
+    assert len({*suggested_names()}) > 50
+
+
+def test_settings_are_worded_as_the_node_at_hand_needs_it(answer: dict[str, Any]) -> None:
+    assert dict(zip(TEXTS, answer["texts"], strict=True)) == TEXTS
+
+
+def test_an_error_begins_with_its_remedy(answer: dict[str, Any]) -> None:
+    """Also one of the clone of a node's class that ComfyUI runs."""
+    assert answer["error"] == "Start again with resume = never (on Training Settings).\n\nrank is low."
+
+
+def test_errors_and_notes_are_shown_worded() -> None:
+    """The nodes show no text of the engine as it is written: its settings are marked for faces to word."""
+    plain = []
+    for path in sorted((ROOT / "nodes").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and node.attr in ("problem", "remedy"):
+                plain.append(f"{path.name}:{node.lineno}")
+    assert plain == []
+
+
+def test_comfyui_s_interface_is_named_in_one_place() -> None:
+    """By a numbered version, which stays as it is; `comfy_api.latest` may change with every release."""
+    modules: dict[str, set[str]] = {}
+    for path in [ROOT / "__init__.py", ROOT / "install.py", *(ROOT / "nodes").rglob("*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for name in names:
+                if name.split(".")[0] in ("comfy_api", "comfy_extras", "comfy_execution"):
+                    modules.setdefault(path.name, set()).add(name)
+    [(file, [module])] = [(file, sorted(names)) for file, names in modules.items()]
+    assert file == "api.py"
+    comfyui = find_comfyui()
+    assert comfyui is not None
+    package, version = module.split(".")
+    assert (comfyui / package / version / "__init__.py").is_file()
+    assert version.removeprefix("v").replace("_", "").isdecimal()
