@@ -1,8 +1,8 @@
-"""What ComfyUI Manager (and Automatic1111) run after cloning: checks and advice, and one thing mended. Never fails.
+"""What ComfyUI Manager (and Automatic1111) run after cloning: checks the packages, and repairs one thing. Never fails.
 
-The Manager has already installed requirements.txt line by line, each line without regard to the others: beside an older
-transformers the newest diffusers may want a huggingface-hub that transformers forbids. Then a diffusers that fits is
-installed instead, with the host's own packages held as they are. PyTorch belongs to the host and is never touched.
+The Manager has already installed requirements.txt line by line, each line without regard to the others: with an older
+transformers the newest diffusers may need a huggingface-hub that transformers forbids. Then a compatible diffusers is
+installed instead, with the host's own packages pinned as they are. PyTorch belongs to the host and is never touched.
 """
 
 from __future__ import annotations
@@ -13,23 +13,24 @@ import sys
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-OURS = ("diffusers", "peft", "accelerate")
-HOSTS = ("transformers", "tokenizers", "huggingface-hub", "safetensors", "numpy", "torch")
+OUR_PACKAGES = ("diffusers", "peft", "accelerate")
+HOST_PACKAGES = ("transformers", "tokenizers", "huggingface-hub", "safetensors", "numpy", "torch")
+_PREFIX = "[DreamBooth LoRA]"
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def version_numbers(text: str) -> tuple[int, ...]:
     """A version's leading numbers: "4.46.0.dev1" → (4, 46, 0)."""
-    found = re.match(r"\d+(\.\d+)*", text)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(part) for part in match[0].split(".")) if match else ()
 
 
-def advice(requirements: str) -> list[str]:
-    """What is missing or too old, one line each; empty if all is well.
+def missing_requirements(requirements: str) -> list[str]:
+    """Packages that are missing or too old, each as a line with the remedy; empty if all is well.
 
     Args:
-        requirements: Content of requirements.txt: lower bounds, with an optional marker behind a semicolon.
+        requirements: Content of requirements.txt: lower bounds, with an optional marker after a semicolon.
     """
-    lines = []
+    messages = []
     for line in requirements.splitlines():
         requirement, _, marker = line.partition(";")
         name, _, bound = requirement.strip().partition(">=")
@@ -38,68 +39,72 @@ def advice(requirements: str) -> list[str]:
         try:
             installed = version(name)
         except PackageNotFoundError:
-            lines.append(f"{name} is missing: pip install '{requirement.strip()}'")
+            messages.append(f"{name} is missing: pip install '{requirement.strip()}'")
             continue
-        if numbers(installed) < numbers(bound):
-            lines.append(f"{name} {installed} is older than {bound}: pip install -U '{requirement.strip()}'")
+        if version_numbers(installed) < version_numbers(bound):
+            messages.append(f"{name} {installed} is older than {bound}: pip install -U '{requirement.strip()}'")
     try:
         version("torch")
     except PackageNotFoundError:
-        lines.append("PyTorch is missing: it comes with ComfyUI; run this with ComfyUI's own Python.")
-    return lines
+        messages.append("PyTorch is missing: it comes with ComfyUI; run this with ComfyUI's own Python.")
+    return messages
 
 
-def misfits(names: tuple[str, ...] = OURS) -> list[str]:
-    """Those of the packages that want another version of a host's package than is installed."""
+def incompatible_packages(names: tuple[str, ...] = OUR_PACKAGES) -> list[str]:
+    """Those of the packages that need another version of a host's package than the installed one."""
     from packaging.requirements import Requirement
 
-    found = []
+    incompatible = []
     for name in names:
         try:
-            wanted = [Requirement(text) for text in requires(name) or ()]
-            wanted = [one for one in wanted if one.name in HOSTS and (one.marker is None or one.marker.evaluate())]
-            if not all(one.specifier.contains(version(one.name), prereleases=True) for one in wanted):
-                found.append(name)
-        except PackageNotFoundError:  # `advice` tells
+            for requirement in map(Requirement, requires(name) or ()):
+                applies = requirement.marker is None or requirement.marker.evaluate()
+                if requirement.name not in HOST_PACKAGES or not applies:
+                    continue
+                if not requirement.specifier.contains(version(requirement.name), prereleases=True):
+                    incompatible.append(name)
+                    break
+        except PackageNotFoundError:  # `missing_requirements` reports it
             continue
-    return found
+    return incompatible
 
 
-def mending(names: list[str], requirements: str) -> list[str]:
-    """The arguments for pip that replace these packages by versions that fit the host's, which stay as they are."""
+def pip_arguments(names: list[str], requirements: str) -> list[str]:
+    """The arguments for pip that replace these packages by versions compatible with the host's, which stay."""
     bounds = [line.strip() for line in requirements.splitlines() if line.partition(">=")[0].strip() in names]
-    held = []
-    for name in HOSTS:
+    pins = []
+    for name in HOST_PACKAGES:
         try:
-            held.append(f"{name}=={version(name)}")
+            pins.append(f"{name}=={version(name)}")
         except PackageNotFoundError:
             continue
-    return ["install", *bounds, *held]
+    return ["install", *bounds, *pins]
 
 
-def mend(requirements: str) -> None:
-    """Let pip choose anew what does not fit; what it can't mend is told."""
+def replace_incompatible_packages(requirements: str) -> None:
+    """Let pip choose compatible versions; if that fails, print how to do it by hand."""
     try:
-        names = misfits()
+        names = incompatible_packages()
     except ImportError:  # without `packaging` nothing can be compared
         return
     if not names:
         return
-    arguments = mending(names, requirements)
-    print(f"[DreamBooth LoRA] {', '.join(names)} does not fit this ComfyUI's packages; taking a version that does.")
+    arguments = pip_arguments(names, requirements)
+    verb = "does" if len(names) == 1 else "do"
+    print(f"{_PREFIX} {', '.join(names)} {verb} not fit this ComfyUI's packages; installing a compatible version.")
     if subprocess.run([sys.executable, "-m", "pip", *arguments], check=False).returncode:
-        print(f"[DreamBooth LoRA] that failed. By hand: {sys.executable} -m pip {' '.join(arguments)}")
+        print(f"{_PREFIX} That failed. By hand: {sys.executable} -m pip {' '.join(arguments)}")
 
 
 def main() -> None:
-    """Mend, and print the advice."""
+    """Repair what can be repaired, and print what is missing."""
     requirements = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8")
-    mend(requirements)
-    found = advice(requirements)
-    for line in found:
-        print(f"[DreamBooth LoRA] {line}")
-    if not found:
-        print("[DreamBooth LoRA] ready: restart ComfyUI and look for 'DreamBooth' among the nodes and templates.")
+    replace_incompatible_packages(requirements)
+    messages = missing_requirements(requirements)
+    for message in messages:
+        print(f"{_PREFIX} {message}")
+    if not messages:
+        print(f"{_PREFIX} Ready: restart ComfyUI and look for 'DreamBooth' among the nodes and templates.")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from helpers import ROOT
 ASK = """
 import install, json
 text = open(install.__file__.replace("install.py", "requirements.txt"), encoding="utf-8").read()
-names = install.misfits()
-print(json.dumps([names, install.mending(names, text)]))
+names = install.incompatible_packages()
+print(json.dumps([names, install.pip_arguments(names, text)]))
 """
 
 
