@@ -2,8 +2,8 @@
 
     python tools/make_locales.py
 
-Run it when a node, an input, an output or one of their texts has changed. The other languages are written by hand; what
-they lack is printed, and ComfyUI shows it in English. Needs a ComfyUI (see CONTRIBUTING.md).
+Run it when a node, an input, an output or one of their texts has changed. The other languages are written by hand; the
+texts that they lack are listed, and ComfyUI shows these in English. Needs a ComfyUI (see CONTRIBUTING.md).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from comfy_host import ComfyServer  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 LOCALES = ROOT / "locales"
 MODULE = "custom_nodes.dreambooth-lora"
-# What vue-i18n reads as its own syntax: in names and descriptions always, in tooltips in frontends of 2025.
+# Characters that vue-i18n takes for its syntax: in names and descriptions always, in tooltips in frontends of 2025.
 SYNTAX = frozenset("{}@|")
 
 Texts = dict[str, Any]  # "name" and "tooltip"
 
 
 def english(object_info: Mapping[str, Any]) -> dict[str, Any]:
-    """The texts of this pack's nodes in the frontend's format, of an answer of /object_info."""
+    """The texts of this pack's nodes in the frontend's format, from an answer of /object_info."""
     return {node: _node_texts(info) for node, info in object_info.items() if info["python_module"] == MODULE}
 
 
 def missing(english: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """Nodes, inputs and outputs that a language lacks, such as DreamBoothTrainLora.inputs.rank."""
-    lacking = [node for node in english if node not in other]
+    keys = [node for node in english if node not in other]
     for node in english.keys() & other.keys():
         for part in ("inputs", "outputs"):
-            lacking += [f"{node}.{part}.{key}" for key in english[node][part] if key not in other[node][part]]
-    return sorted(lacking)
+            keys += [f"{node}.{part}.{key}" for key in english[node][part] if key not in other[node][part]]
+    return sorted(keys)
 
 
 def as_file(texts: Mapping[str, Any]) -> str:
@@ -55,7 +55,10 @@ def _node_texts(info: Mapping[str, Any]) -> Texts:
         for key, texts in _input_texts(name, name, spec)
     }
     tooltips = info.get("output_tooltips") or [None] * len(info["output_name"])
-    outputs = {str(at): _texts(*pair) for at, pair in enumerate(zip(info["output_name"], tooltips, strict=True))}
+    outputs = {
+        str(index): _texts(name, tooltip)
+        for index, (name, tooltip) in enumerate(zip(info["output_name"], tooltips, strict=True))
+    }
     return {
         "display_name": info["display_name"],
         "description": info["description"],
@@ -65,7 +68,7 @@ def _node_texts(info: Mapping[str, Any]) -> Texts:
 
 
 def _input_texts(path: str, name: str, spec: Any) -> Iterator[tuple[str, Texts]]:
-    """The texts of an input and of those that its options bring; the frontend writes the dots of a path as _."""
+    """The texts of an input and of the inputs of its options; the frontend writes the dots of a path as _."""
     options = spec[1] if len(spec) > 1 else {}
     yield path.replace(".", "_"), _texts(name, options.get("tooltip"))
     if spec[0] == "COMFY_DYNAMICCOMBO_V3":
@@ -81,7 +84,7 @@ def _texts(name: str, tooltip: str | None) -> Texts:
 
 
 def main() -> None:
-    """Write the English file and say what the others lack."""
+    """Write the English file and list what the others lack."""
     with tempfile.TemporaryDirectory() as scratch, ComfyServer(Path(scratch), pack=ROOT) as server:
         texts = english(server.object_info())
     (LOCALES / "en").mkdir(parents=True, exist_ok=True)

@@ -33,32 +33,33 @@ from workflow_recipes import (  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 _BUILD = """
 async ([nodes, note]) => {
-  const graph = window.app.graph, made = {};
+  const graph = window.app.graph;
+  const created = {};
   graph.clear();
-  for (const [id, one] of Object.entries(nodes)) {
-    const node = window.LiteGraph.createNode(one.type);
-    if (!node) throw new Error("no node " + one.type);
+  for (const [id, recipe] of Object.entries(nodes)) {
+    const node = window.LiteGraph.createNode(recipe.type);
+    if (!node) throw new Error("no node " + recipe.type);
     graph.add(node);
-    made[id] = node;
-    node.pos = one.at;
-    if (one.title) node.title = one.title;
-    for (const [name, value] of Object.entries(one.values)) {
+    created[id] = node;
+    node.pos = recipe.at;
+    if (recipe.title) node.title = recipe.title;
+    for (const [name, value] of Object.entries(recipe.values)) {
       const widget = name ? node.widgets.find((candidate) => candidate.name === name) : node.widgets[0];
-      if (!widget) throw new Error("no widget " + one.type + "." + name);
+      if (!widget) throw new Error("no widget " + recipe.type + "." + name);
       widget.value = value;
       widget.callback?.(value);
     }
   }
-  for (const [id, one] of Object.entries(nodes)) {
-    for (const [name, [source, slot]] of Object.entries(one.links)) {
-      const at = made[id].inputs.findIndex((input) => input.name === name);
-      const from = made[source].outputs.findIndex((output) => output.name === slot || output.type === slot);
-      if (at < 0 || from < 0) throw new Error("no input " + id + "." + name + " or output " + source + "." + slot);
-      made[source].connect(from, made[id], at);
+  for (const [id, recipe] of Object.entries(nodes)) {
+    for (const [name, [source, slot]] of Object.entries(recipe.links)) {
+      const to = created[id].inputs.findIndex((input) => input.name === name);
+      const from = created[source].outputs.findIndex((output) => output.name === slot || output.type === slot);
+      if (to < 0 || from < 0) throw new Error("no input " + id + "." + name + " or output " + source + "." + slot);
+      created[source].connect(from, created[id], to);
       await new Promise((done) => setTimeout(done, 60));
     }
-    const [width, height] = made[id].computeSize();
-    made[id].setSize(one.size || [Math.max(width, 270), height]);
+    const [width, height] = created[id].computeSize();
+    created[id].setSize(recipe.size || [Math.max(width, 270), height]);
   }
   const saved = graph.serialize();
   for (const node of saved.nodes) {
@@ -95,18 +96,18 @@ _WRAP = """
   const graph = window.app.graph, nodes = [...graph.nodes];
   const within = nodes.filter((node) => inside.includes(node.type));
   const { node, subgraph } = graph.convertToSubgraph(new Set(within));
-  for (const other of nodes.filter((one) => !inside.includes(one.type))) graph.remove(other);
+  for (const other of nodes.filter((node) => !inside.includes(node.type))) graph.remove(other);
   node.title = subgraph.name = title;
   const saved = graph.serialize();
   saved.nodes[0].properties.proxyWidgets = shown.map(([type, name]) => {
-    return [String(subgraph.nodes.find((one) => one.type === type).id), name];
+    return [String(subgraph.nodes.find((node) => node.type === type).id), name];
   });
   saved.definitions.subgraphs[0].category = "DreamBooth LoRA";
   saved.definitions.subgraphs[0].description = description;
-  for (const one of [...saved.nodes, ...saved.definitions.subgraphs[0].nodes]) {
-    delete one.properties.cnr_id;
-    delete one.properties.aux_id;
-    delete one.properties.ver;
+  for (const savedNode of [...saved.nodes, ...saved.definitions.subgraphs[0].nodes]) {
+    delete savedNode.properties.cnr_id;
+    delete savedNode.properties.aux_id;
+    delete savedNode.properties.ver;
   }
   return saved;
 }
@@ -114,7 +115,7 @@ _WRAP = """
 
 
 def prepare(base_dir: Path) -> None:
-    """Files of the names that the workflows choose, so that the browser accepts them; empty, since nothing runs."""
+    """Write the files that the workflows choose, so that the browser accepts them; empty, since nothing runs."""
     for name in (CHECKPOINT, XL_CHECKPOINT):
         (base_dir / "models" / "checkpoints").mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / "checkpoints" / name).write_bytes(b"")
@@ -127,7 +128,7 @@ def prepare(base_dir: Path) -> None:
 
 def write(page: Any, name: str, recipe: Recipe, folder: Path) -> None:
     """Build one workflow; write the file and its thumbnail."""
-    nodes = {key: one.as_json() for key, one in recipe.nodes.items()}
+    nodes = {key: node.as_json() for key, node in recipe.nodes.items()}
     saved = page.evaluate(_BUILD, [nodes, recipe.note])
     saved["extra"] = {"ds": {"scale": 0.7, "offset": [60, 300]}}
     (folder / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -136,16 +137,15 @@ def write(page: Any, name: str, recipe: Recipe, folder: Path) -> None:
     shot = folder / f"{name}.png"
     page.screenshot(path=str(shot))
     picture = Image.open(shot).convert("RGB")
-    left, top, right, bottom = 70, 50, picture.width, picture.height - 10
-    picture.crop((left, top, right, bottom)).resize((800, 800 * (bottom - top) // (right - left))).save(
-        folder / f"{name}.jpg", quality=85
-    )
+    graph_area = picture.crop((70, 50, picture.width, picture.height - 10))  # without ComfyUI's bars
+    height = 800 * graph_area.height // graph_area.width
+    graph_area.resize((800, height)).save(folder / f"{name}.jpg", quality=85)
     shot.unlink()
 
 
 def write_blueprint(page: Any, name: str, blueprint: Blueprint, folder: Path) -> None:
-    """Build a workflow, and keep some of its nodes as a subgraph."""
-    nodes = {key: one.as_json() for key, one in blueprint.recipe.nodes.items()}
+    """Build a workflow, and write some of its nodes as a subgraph."""
+    nodes = {key: node.as_json() for key, node in blueprint.recipe.nodes.items()}
     page.evaluate(_BUILD, [nodes, ""])
     saved = page.evaluate(_WRAP, [name, blueprint.description, list(blueprint.inside), list(blueprint.shown)])
     folder.mkdir(exist_ok=True)
