@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -324,3 +326,22 @@ def test_save_never_overwrites(server: ComfyServer) -> None:
     loras = server.base_dir / "models" / "loras"
     assert (loras / "kept.safetensors").is_file()
     assert (loras / "kept-2.safetensors").is_file()
+
+
+def test_a_trained_file_tells_no_path(server: ComfyServer) -> None:
+    """Neither where ComfyUI lies, nor the folders of pictures and of the model that scores."""
+    secret = "anna-private"
+    shutil.copytree(server.base_dir / "input" / "dog", server.base_dir / "input" / f"rex {secret}")
+    scorer = shutil.copytree(DEMO / "scorer", server.base_dir / f"scorer {secret}")
+    settings = node("DreamBoothTrainingSettings", score_clip=str(scorer), preview_steps=1, preview_count=1)
+    prompt = graph(name="told nobody", preview_every=2, settings=["settings", 0]) | {"settings": settings}
+    prompt["subject"]["inputs"]["folder"] = f"rex {secret}"
+    prompt["score"] = node("DreamBoothSaveLora", lora=["train", 2], name="saved again", precision="fp16")
+    server.wait(server.queue(prompt))
+    files = [server.base_dir / "models" / "loras" / f"{name}.safetensors" for name in ("told nobody", "saved again")]
+    for path in files:
+        content = path.read_bytes()
+        for private in (secret, server.base_dir.name, "scorer"):
+            assert private.encode() not in content, (path.name, private)
+            assert json.dumps(private)[1:-1].encode() not in content, (path.name, private)
+    shutil.rmtree(scorer)
