@@ -20,7 +20,7 @@ from ..models.families.base import BaseWeights, Conditioning, DiffusionModel
 from ..models.sampling import GenerationConfig, decode_latents, generate, generate_latents
 from ..settings.train import TrainSettings
 from .runs.checkpoint import Measurements
-from .runs.folder import RunFolder
+from .runs.folder import RunFolder, preview_name
 from .trainable import evaluating
 
 
@@ -167,7 +167,7 @@ class Previews:
                     listener=listener,
                 )
                 [image] = decode_latents(base.vae, latents)
-            name = f"{kind}-{number_of_kind:02d}-{index:02d}.png"
+            name = preview_name(kind, number_of_kind, index)
             write_atomic(self._run.preview_path(step) / name, as_png(image))
             pictures.append(generated_picture(name, prompt, image))
         return pictures

@@ -35,7 +35,39 @@ from .checkpoint import (
 )
 from .metrics import preview_scores, validated_steps
 
+RECORD_FILE = "run.json"
+WORKFLOW_FILE = "workflow.json"
+METRICS_FILE = "metrics.jsonl"
+CACHE_FILE = "cache.safetensors"
+SUBJECT_FOLDER = "subject"
+PREVIEWS_FOLDER = "previews"
+ADAPTERS_FOLDER = "adapters"
+STEP_PATTERN = r"step-\d{8}"
+PREVIEW_PATTERN = r"(subject|class)-\d{2}-\d{2}\.png"
+_STEP = "step-"
 _DIGITS = 12
+
+
+def step_name(step: int) -> str:
+    """The name of what belongs to a step; matches `STEP_PATTERN`."""
+    return f"{_STEP}{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """The step that a file or folder belongs to by its name; None if it does not look like one."""
+    digits = path.stem.removeprefix(_STEP)
+    return int(digits) if path.stem.startswith(_STEP) and digits.isdecimal() else None
+
+
+def preview_name(kind: str, prompt: int, index: int) -> str:
+    """The name of a preview picture; matches `PREVIEW_PATTERN`.
+
+    Args:
+        kind: "subject" or "class".
+        prompt: Number of its prompt, from 0.
+        index: Number of the picture among those of the prompt, from 0.
+    """
+    return f"{kind}-{prompt:02d}-{index:02d}.png"
 
 
 @dataclass(frozen=True)
@@ -93,7 +125,7 @@ class RunFolder:
             path = root / f"{name}-{fingerprint[:_DIGITS]}-{number}"
             number += 1
         record = {"fingerprint": fingerprint, "name": name, "started_at": time.time(), "settings": dict(settings)}
-        write_atomic(path / "run.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+        write_atomic(path / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
         return cls(path)
 
     @classmethod
@@ -103,7 +135,7 @@ class RunFolder:
         Raises:
             StorageError: It is not the folder of a run.
         """
-        if not _read_json(path / "run.json").get("fingerprint"):
+        if not _read_json(path / RECORD_FILE).get("fingerprint"):
             raise StorageError(
                 f"{path} is not the folder of a run.", "Give a folder below runs/, with a run.json in it."
             )
@@ -112,7 +144,7 @@ class RunFolder:
     @property
     def record(self) -> dict[str, Any]:
         """What was written when the run began: "fingerprint", "name", "started_at" and "settings"."""
-        return _read_json(self.path / "run.json")
+        return _read_json(self.path / RECORD_FILE)
 
     @property
     def name(self) -> str:
@@ -127,39 +159,45 @@ class RunFolder:
     @property
     def workflow_path(self) -> Path:
         """The graph that the run belongs to, if it was kept."""
-        return self.path / "workflow.json"
+        return self.path / WORKFLOW_FILE
 
     @property
     def subject_path(self) -> Path:
         """Folder of small pictures of the subject, if they were kept."""
-        return self.path / "subject"
+        return self.path / SUBJECT_FOLDER
 
     @property
     def cache_path(self) -> Path:
         """The run's encoded pictures and captions."""
-        return self.path / "cache.safetensors"
+        return self.path / CACHE_FILE
 
     @property
     def metrics_path(self) -> Path:
         """The run's metrics (`metrics`)."""
-        return self.path / "metrics.jsonl"
+        return self.path / METRICS_FILE
+
+    @property
+    def previews_path(self) -> Path:
+        """Folder of all previews."""
+        return self.path / PREVIEWS_FOLDER
 
     def preview_path(self, step: int) -> Path:
         """Folder of the previews of that step."""
-        return self.path / "previews" / f"step-{step:08d}"
+        return self.previews_path / step_name(step)
 
     @property
     def base_preview_path(self) -> Path:
         """Folder of the class pictures of the base model, with which previews are compared."""
-        return self.path / "previews" / "base"
+        return self.previews_path / "base"
 
     def checkpoint_path(self, step: int) -> Path:
         """Folder of the checkpoint of that step."""
-        return self.path / f"step-{step:08d}"
+        return self.path / step_name(step)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, ascending."""
-        return sorted(int(path.name[5:]) for path in self.path.glob("step-*") if path.name[5:].isdecimal())
+        steps = [step_of(path) for path in self.path.glob(f"{_STEP}*") if not path.suffix]
+        return sorted(step for step in steps if step is not None)
 
     def newest(self, limit: int) -> int:
         """Step of the newest whole checkpoint up to a step; 0 if there is none."""
@@ -167,18 +205,18 @@ class RunFolder:
 
     def adapters(self) -> dict[int, Path]:
         """Step → adapter file, ascending: those of the checkpoints, and those that were kept of older ones."""
-        kept = {
-            int(path.stem[5:]): path
-            for path in self._kept_adapters.glob("step-*.safetensors")
-            if path.stem[5:].isdecimal()
-        }
+        kept = {}
+        for path in self._kept_adapters.glob("*.safetensors"):
+            step = step_of(path)
+            if step is not None:
+                kept[step] = path
         of_checkpoints = {step: self.checkpoint_path(step) / ADAPTER_FILE for step in self.steps()}
         adapters = kept | {step: path for step, path in of_checkpoints.items() if path.is_file()}
         return dict(sorted(adapters.items()))
 
     @property
     def _kept_adapters(self) -> Path:
-        return self.path / "adapters"
+        return self.path / ADAPTERS_FOLDER
 
     def save(self, checkpoint: Checkpoint, keep: int, *, best: int = 0, keep_adapters: bool = False) -> Path:
         """Write a checkpoint, then delete the oldest of those up to its step.
@@ -206,7 +244,7 @@ class RunFolder:
         adapter = self.checkpoint_path(step) / ADAPTER_FILE
         if keep_adapter and adapter.is_file():
             self._kept_adapters.mkdir(exist_ok=True)
-            adapter.replace(self._kept_adapters / f"step-{step:08d}.safetensors")
+            adapter.replace(self._kept_adapters / f"{step_name(step)}.safetensors")
         shutil.rmtree(self.checkpoint_path(step))
 
     def load(self, step: int) -> Checkpoint:
@@ -283,7 +321,7 @@ def run_fingerprint(
 
 
 def _belongs(path: Path, fingerprint: str) -> bool:
-    return _read_json(path / "run.json").get("fingerprint") == fingerprint
+    return _read_json(path / RECORD_FILE).get("fingerprint") == fingerprint
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -16,14 +16,32 @@ from typing import Any
 
 from ...core.errors import SettingsError
 from ...core.files import explained_os_errors
-from .folder import RunFolder
+from .checkpoint import ADAPTER_FILE
+from .folder import (
+    ADAPTERS_FOLDER,
+    METRICS_FILE,
+    PREVIEW_PATTERN,
+    PREVIEWS_FOLDER,
+    RECORD_FILE,
+    STEP_PATTERN,
+    SUBJECT_FOLDER,
+    WORKFLOW_FILE,
+    RunFolder,
+    preview_name,
+    step_of,
+)
 from .metrics import DONE, STOPPED, last_lines, measured, read_metrics
 
 _SHOWN_FILES = re.compile(
-    r"(run\.json|workflow\.json|metrics\.jsonl"
-    r"|subject/\d{2}\.jpg"
-    r"|previews/step-\d{8}/(subject|class)-\d{2}-\d{2}\.png"
-    r"|(step-\d{8}/adapter|adapters/step-\d{8})\.safetensors)",
+    "|".join(
+        [
+            *map(re.escape, (RECORD_FILE, WORKFLOW_FILE, METRICS_FILE)),
+            rf"{SUBJECT_FOLDER}/\d{{2}}\.jpg",
+            rf"{PREVIEWS_FOLDER}/{STEP_PATTERN}/{PREVIEW_PATTERN}",
+            rf"{STEP_PATTERN}/{re.escape(ADAPTER_FILE)}",
+            rf"{ADAPTERS_FOLDER}/{STEP_PATTERN}\.safetensors",
+        ]
+    ),
     re.ASCII,
 )
 _MAX_NAME_BYTES = 255
@@ -41,7 +59,7 @@ class RunIndex:
 
     def names(self) -> list[str]:
         """The runs' folder names, the newest first."""
-        folders = [path.parent for path in self.root.glob("*/run.json") if not path.parent.is_symlink()]
+        folders = [path.parent for path in self.root.glob(f"*/{RECORD_FILE}") if not path.parent.is_symlink()]
         dated = sorted(((_changed_at(folder), folder.name) for folder in folders), reverse=True)
         return [name for _, name in dated]
 
@@ -53,7 +71,7 @@ class RunIndex:
         """
         path = self.root / name
         try:
-            exists = _is_plain(name) and not path.is_symlink() and (path / "run.json").is_file()
+            exists = _is_plain(name) and not path.is_symlink() and (path / RECORD_FILE).is_file()
         except (OSError, ValueError):
             exists = False
         if not exists:
@@ -118,9 +136,9 @@ class RunIndex:
         run = self.run(name)
         with explained_os_errors(run.path):
             previews = {
-                int(folder.name[5:]): sorted(path.name for path in folder.glob("subject-*.png"))
-                for folder in sorted((run.path / "previews").glob("step-*"))
-                if folder.name[5:].isdecimal()
+                step: sorted(path.name for path in folder.glob("subject-*.png"))
+                for folder in sorted(run.previews_path.glob("*"))
+                if (step := step_of(folder)) is not None
             }
             all_files = [Path(folder, file) for folder, _, files in os.walk(run.path) for file in files]
             return self.summary(name) | {
@@ -166,7 +184,7 @@ class RunIndex:
 
 def newest_preview(run: RunFolder) -> str | None:
     """Path in the run of the newest preview's first picture; None if there is none."""
-    pictures = sorted((run.path / "previews").glob("step-*/subject-00-00.png"))
+    pictures = sorted(run.previews_path.glob(f"*/{preview_name('subject', 0, 0)}"))
     return pictures[-1].relative_to(run.path).as_posix() if pictures else None
 
 
