@@ -52,7 +52,7 @@ def predictions(tmp_path_factory: pytest.TempPathFactory) -> Predictions:
     }
     save_file(inputs, folder / "inputs.safetensors")
     files = {kind: trained_file(base, kind, folder) for kind in KINDS}
-    command = [find_python(comfyui), ROOT / "tests" / "comfy_predict.py", comfyui, checkpoint]
+    command = [find_python(comfyui), ROOT / "tests" / "support" / "comfy_predict.py", comfyui, checkpoint]
     command += [folder / "inputs.safetensors", folder / "outputs.safetensors", *files.values()]
     words = [str(word) for word in command] + [f"ours:{files[kind]}" for kind in ("lora", "dora")]
     done = subprocess.run(words, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
