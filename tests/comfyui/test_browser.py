@@ -218,7 +218,7 @@ def test_pictures_are_shown_dropped_and_warned_of(server: ComfyServer) -> None:
         page.wait_for_function("document.querySelectorAll('.dreambooth-subject img').length === 5")
         page.locator(".dreambooth-subject select").select_option("bad")
         page.wait_for_function("document.querySelector('.dreambooth-warnings').textContent.includes('broken.png')")
-        assert page.evaluate("document.querySelectorAll('.dreambooth-subject img').length") == 1
+        page.wait_for_function("document.querySelectorAll('.dreambooth-subject img').length === 1")
         shot(page, "subject")
         assert page.evaluate(CHOSEN) == "bad"
         drop_picture(page, "dropped ü.png")
