@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 from checkpoints import sd15_checkpoint
 from comfy_graphs import CHECKPOINT, Prompt, drawing, graph, node, picture, run_template
-from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, find_comfyui
+from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, find_comfyui, find_python
 from helpers import DEMO, ROOT
 from pack.trainer.adapters.kohya import read_header
 from PIL import Image
@@ -40,11 +41,20 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     checkpoint.unlink()
 
 
-def test_start_costs_nothing(server: ComfyServer) -> None:
-    seconds = re.search(r"([\d.]+) seconds: .*dreambooth-lora", server.log())
-    assert seconds is not None
-    assert float(seconds[1]) <= 0.1
+def test_comfyui_loads_the_pack(server: ComfyServer) -> None:
+    assert re.search(r"seconds: .*dreambooth-lora", server.log())
     assert "IMPORT FAILED): " not in server.log()
+
+
+def test_start_costs_next_to_nothing() -> None:
+    """CPU time beside that of ComfyUI's own imports in the same process: seen are 0.06 s of 4.2 s, or 1.4 %."""
+    comfyui = find_comfyui()
+    assert comfyui is not None
+    command = [str(find_python(comfyui)), str(ROOT / "tests" / "support" / "comfy_start.py"), str(comfyui)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    seconds = json.loads(done.stdout.splitlines()[-1])
+    assert seconds["nodes"] == 19
+    assert seconds["pack"] < 0.05 * seconds["host"]
 
 
 TEMPLATES = {  # → what a run leaves in the LoRA folder
