@@ -25,9 +25,10 @@ def host() -> None:
     import comfy.options
 
     comfy.options.enable_args_parsing()
-    import comfy_api.latest
-    import nodes  # noqa: F401
+    import comfy_api.latest  # noqa: F401
     import server  # noqa: F401
+
+    import nodes  # noqa: F401
 
 
 async def load_pack() -> int:
@@ -44,4 +45,4 @@ began = time.process_time()
 host()
 loaded = time.process_time()
 count = asyncio.run(load_pack())
-print(json.dumps({"host": loaded - began, "pack": time.process_time() - loaded, "nodes": count}))
+sys.stdout.write(json.dumps({"host": loaded - began, "pack": time.process_time() - loaded, "nodes": count}) + "\n")
