@@ -6,6 +6,7 @@ Read `DreamBooth.run` first; the methods that it calls follow in that order.
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import traceback
 from collections import Counter
@@ -59,6 +60,8 @@ from .training.runs.trackers import logging_listener
 from .training.text_conditioning import TextConditioning
 from .training.trainable import Trainable, make_trainable
 from .training.validation import validation_loss
+
+logger = logging.getLogger("dreambooth_lora")
 
 
 @dataclass(frozen=True)
@@ -240,7 +243,7 @@ class DreamBooth:
     def run(self) -> TrainResult:
         """Find or make the run's folder; build, encode, inject; check or resume; train; export."""
         newest_step = self.open_run()
-        finished_at = self.previews.finished_at(self.measurements)
+        finished_at = self.previews.finished_at(self.run_folder.measurements())
         self.processes.wait_for_everyone()  # before the main process writes into the folder that all have looked at
         if finished_at is not None:
             self.listener.report(Note(f"This run is finished already: {self.run_folder.path}"))
@@ -313,10 +316,11 @@ class DreamBooth:
         dtype = DTYPES[self.precision]
         trainable = make_trainable(model, settings, self.device, dtype, self.starting_point.start)
         if settings.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
-            for encoder in model.text_encoders.values():
-                enable_gradient_checkpointing(encoder)
+            for network in networks(model).values():
+                enable_gradient_checkpointing(network)
         optimizer = make_optimizer(trainable.groups(), settings, trainable.starting_at_zero())
+        averaging = WeightAveraging(trainable.parameters(), optimizer, settings)
+        factor = learning_rate_factor(optimizer, settings)
         accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         # autocast, but no DistributedDataParallel: train_step averages the gradients itself
         model.unet = accelerator.prepare_model(model.unet, evaluation_mode=True)
@@ -334,8 +338,8 @@ class DreamBooth:
             cache=cache,
             trainable=trainable,
             optimizer=accelerator.prepare(optimizer),
-            learning_rate_factor=learning_rate_factor(optimizer, settings),
-            averaging=WeightAveraging(trainable.parameters(), optimizer, settings),
+            learning_rate_factor=factor,
+            averaging=averaging,
             accelerator=accelerator,
             text=text,
             dtype=dtype,
@@ -406,6 +410,7 @@ class DreamBooth:
                     if stop:
                         raise CancelledError(self.step, settings.steps)
                     self.save_checkpoint()
+                    self.processes.wait_for_everyone()  # until the main process has written it
                     stop_at = self.evaluate()
 
         if stop_at is None:
@@ -516,7 +521,8 @@ class DreamBooth:
                             self._validate()
                 except CancelledError:
                     stopped = True
-                self.run_folder.save_measurements(self.step, self.measurements)
+                finally:  # what is generated and reported is not generated again
+                    self.run_folder.save_measurements(self.step, self.measurements)
             outcome = (self.measurements, stopped)
             self.measurements, stopped = self.processes.broadcast_from_main(lambda: outcome)
             if stopped:  # by all processes together: one alone would leave the others waiting for it
@@ -618,6 +624,8 @@ class DreamBooth:
             self._report_pending()
         except DivergedError:
             return
+        except Exception:  # the error that ended the run is the one to raise, and the state matters more
+            logger.exception("Step %d could not be reported", self.step)
         is_saved = self.step in self.run_folder.steps()
         if not self.step or is_saved or self._mid_update or not self.session.trainable.is_finite():
             return
@@ -628,10 +636,11 @@ class DreamBooth:
 
     def write_files(self, step: int, started_from: int) -> TrainResult:
         """Write the files that the run gives, from the checkpoint of a step."""
-        saved = self.run_folder.trained(step)
-        if saved.weights is not None:
-            self.listener.report(Note("Writing the checkpoint and extracting the LoRA; this takes a minute or two."))
         with self.processes.main_process_first():  # the others find what it wrote
+            saved = self.run_folder.trained(step)
+            if saved.weights is not None:
+                note = "Writing the checkpoint and extracting the LoRA; this takes a minute or two."
+                self.listener.report(Note(note))
             files = export(
                 self.base,
                 saved,

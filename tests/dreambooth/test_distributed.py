@@ -34,7 +34,7 @@ from worlds import differing, newest_step, noisy_pictures, runs_in
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-STEPS, LONGEST = 8, 120.0
+STEPS, LONGEST = 8, 900.0
 SETTINGS: dict[str, Any] = {
     "name": "dög 1",
     "steps": STEPS,
@@ -64,6 +64,18 @@ sys.exit(max(main(words) for words in {words!r}))
 """
 
 
+SLOW_DISK = """import sys, time
+from trainer.training.runs.folder import RunFolder
+save = RunFolder.save
+def save_slowly(*given, **named):
+    time.sleep(2)
+    return save(*given, **named)
+RunFolder.save = save_slowly
+from trainer.__main__ import main
+sys.exit(max(main(words) for words in {words!r}))
+"""
+
+
 @dataclass(frozen=True)
 class Ended:
     """A launched command that ended."""
@@ -81,7 +93,7 @@ def flags_of(values: dict[str, Any]) -> list[str]:
     return found
 
 
-def launched(*trained: dict[str, Any], stop_at: int | None = None) -> Ended:
+def launched(*trained: dict[str, Any], stop_at: int | None = None, script: str = "") -> Ended:
     """Train in two processes, run after run; once step `stop_at` is told, the launcher gets Ctrl-C's signal."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -89,11 +101,11 @@ def launched(*trained: dict[str, Any], stop_at: int | None = None) -> Ended:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, "-m", "trainer", "train", *flags_of(trained[0])]
-    if len(trained) > 1:
-        script = Path(trained[0]["output_dir"]) / "several.py"
+    if len(trained) > 1 or script:
+        program = Path(trained[0]["output_dir"]) / "several.py"
         words = [["train", *flags_of(one)] for one in trained]
-        script.write_text(SCRIPT.format(words=words), encoding="utf-8")
-        command = [*launcher, str(script)]
+        program.write_text((script or SCRIPT).format(words=words), encoding="utf-8")
+        command = [*launcher, str(program)]
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -216,6 +228,15 @@ def test_every_file_is_written_once(course: Course) -> None:
         assert [line["step"] for line in lines if "scores" in line] == [0, STEPS]
         assert [line["state"] for line in lines if "state" in line] == ["done"]
         assert not list(run.rglob(".tmp-*"))
+
+
+def test_nobody_reads_a_checkpoint_that_is_being_written(values: dict[str, Any], tmp_path: Path) -> None:
+    """Without previews and held-out pictures nothing else lets the processes wait for each other."""
+    changes = {"output_dir": tmp_path, "steps": 2, "checkpoint_every": 1, "preview_every": 0, "validation_pictures": 0}
+    ended = launched(values | changes, script=SLOW_DISK)
+    assert ended.status == 0, ended.errors
+    assert "damaged" not in ended.errors
+    assert len(ended.output.splitlines()) == 1
 
 
 def test_the_number_of_processes_is_part_of_a_run(course: Course, alone: TrainResult) -> None:

@@ -256,6 +256,17 @@ def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> No
     assert exported.adapter.metadata["sshs_model_hash"] == first.adapter.metadata["sshs_model_hash"]
 
 
+def test_a_finished_run_needs_its_state_no_more(world: World, tmp_path: Path) -> None:
+    """Its adapter is whole; what is damaged is only wanted to go on."""
+    finished, _ = world.train(tmp_path, steps=2)
+    state = finished.run / "step-00000002" / "state.json"
+    state.write_text(state.read_text()[:20])
+    again, listener = world.train(tmp_path, steps=2)
+    assert (again.path, listener.losses) == (finished.path, [])
+    with pytest.raises(StorageError, match=r"step-00000002 is damaged"):
+        world.train(tmp_path, steps=3)
+
+
 @pytest.mark.parametrize(
     ("changes", "file"),
     [

@@ -323,7 +323,7 @@ def read_adapter(path: Path) -> Adapter:
             f"The adapter {path} can't be read: {error}.", "Check the path; the file must be a whole .safetensors file."
         ) from error
     except AdapterError as error:
-        raise AdapterError(f"{path.name}: {error.problem}", error.remedy) from None
+        raise error.about(path.name) from None
 
 
 def _require_lora(keys: Collection[str]) -> None:

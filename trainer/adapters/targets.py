@@ -67,7 +67,7 @@ def choose_targets(model: DiffusionModel, settings: AdapterSettings) -> list[Tar
             raise SettingsError(
                 f"No layer of the {component} is left to train: {suggest('targets')}, {suggest('include')}, "
                 f"{suggest('exclude')} and {suggest('block_ranks')} together choose none.",
-                f"Choose other {suggest('targets')}, shorten {suggest('exclude')}, or set {suggest('rank')} above 0.",
+                f"Choose other {suggest('targets')}, shorten {suggest('exclude')}, or raise {suggest('block_ranks')}.",
             )
         targets += sorted(trained, key=lambda target: target.name)
     for target in targets:

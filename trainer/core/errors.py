@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from typing_extensions import Self
+
 _SUGGESTED = re.compile("⟦([a-z0-9_]+)(?:=([^⟧]*))?⟧")
 
 Wording = Callable[[str, "str | None"], str]
@@ -66,6 +68,10 @@ class TrainerError(Exception):
     def remedy_in(self, word: Wording) -> str:
         """What to do about it, worded by a face."""
         return worded(self._remedy, word)
+
+    def about(self, subject: str) -> Self:
+        """The same error about something that it does not name itself, such as a file."""
+        return type(self)(f"{subject}: {self._problem}", self._remedy)
 
     def __str__(self) -> str:
         return f"{self.problem}\n→ {self.remedy}"

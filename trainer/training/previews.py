@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..core.devices import explained_memory_errors, release, to_device
+from ..core.errors import suggest
 from ..core.events import Listener, Phase, Preview, stop_if_asked
 from ..core.files import write_atomic
 from ..core.prompts import split_prompts
@@ -22,6 +23,8 @@ from ..settings.train import TrainSettings
 from .runs.checkpoint import Measurements
 from .runs.folder import RunFolder, preview_name
 from .trainable import evaluating
+
+_MEMORY_REMEDY = f"{suggest('resolution')}, which begins a new run, or set {suggest('preview_every', 0)}"
 
 
 class Previews:
@@ -107,7 +110,7 @@ class Previews:
         total = len(self._prompts) + len(self._class_prompts)
         pictures: list[Picture] = []
         class_pictures: list[Picture] = []
-        with explained_memory_errors("the resolution, or set preview_every to 0"), evaluating(model):
+        with explained_memory_errors(_MEMORY_REMEDY), evaluating(model):
             base = self._base.family.build(self._base)
             base.objective = model.objective  # the run's schedule, which may be rescaled
             to_device(base.vae, self._device, torch.float32)

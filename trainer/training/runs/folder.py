@@ -255,19 +255,19 @@ class RunFolder:
         """
         return read_checkpoint(self.checkpoint_path(step), step)
 
-    def measurements(self, step: int) -> Measurements:
-        """What was measured up to the checkpoint of a step; nothing at step 0.
+    def measurements(self, step: int | None = None) -> Measurements:
+        """What was measured up to the checkpoint of a step, by default the newest; nothing at step 0.
 
-        Up to version 0.4 it stood in the metrics file alone.
-
-        Raises:
-            StorageError: The checkpoint is damaged.
+        Up to version 0.4 it stood in the metrics file alone, which is read where a checkpoint does not have it.
         """
+        if step is None:
+            step = max(self.steps(), default=0)
         if not step:
             return Measurements()
-        measurements = read_measurements(self.checkpoint_path(step))
-        if measurements is not None:
-            return measurements
+        with contextlib.suppress(StorageError):  # who goes on from a damaged checkpoint is told when it is loaded
+            measurements = read_measurements(self.checkpoint_path(step))
+            if measurements is not None:
+                return measurements
         scores = {scored: metrics for scored, metrics in preview_scores(self.metrics_path).items() if scored <= step}
         return Measurements(
             scores, [validated for validated in validated_steps(self.metrics_path) if validated <= step]
