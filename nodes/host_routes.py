@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from ..trainer.core.errors import TrainerError
+from ..trainer.core.errors import TrainerError, worded
 from . import host, live
 from .urls import PREFIX, details_with_urls, summary_with_urls
 from .wording import wording_of
@@ -101,11 +101,17 @@ def _run_summaries() -> list[dict[str, Any]]:
     summaries = []
     for name in index.names():
         try:
-            summary = summary_with_urls(index.run(name), index.summary(name))
+            summary = summary_with_urls(index.run(name), _with_worded_failure(index.summary(name)))
         except TrainerError:  # removed in the meantime
             continue
         summaries.append(live.with_state(summary))
     return summaries
+
+
+def _with_worded_failure(summary: dict[str, Any]) -> dict[str, Any]:
+    """Problem and remedy of a failed run in the nodes' words; the run's folder keeps them without any face's."""
+    failure = {key: worded(summary[key], wording_of(None)) for key in ("problem", "remedy") if key in summary}
+    return summary | failure
 
 
 async def _details(request: web.Request) -> web.Response:
@@ -116,7 +122,7 @@ def _run_details(name: str) -> dict[str, Any]:
     """All of a run but its curve, with what only the host knows: "folder", and the file "name" of each adapter."""
     index = _run_index()
     run = index.run(name)
-    details = details_with_urls(run, index.details(name))
+    details = details_with_urls(run, _with_worded_failure(index.details(name)))
     for adapter in details["adapters"]:
         adapter["name"] = host.checkpoint_name(run, adapter["step"])
     return live.with_state(details) | {"folder": host.shown_folder(run.path)}

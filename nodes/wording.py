@@ -18,11 +18,11 @@ _SUPPLIES = (SETTINGS.io_type, SUBJECT.io_type, PRIORS.io_type)  # wires from no
 _SAMPLING = {"epsilon": "eps"}  # prediction types that ModelSamplingDiscrete calls otherwise
 
 _IN_THE_GRAPH: Mapping[str, str] = {
-    "base": "the connected model",
+    "base": "the input model",
     "vae": "the connected VAE",
     "tokenizer": "the tokenizer of the connected CLIP",
     "prediction_type": "sampling{value} on a ModelSamplingDiscrete node before the training",
-    "clip_skip": "stop_at_clip_layer on a CLIP Set Last Layer node before the training",
+    "clip_skip": "stop_at_clip_layer{value} on a CLIP Set Last Layer node before the training",
     "device": "the device that ComfyUI runs on",
     "output": "ComfyUI's output folder",
     "output_dir": "ComfyUI's output folder",
@@ -67,6 +67,10 @@ def is_worded(setting: str) -> bool:
 
 def _word(setting: str, value: str | None, node: type[io.ComfyNode] | None) -> str:
     """Such as "resume = never", or "resume = never (on Training Settings)" if `node` has no such widget."""
+    if setting == "clip_skip" and value is not None:  # counted from the last layer, which ComfyUI calls -1
+        if value == "0":
+            return "the CLIP without a CLIP Set Last Layer node"
+        value = f"-{value}"
     if setting in _IN_THE_GRAPH:
         shown_value = f" = {_SAMPLING.get(value, value)}" if value is not None else ""
         return _IN_THE_GRAPH[setting].format(value=shown_value)

@@ -44,6 +44,7 @@ function addPanel(node, name, height, makePanel) {
   widget.serialize = false;
   const { onAdded, onRemoved } = node;
   node.onAdded = function (...args) {
+    panels.get(node)?.dispose();
     const panel = makePanel();
     panels.set(node, panel);
     container.replaceChildren(panel.element);

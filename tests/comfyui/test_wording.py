@@ -32,6 +32,7 @@ sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 from pack.nodes import NODES, wording
 from pack.nodes.base import NodeError
+from pack.nodes.host_routes import _with_worded_failure
 from pack.trainer.core.errors import SettingsError, suggest
 names, asked = json.load(sys.stdin)
 nodes = {node.__name__: node for node in NODES}
@@ -39,6 +40,9 @@ answer = {
     "unworded": [name for name in names if not wording.is_worded(name)],
     "stale": sorted({*wording._IN_THE_GRAPH, *wording._COMMAND_LINE_ONLY} - set(names)),
     "texts": [wording.wording_of(nodes.get(node))(name, value) for node, name, value in asked],
+    "failure": _with_worded_failure(
+        {"state": "failed", "problem": "NaN.", "remedy": f"Start again with {suggest('resume', 'never')}."}
+    ),
     "error": str(
         NodeError(
             SettingsError(f"{suggest('rank')} is low.", f"Start again with {suggest('resume', 'never')}."),
@@ -77,7 +81,10 @@ TEXTS = {  # (node, setting, value) → how it is worded there
     ): "sampling = eps on a ModelSamplingDiscrete node before the training",
     ("TrainLora", "prediction_type", None): "sampling on a ModelSamplingDiscrete node before the training",
     ("TrainLora", "vae", None): "the connected VAE",
-    ("TrainLora", "base", None): "the connected model",
+    ("TrainLora", "base", None): "the input model",
+    ("TrainLora", "clip_skip", None): "stop_at_clip_layer on a CLIP Set Last Layer node before the training",
+    ("TrainLora", "clip_skip", "2"): "stop_at_clip_layer = -2 on a CLIP Set Last Layer node before the training",
+    ("TrainLora", "clip_skip", "0"): "the CLIP without a CLIP Set Last Layer node",
     (None, "resume", "never"): "resume = never (on Training Settings)",
 }
 
@@ -157,3 +164,9 @@ def test_comfyui_s_interface_is_named_in_one_place() -> None:
     package, version = module.split(".")
     assert (comfyui / package / version / "__init__.py").is_file()
     assert version.removeprefix("v").replace("_", "").isdecimal()
+
+
+def test_a_failed_run_is_worded_when_pages_ask_for_it_later(answer: dict[str, Any]) -> None:
+    """Its folder keeps the remedy without any face's words."""
+    remedy = "Start again with resume = never (on Training Settings)."
+    assert answer["failure"] == {"state": "failed", "problem": "NaN.", "remedy": remedy}

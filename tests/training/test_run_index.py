@@ -16,7 +16,7 @@ import torch
 from helpers import Recorder
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pack.trainer.core.errors import CancelledError, DivergedError, SettingsError, StorageError, TrainerError
+from pack.trainer.core.errors import CancelledError, DivergedError, SettingsError, StorageError, TrainerError, suggest
 from pack.trainer.core.events import Preview, RunOpened, Step
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.training.runs.index import RunIndex
@@ -107,7 +107,8 @@ def test_a_run_tells_how_it_ended(runs: Runs) -> None:
     wanted: dict[str, dict[str, Any]] = {runs.done: {"state": "done", "step": 3, "steps": 3}}
     wanted[runs.stopped] = {"state": "stopped", "step": 2, "steps": 4}
     for name, error in runs.errors.items():
-        wanted[name] = {"state": "failed", "problem": error.problem, "remedy": error.remedy, "step": 2, "steps": 4}
+        problem, remedy = error.unworded
+        wanted[name] = {"state": "failed", "problem": problem, "remedy": remedy, "step": 2, "steps": 4}
     wanted[runs.full]["step"] = 4  # done, but not saved
     assert len(wanted) == 4
     for name, facts in wanted.items():
@@ -133,6 +134,10 @@ def test_a_summary_shows_the_newest_preview(runs: Runs) -> None:
         (CancelledError(2, 3), {"state": "stopped"}),
         (KeyboardInterrupt(), {"state": "stopped"}),
         (StorageError("No room.", "Make some."), {"state": "failed", "problem": "No room.", "remedy": "Make some."}),
+        (
+            SettingsError("It is low.", f"Raise {suggest('rank', 8)}."),
+            {"state": "failed", "problem": "It is low.", "remedy": f"Raise {suggest('rank', 8)}."},
+        ),
         (RuntimeError("ü"), {"state": "failed", "problem": "RuntimeError: ü", "remedy": ""}),
     ],
     ids=repr,
@@ -157,8 +162,9 @@ def test_a_run_that_fails_before_its_first_step_says_so(runs: Runs, world: World
     run = runs.stopped
     shutil.copytree(runs.shelf.root / run, tmp_path / "runs" / run)
     error = diverge(world, tmp_path, run, seed=1, steps=4, name="stopped")
+    problem, remedy = error.unworded
     assert end_lines(RunIndex(tmp_path / "runs"), run) == [
-        {"step": 2, "state": "failed", "problem": error.problem, "remedy": error.remedy}
+        {"step": 2, "state": "failed", "problem": problem, "remedy": remedy}
     ]
 
 

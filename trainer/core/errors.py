@@ -61,6 +61,11 @@ class TrainerError(Exception):
         """What to do about it, in plain words."""
         return self.remedy_in(plain)
 
+    @property
+    def unworded(self) -> tuple[str, str]:
+        """Problem and remedy as they are kept for a face that is not there yet: it takes `worded`."""
+        return self._problem, self._remedy
+
     def problem_in(self, word: Wording) -> str:
         """What is wrong, worded by a face."""
         return worded(self._problem, word)

@@ -32,8 +32,8 @@ def explained_opening(description: str, source: str, files: str, folder: str) ->
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"The {description} {source} can't be opened: {error}".split("\n")[0].rstrip(".") + ".",
-            f"Put {files} into a folder, such as {folder}/{Path(source).name}, and give that; or give a hub name and "
-            f"set {suggest('download', True)}.",
+            f"Put {files} into a folder, such as {folder}/{Path(source).name}, and give that; or give a hub name, "
+            f"with {suggest('download', True)} where there is that setting.",
         ) from error
 
 

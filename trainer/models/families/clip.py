@@ -89,8 +89,8 @@ class ClipTextEncoder:
         if not 1 <= self._layer <= layers:
             raise SettingsError(
                 f"clip_skip {clip_skip} does not exist in {spec.short_name}.",
-                f"Set {suggest('clip_skip', 0)} (as usual) or to {1 + spec.unused_layers} to "
-                f"{layers + spec.unused_layers}.",
+                f"Use {suggest('clip_skip', 0)}, the family's own layer, or one from {1 + spec.unused_layers} to "
+                f"{layers + spec.unused_layers}, counted from the last.",
             )
 
     def tokens(self, prompt: str) -> list[int]:

@@ -22,7 +22,7 @@ class RecordedListener:
 
     A line holds "step" and "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures", or
     "validation_loss". As a context manager it ends with a line that holds "state", and "problem" and "remedy" of a
-    failed run.
+    failed run, in which settings are not worded yet.
     """
 
     def __init__(self, listener: Listener, path: Path, after: int) -> None:
@@ -52,7 +52,8 @@ class RecordedListener:
         """Write how the run ended, and close the file."""
         line: dict[str, Any] = {"step": self._step, "state": DONE}
         if isinstance(error, TrainerError):
-            line |= {"state": FAILED, "problem": error.problem, "remedy": error.remedy}
+            problem, remedy = error.unworded
+            line |= {"state": FAILED, "problem": problem, "remedy": remedy}
         elif isinstance(error, Exception) and not isinstance(error, CancelledError):
             line |= {"state": FAILED, "problem": f"{type(error).__name__}: {error}", "remedy": ""}
         elif error is not None:
