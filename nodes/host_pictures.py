@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ from ..trainer.core.events import Event, Note
 from ..trainer.data.folder import picture_names
 from ..trainer.data.images import Picture, load_pictures
 from . import host
+from .thumbnails import as_thumbnail
 from .urls import thumbnail_url
 from .wording import wording_of
-
-_THUMBNAIL_SIDE = 192  # pixels
 
 
 class _WarningCollector:
@@ -106,15 +104,6 @@ def _inside(folder: str) -> Path:
     if not exists or not path.resolve().is_relative_to(root):
         raise PicturesError(f"There is no folder '{folder[:80]}' to show.", "Press R to refresh the list.")
     return path
-
-
-def as_thumbnail(picture: Picture) -> bytes:
-    """A picture as a small JPEG."""
-    image = picture.open()
-    image.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
-    stream = io.BytesIO()
-    image.save(stream, "JPEG", quality=85)
-    return stream.getvalue()
 
 
 @functools.lru_cache(maxsize=8)

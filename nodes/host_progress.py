@@ -190,7 +190,7 @@ class TrainingListener(NodeListener):
         """Put the graph and small pictures of the subject into a run's folder; the run goes on without them, too."""
         from ..trainer.core.files import write_atomic
         from ..trainer.training.runs.folder import RunFolder
-        from . import host_pictures
+        from .thumbnails import as_thumbnail
 
         run = RunFolder(path)
         try:
@@ -199,7 +199,7 @@ class TrainingListener(NodeListener):
             for number, picture in enumerate(self._subject[:_THUMBNAILS]):
                 thumbnail = run.subject_path / f"{number:02d}.jpg"
                 if not thumbnail.exists():
-                    write_atomic(thumbnail, host_pictures.as_thumbnail(picture))
+                    write_atomic(thumbnail, as_thumbnail(picture))
         except TrainerError as error:
             logger.warning("%s", error)
 
