@@ -21,6 +21,7 @@ from torch import Tensor
 from .adapters.kohya import Adapter
 from .adapters.metadata import RunFacts, training_metadata
 from .adapters.names import networks
+from .adapters.prefixes import UNET
 from .core.devices import (
     DTYPES,
     explained_memory_errors,
@@ -148,7 +149,7 @@ class Session:
         trainable: The parameters that are trained.
         optimizer: Wrapped by accelerate.
         learning_rate_factor: Step → factor of the peak learning rates.
-        averaging: Averages of the trained weights, where these are shown instead.
+        averaging: The evaluation weights, where they are an average of those that are updated.
         accelerator: accelerate's, for precision, gradient accumulation and clipping.
         text: Conditioning on the captions and on the previews' prompts.
         dtype: Type of the frozen weights and of the denoiser's input.
@@ -195,9 +196,16 @@ class DreamBooth:
     ) -> None:
         """Take the inputs, with the fingerprint of what the result depends on; nothing is built yet.
 
-        Args: As those of `train`, but for
+        Args:
+            base: See `train`.
+            subject: See `train`.
+            priors: See `train`.
+            settings: See `train`.
+            paths: See `train`.
             device: Where to train.
-            budget: How the run is computed so that it fits; of a run of one process, if None.
+            listener: See `train`.
+            starting_point: See `train`.
+            budget: How the run is computed so that it fits, and its processes; None: one process, as requested.
 
         Raises:
             SettingsError: The device can't train at that precision.
@@ -445,7 +453,7 @@ class DreamBooth:
                     self._mid_update = True
                     session.optimizer.step()
                     session.optimizer.zero_grad(set_to_none=True)
-                    session.trainable.after_update(("unet", *session.text.trained))
+                    session.trainable.after_update((UNET, *session.text.trained))
                     session.averaging.update()
 
         self.step += 1

@@ -6,17 +6,21 @@ folders afterwards, and what a tracker was sent, holds none of these names.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from checkpoints import sd15_checkpoint
-from helpers import DEMO, TINY
+from helpers import DEMO, ROOT, TINY
+from pack.trainer.adapters.kohya import read_adapter, write_adapter
 from pack.trainer.settings import evaluate, merge, train
 from pack.trainer.settings.base import Settings, field_extra
-from pack.trainer.settings.sharing import SHARED_TEXT, shareable
+from pack.trainer.settings.sharing import CONFIG_KEY, SHARED_TEXT, shareable
 from safetensors import safe_open
 from shell import Shell
 from worlds import noisy_pictures
@@ -211,3 +215,21 @@ def test_no_listed_text_is_a_path() -> None:
     for command in COMMANDS:
         for name in SHARED_TEXT & set(command.model_fields):
             assert not field_extra(command, name)["path"], name
+
+
+def test_a_file_of_an_older_version_is_written_without_its_paths(tmp_path: Path) -> None:
+    """Up to 0.4 the configuration held them; it is kept but for these, whatever writes the file again."""
+    source = read_adapter(ROOT / "tests" / "golden" / "versions" / "0.4.0" / "lora.safetensors")
+    old = json.loads(source.metadata[CONFIG_KEY])
+    assert {"images", "output_dir"} <= set(old)
+    table = {"images": f"/home/{SECRET}/rex", "class_images": SECRET, "instance_prompt": "a photo of sks dog"}
+    old |= {"score_clip": f"/home/{SECRET}/clip", "base_lora": [f"{SECRET}.safetensors"], "subject": [table]}
+    changed = replace(source, metadata={**source.metadata, CONFIG_KEY: json.dumps(old)})
+    write_adapter(tmp_path / "again.safetensors", changed, torch.float16)
+    assert_tells_nothing(tmp_path / "again.safetensors")
+    new = json.loads(metadata(tmp_path / "again.safetensors")[CONFIG_KEY])
+    assert new["subject"] == [{"instance_prompt": "a photo of sks dog"}]
+    assert {name: value for name, value in old.items() if name in new and name != "subject"} == {
+        name: value for name, value in new.items() if name != "subject"
+    }
+    assert not {name for name in set(old) - set(new) if not field_extra(train.TrainCommand, name)["path"]}

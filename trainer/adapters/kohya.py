@@ -27,6 +27,7 @@ from torch import Tensor
 from ..core.errors import AdapterError
 from ..core.files import file_written_atomically, save_tensors
 from ..models.clip_names import TEXT_TOWER, with_text_tower
+from ..settings.sharing import shareable_metadata
 from .layers import DORA_SCALE, FullLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
 from .layers.base import DAMAGED_FILE_REMEDY
 from .prefixes import KOHYA_UNET_PREFIX, UNET, component_of, neutral_prefix, text_encoder_names
@@ -354,7 +355,7 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
         StorageError: The file can't be written.
     """
     tensors = adapter.state_dict(dtype)
-    metadata = {key: str(value) for key, value in adapter.metadata.items()}
+    metadata = shareable_metadata({key: str(value) for key, value in adapter.metadata.items()})
     placeholders = _hash_entries("0" * 64, "0" * 8)
     size = sum(tensor.nbytes for tensor in tensors.values())
     with file_written_atomically(path, size) as temporary:  # and not in memory: a merged file may have gigabytes

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from ..models.families.base import Family, Prediction
-from ..settings.sharing import shareable
+from ..settings.sharing import CONFIG_KEY, shareable
 from ..settings.train import TrainSettings
 from .kohya import Adapter
 from .layers import Layer
 
-CONFIG_KEY = "dreambooth.config"
 FINGERPRINT_KEY = "dreambooth.fingerprint"
 MERGE_KEY = "dreambooth.merge"
 FORM_KEY = "dreambooth.form"  # how a run's result is written: precision, alone or combined

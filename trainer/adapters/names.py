@@ -42,9 +42,6 @@ Adaptable = nn.Linear | nn.Conv2d
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-# Names and paths
-
-
 @dataclass(frozen=True)
 class ModulePath:
     """The path of a module, whatever program named it.
@@ -126,9 +123,6 @@ def _dotted(underscored: str) -> str:
     """A path whose dots were written as underscores; the words of Stable Diffusion's networks are known."""
     protected = _WORD.sub(lambda match: match[1].replace("_", "\0"), underscored)
     return protected.replace("_", ".").replace("\0", "_")
-
-
-# The family of an adapter
 
 
 def recognized_family(adapter: Adapter) -> Family | ForeignFamily | None:
@@ -222,9 +216,6 @@ def _name_prefixes(family: Family) -> set[str]:
 def _unet_prefixes(family: Family) -> set[str]:
     blocks = ORIGINAL_BLOCKS if family.original_names else DIFFUSERS_BLOCKS
     return {f"{KOHYA_UNET_PREFIX}{block}_" for block in blocks}
-
-
-# The modules of a model
 
 
 def networks(model: DiffusionModel) -> dict[str, nn.Module]:
@@ -331,9 +322,6 @@ def _by_possible_names(model: DiffusionModel, modules: Mapping[str, Mapping[str,
 def _original_paths(model: DiffusionModel, paths: Collection[str]) -> dict[str, str]:
     """Path in diffusers → path in the original code, for modules of the model's UNet."""
     return original_names(paths, int(model.unet.config.layers_per_block))
-
-
-# Shapes of modules
 
 
 def is_3x3_convolution(name: str) -> bool:

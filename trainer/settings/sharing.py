@@ -6,10 +6,16 @@ of users, folders and files, so they never go out, nor does a part of them.
 
 from __future__ import annotations
 
+import json
 import types
+from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 from .base import Settings, field_extra
+from .data import SubjectTable
+from .train import TrainCommand
+
+CONFIG_KEY = "dreambooth.config"  # of an adapter's metadata
 
 SHARED_TEXT = frozenset(
     {
@@ -41,6 +47,39 @@ def shareable(settings: Settings) -> dict[str, Any]:
             kept[name] = value
         elif isinstance(value, list | tuple) and value and all(isinstance(entry, Settings) for entry in value):
             kept[name] = [shareable(entry) for entry in value]
+    return kept
+
+
+def shareable_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Metadata whose configuration holds no path; up to version 0.4 it did, and such files are resized and saved again.
+
+    Args:
+        metadata: Of an adapter; a configuration that is no JSON object is left out.
+    """
+    kept = dict(metadata)
+    if CONFIG_KEY in kept:
+        try:
+            configuration = json.loads(kept[CONFIG_KEY])
+        except ValueError:
+            configuration = None
+        if isinstance(configuration, dict):
+            kept[CONFIG_KEY] = json.dumps(_without_paths(configuration), sort_keys=True)
+        else:
+            del kept[CONFIG_KEY]
+    return kept
+
+
+def _without_paths(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration, and the tables in it, without the settings that hold paths."""
+    kept = {}
+    for name, value in values.items():
+        if any(
+            name in owner.model_fields and field_extra(owner, name)["path"] for owner in (TrainCommand, SubjectTable)
+        ):
+            continue
+        if isinstance(value, list):
+            value = [_without_paths(entry) if isinstance(entry, dict) else entry for entry in value]
+        kept[name] = value
     return kept
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..adapters.prefixes import UNET
 from ..core.errors import SettingsError, suggest
 from ..settings.train import TrainSettings
 
@@ -51,7 +52,7 @@ def make_optimizer(
     Raises:
         SettingsError: The optimiser's package is missing, or refuses its options.
     """
-    rates = {"unet": settings.learning_rate, **settings.text_encoder_rates}
+    rates = {UNET: settings.learning_rate, **settings.text_encoder_rates}
     fast_ids = {id(parameter) for parameter in faster} if settings.lora_plus_ratio else set()
     param_groups = []
     for component, parameters in groups.items():

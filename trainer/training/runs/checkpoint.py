@@ -75,10 +75,10 @@ class Checkpoint:
 
     Attributes:
         step: Steps completed.
-        trained: What was trained; the weights that are shown.
+        trained: What was trained; the evaluation weights, where they are an average.
         optimizer: The optimiser's `state_dict()`.
         extra: Whatever else the recipe saved; JSON values.
-        live: "<parameter>" → the weights that are updated, where they are not the shown ones.
+        live: "<parameter>" → the raw weights, which are updated, where `trained` holds an average of them.
         measurements: What was measured up to this step; None in a checkpoint of version 0.4 or older.
     """
 
