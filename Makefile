@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 BENCH ?= bench
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test test-all coverage lint bench clean
 # What make starts must not wait by spinning: on a shared machine that slows everything down.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -12,7 +12,16 @@ demo: $(READY)
 	$(RUN) -m trainer demo --output-dir demo/output
 
 test: $(READY)
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not comfy and not browser and not gpu" $(ARGS)
+
+test-all: $(READY)
+	$(RUN) -m pytest -n 2 --dist worksteal --hypothesis-profile=thorough $(ARGS)
+
+coverage: $(READY)
+	$(RUN) -m coverage erase
+	$(RUN) -m coverage run -m pytest -n 2 --dist worksteal --hypothesis-profile=thorough $(ARGS)
+	$(RUN) -m coverage combine --quiet
+	$(RUN) -m coverage report
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -13,11 +13,16 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin while the CPU is shared
 
+import hypothesis
 import numpy as np
 import pytest
 from checkpoints import sd15_checkpoint
 from helpers import DEMO, ROOT, TINY
 from PIL import Image
+
+# The same examples on every run: a gate must not open and close by chance.
+hypothesis.settings.register_profile("everyday", max_examples=10, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None, derandomize=True, database=None)
 
 if "pack" not in sys.modules:
     _spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])

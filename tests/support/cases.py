@@ -1,0 +1,36 @@
+"""Products of parameters, of which an everyday run tries every pair."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from allpairspy import AllPairs
+from pytest import ParameterSet
+
+
+def product_of(**axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
+    """Parametrize a test by every combination of the axes; those that no pair of values needs are marked slow.
+
+    `@product_of(kind=KINDS, dtype=[torch.float32, torch.bfloat16], strength=[1.0, -0.5])` passes the arguments `kind`,
+    `dtype` and `strength`. Of a mapping the keys name the cases and the values are passed. Among the everyday
+    combinations, each value of an axis meets each value of every other axis (pairwise testing, allpairspy).
+    """
+    labels = [[label for label, _ in _labelled(axis)] for axis in axes.values()]
+    positions = [range(len(axis)) for axis in labels]
+    everyday = {tuple(row) for row in AllPairs([list(axis) for axis in positions])} if len(axes) > 1 else None
+    values = [[value for _, value in _labelled(axis)] for axis in axes.values()]
+    cases: list[ParameterSet] = []
+    for row in itertools.product(*positions):
+        marks = [] if everyday is None or row in everyday else [pytest.mark.slow]
+        name = "-".join(labels[axis][position] for axis, position in enumerate(row))
+        cases.append(pytest.param(*(values[axis][position] for axis, position in enumerate(row)), id=name, marks=marks))
+    return pytest.mark.parametrize(",".join(axes), cases)
+
+
+def _labelled(axis: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str, Any]]:
+    if isinstance(axis, Mapping):
+        return list(axis.items())
+    return [(getattr(value, "__name__", None) or str(value).removeprefix("torch."), value) for value in axis]
