@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 from allpairspy import AllPairs
-from pytest import ParameterSet
 
 
 def product_of(**axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorator:
@@ -22,7 +21,7 @@ def product_of(**axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorato
     positions = [range(len(axis)) for axis in labels]
     everyday = {tuple(row) for row in AllPairs([list(axis) for axis in positions])} if len(axes) > 1 else None
     values = [[value for _, value in _labelled(axis)] for axis in axes.values()]
-    cases: list[ParameterSet] = []
+    cases = []
     for row in itertools.product(*positions):
         marks = [] if everyday is None or row in everyday else [pytest.mark.slow]
         name = "-".join(labels[axis][position] for axis, position in enumerate(row))
