@@ -50,14 +50,14 @@ from .training.optimizers import (
     enable_gradient_checkpointing,
     learning_rate_factor,
     make_optimizer,
-    restore_optimizer,
     set_learning_rates,
 )
 from .training.preflight import require_prediction_type, require_trainable
 from .training.previews import Previews
-from .training.runs.checkpoint import Checkpoint, Measurements
+from .training.runs.checkpoint import Measurements
 from .training.runs.folder import RunFolder, RunPaths, run_fingerprint
 from .training.runs.trackers import logging_listener
+from .training.state import TrainingState
 from .training.text_conditioning import TextConditioning
 from .training.trainable import Trainable, make_trainable
 from .training.validation import validation_loss
@@ -165,6 +165,11 @@ class Session:
     accelerator: Any
     text: TextConditioning
     dtype: torch.dtype
+
+    @property
+    def state(self) -> TrainingState:
+        """What a checkpoint holds of it."""
+        return TrainingState(self.trainable, self.optimizer, self.averaging, self.accelerator.scaler)
 
 
 class DreamBooth:
@@ -382,14 +387,7 @@ class DreamBooth:
 
     def resume(self, step: int) -> None:
         """Load the checkpoint of that step."""
-        session = self.session
-        checkpoint = self.run_folder.load(step)
-        session.trainable.restore(checkpoint.trained)
-        session.averaging.restore(checkpoint.live, step)
-        restore_optimizer(session.optimizer, checkpoint.optimizer)
-        scaler = session.accelerator.scaler
-        if scaler is not None and checkpoint.extra.get("scaler"):
-            scaler.load_state_dict(checkpoint.extra["scaler"])
+        self.session.state.restore(self.run_folder.load(step))
         self.step = step
         self.listener.report(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
 
@@ -591,19 +589,8 @@ class DreamBooth:
             )
         if not self.processes.is_main_process:
             return
-        with session.averaging.evaluation_weights():
-            trained = session.trainable.saved(self._metadata(self.step))
-        scaler = session.accelerator.scaler
-        checkpoint = Checkpoint(
-            step=self.step,
-            trained=trained,
-            optimizer=session.optimizer.state_dict(),
-            extra={"scaler": scaler.state_dict() if scaler is not None else None},
-            live=session.averaging.raw_weights(),
-            measurements=self.measurements,
-        )
         self.run_folder.save(
-            checkpoint,
+            session.state.checkpoint(self.step, self._metadata(self.step), self.measurements),
             keep=settings.keep_checkpoints,
             best=self.previews.best(self.measurements),
             keep_adapters=settings.keep_adapters,
