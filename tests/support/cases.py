@@ -1,9 +1,9 @@
-"""Products of parameters, of which an everyday run tries every pair."""
+"""Which of a test's parameters an everyday run tries: of a product every pair, of what is alike a few."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -27,6 +27,18 @@ def product_of(**axes: Sequence[Any] | Mapping[str, Any]) -> pytest.MarkDecorato
         name = "-".join(labels[axis][position] for axis, position in enumerate(row))
         cases.append(pytest.param(*(values[axis][position] for axis, position in enumerate(row)), id=name, marks=marks))
     return pytest.mark.parametrize(",".join(axes), cases)
+
+
+def mostly_slow(cases: Iterable[Any], *everyday: Any) -> list[Any]:
+    """Cases for `parametrize`, of which all but the everyday ones are marked slow; a tuple gives several arguments.
+
+    `@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sdxl"))`
+    """
+    every = list(cases)
+    assert all(case in every for case in everyday), "an everyday case is not among the cases"
+    arguments = [case if isinstance(case, tuple) else (case,) for case in every]
+    marks = [[] if case in everyday else [pytest.mark.slow] for case in every]
+    return [pytest.param(*values, marks=mark) for values, mark in zip(arguments, marks, strict=True)]
 
 
 def _labelled(axis: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str, Any]]:
