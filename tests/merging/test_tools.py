@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import torch
 from adapter_maths import adapter_of, tensors_of
+from cases import mostly_slow
 from checkpoints import SDXL_SHAPES, sdxl_state_dict
 from checkpoints_folders import diffusers_folder
-from helpers import DEMO, Recorder
+from helpers import DEMO, MadeOnce, Recorder
 from merge_worlds import (
     ATTENTION,
     FAMILIES,
@@ -61,28 +63,30 @@ from torch import Tensor
 pytestmark = pytest.mark.usefixtures("quick")
 
 TOKENIZER = DEMO / "base" / "tokenizer"
+XL_SIZE: dict[str, dict[str, Any]] = {"sdxl": {"size": XL}}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Single-file checkpoints."""
-    return {family: checkpoint(tmp_path_factory.mktemp("files"), family) for family in FAMILIES}
+    return MadeOnce(lambda family: checkpoint(tmp_path_factory.mktemp("files"), family))
 
 
 @pytest.fixture(scope="module")
-def bases(files: dict[str, Path]) -> dict[str, BaseWeights]:
-    return {family: open_base(path) for family, path in files.items()}
+def bases(files: Mapping[str, Path]) -> Mapping[str, BaseWeights]:
+    return MadeOnce(lambda family: open_base(files[family]))
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Folders in diffusers' layout."""
-    root = tmp_path_factory.mktemp("folders")
-    return {
-        "sd15": DEMO / "base",
-        "sd2": diffusers_folder(root / "sd2", "sd2"),
-        "sdxl": diffusers_folder(root / "sdxl", "sdxl", size=XL),
-    }
+
+    def made(family: str) -> Path:
+        if family == "sd15":
+            return DEMO / "base"
+        return diffusers_folder(tmp_path_factory.mktemp("folders") / family, family, **XL_SIZE.get(family, {}))
+
+    return MadeOnce(made)
 
 
 # Converting
@@ -119,8 +123,8 @@ LOADED = [(family, kind) for family in FAMILIES for kind in ("LoRA of all", "DoR
 LOADED += [("sd15", "LoRA"), ("sd2", "DoRA"), ("sdxl", "DoRA of the text")]
 
 
-@pytest.mark.parametrize(("family", "kind"), LOADED)
-def test_diffusers_loads_a_converted_file(family: str, kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "kind"), mostly_slow(LOADED, ("sd2", "DoRA of all")))
+def test_diffusers_loads_a_converted_file(family: str, kind: str, folders: Mapping[str, Path], tmp_path: Path) -> None:
     """Every module, and with the same effect as ours: nothing is missing, unexpected, or scaled otherwise."""
     base = open_base(folders[family])
     reads_header = version("diffusers") >= "0.34"  # else it takes alpha for the same everywhere where ranks differ
@@ -145,9 +149,9 @@ def replace_dtype(base: BaseWeights) -> BaseWeights:
     return replace(base, unet=single(base.unet), text_encoders=[single(one) for one in base.text_encoders])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd2"))
 @pytest.mark.parametrize("kind", ["LoRA of all", "DoRA of all"])
-def test_there_and_back_adds_the_same(family: str, kind: str, bases: dict[str, BaseWeights], tmp_path: Path) -> None:
+def test_there_and_back_adds_the_same(family: str, kind: str, bases: Mapping[str, BaseWeights], tmp_path: Path) -> None:
     """And the modules have the names that they had."""
     adapter = sample(bases[family], kind)
     first = saved(replace(adapter, metadata=STATED[family]), tmp_path / "first.safetensors")
@@ -176,7 +180,7 @@ def test_there_and_back_adds_the_same(family: str, kind: str, bases: dict[str, B
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
 @pytest.mark.parametrize("style", ["kohya", "diffusers"])
 def test_converted_files_have_the_precision_that_was_asked_for(
-    style: str, precision: str, bases: dict[str, BaseWeights], tmp_path: Path
+    style: str, precision: str, bases: Mapping[str, BaseWeights], tmp_path: Path
 ) -> None:
     adapter = sample(bases["sd15"], "DoRA")
     source, output = saved(adapter, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
@@ -204,19 +208,20 @@ def test_a_small_alpha_costs_no_precision(tmp_path: Path) -> None:
         output = tmp_path / "out2.safetensors"
 
 
-def test_names_of_diffusers_are_those_of_the_modules(bases: dict[str, BaseWeights]) -> None:
-    for family, base in bases.items():
-        found = diffusers_state_dict(sample(base, "LoRA of all"), torch.float32)
-        model = base.family.build(base)
-        networks = {"unet": model.unet, **model.text_encoders}
-        for name, tensor in found.items():
-            component, _, path = name.rpartition(".lora_")[0].partition(".")
-            network = networks[component]
-            bare = path if component == "unet" or hasattr(network, "text_model") else path.removeprefix("text_model.")
-            weight = network.get_submodule(bare).weight
-            assert tensor.ndim == weight.ndim, (family, name)
-            side = 1 if ".lora_A." in name else 0
-            assert tensor.shape[side] == weight.shape[side], (family, name)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd2"))
+def test_names_of_diffusers_are_those_of_the_modules(family: str, bases: Mapping[str, BaseWeights]) -> None:
+    base = bases[family]
+    found = diffusers_state_dict(sample(base, "LoRA of all"), torch.float32)
+    model = base.family.build(base)
+    networks = {"unet": model.unet, **model.text_encoders}
+    for name, tensor in found.items():
+        component, _, path = name.rpartition(".lora_")[0].partition(".")
+        network = networks[component]
+        bare = path if component == "unet" or hasattr(network, "text_model") else path.removeprefix("text_model.")
+        weight = network.get_submodule(bare).weight
+        assert tensor.ndim == weight.ndim, name
+        side = 1 if ".lora_A." in name else 0
+        assert tensor.shape[side] == weight.shape[side], name
 
 
 def named_error(error: TrainerError, *words: str) -> None:
@@ -226,7 +231,7 @@ def named_error(error: TrainerError, *words: str) -> None:
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "OFT", "full difference", "Tucker"])
 def test_what_diffusers_has_no_format_for_is_refused_by_name(
-    kind: str, bases: dict[str, BaseWeights], tmp_path: Path
+    kind: str, bases: Mapping[str, BaseWeights], tmp_path: Path
 ) -> None:
     pattern = r"^lora_unet_.*conv1$" if kind == "Tucker" else ATTENTION
     adapter = random_adapter(bases["sd15"], kind, pattern)
@@ -237,7 +242,7 @@ def test_what_diffusers_has_no_format_for_is_refused_by_name(
     assert not output.exists()
 
 
-def test_what_is_partly_a_dora_is_refused_by_name(bases: dict[str, BaseWeights], tmp_path: Path) -> None:
+def test_what_is_partly_a_dora_is_refused_by_name(bases: Mapping[str, BaseWeights], tmp_path: Path) -> None:
     """PEFT has DoRA for a whole network or not at all, and would make up the missing lengths."""
     base = bases["sd15"]
     mixed = both(random_adapter(base, "DoRA", "attn1_to_q$"), random_adapter(base, "LoRA", "attn1_to_k$"))
@@ -248,7 +253,7 @@ def test_what_is_partly_a_dora_is_refused_by_name(bases: dict[str, BaseWeights],
     assert not output.exists()
 
 
-def test_biases_are_refused_by_name(bases: dict[str, BaseWeights], tmp_path: Path) -> None:
+def test_biases_are_refused_by_name(bases: Mapping[str, BaseWeights], tmp_path: Path) -> None:
     name = "lora_unet_conv_in.diff_b"
     adapter = replace(random_adapter(bases["sd15"]), vectors={name: torch.ones(32)})
     source, output = saved(adapter, tmp_path / "in.safetensors"), tmp_path / "out.safetensors"
@@ -259,7 +264,7 @@ def test_biases_are_refused_by_name(bases: dict[str, BaseWeights], tmp_path: Pat
     assert torch.equal(read_adapter(output).vectors[name].float(), torch.ones(32))
 
 
-def test_hashes_of_a_converted_file_are_its_own(bases: dict[str, BaseWeights], tmp_path: Path) -> None:
+def test_hashes_of_a_converted_file_are_its_own(bases: Mapping[str, BaseWeights], tmp_path: Path) -> None:
     """A hash in the header that is of another file misleads whoever looks it up."""
     source = saved(replace(random_adapter(bases["sd15"]), metadata={"ss_seed": "7"}), tmp_path / "in.safetensors")
     for style in ("kohya", "diffusers"):
@@ -274,7 +279,7 @@ def test_hashes_of_a_converted_file_are_its_own(bases: dict[str, BaseWeights], t
 
 
 @pytest.mark.parametrize("where", ["file", "folder"])
-def test_a_peft_folder_becomes_a_kohya_file(where: str, bases: dict[str, BaseWeights], tmp_path: Path) -> None:
+def test_a_peft_folder_becomes_a_kohya_file(where: str, bases: Mapping[str, BaseWeights], tmp_path: Path) -> None:
     """PEFT's alpha stands in its configuration; in a kohya file it stands beside the tensors."""
     adapter = random_adapter(bases["sd15"], pattern=ATTENTION, alpha=3.0)
     named = diffusers_state_dict(adapter, torch.float32)
@@ -351,9 +356,11 @@ FUSED_CASES = [(family, kind) for family in FAMILIES for kind in ("LoRA of all",
 FUSED_CASES += [("sd15", "OFT"), ("sd2", "LoKr"), ("sd2", "DoRA"), ("sdxl", "DoRA")]
 
 
-@pytest.mark.parametrize(("family", "kind"), FUSED_CASES)
+@pytest.mark.parametrize(
+    ("family", "kind"), mostly_slow(FUSED_CASES, ("sd2", "LoKr"), ("sd2", "biases and norms"), ("sd15", "OFT"))
+)
 def test_a_fused_file_is_the_base_with_the_adapter(
-    family: str, kind: str, files: dict[str, Path], bases: dict[str, BaseWeights], tmp_path: Path
+    family: str, kind: str, files: Mapping[str, Path], bases: Mapping[str, BaseWeights], tmp_path: Path
 ) -> None:
     base = bases[family]
     adapter = FUSED[kind](base)
@@ -368,7 +375,7 @@ def test_a_fused_file_is_the_base_with_the_adapter(
     assert (drawn - predicts(base.family.build(base))).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd2"))
 def test_each_half_of_a_half_precision_file_keeps_its_type(family: str, tmp_path: Path) -> None:
     """As shared files mix them: a UNet in 16 bit beside text encoders in 32; two adapters at once."""
     tensors = state_dict(family)
@@ -385,8 +392,8 @@ def test_each_half_of_a_half_precision_file_keeps_its_type(family: str, tmp_path
     assert same(parameters(fused.family.build(fused)), parameters(expected)) == 0
 
 
-@pytest.mark.parametrize("wrapped", [True, False], ids=["state_dict", "bare"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("wrapped", mostly_slow([True, False], True), ids=["state_dict", "bare"])
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd2"))
 def test_an_old_checkpoint_is_fused_too(family: str, wrapped: bool, tmp_path: Path) -> None:
     """As `.ckpt`, in 16 bit."""
     tensors = state_dict(family, dtype=torch.float16)
@@ -402,6 +409,7 @@ def test_an_old_checkpoint_is_fused_too(family: str, wrapped: bool, tmp_path: Pa
     assert path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_tensors_that_share_memory_in_an_old_checkpoint(tmp_path: Path) -> None:
     """A copy by another name that comes first in the file stays as it is."""
     tensors = state_dict("sd15")
@@ -420,6 +428,7 @@ def test_tensors_that_share_memory_in_an_old_checkpoint(tmp_path: Path) -> None:
     assert same(parameters(fused.family.build(fused)), parameters(merged_model(base, (adapter, 1.0)))) == 0
 
 
+@pytest.mark.slow
 def test_a_padded_tensor_in_an_old_checkpoint(tmp_path: Path) -> None:
     """Rows with gaps between them: a view that a program cut out of something wider and saved."""
     tensors = state_dict("sd15")
@@ -436,8 +445,8 @@ def test_a_padded_tensor_in_an_old_checkpoint(tmp_path: Path) -> None:
     assert same(parameters(fused.family.build(fused)), parameters(merged_model(base, (adapter, 1.0)))) == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_fused_folder_is_the_base_with_the_adapter(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd2"))
+def test_a_fused_folder_is_the_base_with_the_adapter(family: str, folders: Mapping[str, Path], tmp_path: Path) -> None:
     """Configurations, tokenizers, scheduler and autoencoder come along; diffusers opens it, too."""
     from diffusers import DiffusionPipeline
 
@@ -468,7 +477,7 @@ def test_a_fused_folder_is_the_base_with_the_adapter(family: str, folders: dict[
             assert after.name == before.name
 
 
-def test_a_folder_of_shards_becomes_one_file(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_folder_of_shards_becomes_one_file(folders: Mapping[str, Path], tmp_path: Path) -> None:
     """And the index goes, which would send readers to files that are not there."""
     import shutil
 
@@ -492,7 +501,8 @@ def test_a_folder_of_shards_becomes_one_file(folders: dict[str, Path], tmp_path:
     assert (tmp_path / "fused" / "text_encoder" / "model.safetensors").exists()
 
 
-def test_existing_results_are_kept(files: dict[str, Path], bases: dict[str, BaseWeights], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_existing_results_are_kept(files: Mapping[str, Path], bases: Mapping[str, BaseWeights], tmp_path: Path) -> None:
     """Files and folders alike."""
     lora = saved(random_adapter(bases["sd15"], pattern=ATTENTION), tmp_path / "a.safetensors")
     taken = tmp_path / "fused.safetensors"
@@ -510,7 +520,7 @@ def test_existing_results_are_kept(files: dict[str, Path], bases: dict[str, Base
     assert (path / "model_index.json").exists()
 
 
-def test_a_folder_is_not_copied_into_itself(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_not_copied_into_itself(folders: Mapping[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Which would go on until the disk is full."""
     import shutil
 
@@ -526,7 +536,7 @@ def test_a_folder_is_not_copied_into_itself(folders: dict[str, Path], monkeypatc
 
 
 def test_an_adapter_of_another_family_is_refused_and_nothing_written(
-    files: dict[str, Path], bases: dict[str, BaseWeights], tmp_path: Path
+    files: Mapping[str, Path], bases: Mapping[str, BaseWeights], tmp_path: Path
 ) -> None:
     stated: list[dict[str, str]] = [{}, STATED["sdxl"]]
     for metadata in stated:
@@ -552,9 +562,9 @@ def extracted(base: Path, tuned: Path, output: Path, **values: Any) -> tuple[Ada
     return read_adapter(path), told
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd2"))
 def test_a_known_change_is_extracted(
-    family: str, files: dict[str, Path], bases: dict[str, BaseWeights], tmp_path: Path
+    family: str, files: Mapping[str, Path], bases: Mapping[str, BaseWeights], tmp_path: Path
 ) -> None:
     """Of exactly the layers that it was made of; ranks find themselves but for rounding of the sum W + Δ."""
     base = bases[family]
@@ -576,7 +586,10 @@ def test_a_known_change_is_extracted(
     )
 
 
-def test_energy_one_keeps_everything(files: dict[str, Path], bases: dict[str, BaseWeights], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_energy_one_keeps_everything(
+    files: Mapping[str, Path], bases: Mapping[str, BaseWeights], tmp_path: Path
+) -> None:
     base = bases["sd15"]
     adapter = random_adapter(base, "full difference", r"^lora_unet_.*(attn|conv1)")
     tuned = tuned_state("sd15", adapter, base, tmp_path, files["sd15"])
@@ -594,8 +607,9 @@ def test_energy_one_keeps_everything(files: dict[str, Path], bases: dict[str, Ba
         assert error == pytest.approx(np.linalg.norm(left_out), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])
-def test_a_file_and_a_folder_are_the_same_model(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_and_a_folder_are_the_same_model(family: str, folders: Mapping[str, Path], tmp_path: Path) -> None:
     """A LoRA is extracted from a tuned folder and the base's file, and the other way round."""
     from checkpoints import sd2_state_dict
 
@@ -615,6 +629,7 @@ def test_a_file_and_a_folder_are_the_same_model(family: str, folders: dict[str, 
         extracted(file, folders[family], tmp_path / "found.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "biases"), [(torch.float16, True), (torch.bfloat16, False)], ids=str)
 def test_the_rounding_to_another_type_is_no_change(dtype: torch.dtype, biases: bool, tmp_path: Path) -> None:
     """Only what was tuned is extracted from a 32 bit base and a 16 bit model, and the other way round."""
@@ -662,14 +677,15 @@ def test_rounding_of_numbers_too_small_for_half_precision_is_no_change(biases: b
     assert found.vectors == {}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd2"))
 def test_biases_and_norms_are_extracted_if_asked_for(
-    family: str, files: dict[str, Path], bases: dict[str, BaseWeights], tmp_path: Path
+    family: str, files: Mapping[str, Path], bases: Mapping[str, BaseWeights], tmp_path: Path
 ) -> None:
     base = bases[family]
     assert_biases_come_back(base, files[family], tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", ["tiny", "tiny-koala1b"])
 def test_biases_of_smaller_sdxls_are_extracted(size: str, tmp_path: Path) -> None:
     """Some have one residual block a level where SDXL has two, which the names of the original code count."""
@@ -700,7 +716,8 @@ def assert_biases_come_back(base: BaseWeights, file: Path, folder: Path) -> None
     assert same(parameters(merged_model(base, (with_them, 1.0))), expected) < 1e-5
 
 
-def test_models_that_cannot_be_compared_are_named(files: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_models_that_cannot_be_compared_are_named(files: Mapping[str, Path], tmp_path: Path) -> None:
     output = tmp_path / "out.safetensors"
     with pytest.raises(SettingsError) as raised:
         extracted(files["sd15"], files["sdxl"], output)
@@ -784,7 +801,7 @@ def test_resizing_is_the_truncated_decomposition(limits: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr", "Tucker", "full difference", "OFT", "DoRA"])
-def test_any_kind_becomes_a_lora(kind: str, bases: dict[str, BaseWeights], tmp_path: Path) -> None:
+def test_any_kind_becomes_a_lora(kind: str, bases: Mapping[str, BaseWeights], tmp_path: Path) -> None:
     """Without a limit of the rank it adds the same, so that diffusers can have it."""
     base = bases["sd15"]
     pattern = r"^lora_unet_.*conv1$" if kind == "Tucker" else rf"conv1$|{ATTENTION}"
@@ -811,7 +828,7 @@ def test_any_kind_becomes_a_lora(kind: str, bases: dict[str, BaseWeights], tmp_p
 # Names of smaller SDXLs
 
 
-@pytest.mark.parametrize("size", ["tiny-koala1b", "tiny-koala700m", "tiny-ssd1b"])
+@pytest.mark.parametrize("size", mostly_slow(["tiny-koala1b", "tiny-koala700m", "tiny-ssd1b"], "tiny-koala1b"))
 def test_tools_keep_the_names_of_smaller_sdxls(size: str, tmp_path: Path) -> None:
     """The original code numbers blocks by the residual blocks a level, of which some have one and some two."""
     path = tmp_path / "base.safetensors"
@@ -825,7 +842,7 @@ def test_tools_keep_the_names_of_smaller_sdxls(size: str, tmp_path: Path) -> Non
     assert same(deltas(result, weights), deltas(adapter, weights)) < 1e-4
 
 
-@pytest.mark.parametrize("size", ["tiny-koala1b", "tiny-ssd1b"])
+@pytest.mark.parametrize("size", mostly_slow(["tiny-koala1b", "tiny-ssd1b"], "tiny-koala1b"))
 @pytest.mark.parametrize("pattern", ["^lora_unet_(input|middle|output)", "^lora_unet_.*attn"], ids=["all", "attention"])
 def test_names_of_diffusers_of_smaller_sdxls(size: str, pattern: str, tmp_path: Path) -> None:
     """Every tensor belongs to a module of its own shape."""

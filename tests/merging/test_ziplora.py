@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_maths import adapter_of
+from cases import mostly_slow
 from checkpoints import sdxl_checkpoint
 from helpers import Recorder
 from merge_worlds import (
@@ -72,7 +73,16 @@ def pair(base: BaseWeights) -> tuple[WeightedAdapter, WeightedAdapter]:
         random_adapter(base, pattern=r"mid.*(attn1_to_[qkv]|conv1|proj_in)$|time_emb_proj$", seed=2, rank=3, alpha=4.0),
         random_adapter(base, pattern=TEXT, seed=6, rank=2),
     )
+    subject = replace(subject, metadata={"modelspec.trigger_phrase": "sks dog"})
+    style = replace(style, metadata={"modelspec.trigger_phrase": "pixel art"})
     return WeightedAdapter(subject, "subject", 0.8, 0.7), WeightedAdapter(style, "style", 1.2, 0.4)
+
+
+@pytest.fixture(scope="module")
+def still(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> tuple[MergeResult, Recorder]:
+    """A merge that learns next to nothing, for tests that only look."""
+    listener = Recorder()
+    return learned(base, pair, listener, learning_rate=1e-9, steps=1), listener
 
 
 def learned(
@@ -130,8 +140,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 # What the result is
 
 
-def test_without_learning_it_is_the_sum(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
-    result = learned(base, pair, learning_rate=1e-9, steps=1)
+def test_without_learning_it_is_the_sum(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter], still: tuple[MergeResult, Recorder]
+) -> None:
+    result, _ = still
     assert same(deltas(result.adapter, weights_of(base)), plain_sum(base, pair)) < 1e-5
     assert result.report.method == "learned"
     assert result.report.titles == ["subject", "style"]
@@ -159,6 +171,7 @@ def test_columns_are_scaled_and_text_encoders_summed(
     assert same({name: actual[name] for name in text}, {name: expected[name] for name in text}) < 1e-6
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     torch.manual_seed(1)
     first = learned(base, pair, steps=1).adapter.state_dict()
@@ -171,6 +184,7 @@ def test_the_same_seed_gives_the_same(base: BaseWeights, pair: tuple[WeightedAda
     assert any(not torch.equal(tensor, other[name]) for name, tensor in first.items())
 
 
+@pytest.mark.slow
 def test_it_goes_on_learning_from_the_same_start(
     base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
 ) -> None:
@@ -183,6 +197,7 @@ def test_it_goes_on_learning_from_the_same_start(
     assert {event.name for event in long.events if isinstance(event, Phase)} == {"generating", "merging"}
 
 
+@pytest.mark.slow
 def test_recomputing_activations_changes_nothing(
     base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
 ) -> None:
@@ -192,10 +207,8 @@ def test_recomputing_activations_changes_nothing(
     assert same(deltas(lean, weights), deltas(plain, weights)) < 1e-4
 
 
-def test_metadata_say_where_it_comes_from(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
-    subject = replace(pair[0], adapter=replace(pair[0].adapter, metadata={"modelspec.trigger_phrase": "sks dog"}))
-    style = replace(pair[1], adapter=replace(pair[1].adapter, metadata={"modelspec.trigger_phrase": "pixel art"}))
-    found = learned(base, (subject, style), steps=1).adapter.metadata
+def test_metadata_say_where_it_comes_from(still: tuple[MergeResult, Recorder]) -> None:
+    found = still[0].adapter.metadata
     assert found["modelspec.merged_from"] == "subject, style"
     assert found["modelspec.trigger_phrase"] == "sks dog, pixel art"
     assert '"method": "learned"' in found["dreambooth.merge"]
@@ -222,17 +235,20 @@ class Reference:
         by_name = modules_by_name(self.model)
         self.paths = {name: f"{places[id(by_name[name])]}.weight" for name in self.weights}
         self.prompts = [["a photo of sks dog", "sks dog"], ["pixel art, a house"]]
+        self.merged: dict[tuple[int, ...], DiffusionModel] = {}
         self.latents = [self.drawn(index) for index in range(2)]
 
     def with_parts(self, indices: Sequence[int]) -> DiffusionModel:
         """A model with parts of the adapters in all of its weights, at the parts' strengths."""
+        if tuple(indices) in self.merged:
+            return self.merged[tuple(indices)]
         split: list[tuple[Adapter, float]] = []
         for index in indices:
             part = self.pair[index]
             for start, strength in (("lora_unet_", part.strength), ("lora_te", part.text_strength)):
                 layers = {name: one for name, one in part.adapter.layers.items() if name.startswith(start)}
                 split += [(Adapter(layers), strength)] if layers else []
-        return merged_model(self.base, *split)
+        return self.merged.setdefault(tuple(indices), merged_model(self.base, *split))
 
     def said(self, indices: Sequence[int], prompts: Sequence[str]) -> dict[str, Tensor]:
         size = torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(len(prompts), 6)
@@ -291,7 +307,7 @@ class Reference:
         return total + settings.overlap_weight * overlap
 
 
-@pytest.mark.parametrize("split", [0.0, 0.6])
+@pytest.mark.parametrize("split", mostly_slow([0.0, 0.6], 0.6))
 def test_it_is_what_plain_torch_computes(
     split: float, base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
 ) -> None:
@@ -324,6 +340,7 @@ def test_it_is_what_plain_torch_computes(
     assert compared > 0.8 * sum(one.numel() for one in flat)
 
 
+@pytest.mark.slow
 def test_the_penalty_pulls_shared_inputs_down(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     """Of layers that both have; the inputs of others are not shared."""
     free, bound = (
@@ -337,6 +354,7 @@ def test_the_penalty_pulls_shared_inputs_down(base: BaseWeights, pair: tuple[Wei
             assert product.mean() < torch.stack(free[name]).prod(dim=0).mean() - 0.1
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_trained_model() -> None:
     base = demo_base()
     pattern = r"lora_unet_.*attn[12]_to_(q|k|v|out_0)$"
@@ -354,6 +372,7 @@ def test_the_loss_falls_on_a_trained_model() -> None:
 # Other models and precisions
 
 
+@pytest.mark.slow
 def test_sdxl(tmp_path: Path) -> None:
     base = open_base(sdxl_checkpoint(tmp_path / "xl.safetensors", size="tiny"), TOKENIZER)
     before = digest(lent_tensors(base))
@@ -378,6 +397,7 @@ def test_sdxl(tmp_path: Path) -> None:
     assert same({name: actual[name] for name in text}, {name: expected[name] for name in text}) < 1e-6
 
 
+@pytest.mark.slow
 def test_sdxl_by_plain_torch(tmp_path: Path) -> None:
     """Pooled text and sizes are told to the UNet."""
     base = open_base(sdxl_checkpoint(tmp_path / "xl.safetensors", size="tiny"), TOKENIZER)
@@ -395,6 +415,7 @@ def test_sdxl_by_plain_torch(tmp_path: Path) -> None:
     assert listener.losses[0] == pytest.approx(float(reference.loss(0).detach()), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_bf16(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     before = digest(lent_tensors(base))
     listener, exact = Recorder(), Recorder()
@@ -406,7 +427,7 @@ def test_bf16(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) 
     assert max(float((one - 1).abs().max()) for columns in found.values() for one in columns) < 0.05
 
 
-@pytest.mark.parametrize("kind", ["DoRA", "LoKr", "LoHa", "OFT", "full difference"])
+@pytest.mark.parametrize("kind", mostly_slow(["DoRA", "LoKr", "LoHa", "OFT", "full difference"], "DoRA"))
 def test_any_kind_of_adapter(kind: str, base: BaseWeights) -> None:
     """Of the first and, beside it, in the text encoder; kinds that no factors tell become full differences."""
     subject = both(random_adapter(base, kind, r"mid.*attn1_to_[qk]$"), random_adapter(base, kind, TEXT, seed=3))
@@ -435,23 +456,22 @@ def test_block_weights_hold_in_the_unet_and_beside_text_encoders(
 
 
 def test_biases_of_a_text_encoder_are_heard_while_learning(
-    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter], still: tuple[MergeResult, Recorder]
 ) -> None:
     """They are part of the result, so what is matched must hold them, too."""
     name = "lora_te_text_model_final_layer_norm.diff_b"
     width = base.text_encoders[0].tensors["text_model.final_layer_norm.bias"].shape[0]
     loud = replace(pair[0], adapter=replace(pair[0].adapter, vectors={name: torch.full((width,), 3.0)}))
-    listener, plain = Recorder(), Recorder()
+    listener = Recorder()
     result = learned(base, (loud, pair[1]), listener, steps=1)
-    learned(base, pair, plain, steps=1)
     assert torch.allclose(result.adapter.vectors[name], torch.full((width,), 3.0 * 0.7))
-    assert listener.losses != plain.losses
+    assert listener.losses != still[1].losses
 
 
 # Stopping, and what is refused
 
 
-@pytest.mark.parametrize("after", [1, 3, 7, 8])
+@pytest.mark.parametrize("after", mostly_slow([1, 3, 7, 8], 7))
 def test_it_can_be_stopped(after: int, base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     """While drawing and while learning; the base is as it was, and so is accelerate's state."""
     before = digest(lent_tensors(base))
@@ -460,6 +480,7 @@ def test_it_can_be_stopped(after: int, base: BaseWeights, pair: tuple[WeightedAd
     assert digest(lent_tensors(base)) == before
 
 
+@pytest.mark.slow
 def test_a_stop_while_learning_tells_the_step(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     asked = Recorder()
     learned(base, pair, asked, steps=1)
@@ -536,9 +557,9 @@ def test_numbers_that_explode_are_told(base: BaseWeights, pair: tuple[WeightedAd
 
 
 def test_names_of_the_weights_are_those_of_the_results(
-    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter], still: tuple[MergeResult, Recorder]
 ) -> None:
-    result = learned(base, pair, steps=1).adapter
+    result = still[0].adapter
     known = named_weights(base.family.build(base))
     assert set(result.layers) <= set(known)
     assert all(layer.shape == tuple(known[name].shape) for name, layer in result.layers.items())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from checkpoints import SD1Shape
 
@@ -24,6 +25,20 @@ TINY = SD1Shape(
     vae_channel_mult=(1, 1, 2, 2),
     vae_res_blocks=1,
 )
+
+Made = TypeVar("Made")
+
+
+class MadeOnce(dict[str, Made]):
+    """What tests share by name, made when the first of them asks for it."""
+
+    def __init__(self, make: Callable[[str], Made]) -> None:
+        super().__init__()
+        self._make = make
+
+    def __missing__(self, name: str) -> Made:
+        self[name] = made = self._make(name)
+        return made
 
 
 class Recorder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import shutil
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -65,9 +66,15 @@ def demo_base() -> BaseWeights:
     return open_base(DEMO / "base")
 
 
+_built: deque[tuple[BaseWeights, dict[str, Tensor]]] = deque(maxlen=8)  # tests ask for the same model many times
+
+
 def weights_of(base: BaseWeights, pattern: str = "") -> dict[str, Tensor]:
     """The weights that adapters change, by kohya's names; only those that the pattern is found in."""
-    weights = named_weights(base.family.build(base))
+    weights = next((weights for model, weights in _built if model is base), None)
+    if weights is None:
+        weights = named_weights(base.family.build(base))
+        _built.append((base, weights))
     return {name: weight for name, weight in weights.items() if re.search(pattern, name)}
 
 
