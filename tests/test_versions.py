@@ -55,6 +55,7 @@ def train_in(work: Path, steps: int) -> tuple[TrainResult, Recorder]:
     return run_train(TrainCommand.checked(values), listener), listener
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_half_trained_run_is_found_and_goes_on(folder: Path, tmp_path: Path) -> None:
     """It ends as that version ended: to the bit where this machine computes its first half to the bit, too."""
@@ -124,6 +125,7 @@ def product(tensors: dict[str, torch.Tensor], up: str) -> torch.Tensor:
     return tensors[up].float().flatten(1) @ down.flatten(1) * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_pictures_are_what_they_were(folder: Path, tmp_path: Path) -> None:
     """From the same adapter, prompt and seed; rounding on another machine moves a pixel by a step or two."""

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import mostly_slow
 from checkpoints import SHAPES, clip_shapes, unet_shapes, vae_shapes
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
@@ -306,6 +307,7 @@ def test_metadata_values(key: str, value: str, metadata: dict[str, str]) -> None
     assert metadata[key] == value
 
 
+@pytest.mark.slow
 def test_metadata_of_a_run_that_goes_on_with_an_adapter(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Kind, rank and alpha are the adapter's, whatever the settings say."""
     common: dict[str, Any] = {
@@ -392,7 +394,10 @@ def diffusers_prediction(pipe: Any) -> Tensor:
 
 @pytest.mark.parametrize(
     ("targets", "dtype"),
-    [("attention", torch.float16), ("attention-mlp", torch.float32), ("attention-mlp", torch.float16)],
+    mostly_slow(
+        [("attention", torch.float16), ("attention-mlp", torch.float32), ("attention-mlp", torch.float16)],
+        ("attention-mlp", torch.float16),
+    ),
 )
 def test_diffusers_and_merging_reproduce_the_trained_model(
     targets: Any, dtype: torch.dtype, demo_base: BaseWeights, tmp_path: Path

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_maths import added, error, lora_named, merged
+from cases import mostly_slow
 from helpers import ROOT
 from pack.trainer.adapters.kohya import Adapter, parse_adapter
 from pack.trainer.adapters.names import ModulePath, block_order, family_of, kohya_name, module_path, with_kohya_names
@@ -112,11 +113,14 @@ def test_places_by_name(name: str, place: str) -> None:
 # One module under several names
 
 
-@pytest.mark.parametrize("form", ["diffusers", "PEFT", "ComfyUI"])
-@pytest.mark.parametrize("path", [XL, SD1], ids=["SDXL", "SD 1"])
-def test_modules_of_other_programs_are_merged_with_those_of_kohya(path: Path, form: str) -> None:
+LISTED = {"SDXL": XL, "SD 1": SD1}
+FORMS = [(family, form) for family in LISTED for form in ("diffusers", "PEFT", "ComfyUI")]
+
+
+@pytest.mark.parametrize(("family", "form"), mostly_slow(FORMS, *FORMS[-3:], ("SDXL", "ComfyUI")))
+def test_modules_of_other_programs_are_merged_with_those_of_kohya(family: str, form: str) -> None:
     """In either order, into one module each, under kohya's name."""
-    a, b = golden(path), golden(path, 5000)
+    a, b = golden(LISTED[family]), golden(LISTED[family], 5000)
     if form == "ComfyUI":  # which names only the UNet so
         b = Adapter({name: layer for name, layer in b.layers.items() if name.startswith("lora_unet_")})
     renamed = parse_adapter(tensors_named(b, form))

@@ -153,6 +153,7 @@ def test_draws_are_fixed() -> None:
     assert first.noise.flatten()[:2].tolist() == pytest.approx([0.835192, -0.245728], abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import DEMO, Recorder
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import CancelledError
@@ -126,7 +126,6 @@ def test_the_demos_pictures_are_all_different_and_sharp() -> None:
     st.lists(st.integers(0, 2**64 - 1), max_size=12),
     st.lists(st.integers(0, 63), max_size=MAX_HASH_DISTANCE, unique=True),
 )
-@settings(max_examples=60, deadline=None)
 def test_groups_are_the_connected_ones(hashes: list[int], flipped: list[int]) -> None:
     """Every near pair is in one group, every member has a near one in it, none is in two; equal ones are grouped."""
     if hashes:
@@ -182,7 +181,6 @@ def test_measures_of_known_pictures() -> None:
 
 
 @given(st.floats(0.3, 1.0), st.integers(0, 5))
-@settings(max_examples=20, deadline=None)
 def test_contrast_makes_no_picture_blurred(contrast: float, seed: int) -> None:
     one = grey(scene(seed))
     assert steepness(one * np.float32(contrast)) == pytest.approx(steepness(one), rel=1e-3)
@@ -353,6 +351,7 @@ def test_many_pictures_are_counted_and_can_be_stopped() -> None:
         check_pictures(pictures, 64, Recorder(stop_after=1))
 
 
+@pytest.mark.slow
 def test_the_command_gives_the_advice_before_it_trains(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()

@@ -6,7 +6,8 @@ import csv
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from helpers import DEMO, Recorder
+from cases import mostly_slow
+from helpers import DEMO, MadeOnce, Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.__main__ import main
@@ -64,15 +66,12 @@ def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Wo
 
 
 @pytest.fixture(scope="module")
-def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(world: World, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     """Three steps with an adapter of each, of which one whole checkpoint is kept: without and with class pictures."""
     folder = tmp_path_factory.mktemp("runs ü")
-    plain = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1, "learning_rate": 3e-2}
-    with_priors = world.with_priors(folder / "class")
-    return {
-        "plain": world.train(folder, name="plain", **plain).run,
-        "priors": with_priors.train(folder, name="priors", **plain).run,
-    }
+    settings = {"steps": 3, "checkpoint_every": 1, "keep_checkpoints": 1, "learning_rate": 3e-2}
+    pictures = {"plain": lambda: world, "priors": lambda: world.with_priors(folder / "class")}
+    return MadeOnce(lambda name: pictures[name]().train(folder, name=name, **settings).run)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,7 @@ def compared_in(
 
 @pytest.fixture(scope="module")
 def compared(
-    world: World, runs: dict[str, Path], extractors: FeatureExtractors, tmp_path_factory: pytest.TempPathFactory
+    world: World, runs: Mapping[str, Path], extractors: FeatureExtractors, tmp_path_factory: pytest.TempPathFactory
 ) -> Comparison:
     """The base, every checkpoint of the plain run, and its last one at strength 0; in four ways."""
     run = RunFolder.existing(runs["plain"])
@@ -125,7 +124,7 @@ def compared(
     return compared_in(tmp_path_factory.mktemp("compared"), world, extractors, found)
 
 
-def test_every_step_in_every_way_in_order(compared: Comparison, runs: dict[str, Path]) -> None:
+def test_every_step_in_every_way_in_order(compared: Comparison, runs: Mapping[str, Path]) -> None:
     assert newest_step(runs["plain"]) == 3
     assert len(list(runs["plain"].glob("step-*"))) == 1
     titles = ["base", "plain, step 1", "plain, step 2", "plain, step 3", "off at 0"]
@@ -149,7 +148,7 @@ def drawn_apart(model: Any, prompts: Sequence[str], how: SampleConfig) -> list[P
 
 
 def test_marks_are_those_of_pictures_drawn_apart(
-    compared: Comparison, world: World, runs: dict[str, Path], extractors: FeatureExtractors
+    compared: Comparison, world: World, runs: Mapping[str, Path], extractors: FeatureExtractors
 ) -> None:
     plain, taught = (build_on_device(world.base, CPU, "fp32") for _ in range(2))
     merge_into(taught, read_adapter(RunFolder(runs["plain"]).adapters()[3]), 1.0)
@@ -420,9 +419,9 @@ def files(root: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(root.rglob("*.png"))}
 
 
-@pytest.mark.parametrize("stop_after", [5, 20])
+@pytest.mark.parametrize("stop_after", mostly_slow([5, 20], 20))
 def test_an_interrupted_comparison_goes_on(
-    stop_after: int, compared: Comparison, world: World, runs: dict[str, Path], dino: Path, tmp_path: Path
+    stop_after: int, compared: Comparison, world: World, runs: Mapping[str, Path], dino: Path, tmp_path: Path
 ) -> None:
     """What is drawn is not drawn again, and the end is the same."""
     found, listener = (
@@ -455,7 +454,7 @@ def test_an_interrupted_comparison_goes_on(
 
 
 def test_without_class_pictures_there_is_no_drift(
-    world: World, runs: dict[str, Path], extractors: FeatureExtractors, tmp_path: Path
+    world: World, runs: Mapping[str, Path], extractors: FeatureExtractors, tmp_path: Path
 ) -> None:
     studio = CachedGenerator(world.base, tmp_path, CPU, "fp32", Recorder())
     ways = [SampleConfig(count=1, width=64, height=64, steps=1, guidance=1.0)]
@@ -488,11 +487,12 @@ def words(
     ]
 
 
+@pytest.mark.slow
 def test_two_runs_by_scheduler_and_steps(
-    words: list[str], runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], runs: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The table of DDIM and PNDM, fewer and more steps, with and without class pictures: of each run the last step."""
-    given = [str(run) for run in runs.values()]
+    given = [str(runs[name]) for name in ("plain", "priors")]
     assert main([*words, *given, "--schedulers", "ddim pndm", "--steps", "2 3", "--no-with-base"]) == 0
     shown = capsys.readouterr().out
     table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
@@ -509,8 +509,9 @@ def test_two_runs_by_scheduler_and_steps(
     assert all(Path(path).is_file() for path in paths)
 
 
+@pytest.mark.slow
 def test_one_run_gives_its_best_step(
-    words: list[str], runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    words: list[str], runs: Mapping[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*words, str(runs["plain"]), "--steps", "1"]) == 0
     facts = strictly((tmp_path / "out" / "table.json").read_text(encoding="utf-8"))
@@ -527,9 +528,10 @@ def test_one_run_gives_its_best_step(
         (["{plain}", "--checkpoints", "last"], ["plain, step 3"]),
         (["{plain}", "--checkpoints", "3,1"], ["plain, step 1", "plain, step 3"]),
         (["{plain}:0.5", "--checkpoints", "2"], ["plain, step 2 at 0.5"]),
-        (
+        pytest.param(
             ["{plain}", "{priors}", "--checkpoints", "all"],
             [f"{r}, step {n}" for r in ("plain", "priors") for n in (1, 2, 3)],
+            marks=pytest.mark.slow,  # which trains the second run
         ),
         (["{plain}", "{plain}"], ["plain, step 3", "plain, step 3 (2)"]),
         (["{file}:-1", "{file}"], ["{stem} at -1", "{stem}"]),
@@ -537,17 +539,17 @@ def test_one_run_gives_its_best_step(
     ],
     ids=str,
 )
-def test_who_is_compared(given: list[str], titles: list[str], runs: dict[str, Path]) -> None:
+def test_who_is_compared(given: list[str], titles: list[str], runs: Mapping[str, Path]) -> None:
     from pack.trainer.cli.evaluate import candidates_of
 
     file = RunFolder(runs["plain"]).adapters()[1]
-    names = {**runs, "file": file, "stem": file.stem}
-    named, more = [one.format(**names) for one in given], {}
+    names = ChainMap({"file": file, "stem": file.stem}, runs)
+    named, more = [one.format_map(names) for one in given], {}
     if "--checkpoints" in named:
         *named, _, more["checkpoints"] = named
     settings = {"base": "x", "subject": "x", "prompts": "x", "clip": "x", "runs": tuple(named), **more}
     found = candidates_of(CompareCommand.checked(settings))
-    assert [one.title for one in found] == ["base", *(title.format(**names) for title in titles)]
+    assert [one.title for one in found] == ["base", *(title.format_map(names) for title in titles)]
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:
@@ -598,7 +600,7 @@ def test_mistakes_are_named_before_anything_is_drawn(
     given: list[str],
     told: list[str],
     words: list[str],
-    runs: dict[str, Path],
+    runs: Mapping[str, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -606,15 +608,16 @@ def test_mistakes_are_named_before_anything_is_drawn(
     (tmp_path / "text.safetensors").write_text("no adapter")
     (tmp_path / "bare").mkdir()
     (tmp_path / "bare" / "run.json").write_text('{"fingerprint": "1", "name": "bare"}')
-    names = {**runs, "folder": tmp_path / "folder", "text": tmp_path / "text.safetensors", "bare": tmp_path / "bare"}
-    assert main([*words, *(one.format(**names) for one in given)]) == 1
+    made = {"folder": tmp_path / "folder", "text": tmp_path / "text.safetensors", "bare": tmp_path / "bare"}
+    names = ChainMap(made, runs)
+    assert main([*words, *(one.format_map(names) for one in given)]) == 1
     captured = capsys.readouterr()
     assert not captured.out
     assert "Traceback" not in captured.err
     assert captured.err.startswith("error: ") or "\nerror: " in captured.err
     assert captured.err.count("error: ") == captured.err.count("\n→ ") == 1
     for text in told:
-        assert text.format(**names) in captured.err
+        assert text.format_map(names) in captured.err
     assert not (tmp_path / "out").exists()
 
 

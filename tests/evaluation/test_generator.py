@@ -104,6 +104,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_generate_prompt_by_prompt(
     base: BaseWeights, subject: Adapter, style: Adapter, tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints import (
     OPEN_CLIP_PREFIX,
     SD2_SHAPES,
@@ -28,7 +29,7 @@ from checkpoints import (
 )
 from checkpoints_folders import diffusers_folder
 from diffusers import DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
-from helpers import ROOT
+from helpers import ROOT, MadeOnce
 from lent_models import TOKENIZER, below, lent
 from pack.trainer.adapters.names import adapter_names, modules_by_name
 from pack.trainer.adapters.targets import choose_targets
@@ -54,21 +55,22 @@ PROMPTS = ["photo of sks dog", "red fish in the snow"]
 
 
 @pytest.fixture(scope="module")
-def full() -> dict[str, BaseWeights]:
+def full() -> Mapping[str, BaseWeights]:
     """Every family at full size, on the meta device, whose tensors have no values to take a digest of."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weights, "fingerprint", lambda facts, *parts: "meta")
-        opened = {}
-        for name, shape in FULL.items():
-            tensors = {entry: torch.empty(dims, device="meta") for entry, dims in parameter_shapes(shape)}
-            opened[name] = open_base(lent(tensors, Prediction()))
-        return opened
+
+    def opened(family: str) -> BaseWeights:
+        tensors = {entry: torch.empty(dims, device="meta") for entry, dims in parameter_shapes(FULL[family])}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weights, "fingerprint", lambda facts, *parts: "meta")
+            return open_base(lent(tensors, Prediction()))
+
+    return MadeOnce(opened)
 
 
 @pytest.fixture(scope="module")
-def models(full: dict[str, BaseWeights]) -> dict[str, DiffusionModel]:
+def models(full: Mapping[str, BaseWeights]) -> Mapping[str, DiffusionModel]:
     """The same, built; to look at."""
-    return {name: base.family.build(base) for name, base in full.items()}
+    return MadeOnce(lambda family: full[family].family.build(full[family]))
 
 
 def everything_trained(model: DiffusionModel, **options: Any) -> TrainSettings:
@@ -87,19 +89,19 @@ def golden(name: str) -> dict[str, list[list[int]]]:
     return listed
 
 
-@pytest.mark.parametrize(
-    ("family", "conv", "unet", "text"),
-    [
-        ("sd15", False, 192, {"lora_te_": 72}),
-        ("sd15", True, 278, {"lora_te_": 72}),
-        ("sd2", False, 192, {"lora_te_": 138}),
-        ("sd2", True, 278, {"lora_te_": 138}),
-        ("sdxl", False, 722, {"lora_te1_": 72, "lora_te2_": 192}),
-        ("sdxl", True, 788, {"lora_te1_": 72, "lora_te2_": 192}),
-    ],
-)
+COUNTS: list[tuple[str, bool, int, dict[str, int]]] = [
+    ("sd15", False, 192, {"lora_te_": 72}),
+    ("sd15", True, 278, {"lora_te_": 72}),
+    ("sd2", False, 192, {"lora_te_": 138}),
+    ("sd2", True, 278, {"lora_te_": 138}),
+    ("sdxl", False, 722, {"lora_te1_": 72, "lora_te2_": 192}),
+    ("sdxl", True, 788, {"lora_te1_": 72, "lora_te2_": 192}),
+]
+
+
+@pytest.mark.parametrize(("family", "conv", "unet", "text"), mostly_slow(COUNTS, COUNTS[0], COUNTS[1], COUNTS[5]))
 def test_names_and_ranks_are_kohyas(
-    family: str, conv: bool, unet: int, text: dict[str, int], models: dict[str, DiffusionModel]
+    family: str, conv: bool, unet: int, text: dict[str, int], models: Mapping[str, DiffusionModel]
 ) -> None:
     options: dict[str, Any] = {"targets": "all", "conv_rank": 2} if conv else {"targets": "attention-mlp"}
     chosen = choose_targets(models[family], everything_trained(models[family], **options))
@@ -110,8 +112,8 @@ def test_names_and_ranks_are_kohyas(
     assert sum(counts.values()) == len(chosen)
 
 
-@pytest.mark.parametrize("family", FULL)
-def test_shapes_are_kohyas(family: str, full: dict[str, BaseWeights]) -> None:
+@pytest.mark.parametrize("family", mostly_slow(FULL, "sd15"))
+def test_shapes_are_kohyas(family: str, full: Mapping[str, BaseWeights]) -> None:
     model = full[family].family.build(full[family])
     adapter = TrainableAdapter(model, everything_trained(model, targets="all", conv_rank=2))
     sides = [f"lora_{side}.weight" for side in ("down", "up")]
@@ -121,9 +123,12 @@ def test_shapes_are_kohyas(family: str, full: dict[str, BaseWeights]) -> None:
     assert shorter == {name: ours[name] for name in shorter}
 
 
-@pytest.mark.parametrize(("family", "unet", "text"), [("sd15", 128, 48), ("sd2", 128, 92), ("sdxl", 560, 48 + 128)])
+@pytest.mark.parametrize(
+    ("family", "unet", "text"),
+    mostly_slow([("sd15", 128, 48), ("sd2", 128, 92), ("sdxl", 560, 48 + 128)], ("sd15", 128, 48)),
+)
 def test_the_attention_preset_is_diffusers(
-    family: str, unet: int, text: int, models: dict[str, DiffusionModel]
+    family: str, unet: int, text: int, models: Mapping[str, DiffusionModel]
 ) -> None:
     """diffusers' scripts adapt the four projections of every attention, in the UNet and in text encoders."""
     model = models[family]
@@ -136,7 +141,7 @@ def test_the_attention_preset_is_diffusers(
 
 
 @pytest.mark.parametrize(("preset", "block"), [("b-lora-content", 0), ("b-lora-style", 1)])
-def test_b_lora_is_one_block(preset: str, block: int, models: dict[str, DiffusionModel]) -> None:
+def test_b_lora_is_one_block(preset: str, block: int, models: Mapping[str, DiffusionModel]) -> None:
     chosen = choose_targets(models["sdxl"], TrainSettings(rank=4, targets=preset))  # type: ignore[arg-type]
     assert len(chosen) == 10 * 8
     assert {target.path.split(".transformer_blocks")[0] for target in chosen} == {f"up_blocks.0.attentions.{block}"}
@@ -296,7 +301,7 @@ DOORS: dict[str, tuple[Callable[[Path], Path], Callable[[Path], Path]]] = {
 }
 
 
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", mostly_slow(DOORS, "sd2", "sdxl tiny"))
 def test_a_file_a_folder_and_a_host_give_the_same_model(name: str, tmp_path: Path) -> None:
     make_file, make_folder = DOORS[name]
     file = open_base(make_file(tmp_path / "model.safetensors"), TOKENIZER)
@@ -336,7 +341,7 @@ def test_edm_models_are_refused(tmp_path: Path) -> None:
         open_base(path, TOKENIZER)
 
 
-@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("name", mostly_slow(DOORS, "sd2", "sdxl tiny-koala1b"))
 def test_text_and_pictures_equal_the_pipelines(name: str, tmp_path: Path) -> None:
     folder = DOORS[name][1](tmp_path / "model")
     base = open_base(folder)

@@ -120,6 +120,7 @@ def test_an_adapter_is_named_stated_and_recognized_as_the_familys(
         merge_into(other.family.build(other), adapter, 1.0)
 
 
+@pytest.mark.slow
 def test_other_programs_names_become_the_familys(trained: Path) -> None:
     """There and back, through the names of diffusers, which are the same for every family."""
     adapter = read_adapter(trained)

@@ -109,6 +109,7 @@ def test_all_linear_layers_and_nothing_else(world: World) -> None:
 # Training
 
 
+@pytest.mark.slow
 def test_it_learns(world: World, tmp_path: Path) -> None:
     listener = Recorder()
     world.train(tmp_path, listener, steps=40, learning_rate=3e-3, rank=8, targets="all", **NF4)
@@ -123,6 +124,7 @@ def test_the_lent_weights_stay_as_they_are(world: World, tmp_path: Path) -> None
     assert all(torch.equal(tensor, now[name]) for name, tensor in before.items())
 
 
+@pytest.mark.slow
 def test_it_is_another_run_than_without(world: World, straight: tuple[TrainResult, Recorder], tmp_path: Path) -> None:
     listener = Recorder()
     plain = world.train(tmp_path, listener)
@@ -131,6 +133,7 @@ def test_it_is_another_run_than_without(world: World, straight: tuple[TrainResul
     assert listener.losses[0] != straight[1].losses[0]
 
 
+@pytest.mark.slow
 def test_resumed_is_straight(world: World, straight: tuple[TrainResult, Recorder], tmp_path: Path) -> None:
     world.stop_after(2, tmp_path, **NF4)
     resumed = world.train(tmp_path, **NF4)
@@ -138,10 +141,12 @@ def test_resumed_is_straight(world: World, straight: tuple[TrainResult, Recorder
     assert_same_end(resumed, straight[0])
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_nothing(world: World, straight: tuple[TrainResult, Recorder], tmp_path: Path) -> None:
     assert_same_end(world.train(tmp_path, gradient_checkpointing=True, **NF4), straight[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains(kind: str, world: World, tmp_path: Path) -> None:
     listener = Recorder()
@@ -152,6 +157,7 @@ def test_every_kind_trains(kind: str, world: World, tmp_path: Path) -> None:
     assert_same_end(world.train(tmp_path / "resumed", **changes), result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16"])
 def test_it_trains_in_half_precision(precision: str, world: World, tmp_path: Path) -> None:
     listener = Recorder()
@@ -215,6 +221,7 @@ def test_a_device_that_cant_is_told() -> None:
     assert "base_quantization" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_importing_it_asks_for_no_kernel_and_says_nothing(tmp_path: Path) -> None:
     """A package `kernels` lies there, as on some computers, and would download; it is not asked, and is there after."""
     (tmp_path / "kernels.py").write_text("def get_kernel(*a, **k):\n    print('asked')\n", encoding="utf-8")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import traceback
+from bisect import bisect_right
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints_folders import diffusers_folder
 from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr
@@ -323,14 +326,21 @@ def test_the_range_is_never_left(place: float, timesteps: int, first: int, end: 
         assert first <= found < end
 
 
+@cache
+def drawn_places() -> list[float]:
+    """Where on the line from 0 to 1 the timesteps of 2000 steps are drawn."""
+    draws = [draw_sample(7, "instance", step, 0, 1, [(1, 1, 1)]) for step in range(2000)]
+    return [(one.timestep + one.timestep_fraction) / 1000 for one in draws]
+
+
 @pytest.mark.parametrize("bias", [-2.0, -0.5, 0.0, 0.5, 2.0])
 @pytest.mark.parametrize(("first", "end"), [(0, 1000), (200, 700)])
 def test_the_share_of_timesteps_below_x_is_a_power_of_x(bias: float, first: int, end: int) -> None:
-    settings, count = ObjectiveSettings(min_timestep=first, max_timestep=end, timestep_bias=bias), 2000
-    draws = [draw_sample(7, "instance", step, 0, 1, [(1, 1, 1)]) for step in range(count)]
-    found = sorted(timestep_at((one.timestep + one.timestep_fraction) / 1000, 1000, settings) for one in draws)
+    settings = ObjectiveSettings(min_timestep=first, max_timestep=end, timestep_bias=bias)
+    places, count = drawn_places(), 2000
+    found = sorted(timestep_at(place, 1000, settings) for place in places)
     wanted = [((one + 1 - first) / (end - first)) ** 2**bias for one in found]  # share up to and with it
-    upper = [torch.searchsorted(torch.tensor(found), one, right=True).item() / count for one in found]
+    upper = [bisect_right(found, one) / count for one in found]
     distance = max(abs(ours - theirs) for ours, theirs in zip(upper, wanted, strict=True))
     assert distance < 1.63 / math.sqrt(count)  # Kolmogorov and Smirnov's at 1 %
 
@@ -395,9 +405,16 @@ def test_by_default_a_step_sees_what_was_drawn(world: World, tmp_path: Path) -> 
         assert torch.equal(batch.added_noise, batch.noise)
 
 
+@pytest.fixture(scope="module")
+def plain(world: World, tmp_path_factory: pytest.TempPathFactory) -> Batch:
+    """The first batch of a run with the usual noise."""
+    return batches_of(prepared(world, tmp_path_factory.mktemp("plain")))[0]
+
+
 @pytest.mark.parametrize("name", ["offset", "pyramid", "perturbation", "timesteps"])
-def test_noise_and_timesteps_change_nothing_else_of_a_sample(name: str, world: World, tmp_path: Path) -> None:
-    plain = batches_of(prepared(world, tmp_path / "plain"))[0]
+def test_noise_and_timesteps_change_nothing_else_of_a_sample(
+    name: str, plain: Batch, world: World, tmp_path: Path
+) -> None:
     other = batches_of(prepared(world, tmp_path / "other", **SETTINGS[name]))[0]
     assert torch.equal(plain.latents, other.latents)
     assert torch.equal(plain.captions, other.captions)
@@ -406,8 +423,12 @@ def test_noise_and_timesteps_change_nothing_else_of_a_sample(name: str, world: W
     assert torch.equal(other.added_noise, other.noise) == (name != "perturbation")
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-@pytest.mark.parametrize("kind", ["epsilon", "velocity"])
+FORMULAS = [(name, kind) for kind in ("epsilon", "velocity") for name in SETTINGS]
+EVERYDAY = [("huber", "epsilon"), ("huber-snr", "velocity"), ("all", "epsilon"), ("perturbation", "epsilon")]
+EVERYDAY += [(name, kind) for kind in ("epsilon", "velocity") for name in ("min-snr", "debiased")]
+
+
+@pytest.mark.parametrize(("name", "kind"), mostly_slow(FORMULAS, *EVERYDAY))
 def test_a_step_has_the_loss_of_the_formulas(
     name: str, kind: str, request: pytest.FixtureRequest, world: World, tmp_path: Path
 ) -> None:
@@ -450,7 +471,10 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("further", [{}, {"dropout": 0.2, "text_encoder_lr": 1e-3, "max_norm": 1.0, "flip": True}])
+FURTHER = {"dropout": 0.2, "text_encoder_lr": 1e-3, "max_norm": 1.0, "flip": True}
+
+
+@pytest.mark.parametrize("further", mostly_slow([{}, FURTHER], FURTHER))
 def test_a_step_waits_for_no_device(further: dict[str, Any], world: World, tmp_path: Path) -> None:
     """What is asked for its value lies on the CPU on every device: what is drawn, and AdamW's count of steps."""
     recipe = prepared(world, tmp_path, **SETTINGS["all"], **further)
@@ -464,6 +488,7 @@ def test_a_step_waits_for_no_device(further: dict[str, Any], world: World, tmp_p
     assert waits.files == {"dreambooth.py"}  # as it is found where it is meant to be
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_objective_resumes_exactly(name: str, world: World, tmp_path: Path) -> None:
     values = SETTINGS[name]
@@ -474,6 +499,7 @@ def test_every_objective_resumes_exactly(name: str, world: World, tmp_path: Path
     assert_same_end(resumed, straight)
 
 
+@pytest.mark.slow
 def test_every_objective_learns_something_else(world: World, tmp_path: Path) -> None:
     """Each has a fingerprint of its own and adapters of its own."""
     runs = [
@@ -496,6 +522,7 @@ def test_an_epsilon_model_is_not_taught_pure_noise(world: World, tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_velocity_model_learns_pure_noise_and_resumes(velocity: World, tmp_path: Path) -> None:
     values = {"zero_terminal_snr": True, "min_timestep": 999, "loss_weighting": "debiased", "loss": "huber-snr"}
     listener = Recorder()

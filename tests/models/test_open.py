@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints import (
     CLIP_PREFIX,
     SHAPES,
@@ -275,7 +276,7 @@ def diffusers_vae_name(name: str) -> str:
 # Borrowing
 
 
-@pytest.mark.parametrize("inference", [False, True], ids=["ordinary tensors", "inference tensors"])
+@pytest.mark.parametrize("inference", mostly_slow([False, True], True), ids=["ordinary tensors", "inference tensors"])
 def test_training_leaves_lent_weights_alone(
     inference: bool, picture_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -390,6 +391,7 @@ def pickled(single_file: Path, folder: Path, content: Any) -> BaseWeights:
     return open_base(path, single_file.parent / "tokenizer")
 
 
+@pytest.mark.slow
 def test_forms_of_one_model_are_one_model(
     weights: dict[str, Tensor], single_file: Path, diffusers_folder: Path, tmp_path: Path
 ) -> None:
@@ -589,7 +591,7 @@ def test_clip_skip_reads_an_earlier_layer(single_file: Path, diffusers_folder: P
     assert "1 to 2" in caught.value.remedy
 
 
-@pytest.mark.parametrize("form", ["checkpoint", "autoencoder alone", "diffusers folder"])
+@pytest.mark.parametrize("form", mostly_slow(["checkpoint", "autoencoder alone", "diffusers folder"], "checkpoint"))
 def test_another_vae(form: str, weights: dict[str, Tensor], single_file: Path, tmp_path: Path) -> None:
     other = {n: t for n, t in sd15_state_dict(TINY, seed=5).items() if n.startswith(VAE_PREFIX)}
     path = tmp_path / "vae.safetensors"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
@@ -74,13 +75,13 @@ def latents_of(
 
 
 CASES = [
-    pytest.param("ddim", 4.0, "", 6, id="ddim"),
+    pytest.param("ddim", 4.0, "", 6, id="ddim", marks=pytest.mark.slow),
     pytest.param("ddim", 7.5, NEGATIVE, 6, id="ddim, negative prompt"),
-    pytest.param("ddim", 1.0, "", 6, id="ddim, no guidance"),
+    pytest.param("ddim", 1.0, "", 6, id="ddim, no guidance", marks=pytest.mark.slow),
     pytest.param("pndm", 4.0, "", 7, id="pndm"),
     pytest.param("euler", 4.0, NEGATIVE, 6, id="euler, negative prompt"),
     pytest.param("dpm++", 4.0, "", 6, id="dpm++"),
-    pytest.param("dpm++", 1.0, "", 15, id="dpm++, no guidance, 15 steps"),
+    pytest.param("dpm++", 1.0, "", 15, id="dpm++, no guidance, 15 steps", marks=pytest.mark.slow),
 ]
 
 
@@ -104,7 +105,7 @@ def test_latents_equal_the_pipelines(
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("width", "height"), [(64, 64), (64, 48)])
+@pytest.mark.parametrize(("width", "height"), mostly_slow([(64, 64), (64, 48)], (64, 48)))
 def test_pictures_equal_the_pipelines(width: int, height: int, model: DiffusionModel, pipe: Any) -> None:
     pipe.scheduler = SCHEDULERS["ddim"](pipe.scheduler.config)
     [expected] = pipe(
@@ -132,7 +133,7 @@ def test_noise_schedule_is_the_models(name: SchedulerName, model: DiffusionModel
         torch.testing.assert_close(ours.timesteps, theirs.timesteps)
 
 
-@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, "ddim"))
 def test_a_seed_is_a_picture(name: SchedulerName, model: DiffusionModel) -> None:
     """The same alone, again, and beside others in a batch; another seed is another picture."""
     together = latents_of(model, [3, 4, 2**64 - 1], name, steps=3)

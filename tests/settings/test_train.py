@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 from helpers import DEMO
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.cli.flags import add_flags, settings_from
 from pack.trainer.core.errors import SettingsError
@@ -753,7 +753,6 @@ def vars_of(rule: object) -> list[str]:
     return [key for key in ("ge", "gt", "le", "lt", "multiple_of") if hasattr(rule, key)]
 
 
-@settings(max_examples=60, deadline=None, database=None)
 @given(
     values=st.fixed_dictionaries({}, optional={n: _values(n, f) for n, f in TrainSettings.model_fields.items()}),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ TINY = SD1Shape(
     vae_res_blocks=1,
 )
 
+Given = TypeVar("Given")
 Made = TypeVar("Made")
 
 
@@ -39,6 +41,20 @@ class MadeOnce(dict[str, Made]):
     def __missing__(self, name: str) -> Made:
         self[name] = made = self._make(name)
         return made
+
+
+def remembered(function: Callable[[Given], Made]) -> Callable[[Given], Made]:
+    """The function, which gives its last few results again for the very same object; nobody may change them."""
+    known: deque[tuple[Given, Made]] = deque(maxlen=8)
+
+    def call(given: Given) -> Made:
+        for before, made in known:
+            if before is given:
+                return made
+        known.append((given, function(given)))
+        return known[-1][1]
+
+    return call
 
 
 class Recorder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import shutil
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from adapter_maths import adapter_of
 from checkpoints import SDXL_SHAPES, SDXLShape, sd2_state_dict, sd15_state_dict, sdxl_state_dict
-from helpers import DEMO, TINY
+from helpers import DEMO, TINY, remembered
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import Adapter, write_adapter
 from pack.trainer.adapters.names import named_weights
@@ -66,16 +65,14 @@ def demo_base() -> BaseWeights:
     return open_base(DEMO / "base")
 
 
-_built: deque[tuple[BaseWeights, dict[str, Tensor]]] = deque(maxlen=8)  # tests ask for the same model many times
+@remembered
+def _weights_of(base: BaseWeights) -> dict[str, Tensor]:
+    return named_weights(base.family.build(base))
 
 
 def weights_of(base: BaseWeights, pattern: str = "") -> dict[str, Tensor]:
     """The weights that adapters change, by kohya's names; only those that the pattern is found in."""
-    weights = next((weights for model, weights in _built if model is base), None)
-    if weights is None:
-        weights = named_weights(base.family.build(base))
-        _built.append((base, weights))
-    return {name: weight for name, weight in weights.items() if re.search(pattern, name)}
+    return {name: weight for name, weight in _weights_of(base).items() if re.search(pattern, name)}
 
 
 def random_parts(kind: str, weight: Tensor, source: torch.Generator, rank: int, alpha: float) -> dict[str, Tensor]:
