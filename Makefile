@@ -28,6 +28,7 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy --strict -p trainer
 	$(RUN) tools/lint_imports.py
+	$(RUN) tools/npm.py run lint
 
 bench: $(READY)
 	$(RUN) benchmarks/$(BENCH).py $(ARGS)
@@ -38,4 +39,4 @@ $(READY): requirements.txt requirements-dev.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo/output output
+	rm -rf $(VENV) node_modules demo/output output

@@ -34,7 +34,8 @@ from comfy_host import ComfyServer  # noqa: E402
 CHECKPOINT = "slim.safetensors"
 _CHART = """
 async () => {
-  const { Chart, Curve } = await import("/extensions/dreambooth-lora/lib/chart.js");
+  const { Chart } = await import("/extensions/dreambooth-lora/lib/chart.js");
+  const { Curve } = await import("/extensions/dreambooth-lora/lib/curve.js");
   const curve = new Curve("run"), chart = new Chart([curve]);
   const place = { position: "fixed", left: 0, top: 0, width: "600px", height: "300px", zIndex: 9 };
   Object.assign(chart.element.style, place);

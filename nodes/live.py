@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -13,17 +14,22 @@ _MOST_NODES = 200
 _ENDED = ("done", "stopped", "failed")
 _nodes: dict[str, dict[str, Any]] = {}
 _lock = threading.Lock()
+_newest = 0.0  # Unix time of the newest facts
 
 
 def update(node: str, **facts: Any) -> dict[str, Any]:
     """Keep facts about a node, on top of what is known of it; returns all of them.
 
+    Among them are "node" and "at", a Unix time that is later than that of all facts before.
+
     Args:
         node: Its execution id, composite inside of subgraphs.
         facts: "state" ("starting", a phase's name, "training", "stopped", "done" or "failed"), "run", "step" …
     """
+    global _newest
     with _lock:
-        known = _nodes.pop(node, {}) | facts | {"node": node, "at": time.time()}
+        _newest = max(time.time(), math.nextafter(_newest, math.inf))
+        known = _nodes.pop(node, {}) | facts | {"node": node, "at": _newest}
         _nodes[node] = known
         while len(_nodes) > _MOST_NODES:
             del _nodes[next(iter(_nodes))]

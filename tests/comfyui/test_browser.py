@@ -22,6 +22,7 @@ from pack.trainer.training.runs.folder import RunFolder
 
 pytestmark = [
     pytest.mark.comfy,
+    pytest.mark.browser,
     pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"),
     pytest.mark.skipif(find_browser() is None, reason="no browser: install Chromium and playwright"),
 ]
@@ -292,7 +293,7 @@ COUNTED = {
     "SubjectPanel": "subject_panel.js",
     "RunsPanel": "runs_panel.js",
     "Chart": "chart.js",
-    "Curve": "chart.js",
+    "Curve": "curve.js",
 }
 NOTHING = dict.fromkeys(COUNTED, 0)
 PATIENCE = 120.0  # seconds

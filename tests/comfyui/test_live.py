@@ -31,9 +31,20 @@ def test_what_a_node_does_is_kept(live: Any) -> None:
     kept["3"]["run"] = "changed"
     assert {node: facts["run"] for node, facts in live.snapshot().items()} == {"1:2": "dog-1", "3": "cat-1"}
     assert all(facts["node"] == node and facts["at"] <= time.time() for node, facts in kept.items())
+    assert kept["3"]["at"] > kept["1:2"]["at"]
     live.forget("1:2")
     live.forget("4")
     assert list(live.snapshot()) == ["3"]
+
+
+@pytest.mark.parametrize("clock", [1.7e9, 0.0, -5.0], ids=["stands", "was set back", "is odd"])
+def test_facts_can_be_put_in_order_whatever_the_clock_does(
+    clock: float, live: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live.update("1", state="starting")
+    monkeypatch.setattr(live.time, "time", lambda: clock)
+    times = [live.update("1", step=step)["at"] for step in range(50)]
+    assert times == sorted(set(times))
 
 
 def test_the_nodes_that_did_something_last_are_kept(live: Any) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler
-from helpers import ROOT, Recorder
+from helpers import Recorder
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import CancelledError, PicturesError
 from pack.trainer.core.events import Step, Validation
@@ -229,26 +226,3 @@ def test_longer_runs_keep_the_same_pictures_apart(world: World, tmp_path: Path) 
     straight = world.train(tmp_path / "straight", **{**HELD, "steps": 7})
     assert short.run == long.run
     assert differing(long.path, straight.path) == []
-
-
-MERGED = """
-import { Curve } from "./web/lib/chart.js";
-const curve = new Curve();
-curve.append({ steps: [1, 2], losses: [1, 1], rates: [0, 0], scores: [{ step: 2, scores: { "CLIP-I": 0.5 } }] });
-curve.append({ scores: [{ step: 2, scores: { validation_loss: 0.25 } }] });
-curve.append({ scores: [{ step: 0, scores: { validation_loss: 0.5 } }] });
-curve.append({ scores: [{ step: 2, scores: { validation_loss: 0.125 } }] });
-console.log(JSON.stringify(curve.scores));
-"""
-
-
-def test_the_chart_joins_what_is_told_of_one_step() -> None:
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("needs node")
-    done = subprocess.run(
-        [node, "--input-type=module", "-e", MERGED], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    first = {"step": 0, "scores": {"validation_loss": 0.5}}
-    assert json.loads(done.stdout) == [first, {"step": 2, "scores": {"CLIP-I": 0.5, "validation_loss": 0.125}}]

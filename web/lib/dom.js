@@ -1,6 +1,14 @@
+// @ts-check
 // Elements made in one line, and the pack's style sheet.
 
-/** An element with properties and children: make("div", { className: "x" }, "text", other). */
+/**
+ * An element with properties and children: make("div", { className: "x" }, "text", other).
+ * @template {keyof HTMLElementTagNameMap} Tag
+ * @param {Tag} tag
+ * @param {Partial<HTMLElementTagNameMap[Tag]>} properties
+ * @param {(Node | string)[]} children
+ * @returns {HTMLElementTagNameMap[Tag]}
+ */
 export function make(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
   element.append(...children);
@@ -63,13 +71,20 @@ export function addStyle() {
   }
 }
 
-/** A Unix time as "20 Nov, 14:05". */
+/**
+ * A Unix time as "20 Nov, 14:05".
+ * @param {number} seconds
+ */
 export function shortTime(seconds) {
+  /** @type {Intl.DateTimeFormatOptions} */
   const options = { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" };
   return new Date(seconds * 1000).toLocaleString(undefined, options);
 }
 
-/** Seconds as "8:35" or "1:02:03". */
+/**
+ * Seconds as "8:35" or "1:02:03".
+ * @param {number} seconds
+ */
 export function duration(seconds) {
   const whole = Math.max(0, Math.round(seconds));
   const parts = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];

@@ -1,16 +1,37 @@
+// @ts-check
 // The sidebar tab: all runs, their curves side by side, their files, and what can be done with them.
 
-import { addressOf, get, runPath, send } from "./api.js";
-import { Chart, Curve, RUN_COLORS } from "./chart.js";
+import { addressOf, deleteRun, listRuns, runCurve, runDetails, useCheckpoint } from "./api.js";
+import { Chart } from "./chart.js";
+import { Curve } from "./curve.js";
 import { make, shortTime } from "./dom.js";
 
+/** @import { Points, RunDetails, RunSummary } from "../types/answers.js" */
+
+/**
+ * What only ComfyUI's page can do.
+ * @typedef {object} RunsHost
+ * @property {(graph: unknown, name: string) => Promise<void>} loadGraph
+ * @property {() => Promise<unknown>} queue
+ * @property {(message: string) => Promise<boolean | null>} confirm
+ * @property {() => Promise<void>} refreshLists
+ * @property {(detail: string) => void} notify
+ */
+
+/** @typedef {{ box: HTMLElement, chart: Chart | null }} OpenDetails */
+
 export class RunsPanel {
-  /** `host` does what only ComfyUI's page can: loadGraph, queue, confirm, refreshLists, notify. */
+  /** Id of the run whose details are shown. @type {string | null} */
+  opened = null;
+  /** @type {OpenDetails | null} */
+  details = null;
+  /** Id → curve. @type {Map<string, Curve>} */
+  compared = new Map();
+  disposed = false;
+
+  /** @param {RunsHost} host */
   constructor(host) {
     this.host = host;
-    this.opened = null; // id of the run whose details are shown
-    this.details = null; // and these: { box, chart }
-    this.compared = new Map(); // id → curve
     this.chart = new Chart([]);
     this.chart.attach();
     this.chart.element.style.flex = "none";
@@ -22,7 +43,12 @@ export class RunsPanel {
     this.element = make(
       "div",
       { className: "dreambooth dreambooth-runs" },
-      make("div", { className: "dreambooth-head" }, this.refreshButton, make("small", { textContent: "Tick runs to compare their losses." })),
+      make(
+        "div",
+        { className: "dreambooth-head" },
+        this.refreshButton,
+        make("small", { textContent: "Tick runs to compare their losses." }),
+      ),
       this.comparison,
       this.list,
     );
@@ -37,7 +63,7 @@ export class RunsPanel {
   async refresh() {
     let rows;
     try {
-      const runs = await get("/runs");
+      const runs = await listRuns();
       if (this.disposed) return;
       this.closeDetails();
       this.forgetAllBut(runs);
@@ -50,17 +76,24 @@ export class RunsPanel {
     this.list.replaceChildren(...rows);
   }
 
-  /** Runs that are gone are compared no longer. */
+  /**
+   * Runs that are gone are compared no longer.
+   * @param {RunSummary[]} runs
+   */
   forgetAllBut(runs) {
     const ids = new Set(runs.map((run) => run.id));
     for (const id of this.compared.keys()) if (!ids.has(id)) this.compared.delete(id);
     this.showComparison();
   }
 
+  /**
+   * @param {RunSummary} run
+   * @returns {HTMLElement[]}
+   */
   row(run) {
     const tick = make("input", { type: "checkbox", checked: this.compared.has(run.id), title: "Compare" });
     tick.onclick = (event) => event.stopPropagation();
-    tick.onchange = () => this.compare(run, tick.checked);
+    tick.onchange = () => this.compare(run, tick).catch((error) => this.host.notify(error.message));
     const picture = run.preview
       ? make("img", { src: addressOf(run.preview), loading: "lazy", alt: "newest sample" })
       : make("span", { className: "none" });
@@ -85,17 +118,22 @@ export class RunsPanel {
     return this.opened === run.id ? [row, this.openDetails(run)] : [row];
   }
 
-  /** Open a run's details, or close them. */
+  /**
+   * Open a run's details, or close them.
+   * @param {RunSummary} run
+   */
   async toggle(run) {
     this.opened = this.opened === run.id ? null : run.id;
     await this.refresh();
   }
 
+  /** @param {RunSummary} run */
   openDetails(run) {
     const box = make("div", { className: "dreambooth-details" }, make("small", { textContent: "loading…" }));
+    /** @type {OpenDetails} */
     const details = { box, chart: null };
     this.details = details;
-    Promise.all([get(runPath(run.id)), get(runPath(run.id, "/curve"))])
+    Promise.all([runDetails(run.id), runCurve(run.id)])
       .then(([facts, points]) => {
         if (this.details === details) this.fill(details, facts, points);
       })
@@ -108,6 +146,11 @@ export class RunsPanel {
     this.details = null;
   }
 
+  /**
+   * @param {OpenDetails} details
+   * @param {RunDetails} run
+   * @param {Points} points
+   */
   fill(details, run, points) {
     const curve = new Curve(run.name);
     curve.append(points);
@@ -116,7 +159,9 @@ export class RunsPanel {
     chart.total = run.steps;
     Object.assign(chart.element.style, { flex: "none", height: "130px" });
     details.box.replaceChildren(
-      ...(run.problem ? [make("div", { className: "dreambooth-error", textContent: `${run.remedy}\n${run.problem}` })] : []),
+      ...(run.problem
+        ? [make("div", { className: "dreambooth-error", textContent: `${run.remedy}\n${run.problem}` })]
+        : []),
       make("div", { className: "actions" }, ...this.actions(run)),
       chart.element,
       chart.legend,
@@ -128,6 +173,7 @@ export class RunsPanel {
     chart.attach();
   }
 
+  /** @param {RunDetails} run */
   actions(run) {
     const buttons = [];
     if (run.workflow) {
@@ -136,85 +182,121 @@ export class RunsPanel {
         buttons.push(this.button("Resume", "Open the graph of this run and queue it", () => this.resume(run)));
       }
     }
-    if (run.state !== "running") buttons.push(this.button("Delete…", "Remove the run with its checkpoints", () => this.delete(run)));
+    if (run.state !== "running")
+      buttons.push(this.button("Delete…", "Remove the run with its checkpoints", () => this.delete(run)));
     return buttons;
   }
 
+  /**
+   * @param {RunDetails} run
+   * @param {RunDetails["adapters"][number]} adapter
+   */
   adapterRow(run, { step, url, name, bytes }) {
     return make(
       "tr",
       {},
       make("td", {}, make("a", { href: addressOf(url), download: name, textContent: `step ${step}` })),
       make("td", { textContent: `${(bytes / 1e6).toFixed(1)} MB` }),
-      make("td", {}, this.button("Use", "Copy this checkpoint into the LoRA folder", () => this.use(run, step))),
+      make(
+        "td",
+        {},
+        this.button("Use", "Copy this checkpoint into the LoRA folder", () => this.use(run, step)),
+      ),
     );
   }
 
+  /**
+   * @param {string} text
+   * @param {string} title
+   * @param {() => Promise<void>} action
+   */
   button(text, title, action) {
     const button = make("button", { textContent: text, title, type: "button" });
     button.onclick = () => action().catch((error) => this.host.notify(error.message));
     return button;
   }
 
-  async compare(run, wanted) {
-    if (wanted) {
+  /**
+   * @param {RunSummary} run
+   * @param {HTMLInputElement} tick Whether it is wanted; it may change while the curve is on its way.
+   */
+  async compare(run, tick) {
+    if (tick.checked) {
       const curve = new Curve(run.name);
-      curve.append(await get(runPath(run.id, "/curve")));
-      this.compared.set(run.id, curve);
+      curve.append(await runCurve(run.id));
+      if (tick.checked) this.compared.set(run.id, curve);
     } else this.compared.delete(run.id);
     this.showComparison();
   }
 
   showComparison() {
     this.chart.curves = [...this.compared.values()];
-    this.chart.curves.forEach((curve, index) => (curve.color = RUN_COLORS[index % RUN_COLORS.length]));
     this.comparison.hidden = !this.chart.curves.length;
     this.chart.schedule();
   }
 
+  /** @param {RunDetails} run */
   async loadGraph(run) {
-    const response = await fetch(addressOf(run.workflow));
-    if (!response.ok) throw new Error("The graph of this run is gone.");
+    const response = run.workflow ? await fetch(addressOf(run.workflow)) : null;
+    if (!response?.ok) throw new Error("The graph of this run is gone.");
     await this.host.loadGraph(await response.json(), run.name);
   }
 
+  /** @param {RunDetails} run */
   async resume(run) {
     await this.loadGraph(run);
     await this.host.queue();
   }
 
+  /**
+   * @param {RunDetails} run
+   * @param {number} step
+   */
   async use(run, step) {
-    const { file } = await send("POST", runPath(run.id, "/use"), { step });
+    const { file } = await useCheckpoint(run.id, step);
     await this.host.refreshLists();
     this.host.notify(`${file} is in the LoRA folder.`);
   }
 
+  /** @param {RunDetails} run */
   async delete(run) {
-    const sure = await this.host.confirm(`Delete the run '${run.id}' with all its checkpoints and sample pictures? The finished adapter file in the LoRA folder stays.`);
-    if (!sure) return;
-    await send("DELETE", runPath(run.id));
+    const question = `Delete the run '${run.id}' with all its checkpoints and sample pictures?`;
+    if (!(await this.host.confirm(`${question} The finished adapter file in the LoRA folder stays.`))) return;
+    await deleteRun(run.id);
     this.opened = null;
     await this.refresh();
   }
 }
 
-/** The first sample picture of each step. */
+/**
+ * The first sample picture of each step.
+ * @param {RunDetails} run
+ */
 function samples(run) {
-  return Object.entries(run.previews)
-    .filter(([, pictures]) => pictures.length)
-    .map(([step, [first]]) => make("img", { src: addressOf(first), title: `step ${step}`, loading: "lazy" }));
+  return Object.entries(run.previews).flatMap(([step, [first]]) =>
+    first ? [make("img", { src: addressOf(first), title: `step ${step}`, loading: "lazy" })] : [],
+  );
 }
 
+/** @param {RunDetails} run */
 function settingRows(run) {
   return Object.entries(run.settings)
     .filter(([, value]) => value !== null && value !== "")
-    .map(([name, value]) => make("tr", {}, make("td", { textContent: name }), make("td", { textContent: String(value) })));
+    .map(([name, value]) =>
+      make("tr", {}, make("td", { textContent: name }), make("td", { textContent: String(value) })),
+    );
 }
 
+/** @param {unknown} error */
 function errorText(error) {
-  return make("p", { className: "dreambooth-error", textContent: error.message });
+  const textContent = error instanceof Error ? error.message : String(error);
+  return make("p", { className: "dreambooth-error", textContent });
 }
 
+/**
+ * @param {string} title
+ * @param {HTMLElement} content
+ */
 function folded(title, content) {
   return make("details", {}, make("summary", { textContent: title }), content);
 }

@@ -1,22 +1,35 @@
+// @ts-check
 // On Subject: the folders with their counts, the pictures of the chosen one, warnings, and a place to drop pictures.
 
-import { addressOf, get } from "./api.js";
+import { addressOf, folderPictures, pictureFolders } from "./api.js";
 import { make } from "./dom.js";
+
+/** @import { PictureFolder } from "../types/answers.js" */
 
 const NEW_FOLDER = "subject"; // for pictures that are dropped while no folder is chosen
 
+/**
+ * What only ComfyUI's page can do.
+ * @typedef {object} SubjectHost
+ * @property {() => string} chosen The folder that the node has.
+ * @property {(folder: string) => Promise<void>} choose Set it.
+ * @property {(folder: string, file: File) => Promise<void>} upload Put a file into a folder of the input folder.
+ */
+
 export class SubjectPanel {
-  /**
-   * `chosen` gives the folder that the node has, `choose` sets it, `upload` puts a file into a folder of the input folder.
-   */
-  constructor({ chosen, choose, upload }) {
-    Object.assign(this, { chosen, choose, upload });
-    this.folders = [];
-    this.noFolder = null; // what the node's folder is called while pictures come from its input
+  /** @type {PictureFolder[]} */
+  #folders = [];
+  /** What the node's folder is called while pictures come from its input; null: not known. @type {string | null} */
+  #noFolder = null;
+  #isAttached = false;
+
+  /** @param {SubjectHost} host */
+  constructor(host) {
+    this.host = host;
     this.select = make("select", { title: "Folder in ComfyUI's input folder" });
-    this.select.onchange = () => {
-      this.choose(this.select.value);
-      this.refresh();
+    this.select.onchange = async () => {
+      await this.host.choose(this.select.value);
+      await this.refresh();
     };
     this.refreshButton = make("button", { textContent: "⟳", title: "Refresh", type: "button" });
     this.refreshButton.onclick = () => this.refresh();
@@ -40,30 +53,35 @@ export class SubjectPanel {
 
   /** Begin to show the node's folder. */
   attach() {
-    this.attached = true;
+    this.#isAttached = true;
     this.refresh();
   }
 
   /** The node is gone: answers that are still under way are dropped. */
   dispose() {
-    this.attached = false;
+    this.#isAttached = false;
   }
 
   async refresh() {
-    const { no_folder: noFolder, folders } = await get("/folders").catch(() => ({ no_folder: this.noFolder, folders: [] }));
-    if (!this.attached) return;
-    Object.assign(this, { noFolder, folders });
-    const chosen = this.chosen();
-    const options = folders.map(({ name, count }) =>
+    const answer = await pictureFolders().catch(() => null);
+    if (!this.#isAttached) return;
+    this.#noFolder = answer?.no_folder ?? this.#noFolder;
+    this.#folders = answer?.folders ?? [];
+    const chosen = this.host.chosen();
+    const options = this.#folders.map(({ name, count }) =>
       make("option", { value: name, textContent: count === null ? name : `${name} (${count})` }),
     );
-    const exists = folders.some(({ name }) => name === chosen);
+    const exists = this.#folders.some(({ name }) => name === chosen);
     if (!exists) options.unshift(make("option", { value: chosen, textContent: chosen }));
     this.select.replaceChildren(...options);
     this.select.value = chosen;
     await this.showPictures(chosen, exists);
   }
 
+  /**
+   * @param {string} folder
+   * @param {boolean} exists
+   */
   async showPictures(folder, exists) {
     this.grid.replaceChildren();
     this.warnings.hidden = true;
@@ -72,9 +90,10 @@ export class SubjectPanel {
       this.grid.append(make("span", { textContent: "Drop 3 to 20 pictures here." }));
       return;
     }
-    const query = new URLSearchParams({ folder });
-    const report = await get(`/folders/pictures?${query}`).catch((error) => ({ pictures: [], warnings: [], problem: error.message }));
-    if (!this.attached || this.chosen() !== folder) return;
+    const report = await folderPictures(folder).catch((error) => {
+      return { pictures: [], warnings: [], problem: String(error.message) };
+    });
+    if (!this.#isAttached || this.host.chosen() !== folder) return;
     const messages = [report.problem, ...report.warnings.map((warning) => warning.text)].filter(Boolean);
     this.warnings.hidden = !messages.length;
     this.warnings.textContent = messages.join("\n");
@@ -92,6 +111,7 @@ export class SubjectPanel {
     );
   }
 
+  /** @param {DragEvent} event */
   async drop(event) {
     const files = [...(event.dataTransfer?.files ?? [])].filter((file) => /^(image\/|text\/plain)/.test(file.type));
     this.element.classList.remove("drop");
@@ -101,20 +121,23 @@ export class SubjectPanel {
     await this.add(files);
   }
 
-  /** Upload files into the chosen folder; into a new one if none is chosen, or a zip file. */
+  /**
+   * Upload files into the chosen folder; into a new one if none is chosen, or a zip file.
+   * @param {File[]} files
+   */
   async add(files) {
     try {
-      if (this.noFolder === null) await this.refresh();
-      if (this.noFolder === null) throw new Error("ComfyUI does not answer.");
-      const chosen = this.chosen();
-      const isArchive = this.folders.some(({ name, archive }) => name === chosen && archive);
-      const folder = !chosen || chosen === this.noFolder || isArchive ? NEW_FOLDER : chosen;
+      if (this.#noFolder === null) await this.refresh();
+      if (this.#noFolder === null) throw new Error("ComfyUI does not answer.");
+      const chosen = this.host.chosen();
+      const isArchive = this.#folders.some(({ name, archive }) => name === chosen && archive);
+      const folder = !chosen || chosen === this.#noFolder || isArchive ? NEW_FOLDER : chosen;
       this.text.textContent = `uploading ${files.length}…`;
-      for (const file of files) await this.upload(folder, file);
-      await this.choose(folder);
+      for (const file of files) await this.host.upload(folder, file);
+      await this.host.choose(folder);
       await this.refresh();
     } catch (error) {
-      this.text.textContent = String(error.message ?? error);
+      this.text.textContent = error instanceof Error ? error.message : String(error);
     }
   }
 }
