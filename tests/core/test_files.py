@@ -18,6 +18,7 @@ import pytest
 from helpers import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from pack.trainer.core import files
 from pack.trainer.core.errors import StorageError
 from pack.trainer.core.files import (
     explained_os_errors,
@@ -25,6 +26,7 @@ from pack.trainer.core.files import (
     free_path,
     remove_leftovers,
     require_writable,
+    require_writable_file,
     write_atomic,
 )
 
@@ -220,6 +222,35 @@ def test_free_path(tmp_path: Path, taken: list[str], wanted: str, given: str) ->
     assert free_path(tmp_path / wanted) == tmp_path / given
 
 
+def test_free_names_are_found_or_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    assert free_path(tmp_path / "a.safetensors").name == "a-2.safetensors"
+    longest = tmp_path / ("n" * 243 + ".safetensors")  # 255 bytes, the most that usual disks take
+    longest.touch()
+    calls: list[Callable[[], object]] = [
+        lambda: free_path(longest),
+        lambda: require_writable_file(tmp_path / ("n" * 300), 1),
+        lambda: free_path(tmp_path / ("n" * 300)),
+    ]
+    for call in calls:
+        with pytest.raises(StorageError, match="too long"):
+            call()
+
+
+@pytest.mark.parametrize("name", ["a:b.png", "a?.png", "a|b", "x<y", 'say "hi"', "tab\t", "ends with a dot.", "space "])
+def test_names_that_windows_cant_have_are_refused_there(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On NTFS a colon would write into a hidden stream of another file."""
+    require_writable_file(tmp_path / name, 1)
+    monkeypatch.setattr(files, "_IS_WINDOWS", True)
+    with pytest.raises(StorageError, match="Windows allows no file"):
+        require_writable_file(tmp_path / name, 1)
+    with pytest.raises(StorageError, match="Windows allows no file"):
+        free_path(tmp_path / name)
+    require_writable_file(tmp_path / "größe 犬 (1).safetensors", 1)
+
+
 def test_require_writable_makes_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     require_writable(folder, 1)
@@ -254,6 +285,7 @@ def test_require_writable_finds_a_file_in_the_way(tmp_path: Path, inner: str) ->
         (errno.EACCES, "can't be written", "another output folder"),
         (errno.EPERM, "can't be written", "another output folder"),
         (errno.EROFS, "can't be written", "another output folder"),
+        (errno.ENAMETOOLONG, "too long", "shorter name"),
         (errno.ENOENT, "can't be used", "path"),
         (errno.EIO, "can't be used", "path"),
     ],

@@ -1144,8 +1144,11 @@ def adapter_with_damaged_metadata(world: World) -> Values:
 
 @mistake(DRAWING, AdapterError, "attn2_to_k", "finite")
 def adapter_with_nan(world: World) -> Values:
-    broken = LoraLayer(torch.full((2, 64), torch.nan), torch.ones(32, 2), 2.0)
-    return lora(world, with_layer(tiny_adapter(), "attn2_to_k", broken))
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(name for name in tensors if "attn2_to_k" in name and "down" in name)
+        tensors[name] = tensors[name] * torch.nan
+
+    return lora_tensors(world, spoil)
 
 
 @mistake(DRAWING, AdapterError, "GLoRA", remedy="LoRA")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -278,7 +279,7 @@ def test_hashes_of_a_converted_file_are_its_own(bases: Mapping[str, BaseWeights]
         assert metadata.get("modelspec.hash_sha256", f"0x{expected[0]}") == f"0x{expected[0]}"
 
 
-@pytest.mark.parametrize("where", ["file", "folder"])
+@pytest.mark.parametrize("where", ["file", "folder", "file alone"])
 def test_a_peft_folder_becomes_a_kohya_file(where: str, bases: Mapping[str, BaseWeights], tmp_path: Path) -> None:
     """PEFT's alpha stands in its configuration; in a kohya file it stands beside the tensors."""
     adapter = random_adapter(bases["sd15"], pattern=ATTENTION, alpha=3.0)
@@ -291,8 +292,10 @@ def test_a_peft_folder_becomes_a_kohya_file(where: str, bases: Mapping[str, Base
     folder.mkdir()
     save_file(scaled, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"r": 3, "lora_alpha": 6}', encoding="utf-8")
-    doubled = where == "folder"  # alone the file does not tell its alpha
-    source = folder if doubled else folder / "adapter_model.safetensors"
+    doubled = where != "file alone"  # which does not tell its alpha
+    source = folder if where == "folder" else folder / "adapter_model.safetensors"
+    if not doubled:
+        (folder / "adapter_config.json").unlink()
     output = tmp_path / "out.safetensors"
     run_convert(ConvertCommand(lora=source, output=output, save_precision="fp32"), Recorder())
     weights = weights_of(bases["sd15"])
@@ -488,9 +491,13 @@ def test_a_folder_of_shards_becomes_one_file(folders: Mapping[str, Path], tmp_pa
     whole.unlink()
     names = sorted(tensors)
     parts = {1: names[::2], 2: names[1::2]}
+    places = {}
     for number, part in parts.items():
-        save_file({n: tensors[n] for n in part}, whole.with_name(f"{whole.stem}-0000{number}-of-00002.safetensors"))
-    whole.with_suffix(".safetensors.index.json").write_text("{}", encoding="utf-8")
+        shard = whole.with_name(f"{whole.stem}-0000{number}-of-00002.safetensors")
+        save_file({n: tensors[n] for n in part}, shard)
+        places |= dict.fromkeys(part, shard.name)
+    index = json.dumps({"metadata": {}, "weight_map": places})
+    whole.with_suffix(".safetensors.index.json").write_text(index, encoding="utf-8")
     base = open_base(source)
     adapter = random_adapter(base, pattern=ATTENTION)
     fuse(source, [(adapter, 1.0)], tmp_path / "fused")

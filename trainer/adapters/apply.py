@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from ..core.errors import AdapterError
+from ..core.errors import AdapterError, NotFiniteError
+from ..core.tensor_files import is_finite
 from ..models import families
 from ..models.families.base import BaseWeights, Component, DiffusionModel, Family, Prediction
 from ..models.open import checked
@@ -31,6 +32,7 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
 
     Raises:
         AdapterError: The adapter was made for another family, or none of its modules fits.
+        NotFiniteError: The strength makes weights that are not finite.
     """
     _require_family(model.family, adapter.metadata)
     modules = modules_by_name(model)
@@ -54,8 +56,7 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
     for name, layer in known.items():
         weight = modules[name].weight.detach()
         delta = layer.delta(weight).to(weight.device).reshape(weight.shape)
-        merged = (weight.float() + strength * delta).to(weight.dtype)
-        modules[name].weight = nn.Parameter(merged, requires_grad=False)
+        modules[name].weight = _sum(name, weight, delta, strength)
     if adapter.vectors:
         parametrized_modules = parametrized_modules_by_name(model)
         for key, vector in adapter.vectors.items():
@@ -69,8 +70,24 @@ def _add_vector(module: nn.Module | None, key: str, vector: torch.Tensor, streng
     if parameter is None or parameter.shape != vector.shape:
         logger.warning("The model has no %s for %s of the adapter; it is left out.", parameter_name, key)
         return
-    merged = parameter.detach().float() + strength * vector.to(parameter.device, torch.float32)
-    setattr(module, parameter_name, nn.Parameter(merged.to(parameter.dtype), requires_grad=False))
+    merged = _sum(key, parameter.detach(), vector.to(parameter.device, torch.float32), strength)
+    setattr(module, parameter_name, merged)
+
+
+def _sum(name: str, weight: torch.Tensor, delta: torch.Tensor, strength: float) -> nn.Parameter:
+    """A weight with a delta added, of the weight's type.
+
+    Raises:
+        NotFiniteError: A number of it is not finite, or too large for that type.
+    """
+    merged = (weight.float() + strength * delta).to(weight.dtype)
+    if not is_finite(merged):
+        dtype = str(weight.dtype).removeprefix("torch.")
+        raise NotFiniteError(
+            f"The adapter at strength {strength:g} makes numbers in the weights of {name} that {dtype} can't hold.",
+            "Choose a lower strength, or another adapter or base model if it is about 1 already.",
+        )
+    return nn.Parameter(merged, requires_grad=False)
 
 
 def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> BaseWeights:

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AdapterError, suggest
-from ..core.files import write_atomic
+from ..core.files import file_written_atomically
+from ..core.tensor_files import save_tensors
 from ..models.clip_names import without_text_tower
+from ..settings.sharing import shareable_metadata
+from .casting import cast_layer
 from .kohya import PEFT_MAGNITUDE, Adapter
 from .layers import Layer, LoraLayer
 from .layers.base import balanced
@@ -20,7 +23,7 @@ from .metadata import without_run_keys
 from .names import layers_per_block, module_path, weight_shape, with_kohya_names
 from .prefixes import UNET
 
-_KEYS_OF_SOURCE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256", "peft_config")
+_KEYS_OF_SOURCE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _RESIZE_REMEDY = (
     f"Make a plain LoRA of it first by resizing it, or keep it in kohya's format ({suggest('format', 'kohya')})."
 )
@@ -49,6 +52,7 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
 
     Raises:
         AdapterError: It has a layer of another kind, which diffusers can't read.
+        NotFiniteError: A number is not finite, or too large for the dtype.
     """
     if adapter.vectors:
         raise AdapterError(
@@ -63,10 +67,12 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
             kind = f"{layer.kind}, with a core" if isinstance(layer, LoraLayer) else layer.kind
             raise AdapterError(f"{name} is of the kind {kind}, which diffusers' format does not have.", _RESIZE_REMEDY)
         path = module_path(name, per_block)
-        scaled_up = layer.up.float().flatten(1) * (layer.alpha / layer.rank)
-        up, down = balanced(scaled_up, layer.down.float().flatten(1))
-        tensors[f"{path}.lora_A.weight"] = down.reshape(layer.down.shape).to(dtype).contiguous()
-        tensors[f"{path}.lora_B.weight"] = up.reshape(layer.up.shape).to(dtype).contiguous()
+        scaled_up = layer.up.double().flatten(1) * (layer.alpha / layer.rank)
+        up, down = balanced(scaled_up, layer.down.double().flatten(1))
+        scaled = replace(layer, up=up.reshape(layer.up.shape), down=down.reshape(layer.down.shape), alpha=layer.rank)
+        cast = cast_layer(name, scaled, dtype, fixed_alpha=True)
+        tensors[f"{path}.lora_A.weight"] = cast.down.contiguous()
+        tensors[f"{path}.lora_B.weight"] = cast.up.contiguous()
         if layer.dora_scale is not None:
             ending = "" if path.component == UNET else ".weight"  # transformers 5 completes no short names
             tensors[f"{path}.{PEFT_MAGNITUDE}{ending}"] = _peft_magnitude(layer.dora_scale, name)
@@ -106,12 +112,11 @@ def write_diffusers(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
         AdapterError: See `diffusers_state_dict`.
         StorageError: It can't be written.
     """
-    from safetensors.torch import save
-
     tensors = diffusers_state_dict(adapter, dtype)
     metadata = {key: value for key, value in adapter.metadata.items() if key not in _KEYS_OF_SOURCE_FILE}
     metadata |= {"format": "pt", "lora_adapter_metadata": json.dumps(_peft_configs(tensors))}
-    write_atomic(path, save(tensors, metadata))
+    with file_written_atomically(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
+        save_tensors(temporary, tensors, shareable_metadata(metadata))
 
 
 def _peft_configs(tensors: Mapping[str, Tensor]) -> dict[str, object]:

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -25,11 +24,23 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AdapterError
-from ..core.files import file_written_atomically, save_tensors
+from ..core.files import file_written_atomically
+from ..core.tensor_files import is_quantization_name, read_header, save_tensors
 from ..models.clip_names import TEXT_TOWER, with_text_tower
 from ..settings.sharing import shareable_metadata
+from .adapter_files import find_files
+from .casting import cast_layer, cast_tensor
 from .layers import DORA_SCALE, FullLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
 from .layers.base import DAMAGED_FILE_REMEDY
+from .peft_config import (
+    CONFIG_KEYS,
+    HEADER_KEY,
+    PEFT_PREFIX,
+    PeftConfig,
+    PeftConfigs,
+    configs_in_metadata,
+    refuse_unread_parts,
+)
 from .prefixes import KOHYA_UNET_PREFIX, UNET, component_of, neutral_prefix, text_encoder_names
 
 __all__ = [
@@ -51,8 +62,8 @@ _UNREADABLE_KINDS = {
     re.compile(r"\.a1\.weight$"): "GLoRA",
     re.compile(r"\.set_weight$"): "weights to be set",
 }
-_INITS_CHANGING_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # of PEFT: they subtract from the base
 PEFT_MAGNITUDE = "lora_magnitude_vector"
+_PEFT_BIAS = "lora_B.bias"  # of PEFT's lora_bias; times the layer's scale it is added to the module's bias
 _LYCORIS = rf"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|{DORA_SCALE}|oft_blocks|rescale|diff"
 _VECTORS = {"diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
 _SUFFIX = rf"(lora_(?:down|up|mid)\.weight|{_LYCORIS}|alpha|diff_b|w_norm|b_norm)"
@@ -60,7 +71,8 @@ _KOHYA_KEY = re.compile(rf"^(lora_(?:unet|te\d?)_|lycoris_|oft_unet_)([^.]+)\.{_
 _COMFYUI_KEY = re.compile(rf"^diffusion_model\.(.+)\.{_SUFFIX}$")
 _DIFFUSERS_KEY = re.compile(
     r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight"
-    rf"|\.({_LYCORIS}|alpha|diff_b|w_norm|b_norm)(?:\.default)?|\.({PEFT_MAGNITUDE})(?:\.default)?(?:\.weight)?)$"
+    rf"|\.({_LYCORIS}|alpha|diff_b|w_norm|b_norm)(?:\.default)?|\.({PEFT_MAGNITUDE})(?:\.default)?(?:\.weight)?"
+    r"|\.(lora_B(?:\.default)?\.bias))$"
 )
 _CHUNK_BYTES = 2**24
 _LEGACY_HASH_START = 0x100000
@@ -91,18 +103,22 @@ class Adapter:
 
         Args:
             dtype: Of the matrices, None for each one's own. Alphas are float32; with a dtype given, so are DoRA's
-                scales, which are as large as the weights that they scale: half precision would blur what was learned.
+                scales and what the dtype would lose, see `casting`.
+
+        Raises:
+            NotFiniteError: A number is not finite, or too large for the dtype.
         """
         tensors: dict[str, Tensor] = {}
         for name in sorted(self.layers):
-            layer = self.layers[name]
+            layer = self.layers[name] if dtype is None else cast_layer(name, self.layers[name], dtype)
             for suffix, tensor in layer.tensors().items():
-                file_dtype = torch.float32 if dtype and suffix == DORA_SCALE else dtype or tensor.dtype
-                tensors[f"{name}.{suffix}"] = tensor.detach().to("cpu", file_dtype).contiguous()
+                tensors[f"{name}.{suffix}"] = tensor.detach().cpu().contiguous()
             if not isinstance(layer, FullLayer):
                 tensors[f"{name}.alpha"] = torch.tensor(float(layer.alpha))
-        vectors = {name: self.vectors[name].detach().to("cpu", dtype).contiguous() for name in sorted(self.vectors)}
-        return tensors | vectors
+        for name in sorted(self.vectors):
+            vector = self.vectors[name] if dtype is None else cast_tensor(name, self.vectors[name], dtype)
+            tensors[name] = vector.detach().cpu().contiguous()
+        return tensors
 
 
 def module_name(component: str, path: str) -> str:
@@ -116,33 +132,40 @@ def module_name(component: str, path: str) -> str:
     return neutral_prefix(component) + whole.replace(".", "_")
 
 
-def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> Adapter:
+def parse_adapter(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, configs: PeftConfigs | None = None
+) -> Adapter:
     """Read an adapter from tensors in kohya's, LyCORIS's, diffusers', PEFT's or ComfyUI's naming.
 
     Args:
         tensors: Key → tensor, as a file or a LORA_MODEL wire has them.
         metadata: The file's metadata.
+        configs: PEFT's configurations of its networks; None: those in the metadata, if there are any.
 
     Raises:
         AdapterError: No LoRA in it, a kind that can't be read yet, or a layer is incomplete or damaged.
     """
     _require_lora(tensors)
     metadata = dict(metadata or {})
-    alphas = _MetadataAlphas(metadata)
+    configs = configs or configs_in_metadata(metadata)
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
     paths: dict[str, str] = {}
     vectors: dict[str, Tensor] = {}
+    scaled_biases: dict[str, Tensor] = {}
     unknown_keys = []
     for key, tensor in tensors.items():
         parsed = _parse_key(key)
         if parsed is None:
             unknown_keys.append(key)
             continue
+        _require_numbers(tensor, key, is_alpha=parsed.suffix == "alpha")
         if parsed.suffix in _VECTORS and tensor.ndim == 1:
             vectors[f"{parsed.module}.{_VECTORS[parsed.suffix]}"] = _require_finite(tensor, key)
             continue
         module_tensors = tensors_by_module.setdefault(parsed.module, {})
-        if parsed.suffix == PEFT_MAGNITUDE:
+        if parsed.suffix == _PEFT_BIAS:
+            scaled_biases[parsed.module] = _require_finite(tensor, key)
+        elif parsed.suffix == PEFT_MAGNITUDE:
             module_tensors[DORA_SCALE] = _as_dora_scale(tensor)
         else:
             module_tensors[parsed.suffix] = tensor
@@ -152,10 +175,28 @@ def parse_adapter(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | N
             "%d tensors of the file are no part of an adapter and are left out: %s", len(unknown_keys), unknown_keys[0]
         )
     layers = {
-        name: _parse_layer(name, module_tensors, alphas, paths[name])
+        name: _parse_layer(name, module_tensors, configs.of(component_of(name)), paths[name])
         for name, module_tensors in tensors_by_module.items()
     }
+    for name, bias in scaled_biases.items():
+        vectors[f"{name}.diff_b"] = bias.float() * (layers[name].alpha / layers[name].rank)
+    metadata = {key: value for key, value in metadata.items() if key not in CONFIG_KEYS}  # the layers have it now
     return Adapter(layers, metadata, vectors)
+
+
+def _require_numbers(tensor: Tensor, key: str, *, is_alpha: bool) -> None:
+    """Refuse tensors of types that no adapter's numbers have; an alpha may be an integer.
+
+    Raises:
+        AdapterError: It is of such a type.
+    """
+    is_integer = not tensor.is_complex() and tensor.dtype != torch.bool
+    if not (tensor.is_floating_point() or (is_alpha and is_integer)):
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise AdapterError(
+            f"{key} is of the type {dtype}, which the numbers of an adapter can't have.",
+            "Use a version of the adapter in fp32, fp16 or bf16.",
+        )
 
 
 def _require_finite(vector: Tensor, key: str) -> Tensor:
@@ -164,8 +205,8 @@ def _require_finite(vector: Tensor, key: str) -> Tensor:
     return vector
 
 
-def _parse_layer(name: str, tensors: dict[str, Tensor], alphas: _MetadataAlphas, path: str) -> Layer:
-    """One module's layer, with the alpha beside its tensors or else that of the metadata.
+def _parse_layer(name: str, tensors: dict[str, Tensor], config: PeftConfig | None, path: str) -> Layer:
+    """One module's layer, with the alpha beside its tensors, or else that of PEFT's configuration, or else its rank.
 
     Raises:
         AdapterError: As `make_layer`, or its alpha is no finite number.
@@ -174,15 +215,16 @@ def _parse_layer(name: str, tensors: dict[str, Tensor], alphas: _MetadataAlphas,
     if alpha_tensor is not None and alpha_tensor.numel() != 1:
         raise AdapterError(f"The adapter is damaged: the alpha of {name} is no number.", DAMAGED_FILE_REMEDY)
     layer = make_layer(name, tensors, None if alpha_tensor is None else float(alpha_tensor))
-    if alpha_tensor is not None or isinstance(layer, FullLayer | OftLayer):
+    if alpha_tensor is not None or config is None or isinstance(layer, FullLayer | OftLayer):
         return layer
-    alpha = alphas.alpha(path, name, layer.rank)
-    if not math.isfinite(alpha):
-        raise AdapterError(f"The adapter is damaged: the alpha of {name} is {alpha}.", DAMAGED_FILE_REMEDY)
+    if config.use_dora and isinstance(layer, LoraLayer) and layer.dora_scale is None:
+        raise AdapterError(
+            f"The adapter is incomplete: the DoRA {name} lacks its {PEFT_MAGNITUDE}.", DAMAGED_FILE_REMEDY
+        )
     if isinstance(layer, LokrLayer) and layer.w1 is not None and layer.is_whole:
-        scale = alphas.scale_of_whole_lokr(path, name)
+        scale = config.scale_of_whole_lokr(path)
         return layer if scale == 1 else replace(layer, w1=layer.w1.float() * scale)
-    return make_layer(name, tensors, alpha)
+    return make_layer(name, tensors, config.alpha_of(path, layer.rank))
 
 
 def _as_dora_scale(magnitude: Tensor) -> Tensor:
@@ -217,11 +259,11 @@ def _parse_key(key: str) -> _Key | None:
     diffusers = _DIFFUSERS_KEY.match(key)
     if not diffusers:
         return None
-    path, letter, side, lycoris, magnitude = diffusers.groups()
+    path, letter, side, lycoris, magnitude, bias = diffusers.groups()
     if letter:
         side = {"A": "down", "B": "up"}[letter]
-    suffix = f"lora_{side}.weight" if side else lycoris or magnitude
-    path = path.removeprefix("base_model.model.")
+    suffix = f"lora_{side}.weight" if side else lycoris or magnitude or (bias and _PEFT_BIAS)
+    path = path.removeprefix(PEFT_PREFIX)
     component = _component_of_path(path)
     path = path.removeprefix(f"{component}.").replace(".processor.", ".")
     path = re.sub(r"\.to_out$", ".to_out.0", path)
@@ -236,90 +278,32 @@ def _component_of_path(path: str) -> str:
     return "text_encoder" if path.startswith((TEXT_TOWER, "encoder.layers.")) else UNET
 
 
-class _MetadataAlphas:
-    """Alphas that stand in metadata rather than beside the tensors: diffusers' header and PEFT's configuration."""
-
-    def __init__(self, metadata: Mapping[str, str]) -> None:
-        header = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        components = [UNET, *text_encoder_names()]
-        self._configs: dict[str, dict[str, Any]] = {name: _sub_config(header, name) for name in components}
-        if "peft_config" in metadata:
-            self._configs = dict.fromkeys(components, json.loads(metadata["peft_config"]))
-        for config in self._configs.values():
-            init = str(config.get("init_lora_weights")).lower()
-            if init.startswith(_INITS_CHANGING_BASE):
-                raise AdapterError(
-                    f"The adapter belongs to weights that PEFT changed before training (init_lora_weights {init}).",
-                    "Save it again with PEFT's path_initial_model_for_weight_conversion.",
-                )
-
-    def alpha(self, path: str, name: str, rank: int) -> float:
-        """The alpha of a module, by its dotted path as PEFT finds it, and its kohya name."""
-        config = self._config(name)
-        default = config.get("lora_alpha") or config.get("alpha") or rank  # "alpha" for LoHa and LoKr
-        alpha = _value_for_path(config.get("alpha_pattern"), path, default)
-        return alpha * rank**0.5 if config.get("use_rslora") else alpha
-
-    def scale_of_whole_lokr(self, path: str, name: str) -> float:
-        """The scale of a LoKr with whole factors: PEFT scales it, too, by its configuration's alpha / rank."""
-        config = self._config(name)
-        rank = _value_for_path(config.get("rank_pattern"), path, config.get("r") or 1)
-        default = config.get("alpha") or rank
-        return _value_for_path(config.get("alpha_pattern"), path, default) / rank
-
-    def _config(self, name: str) -> dict[str, Any]:
-        return self._configs.get(component_of(name), self._configs[UNET])
-
-
-def _value_for_path(patterns: Mapping[str, Any] | None, path: str, default: Any) -> float:
-    """The value of the first pattern that a module's path ends with, as PEFT compares them."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return float(value)
-    return float(default)
-
-
-def _sub_config(header: Mapping[str, Any], component: str) -> dict[str, Any]:
-    prefix = f"{component}."
-    return {key.removeprefix(prefix): value for key, value in header.items() if key.startswith(prefix)}
-
-
-def read_header(path: Path) -> tuple[list[str], dict[str, str]]:
-    """Keys of the tensors and metadata of a safetensors file, without reading its tensors.
-
-    Raises:
-        ValueError: It is no whole safetensors file.
-        OSError: It can't be read.
-    """
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if not 2 <= length <= size - 8:
-            raise ValueError("no safetensors header")
-        header = json.loads(file.read(length))
-    keys = [key for key in header if key != "__metadata__"]
-    return keys, header.get("__metadata__") or {}
-
-
 def read_adapter(path: Path) -> Adapter:
-    """Read an adapter file, or a PEFT folder (adapter_model.safetensors and adapter_config.json).
+    """Read an adapter file, or a folder of PEFT or diffusers that holds one; see `adapter_files.find_files`.
 
     Raises:
         AdapterError: Missing, damaged, or not a LoRA.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    peft_config: dict[str, str] = {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    configs: dict[str, PeftConfig] = {}
     try:
-        if path.is_dir():
-            peft_config["peft_config"] = (path / "adapter_config.json").read_text(encoding="utf-8")
-            path = path / "adapter_model.safetensors"
-        keys, metadata = read_header(path)
-        _require_lora(keys)  # before gigabytes are read in vain
-        tensors = load(path.read_bytes())  # not memory-mapped: Windows could not replace the file while it is in use
-        return parse_adapter(tensors, metadata | peft_config)
-    except (OSError, SafetensorError, ValueError) as error:
+        for file in find_files(path):
+            names = file.names()
+            if names is not None:
+                _require_lora(names)  # before gigabytes are read in vain
+            file_tensors, file_metadata = file.read()
+            tensors |= file_tensors
+            metadata |= file_metadata
+            if file.config is not None:
+                configs[file.component] = file.config
+        if not configs and HEADER_KEY not in metadata and any(name.startswith(PEFT_PREFIX) for name in tensors):
+            logger.warning(
+                "%s: PEFT's adapter_config.json, where the scale stands, is not beside it; the scale is taken as 1",
+                path,
+            )
+        return parse_adapter(tensors, metadata, PeftConfigs(configs, configs.get("")) if configs else None)
+    except (OSError, ValueError) as error:
         raise AdapterError(
             f"The adapter {path} can't be read: {error}.", "Check the path; the file must be a whole .safetensors file."
         ) from error
@@ -339,7 +323,15 @@ def _require_lora(keys: Collection[str]) -> None:
                 f"The adapter is of the kind {kind}, which can't be read yet.",
                 "Use a LoRA, LoCon, DoRA, LoHa, LoKr or OFT file, or one with full differences.",
             )
-    if not any(_parse_key(key) for key in keys):
+    scale = next((key for key in keys if is_quantization_name(key)), None)
+    if scale is not None:
+        raise AdapterError(
+            f"The adapter is quantised: {scale} belongs to numbers that can't be read without it.",
+            "Use a version of the adapter in fp32, fp16 or bf16.",
+        )
+    unread = [key for key in keys if not _parse_key(key)]
+    refuse_unread_parts(unread)
+    if len(unread) == len(keys):
         raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
 
 
@@ -352,9 +344,11 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
         dtype: Of the tensors in the file.
 
     Raises:
+        NotFiniteError: A number is not finite, or too large for the dtype; nothing is written.
         StorageError: The file can't be written.
     """
     tensors = adapter.state_dict(dtype)
+    _tell_of_float32(tensors, dtype)
     metadata = shareable_metadata({key: str(value) for key, value in adapter.metadata.items()})
     placeholders = _hash_entries("0" * 64, "0" * 8)
     size = sum(tensor.nbytes for tensor in tensors.values())
@@ -363,6 +357,20 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
         with open(temporary, "r+b") as file:
             model_hash, legacy_hash = _hashes(file, _hashed_metadata(metadata))
             _overwrite_metadata(file, _hash_entries(model_hash, legacy_hash))
+
+
+def _tell_of_float32(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Say which tensors are of float32 since the type that was asked for would lose their numbers."""
+    kept = [
+        name for name, tensor in tensors.items() if tensor.dtype != dtype and not name.endswith((".alpha", DORA_SCALE))
+    ]
+    if kept:
+        logger.warning(
+            "%d tensors stay in float32, since their numbers are too small for %s, such as %s",
+            len(kept),
+            str(dtype).removeprefix("torch."),
+            kept[0],
+        )
 
 
 def file_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -399,14 +407,18 @@ def _overwrite_metadata(file: BinaryIO, entries: Mapping[str, str]) -> None:
     """
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")
-    header = file.read(length)
-    for key, value in entries.items():
-        # A quote inside a JSON string has a backslash before it, so only a whole key can match.
-        match = re.search(rb'[{,]\s*"' + re.escape(key).encode() + rb'"\s*:\s*"([^"\\]*)"', header)
-        if match is None or len(match[1]) != len(value):
-            raise ValueError(f"the header has no {key} of {len(value)} characters")
-        file.seek(8 + match.start(1))
-        file.write(value.encode())
+    header = json.loads(file.read(length))
+    header["__metadata__"] |= entries
+    text = _header_text(header)
+    if len(text) > length:
+        raise ValueError(f"the header would have {len(text)} bytes instead of {length}")
+    file.seek(8)
+    file.write(text.ljust(length))
+
+
+def _header_text(header: Mapping[str, Any]) -> bytes:
+    """A header as safetensors writes it, without the spaces at its end."""
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def _hashes(file: BinaryIO, hashed_metadata: Mapping[str, str]) -> tuple[str, str]:
@@ -419,7 +431,7 @@ def _hashes(file: BinaryIO, hashed_metadata: Mapping[str, str]) -> tuple[str, st
         model_hash.update(chunk)
 
     bare_header = header | {"__metadata__": dict(hashed_metadata)}
-    text = json.dumps(bare_header, ensure_ascii=False, separators=(",", ":")).encode()
+    text = _header_text(bare_header)
     text += b" " * (-len(text) % 8)
     beginning = len(text).to_bytes(8, "little") + text  # of the file with that header; the data follow
     data_from = max(_LEGACY_HASH_START - len(beginning), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from ..adapters.kohya import read_adapter
 from ..core.devices import pick_device, pick_precision
 from ..core.errors import SettingsError
 from ..core.events import Listener
-from ..core.files import require_writable, write_atomic
+from ..core.files import require_writable, require_writable_file, write_atomic
 from ..core.prompts import split_prompts
 from ..data.images import load_pictures
 from ..evaluation.comparison import (
@@ -41,7 +42,7 @@ def run_score(settings: ScoreCommand, listener: Listener) -> ScoreTable:
     """Score pictures; returns the table, which is also written if a file is given."""
     device = pick_device(settings.device)
     if settings.output is not None:
-        require_writable(settings.output.absolute().parent, 1_000_000)
+        require_writable_file(settings.output, 1_000_000)
     pictures = load_pictures(settings.pictures, settings.prompt, listener)
     references = load_pictures(settings.subject, "", listener) if settings.subject else []
     extractors = _open_extractors(settings, device)
@@ -90,12 +91,12 @@ def candidates_of(settings: CompareCommand) -> list[Candidate]:
         AdapterError: A run has no adapters, or a file is not an adapter.
     """
     files = [parse_strength(text) for text in settings.runs]
-    run_count = sum(path.is_dir() for path, _ in files)
+    run_count = sum(os.path.isdir(path) for path, _ in files)
     candidates = [base_candidate()] if settings.with_base else []
     for path, strength in files:
-        if path.is_dir():
+        if os.path.isdir(path):
             candidates += _candidates_of_run(RunFolder.existing(path), strength, settings, run_count)
-        elif path.is_file():
+        elif os.path.isfile(path):
             read_adapter(path)  # fails before any picture is generated
             candidates.append(adapter_candidate(path, strength))
         else:

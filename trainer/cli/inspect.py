@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..merging.profile import profile_adapter
 from ..models.families import identify, refuse_foreign_keys
 from ..models.families.ldm import UNET_PREFIX, unet_config, with_prefix
 from ..models.open import open_base
-from ..models.state_dicts import read_safetensors
+from ..models.state_dicts import read_single_file
 
 _MODULE_TYPE = re.compile(
     r"(attn[12]_to_(?:q|k|v|out_0)|ff_net_(?:0_proj|2)|proj_in|proj_out|conv\d?|conv_shortcut|time_emb_proj"
@@ -37,7 +38,7 @@ def inspect(path: Path, *, blocks: bool = False) -> dict[str, Any]:
     Raises:
         AdapterError: It is neither an adapter nor a base model that can be read; gives the reason.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         raise AdapterError(f"{path} does not exist.", "Check the path for a typing error.")
     try:
         adapter = read_adapter(path)
@@ -48,7 +49,7 @@ def inspect(path: Path, *, blocks: bool = False) -> dict[str, Any]:
             return _describe_base(path)
         except UnsupportedModelError as unsupported:
             return {"file": str(path), "kind": "base model", "family": unsupported.problem}
-        except (WeightsError, KeyError):
+        except WeightsError:
             raise error from None
 
 
@@ -91,7 +92,7 @@ def _describe_base(path: Path) -> dict[str, Any]:
     if path.is_dir():
         base = open_base(path)
         return {"file": str(path), "kind": "base model", "family": base.family.title, "fingerprint": base.fingerprint}
-    tensors = read_safetensors(path)
+    tensors = read_single_file(path)
     refuse_foreign_keys(tensors)
     unet = with_prefix(tensors, UNET_PREFIX)
     return {"file": str(path), "kind": "base model", "family": identify(unet_config(unet)).title}

@@ -18,7 +18,7 @@ from ..adapters.names import named_weights
 from ..core.devices import DTYPES, pick_device
 from ..core.errors import SettingsError
 from ..core.events import Listener
-from ..core.files import free_path, require_writable, write_atomic
+from ..core.files import free_path, require_writable, require_writable_file, write_atomic
 from ..merging.extract import extract_between
 from ..merging.fuse import fuse
 from ..merging.merge import MergeResult, WeightedAdapter, merge, resize
@@ -112,13 +112,23 @@ def run_convert(settings: ConvertCommand, listener: Listener) -> tuple[Path, str
 
 def run_fuse(settings: FuseCommand, listener: Listener) -> tuple[Path, str]:
     """Save a model with adapters added to it; returns the file or folder written, and what was added."""
-    if not settings.base.is_dir() and settings.output.suffix.lower() != ".safetensors":
+    is_folder = os.path.isdir(settings.base)
+    if not is_folder and settings.output.suffix.lower() != ".safetensors":
         raise SettingsError(f"{settings.output} does not end in .safetensors.", "Give a name that does.")
     adapters = read_adapters(settings.lora)
-    require_writable(settings.output.absolute().parent, 1_000_000)
     path = free_path(settings.output)
+    if is_folder:
+        require_writable(path.absolute().parent, _bytes_of(settings.base))
+    else:
+        require_writable_file(path, _bytes_of(settings.base))
     fuse(settings.base, adapters, path)
     return path, f"{len(adapters)} adapters added to {settings.base.name}"
+
+
+def _bytes_of(path: Path) -> int:
+    """Size of a file, or of all files in a folder; 0 if it does not exist."""
+    files = path.rglob("*") if os.path.isdir(path) else [path]
+    return sum(os.path.getsize(file) for file in files if os.path.isfile(file))
 
 
 def open_weights(path: Path) -> BaseWeights:
@@ -127,7 +137,7 @@ def open_weights(path: Path) -> BaseWeights:
     Raises:
         WeightsError: It can't be read.
     """
-    if path.is_file():
+    if os.path.isfile(path):
         return open_tensors(read_single_file(path), path)
     return open_base(path)
 
@@ -206,7 +216,7 @@ def _require_writable_outputs(output: Path, report: Path | None) -> None:
     """Check, before any work, that the files can be written."""
     for path in (output, report):
         if path is not None:
-            require_writable(path.absolute().parent, 1_000_000)
+            require_writable_file(path, 1_000_000)
 
 
 def _write(result: MergeResult, output: Path, precision: SavePrecision, report: Path | None) -> tuple[Path, str]:

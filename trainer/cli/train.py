@@ -16,7 +16,7 @@ from ..core.devices import explained_memory_errors, pick_device, pick_precision
 from ..core.distributed import ProcessGroup
 from ..core.errors import PicturesError, SettingsError, suggest
 from ..core.events import Listener, Phase
-from ..core.files import explained_os_errors, require_writable
+from ..core.files import explained_os_errors, require_writable_file
 from ..data.class_images import class_images_folder, generate_class_images
 from ..data.folder import AnnotationOptions
 from ..data.image_check import check_pictures
@@ -184,7 +184,7 @@ def _require_picture_path(path: Path) -> None:
         SettingsError: The extension is not of a picture format, or the path is a folder.
         StorageError: Its folder can't be written.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         raise SettingsError(
             f"{path} is a folder.",
             f"Give the name of a picture file in it, such as {suggest('output', path / 'picture.png')}.",
@@ -192,7 +192,7 @@ def _require_picture_path(path: Path) -> None:
     writable = {extension for extension, name in Image.registered_extensions().items() if name in Image.SAVE}
     if path.suffix.lower() not in writable:
         raise SettingsError(f"{path} does not end like a picture file.", "Give a name ending in .png or .jpg.")
-    require_writable(path.absolute().parent, 1_000_000)
+    require_writable_file(path, 1_000_000)
 
 
 def parse_strength(text: str) -> tuple[Path, float]:

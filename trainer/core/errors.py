@@ -136,6 +136,10 @@ class DivergedError(TrainerError):
         )
 
 
+class NotFiniteError(TrainerError):
+    """Numbers that were to be written or applied are NaN, infinite, or too large for their type."""
+
+
 class OutOfMemoryError(TrainerError):
     """The device ran out of memory."""
 

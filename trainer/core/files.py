@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
+import stat
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ else:
 
 _TEMPORARY = ".tmp-"
 _PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)  # seconds
+_SHOWN_NAME = 60  # characters of an overlong name that a message shows
+_IS_WINDOWS = os.name == "nt"
+_NOT_ON_WINDOWS = re.compile(r'[<>:"|?*\x00-\x1f]|[ .]$')
 
 
 @contextlib.contextmanager
@@ -33,8 +38,8 @@ def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
         needed_bytes: Named in the error if the disk is full; 0: unknown.
 
     Raises:
-        StorageError: The disk is full, the folder is read-only, a part of the path is not a folder,
-            the file is open in another program, or any other `OSError`.
+        StorageError: The disk is full, the folder is read-only, a part of the path is not a folder, the name is too
+            long or not allowed, the file is open in another program, or any other `OSError`.
     """
     try:
         yield
@@ -54,6 +59,13 @@ def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
         if error.errno == errno.EFBIG:
             raise StorageError(
                 f"{path} is larger than the disk's format allows.", "Choose an output folder on another disk."
+            ) from error
+        if error.errno == errno.ENAMETOOLONG:
+            longest = max(path.parts, key=len)
+            shown = str(path) if len(longest) <= _SHOWN_NAME else f"{longest[:_SHOWN_NAME]}…"
+            sizes = f"{len(os.fsencode(longest))} bytes, in a path of {len(os.fsencode(path))}"
+            raise StorageError(
+                f"The name {shown} is too long for this system ({sizes}).", "Choose a shorter name."
             ) from error
         raise StorageError(
             f"{path} can't be used: {error.strerror or error}.", "Check the path and that its folders exist."
@@ -113,26 +125,6 @@ def write_atomic(path: Path, content: bytes) -> None:
         file.write(content)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file straight to the disk, with the usual permissions of a new file.
-
-    Raises:
-        StorageError: It can't be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = path.stat().st_mode
-    try:
-        save_file(dict(tensors), path, dict(metadata))
-    except SafetensorError as error:  # also for a full disk
-        raise StorageError(
-            f"{path} can't be written: {error}.", "Free some space on the disk and start again."
-        ) from error
-    path.chmod(mode)  # safetensors makes files that only their owner may read
-
-
 @contextlib.contextmanager
 def folder_written_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `path` when the block ends without an error.
@@ -188,6 +180,37 @@ def require_writable(folder: Path, needed_bytes: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+def require_writable_file(path: Path, needed_bytes: int) -> None:
+    """Check, before any long work, that a file can be written; its folder is created.
+
+    Args:
+        path: The file, which may exist.
+        needed_bytes: Bytes that will be written at least.
+
+    Raises:
+        StorageError: See `require_writable`; or the name is too long, is not allowed on this system, or is a folder's.
+    """
+    path = path.absolute()
+    if _names_a_folder(path):
+        raise StorageError(f"{path} is a folder, not a file.", "Choose another name, or move that folder.")
+    require_writable(path.parent, needed_bytes)
+
+
+def _names_a_folder(path: Path) -> bool:
+    """Whether there is a folder of that name.
+
+    Raises:
+        StorageError: The system can't have that name.
+    """
+    if _IS_WINDOWS and _NOT_ON_WINDOWS.search(path.name):
+        raise StorageError(f"Windows allows no file of the name {path.name}.", "Choose letters, digits, '-' and '_'.")
+    with explained_os_errors(path):
+        try:
+            return stat.S_ISDIR(path.stat().st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete temporary files and folders that a killed process left in `folder`."""
     if not folder.is_dir():
@@ -200,12 +223,18 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def free_path(path: Path) -> Path:
-    """`path`, or if it exists the first of `name-2`, `name-3` … beside it that does not."""
+    """`path`, or if it exists the first of `name-2`, `name-3` … beside it that does not.
+
+    Raises:
+        StorageError: The system can't have a file of that name.
+    """
+    _names_a_folder(path)
     candidate = path
     number = 2
-    while candidate.exists():
-        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        number += 1
+    with explained_os_errors(path):
+        while candidate.exists():
+            candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
+            number += 1
     return candidate
 
 

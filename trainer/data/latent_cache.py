@@ -21,6 +21,7 @@ from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..core.files import write_atomic
 from ..core.prompts import shuffled_tags
 from ..core.seeding import Draw, generator
+from ..core.tensor_files import read_tensors
 from ..models.families.base import Conditioning, DiffusionModel, token_ids_key
 from ..settings.train import TrainSettings
 from .buckets import bucket_shapes, nearest_shape
@@ -147,16 +148,13 @@ class LatentCache:
     @classmethod
     def load(cls, path: Path) -> LatentCache | None:
         """Read a saved cache; None if there is none, or it is damaged or of an older version."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         try:
-            tensors = load(path.read_bytes())
+            tensors = read_tensors(path)
             datasets: dict[str, LatentDataset | None] = {
                 kind: LatentDataset.from_tensors(_with_prefix(tensors, kind)) if f"{kind}.size" in tensors else None
                 for kind in _KINDS
             }
-        except (OSError, SafetensorError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError):
             return None
         text = _with_prefix(tensors, "text")
         instance = datasets["instance"]

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..adapters.layers import FullLayer, Layer, LoraLayer
 from ..adapters.layers.base import balanced
+from ..core.errors import NotFiniteError
+from ..core.tensor_files import is_finite
 
 _FULL_SVD_SIZE = 768  # up to this size of a matrix's smaller side its full decomposition is computed
 _EIGENVALUE_ROUNDING = 1e-14  # share of a Gram matrix's largest eigenvalue; what is below is float64's rounding
@@ -50,6 +52,21 @@ class Delta:
     def times(self, factor: float) -> Delta:
         """The delta, scaled."""
         return replace(self, up=self.up * factor)
+
+    def require_finite(self, name: str) -> Delta:
+        """The delta, whose numbers are all finite.
+
+        Args:
+            name: The module's, for the message.
+
+        Raises:
+            NotFiniteError: They aren't.
+        """
+        if all(is_finite(part) for part in (self.up, self.down) if part is not None):
+            return self
+        raise NotFiniteError(
+            f"What is added to {name} has numbers that are not finite.", "Choose lower strengths or other files."
+        )
 
     def inner(self, other: Delta) -> float:
         """Frobenius inner product, without multiplying factors out."""

@@ -66,6 +66,7 @@ def extract_between(
 
     Raises:
         AdapterError: The models have different layers, or don't differ.
+        NotFiniteError: One of them has numbers that are not finite.
         CancelledError: The listener asked to stop.
     """
     listener = listener or SilentListener()
@@ -87,11 +88,12 @@ def extract_between(
         difference = _difference(base_weight, tuned_weight)
         if difference is None:
             continue
+        whole = Delta(tuple(difference.shape), difference.flatten(1) if difference.ndim > 1 else difference)
+        whole.require_finite(name)
         if difference.ndim == 1:
             if settings.biases:
                 vectors[_vector_key(name)] = difference.cpu()
             continue
-        whole = Delta(tuple(difference.shape), difference.flatten(1))
         truncated = truncate(whole, truncation_for(settings, whole.shape))
         layers[name] = layer_to_device(to_layer(truncated), CPU)
         module_reports.append(compare_with_inputs(name, {0: whole}, truncated))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,15 +10,16 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapters.apply import apply_to_base
-from ..adapters.kohya import Adapter, read_header
+from ..adapters.kohya import Adapter
 from ..core.errors import AdapterError
 from ..core.files import folder_written_atomically
+from ..core.tensor_files import read_header
 from ..models.clip_names import names_as_in
 from ..models.families.base import BaseWeights, Component
 from ..models.families.ldm import UNET_PREFIX
 from ..models.open import open_base, open_tensors
 from ..models.single_file import write_tensors
-from ..models.state_dicts import read_component, read_single_file
+from ..models.state_dicts import is_pickled, read_component, read_single_file
 
 
 def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) -> None:
@@ -31,9 +33,10 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
     Raises:
         WeightsError: The model can't be read.
         AdapterError: An adapter does not fit the model.
+        NotFiniteError: The strengths make weights that are not finite.
         StorageError: The result can't be written.
     """
-    if source.is_dir():
+    if os.path.isdir(source):
         if output.resolve().is_relative_to(source.resolve()):
             raise AdapterError(f"{output} is inside the model's own folder.", "Choose an output folder elsewhere.")
         base = open_base(source)
@@ -51,8 +54,9 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
             if fused[key] is tensors[key]:
                 fused[key] = tensors[key].clone()
             views.view_into(fused[key], key, original).copy_(tensor)
-    metadata = read_header(source)[1] if source.suffix.lower() == ".safetensors" else {}
-    write_tensors(output, fused, {**metadata, "format": "pt"})
+    metadata = {} if is_pickled(source) else read_header(source).metadata
+    unchanged = [name for name, tensor in fused.items() if tensor is tensors[name]]
+    write_tensors(output, fused, {**metadata, "format": "pt"}, copied=unchanged)
 
 
 def _component_pairs(before: BaseWeights, after: BaseWeights) -> list[tuple[Component, Component]]:
@@ -113,5 +117,6 @@ def _write_folder(source: Path, before: BaseWeights, after: BaseWeights, output:
         for name, tensors in changed.items():
             stem = "diffusion_pytorch_model" if name == "unet" else "model"
             whole = read_component(source / name, stem)
+            unchanged = whole.keys() - names_as_in(whole, tensors).keys()
             whole |= names_as_in(whole, tensors)
-            write_tensors(temporary / name / f"{stem}.safetensors", whole, {"format": "pt"})
+            write_tensors(temporary / name / f"{stem}.safetensors", whole, {"format": "pt"}, copied=unchanged)

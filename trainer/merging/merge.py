@@ -88,6 +88,7 @@ def merge(
     Raises:
         SettingsError: There is nothing to merge, or a pattern of block weights fits no module.
         AdapterError: The adapters are of different families, have no module or no shape in common, or need weights.
+        NotFiniteError: Strengths or adapters give numbers that are not finite.
         CancelledError: The listener asked to stop.
     """
     listener = listener or SilentListener()
@@ -160,6 +161,9 @@ def _merge_module(
         if same_kind is not None:  # and needs no weight
             return same_kind, ModuleReport.untouched(inputs.name, index, same_kind.rank)
     deltas = inputs.deltas(device)
+    scaled_deltas = {
+        index: delta.times(inputs.strengths[index]).require_finite(inputs.name) for index, delta in deltas.items()
+    }
     weighted_deltas = [(delta, inputs.strengths[index]) for index, delta in deltas.items()]
     if columns is not None:
         result = column_scaled(weighted_deltas, columns)
@@ -169,11 +173,10 @@ def _merge_module(
         )
         result = METHODS[settings.method](weighted_deltas, options)
     if settings.truncates:
-        result = truncate(result, truncation_for(settings, result.shape))
-    scaled_deltas = {index: delta.times(inputs.strengths[index]) for index, delta in deltas.items()}
+        result = truncate(result.require_finite(inputs.name), truncation_for(settings, result.shape))
     is_sum = settings.method == "sum" and columns is None
     report = compare_with_inputs(inputs.name, scaled_deltas, result, is_sum=is_sum)
-    return layer_to_device(to_layer(result), CPU), report
+    return layer_to_device(to_layer(result.require_finite(inputs.name)), CPU), report
 
 
 def weight_if_needed(name: str, layers: Sequence[Layer], weights: Mapping[str, Tensor]) -> Tensor | None:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import WeightsError, suggest
+from ..core.errors import CancelledError, TrainerError, WeightsError, suggest
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
@@ -29,7 +29,9 @@ def explained_opening(description: str, source: str, files: str, folder: str) ->
     """
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (TrainerError, CancelledError, RuntimeError, MemoryError):
+        raise
+    except Exception as error:  # transformers raises anything for files of another shape
         raise WeightsError(
             f"The {description} {source} can't be opened: {error}".split("\n")[0].rstrip(".") + ".",
             f"Put {files} into a folder, such as {folder}/{Path(source).name}, and give that; or give a hub name, "

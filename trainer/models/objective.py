@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.errors import WeightsError
 from ..settings.objective import ObjectiveSettings
 
+_SCHEDULER_REMEDY = "Copy scheduler/scheduler_config.json of the model's source again."
 _MAX_SNR = 1000.0  # limits of debiasing: above as kohya has it; below, since pure noise has a ratio of 0
 _MIN_SNR = 0.001
 
@@ -206,12 +208,20 @@ def make_objective(
         prediction_type: "epsilon" or "v_prediction".
         scheduler: The noise schedule's configuration as diffusers writes it; Stable Diffusion's if empty.
         zero_terminal_snr: Whether the schedule is rescaled to end in pure noise.
+
+    Raises:
+        WeightsError: The configuration gives no schedule.
     """
     if scheduler:
         from diffusers import DDPMScheduler
 
         config = {name: value for name, value in scheduler.items() if name != "rescale_betas_zero_snr"}
-        schedule = DDPMScheduler.from_config(config).alphas_cumprod
+        try:
+            schedule = DDPMScheduler.from_config(config).alphas_cumprod
+        except Exception as error:  # diffusers and torch raise anything for values that make no schedule
+            raise WeightsError(f"The scheduler's configuration can't be used: {error}.", _SCHEDULER_REMEDY) from error
+        if not bool(((schedule >= 0) & (schedule <= 1)).all()):
+            raise WeightsError("The scheduler's configuration gives no schedule of noise.", _SCHEDULER_REMEDY)
     else:
         schedule = scaled_linear_alphas_cumprod()
     if zero_terminal_snr:

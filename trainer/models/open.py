@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import Tensor
 
 from ..core.errors import UnsupportedModelError, WeightsError
+from ..core.tensor_files import is_quantization_name
 from ..settings.model import PredictionType
 from .families import identify, refuse_foreign_class, refuse_foreign_keys
 from .families.base import CHOSEN, BaseWeights, Component, DiffusionModel, Family, Prediction
@@ -33,6 +36,47 @@ from .state_dicts import network_config, read_component, read_json, read_single_
 from .tokenizer import find_tokenizer, load_tokenizer
 
 logger = logging.getLogger("dreambooth_lora")
+
+_BROKEN = "Use a complete, unchanged model; if it was downloaded, download it again and compare its size."
+
+
+class _Config(BaseModel):
+    """What a configuration from outside must hold for its family to be known; the network's class checks the rest."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class _UnetConfig(_Config):
+    in_channels: int = 4
+    block_out_channels: list[int]
+    layers_per_block: int
+    cross_attention_dim: int | list[int]
+    addition_embed_type: str | None = None
+    class_embed_type: str | None = None
+    use_linear_projection: bool = False
+
+
+class _VaeConfig(_Config):
+    block_out_channels: list[int]
+    scaling_factor: float = 0.18215
+
+
+class _TextConfig(_Config):
+    hidden_size: int
+    num_attention_heads: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+
+
+class _SchedulerConfig(_Config):
+    prediction_type: str = "epsilon"
+    rescale_betas_zero_snr: bool | None = False
+
+
+_UNET_CONFIG = TypeAdapter(_UnetConfig)
+_VAE_CONFIG = TypeAdapter(_VaeConfig)
+_TEXT_CONFIG = TypeAdapter(_TextConfig)
+_SCHEDULER_CONFIG = TypeAdapter(_SchedulerConfig)
 
 
 @dataclass(frozen=True)
@@ -81,22 +125,38 @@ def open_base(
         SettingsError: The text encoders have no such layer.
     """
     load_bitsandbytes_if_installed()  # else diffusers does
-    if isinstance(source, HostTensors):
-        weights = _from_original(source)
-    elif os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not accept
-        weights = _from_folder(source)
-    elif os.path.isfile(source):
-        weights = _from_original(_from_file(source, tokenizer))
-    else:
-        raise WeightsError(f"The base model {source} does not exist.", "Check the path for a typing error.")
-    if vae is not None:
-        weights = replace(weights, vae=_open_vae(vae, weights.family))
-    if prediction_type != "auto":
-        rescaled = weights.prediction.zero_terminal_snr and prediction_type == "v_prediction"
-        weights = replace(weights, prediction=Prediction(prediction_type, rescaled, CHOSEN))
-    skip = clip_skip or weights.clip_skip
-    is_usual = all(skip == spec.layer + spec.unused_layers for spec in weights.family.text_encoders)
-    return checked(replace(weights, clip_skip=0 if is_usual else skip))
+    with contextlib.nullcontext() if isinstance(source, HostTensors) else _explained_damage(source):
+        weights = _from_original(source) if isinstance(source, HostTensors) else _open_path(source, tokenizer)
+        if vae is not None:
+            with _explained_damage(vae):
+                weights = replace(weights, vae=_open_vae(vae, weights.family))
+        if prediction_type != "auto":
+            rescaled = weights.prediction.zero_terminal_snr and prediction_type == "v_prediction"
+            weights = replace(weights, prediction=Prediction(prediction_type, rescaled, CHOSEN))
+        skip = clip_skip or weights.clip_skip
+        is_usual = all(skip == spec.layer + spec.unused_layers for spec in weights.family.text_encoders)
+        return checked(replace(weights, clip_skip=0 if is_usual else skip))
+
+
+def _open_path(source: Path, tokenizer: Path | None) -> BaseWeights:
+    if os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not accept
+        return _from_folder(source)
+    if os.path.isfile(source):
+        return _from_original(_from_file(source, tokenizer))
+    raise WeightsError(f"The base model {source} does not exist.", "Check the path for a typing error.")
+
+
+@contextlib.contextmanager
+def _explained_damage(path: Path) -> Iterator[None]:
+    """Turn what a model of impossible shapes raises somewhere on its way into a `WeightsError`."""
+    try:
+        yield
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+        if "out of memory" in str(error).lower():
+            raise
+        raise WeightsError(
+            f"{path} is no model that can be opened ({type(error).__name__}: {error}).", _BROKEN
+        ) from error
 
 
 def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
@@ -111,7 +171,8 @@ def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
         WeightsError: It is incomplete, or not a base model.
     """
     load_bitsandbytes_if_installed()
-    return checked(_from_original(_networks_in_file(tensors, path)))
+    with _explained_damage(path):
+        return checked(_from_original(_networks_in_file(tensors, path)))
 
 
 def _from_file(path: Path, tokenizer: Path | None) -> HostTensors:
@@ -214,16 +275,15 @@ def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
 
 
 def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse quantised weights, whose values can't be read without their scales."""
+    """Refuse quantised weights, whose values can't be read without their scales, and numbers of other kinds."""
     for name, tensor in tensors.items():
-        if name.endswith((".scale_weight", ".weight_scale", ".comfy_quant")) or tensor.dtype in (
-            torch.uint8,
-            torch.int8,
-        ):
+        if is_quantization_name(name) or tensor.dtype in (torch.uint8, torch.int8):
             raise WeightsError(
                 f"The base model is quantised ({name}: {tensor.dtype}).",
                 "Use an fp16, bf16 or fp32 version of the model for training; the adapter fits the quantised one too.",
             )
+        if not tensor.is_floating_point() and not name.endswith("position_ids"):
+            raise WeightsError(f"The base model's {name} is of the type {tensor.dtype}.", _BROKEN)
 
 
 def _from_folder(folder: Path) -> BaseWeights:
@@ -231,16 +291,19 @@ def _from_folder(folder: Path) -> BaseWeights:
     if "unet" not in index:
         refuse_foreign_class(str(index.get("_class_name", "unknown")))
     unet_settings = network_config(folder / "unet" / "config.json")
-    refuse_foreign_class(unet_settings.pop("_class_name", "UNet2DConditionModel"))
+    refuse_foreign_class(str(unet_settings.pop("_class_name", "UNet2DConditionModel")))
+    network_config(folder / "unet" / "config.json", _UNET_CONFIG)
     family = identify(unet_settings)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = network_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     return BaseWeights(
         family=family,
-        unet=Component(read_component(folder / "unet", "diffusion_pytorch_model"), unet_settings),
+        unet=Component(_read_plain(folder / "unet", "diffusion_pytorch_model"), unet_settings),
         vae=_vae_folder(folder / "vae"),
         text_encoders=[
             text_component(
-                read_component(folder / spec.name, "model"), spec, network_config(folder / spec.name / "config.json")
+                _read_plain(folder / spec.name, "model"),
+                spec,
+                network_config(folder / spec.name / "config.json", _TEXT_CONFIG),
             )
             for spec in family.text_encoders
         ],
@@ -264,9 +327,16 @@ def _scheduled_prediction(scheduler: Mapping[str, Any]) -> Prediction:
 
 
 def _vae_folder(folder: Path) -> Component:
-    settings = network_config(folder / "config.json")
+    settings = network_config(folder / "config.json", _VAE_CONFIG)
     settings.pop("_class_name", None)
-    return Component(with_current_attention_names(read_component(folder, "diffusion_pytorch_model")), settings)
+    return Component(with_current_attention_names(_read_plain(folder, "diffusion_pytorch_model")), settings)
+
+
+def _read_plain(folder: Path, stem: str) -> dict[str, Tensor]:
+    """The weights in a folder, which are plain numbers; see `read_component`."""
+    tensors = read_component(folder, stem)
+    _require_plain_floats(tensors)
+    return tensors
 
 
 def _open_vae(path: Path, family: Family) -> Component:

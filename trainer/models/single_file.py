@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core.files import file_written_atomically, save_tensors
+from ..core.files import file_written_atomically
+from ..core.tensor_files import cast_finite, save_tensors
+from ..settings.sharing import shareable_metadata
 from .clip_names import with_text_tower
 from .families.base import BaseWeights
 from .families.ldm import UNET_PREFIX, VAE_PREFIX
@@ -65,18 +67,29 @@ def write_single_file(
         dtype: Type of the floating-point tensors in the file.
 
     Raises:
+        NotFiniteError: A number is not finite, or too large for the type; nothing is written.
         StorageError: It can't be written.
     """
     converted = {
-        name: tensor.to(dtype if tensor.is_floating_point() else tensor.dtype) for name, tensor in tensors.items()
+        name: cast_finite(name, tensor, dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in tensors.items()
     }
     write_tensors(path, converted, {"format": "pt", **metadata})
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, copied: Collection[str] = ()
+) -> None:
     """Write a safetensors file, whole or not at all; every tensor keeps its type.
 
+    Args:
+        path: The file.
+        tensors: On any device; they may share memory.
+        metadata: Of the file; strings.
+        copied: Names of tensors that are as in another file, whose numbers are not looked at.
+
     Raises:
+        NotFiniteError: A number is not finite; nothing is written.
         StorageError: It can't be written.
     """
     unshared: dict[str, Tensor] = {}
@@ -89,7 +102,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         storages.add(storage.data_ptr())
         unshared[name] = on_cpu
     with file_written_atomically(path) as temporary:
-        save_tensors(temporary, unshared, metadata)
+        save_tensors(temporary, unshared, shareable_metadata(metadata), copied=copied)
 
 
 def _of_component(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:

@@ -115,6 +115,7 @@ class LayerTensors:
         if core_tensor is not None:
             agree &= core_tensor.shape[:2] == (rank, rank)
             agree &= inner_factor.shape[1:].numel() == inner_factor.shape[1]
+            agree &= self.kind == "LoRA" or inner_factor.ndim == outer_factor.ndim == 2
         if not agree:
             present = [suffix for suffix in (inner, outer, core) if suffix in self.tensors]
             raise self.shape_error(present, "which don't fit")
@@ -232,6 +233,8 @@ def dora_delta(delta: Tensor, scale: Tensor | None, weight: Tensor | None) -> Te
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Factors of the same product and of similar norms, which half precision can hold; exact, by powers of two."""
-    ratios = torch.linalg.vector_norm(down, dim=1) / torch.linalg.vector_norm(up, dim=0)
-    powers = torch.exp2((ratios.log2() / 2).round().nan_to_num(0.0, 0.0, 0.0))
+    down_norms = torch.linalg.vector_norm(down, dim=1, dtype=torch.float64)  # whose squares float32 might not hold
+    up_norms = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64)
+    exponents = ((down_norms / up_norms).log2() / 2).round().nan_to_num(0.0, 0.0, 0.0).clamp(-120, 120)
+    powers = torch.exp2(exponents).to(up.dtype)
     return up * powers, down / powers[:, None]

@@ -22,6 +22,7 @@ from torch import Tensor
 from ...adapters.kohya import Adapter, read_adapter, write_adapter
 from ...core.errors import AdapterError, StorageError
 from ...core.files import write_atomic
+from ...core.tensor_files import map_tensors, read_tensors, save_tensors
 
 ADAPTER_FILE = "adapter.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
@@ -96,21 +97,20 @@ def write_checkpoint_files(folder: Path, checkpoint: Checkpoint) -> None:
     Raises:
         StorageError: A file can't be written.
     """
-    from safetensors.torch import save_file
-
     trained = checkpoint.trained
     if trained.adapter:
         write_adapter(folder / ADAPTER_FILE, trained.adapter, torch.float32)
     tensors, rest = _split_optimizer(checkpoint.optimizer)
     try:
         if trained.weights:
-            save_file(dict(trained.weights), folder / WEIGHTS_FILE, dict(trained.metadata))
-        save_file(tensors, folder / OPTIMIZER_FILE)
+            save_tensors(folder / WEIGHTS_FILE, trained.weights, trained.metadata)
+        save_tensors(folder / OPTIMIZER_FILE, tensors, {}, copied=tensors)  # as it is, whatever that is
         if checkpoint.live:
-            save_file(dict(checkpoint.live), folder / LIVE_FILE)
-    except Exception as error:  # safetensors reports a full disk as an error of its own
+            save_tensors(folder / LIVE_FILE, checkpoint.live, {})
+    except (OSError, StorageError) as error:
+        reason = error.problem if isinstance(error, StorageError) else error
         raise StorageError(
-            f"The checkpoint of step {checkpoint.step} can't be written to {folder.parent}: {error}.",
+            f"The checkpoint of step {checkpoint.step} can't be written to {folder.parent}: {reason}",
             "Free some space on the disk and start again: the run resumes.",
         ) from error
     state: dict[str, Any] = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra}
@@ -127,17 +127,15 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
     Raises:
         StorageError: It is damaged.
     """
-    from safetensors.torch import load
-
     with explained_damage(folder):
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        tensors = load((folder / OPTIMIZER_FILE).read_bytes())
+        tensors = read_tensors(folder / OPTIMIZER_FILE)
         return Checkpoint(
             step=step,
             trained=read_trained(folder),
             optimizer=_join_optimizer(tensors, state["optimizer"]),
             extra=state["extra"],
-            live=load((folder / LIVE_FILE).read_bytes()) if state.get("live") else {},
+            live=read_tensors(folder / LIVE_FILE) if state.get("live") else {},
             measurements=_measurements_of(state),
         )
 
@@ -148,13 +146,11 @@ def read_trained(path: Path) -> Saved:
     Raises:
         StorageError: It is damaged.
     """
-    from safetensors.torch import load_file
-
     with explained_damage(path):
         if path.is_file():
             return Saved(adapter=read_adapter(path))
         if (path / WEIGHTS_FILE).is_file():
-            return Saved(weights=load_file(path / WEIGHTS_FILE))
+            return Saved(weights=map_tensors(path / WEIGHTS_FILE))
         return Saved(adapter=read_adapter(path / ADAPTER_FILE))
 
 
@@ -188,11 +184,9 @@ def _measurements_of(state: Mapping[str, Any]) -> Measurements | None:
 @contextlib.contextmanager
 def explained_damage(path: Path) -> Iterator[None]:
     """Turn whatever goes wrong while `path` is read into a `StorageError` that says what to delete."""
-    from safetensors import SafetensorError
-
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError, AdapterError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
         raise StorageError(
             f"The checkpoint {path} is damaged: {error}.",
             f"Delete that {'file' if path.suffix else 'folder'}: the run goes on from the checkpoint before it.",
