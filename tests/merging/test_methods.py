@@ -122,7 +122,8 @@ def test_a_large_convolution_is_cut_as_well_as_possible() -> None:
     singular = np.linalg.svd(both.numpy(), compute_uv=False)
     layer = result.adapter.layers[NAME]
     assert layer.shape == shape
-    assert (both - added(layer, shape)).norm() <= (1 + 1e-5) * float(np.linalg.norm(singular[rank:]))
+    best = float(np.linalg.norm(singular[rank:]))
+    assert (both - added(layer, shape)).norm() <= (1 + 1e-5) * best + 2e-6 * both.norm()
 
 
 def test_the_global_generator_is_left_alone() -> None:

