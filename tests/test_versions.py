@@ -102,6 +102,7 @@ def test_adapters_are_read_with_the_same_tensors(path: Path) -> None:
     assert adapter.metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_merging_gives_what_it_gave(folder: Path) -> None:
     pair = [

@@ -78,6 +78,7 @@ def draw_words(base: Path, output: Path) -> list[str]:
     return [*words, "--base", str(base), "--output", str(output)]
 
 
+@pytest.mark.slow
 def test_train_generate_inspect(run: Shell, train_words: list[str], tiny_checkpoint: Path, tmp_path: Path) -> None:
     more = ["--class-prompt", "a dog", "--prior-count", "1", "--prior-steps", "1", "--learning-rate", "0.1"]
     assert run(*train_words, *more) == 0, run.errors
@@ -109,6 +110,7 @@ def test_train_generate_inspect(run: Shell, train_words: list[str], tiny_checkpo
     assert json.loads(run.output)["family"] == "Stable Diffusion 1.x"
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_writes_a_checkpoint_and_an_adapter(
     run: Shell, train_words: list[str], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
@@ -210,6 +212,7 @@ def test_new_settings_reach_the_run(run: Shell, train_words: list[str], tmp_path
     assert json.loads(metadata["ss_network_args"]).items() >= told.items()
 
 
+@pytest.mark.slow
 def test_training_on_top_of_adapters(run: Shell, train_words: list[str], tmp_path: Path) -> None:
     """A style first, then the subject on top of it: alone, combined with it, and gone on with."""
     fast = ["--learning-rate", "0.05", "--save-precision", "fp32"]
@@ -250,6 +253,7 @@ def test_finished_run_is_not_trained_twice(run: Shell, train_words: list[str], t
     assert (tmp_path / "out" / "dog.safetensors").read_bytes() == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cat", "cat [v1]"])
 def test_adapters_of_one_name_stand_side_by_side(run: Shell, train_words: list[str], tmp_path: Path, name: str) -> None:
     files = []
@@ -406,6 +410,7 @@ def start() -> Iterator[Callable[..., Program]]:
         program.process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
 def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(
     run: Shell, start: Callable[..., Program], train_words: list[str], tmp_path: Path

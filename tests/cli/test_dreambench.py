@@ -258,6 +258,7 @@ def at_subject(number: int, event: Any) -> Callable[[list[Any]], bool]:
     return matches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "event", "trained"),
     [

@@ -71,6 +71,7 @@ def drawn(path: Path, folder: Path, **changes: Any) -> np.ndarray[Any, Any]:
         return np.asarray(picture, dtype=int)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "rates", "prefixes", "metadata"),
     [
@@ -118,6 +119,7 @@ def test_train_with_class_pictures_then_draw(
     assert np.abs(drawn(files[family], tmp_path, lora=(f"{result.path}:0",)) - plain).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_priors_alone_are_used_again(family: str, files: dict[str, Path], tmp_path: Path) -> None:
     asked = {"class_prompt": "a photo of a dog", "prior_count": 2, "prior_steps": 2, "resolution": 64}
@@ -144,6 +146,7 @@ def latents_of(base: BaseWeights) -> Tensor:
     return vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
 
 
+@pytest.mark.slow
 def test_another_autoencoder_from_a_file_or_a_folder(tmp_path: Path) -> None:
     """A file, with the checkpoint's prefix or without, takes the family's scaling; a folder says its own."""
     base = sdxl_checkpoint(tmp_path / "base.safetensors", size="tiny")
@@ -181,6 +184,7 @@ def test_an_autoencoder_that_is_not_there_is_named(files: dict[str, Path], tmp_p
         open_base(files["sdxl"], TOKENIZER, vae=tmp_path / "half.safetensors")
 
 
+@pytest.mark.slow
 def test_an_autoencoder_that_overflows_in_half_precision_works(tmp_path: Path) -> None:
     """As SDXL's own: it computes in float32, whatever the weights' type, when it encodes and when it draws."""
     tensors = sdxl_state_dict("tiny", dtype=torch.float16)

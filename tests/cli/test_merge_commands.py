@@ -325,6 +325,7 @@ LEARNED = [
 ]
 
 
+@pytest.mark.slow
 def test_learned_merge(run: Shell, models: Path, weights: dict[str, Tensor], tmp_path: Path) -> None:
     dog, other, output = models / "dog.safetensors", models / "größe 1.safetensors", tmp_path / "out.safetensors"
     words = ["learned-merge", f"{dog}:0.5:2", other, "--base", models / "sd15.safetensors", "--output", output]
@@ -419,6 +420,7 @@ def test_help_tells_every_setting(command: str, run: Shell) -> None:
     assert command in run.output
 
 
+@pytest.mark.slow
 def test_the_program_itself(models: Path, tmp_path: Path) -> None:
     """In a process of its own: the result's path alone on standard output, all else on standard error."""
     output = tmp_path / "out.safetensors"

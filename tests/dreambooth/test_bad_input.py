@@ -1448,6 +1448,7 @@ def test_a_finished_run_frees_the_networks(runs: Runs, monkeypatch: pytest.Monke
     assert not any(network() for network in networks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", [False, True], ids=["as the folder says", "as the user says"])
 def test_a_wrong_prediction_type_is_found_out(world: World, chosen: bool) -> None:
     """The demo's model predicts epsilon; trained as what it is not, it would learn noise without an error."""
@@ -1486,6 +1487,7 @@ def file_size_limit(number_of_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on file sizes")
 @pytest.mark.parametrize("part", ["adapter.safetensors", "optimizer.safetensors"])
 def test_full_disk_in_the_middle_of_a_checkpoint(runs: Runs, part: str) -> None:

@@ -328,6 +328,7 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+@pytest.mark.slow
 def test_stops_leave_no_trace_with_everything_on(world: World, tmp_path: Path) -> None:
     repeated = [replace(picture, repeats=1 + number % 3) for number, picture in enumerate(world.subject)]
     world = replace(world, subject=repeated).with_priors(tmp_path / "class")
@@ -343,6 +344,7 @@ def test_stops_leave_no_trace_with_everything_on(world: World, tmp_path: Path) -
     assert_same_end(resumed, straight)
 
 
+@pytest.mark.slow
 def test_the_course_does_not_depend_on_the_cache_file(world: World, tmp_path: Path) -> None:
     """A run that was stopped reads what it encoded; without the file it encodes anew, to the same bits."""
     changes = {**BUCKETS, "shuffle_tags": True, "caption_dropout": 0.3}

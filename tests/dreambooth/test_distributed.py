@@ -170,6 +170,7 @@ def runs_of(course: Course) -> list[Path]:
     return sorted(runs_in(course.values["output_dir"]), key=lambda run: len(run.name))
 
 
+@pytest.mark.slow
 def test_a_stop_is_one_for_all_and_keeps_its_step(course: Course) -> None:
     assert course.stopped.status != 0
     assert course.stopped.output == ""
@@ -180,6 +181,7 @@ def test_a_stop_is_one_for_all_and_keeps_its_step(course: Course) -> None:
     assert "RuntimeError" not in course.stopped.errors
 
 
+@pytest.mark.slow
 def test_the_leader_alone_speaks(course: Course) -> None:
     ended = course.ended
     assert len(ended.output.splitlines()) == 2, ended.errors
@@ -191,6 +193,7 @@ def test_the_leader_alone_speaks(course: Course) -> None:
     assert ended.errors.count(f"Validation loss after step {STEPS}:") == 2
 
 
+@pytest.mark.slow
 def test_stop_and_resume_leave_no_trace(course: Course) -> None:
     """The straight run began anew although the resumed one, with more steps, lay beside it: for all processes."""
     old, new = runs_of(course)
@@ -200,6 +203,7 @@ def test_stop_and_resume_leave_no_trace(course: Course) -> None:
         assert differing(old / step, new / step) == []
 
 
+@pytest.mark.slow
 def test_two_learn_what_one_would(course: Course, alone: TrainResult) -> None:
     """With the same samples in a step: class pictures, accumulation, clipping, a trained text encoder, flips."""
     _, run = runs_of(course)
@@ -218,6 +222,7 @@ def losses_of(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
 
 
+@pytest.mark.slow
 def test_every_file_is_written_once(course: Course) -> None:
     for run in runs_of(course):
         lines = read_metrics(run / "metrics.jsonl")
@@ -230,6 +235,7 @@ def test_every_file_is_written_once(course: Course) -> None:
         assert not list(run.rglob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_nobody_reads_a_checkpoint_that_is_being_written(values: dict[str, Any], tmp_path: Path) -> None:
     """Without previews and held-out pictures nothing else lets the processes wait for each other."""
     changes = {"output_dir": tmp_path, "steps": 2, "checkpoint_every": 1, "preview_every": 0, "validation_pictures": 0}
@@ -239,6 +245,7 @@ def test_nobody_reads_a_checkpoint_that_is_being_written(values: dict[str, Any],
     assert len(ended.output.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_is_part_of_a_run(course: Course, alone: TrainResult) -> None:
     path = course.ended.output.splitlines()[0]
     with safe_open(path, "pt") as file:
@@ -260,6 +267,7 @@ def test_the_fingerprint_counts_processes(tiny_checkpoint: Path) -> None:
     assert found[0] == run_fingerprint(base, [], [], TrainSettings(), "fp32")
 
 
+@pytest.mark.slow
 def test_an_error_of_one_ends_all_with_its_words(course: Course) -> None:
     """The leader can't write its metrics, while the other waits for it."""
     [run] = runs_in(course.values["output_dir"] / "broken")

@@ -62,16 +62,19 @@ def assert_stops_leave_no_trace(world: World, folder: Path, stops: list[int], **
     assert_same_end(resumed, straight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rsLoRA", "LoCon", "DoRA", "LoHa", "LoKr"])  # and below LoRA, LoKr of 4
 def test_every_kind_with_a_text_encoder(kind: str, world: World, tmp_path: Path) -> None:
     assert_stops_leave_no_trace(world, tmp_path, [2], **{**KINDS[kind], **TEXT})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LoCon", "DoRA"])
 def test_sdxl_with_both_text_encoders(kind: str, xl: World, tmp_path: Path) -> None:
     assert_stops_leave_no_trace(xl, tmp_path, [1], steps=2, **{**KINDS[kind], **BOTH_TEXTS})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{}, {"adapter": "lokr", "max_norm": 0.1}, {**RICH, "adapter": "dora", "dropout": 0.2}, FULL],
@@ -82,11 +85,13 @@ def test_text_encoders_that_leave_half_way(changes: dict[str, Any], world: World
     assert_stops_leave_no_trace(world, tmp_path, [1, 2, 3], **{**TEXT, "text_encoder_until": 0.5, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", [TEXT, BOTH_TEXTS], ids=["one", "both"])
 def test_sdxls_text_encoders_leave_half_way(trained: dict[str, Any], xl: World, tmp_path: Path) -> None:
     assert_stops_leave_no_trace(xl, tmp_path, [2, 3], **trained, text_encoder_until=0.5)
 
 
+@pytest.mark.slow
 def test_a_text_encoder_that_left_is_trained_no_more(world: World, tmp_path: Path) -> None:
     """What was learned of the text by the last step is what was learned by the step at which it stayed."""
     changes: dict[str, Any] = {**TEXT, "text_encoder_until": 0.5, "checkpoint_every": 1}
@@ -102,6 +107,7 @@ def test_a_text_encoder_that_left_is_trained_no_more(world: World, tmp_path: Pat
     assert any("after step 2" in note for note in listener.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -116,11 +122,13 @@ def test_class_pictures_and_all_the_rest(changes: dict[str, Any], world: World, 
     assert_stops_leave_no_trace(world.with_priors(tmp_path / "class"), tmp_path, [2], **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {**TEXT, "precision": "bf16"}], ids=["UNet", "with text encoder, bf16"])
 def test_full_fine_tuning(changes: dict[str, Any], world: World, tmp_path: Path) -> None:
     assert_stops_leave_no_trace(world, tmp_path, [1, 3], **FULL, **changes)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_of_half_precision_weights(world: World, tmp_path: Path) -> None:
     """The private copies are laid out for convolutions, the files are not."""
     half = sd15_checkpoint(tmp_path / "half.safetensors", size=TINY, dtype=torch.float16)
@@ -135,6 +143,7 @@ def test_gradient_checkpointing_does_not_change_dropout(world: World, tmp_path: 
     assert differing(plain.path, again.path) == []
 
 
+@pytest.mark.slow
 def test_kill_leaves_no_trace(tiny_checkpoint: Path, world: World, tmp_path: Path) -> None:
     """The command line, killed without warning after its first checkpoint; two runs side by side."""
     images, length = noisy_pictures(tmp_path / "images", 3, 0), {"steps": 24, "checkpoint_every": 2}

@@ -16,6 +16,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from helpers import ROOT, Recorder
 from pack.trainer.adapters.kohya import Adapter, LoraLayer
 from pack.trainer.cli.train import run_train
@@ -140,13 +141,24 @@ def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Wo
     return World(base, subject, priors)
 
 
+class StraightRuns(dict[str, tuple[TrainResult, Recorder]]):
+    """Twelve steps without a stop, by variant; each is trained when it is first asked for."""
+
+    def __init__(self, world: World, folder: Path) -> None:
+        super().__init__()
+        self._world = world
+        self._folder = folder
+
+    def __missing__(self, variant: str) -> tuple[TrainResult, Recorder]:
+        self[variant] = self._world.train(self._folder / str(len(self)), variant=variant)
+        return self[variant]
+
+
 @pytest.fixture(scope="module")
-def straight(world: World, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[TrainResult, Recorder]]:
-    """Twelve steps without a stop, by variant."""
-    results = {name: world.train(tmp_path_factory.mktemp("straight"), variant=name) for name in VARIANTS}
+def straight(world: World, tmp_path_factory: pytest.TempPathFactory) -> StraightRuns:
     gc.collect()
     gc.freeze()  # the recipe collects garbage several times a run; what was imported by now need not be searched
-    return results
+    return StraightRuns(world, tmp_path_factory.mktemp("straight"))
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +175,7 @@ def stopped_copy(stopped: Path, tmp_path: Path) -> Path:
     return shutil.copytree(stopped, tmp_path / "copy")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_stops_leave_no_trace(
     variant: str, world: World, straight: dict[str, tuple[TrainResult, Recorder]], tmp_path: Path
@@ -177,6 +190,7 @@ def test_stops_leave_no_trace(
     assert_same_end(result, straight[variant][0])
 
 
+@pytest.mark.slow
 def test_checkpoints_do_not_disturb(
     world: World, straight: dict[str, tuple[TrainResult, Recorder]], tmp_path: Path
 ) -> None:
@@ -187,6 +201,7 @@ def test_checkpoints_do_not_disturb(
     assert steps_in(result.run) == [5, 10, 12]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_sees_the_same_losses(
     stopped_copy: Path, world: World, straight: dict[str, tuple[TrainResult, Recorder]]
 ) -> None:
@@ -196,6 +211,7 @@ def test_a_resumed_run_sees_the_same_losses(
     assert_same_end(result, straight[PLAIN][0])
 
 
+@pytest.mark.slow
 def test_kill_leaves_no_trace(tiny_checkpoint: Path, world: World, tmp_path: Path) -> None:
     """The command line, killed without warning after its first checkpoint, and run again."""
     images = noisy_pictures(tmp_path / "images", 3, 0)
@@ -314,6 +330,7 @@ def test_the_file_has_the_precision_that_was_asked_for(world: World, tmp_path: P
         assert matrices == {dtype}
 
 
+@pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_shorter_one(world: World, tmp_path: Path) -> None:
     straight, _ = world.train(tmp_path / "straight", steps=9)
     short, _ = world.train(tmp_path / "two", steps=6)
@@ -561,6 +578,7 @@ class Faulty(Recorder):
             raise self.error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), HostInterrupt()], ids=repr)
 def test_an_exception_in_the_listener_loses_nothing(
     error: BaseException, world: World, straight: dict[str, tuple[TrainResult, Recorder]], tmp_path: Path
@@ -575,6 +593,7 @@ def test_an_exception_in_the_listener_loses_nothing(
     assert_same_end(result, straight[PLAIN][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "event", "occurrence"),
     [
@@ -655,15 +674,18 @@ def lacking(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("file", "damage"),
-    [
-        ("adapter.safetensors", truncated),
-        ("adapter.safetensors", Path.unlink),
+    mostly_slow(
+        [
+            ("adapter.safetensors", truncated),
+            ("adapter.safetensors", Path.unlink),
+            ("optimizer.safetensors", truncated),
+            ("optimizer.safetensors", emptied),
+            ("state.json", emptied),
+            ("state.json", no_object),
+            ("state.json", lacking),
+        ],
         ("optimizer.safetensors", truncated),
-        ("optimizer.safetensors", emptied),
-        ("state.json", emptied),
-        ("state.json", no_object),
-        ("state.json", lacking),
-    ],
+    ),
 )
 def test_a_damaged_checkpoint_is_named_and_can_be_done_without(
     file: str,
@@ -688,7 +710,7 @@ def replaced(path: Path) -> None:
     save_file({"text.text": torch.zeros(1)}, path)
 
 
-@pytest.mark.parametrize("damage", [truncated, emptied, replaced, Path.unlink])
+@pytest.mark.parametrize("damage", mostly_slow([truncated, emptied, replaced, Path.unlink], replaced))
 def test_a_damaged_cache_is_made_again(
     damage: Callable[[Path], None],
     stopped_copy: Path,
@@ -702,6 +724,7 @@ def test_a_damaged_cache_is_made_again(
     assert_same_end(result, straight[PLAIN][0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dog", "dog[1]"])
 def test_adapters_of_one_name_never_overwrite_each_other(name: str, world: World, tmp_path: Path) -> None:
     foreign = tmp_path / "loras" / f"{name}.safetensors"

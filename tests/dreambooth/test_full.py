@@ -201,6 +201,7 @@ def test_the_checkpoint_has_the_precision_that_was_asked_for(world: World, tmp_p
 # Files
 
 
+@pytest.mark.slow
 def test_files_are_found_again_and_never_overwritten(world: World, tmp_path: Path) -> None:
     foreign = tmp_path / "checkpoints" / "dog.safetensors"
     foreign.parent.mkdir()
@@ -232,6 +233,7 @@ def command(tiny_checkpoint: Path, folder: Path, **changes: Any) -> tuple[TrainR
     return run_train(TrainCommand.checked({**COMMON, **FULL, **places, **changes}), listener), listener
 
 
+@pytest.mark.slow
 def test_the_command_line_writes_both_files(tiny_checkpoint: Path, tmp_path: Path) -> None:
     """Into one folder, so that their names must differ."""
     for steps in ([1.0, 1.0], []):
@@ -254,6 +256,7 @@ def test_a_rank_that_cant_be_extracted_is_told_before_training(
     assert listener.losses == []
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_on_top_of_an_adapter(world: World, tmp_path: Path) -> None:
     """The checkpoint holds both; the extracted LoRA what was learned now, or both if asked."""
     stacked = [(world.train(tmp_path / "first", rank=4).adapter, 0.5)]

@@ -246,6 +246,7 @@ def test_a_batch_without_masks_has_none(world: World, tmp_path: Path) -> None:
     assert collate([batch, batch]).masks is None
 
 
+@pytest.mark.slow
 def test_masks_that_are_ignored_change_nothing(world: World, tmp_path: Path) -> None:
     bare = replace(world, subject=[replace(one, mask=None, mask_digest="") for one in world.subject])
     without = bare.train(tmp_path / "bare", first := Recorder())

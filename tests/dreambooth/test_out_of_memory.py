@@ -60,6 +60,7 @@ def adapter_differs(ours: TrainResult, theirs: TrainResult) -> list[str]:
     return differing(ours.path, theirs.path)
 
 
+@pytest.mark.slow
 def test_it_goes_on_with_checkpointing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The third step fails; the end is that of a run that recomputed activations from the start, bit for bit."""
     straight = world.train(tmp_path / "straight", gradient_checkpointing=True)
@@ -75,6 +76,7 @@ def test_it_goes_on_with_checkpointing(world: World, tmp_path: Path, monkeypatch
     assert len(runs_in(tmp_path / "hungry")) == 1
 
 
+@pytest.mark.slow
 def test_it_begins_anew_with_a_batch_in_parts(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first step fails; the end is that of a run with half the batch and twice the accumulation, bit for bit."""
     halved = world.train(tmp_path / "halved", batch_size=1, gradient_accumulation=2, gradient_checkpointing=True)
@@ -90,6 +92,7 @@ def test_it_begins_anew_with_a_batch_in_parts(world: World, tmp_path: Path, monk
     assert len(hungry.networks) == PROBES + 1 + PROBES + 4 * 2
 
 
+@pytest.mark.slow
 def test_the_run_stays_the_same_run(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fingerprint, file and record tell of the settings that were given, not of what it took to compute them."""
     whole = world.train(tmp_path / "whole", **CUT)

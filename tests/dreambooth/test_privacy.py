@@ -94,6 +94,7 @@ def metadata(path: Path) -> dict[str, str]:
         return dict(file.metadata())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_a_trained_file_tells_no_path(home: Path, shell: Shell) -> None:
     """By flags, going on from an adapter, stacked on one, and combined with it."""
@@ -146,6 +147,7 @@ def test_what_a_tracker_is_sent_holds_no_path(home: Path, shell: Shell) -> None:
         assert_tells_nothing(path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_merged_files_reports_and_tables_tell_no_path(home: Path, shell: Shell) -> None:
     out = home / f"out-{SECRET}"

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import mostly_slow
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from helpers import DEMO, Recorder
@@ -218,7 +219,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    mostly_slow(CASES, "mlp, prior, accumulation 2, tight clip", "attention, prior, batch 2, flip, no clip"),
+)
 def test_recipe_equals_the_plain_loop(
     case: str, base: BaseWeights, subject: list[Picture], priors: list[Picture], tmp_path: Path
 ) -> None:
@@ -244,6 +248,7 @@ def test_first_loss_is_the_base_models(base: BaseWeights, subject: list[Picture]
     assert listener.losses == pytest.approx([loss.item()], rel=0, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_accumulation_equals_a_larger_batch(
     tiny_checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -262,6 +267,7 @@ def test_accumulation_equals_a_larger_batch(
         assert relative_distance(layer.up, second.adapter.layers[name].up) < 1e-3
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing(
     tiny_checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -278,6 +284,7 @@ def test_gradient_checkpointing_changes_nothing(
         assert torch.equal(layer.down, saving.adapter.layers[name].down)
 
 
+@pytest.mark.slow
 def test_training_learns_the_subject(base: BaseWeights, tmp_path: Path) -> None:
     """The denoising error on the subject, over fixed noise that training never drew, falls clearly."""
     pictures = load_pictures(DEMO / "subject", "a photo of sks dog", Recorder())

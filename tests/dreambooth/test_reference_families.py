@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import mostly_slow
 from checkpoints_folders import diffusers_folder
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -304,7 +305,15 @@ def plain_losses(trainer: PlainTrainer, subject: Sequence[Picture], priors: Sequ
     return losses
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    mostly_slow(
+        CASES,
+        "sd2-v, prior, accumulation 2, flip",
+        "sd1, text encoder, clip skip 2",
+        "sdxl, both text encoders, prior, batch 2, tight clip",
+    ),
+)
 def test_recipe_equals_the_plain_loop(
     name: str, folders: dict[str, Path], subject: list[Picture], priors: list[Picture], tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints import OPEN_CLIP_PREFIX, SD2_SHAPES, sd2_checkpoint, sdxl_checkpoint
 from checkpoints_folders import diffusers_folder
 from diffusers import DiffusionPipeline
@@ -95,7 +96,7 @@ def test_clip_skip_counts_from_the_end(family: str, clip_skip: int, folders: dic
         torch.testing.assert_close(ours["pooled_2"], pooled, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("family", USUAL)
+@pytest.mark.parametrize("family", mostly_slow(USUAL, "sd2"))
 def test_the_usual_layer_is_no_choice(family: str, folders: dict[str, Path], files: dict[str, Path]) -> None:
     unusual = 2 if family == "sd1" else 3
     for path in (folders[family], files[family]):
@@ -170,7 +171,7 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_slow(CASES, next(iter(CASES))))
 def test_text_encoders_stay_as_they_are_after_their_time(name: str, files: dict[str, Path], tmp_path: Path) -> None:
     family, rates = CASES[name]
     result, listener = learn(files[family], tmp_path, steps=4, text_encoder_until=0.5, **rates)
@@ -186,6 +187,7 @@ def test_text_encoders_stay_as_they_are_after_their_time(name: str, files: dict[
     assert {layer.split("text_model")[0] for layer in result.adapter.layers if "_te" in layer[:7]} == prefixes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", [1, 3])
 def test_resuming_is_exact_before_and_after_their_time(stop_after: int, files: dict[str, Path], tmp_path: Path) -> None:
     settings = {"steps": 4, "text_encoder_until": 0.5, "dropout": 0.2, **CASES["sdxl"][1]}
@@ -198,6 +200,7 @@ def test_resuming_is_exact_before_and_after_their_time(stop_after: int, files: d
     assert same(layers_at(parts, 4, "lora_"), layers_at(whole, 4, "lora_"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_gradient_checkpointing_changes_nothing(name: str, files: dict[str, Path], tmp_path: Path) -> None:
     family, rates = CASES[name]
@@ -226,6 +229,7 @@ def test_a_text_encoder_that_the_family_lacks_is_named(family: str, files: dict[
 # The file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_diffusers_reads_the_file(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
     family, rates = CASES[name]

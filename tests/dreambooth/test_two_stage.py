@@ -102,6 +102,7 @@ def ranks_and_alphas(adapter: Adapter) -> dict[str, tuple[int, float]]:
 # Going on from a file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FIRST)
 def test_going_on_takes_over_all_that_the_file_is(kind: str, world: World, made: Made, tmp_path: Path) -> None:
     """Whatever the settings say of kind, ranks, alpha and layers; and it begins where the file ends."""
@@ -149,6 +150,7 @@ def test_going_on_from_a_scaled_lokr(factor: dict[str, Any], world: World, made:
     assert max(distances(predicted(recipe.session.model, said), expected).values()) < 1e-4
 
 
+@pytest.mark.slow
 def test_going_on_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
     changes: dict[str, Any] = {**OTHERWISE, **TEXT, "starting_point": StartingPoint(made(**FIRST["LoRA"]))}
     straight = world.train(tmp_path / "straight", **changes)
@@ -167,6 +169,7 @@ def command(tiny_checkpoint: Path, folder: Path, **changes: Any) -> tuple[TrainR
     return run_train(settings, listener), listener
 
 
+@pytest.mark.slow
 def test_a_start_counts_by_its_content_alone(tiny_checkpoint: Path, made: Made, tmp_path: Path) -> None:
     one, copy, other = (tmp_path / f"{name}.safetensors" for name in ("one", "copy", "other"))
     write_adapter(one, made(), torch.float32)
@@ -202,6 +205,7 @@ DIFFUSERS = (
 )
 
 
+@pytest.mark.slow
 def test_going_on_from_files_with_names_of_other_programs(world: World, xl: World, made: Made, tmp_path: Path) -> None:
     for number, (where, pairs, texts) in enumerate(((world, ONE_TEXT, TEXT), (xl, DIFFUSERS, {}))):
         first = made(where, **texts)
@@ -261,6 +265,7 @@ def stacked_world(world: World, *stacked: tuple[Adapter, float]) -> World:
     return replace(world, base=apply_to_base(world.base, stacked))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["SD 1", "SDXL"])
 def test_the_combined_file_is_both_stages_on_the_plain_base(
     family: str, world: World, xl: World, made: Made, tmp_path: Path
@@ -287,6 +292,7 @@ def test_the_combined_file_is_both_stages_on_the_plain_base(
     assert (again.path, listener.losses) == (whole.path, [])
 
 
+@pytest.mark.slow
 def test_layers_of_two_names_are_combined_under_one(world: World, xl: World, made: Made, tmp_path: Path) -> None:
     """Other programs take the last of several entries for one weight, instead of their sum."""
     for number, (plain, pairs, texts) in enumerate(((world, ONE_TEXT, TEXT), (xl, DIFFUSERS, {}))):
@@ -314,6 +320,7 @@ def test_the_lower_model_stays_as_it_is(world: World, made: Made, tmp_path: Path
     assert upper.base.fingerprint != world.base.fingerprint
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_on_top(tiny_checkpoint: Path, world: World, made: Made, tmp_path: Path) -> None:
     """Class pictures, too, are drawn by the base with its adapters."""
     file = tmp_path / "style.safetensors"
@@ -362,6 +369,7 @@ def test_adapters_that_cant_be_added_up_are_told_before_training(
     assert listener.losses == []
 
 
+@pytest.mark.slow
 def test_two_stages_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
     stacked = [(made(**TEXT), 0.7)]
     upper = stacked_world(world, *stacked)

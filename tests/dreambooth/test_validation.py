@@ -58,6 +58,7 @@ def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
     return recipe
 
 
+@pytest.mark.slow
 def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path: Path) -> None:
     for seed in range(20):
         taught, held = split_validation(world.subject, 2, seed)
@@ -76,6 +77,7 @@ def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path
     assert len(recipe.session.cache.validation) == 2
 
 
+@pytest.mark.slow
 def test_a_run_learns_only_from_the_others(world: World, tmp_path: Path) -> None:
     """Bit for bit what a run without the held-out pictures learns, with dropout and a trained text encoder, too."""
     taught, _ = split_validation(world.subject, 2, 0)
@@ -86,6 +88,7 @@ def test_a_run_learns_only_from_the_others(world: World, tmp_path: Path) -> None
     assert watched.run.name != plain.run.name
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_a_plain_loop(world: World, tmp_path: Path) -> None:
     """The base's own, written out with diffusers' schedule; whatever the run's loss, noise and timesteps are."""
     recipe = prepared(world, tmp_path / "plain")
@@ -129,6 +132,7 @@ def test_the_same_weights_have_the_same_loss_whenever_it_is_asked(world: World, 
     assert held_out_loss(recipe) != before
 
 
+@pytest.mark.slow
 def test_training_goes_on_in_training_mode(world: World, tmp_path: Path) -> None:
     """Else dropout would end with the first look at held-out pictures."""
 
@@ -163,6 +167,7 @@ def test_every_checkpoint_is_told_once_and_recorded(world: World, tmp_path: Path
     assert told(again) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 2, 3])
 def test_a_resumed_run_tells_what_the_straight_one_told(stop: int, world: World, tmp_path: Path) -> None:
     straight = Recorder()
@@ -216,6 +221,7 @@ def test_the_command_line_refuses_before_class_pictures_are_made(tiny_checkpoint
     assert not (tmp_path / "output" / "runs").exists()
 
 
+@pytest.mark.slow
 def test_longer_runs_keep_the_same_pictures_apart(world: World, tmp_path: Path) -> None:
     """A run that goes on for more steps has no picture held out that it learned from, and tells nothing twice."""
     first, second = Recorder(), Recorder()

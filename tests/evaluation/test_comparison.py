@@ -419,6 +419,7 @@ def files(root: Path) -> dict[Path, tuple[int, int]]:
     return {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(root.rglob("*.png"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_after", mostly_slow([5, 20], 20))
 def test_an_interrupted_comparison_goes_on(
     stop_after: int, compared: Comparison, world: World, runs: Mapping[str, Path], dino: Path, tmp_path: Path

@@ -248,6 +248,7 @@ def test_bf16_keeps_the_adapter_in_float32(targets: Any, base: BaseWeights) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_bf16_run_trains_on_a_private_copy(base: BaseWeights, pictures: list[Picture], tmp_path: Path) -> None:
     before = {name: (p.data_ptr(), p.clone()) for name, p in base.unet.tensors.items()}
     results = {}

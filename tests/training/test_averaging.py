@@ -250,6 +250,7 @@ def test_what_is_previewed_is_what_is_saved_and_exported(changes: dict[str, Any]
         assert all(torch.equal(exported[name], tensor) for name, tensor in listener.previewed[4].items())
 
 
+@pytest.mark.slow
 def test_ema_does_not_touch_what_is_learned(world: World, tmp_path: Path) -> None:
     _, plain = watched(world, tmp_path / "plain", checkpoint_every=1)
     _, averaged = watched(world, tmp_path / "averaged", **EMA, preview_every=1, preview_steps=1)
@@ -258,6 +259,7 @@ def test_ema_does_not_touch_what_is_learned(world: World, tmp_path: Path) -> Non
         assert all(torch.equal(averaged.trained[step][name], tensor) for name, tensor in weights.items())
 
 
+@pytest.mark.slow
 def test_previews_do_not_touch_what_is_learned_schedule_free(world: World, tmp_path: Path) -> None:
     plain = world.train(tmp_path / "plain", **FREE)
     watching = world.train(tmp_path / "watching", **FREE, preview_every=1, preview_steps=1)
@@ -267,6 +269,7 @@ def test_previews_do_not_touch_what_is_learned_schedule_free(world: World, tmp_p
 HALF: dict[str, Any] = {**TEXT, "text_encoder_until": 0.5}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from helpers import Recorder
 from pack.trainer.__main__ import main
 from pack.trainer.core.errors import plain, worded
@@ -136,7 +137,7 @@ WAYS: dict[str, tuple[dict[str, Any], str, MemorySaving]] = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", mostly_slow(WAYS, "plain", "batch in parts", "nf4"))
 def test_the_plan_equals_what_lives_in_a_real_step(way: str, world: World) -> None:
     changes, precision, lean = WAYS[way]
     settings = settings_of(**changes)
@@ -150,6 +151,7 @@ def test_the_plan_equals_what_lives_in_a_real_step(way: str, world: World) -> No
     assert min(planned.trained, planned.activations, planned.encoding) > 0
 
 
+@pytest.mark.slow
 def test_the_plan_equals_a_real_step_of_sdxl(xl_world: World) -> None:
     settings = settings_of(**BOTH_TEXTS)
     planned, real = (
@@ -159,6 +161,7 @@ def test_the_plan_equals_a_real_step_of_sdxl(xl_world: World) -> None:
     assert planned == real
 
 
+@pytest.mark.slow
 def test_every_part_is_what_it_says(world: World) -> None:
     settings = settings_of(batch_size=4, targets="all", resolution=128)
     planner = Planner(world.base, settings, "bf16", None, False)
@@ -179,6 +182,7 @@ def test_every_part_is_what_it_says(world: World) -> None:
     assert plain.total > plain.peak
 
 
+@pytest.mark.slow
 def test_activations_grow_with_the_batch_and_the_class_pictures(world: World) -> None:
     def activations(batch: int, priors: bool) -> int:
         settings = settings_of(batch_size=batch, resolution=128)
@@ -356,6 +360,7 @@ def small_card(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return free
 
 
+@pytest.mark.slow
 def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: list[int]) -> None:
     settings = settings_of(**MANY)
     for lean in memory_savings(settings):
@@ -436,6 +441,7 @@ def planned(capsys: pytest.CaptureFixture[str], checkpoint: Path, *words: str) -
     return out
 
 
+@pytest.mark.slow
 def test_the_command_shows_every_way_and_what_is_picked(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -229,6 +229,7 @@ def test_a_state_on_disk_is_whole(name: str) -> None:
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(others, straight, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:Paged optimizers")
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(name: str, world: World, tmp_path: Path) -> None:
@@ -254,6 +255,7 @@ def layer_is_learned(layer: Any) -> bool:
 RICH: dict[str, Any] = {**TEXT, "text_encoder_until": 0.5, "gradient_accumulation": 2, "flip": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -278,6 +280,7 @@ def test_stops_with_text_encoders_that_leave(name: str, changes: dict[str, Any],
 ZERO = {"lora": "lora_up", "dora": "lora_up", "loha": "hada_w2_b", "lokr": "lokr_w1"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["LoRA", "LoCon", "DoRA", "LoHa", "LoKr", "LoKr of 4"])
 def test_lora_plus_is_the_ratio_of_the_first_updates(kind: str, world: World, tmp_path: Path) -> None:
     """A power of two, so that it holds to the bit; in the first step the other parts do not depend on it."""

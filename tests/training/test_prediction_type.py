@@ -151,6 +151,7 @@ def warnings_of_training(base: BaseWeights, pictures: list[Picture], folder: Pat
     return [text for text in listener.warnings if "epsilon" in text]
 
 
+@pytest.mark.slow
 def test_an_epsilon_model_is_not_trained_as_velocity(subject: list[Picture], tmp_path: Path) -> None:
     base = open_base(demo_base(tmp_path, prediction_type="v_prediction"))
     with pytest.raises(WeightsError) as refusal:
@@ -163,6 +164,7 @@ def test_an_epsilon_model_is_not_trained_as_velocity(subject: list[Picture], tmp
     assert not warnings_of_training(mended, subject, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("as_velocity")
 @pytest.mark.parametrize("shown", ["subject", "style"])
 def test_a_velocity_model_is_not_trained_as_epsilon(shown: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def preview(run: Path, step: int, name: str) -> Path:
     return run / "previews" / f"step-{step:08d}" / name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_previews_change_nothing_of_what_is_trained(
     variant: str, shown: dict[str, TrainResult], world: World, tmp_path: Path
@@ -187,6 +188,7 @@ def drawn_by(base: BaseWeights, run: Path, step: int) -> dict[str, np.ndarray[An
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [PLAIN, TEXT])
 def test_previews_are_drawn_with_the_weights_of_their_step(
     variant: str, shown: dict[str, TrainResult], world: World
@@ -206,6 +208,7 @@ def test_previews_are_drawn_with_the_weights_of_their_step(
         before = found
 
 
+@pytest.mark.slow
 def test_previews_of_all_weights_are_drawn_with_those_of_the_checkpoint(shown: dict[str, TrainResult]) -> None:
     result = shown[FULL]
     assert result.checkpoint is not None
@@ -258,6 +261,7 @@ def test_listeners_are_told_of_previews(world: World, tmp_path: Path) -> None:
     assert lines == [{"step": step, "scores": {}, "pictures": pictures} for step in (0, 2)]
 
 
+@pytest.mark.slow
 def test_stops_leave_no_trace(shown: dict[str, TrainResult], world: World, tmp_path: Path) -> None:
     """In the previews of the base, of a step and of the last one, while scoring, and between previews."""
     changes = SHOWN | VARIANTS[TEXT] | {"checkpoint_every": 0}
@@ -295,6 +299,7 @@ def test_a_stop_takes_effect_within_a_denoising_step(world: World, tmp_path: Pat
     assert not previews_in(runs_in(tmp_path)[0])
 
 
+@pytest.mark.slow
 def test_metrics_hold_each_step_once_after_a_crash(shown: dict[str, TrainResult], world: World, tmp_path: Path) -> None:
     """A run that was killed two steps after its last checkpoint, within a line."""
     run = shown[PLAIN].run
@@ -358,6 +363,7 @@ def test_a_full_disk_is_named_by_the_metrics(tmp_path: Path) -> None:
     assert "the run resumes" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_previews_can_be_asked_for_or_changed_in_the_middle_of_a_run(
     shown: dict[str, TrainResult], world: World, tmp_path: Path
 ) -> None:
@@ -385,6 +391,7 @@ def test_previews_can_be_asked_for_or_changed_in_the_middle_of_a_run(
     assert found[5] == pytest.approx(expected[5], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_stops_early_at_its_best_step(falling: Path, world: World, tmp_path: Path) -> None:
     """Where two previews showed the subject no better than that of step 2; its weights are those of a straight run."""
     straight = world.train(tmp_path, **SHOWN | FALLING | {"keep_checkpoints": 100})
@@ -431,6 +438,7 @@ def test_more_patience_goes_on(
         assert again.path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_patience_that_runs_out_with_the_steps(falling: Path, world: World, tmp_path: Path) -> None:
     """The best step is given the first time and every time; also to a run that was not asked to stop, if it is kept."""
     changes = SHOWN | FALLING | {"steps": 6}
@@ -445,6 +453,7 @@ def test_patience_that_runs_out_with_the_steps(falling: Path, world: World, tmp_
         assert differing(late.path, expected) == []
 
 
+@pytest.mark.slow
 def test_all_weights_stop_early_too(world: World, tmp_path: Path) -> None:
     full = {"adapter": "full", "learning_rate": 1e-2, "text_encoder_lr": 1e-2, "preview_every": 1, "early_stop": 1}
     result = world.train(tmp_path, **SHOWN | FALLING | full | {"steps": 2})

@@ -302,6 +302,7 @@ def test_a_run_with_a_damaged_record_is_shown_and_can_be_removed(record: bytes, 
     assert len(copy.names()) == 3
 
 
+@pytest.mark.slow
 def test_a_page_may_look_at_any_moment(copy: RunIndex, runs: Runs) -> None:
     """While checkpoints come and go beside it."""
     failures: list[Exception] = []

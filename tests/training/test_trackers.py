@@ -68,6 +68,7 @@ def assert_the_log_is_that_of_the_metrics(result: TrainResult) -> None:
         assert [point.value for point in points] == [float(np.float32(line[name])) for line in lines]
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_losses_and_pictures(world: World, tmp_path: Path) -> None:
     plain = world.train(tmp_path / "plain", **PREVIEWS)
     assert not (plain.run / "logs").exists()
@@ -94,6 +95,7 @@ def test_tensorboard_knows_the_configuration(world: World, tmp_path: Path) -> No
     assert (stored["rank"], stored["name"], stored["alpha"]) == (2, "dog", "")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_goes_on_in_the_same_log(world: World, tmp_path: Path) -> None:
     """Steps after the checkpoint from which it goes on were logged, too, and count no more."""
     world.stop_after(3, tmp_path, log_with="tensorboard", checkpoint_every=2, steps=6)
@@ -117,6 +119,7 @@ class StopAfterTwo(Recorder):
         return len(self.losses) >= 2
 
 
+@pytest.mark.slow
 def test_wandb_offline_keeps_one_run_in_the_runs_folder(world: World, tmp_path: Path, offline: None) -> None:
     pytest.importorskip("wandb")
     with pytest.raises(CancelledError):
