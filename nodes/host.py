@@ -80,15 +80,14 @@ def take_checkpoint(run: Any, step: int) -> Path:
         AdapterError: The run has no adapter of that step.
         StorageError: It can't be written.
     """
-    from ..trainer.core.files import free_path, write_atomic
+    from ..trainer.core.files import write_atomic
 
     adapters = run.adapters()
     if step not in adapters:
         steps = ", ".join(map(str, adapters)) or "none"
         raise AdapterError(f"{run.path.name} has no adapter of step {step}.", f"Choose one of: {steps}.")
-    path = free_path(loras_folder() / checkpoint_name(run, step))
-    write_atomic(path, adapters[step].read_bytes())
-    return path
+    path = loras_folder() / checkpoint_name(run, step)
+    return write_atomic(path, adapters[step].read_bytes(), replace=False)
 
 
 def checkpoint_name(run: Any, step: int) -> str:

@@ -124,9 +124,8 @@ class SaveLora(Node):
         """Write under the first free name."""
         from ..trainer.adapters.kohya import write_adapter
         from ..trainer.core.devices import DTYPES
-        from ..trainer.core.files import free_path
 
         name = TrainSettings.checked({"name": name}).name
-        path = free_path(host.loras_folder() / f"{name}.safetensors")
-        write_adapter(path, as_adapter(lora), DTYPES[precision])
+        wanted = host.loras_folder() / f"{name}.safetensors"
+        path = write_adapter(wanted, as_adapter(lora), DTYPES[precision], replace=False)
         return io.NodeOutput(str(path), ui={"text": [str(path)]})

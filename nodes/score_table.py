@@ -81,7 +81,7 @@ class ScoreTable(Node):
         subject: SubjectValue | None = None,
     ) -> io.NodeOutput:
         """Score, and write the table."""
-        from ..trainer.core.files import free_path, write_atomic
+        from ..trainer.core.files import write_atomic
         from ..trainer.data.image_cache import as_png
         from ..trainer.data.images import load_pictures
         from ..trainer.evaluation.score_table import score_grid
@@ -103,7 +103,7 @@ class ScoreTable(Node):
         facts = json.dumps(grid.as_json(), indent=1, ensure_ascii=False)
         folder = host.work_folder() / "scores"
         for suffix, content in ((".csv", csv.encode()), (".json", facts.encode()), (".png", as_png(sheet))):
-            write_atomic(free_path(folder / f"{name}{suffix}"), content)
+            write_atomic(folder / f"{name}{suffix}", content, replace=False)
         image = as_image(sheet)
         preview = ui.PreviewImage(image, cls=cls).as_dict()
         return io.NodeOutput(image, csv, facts, ui={**preview, "text": [grid.as_text()]})

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,13 +23,16 @@ from hypothesis import strategies as st
 from pack.trainer.core import files
 from pack.trainer.core.errors import StorageError
 from pack.trainer.core.files import (
+    delete_at_once,
     explained_os_errors,
-    folder_written_atomically,
-    free_path,
+    is_temporary,
+    link_or_copy,
     remove_leftovers,
     require_writable,
     require_writable_file,
     write_atomic,
+    write_file,
+    write_folder,
 )
 
 OLD, NEW = b"the old content", b"the new content, which is longer"
@@ -52,7 +57,8 @@ def failing_disk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     elif request.param.startswith("device lost"):
         monkeypatch.setattr(os, "fsync", raising(errno.EIO))
     else:
-        monkeypatch.setattr(os, "replace", raising(errno.EACCES))
+        for name in ("replace", "rename", "link"):
+            monkeypatch.setattr(os, name, raising(errno.EACCES))
 
 
 def test_write_atomic_makes_folders_and_replaces(tmp_path: Path) -> None:
@@ -73,17 +79,32 @@ def test_failed_write_leaves_no_trace(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"file.bin": OLD}
 
 
+def two_files(content: bytes) -> Callable[[Path], None]:
+    """Fills a folder."""
+
+    def write(folder: Path) -> None:
+        (folder / "one.bin").write_bytes(content)
+        (folder / "inner").mkdir()
+        (folder / "inner" / "two.bin").write_bytes(content)
+
+    return write
+
+
+WRITERS: dict[str, Callable[[Path, bytes], Path]] = {
+    "write_atomic": lambda path, content: write_atomic(path, content, replace=False),
+    "write_file": lambda path, content: write_file(path, lambda place: place.write_bytes(content), replace=False),
+    "write_folder": lambda path, content: write_folder(path, two_files(content)),
+}
+
+
 @pytest.mark.usefixtures("failing_disk")
-def test_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "step-00000007"
-    path.mkdir()
-    (path / "one.bin").write_bytes(OLD)
-    (path / "two.bin").write_bytes(OLD)
-    with pytest.raises(StorageError) as caught, folder_written_atomically(path) as folder:  # noqa: PT012
-        (folder / "one.bin").write_bytes(NEW)
-        (folder / "two.bin").write_bytes(NEW)
+@pytest.mark.parametrize("writer", WRITERS)
+def test_failed_writing_leaves_no_trace(writer: str, tmp_path: Path) -> None:
+    path = tmp_path / "file.bin"
+    with pytest.raises(StorageError) as caught:
+        WRITERS[writer](path, NEW)
     assert str(path) in caught.value.problem
-    assert contents(tmp_path) == {os.path.join(path.name, name): OLD for name in ("one.bin", "two.bin")}
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on file sizes")
@@ -103,23 +124,45 @@ def test_write_beyond_the_systems_limit_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-def test_interrupted_folder_leaves_the_old_one(tmp_path: Path, error: BaseException) -> None:
-    path = tmp_path / "folder"
-    with folder_written_atomically(path) as folder:
-        (folder / "file.bin").write_bytes(OLD)
-    with pytest.raises(type(error)), folder_written_atomically(path) as folder:  # noqa: PT012
-        (folder / "file.bin").write_bytes(NEW)
+@pytest.mark.parametrize("write", [write_file, write_folder])
+def test_interrupted_writing_leaves_the_old_one(write: Any, tmp_path: Path, error: BaseException) -> None:
+    path = write_atomic(tmp_path / "file.bin", OLD)
+
+    def fail(place: Path) -> None:
+        (place / "inner" if place.is_dir() else place).write_bytes(NEW)
         raise error
-    assert contents(tmp_path) == {os.path.join("folder", "file.bin"): OLD}
+
+    with pytest.raises(type(error)):
+        write(path, fail)
+    assert contents(tmp_path) == {"file.bin": OLD}
+    assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_folder_appears_whole_and_replaces(tmp_path: Path) -> None:
+@pytest.mark.parametrize("replace", [True, False])
+def test_a_file_appears_whole(replace: bool, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.bin"
+
+    def write(place: Path) -> None:
+        assert not path.exists() or path.read_bytes() == OLD
+        place.write_bytes(NEW[:5])
+        (place.parent / ".tmpAbCdEf").write_bytes(NEW)  # as safetensors does while it writes
+        place.write_bytes(NEW)
+
+    assert write_file(path, write, replace=replace) == path
+    assert contents(tmp_path) == {os.path.join("deep", "file.bin"): NEW}
+    path.write_bytes(OLD)
+    second = write_file(path, write, replace=replace)
+    assert second == (path if replace else path.with_name("file-2.bin"))
+    assert second.read_bytes() == NEW
+    assert replace or path.read_bytes() == OLD
+    assert len(list(path.parent.iterdir())) == 1 + (not replace)
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "folder"
-    for content in (OLD, NEW):
-        with folder_written_atomically(path) as folder:
-            (folder / "file.bin").write_bytes(content)
-            assert not path.exists() or contents(path) == {"file.bin": OLD}
-        assert contents(tmp_path) == {os.path.join("deep", "folder", "file.bin"): content}
+    assert write_folder(path, two_files(OLD)) == path
+    assert contents(path) == {"one.bin": OLD, os.path.join("inner", "two.bin"): OLD}
+    assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
 
 
 @settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -177,32 +220,125 @@ def test_longest_names_that_a_file_system_takes(tmp_path: Path, name: str) -> No
     assert contents(tmp_path) == {name: NEW}
 
 
-def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    (tmp_path / "file.bin").write_bytes(OLD)
-    (tmp_path / "tmp-notes.txt").write_bytes(OLD)
-    (tmp_path / ".tmp-0123abcd-file.bin").write_bytes(NEW)
-    (tmp_path / ".tmp-0123abcd-folder" / "inner").mkdir(parents=True)
-    (tmp_path / ".tmp-0123abcd-folder" / "inner" / "file.bin").write_bytes(NEW)
+def aged(path: Path, hours: float) -> Path:
+    then = time.time() - 3600 * hours
+    os.utime(path, (then, then))
+    return path
+
+
+def leftover(folder: Path, process: int | None = None, host: str | None = None, *, inner: str | None = None) -> Path:
+    """A temporary file, or a folder with a file, as another process leaves it when it is killed."""
+    parts: list[str] = []
+
+    def write(place: Path) -> None:
+        parts.extend(place.parent.name.removeprefix(".tmp-").split("-"))
+        place.touch()
+
+    write_file(folder / "x", write)
+    (folder / "x").unlink()
+    path = folder / f".tmp-{host or parts[0]}-{process or parts[1]}-{os.urandom(6).hex()}"
+    if inner is None:
+        path.write_bytes(NEW)
+    else:
+        path.mkdir()
+        (path / inner).write_bytes(NEW)
+    return path
+
+
+@pytest.fixture(scope="module")
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_the_dead_are_removed_and_nothing_else(dead_process: int, tmp_path: Path) -> None:
+    kept = [
+        leftover(tmp_path, os.getppid()),  # it lives
+        leftover(tmp_path, dead_process, host="0123abcd"),  # it may live on another machine
+        tmp_path / "tmp-notes.txt",
+        tmp_path / ".tmpAbCdEf",  # another program's
+        tmp_path / ".tmp-0123abcd-file.bin",  # an older version's, which may still run
+    ]
+    for path in kept[2:]:
+        path.write_bytes(OLD)
+    gone = [
+        leftover(tmp_path, dead_process),
+        leftover(tmp_path, dead_process, inner="content"),
+        leftover(tmp_path),  # of a process that had this one's number
+        aged(leftover(tmp_path, os.getppid()), 25),  # that number is another process's by now
+        aged(leftover(tmp_path, dead_process, host="0123abcd", inner="content"), 25),
+        aged(shutil.copy(kept[-1], tmp_path / ".tmp-4567abcd-file.bin"), 25),
+    ]
     remove_leftovers(tmp_path)
-    assert contents(tmp_path) == {"file.bin": OLD, "tmp-notes.txt": OLD}
-    assert not list(tmp_path.glob(".tmp-*"))
+    assert [path.name for path in gone if path.exists()] == []
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in kept}
     remove_leftovers(tmp_path / "missing")
 
 
-def test_leftovers_are_what_the_writers_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whoever_has_the_lock_removes_all_leftovers(dead_process: int, tmp_path: Path) -> None:
+    (tmp_path / "deep" / "deeper").mkdir(parents=True)
+    left = [
+        leftover(tmp_path / "deep", os.getppid()),
+        leftover(tmp_path / "deep" / "deeper", dead_process, host="0123abcd", inner="content"),
+    ]
+    remove_leftovers(tmp_path, recursive=True)
+    assert all(path.exists() for path in left)
+    remove_leftovers(tmp_path, sole_writer=True)
+    assert all(path.exists() for path in left)
+    remove_leftovers(tmp_path, recursive=True, sole_writer=True)
+    assert not any(path.exists() for path in left)
+
+
+def test_what_this_process_writes_is_no_leftover(tmp_path: Path) -> None:
+    def write(place: Path) -> None:
+        remove_leftovers(tmp_path)
+        remove_leftovers(tmp_path, recursive=True, sole_writer=True)
+        write_atomic(tmp_path / "other.bin", OLD)
+        require_writable(tmp_path, 1)
+        place.write_bytes(NEW)
+
+    write_file(tmp_path / "file.bin", write)
+    assert contents(tmp_path) == {"file.bin": NEW, "other.bin": OLD}
+
+
+@pytest.mark.parametrize(
+    "clean_up", [lambda folder: require_writable(folder, 1), lambda folder: write_atomic_file(folder)]
+)
+def test_leftovers_leave_with_the_next_work(
+    clean_up: Callable[[Path], None], dead_process: int, tmp_path: Path
+) -> None:
+    """Of a checkpoint they are gigabytes, among the models of a program."""
+    path = leftover(tmp_path, dead_process, inner="content")
+    assert is_temporary(path)
+    assert not is_temporary(tmp_path / "tmp")
+    clean_up(tmp_path)
+    assert not path.exists()
+
+
+def write_atomic_file(folder: Path) -> None:
+    write_file(folder / "file.bin", lambda place: place.write_bytes(NEW))
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_leftovers_are_what_the_writers_leave(writer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process that dies before renaming leaves names that `remove_leftovers` knows and no program lists."""
-    monkeypatch.setattr(os, "replace", raising(errno.EIO))
+    for name in ("replace", "rename", "link"):
+        monkeypatch.setattr(os, name, raising(errno.EIO))
     monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)
     monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     with pytest.raises(StorageError):
-        write_atomic(tmp_path / "file.bin", NEW)
-    with pytest.raises(StorageError), folder_written_atomically(tmp_path / "folder"):
-        pass
-    assert len(list(tmp_path.iterdir())) == 2
-    assert not list(tmp_path.glob("*.bin"))
+        WRITERS[writer](tmp_path / "file.bin", NEW)
+    [left] = tmp_path.iterdir()
+    assert is_temporary(left)
+    assert left.suffix == ""
+    assert not list(left.glob("*.safetensors"))
     monkeypatch.undo()
     remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# Names
 
 
 @pytest.mark.parametrize(
@@ -216,21 +352,81 @@ def test_leftovers_are_what_the_writers_leave(tmp_path: Path, monkeypatch: pytes
         (["dog [1].safetensors"], "dog [1].safetensors", "dog [1]-2.safetensors"),
     ],
 )
-def test_free_path(tmp_path: Path, taken: list[str], wanted: str, given: str) -> None:
+@pytest.mark.parametrize("as_folder", [False, True], ids=["by a file", "by a folder"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_the_first_free_name_is_taken(
+    writer: str, as_folder: bool, tmp_path: Path, taken: list[str], wanted: str, given: str
+) -> None:
     for name in taken:
-        (tmp_path / name).touch()
-    assert free_path(tmp_path / wanted) == tmp_path / given
+        (tmp_path / name).mkdir() if as_folder else (tmp_path / name).write_bytes(OLD)
+    assert WRITERS[writer](tmp_path / wanted, NEW) == tmp_path / given
+    assert {path.name for path in tmp_path.iterdir()} == {*taken, given}
+    assert all(not (tmp_path / name).is_file() or (tmp_path / name).read_bytes() == OLD for name in taken)
 
 
-def test_free_names_are_found_or_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.safetensors").touch()
-    assert free_path(tmp_path / "a.safetensors").name == "a-2.safetensors"
+@pytest.mark.parametrize("without_links", [False, True])
+def test_a_name_that_is_taken_meanwhile_is_left_alone(
+    without_links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another program, between the look and the move; also on a file system that knows no hard links."""
+    if without_links:
+        monkeypatch.setattr(os, "link", raising(errno.EPERM))
+    look = os.path.lexists
+
+    def look_and_take(path: Any) -> bool:
+        is_there = look(path)
+        if not is_there and str(path).endswith(("dog.bin", "dog-2.bin")):
+            Path(path).write_bytes(OLD)
+        return is_there
+
+    monkeypatch.setattr(os.path, "lexists", look_and_take)
+    assert write_file(tmp_path / "dog.bin", lambda place: place.write_bytes(NEW), replace=False).name == "dog-3.bin"
+    assert contents(tmp_path) == {"dog.bin": OLD, "dog-2.bin": OLD, "dog-3.bin": NEW}
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_many_at_once_get_a_name_each(tmp_path: Path) -> None:
+    def write(number: int) -> Path:
+        return write_atomic(tmp_path / "dog.bin", bytes([number]), replace=False)
+
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(write, range(24)))
+    assert sorted(path.read_bytes()[0] for path in set(paths)) == list(range(24))
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
+
+
+def test_a_second_name_or_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(NEW)
+    link_or_copy(tmp_path / "file", tmp_path / "linked")
+    monkeypatch.setattr(os, "link", raising(errno.EPERM))
+    link_or_copy(tmp_path / "file", tmp_path / "copied")
+    (tmp_path / "file").unlink()
+    assert contents(tmp_path) == {"linked": NEW, "copied": NEW}
+
+
+def test_a_folder_is_deleted_at_once_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_folder(tmp_path / "folder", two_files(OLD))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", raising(errno.EACCES))
+        with pytest.raises(PermissionError):
+            delete_at_once(folder)
+    assert len(contents(folder)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if it were killed now
+        delete_at_once(folder)
+    assert not folder.exists()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_name_that_is_too_long_is_named(writer: str, tmp_path: Path) -> None:
     longest = tmp_path / ("n" * 243 + ".safetensors")  # 255 bytes, the most that usual disks take
     longest.touch()
     calls: list[Callable[[], object]] = [
-        lambda: free_path(longest),
+        lambda: WRITERS[writer](longest, NEW),  # -2 has no room
         lambda: require_writable_file(tmp_path / ("n" * 300), 1),
-        lambda: free_path(tmp_path / ("n" * 300)),
+        lambda: WRITERS[writer](tmp_path / ("n" * 300), NEW),
     ]
     for call in calls:
         with pytest.raises(StorageError, match="too long"):
@@ -247,7 +443,7 @@ def test_names_that_windows_cant_have_are_refused_there(
     with pytest.raises(StorageError, match="Windows allows no file"):
         require_writable_file(tmp_path / name, 1)
     with pytest.raises(StorageError, match="Windows allows no file"):
-        free_path(tmp_path / name)
+        write_file(tmp_path / name, Path.touch, replace=False)
     require_writable_file(tmp_path / "größe 犬 (1).safetensors", 1)
 
 

@@ -12,6 +12,7 @@ from broken_files import BROKEN_FILES, DOWN, GOOD, UP, entry, file_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.core.errors import NotFiniteError, StorageError
+from pack.trainer.core.files import write_file
 from pack.trainer.core.tensor_files import (
     cast_finite,
     is_finite,
@@ -147,8 +148,8 @@ def test_a_disk_without_room_is_named(tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(StorageError, match=r"file.safetensors can't be written"):
-            save_tensors(path, {"a": torch.ones(1000)}, {})
+        with pytest.raises(StorageError, match=r"file.safetensors: .* can't be written"):
+            write_file(path, lambda temporary: save_tensors(temporary, {"a": torch.ones(1000)}, {}))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from pathlib import Path
 from typing import Any, get_args
 
@@ -210,7 +211,9 @@ def test_cancel_within_a_picture(base: BaseWeights, tmp_path: Path) -> None:
 def test_leftovers_of_a_killed_process_are_no_pictures(base: BaseWeights, tmp_path: Path) -> None:
     make(base, tmp_path)
     [folder] = {path.parent for path in drawn(tmp_path)}
-    (folder / ".tmp-0123abcd-00002.png").write_bytes(b"half a pict")
+    half = folder / ".tmp-0123abcd-00002.png"
+    half.write_bytes(b"half a pict")
+    os.utime(half, (0, 0))
     pictures = make(base, tmp_path, changed(prior_count=3))
     assert [picture.name for picture in pictures] == ["00000.png", "00001.png", "00002.png"]
     assert pictures[2].open().size == (64, 64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -336,5 +337,6 @@ def test_leftovers_of_a_killed_process_leave(tmp_path: Path) -> None:
     gallery.prepare(1, 1)
     half = gallery.folder / ".tmp-0123abcd-0.png"
     half.write_bytes(b"half a pict")
+    os.utime(half, (0, 0))
     gallery.prepare(1, 1)
     assert [path.name for path in gallery.folder.iterdir()] == ["settings.json"]

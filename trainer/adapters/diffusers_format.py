@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AdapterError, suggest
-from ..core.files import file_written_atomically
+from ..core.files import write_file
 from ..core.tensor_files import save_tensors
 from ..models.clip_names import without_text_tower
 from ..settings.sharing import shareable_metadata
@@ -105,8 +105,11 @@ def _peft_magnitude(scale: Tensor, name: str) -> Tensor:
     return flat if scale.ndim < 4 else flat[None, :, None, None]
 
 
-def write_diffusers(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
-    """Write an adapter file in diffusers' format, whole or not at all.
+def write_diffusers(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: bool = True) -> Path:
+    """Write an adapter file in diffusers' format, whole or not at all; see `kohya.write_adapter`.
+
+    Returns:
+        The path of the file.
 
     Raises:
         AdapterError: See `diffusers_state_dict`.
@@ -115,8 +118,9 @@ def write_diffusers(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     tensors = diffusers_state_dict(adapter, dtype)
     metadata = {key: value for key, value in adapter.metadata.items() if key not in _KEYS_OF_SOURCE_FILE}
     metadata |= {"format": "pt", "lora_adapter_metadata": json.dumps(_peft_configs(tensors))}
-    with file_written_atomically(path, sum(tensor.nbytes for tensor in tensors.values())) as temporary:
-        save_tensors(temporary, tensors, shareable_metadata(metadata))
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    shared = shareable_metadata(metadata)
+    return write_file(path, lambda temporary: save_tensors(temporary, tensors, shared), size, replace=replace)
 
 
 def _peft_configs(tensors: Mapping[str, Tensor]) -> dict[str, object]:

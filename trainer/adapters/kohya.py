@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AdapterError
-from ..core.files import file_written_atomically
+from ..core.files import write_file
 from ..core.tensor_files import is_quantization_name, read_header, save_tensors
 from ..models.clip_names import TEXT_TOWER, with_text_tower
 from ..settings.sharing import shareable_metadata
@@ -335,13 +335,17 @@ def _require_lora(keys: Collection[str]) -> None:
         raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
 
 
-def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
+def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: bool = True) -> Path:
     """Write a kohya file atomically, with the hashes that other programs look up.
 
     Args:
         path: The file.
         adapter: Its metadata is written along; `sshs_*` and `modelspec.hash_sha256` are computed here.
         dtype: Of the tensors in the file.
+        replace: Whether a file of that name is replaced, or another name taken; see `core.files.write_file`.
+
+    Returns:
+        The path of the file.
 
     Raises:
         NotFiniteError: A number is not finite, or too large for the dtype; nothing is written.
@@ -352,11 +356,14 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype) -> None:
     metadata = shareable_metadata({key: str(value) for key, value in adapter.metadata.items()})
     placeholders = _hash_entries("0" * 64, "0" * 8)
     size = sum(tensor.nbytes for tensor in tensors.values())
-    with file_written_atomically(path, size) as temporary:  # and not in memory: a merged file may have gigabytes
+
+    def write(temporary: Path) -> None:  # and not in memory: a merged file may have gigabytes
         save_tensors(temporary, tensors, metadata | placeholders)
         with open(temporary, "r+b") as file:
             model_hash, legacy_hash = _hashes(file, _hashed_metadata(metadata))
             _overwrite_metadata(file, _hash_entries(model_hash, legacy_hash))
+
+    return write_file(path, write, size, replace=replace)
 
 
 def _tell_of_float32(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:

@@ -18,7 +18,7 @@ from ..adapters.names import named_weights
 from ..core.devices import DTYPES, pick_device
 from ..core.errors import SettingsError
 from ..core.events import Listener
-from ..core.files import free_path, require_writable, require_writable_file, write_atomic
+from ..core.files import require_writable, require_writable_file, write_atomic
 from ..merging.extract import extract_between
 from ..merging.fuse import fuse
 from ..merging.merge import MergeResult, WeightedAdapter, merge, resize
@@ -104,9 +104,8 @@ def run_convert(settings: ConvertCommand, listener: Listener) -> tuple[Path, str
     """Save an adapter with other layer names or in another precision; returns the file written, and what it holds."""
     _require_writable_outputs(settings.output, None)
     adapter = to_kohya_format(read_adapter(settings.lora))
-    path = free_path(settings.output)
     write = write_diffusers if settings.format == "diffusers" else write_adapter
-    write(path, adapter, DTYPES[settings.save_precision])
+    path = write(settings.output, adapter, DTYPES[settings.save_precision], replace=False)
     return path, f"{len(adapter.layers)} modules, {adapter.kind}, named as by {settings.format}"
 
 
@@ -116,12 +115,11 @@ def run_fuse(settings: FuseCommand, listener: Listener) -> tuple[Path, str]:
     if not is_folder and settings.output.suffix.lower() != ".safetensors":
         raise SettingsError(f"{settings.output} does not end in .safetensors.", "Give a name that does.")
     adapters = read_adapters(settings.lora)
-    path = free_path(settings.output)
     if is_folder:
-        require_writable(path.absolute().parent, _bytes_of(settings.base))
+        require_writable(settings.output.absolute().parent, _bytes_of(settings.base))
     else:
-        require_writable_file(path, _bytes_of(settings.base))
-    fuse(settings.base, adapters, path)
+        require_writable_file(settings.output, _bytes_of(settings.base))
+    path = fuse(settings.base, adapters, settings.output)
     return path, f"{len(adapters)} adapters added to {settings.base.name}"
 
 
@@ -221,8 +219,7 @@ def _require_writable_outputs(output: Path, report: Path | None) -> None:
 
 def _write(result: MergeResult, output: Path, precision: SavePrecision, report: Path | None) -> tuple[Path, str]:
     """Write the adapter, and the report if a file is given; returns the adapter's file and the report as text."""
-    path = free_path(output)
-    write_adapter(path, result.adapter, DTYPES[precision])
+    path = write_adapter(output, result.adapter, DTYPES[precision], replace=False)
     if report is not None:
         if report.suffix.lower() == ".png":
             stream = io.BytesIO()

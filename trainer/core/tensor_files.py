@@ -212,7 +212,7 @@ def save_tensors(
 
     Raises:
         NotFiniteError: A tensor has a number that is not finite; nothing is written.
-        StorageError: It can't be written.
+        StorageError: It can't be written. `core.files.write_file` names the file.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -220,7 +220,7 @@ def save_tensors(
     for name, tensor in tensors.items():
         if name not in copied and not is_finite(tensor):
             raise NotFiniteError(
-                f"{name} has numbers that are not finite, so {path.name} is not written.",
+                f"{name} has numbers that are not finite, so the file is not written.",
                 f"Choose a lower strength, or {suggest('save_precision', 'fp32')}, or other files.",
             )
     path.touch()
@@ -230,7 +230,7 @@ def save_tensors(
         save_file(dict(tensors), path, texts or None)  # safetensors 0.8 writes no JSON for an empty table
     except SafetensorError as error:  # also for a full disk
         raise StorageError(
-            f"{path} can't be written: {error}.", "Free some space on the disk and start again."
+            f"The tensors can't be written: {error}.", "Free some space on the disk and start again."
         ) from error
     path.chmod(mode)  # safetensors makes files that only their owner may read
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..adapters.apply import apply_to_base
 from ..adapters.kohya import Adapter
 from ..core.errors import AdapterError
-from ..core.files import folder_written_atomically
+from ..core.files import write_folder
 from ..core.tensor_files import read_header
 from ..models.clip_names import names_as_in
 from ..models.families.base import BaseWeights, Component
@@ -22,13 +22,16 @@ from ..models.single_file import write_tensors
 from ..models.state_dicts import is_pickled, read_component, read_single_file
 
 
-def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) -> None:
+def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) -> Path:
     """Write a model with adapters added to its weights; every tensor that they don't change stays as it is.
 
     Args:
         source: A checkpoint file, or a folder in diffusers' layout.
         adapters: Each with its strength.
-        output: The new file, or the new folder.
+        output: The new file, or the new folder. If it exists the first free name is taken.
+
+    Returns:
+        What was written.
 
     Raises:
         WeightsError: The model can't be read.
@@ -40,8 +43,7 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
         if output.resolve().is_relative_to(source.resolve()):
             raise AdapterError(f"{output} is inside the model's own folder.", "Choose an output folder elsewhere.")
         base = open_base(source)
-        _write_folder(source, base, apply_to_base(base, adapters), output)
-        return
+        return _write_folder(source, base, apply_to_base(base, adapters), output)
     tensors = {name: tensor.contiguous() for name, tensor in read_single_file(source).items()}
     base = open_tensors(tensors, source)
     fused = dict(tensors)
@@ -56,7 +58,7 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
             views.view_into(fused[key], key, original).copy_(tensor)
     metadata = {} if is_pickled(source) else read_header(source).metadata
     unchanged = [name for name, tensor in fused.items() if tensor is tensors[name]]
-    write_tensors(output, fused, {**metadata, "format": "pt"}, copied=unchanged)
+    return write_tensors(output, fused, {**metadata, "format": "pt"}, copied=unchanged, replace=False)
 
 
 def _component_pairs(before: BaseWeights, after: BaseWeights) -> list[tuple[Component, Component]]:
@@ -99,7 +101,7 @@ class _FileViews:
         return copy.as_strided(weight.size(), weight.stride(), start)
 
 
-def _write_folder(source: Path, before: BaseWeights, after: BaseWeights, output: Path) -> None:
+def _write_folder(source: Path, before: BaseWeights, after: BaseWeights, output: Path) -> Path:
     """Copy the folder, with the weights of each changed network in one new file."""
     names = ["unet", *(kind.name for kind in after.family.text_encoders)]
     changed: dict[str, dict[str, Tensor]] = {}
@@ -112,7 +114,7 @@ def _write_folder(source: Path, before: BaseWeights, after: BaseWeights, output:
         suffixes = (".safetensors", ".bin", ".msgpack", ".index.json")
         return [entry for entry in entries if Path(folder).name in changed and entry.endswith(suffixes)]
 
-    with folder_written_atomically(output) as temporary:
+    def write(temporary: Path) -> None:
         shutil.copytree(source, temporary, ignore=weight_files, dirs_exist_ok=True)
         for name, tensors in changed.items():
             stem = "diffusion_pytorch_model" if name == "unet" else "model"
@@ -120,3 +122,5 @@ def _write_folder(source: Path, before: BaseWeights, after: BaseWeights, output:
             unchanged = whole.keys() - names_as_in(whole, tensors).keys()
             whole |= names_as_in(whole, tensors)
             write_tensors(temporary / name / f"{stem}.safetensors", whole, {"format": "pt"}, copied=unchanged)
+
+    return write_folder(output, write)

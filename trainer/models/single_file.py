@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.files import file_written_atomically
+from ..core.files import write_file
 from ..core.tensor_files import cast_finite, save_tensors
 from ..settings.sharing import shareable_metadata
 from .clip_names import with_text_tower
@@ -56,8 +56,8 @@ def original_state_dict(base: BaseWeights, changed: Mapping[str, Tensor]) -> dic
 
 
 def write_single_file(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype
-) -> None:
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype, *, replace: bool = True
+) -> Path:
     """Write a single-file checkpoint, whole or not at all.
 
     Args:
@@ -65,6 +65,10 @@ def write_single_file(
         tensors: Under the original names.
         metadata: Of the file; strings.
         dtype: Type of the floating-point tensors in the file.
+        replace: Whether a file of that name is replaced, or another name taken; see `core.files.write_file`.
+
+    Returns:
+        The path of the file.
 
     Raises:
         NotFiniteError: A number is not finite, or too large for the type; nothing is written.
@@ -74,12 +78,17 @@ def write_single_file(
         name: cast_finite(name, tensor, dtype) if tensor.is_floating_point() else tensor
         for name, tensor in tensors.items()
     }
-    write_tensors(path, converted, {"format": "pt", **metadata})
+    return write_tensors(path, converted, {"format": "pt", **metadata}, replace=replace)
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, copied: Collection[str] = ()
-) -> None:
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    copied: Collection[str] = (),
+    replace: bool = True,
+) -> Path:
     """Write a safetensors file, whole or not at all; every tensor keeps its type.
 
     Args:
@@ -87,6 +96,10 @@ def write_tensors(
         tensors: On any device; they may share memory.
         metadata: Of the file; strings.
         copied: Names of tensors that are as in another file, whose numbers are not looked at.
+        replace: Whether a file of that name is replaced, or another name taken; see `core.files.write_file`.
+
+    Returns:
+        The path of the file.
 
     Raises:
         NotFiniteError: A number is not finite; nothing is written.
@@ -101,8 +114,13 @@ def write_tensors(
             on_cpu = on_cpu.clone()
         storages.add(storage.data_ptr())
         unshared[name] = on_cpu
-    with file_written_atomically(path) as temporary:
-        save_tensors(temporary, unshared, shareable_metadata(metadata), copied=copied)
+    size = sum(tensor.nbytes for tensor in unshared.values())
+    shared = shareable_metadata(metadata)
+
+    def write(temporary: Path) -> None:
+        save_tensors(temporary, unshared, shared, copied=copied)
+
+    return write_file(path, write, size, replace=replace)
 
 
 def _of_component(tensors: Mapping[str, Tensor], component: str) -> dict[str, Tensor]:

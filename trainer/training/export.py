@@ -17,7 +17,6 @@ from ..adapters.names import canonical_names
 from ..adapters.targets import choose_targets
 from ..core.devices import DTYPES
 from ..core.errors import SettingsError, suggest
-from ..core.files import free_path
 from ..merging.deltas import sum_deltas, to_delta, to_layer
 from ..merging.extract import extract_lora
 from ..models.families.base import BaseWeights
@@ -84,7 +83,7 @@ def export(
     is_beside_checkpoint = checkpoint is not None and paths.output == paths.checkpoint_output
     suffix = "-lora" if is_beside_checkpoint else ""
     wanted = paths.output / f"{settings.name}{suffix}.safetensors"
-    path = _written(wanted, metadata, lambda free: write_adapter(free, adapter, dtype))
+    path = _written(wanted, metadata, lambda: write_adapter(wanted, adapter, dtype, replace=False))
     return Exported(read_adapter(path), path, checkpoint)
 
 
@@ -102,7 +101,9 @@ def _export_checkpoint(
     all_metadata = {**metadata, **architecture, **form}
     tensors = original_state_dict(base, weights)
     wanted = paths.checkpoint_output / f"{settings.name}.safetensors"
-    return _written(wanted, all_metadata, lambda free: write_single_file(free, tensors, all_metadata, dtype))
+    return _written(
+        wanted, all_metadata, lambda: write_single_file(wanted, tensors, all_metadata, dtype, replace=False)
+    )
 
 
 def require_combinable(adapter: Adapter) -> None:
@@ -144,14 +145,12 @@ def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> Layer:
     return to_layer(sum_deltas([to_delta(layer, shape).times(strength) for layer, strength in layers]))
 
 
-def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[Path], None]) -> Path:
+def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[], Path]) -> Path:
     """The file of this run, length and precision if it exists, else the first free name, written."""
     for path in [wanted, *sorted(wanted.parent.glob(f"{glob.escape(wanted.stem)}-*{wanted.suffix}"))]:
         if path.is_file() and _is_same(path, metadata):
             return path
-    path = free_path(wanted)
-    write(path)
-    return path
+    return write()
 
 
 def _is_same(path: Path, metadata: Mapping[str, str]) -> bool:
