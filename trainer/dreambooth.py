@@ -110,6 +110,7 @@ def train(
         starting_point: What is built upon beside the base.
 
     Raises:
+        BusyError: Another process is training this run.
         CancelledError: The listener stopped the run; a checkpoint was written.
         DivergedError: The loss became NaN or infinite; the last good checkpoint is kept.
         OutOfMemoryError: The device ran out of memory; names what to lower.
@@ -255,21 +256,31 @@ class DreamBooth:
 
     def run(self) -> TrainResult:
         """Find or make the run's folder; build, encode, inject; check or resume; train; export."""
-        newest_step = self.open_run()
-        finished_at = self.previews.finished_at(self.run_folder.measurements())
-        self.processes.wait_for_everyone()  # before the main process writes into the folder that all have looked at
-        if finished_at is not None:
-            self.listener.report(Note(f"This run is finished already: {self.run_folder.path}"))
-            return self.write_files(finished_at, started_from=finished_at)
-        with self._logged(after=newest_step), self._explained_memory_errors():
-            self.prepare()
-            if newest_step:
-                self.resume(newest_step)
-            else:
-                self.check_prediction_type()
-            step_to_export = self.train_loop()
-            self.budget.report_peak(self.listener)
-            return self.write_files(step_to_export, started_from=newest_step)
+        with self._locked_run() as newest_step:
+            finished_at = self.previews.finished_at(self.run_folder.measurements())
+            self.processes.wait_for_everyone()  # before the main process writes into the folder that all looked at
+            if finished_at is not None:
+                self.listener.report(Note(f"This run is finished already: {self.run_folder.path}"))
+                return self.write_files(finished_at, started_from=finished_at)
+            with self._logged(after=newest_step), self._explained_memory_errors():
+                self.prepare()
+                if newest_step:
+                    self.resume(newest_step)
+                else:
+                    self.check_prediction_type()
+                step_to_export = self.train_loop()
+                self.budget.report_peak(self.listener)
+                self.clean_up()  # writing the files takes memory, too
+                return self.write_files(step_to_export, started_from=newest_step)
+
+    @contextlib.contextmanager
+    def _locked_run(self) -> Iterator[int]:
+        """`open_run`; no other process may take the run until the block ends."""
+        try:
+            yield self.open_run()
+        finally:
+            if self.budget.folder is not None:
+                self.budget.folder.lock.release()
 
     def open_run(self) -> int:
         """Check the folders; find this run's folder by its fingerprint, or make one. Returns its newest step, or 0."""
@@ -287,6 +298,8 @@ class DreamBooth:
                     new=settings.resume == "never",
                 )
             )
+        elif self.processes.is_main_process:
+            self.budget.folder.reserve()
         self.run_folder = self.budget.folder
         newest_step = self.run_folder.newest(settings.steps)
         self.listener.report(RunOpened(self.run_folder.path, newest_step, settings.steps))

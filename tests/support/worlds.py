@@ -14,7 +14,7 @@ from checkpoints import sdxl_checkpoint
 from helpers import DEMO, Recorder
 from pack.trainer.core.errors import CancelledError
 from pack.trainer.data.images import Picture, load_pictures
-from pack.trainer.dreambooth import DreamBooth, TrainResult, train
+from pack.trainer.dreambooth import DreamBooth, Session, TrainResult, train
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
@@ -57,6 +57,24 @@ def paths_in(folder: Path) -> RunPaths:
     return RunPaths(folder / "loras", folder / "runs", folder / "checkpoints")
 
 
+class KeptRecipe(DreamBooth):
+    """A recipe whose model can still be looked at after the run, which gives it away before it writes its files."""
+
+    _kept: Session | None = None
+
+    @property
+    def session(self) -> Session:
+        """What `prepare` built."""
+        session = self._session or self._kept
+        assert session is not None
+        return session
+
+    def clean_up(self) -> None:
+        """Keep the session, which the run gives away."""
+        self._kept = self._session or self._kept
+        super().clean_up()
+
+
 @dataclass(frozen=True)
 class World:
     """A base model and pictures; runs start from here."""
@@ -69,7 +87,7 @@ class World:
         self, folder: Path, listener: Any = None, *, starting_point: StartingPoint | None = None, **changes: Any
     ) -> DreamBooth:
         """A run that has not begun, with its files below `folder`."""
-        return DreamBooth(
+        return KeptRecipe(
             self.base,
             self.subject,
             self.priors,

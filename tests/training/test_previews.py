@@ -322,7 +322,7 @@ STEPS = [Step(step, 3, 0.5 * step, 1e-4, 2.0, 1.0, 9) for step in (1, 2, 3)]
     [
         (b"", 3),
         (b'{"step": 3, "lo', 3),
-        (b'{"step": 2, "loss": 1.0, "rate": 2.0}', 4),  # all but the line's end
+        (b'{"step": 2, "loss": 1.0, "learning_rate": 1e-4, "rate": 2.0, "memory": 9}', 3),  # all but the line's end
         (b'{"step": 3, "loss": 7.0}\n{"step": 4, "scores": {"CLIP-I": 9.0}}\n', 3),
         (b'\x00\xff\xfe\n[1, 2]\nnull\n\n{"loss": 1.0}\n{"step": "2"}\n', 3),
     ],

@@ -13,15 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import Recorder
+from helpers import ROOT, Recorder
+from pack.trainer.core.distributed import accelerate_state_kept
 from pack.trainer.core.errors import CancelledError, SettingsError
 from pack.trainer.core.events import Preview, Step
 from pack.trainer.dreambooth import TrainResult
+from pack.trainer.settings.data import SubjectTable
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.preflight import require_trainable
 from pack.trainer.training.runs import trackers
+from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import read_metrics
-from pack.trainer.training.runs.trackers import TrackedListener, require_tracker
+from pack.trainer.training.runs.trackers import TrackedListener, logging_listener, require_tracker
 from PIL import Image
 from worlds import World, assert_same_end, make_world
 
@@ -170,6 +173,97 @@ def log_records(data: bytes) -> Iterator[bytes]:
         if kind in (1, 4):  # the whole record, or its last piece
             yield whole
             whole = b""
+
+
+SECRET = "janes-folder"
+PATHS = {
+    "base": f"/home/{SECRET}/model.safetensors",
+    "base_lora": [f"/home/{SECRET}/style.safetensors:0.8", f"C:\\Users\\{SECRET}\\other.safetensors"],
+    "clip": f"/home/{SECRET}/clip",
+    "class_images": f"/home/{SECRET}/class",
+    "data": f"/home/{SECRET}/dreambooth",
+    "images": f"/home/{SECRET}/pictures",
+    "output_dir": f"/home/{SECRET}/output",
+    "score_clip": f"/home/{SECRET}/clip",
+    "score_dino": f"C:/Users/{SECRET}/dino",
+    "start_from": f"/home/{SECRET}/start.safetensors",
+    "tokenizer": f"/home/{SECRET}/tokenizer",
+    "vae": f"/home/{SECRET}/vae.safetensors",
+}
+TABLE = {"images": PATHS["images"], "class_images": PATHS["class_images"], "instance_prompt": "a photo of sks dog"}
+TABLE["class_prompt"] = "a photo of a dog"
+
+
+def settings_classes(of: type[TrainSettings] = TrainSettings) -> list[type[TrainSettings]]:
+    """Every class of settings that a face passes to the recipe; the nodes pass the first."""
+    import pack.trainer.settings.evaluate  # noqa: F401
+
+    return [of, *(inner for subclass in of.__subclasses__() for inner in settings_classes(subclass))]
+
+
+def built(settings_class: type[TrainSettings], log_with: str, **values: Any) -> TrainSettings:
+    """Settings with as many paths as the class knows."""
+    values = {**PATHS, "class_prompt": "a photo of a dog", "preview_every": 1, "log_with": log_with, **values}
+    known = {name: value for name, value in values.items() if name in settings_class.model_fields}
+    if "subject" in values:
+        known = {name: value for name, value in known.items() if name not in SubjectTable.model_fields}
+    return settings_class.checked(known)
+
+
+@pytest.mark.parametrize("tables", [False, True], ids=["one subject", "tables"])
+@pytest.mark.parametrize("settings_class", settings_classes(), ids=lambda found: found.__name__)
+def test_no_face_s_settings_tell_a_path(settings_class: type[TrainSettings], tables: bool) -> None:
+    """Plain values, which every tracker takes; the base by its title alone."""
+    values: dict[str, Any] = {}
+    if tables and "subject" in settings_class.model_fields:
+        values = {"subject": [TABLE]}
+    configuration = trackers._configuration(built(settings_class, "wandb", **values), "model")
+    assert SECRET not in repr(configuration)
+    assert configuration["base"] == "model"
+    assert configuration["log_with"] == "wandb"
+    assert {type(value) for value in configuration.values()} <= {str, int, float, bool}
+
+
+@pytest.mark.parametrize("settings_class", settings_classes(), ids=lambda found: found.__name__)
+def test_tensorboard_starts_from_every_face(settings_class: type[TrainSettings], tmp_path: Path) -> None:
+    run = RunFolder.open(tmp_path, "dog", "0" * 64, {})
+    listener = Recorder()
+    with (
+        accelerate_state_kept(),
+        logging_listener(listener, run, built(settings_class, "tensorboard"), "model", 0) as log,
+    ):
+        log.report(Step(1, 2, 0.5, 1e-4, 1.0, 1.0, 0))
+    assert listener.warnings == []
+    assert [point.value for point in tensorboard_log(run.path).Scalars("loss")] == [0.5]
+    logged = b"".join(path.read_bytes() for path in (run.path / "logs").rglob("*") if path.is_file())
+    assert b"learning_rate" in logged
+    assert SECRET.encode() not in logged
+
+
+@pytest.mark.slow  # wandb starts a process of its own
+@pytest.mark.parametrize("settings_class", settings_classes(), ids=lambda found: found.__name__)
+def test_wandb_starts_from_every_face_and_tells_nothing_private(
+    settings_class: type[TrainSettings], tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be sent holds neither folders, nor the command line with its paths, nor this machine's name."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setattr(sys, "argv", [f"/home/{SECRET}/trainer", "--images", f"/home/{SECRET}/pictures"])
+    monkeypatch.setattr("platform.node", lambda: "janes-machine")
+    monkeypatch.setattr("socket.gethostname", lambda: "janes-machine")
+    run = RunFolder.open(tmp_path / SECRET, "dog", "0" * 64, {})
+    listener = Recorder()
+    with accelerate_state_kept(), logging_listener(listener, run, built(settings_class, "wandb"), "model", 0) as log:
+        log.report(Step(1, 2, 0.5, 1e-4, 1.0, 1.0, 0))
+    assert listener.warnings == []
+    wandb.teardown()  # the file is written a moment after the log is finished
+    [folder] = (run.path / "logs" / "wandb").glob("offline-run-*")
+    assert [line["loss"] for line in wandb_lines(folder)] == [0.5]
+    [sent] = folder.glob("run-*.wandb")
+    files = {path.name for path in (folder / "files").rglob("*") if path.is_file()}
+    assert files <= {"requirements.txt", "config.yaml", "wandb-summary.json"}
+    assert b"learning_rate" in sent.read_bytes()
+    for private in (SECRET, "janes-machine", str(ROOT), sys.executable):
+        assert private.encode() not in sent.read_bytes()
 
 
 @pytest.mark.parametrize("name", ["tensorboard", "wandb"])

@@ -106,6 +106,10 @@ class StorageError(TrainerError):
     """A file or folder can't be written or read: permissions, a full disk, damaged run state."""
 
 
+class BusyError(StorageError):
+    """Another process works in a folder that one process alone may write to."""
+
+
 class DivergedError(TrainerError):
     """The loss or the weights became NaN or infinite."""
 

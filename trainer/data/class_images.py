@@ -13,6 +13,7 @@ import torch
 from ..core.devices import explained_memory_errors, release
 from ..core.errors import suggest
 from ..core.events import Listener, Note, Phase, stop_if_asked
+from ..core.files import require_writable
 from ..models.families.base import BaseWeights
 from ..models.sampling import GenerationConfig, build_on_device, generate
 from ..settings.train import PriorSettings
@@ -71,15 +72,23 @@ def generate_class_images(
         OutOfMemoryError: The batch does not fit.
     """
     cache = _image_cache(root, base, settings, resolution, precision)
-    missing = [number for number in range(settings.prior_count) if not cache.has(_file_name(number))]
-    if missing:
-        cache.prepare(len(missing), resolution * resolution)
-        with explained_memory_errors(f"{suggest('prior_batch_size')} or {suggest('resolution')}"):
-            _generate_missing(base, settings, resolution, cache, missing, device, precision, listener)
+    if _missing(cache, settings):
+        require_writable(cache.folder, 0)
+        with cache.lock.waited_for(listener, "These class pictures are being generated"):
+            missing = _missing(cache, settings)
+            if missing:  # else they were generated while this process waited
+                cache.prepare(len(missing), resolution * resolution)
+                with explained_memory_errors(f"{suggest('prior_batch_size')} or {suggest('resolution')}"):
+                    _generate_missing(base, settings, resolution, cache, missing, device, precision, listener)
         release(device)
     else:
         listener.report(Note(f"{settings.prior_count} class pictures are there already: {cache.folder}"))
     return [cache.load(_file_name(number), settings.class_prompt) for number in range(settings.prior_count)]
+
+
+def _missing(cache: ImageCache, settings: PriorSettings) -> list[int]:
+    """Numbers of the pictures that are not there yet, or are damaged."""
+    return [number for number in range(settings.prior_count) if not cache.has(_file_name(number))]
 
 
 def _generate_missing(

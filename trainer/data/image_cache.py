@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image
 
 from ..core.files import explained_os_errors, remove_leftovers, require_writable, write_atomic
+from ..core.locks import FolderLock
 from .images import Picture, decode
 
 
@@ -32,6 +33,11 @@ class ImageCache:
         """
         self._key = json.dumps(key, indent=1, sort_keys=True)
         self.folder = root / hashlib.sha256(self._key.encode()).hexdigest()[:16]
+
+    @property
+    def lock(self) -> FolderLock:
+        """The lock of the folder, which is not taken yet."""
+        return FolderLock(self.folder)
 
     def prepare(self, count: int, pixels: int) -> None:
         """Make the folder for `count` more pictures of `pixels` each.

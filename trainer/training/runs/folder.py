@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from ...adapters.kohya import Adapter, file_hashes
-from ...core.errors import StorageError
-from ...core.files import explained_os_errors, folder_written_atomically, remove_leftovers, write_atomic
+from ...core.errors import StorageError, suggest
+from ...core.files import (
+    delete_at_once,
+    explained_os_errors,
+    link_or_copy,
+    numbered,
+    remove_leftovers,
+    write_atomic,
+    write_file,
+    write_folder,
+)
+from ...core.locks import LOCK_FILE, FolderLock
 from ...data.images import Picture
 from ...models.families.base import BaseWeights
 from ...settings.train import TrainSettings
@@ -91,17 +101,26 @@ class RunPaths:
 
 
 class RunFolder:
-    """The folder of one run."""
+    """The folder of one run.
+
+    Attributes:
+        path: The folder.
+        lock: Held by the process that trains the run.
+    """
 
     def __init__(self, path: Path) -> None:
         """Take a folder, which exists."""
         self.path = path
+        self.lock = FolderLock(path)
 
     @classmethod
     def open(
         cls, root: Path, name: str, fingerprint: str, settings: Mapping[str, Any], *, new: bool = False
     ) -> RunFolder:
-        """Find the run with this fingerprint below `root`, or make a folder for it.
+        """Find the run with this fingerprint below `root`, or make a folder for it; for this process alone.
+
+        Of several, which `new` makes, it is the one that was begun last. Its folder may have been renamed. The run
+        stays locked until `lock` is released, or this process ends.
 
         Args:
             root: Folder of all runs.
@@ -111,22 +130,63 @@ class RunFolder:
             new: Make a new folder even if there is one.
 
         Raises:
+            BusyError: Another process is training the run.
             StorageError: The folder can't be made.
         """
-        if not new:
-            runs = [cls(path) for path in root.glob(f"*-{fingerprint[:_DIGITS]}*") if _belongs(path, fingerprint)]
+        with explained_os_errors(root):
+            root.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(root)  # of runs that were being deleted
+        while True:
+            runs = [] if new else [cls(path) for path in _paths_with(root, fingerprint)]
             if runs:
-                run = max(runs, key=lambda run: (max(run.steps(), default=0), run.path.stat().st_mtime))
-                remove_leftovers(run.path)
-                return run
-        path = root / f"{name}-{fingerprint[:_DIGITS]}"
-        number = 2
-        while path.exists():
-            path = root / f"{name}-{fingerprint[:_DIGITS]}-{number}"
-            number += 1
-        record = {"fingerprint": fingerprint, "name": name, "started_at": time.time(), "settings": dict(settings)}
-        write_atomic(path / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
-        return cls(path)
+                run = max(runs, key=lambda run: (run.started_at, max(run.steps(), default=0)))
+                try:
+                    run.reserve()
+                except StorageError:
+                    if run.path.exists():
+                        raise
+                    continue  # it was deleted a moment ago
+            else:
+                run = cls._made(root, name, fingerprint, settings, new=new)
+            if _belongs(run.path, fingerprint):
+                break
+            run.lock.release()  # another process made it, or deleted it, a moment ago
+        remove_leftovers(run.path, recursive=True, sole_writer=True)
+        return run
+
+    @classmethod
+    def _made(cls, root: Path, name: str, fingerprint: str, settings: Mapping[str, Any], *, new: bool) -> RunFolder:
+        """A new run's folder, locked; or one that another process has made meanwhile, which is not this run's."""
+        for path in numbered(root / f"{name}-{fingerprint[:_DIGITS]}"):
+            if os.path.lexists(path) and not _is_unused(path):
+                continue
+            with explained_os_errors(path):
+                path.mkdir(exist_ok=True)
+            run = cls(path)
+            if run.lock.acquire() or not new:
+                break
+        run.reserve()
+        if _is_unused(path):
+            record = {"fingerprint": fingerprint, "name": name, "started_at": time.time(), "settings": dict(settings)}
+            write_atomic(path / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
+        return run
+
+    def reserve(self) -> None:
+        """Take the run's lock.
+
+        Raises:
+            BusyError: Another process has it.
+        """
+        if not self.lock.acquire():
+            raise self.lock.refusal(
+                f"The run {self.path} is being trained",
+                "Wait until it is done, or stop it; then start again, and this one goes on where it ended. For a run "
+                f"of its own set {suggest('resume', 'never')}.",
+            )
+
+    def __reduce__(self) -> tuple[type[RunFolder], tuple[Path]]:
+        """In another process the same folder, without the lock."""
+        return RunFolder, (self.path,)
 
     @classmethod
     def existing(cls, path: Path) -> RunFolder:
@@ -222,7 +282,7 @@ class RunFolder:
         """Write a checkpoint, then delete the oldest of those up to its step.
 
         Args:
-            checkpoint: What to write.
+            checkpoint: What to write. If that of its step is there, which is the same, it gets the measurements.
             keep: How many checkpoints stay.
             best: Step of one that stays in any case.
             keep_adapters: Whether the adapters of the others stay.
@@ -231,21 +291,24 @@ class RunFolder:
             StorageError: It can't be written; what was there before is untouched.
         """
         path = self.checkpoint_path(checkpoint.step)
-        with folder_written_atomically(path) as folder:
-            write_checkpoint_files(folder, checkpoint)
+        if not path.exists():
+            write_folder(path, lambda folder: write_checkpoint_files(folder, checkpoint))
+        elif checkpoint.measurements is not None:
+            write_measurements(path, checkpoint.measurements)
         finished = [step for step in self.steps() if step <= checkpoint.step]
         for step in finished[:-keep]:
             if step != best:
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, StorageError):
                     self._remove(step, keep_adapters)
         return path
 
     def _remove(self, step: int, keep_adapter: bool) -> None:
+        """Delete a checkpoint so that a kill leaves it whole or its adapter in its place."""
         adapter = self.checkpoint_path(step) / ADAPTER_FILE
-        if keep_adapter and adapter.is_file():
-            self._kept_adapters.mkdir(exist_ok=True)
-            adapter.replace(self._kept_adapters / f"{step_name(step)}.safetensors")
-        shutil.rmtree(self.checkpoint_path(step))
+        kept = self._kept_adapters / f"{step_name(step)}.safetensors"
+        if keep_adapter and adapter.is_file() and not kept.exists():
+            write_file(kept, lambda temporary: link_or_copy(adapter, temporary))
+        delete_at_once(self.checkpoint_path(step))
 
     def load(self, step: int) -> Checkpoint:
         """Read a checkpoint.
@@ -318,6 +381,23 @@ def run_fingerprint(
         "settings": settings.result_settings() | {"precision": precision} | several,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _is_unused(path: Path) -> bool:
+    """Whether a folder was made for a run and holds nothing yet, since it is new or its process was killed."""
+    try:
+        return {entry.name for entry in path.iterdir()} <= {LOCK_FILE}
+    except OSError:
+        return False
+
+
+def _paths_with(root: Path, fingerprint: str) -> list[Path]:
+    """The folders of the runs with that fingerprint; all are looked at only if none has its digits in its name."""
+    for pattern in (f"*-{fingerprint[:_DIGITS]}*", "*"):
+        paths = [path for path in root.glob(pattern) if path.name[0] != "." and _belongs(path, fingerprint)]
+        if paths:
+            return paths
+    return []
 
 
 def _belongs(path: Path, fingerprint: str) -> bool:

@@ -8,14 +8,12 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...core.errors import SettingsError
-from ...core.files import explained_os_errors
+from ...core.files import delete_at_once, explained_os_errors, is_temporary
 from .checkpoint import ADAPTER_FILE
 from .folder import (
     ADAPTERS_FOLDER,
@@ -59,7 +57,8 @@ class RunIndex:
 
     def names(self) -> list[str]:
         """The runs' folder names, the newest first."""
-        folders = [path.parent for path in self.root.glob(f"*/{RECORD_FILE}") if not path.parent.is_symlink()]
+        folders = [path.parent for path in self.root.glob(f"*/{RECORD_FILE}")]
+        folders = [folder for folder in folders if not folder.is_symlink() and not is_temporary(folder)]
         dated = sorted(((_changed_at(folder), folder.name) for folder in folders), reverse=True)
         return [name for _, name in dated]
 
@@ -108,7 +107,7 @@ class RunIndex:
         requested = int(settings.get("steps", 0))
         saved = max(run.steps(), default=0)
         step = max([saved, *(line["step"] for line in lines)])
-        losses = [line["loss"] for line in lines if "loss" in line]
+        losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]
         summary: dict[str, Any] = {
             "id": name,
             "name": run.name,
@@ -118,7 +117,7 @@ class RunIndex:
             "steps": max(requested, step),  # a run may go on for more steps than it began with
             "step": step,
             "state": DONE if requested and saved >= requested else STOPPED,
-            "loss": _rounded(losses[-1]) if losses else None,
+            "loss": _rounded(max(losses)[1]) if losses else None,
             "preview": newest_preview(run),
         }
         if lines and "state" in lines[-1]:
@@ -173,13 +172,20 @@ class RunIndex:
 
         Raises:
             SettingsError: There is no such run.
+            BusyError: A process is training it.
             StorageError: It can't be deleted.
         """
         path = self.run(name).path
-        hidden = path.with_name(f".deleted-{uuid.uuid4().hex[:8]}")
-        with explained_os_errors(path):
-            path.rename(hidden)  # at once or not at all
-            shutil.rmtree(hidden)
+        lock = RunFolder(path).lock
+        if not lock.acquire():
+            raise lock.refusal(f"The run {name} is being trained", "Stop it first.")
+        try:
+            if os.name == "nt":  # where a folder with an open file can't be moved; nor can it if a process takes it now
+                lock.release()
+            with explained_os_errors(path):
+                delete_at_once(path)
+        finally:
+            lock.release()
 
 
 def newest_preview(run: RunFolder) -> str | None:

@@ -14,6 +14,7 @@ from ...core.files import explained_os_errors, write_atomic
 
 DONE, STOPPED, FAILED = "done", "stopped", "failed"
 VALIDATION_LOSS = "validation_loss"
+_KINDS = {"loss", "scores", VALIDATION_LOSS, "state"}  # what a line of a step may be about
 _TAIL = 16_384  # bytes
 
 
@@ -25,13 +26,14 @@ class RecordedListener:
     failed run, in which settings are not worded yet.
     """
 
-    def __init__(self, listener: Listener, path: Path, after: int) -> None:
+    def __init__(self, listener: Listener, path: Path, after: int, reached: int = 0) -> None:
         """Go on with a file.
 
         Args:
             listener: Gets every event, too.
-            path: The file; what it holds beyond step `after` is another course of the run and is dropped.
-            after: Steps that are done; 0: the run begins, and so does the file.
+            path: The file; what it holds of a course that was lost, because nothing was saved of it, is dropped.
+            after: Steps that are done.
+            reached: The newest step that is saved; later than `after` if the run is shorter now than it was.
 
         Raises:
             StorageError: The file can't be written.
@@ -39,9 +41,9 @@ class RecordedListener:
         self._listener = listener
         self._path = path
         self._step = after
-        former = read_metrics(path) if after else []
-        kept = [json.dumps(line) + "\n" for line in former if line["step"] <= after and "state" not in line]
-        write_atomic(path, "".join(kept).encode())
+        former = [line for line in read_metrics(path) if line["step"] <= max(after, reached) and "state" not in line]
+        self._recorded = {line["step"] for line in former if "loss" in line}
+        write_atomic(path, "".join(json.dumps(line) + "\n" for line in former).encode())
         with explained_os_errors(path):
             self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
@@ -66,6 +68,9 @@ class RecordedListener:
         """Write a step, a preview or a validation; pass everything on."""
         if isinstance(event, Step):
             self._step = event.step
+            if event.step in self._recorded:  # of the same course, which went further then
+                self._listener.report(event)
+                return
             facts = {"loss": event.loss, "learning_rate": event.learning_rate, "rate": event.rate}
             self._add({"step": event.step, **facts, "memory": event.memory})
         elif isinstance(event, Preview):
@@ -95,8 +100,12 @@ class RecordedListener:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file, in order; none if there is none. A line that was not written whole is left out."""
-    return list(_lines(path))
+    """The lines of a metrics file by steps; none if there is none. A line that was not written whole is left out.
+
+    Of several lines of a step that hold the same, the last counts: what a run that was shortened measured again.
+    """
+    newest = {(line["step"], *sorted(_KINDS & set(line))): line for line in _lines(path)}
+    return sorted(newest.values(), key=lambda line: ("state" in line, line["step"]))
 
 
 def last_lines(path: Path) -> list[dict[str, Any]]:

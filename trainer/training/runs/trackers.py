@@ -26,8 +26,10 @@ from .folder import RunFolder
 from .metrics import VALIDATION_LOSS, RecordedListener
 
 PROJECT = "dreambooth-lora"
+_LOGS = "logs"
 _TITLES = {"tensorboard": "TensorBoard", "wandb": "Weights & Biases"}
 _FINISH_TIMEOUT = 60.0  # seconds
+_UNRECORDED = ("disable_meta", "disable_stats", "disable_machine_info")  # command line with its paths, user, machine
 _OFFLINE_MODES = ("offline", "disabled", "dryrun")  # values of WANDB_MODE that need no account
 
 
@@ -83,18 +85,22 @@ def logging_listener(
         run: The run; everything is written into its folder.
         settings: What of them may be shared is the tracker's configuration.
         base_title: Name of the base model, likewise.
-        after: Steps that are done; what is logged beyond is another course of the run.
+        after: Steps that are done.
 
     Raises:
         StorageError: The metrics file can't be written.
         SettingsError: The tracker can't start.
     """
-    with RecordedListener(listener, run.metrics_path, after) as recorded:
+    reached = max(run.steps(), default=0)
+    with RecordedListener(listener, run.metrics_path, after, reached) as recorded:
         if settings.log_with == "none":
             yield recorded
             return
+        logged = max(after, reached) if (run.path / _LOGS).is_dir() else after
         title = _TITLES[settings.log_with]
-        with TrackedListener(recorded, title, lambda: _start_tracker(run, settings, base_title, after)) as tracked:
+        with TrackedListener(
+            recorded, title, lambda: _start_tracker(run, settings, base_title, logged), logged
+        ) as tracked:
             yield tracked
 
 
@@ -104,19 +110,21 @@ class TrackedListener:
     A tracker that fails while the run is training is dropped with a warning: no log is worth a run.
     """
 
-    def __init__(self, listener: Listener, title: str, start: Callable[[], Any]) -> None:
+    def __init__(self, listener: Listener, title: str, start: Callable[[], Any], logged: int = 0) -> None:
         """Start to track.
 
         Args:
             listener: Gets every event first.
             title: The tracker's name for people.
             start: Makes one of accelerate's trackers.
+            logged: Steps that the log holds already.
 
         Raises:
             SettingsError: The tracker can't start.
         """
         self._listener = listener
         self._title = title
+        self._logged = logged
         self._tracker: Any = None  # after a failure, too
         try:
             self._tracker = start()
@@ -142,7 +150,7 @@ class TrackedListener:
     def report(self, event: Event) -> None:
         """Pass everything on; log steps and previews."""
         self._listener.report(event)
-        if isinstance(event, Step):
+        if isinstance(event, Step) and event.step > self._logged:
             values = {
                 "loss": event.loss,
                 "learning_rate": event.learning_rate,
@@ -194,7 +202,7 @@ def _start_tracker(run: RunFolder, settings: TrainSettings, base_title: str, aft
     PartialState(cpu=True)  # the trackers ask for one; the recipe then makes its own, on its device
     tensorboard = settings.log_with == "tensorboard"
     if tensorboard:
-        tracker = TensorBoardTracker("logs", run.path, purge_step=after + 1)
+        tracker = TensorBoardTracker(_LOGS, run.path, purge_step=after + 1)
     else:
         tracker = WandBTracker(PROJECT, **_wandb_options(run))
     if hasattr(tracker, "start"):  # older versions have started by now
@@ -208,10 +216,19 @@ def _wandb_options(run: RunFolder) -> dict[str, Any]:
     """Arguments of `wandb.init`: an id that identifies the run, and nothing recorded but what is logged here."""
     import wandb
 
-    folder = run.path / "logs"
+    folder = run.path / _LOGS
     folder.mkdir(parents=True, exist_ok=True)
     run_id = hashlib.sha256(f"{run.record.get('fingerprint')} {run.started_at}".encode()).hexdigest()[:16]
-    settings = wandb.Settings(console="off", silent=True, disable_git=True, disable_code=True)
+    known = dir(wandb.Settings())
+    quiet = {name: True for option in _UNRECORDED for name in (f"x_{option}", f"_{option}") if name in known}
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        disable_git=True,
+        disable_code=True,
+        host=PROJECT,
+        **quiet,  # not this machine's name
+    )
     return {"id": run_id, "resume": "allow", "name": run.path.name, "dir": str(folder), "settings": settings}
 
 
