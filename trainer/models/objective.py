@@ -100,12 +100,7 @@ def debiased_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
     return 1 / (snr + 1) if velocity else snr.rsqrt()
 
 
-def constant_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
-    """One for every timestep; see `min_snr_weight`."""
-    return torch.ones_like(snr)
-
-
-_WEIGHTS = {"constant": constant_weight, "min-snr": min_snr_weight, "debiased": debiased_weight}
+_WEIGHTS = {"min-snr": min_snr_weight, "debiased": debiased_weight}
 
 
 @dataclass(frozen=True)
