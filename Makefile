@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 BENCH ?= bench
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all coverage lint bench clean
+.PHONY: demo test test-all coverage fuzz lint bench clean
 # What make starts must not wait by spinning: on a shared machine that slows everything down.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -22,6 +22,9 @@ coverage: $(READY)
 	$(RUN) -m coverage run -m pytest -n 2 --dist worksteal --hypothesis-profile=thorough $(ARGS)
 	$(RUN) -m coverage combine --quiet
 	$(RUN) -m coverage report
+
+fuzz: $(READY)
+	$(RUN) tools/fuzz.py $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
