@@ -203,8 +203,13 @@ class RunFolder:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What was written when the run began: "fingerprint", "name", "started_at" and "settings"."""
-        return _read_json(self.path / RECORD_FILE)
+        """What was written when the run began: "fingerprint", "name", "started_at" and "settings".
+
+        What is not of its type, in a file that was damaged or changed by hand, is left out.
+        """
+        types = {"fingerprint": str, "name": str, "started_at": (int, float), "settings": dict}
+        record = _read_json(self.path / RECORD_FILE)
+        return {key: value for key, value in record.items() if isinstance(value, types.get(key, object))}
 
     @property
     def name(self) -> str:

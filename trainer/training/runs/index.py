@@ -28,7 +28,7 @@ from .folder import (
     preview_name,
     step_of,
 )
-from .metrics import DONE, STOPPED, last_lines, measured, read_metrics
+from .metrics import DONE, STOPPED, is_number, last_lines, measured, read_metrics
 
 _SHOWN_FILES = re.compile(
     "|".join(
@@ -104,7 +104,8 @@ class RunIndex:
         run = self.run(name)
         settings = run.record.get("settings", {})
         lines = last_lines(run.metrics_path)
-        requested = int(settings.get("steps", 0))
+        requested = settings.get("steps", 0)
+        requested = int(requested) if is_number(requested) and math.isfinite(requested) else 0
         saved = max(run.steps(), default=0)
         step = max([saved, *(line["step"] for line in lines)])
         losses = [(line["step"], line["loss"]) for line in lines if "loss" in line]

@@ -16,6 +16,7 @@ DONE, STOPPED, FAILED = "done", "stopped", "failed"
 VALIDATION_LOSS = "validation_loss"
 _KINDS = {"loss", "scores", VALIDATION_LOSS, "state"}  # what a line of a step may be about
 _TAIL = 16_384  # bytes
+_NUMBERS = ("loss", "learning_rate", "rate", "memory", VALIDATION_LOSS)
 
 
 class RecordedListener:
@@ -133,8 +134,28 @@ def _parsed(text: str) -> Iterator[dict[str, Any]]:
             content = json.loads(line)
         except ValueError:
             continue
-        if isinstance(content, dict) and isinstance(content.get("step"), int):
+        if isinstance(content, dict) and _is_well_formed(content):
             yield content
+
+
+def _is_well_formed(line: Mapping[str, Any]) -> bool:
+    """Whether a line has a step, and numbers where it should have numbers."""
+    numbers = [line[key] for key in _NUMBERS if key in line]
+    scores = line.get("scores") or {}
+    if not isinstance(scores, dict) or not is_number(line.get("step")) or ("loss" in line) > ("learning_rate" in line):
+        return False
+    return isinstance(line["step"], int) and all(map(is_number, [*numbers, *scores.values()]))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a number that a float can hold; `true` and `false` are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        float(value)
+    except OverflowError:
+        return False
+    return True
 
 
 def preview_scores(path: Path) -> dict[int, dict[str, float]]:
