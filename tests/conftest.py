@@ -9,6 +9,10 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from worlds import Finished, World
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin while the CPU is shared
@@ -43,6 +47,36 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base model")
     shutil.copytree(DEMO / "base" / "tokenizer", folder / "tokenizer")
     return sd15_checkpoint(folder / "tiny.safetensors", size=TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The tiny SD 1.x and three pictures. Read-only, as all that is shared."""
+    from worlds import make_world
+
+    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("world") / "subject")
+
+
+@pytest.fixture(scope="session")
+def world(tiny_world: World) -> World:
+    """The world of most tests; files that need other pictures have a `world` of their own."""
+    return tiny_world
+
+
+@pytest.fixture(scope="session")
+def xl(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """The smallest SDXL and three pictures."""
+    from worlds import make_xl_world
+
+    return make_xl_world(tmp_path_factory.mktemp("xl"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A plain run of four steps that has ended, with previews of steps 0, 2 and 4."""
+    from worlds import finish
+
+    return finish(tiny_world, tmp_path_factory.mktemp("finished"), preview_every=2, preview_steps=1, preview_count=1)
 
 
 @pytest.fixture

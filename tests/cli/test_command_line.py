@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT
+from helpers import HANGS, ROOT
 from pack.trainer.cli.train import parse_strength
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.settings.train import GenerateCommand, PriorsCommand, TrainCommand, field_extra
@@ -387,10 +387,10 @@ class Program:
 
     def wait_for(self, text: str) -> None:
         with self._seen:
-            assert self._seen.wait_for(lambda: text in self.errors, timeout=60), self.errors
+            assert self._seen.wait_for(lambda: text in self.errors, timeout=HANGS), self.errors
 
     def end(self) -> tuple[int, str]:
-        status = self.process.wait(timeout=60)
+        status = self.process.wait(timeout=HANGS)
         self._reader.join()
         assert self.process.stdout is not None
         return status, self.process.stdout.read().decode()

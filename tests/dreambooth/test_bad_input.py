@@ -8,18 +8,15 @@ from __future__ import annotations
 import builtins
 import dataclasses
 import errno
-import gc
 import io
 import json
 import os
 import pickle
 import shutil
 import struct
-import weakref
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,14 +27,12 @@ import torch
 from checkpoints import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, sd15_state_dict
 from helpers import DEMO, TINY, Recorder
 from pack.trainer.__main__ import main
-from pack.trainer.adapters.kohya import Adapter, LoraLayer, read_adapter, write_adapter
+from pack.trainer.adapters.kohya import Adapter, LoraLayer, write_adapter
 from pack.trainer.adapters.layers import make_layer
 from pack.trainer.cli.train import run_generate, run_train
-from pack.trainer.core.devices import explained_memory_errors
 from pack.trainer.core.errors import (
     AdapterError,
     DivergedError,
-    OutOfMemoryError,
     PicturesError,
     SettingsError,
     StorageError,
@@ -46,13 +41,8 @@ from pack.trainer.core.errors import (
     WeightsError,
 )
 from pack.trainer.core.events import Phase, Step
-from pack.trainer.core.seeding import draw_sample
 from pack.trainer.data.images import load_pictures
-from pack.trainer.dreambooth import TrainResult, train
-from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
-from pack.trainer.models.open import open_base
-from pack.trainer.settings.train import GenerateCommand, TrainCommand, TrainSettings
-from pack.trainer.training.runs.folder import RunPaths
+from pack.trainer.settings.train import GenerateCommand, TrainCommand
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -1233,110 +1223,6 @@ def test_drawing_refuses(
     assert everything(world) == before
 
 
-@dataclasses.dataclass(frozen=True)
-class Runs:
-    """Trains on the tiny model with a checkpoint after every step; `finished` is the root of a run of four steps."""
-
-    path: Path
-    base: Path
-    pictures: Path
-    finished: Path | None = None
-
-    def __call__(self, listener: Recorder | None = None, **changes: Any) -> TrainResult:
-        settings = TrainSettings(
-            **{"name": "dog", "rank": 2, "resolution": 64, "checkpoint_every": 1, "keep_checkpoints": 99, **changes}
-        )
-        pictures = load_pictures(self.pictures, PROMPT, Recorder())
-        paths = RunPaths(self.path / "loras", self.path / "runs")
-        return train(open_base(self.base), pictures, [], settings, paths, "cpu", listener or Recorder())
-
-    def begin(self, steps: int) -> None:
-        """Put a run of so many steps there."""
-        assert self.finished is not None
-        shutil.copytree(self.finished, self.path / "runs")
-        for step in range(steps + 1, 5):
-            shutil.rmtree(self.checkpoint(step))
-
-    def assert_as_if_never_stopped(self) -> None:
-        """Step 4 is what it is in the run that nothing went wrong in, to the bit."""
-        assert self.finished is not None
-        name = str(self.checkpoint(4).relative_to(self.path / "runs") / "adapter.safetensors")
-        mine, right = (load_file(root / name) for root in (self.path / "runs", self.finished))
-        assert set(mine) == set(right)
-        assert all(torch.equal(tensor, right[key]) for key, tensor in mine.items())
-
-    @property
-    def folder(self) -> Path:
-        [folder] = (self.path / "runs").iterdir()
-        return folder
-
-    @property
-    def steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
-
-    def checkpoint(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
-
-    def assert_good(self, step: int) -> None:
-        """The checkpoint is there, loads, and is finite."""
-        adapter = read_adapter(self.checkpoint(step) / "adapter.safetensors")
-        assert adapter.metadata["ss_steps"] == str(step)
-        for layer in adapter.layers.values():
-            assert torch.isfinite(layer.up).all()
-            assert torch.isfinite(layer.down).all()
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("finished")
-    runs = Runs(path, tiny_checkpoint, noisy_pictures(path / "pictures"))
-    runs(steps=4)
-    return path / "runs"
-
-
-@pytest.fixture
-def runs(tmp_path: Path, tiny_checkpoint: Path, finished: Path) -> Runs:
-    return Runs(tmp_path, tiny_checkpoint, noisy_pictures(tmp_path / "pictures"), finished)
-
-
-def noisy_pictures(folder: Path) -> Path:
-    folder.mkdir()
-    for number in range(4):
-        pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
-
-
-def poison(runs: Runs, picture: int) -> None:
-    """Make the encoding of one picture NaN, as a text or picture encoder does that overflows."""
-    path = runs.folder / "cache.safetensors"
-    tensors = load_file(path)
-    tensors[f"instance.mean.{picture}"][..., 0, 0] = torch.nan
-    save_file(tensors, path)
-
-
-@pytest.mark.parametrize("checkpoint_every", [1, 4, 0])
-def test_nan_stops_the_run_and_names_the_step(runs: Runs, checkpoint_every: int) -> None:
-    runs.begin(2)
-    items = [draw_sample(TrainSettings().seed, "instance", step, 0, 1, [(4, 8, 8)] * 4).item for step in range(8)]
-    poison(runs, items[3])
-    wrong = next(step for step in range(2, 8) if items[step] == items[3]) + 1
-    earlier, listener = files_below(runs.path), Recorder()
-    with pytest.raises(DivergedError) as caught:
-        runs(listener, steps=9, checkpoint_every=checkpoint_every)
-    assert f"step {wrong};" in caught.value.problem
-    assert "nan" in caught.value.problem
-    assert "learning_rate" in caught.value.remedy
-    kept = runs.steps[-1]
-    assert 2 <= kept < wrong
-    assert f"step {kept} is kept in {runs.folder}" in caught.value.remedy
-    for step in runs.steps:
-        runs.assert_good(step)
-    assert files_below(runs.path).items() >= earlier.items()
-    assert not list((runs.path / "loras").iterdir())
-    assert [event.step for event in listener.events if isinstance(event, Step)] == list(range(3, wrong))
-
-
 def test_nan_in_the_base_model_is_not_blamed_on_the_learning_rate(world: World) -> None:
     """Before the first update the adapter adds nothing; what is NaN then comes from the base or the pictures."""
     name = f"{UNET_PREFIX}middle_block.0.in_layers.2.weight"
@@ -1346,106 +1232,6 @@ def test_nan_in_the_base_model_is_not_blamed_on_the_learning_rate(world: World) 
     assert "learning_rate" not in caught.value.remedy
     assert "base model" in str(caught.value)
     assert (world.out / "my-subject.safetensors").read_bytes().startswith(b"earlier work")
-
-
-def test_weights_that_are_not_finite_are_never_saved(runs: Runs) -> None:
-    """The optimiser's state overflows, so that a good loss is followed by weights that are NaN."""
-    runs.begin(2)
-    path = runs.checkpoint(2) / "optimizer.safetensors"
-    save_file(
-        {name: tensor * (torch.nan if "exp_avg" in name else 1) for name, tensor in load_file(path).items()}, path
-    )
-    with pytest.raises(DivergedError) as caught:
-        runs(steps=4)
-    assert "step 3" in caught.value.problem
-    assert "learning_rate" in caught.value.remedy
-    assert runs.steps == [1, 2]
-    runs.assert_good(2)
-    assert not list((runs.path / "loras").iterdir())
-
-
-MEMORY_ERRORS: dict[str, Exception] = {
-    "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
-    "CUDA by number": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
-    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1 GB)"),
-    "Linux": RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
-    "Windows": RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you"),
-    "Python": MemoryError(),
-}
-
-
-@pytest.mark.parametrize("name", MEMORY_ERRORS)
-def test_every_systems_word_for_no_memory_is_known(name: str) -> None:
-    with pytest.raises(OutOfMemoryError) as caught, explained_memory_errors("resolution"):
-        raise MEMORY_ERRORS[name]
-    assert "memory" in caught.value.problem
-    assert "Lower resolution" in caught.value.remedy
-
-
-def test_other_errors_are_not_taken_for_no_memory() -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explained_memory_errors("resolution"):
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-
-
-PROBES = 4  # forward passes of a new run that ask the base model what it predicts
-
-
-def fail_at_call(monkeypatch: pytest.MonkeyPatch, number: int) -> list[weakref.ref[Any]]:
-    """Let the memory run out inside the model's forward pass; gives weak references to the denoisers that ran."""
-    networks: list[weakref.ref[Any]] = []
-    real = StableDiffusionModel.predict
-
-    def predict(self: StableDiffusionModel, *arguments: Any) -> Tensor:
-        networks.append(weakref.ref(self.unet))
-        if len(networks) == number:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(self, *arguments)
-
-    monkeypatch.setattr(StableDiffusionModel, "predict", predict)
-    return networks
-
-
-def test_out_of_memory_keeps_the_steps_and_says_what_to_lower(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    fail_at_call(monkeypatch, PROBES + 3)
-    with pytest.raises(OutOfMemoryError) as caught:
-        runs(steps=4, checkpoint_every=0, fit="off")
-    assert "memory" in caught.value.problem
-    assert all(word in caught.value.remedy for word in ("resolution", "batch_size", "gradient_checkpointing"))
-    assert runs.steps == [2]
-    runs.assert_good(2)
-    monkeypatch.undo()
-    assert runs(steps=4).started_from == 2
-    runs.assert_as_if_never_stopped()
-
-
-@pytest.mark.parametrize("call", [1, PROBES + 1], ids=["before the first step", "in the first step"])
-def test_out_of_memory_at_once_leaves_nothing_half(runs: Runs, monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    fail_at_call(monkeypatch, call)
-    with pytest.raises(OutOfMemoryError):
-        runs(steps=2, fit="off")
-    assert runs.steps == []
-    assert not list((runs.path / "loras").iterdir())
-
-
-def test_out_of_memory_frees_the_networks(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also while the error is still being shown: the host needs the memory then."""
-    networks = fail_at_call(monkeypatch, PROBES + 2)
-    with pytest.raises(OutOfMemoryError) as caught:
-        runs(steps=4, fit="off")
-    gc.collect()
-    assert caught.value.remedy
-    assert len(networks) == PROBES + 2
-    assert not any(network() for network in networks)
-
-
-def test_a_finished_run_frees_the_networks(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    networks = fail_at_call(monkeypatch, -1)
-    result = runs(steps=1)
-    gc.collect()
-    assert result.adapter.layers
-    assert len(networks) == PROBES + 1
-    assert not any(network() for network in networks)
 
 
 @pytest.mark.slow
@@ -1472,101 +1258,3 @@ def test_a_wrong_prediction_type_is_found_out(world: World, chosen: bool) -> Non
     assert "as v_prediction" in told
     assert "predicts epsilon" in told
     assert ("your setting" if chosen else "scheduler") in told
-
-
-@contextmanager
-def file_size_limit(number_of_bytes: int) -> Iterator[None]:
-    """The system refuses to write further into any file than this: a disk that is full, for real."""
-    import resource
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (number_of_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no limit on file sizes")
-@pytest.mark.parametrize("part", ["adapter.safetensors", "optimizer.safetensors"])
-def test_full_disk_in_the_middle_of_a_checkpoint(runs: Runs, part: str) -> None:
-    runs.begin(2)
-    sizes = {path.name: path.stat().st_size for path in runs.checkpoint(2).iterdir()}
-    assert sizes["adapter.safetensors"] < sizes["optimizer.safetensors"] - 100
-    before = files_below(runs.path)
-    with file_size_limit(sizes[part] - 100), pytest.raises(StorageError) as caught:
-        runs(steps=4)
-    assert str(runs.folder) in caught.value.problem
-    assert caught.value.remedy
-    assert files_below(runs.path) == before
-    runs.assert_good(2)
-    assert runs(steps=4).started_from == 2
-    runs.assert_as_if_never_stopped()
-
-
-def test_full_disk_that_says_so_in_the_middle_of_a_checkpoint(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    class FillsTheDisk(Recorder):
-        def report(self, event: Any) -> None:
-            super().report(event)
-            if isinstance(event, Step) and event.step == 3:
-                monkeypatch.setattr(os, "fsync", full)
-
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    runs.begin(2)
-    before = files_below(runs.path)
-    with pytest.raises(StorageError) as caught:
-        runs(FillsTheDisk(), steps=4)
-    monkeypatch.undo()
-    assert "No space left" in caught.value.problem
-    assert str(runs.folder) in caught.value.problem
-    assert "Free some space" in caught.value.remedy
-    assert files_below(runs.path) == before
-    assert runs(steps=4).started_from == 2
-    runs.assert_as_if_never_stopped()
-
-
-@pytest.mark.parametrize(
-    ("part", "damage"),
-    [
-        ("adapter.safetensors", "cut"),
-        ("adapter.safetensors", "removed"),
-        ("optimizer.safetensors", "cut"),
-        ("optimizer.safetensors", "emptied"),
-        ("state.json", "cut"),
-        ("state.json", "removed"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named(runs: Runs, part: str, damage: str) -> None:
-    runs.begin(2)
-    file = runs.checkpoint(2) / part
-    content = file.read_bytes()
-    if damage == "removed":
-        file.unlink()
-    else:
-        file.write_bytes(content[: len(content) // 2] if damage == "cut" else b"")
-    before = files_below(runs.path)
-    with pytest.raises(StorageError) as caught:
-        runs(steps=3)
-    assert str(runs.checkpoint(2)) in caught.value.problem
-    assert "Delete that folder" in caught.value.remedy
-    assert files_below(runs.path) == before
-
-
-def test_without_a_damaged_checkpoint_the_run_goes_on_from_the_one_before(runs: Runs) -> None:
-    runs.begin(1)
-    assert runs(steps=4).started_from == 1
-    runs.assert_as_if_never_stopped()
-
-
-@pytest.mark.parametrize("part", [0, 2], ids=["empty", "half"])
-def test_a_damaged_cache_is_made_again(runs: Runs, part: int) -> None:
-    runs.begin(3)
-    cache = runs.folder / "cache.safetensors"
-    whole = cache.read_bytes()
-    cache.write_bytes(whole[: len(whole) // part] if part else b"")
-    runs(steps=4)
-    runs.assert_as_if_never_stopped()
-    assert cache.read_bytes() == whole

@@ -15,32 +15,20 @@ import pytest
 import torch
 from helpers import Recorder
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pack.trainer.data.batches import Batch, draw_batches
 from pack.trainer.data.buckets import bucket_shapes, kept_share, nearest_shape
-from pack.trainer.data.images import Picture, crop, load_pictures, size_conditioning
+from pack.trainer.data.images import crop, size_conditioning
 from pack.trainer.data.latent_cache import LatentCache, LatentDataset
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.settings.train import TrainSettings
 from PIL import Image, ImageDraw
 from torch import Tensor
-from worlds import (
-    TOKENIZER,
-    World,
-    assert_same_end,
-    losses,
-    make_world,
-    make_xl_world,
-    newest_step,
-    open_base,
-    runs_in,
-)
+from worlds import SHAPES, World, assert_same_end, losses, pictures_of, runs_in
 
 pytestmark = pytest.mark.usefixtures("quick")
 CPU = torch.device("cpu")
 BUCKETS: dict[str, Any] = {"aspect_buckets": True, "bucket_step": 16}
-SIZES = [(64, 64), (128, 64), (64, 128), (100, 80), (90, 65), (64, 200)]
 sides = st.integers(32, 6000)
 grids = st.sampled_from([(64, 8), (64, 16), (64, 32), (512, 64), (512, 8), (768, 64), (1024, 64), (520, 64)])
 
@@ -79,7 +67,6 @@ def worst_share(shapes: Sequence[tuple[int, int]]) -> float:
     return min(math.sqrt(low / high) for low, high in itertools.pairwise(ratios))
 
 
-@hypothesis_settings(max_examples=300, deadline=None)
 @given(width=sides, height=sides, grid=grids)
 def test_little_is_cut_away(width: int, height: int, grid: tuple[int, int]) -> None:
     shapes = bucket_shapes(*grid)
@@ -101,7 +88,6 @@ def test_how_much_is_cut_away_at_the_most() -> None:
     assert 1 - worst_share(bucket_shapes(512, 8)) < 0.02
 
 
-@hypothesis_settings(max_examples=60, deadline=None)
 @given(width=st.integers(32, 400), height=st.integers(32, 400), step=st.sampled_from([8, 16, 32]))
 def test_what_is_cut_is_what_is_said(width: int, height: int, step: int) -> None:
     """Each pixel holds its own column or row, so the cut tells where it comes from."""
@@ -201,28 +187,16 @@ def test_a_set_of_several_shapes_comes_back_from_its_file(tmp_path: Path) -> Non
     assert torch.equal(loaded.instance.masks[1], masks[1])
 
 
-def pictures_of(folder: Path, sizes: Sequence[tuple[int, int]], prompt: str, masked: bool = False) -> list[Picture]:
-    folder.mkdir(parents=True)
-    for number, (width, height) in enumerate(sizes):
-        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        if masked and number % 2:
-            mask = Image.new("L", (width, height))
-            mask.paste(255, (0, 0, width // 2, height))
-            mask.save(folder / f"{number}_mask.png")
-    return load_pictures(folder, prompt, Recorder())
-
-
 @pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
+def world(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """Pictures of several shapes."""
-    subject = pictures_of(tmp_path_factory.mktemp("shapes") / "subject", SIZES, "sks, dog, in the snow, at noon", True)
-    return World(open_base(tiny_checkpoint, TOKENIZER), subject)
+    folder = tmp_path_factory.mktemp("shapes") / "subject"
+    return replace(tiny_world, subject=pictures_of(folder, SHAPES, "sks, dog, in the snow, at noon", masked=True))
 
 
-def test_square_pictures_train_as_without_buckets(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    world = make_world(tiny_checkpoint, tmp_path / "subject").with_priors(tmp_path / "class")
-    changes: dict[str, Any] = {"flip": True, "batch_size": 2}
+def test_square_pictures_train_as_without_buckets(tiny_world: World, tmp_path: Path) -> None:
+    world = tiny_world.with_priors(tmp_path / "class")
+    changes: dict[str, Any] = {"flip": True, "batch_size": 2, "steps": 2}
     plain, plainly = world.train(tmp_path / "plain", listener := Recorder(), **changes), listener
     ours, told = world.train(tmp_path / "buckets", listener := Recorder(), **changes, **BUCKETS), listener
     assert ours.run.name != plain.run.name
@@ -230,17 +204,10 @@ def test_square_pictures_train_as_without_buckets(tiny_checkpoint: Path, tmp_pat
     assert_same_end(ours, plain)
 
 
-def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
-    recipe = world.recipe(folder, **changes)
-    recipe.open_run()
-    recipe.prepare()
-    return recipe
-
-
 def test_latents_have_the_nearest_shape(world: World, tmp_path: Path) -> None:
-    recipe = prepared(world, tmp_path, flip=True, **BUCKETS)
+    recipe = world.prepared(tmp_path, flip=True, **BUCKETS)
     shapes = bucket_shapes(64, 16)
-    for number, size in enumerate(SIZES):
+    for number, size in enumerate(SHAPES):
         width, height = nearest_shape(size, shapes)
         mean, mask = recipe.session.cache.instance.mean[number], recipe.session.cache.instance.masks[number]
         assert mean.shape == (2, 4, height // 8, width // 8)
@@ -264,7 +231,7 @@ def alone(recipe: DreamBooth, batch: Batch, row: int) -> Tensor:
 
 def test_the_loss_of_a_mixed_batch_is_that_of_its_samples(world: World, tmp_path: Path) -> None:
     world = world.with_priors(tmp_path / "class")
-    recipe = prepared(world, tmp_path, batch_size=5, prior_weight=0.25, **BUCKETS)
+    recipe = world.prepared(tmp_path, batch_size=5, prior_weight=0.25, **BUCKETS)
     settings, kinds = recipe.settings, Counter[float]()
     with torch.no_grad():
         for step in range(3):
@@ -281,10 +248,9 @@ def test_the_loss_of_a_mixed_batch_is_that_of_its_samples(world: World, tmp_path
     assert kinds == {0.2: 15, 0.05: 15}  # one over five, and a quarter of it
 
 
-def test_sdxl_is_told_the_size_of_the_bucket(tmp_path: Path) -> None:
-    square = make_xl_world(tmp_path)
-    world = replace(square, subject=pictures_of(tmp_path / "shapes", SIZES, "a photo of sks dog"))
-    recipe = prepared(world, tmp_path, batch_size=3, **BUCKETS)
+def test_sdxl_is_told_the_size_of_the_bucket(world: World, xl: World, tmp_path: Path) -> None:
+    world = replace(xl, subject=world.subject)
+    recipe = world.prepared(tmp_path, batch_size=3, **BUCKETS)
     told: list[tuple[tuple[int, ...], Tensor]] = []
 
     def watch(_: Any, inputs: Any, named: dict[str, Any]) -> None:
@@ -292,7 +258,7 @@ def test_sdxl_is_told_the_size_of_the_bucket(tmp_path: Path) -> None:
         told.append((tuple(sample.shape), named["added_cond_kwargs"]["time_ids"]))
 
     handle = recipe.session.model.unet.register_forward_pre_hook(watch, with_kwargs=True)
-    expected = {size: size_conditioning(size, *nearest_shape(size, bucket_shapes(64, 16))) for size in SIZES}
+    expected = {size: size_conditioning(size, *nearest_shape(size, bucket_shapes(64, 16))) for size in SHAPES}
     seen = set()
     with torch.no_grad():
         for step in range(4):
@@ -304,44 +270,7 @@ def test_sdxl_is_told_the_size_of_the_bucket(tmp_path: Path) -> None:
             assert row == list(expected[size])
             assert row[4:] == [8 * shape[2], 8 * shape[3]]
             seen.add(size)
-    assert seen == set(SIZES)
-
-
-EVERYTHING: dict[str, Any] = {
-    **BUCKETS,
-    "flip": True,
-    "gradient_accumulation": 2,
-    "batch_size": 2,
-    "caption_dropout": 0.3,
-    "shuffle_tags": True,
-    "mask_background": 0.25,
-    "text_encoder_lr": 1e-3,
-    "noise_offset": 0.05,
-    "multires_noise_iterations": 2,
-    "input_perturbation": 0.1,
-    "loss": "huber-snr",
-    "loss_weighting": "min-snr",
-    "timestep_bias": 0.5,
-    "validation_pictures": 1,
-    "dropout": 0.1,
-    "steps": 6,
-}
-
-
-@pytest.mark.slow
-def test_stops_leave_no_trace_with_everything_on(world: World, tmp_path: Path) -> None:
-    repeated = [replace(picture, repeats=1 + number % 3) for number, picture in enumerate(world.subject)]
-    world = replace(world, subject=repeated).with_priors(tmp_path / "class")
-    straight = world.train(tmp_path / "straight", listener := Recorder(), **EVERYTHING)
-    losses = listener.losses
-    assert all(map(math.isfinite, losses))
-    for step in (1, 4):
-        world.stop_after(step, tmp_path / "stopped", **EVERYTHING)
-        assert [newest_step(run) for run in runs_in(tmp_path / "stopped")] == [step]
-    resumed = world.train(tmp_path / "stopped", listener := Recorder(), **EVERYTHING)
-    assert resumed.started_from == 4
-    assert listener.losses[-3:] == losses[-3:]  # of the last two steps, and on the held-out picture
-    assert_same_end(resumed, straight)
+    assert seen == set(SHAPES)
 
 
 @pytest.mark.slow
@@ -358,7 +287,7 @@ def test_the_course_does_not_depend_on_the_cache_file(world: World, tmp_path: Pa
 def test_pictures_of_one_shape_alone_and_in_the_company_of_others(world: World, tmp_path: Path) -> None:
     """Buckets change the shape of a picture, and nothing else of it: alone it is encoded to the same latents."""
     changes = {**BUCKETS, "flip": True}
-    together = prepared(world, tmp_path / "together", **changes).session.cache.instance
+    together = world.prepared(tmp_path / "together", **changes).session.cache.instance
     for number in (1, 4):
-        alone = prepared(replace(world, subject=[world.subject[number]]), tmp_path / str(number), **changes)
+        alone = replace(world, subject=[world.subject[number]]).prepared(tmp_path / str(number), **changes)
         assert torch.equal(alone.session.cache.instance.mean[0], together.mean[number])

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, Recorder
+from helpers import HANGS, ROOT, Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.cli.train import run_train
@@ -30,14 +30,14 @@ from pack.trainer.training.runs.folder import run_fingerprint
 from pack.trainer.training.runs.metrics import read_metrics
 from safetensors import safe_open
 from safetensors.torch import load_file
+from shell import flags_of
 from worlds import differing, newest_step, noisy_pictures, runs_in
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-STEPS, LONGEST = 8, 900.0
+WITHOUT_END = 1_000_000  # steps, so that a stop is in time on a machine of any speed
 SETTINGS: dict[str, Any] = {
     "name": "dög 1",
-    "steps": STEPS,
     "rank": 2,
     "targets": "attention",
     "resolution": 64,
@@ -52,7 +52,7 @@ SETTINGS: dict[str, Any] = {
     "class_prompt": "a photo of a dog",
     "instance_prompt": "a photo of sks dog",
     "validation_pictures": 1,
-    "preview_every": 8,
+    "preview_every": WITHOUT_END,  # those of step 0 and of the last one
     "preview_steps": 1,
     "device": "cpu",
 }
@@ -85,14 +85,6 @@ class Ended:
     errors: str
 
 
-def flags_of(values: dict[str, Any]) -> list[str]:
-    found = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        found += [flag] if value is True else [flag, str(value)]
-    return found
-
-
 def launched(*trained: dict[str, Any], stop_at: int | None = None, script: str = "") -> Ended:
     """Train in two processes, run after run; once step `stop_at` is told, the launcher gets Ctrl-C's signal."""
     with socket.socket() as free:
@@ -110,13 +102,13 @@ def launched(*trained: dict[str, Any], stop_at: int | None = None, script: str =
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         try:
-            deadline = time.monotonic() + LONGEST
+            deadline = time.monotonic() + HANGS
             while stop_at is not None and process.poll() is None and time.monotonic() < deadline:
                 if any(step_told(run, stop_at) for run in runs_in(trained[0]["output_dir"])):
                     process.send_signal(signal.SIGINT)
                     break
                 time.sleep(0.005)
-            output, errors = process.communicate(timeout=LONGEST)
+            output, errors = process.communicate(timeout=HANGS)
         except BaseException:
             process.kill()
             raise
@@ -129,13 +121,19 @@ def step_told(run: Path, step: int) -> bool:
 
 @dataclass(frozen=True)
 class Course:
-    """A run of two processes: stopped; then, in other processes, resumed, once more from the start beside it, and a
-    third time where the leader can't write its metrics."""
+    """A run of two processes: stopped; then, in other processes, resumed for four steps more, once more from the start
+    beside it, and a third time where the leader can't write its metrics."""
 
     values: dict[str, Any]
     stopped: Ended
     kept: int
+    steps: int
     ended: Ended
+
+    @property
+    def last(self) -> str:
+        """The folder of the last checkpoint."""
+        return f"step-{self.steps:08d}"
 
 
 @pytest.fixture(scope="module")
@@ -148,21 +146,22 @@ def values(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> d
 
 @pytest.fixture(scope="module")
 def course(values: dict[str, Any]) -> Course:
-    stopped = launched(values, stop_at=1)
+    stopped = launched(values | {"steps": WITHOUT_END}, stop_at=1)
     [run] = runs_in(values["output_dir"])
     kept = newest_step(run)
+    values = values | {"steps": kept + 4}
     broken = values["output_dir"] / "broken"
     (broken / "runs" / run.name / "metrics.jsonl").mkdir(parents=True)
     shutil.copy(run / "run.json", broken / "runs" / run.name)
     ended = launched(values, values | {"resume": "never"}, values | {"output_dir": broken})
-    return Course(values, stopped, kept, ended)
+    return Course(values, stopped, kept, kept + 4, ended)
 
 
 @pytest.fixture(scope="module")
-def alone(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+def alone(course: Course, tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """One process with all samples of a step."""
     changes = {"batch_size": 2, "output_dir": tmp_path_factory.mktemp("alone")}
-    return run_train(TrainCommand.checked(values | changes), Recorder())
+    return run_train(TrainCommand.checked(course.values | changes), Recorder())
 
 
 def runs_of(course: Course) -> list[Path]:
@@ -174,7 +173,7 @@ def runs_of(course: Course) -> list[Path]:
 def test_a_stop_is_one_for_all_and_keeps_its_step(course: Course) -> None:
     assert course.stopped.status != 0
     assert course.stopped.output == ""
-    assert 0 < course.kept < STEPS, course.stopped.errors
+    assert course.kept > 0, course.stopped.errors
     assert course.stopped.errors.count(f"step {course.kept} is saved") == 1
     assert course.stopped.errors.count("Stopping after this step") == 1
     assert "KeyboardInterrupt" not in course.stopped.errors
@@ -190,7 +189,7 @@ def test_the_leader_alone_speaks(course: Course) -> None:
     assert [str(path) for path in course.values["output_dir"].glob("*.safetensors")] == [first]
     assert ended.errors.count("Adapter: ") == 2
     assert ended.errors.count(f"Going on after step {course.kept}") == 1
-    assert ended.errors.count(f"Validation loss after step {STEPS}:") == 2
+    assert ended.errors.count(f"Validation loss after step {course.steps}:") == 2
 
 
 @pytest.mark.slow
@@ -199,15 +198,15 @@ def test_stop_and_resume_leave_no_trace(course: Course) -> None:
     old, new = runs_of(course)
     assert new.name == f"{old.name}-2"
     for file in ("adapter", "optimizer"):
-        step = f"step-{STEPS:08d}/{file}.safetensors"
-        assert differing(old / step, new / step) == []
+        name = f"{course.last}/{file}.safetensors"
+        assert differing(old / name, new / name) == []
 
 
 @pytest.mark.slow
 def test_two_learn_what_one_would(course: Course, alone: TrainResult) -> None:
     """With the same samples in a step: class pictures, accumulation, clipping, a trained text encoder, flips."""
     _, run = runs_of(course)
-    ours, theirs = load_file(run / f"step-{STEPS:08d}" / "adapter.safetensors"), load_file(alone.path)
+    ours, theirs = load_file(run / course.last / "adapter.safetensors"), load_file(alone.path)
     assert set(ours) == set(theirs)
     assert any(name.startswith("lora_te") for name in ours)
     for name, tensor in theirs.items():
@@ -226,11 +225,11 @@ def losses_of(run: Path) -> list[float]:
 def test_every_file_is_written_once(course: Course) -> None:
     for run in runs_of(course):
         lines = read_metrics(run / "metrics.jsonl")
-        assert [line["step"] for line in lines if "loss" in line] == list(range(1, STEPS + 1))
+        assert [line["step"] for line in lines if "loss" in line] == list(range(1, course.steps + 1))
         told = [line["step"] for line in lines if "validation_loss" in line]
         assert len(told) == len(set(told))
-        assert {0, 3, 6, STEPS} <= set(told)
-        assert [line["step"] for line in lines if "scores" in line] == [0, STEPS]
+        assert {*range(0, course.steps, 3), course.steps} <= set(told)
+        assert [line["step"] for line in lines if "scores" in line] == [0, course.steps]
         assert [line["state"] for line in lines if "state" in line] == ["done"]
         assert not list(run.rglob(".tmp-*"))
 

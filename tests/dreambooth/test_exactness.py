@@ -1,286 +1,272 @@
-"""Nothing is lost and nothing is done twice: a run that was stopped in any way ends bit for bit as one that was not."""
+"""Nothing is lost and nothing is done twice: a run that was stopped in any way ends bit for bit as one that was not.
+
+Each part that changes while a run trains is shown to come back whole in tests/training/test_state_parts; the runs below
+show that a run puts all of its parts together again.
+"""
 
 from __future__ import annotations
 
-import gc
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, get_args
 
-import numpy as np
 import pytest
 import torch
 from cases import mostly_slow
-from helpers import ROOT, Recorder
+from checkpoints import sd15_checkpoint
+from helpers import HANGS, ROOT, TINY, Recorder
+from pack.trainer.adapters.apply import apply_to_base
 from pack.trainer.adapters.kohya import Adapter, LoraLayer
-from pack.trainer.cli.train import run_train
-from pack.trainer.core.errors import CancelledError, StorageError
-from pack.trainer.data.images import Picture, load_pictures
-from pack.trainer.dreambooth import TrainResult, train
-from pack.trainer.models.families.base import BaseWeights
-from pack.trainer.models.open import open_base
+from pack.trainer.core.errors import StorageError
+from pack.trainer.core.events import Validation
+from pack.trainer.data.images import load_pictures
+from pack.trainer.dreambooth import train
 from pack.trainer.settings.preview import PreviewSettings
-from pack.trainer.settings.train import TrainCommand, TrainSettings
+from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.adapter import StartingPoint
 from pack.trainer.training.runs.folder import RunPaths, run_fingerprint
-from PIL import Image
+from run_trees import contents_below
 from safetensors.torch import load_file, save_file
+from shell import flags_of
+from worlds import (
+    BOTH_TEXTS,
+    COMMON,
+    PROMPT,
+    SHAPES,
+    TEXT,
+    Finished,
+    World,
+    assert_same_end,
+    differing,
+    make_world,
+    newest_step,
+    noisy_pictures,
+    paths_in,
+    pictures_of,
+    runs_in,
+    steps_in,
+)
 
-COMMON: dict[str, Any] = {
-    "name": "dog",
-    "steps": 12,
-    "rank": 2,
-    "targets": "attention",
-    "resolution": 64,
-    "learning_rate": 1e-2,
-    "save_precision": "fp32",
-    "keep_checkpoints": 100,
-    "checkpoint_every": 0,
+pytestmark = pytest.mark.usefixtures("quick")
+
+FULL: dict[str, Any] = {"adapter": "full", "learning_rate": 1e-3}
+HALF: dict[str, Any] = {"text_encoder_until": 0.5}
+# Everything that is drawn at random, and everything that changes what a sample is or what its loss counts.
+DATA: dict[str, Any] = {
+    "aspect_buckets": True,
+    "bucket_step": 16,
+    "flip": True,
+    "batch_size": 2,
+    "caption_dropout": 0.3,
+    "shuffle_tags": True,
+    "mask_background": 0.25,
+    "noise_offset": 0.05,
+    "multires_noise_iterations": 2,
+    "input_perturbation": 0.1,
+    "loss": "huber-snr",
+    "loss_weighting": "min-snr",
+    "timestep_bias": 0.5,
+    "validation_pictures": 1,
 }
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "class pictures, cosine, accumulation, flip": {
-        "lr_schedule": "cosine",
-        "lr_warmup_steps": 2,
-        "gradient_accumulation": 2,
-        "flip": True,
-    },
-    "DoRA of layers of their own, text encoder for six steps, dropout, limited norm": {
-        "adapter": "dora",
-        "targets": "all",
-        "exclude": "up_blocks",
-        "block_ranks": "mid_block=1 self_attn=3:1.5",
-        "text_encoder_lr": 5e-3,
-        "text_encoder_until": 0.5,
-        "dropout": 0.25,
-        "max_norm": 0.5,
-    },
-    "all weights, text encoder": {"adapter": "full", "learning_rate": 1e-4, "text_encoder_lr": 1e-5},
-}
-PLAIN, RICH, NEW, FULL = VARIANTS
-
-
-@dataclass(frozen=True)
-class World:
-    """A base model and pictures; runs start from here."""
-
-    base: BaseWeights
-    subject: list[Picture]
-    priors: list[Picture]
-
-    def train(
-        self, folder: Path, listener: Any = None, *, variant: str = PLAIN, **changes: Any
-    ) -> tuple[TrainResult, Recorder]:
-        """Run the recipe with its outputs below `folder`."""
-        settings = TrainSettings(**{**COMMON, **VARIANTS[variant], **changes})
-        listener = listener or Recorder()
-        priors = self.priors if variant == RICH else []
-        paths = RunPaths(folder / "loras", folder / "runs", folder / "models")
-        result = train(self.base, self.subject, priors, settings, paths, "cpu", listener)
-        return result, listener
-
-    def stop_after(self, step: int, folder: Path, *, variant: str = PLAIN, **changes: Any) -> None:
-        """Begin a run, or go on with it, and stop it after that step."""
-        begun = run_folders(folder)
-        pictures = len(self.subject) + (len(self.priors) if variant == RICH else 0)
-        asked_before = -newest_step(begun[0]) if begun else pictures
-        with pytest.raises(CancelledError) as stopped:
-            self.train(folder, Recorder(stop_after=asked_before + step), variant=variant, **changes)
-        assert stopped.value.step == step
-
-
-def run_folders(folder: Path) -> list[Path]:
-    return sorted((folder / "runs").glob("*-*"))
-
-
-def steps_in(run: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
-
-
-def newest_step(run: Path) -> int:
-    return max(steps_in(run), default=0)
-
-
-def differing(ours: Path, theirs: Path) -> list[str]:
-    """Names of the tensors that are not equal bit for bit in two safetensors files."""
-    first, second = load_file(ours), load_file(theirs)
-    assert set(first) == set(second)
-    return [name for name, tensor in first.items() if not torch.equal(tensor, second[name])]
-
-
-def assert_same_end(ours: TrainResult, theirs: TrainResult, step: int = 12) -> None:
-    """The adapter files, and the checkpoints of the last step with all of the optimiser, are equal bit for bit."""
-    assert differing(ours.path, theirs.path) == []
-    trained = "adapter.safetensors"
-    if ours.checkpoint is not None and theirs.checkpoint is not None:
-        assert differing(ours.checkpoint, theirs.checkpoint) == []
-        trained = "weights.safetensors"
-    for file in (trained, "optimizer.safetensors"):
-        assert differing(*(result.run / f"step-{step:08d}" / file for result in (ours, theirs))) == []
-
-
-def noisy_pictures(folder: Path, count: int, first_seed: int) -> Path:
-    folder.mkdir(parents=True)
-    for number in range(count):
-        pixels = np.random.default_rng(first_seed + number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
 
 
 @pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("pictures")
-    base = open_base(tiny_checkpoint)
-    subject = load_pictures(noisy_pictures(folder / "subject", 3, 0), "a photo of sks dog", Recorder())
-    priors = load_pictures(noisy_pictures(folder / "class", 2, 50), "a photo of a dog", Recorder())
-    return World(base, subject, priors)
+def taught(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """With class pictures."""
+    return world.with_priors(tmp_path_factory.mktemp("taught") / "class")
 
 
-class StraightRuns(dict[str, tuple[TrainResult, Recorder]]):
-    """Twelve steps without a stop, by variant; each is trained when it is first asked for."""
-
-    def __init__(self, world: World, folder: Path) -> None:
-        super().__init__()
-        self._world = world
-        self._folder = folder
-
-    def __missing__(self, variant: str) -> tuple[TrainResult, Recorder]:
-        self[variant] = self._world.train(self._folder / str(len(self)), variant=variant)
-        return self[variant]
+# Six runs in which each stateful part of a run, and each kind of network, occurs at least once.
 
 
-@pytest.fixture(scope="module")
-def straight(world: World, tmp_path_factory: pytest.TempPathFactory) -> StraightRuns:
-    gc.collect()
-    gc.freeze()  # the recipe collects garbage several times a run; what was imported by now need not be searched
-    return StraightRuns(world, tmp_path_factory.mktemp("straight"))
+def plain(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    return world, {}
 
 
-@pytest.fixture(scope="module")
-def stopped(world: World, straight: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints at 2, 4 and 5, where it was stopped. To be copied."""
-    folder = tmp_path_factory.mktemp("stopped")
-    world.stop_after(5, folder, checkpoint_every=2)
-    assert steps_in(run_folders(folder)[0]) == [2, 4, 5]
-    return folder
+def class_pictures(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    changes = {"lr_schedule": "cosine", "lr_warmup_steps": 2, "gradient_accumulation": 2, "flip": True, **TEXT}
+    return world.with_priors(folder / "class"), {**changes, "optimizer": "lion"}
 
 
-@pytest.fixture
-def stopped_copy(stopped: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(stopped, tmp_path / "copy")
+def dora_of_ranks(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    layers = {"targets": "all", "exclude": "up_blocks", "block_ranks": "mid_block=1 self_attn=3:1.5"}
+    limits = {"dropout": 0.25, "max_norm": 0.5, "ema_decay": 0.7}
+    return world, {"adapter": "dora", **layers, **limits, **TEXT, **HALF}
+
+
+def all_weights_of_a_half_precision_base(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    """Its private copies are laid out for convolutions, the files are not."""
+    half = sd15_checkpoint(folder / "half.safetensors", size=TINY, dtype=torch.float16)
+    changes = {**FULL, "text_encoder_lr": 1e-3, **HALF, "optimizer": "adamw-schedule-free"}
+    return make_world(half, folder / "subject").with_priors(folder / "class"), changes
+
+
+def sdxl_on_top_of_adapters(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    """Going on from one adapter on top of another, combined, with every setting of the data and of the loss."""
+    below, start = (xl.train(folder / str(seed), steps=1, rank=4, seed=seed, **BOTH_TEXTS).adapter for seed in (1, 2))
+    stacked = [(below, 0.7)]
+    pictures = pictures_of(folder / "shapes", SHAPES, "sks, dog, in the snow, at noon", masked=True)
+    repeated = [replace(picture, repeats=1 + number % 3) for number, picture in enumerate(pictures)]
+    upper = replace(xl, base=apply_to_base(xl.base, stacked), subject=repeated).with_priors(folder / "class")
+    changes = {**DATA, **BOTH_TEXTS, **HALF, "ema_decay": 0.7, "combine": True, "dropout": 0.1}
+    return upper, {**changes, "starting_point": StartingPoint(start, stacked)}
+
+
+def in_four_and_eight_bits(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    optimizer = {"optimizer": "adamw-8bit", "optimizer_options": "min_8bit_size=1", "lora_plus_ratio": 8.0}
+    memory = {"base_quantization": "nf4", "precision": "bf16", "gradient_checkpointing": True}
+    return world, {"adapter": "lokr", "lokr_factor": 4, "targets": "all", **optimizer, **memory, **TEXT}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "make",
+    [
+        plain,
+        class_pictures,
+        dora_of_ranks,
+        all_weights_of_a_half_precision_base,
+        sdxl_on_top_of_adapters,
+        in_four_and_eight_bits,
+    ],
+)
 def test_stops_leave_no_trace(
-    variant: str, world: World, straight: dict[str, tuple[TrainResult, Recorder]], tmp_path: Path
+    make: Callable[[World, World, Path], tuple[World, dict[str, Any]]], world: World, xl: World, tmp_path: Path
 ) -> None:
-    for step in (1, 4, 5, 11):
-        world.stop_after(step, tmp_path, variant=variant)
-        [run] = run_folders(tmp_path)
+    """Stopped after the first step, in the middle, in the step after it, and before the last one."""
+    where, changes = make(world, xl, tmp_path)
+    straight = where.train(tmp_path / "straight", told := Recorder(), **changes, steps=8)
+    for step in (1, 4, 5, 7):
+        where.stop_after(step, tmp_path / "stopped", **changes, steps=8)
+        [run] = runs_in(tmp_path / "stopped")
         assert newest_step(run) == step
-        assert not list((tmp_path / "loras").glob("*.safetensors"))
-    result, _ = world.train(tmp_path, variant=variant)
-    assert result.started_from == 11
-    assert_same_end(result, straight[variant][0])
+        assert not list((tmp_path / "stopped").glob("*/*.safetensors"))
+    resumed = where.train(tmp_path / "stopped", last := Recorder(), **changes, steps=8)
+    assert resumed.started_from == 7
+    assert [event for event in told.events if isinstance(event, Validation)][-1:] == [
+        event for event in last.events if isinstance(event, Validation)
+    ][-1:]
+    assert_same_end(resumed, straight)
+
+
+def test_a_stop_leaves_no_trace(taught: World, tmp_path: Path) -> None:
+    """With what a run takes along from step to step: averages, rates, a text encoder that leaves."""
+    changes: dict[str, Any] = {"lr_schedule": "cosine", "gradient_accumulation": 2, "dropout": 0.2, "ema_decay": 0.7}
+    changes |= {**TEXT, **HALF}
+    straight = taught.train(tmp_path / "straight", told := Recorder(), **changes)
+    taught.stop_after(3, tmp_path / "stopped", **changes)
+    resumed = taught.train(tmp_path / "stopped", last := Recorder(), **changes)
+    assert resumed.started_from == 3
+    assert last.losses == told.losses[3:]
+    assert_same_end(resumed, straight)
 
 
 @pytest.mark.slow
-def test_checkpoints_do_not_disturb(
-    world: World, straight: dict[str, tuple[TrainResult, Recorder]], tmp_path: Path
-) -> None:
-    result, listener = world.train(tmp_path, variant=RICH, checkpoint_every=5)
-    expected, expected_listener = straight[RICH]
-    assert_same_end(result, expected)
-    assert listener.losses == expected_listener.losses
-    assert steps_in(result.run) == [5, 10, 12]
+def test_checkpoints_do_not_disturb(taught: World, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"lr_schedule": "cosine", "gradient_accumulation": 2, "flip": True, "dropout": 0.2}
+    straight = taught.train(tmp_path / "straight", told := Recorder(), **changes)
+    result = taught.train(tmp_path / "saved", told_too := Recorder(), **changes, checkpoint_every=3)
+    assert_same_end(result, straight)
+    assert told.losses == told_too.losses
+    assert steps_in(result.run) == [3, 4]
 
 
-@pytest.mark.slow
-def test_a_resumed_run_sees_the_same_losses(
-    stopped_copy: Path, world: World, straight: dict[str, tuple[TrainResult, Recorder]]
-) -> None:
-    result, listener = world.train(stopped_copy)
-    assert result.started_from == 5
-    assert listener.losses == straight[PLAIN][1].losses[5:]
-    assert_same_end(result, straight[PLAIN][0])
+@pytest.mark.parametrize("step", [1, 3])
+def test_a_run_goes_on_from_any_checkpoint(step: int, finished: Finished, world: World, tmp_path: Path) -> None:
+    finished.begun(tmp_path, step)
+    result = world.train(tmp_path, listener := Recorder())
+    assert result.started_from == step
+    assert listener.losses == finished.listener.losses[step:]
+    assert_same_end(result, finished.result)
 
 
 @pytest.mark.slow
 def test_kill_leaves_no_trace(tiny_checkpoint: Path, world: World, tmp_path: Path) -> None:
-    """The command line, killed without warning after its first checkpoint, and run again."""
-    images = noisy_pictures(tmp_path / "images", 3, 0)
-    values: dict[str, Any] = {
-        **COMMON,
-        **VARIANTS[RICH],
-        "steps": 16,
-        "checkpoint_every": 3,
-        "base": tiny_checkpoint,
-        "images": images,
-        "class_prompt": "a photo of a dog",
-        "prior_count": 2,
-        "prior_steps": 2,
-        "device": "cpu",
-        "output_dir": tmp_path / "killed",
+    """The command line, killed without warning once it has a checkpoint; three runs side by side."""
+    schedule = {"lr_schedule": "constant_with_warmup", "lr_warmup_steps": 2, "gradient_accumulation": 2, "flip": True}
+    kinds: dict[str, dict[str, Any]] = {
+        "LoRA": {**schedule, "class_prompt": "a photo of a dog"},
+        "LoHa": {"adapter": "loha", **TEXT},
+        "full": {**FULL, **TEXT},
     }
-    flags = []
-    for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
-        flags += [flag] if value is True else [flag, str(value)]
-    log = tmp_path / "log.txt"
-    with log.open("w") as stream:
-        process = subprocess.Popen([sys.executable, "-m", "trainer", "train", *flags], cwd=ROOT, stderr=stream)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and not list((tmp_path / "killed" / "runs").glob("*/step-*")):
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.002)
+    images, priors = noisy_pictures(tmp_path / "images", 3, 0), noisy_pictures(tmp_path / "class", 2, 50)
+    processes: dict[str, subprocess.Popen[bytes]] = {}
+    for kind, changes in kinds.items():
+        values = {**COMMON, **changes, "steps": 1_000_000, "checkpoint_every": 2}  # none ends before it is killed
+        values |= {"base": tiny_checkpoint, "images": images, "instance_prompt": PROMPT, "device": "cpu"}
+        values |= {"output_dir": tmp_path / kind} | ({"class_images": priors} if "class_prompt" in changes else {})
+        threads = {"OMP_NUM_THREADS": "1"}  # as here, since sums depend on their number
+        with (tmp_path / f"{kind}.txt").open("w") as log:
+            command = [sys.executable, "-m", "trainer", "train", *flags_of(values)]
+            processes[kind] = subprocess.Popen(command, cwd=ROOT, stderr=log, env={**os.environ, **threads})
+    running, deadline = dict(processes), time.monotonic() + HANGS
+    while running and time.monotonic() < deadline:
+        for kind, process in list(running.items()):
+            if process.poll() is not None or list((tmp_path / kind / "runs").glob("*/step-*")):
+                process.kill()
+                del running[kind]
+        time.sleep(0.002)
+    for process in processes.values():
         process.kill()
         process.wait()
-    [run] = run_folders(tmp_path / "killed")
-    assert not (tmp_path / "killed" / "dog.safetensors").exists(), log.read_text()
-    assert 3 <= newest_step(run) < 16
-    (run / "progress.txt").write_text("kept")
 
-    listener = Recorder()
-    result = run_train(TrainCommand.checked(values), listener)
-    expected = run_train(TrainCommand.checked(values | {"output_dir": tmp_path / "straight"}), Recorder())
-    assert result.run == run
-    assert (run / "progress.txt").exists()
-    assert 0 < len(listener.losses) == 16 - result.started_from < 16
-    assert_same_end(result, expected, step=16)
+    for kind, changes in kinds.items():
+        killed, log = tmp_path / kind, (tmp_path / f"{kind}.txt").read_text()
+        [run] = runs_in(killed)
+        kept = newest_step(run)
+        assert kept >= 2, log
+        assert not list(killed.glob("*.safetensors")), log
+        (run / "progress.txt").write_text("kept")
+        subject = load_pictures(images, PROMPT, Recorder())
+        classes = load_pictures(priors, changes["class_prompt"], Recorder()) if "class_prompt" in changes else []
+        chosen = {name: value for name, value in changes.items() if name != "class_prompt"}
+        settings = TrainSettings(**{**COMMON, **chosen, "steps": kept + 3})
+        listener = Recorder()
+        resumed, straight = (
+            train(world.base, subject, classes, settings, paths, "cpu", told)
+            for paths, told in (
+                (RunPaths(killed, killed / "runs", killed / "checkpoints"), listener),
+                (paths_in(tmp_path / f"{kind} straight"), Recorder()),
+            )
+        )
+        assert resumed.run == run
+        assert (run / "progress.txt").exists()
+        assert (resumed.started_from, len(listener.losses)) == (kept, 3)
+        assert_same_end(resumed, straight)
 
 
-def test_a_finished_run_is_not_trained_again(world: World, tmp_path: Path) -> None:
-    first, _ = world.train(tmp_path, steps=3)
+def test_a_finished_run_is_not_trained_again(finished: Finished, world: World, tmp_path: Path) -> None:
+    run = finished.copy(tmp_path)
+    first = world.train(tmp_path, listener := Recorder())
     content = first.path.read_bytes()
-    again, listener = world.train(tmp_path, steps=3)
-    assert listener.losses == []
-    assert (again.path, again.run, again.started_from) == (first.path, first.run, 3)
+    again = world.train(tmp_path, listener)
+    assert (again.path, again.run, again.started_from) == (first.path, run, 4)
     assert again.path.read_bytes() == content
     assert list(first.path.parent.iterdir()) == [first.path]
 
     first.path.unlink()
-    exported, listener = world.train(tmp_path, steps=3)
+    exported = world.train(tmp_path, listener)
     assert listener.losses == []
     assert exported.path == first.path
-    assert differing(exported.path, first.run / "step-00000003" / "adapter.safetensors") == []
+    assert differing(exported.path, run / "step-00000004" / "adapter.safetensors") == []
     assert exported.adapter.metadata["sshs_model_hash"] == first.adapter.metadata["sshs_model_hash"]
 
 
-def test_a_finished_run_needs_its_state_no_more(world: World, tmp_path: Path) -> None:
+def test_a_finished_run_needs_its_state_no_more(finished: Finished, world: World, tmp_path: Path) -> None:
     """Its adapter is whole; what is damaged is only wanted to go on."""
-    finished, _ = world.train(tmp_path, steps=2)
-    state = finished.run / "step-00000002" / "state.json"
+    state = finished.copy(tmp_path) / "step-00000004" / "state.json"
     state.write_text(state.read_text()[:20])
-    again, listener = world.train(tmp_path, steps=2)
-    assert (again.path, listener.losses) == (finished.path, [])
-    with pytest.raises(StorageError, match=r"step-00000002 is damaged"):
-        world.train(tmp_path, steps=3)
+    again = world.train(tmp_path, listener := Recorder())
+    assert (again.started_from, listener.losses) == (4, [])
+    with pytest.raises(StorageError, match=r"step-00000004 is damaged"):
+        world.train(tmp_path, steps=5)
 
 
 @pytest.mark.parametrize(
@@ -297,68 +283,67 @@ def test_a_finished_run_needs_its_state_no_more(world: World, tmp_path: Path) ->
     ids=str,
 )
 def test_what_the_result_does_not_depend_on_starts_no_new_run(
-    changes: dict[str, Any], file: str, straight: dict[str, tuple[TrainResult, Recorder]], world: World, tmp_path: Path
+    changes: dict[str, Any], file: str, finished: Finished, world: World, tmp_path: Path
 ) -> None:
-    done = straight[PLAIN][0]
-    shutil.copytree(done.run.parent, tmp_path / "runs")
+    finished.copy(tmp_path)
     for _ in range(2):
-        result, listener = world.train(tmp_path, **changes)
+        result = world.train(tmp_path, listener := Recorder(), **changes)
         assert listener.losses == []
         assert result.path == tmp_path / file
-        assert differing(result.path, done.path) == []
+        assert differing(result.path, finished.result.path) == []
     assert result.adapter.metadata["ss_output_name"] == changes.get("name", "dog")
     assert len(list((tmp_path / "loras").iterdir())) == 1
 
 
-def test_another_output_folder_gets_the_file_without_training(world: World, tmp_path: Path) -> None:
-    first, _ = world.train(tmp_path, steps=2)
-    settings = TrainSettings(**{**COMMON, "steps": 2})
-    listener = Recorder()
-    again = train(
-        world.base, world.subject, [], settings, RunPaths(tmp_path / "elsewhere", tmp_path / "runs"), "cpu", listener
-    )
+def test_another_output_folder_gets_the_file_without_training(finished: Finished, world: World, tmp_path: Path) -> None:
+    finished.copy(tmp_path)
+    paths = RunPaths(tmp_path / "elsewhere", tmp_path / "runs")
+    again = train(world.base, world.subject, [], TrainSettings(**COMMON), paths, "cpu", listener := Recorder())
     assert listener.losses == []
     assert again.path == tmp_path / "elsewhere" / "dog.safetensors"
-    assert differing(again.path, first.path) == []
+    assert differing(again.path, finished.result.path) == []
 
 
-def test_the_file_has_the_precision_that_was_asked_for(world: World, tmp_path: Path) -> None:
+def test_the_file_has_the_precision_that_was_asked_for(finished: Finished, world: World, tmp_path: Path) -> None:
     """Also when the run was finished before and its file lies there in another precision."""
+    finished.copy(tmp_path)
     for precision, dtype in (("fp16", torch.float16), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        result, _ = world.train(tmp_path, steps=2, save_precision=precision)
+        result = world.train(tmp_path, save_precision=precision)
         matrices = {t.dtype for n, t in load_file(result.path).items() if not n.endswith(".alpha")}
         assert matrices == {dtype}
 
 
 @pytest.mark.slow
 def test_a_longer_run_goes_on_from_a_shorter_one(world: World, tmp_path: Path) -> None:
-    straight, _ = world.train(tmp_path / "straight", steps=9)
-    short, _ = world.train(tmp_path / "two", steps=6)
+    straight = world.train(tmp_path / "straight", steps=9)
+    short = world.train(tmp_path / "two", steps=6)
     content = short.path.read_bytes()
-    long, listener = world.train(tmp_path / "two", steps=9)
+    long = world.train(tmp_path / "two", listener := Recorder(), steps=9)
     assert long.run == short.run
     assert long.started_from == 6
     assert len(listener.losses) == 3
-    assert_same_end(long, straight, step=9)
+    assert_same_end(long, straight)
     assert short.path.read_bytes() == content
     assert long.path != short.path
     assert [result.adapter.metadata["ss_steps"] for result in (short, long)] == ["6", "9"]
-    shorter, listener = world.train(tmp_path / "two", steps=6)
+    shorter = world.train(tmp_path / "two", listener := Recorder(), steps=6)
     assert listener.losses == []
     assert shorter.path == short.path
 
 
-@pytest.mark.parametrize("schedule", get_args(TrainSettings.model_fields["lr_schedule"].annotation))
+@pytest.mark.parametrize(
+    "schedule", mostly_slow(get_args(TrainSettings.model_fields["lr_schedule"].annotation), "polynomial")
+)
 def test_every_schedule_takes_the_smallest_rates(schedule: str, world: World, tmp_path: Path) -> None:
-    _, listener = world.train(tmp_path, steps=1, lr_schedule=schedule, learning_rate=1e-8)
+    world.train(tmp_path, listener := Recorder(), steps=1, lr_schedule=schedule, learning_rate=1e-8)
     assert len(listener.losses) == 1
 
 
 def test_a_run_whose_rate_depends_on_its_length_is_not_extended(world: World, tmp_path: Path) -> None:
-    short, _ = world.train(tmp_path, steps=3, lr_schedule="linear")
-    long, listener = world.train(tmp_path, steps=4, lr_schedule="linear")
+    short = world.train(tmp_path, steps=1, lr_schedule="linear")
+    long = world.train(tmp_path, listener := Recorder(), steps=2, lr_schedule="linear")
     assert long.run != short.run
-    assert len(listener.losses) == 4
+    assert len(listener.losses) == 2
 
 
 def other_caption(world: World) -> World:
@@ -421,10 +406,10 @@ def test_another_adapter_to_start_from_makes_another_run(world: World) -> None:
         swapped_kinds,
     ],
 )
-def test_other_inputs_make_another_run(change: Callable[[World], World], world: World) -> None:
+def test_other_inputs_make_another_run(change: Callable[[World], World], taught: World) -> None:
     settings = TrainSettings()
-    assert fingerprint_of(world, settings) == fingerprint_of(world, settings)
-    assert fingerprint_of(change(world), settings) != fingerprint_of(world, settings)
+    assert fingerprint_of(taught, settings) == fingerprint_of(taught, settings)
+    assert fingerprint_of(change(taught), settings) != fingerprint_of(taught, settings)
 
 
 OTHER_VALUES: dict[str, Any] = {
@@ -545,19 +530,17 @@ def test_other_settings_make_another_run(setting: str, schedule: str, world: Wor
     assert differs == (setting not in without_effect)
 
 
-def test_never_resume_starts_anew_and_loses_nothing(
-    stopped_copy: Path, world: World, straight: dict[str, tuple[TrainResult, Recorder]]
-) -> None:
-    [old] = run_folders(stopped_copy)
+def test_never_resume_starts_anew_and_loses_nothing(finished: Finished, world: World, tmp_path: Path) -> None:
+    old = finished.begun(tmp_path, 3)
     before = {path: path.read_bytes() for path in old.rglob("*") if path.is_file()}
-    result, listener = world.train(stopped_copy, resume="never")
+    result = world.train(tmp_path, listener := Recorder(), resume="never")
     assert result.started_from == 0
-    assert len(listener.losses) == 12
+    assert listener.losses == finished.listener.losses
     assert result.run != old
     assert {path: path.read_bytes() for path in old.rglob("*") if path.is_file()} == before
-    assert_same_end(result, straight[PLAIN][0])
-    third, listener = world.train(stopped_copy, resume="never", steps=1)
-    assert len(run_folders(stopped_copy)) == 3
+    assert_same_end(result, finished.result)
+    third = world.train(tmp_path, resume="never", steps=1)
+    assert len(runs_in(tmp_path)) == 3
     assert third.run not in (old, result.run)
 
 
@@ -581,16 +564,16 @@ class Faulty(Recorder):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [ValueError("broken"), KeyboardInterrupt(), HostInterrupt()], ids=repr)
 def test_an_exception_in_the_listener_loses_nothing(
-    error: BaseException, world: World, straight: dict[str, tuple[TrainResult, Recorder]], tmp_path: Path
+    error: BaseException, finished: Finished, world: World, tmp_path: Path
 ) -> None:
     with pytest.raises(type(error)):
-        world.train(tmp_path, Faulty(4, error))
-    [run] = run_folders(tmp_path)
+        world.train(tmp_path, Faulty(2, error))
+    [run] = runs_in(tmp_path)
     kept = newest_step(run)
-    assert kept >= 4
-    result, _ = world.train(tmp_path)
+    assert kept >= 2
+    result = world.train(tmp_path)
     assert result.started_from == kept
-    assert_same_end(result, straight[PLAIN][0])
+    assert_same_end(result, finished.result)
 
 
 @pytest.mark.slow
@@ -603,12 +586,7 @@ def test_an_exception_in_the_listener_loses_nothing(
     ],
 )
 def test_an_interrupt_at_any_moment_loses_nothing(
-    function: str,
-    event: str,
-    occurrence: int,
-    world: World,
-    straight: dict[str, tuple[TrainResult, Recorder]],
-    tmp_path: Path,
+    function: str, event: str, occurrence: int, finished: Finished, world: World, tmp_path: Path
 ) -> None:
     """A second Ctrl-C raises KeyboardInterrupt wherever the program is; also right after an update."""
     files = (str(ROOT / "trainer" / "dreambooth.py"), torch.optim.Adam.step.__code__.co_filename)
@@ -632,32 +610,34 @@ def test_an_interrupt_at_any_moment_loses_nothing(
     finally:
         sys.settrace(former)
     assert seen == occurrence
-    result, _ = world.train(tmp_path)
-    assert_same_end(result, straight[PLAIN][0])
+    assert_same_end(world.train(tmp_path), finished.result)
 
 
-def test_leftovers_of_a_killed_write_are_ignored(
-    stopped_copy: Path, world: World, straight: dict[str, tuple[TrainResult, Recorder]]
-) -> None:
-    [run] = run_folders(stopped_copy)
-    half = run / ".tmp-0123abcd-step-00000007"
+def test_leftovers_of_a_killed_write_are_ignored(finished: Finished, world: World, tmp_path: Path) -> None:
+    run = finished.begun(tmp_path, 3)
+    half = run / ".tmp-0123abcd-step-00000004"
     half.mkdir()
     (half / "adapter.safetensors").write_bytes(b"half")
     (run / ".tmp-4567cdef-cache.safetensors").write_bytes(b"half")
-    result, _ = world.train(stopped_copy)
-    assert result.started_from == 5
-    assert_same_end(result, straight[PLAIN][0])
+    result = world.train(tmp_path)
+    assert result.started_from == 3
+    assert_same_end(result, finished.result)
     assert not list(run.glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("keep", [1, 3])
-def test_the_last_checkpoints_are_kept(keep: int, world: World, straight: Any, tmp_path: Path) -> None:
-    result, _ = world.train(tmp_path, steps=5, checkpoint_every=1, keep_checkpoints=keep)
-    assert steps_in(result.run) == list(range(6 - keep, 6))
+@pytest.mark.parametrize("keep", mostly_slow([1, 3], 3))
+def test_the_last_checkpoints_are_kept(keep: int, world: World, tmp_path: Path) -> None:
+    result = world.train(tmp_path, checkpoint_every=1, keep_checkpoints=keep)
+    assert steps_in(result.run) == list(range(5 - keep, 5))
 
 
 def truncated(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
+
+
+def halved(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
 
 
 def emptied(path: Path) -> None:
@@ -669,59 +649,52 @@ def no_object(path: Path) -> None:
 
 
 def lacking(path: Path) -> None:
-    path.write_text('{"step": 5}')
+    path.write_text('{"step": 3}')
 
 
 @pytest.mark.parametrize(
     ("file", "damage"),
-    mostly_slow(
-        [
-            ("adapter.safetensors", truncated),
-            ("adapter.safetensors", Path.unlink),
-            ("optimizer.safetensors", truncated),
-            ("optimizer.safetensors", emptied),
-            ("state.json", emptied),
-            ("state.json", no_object),
-            ("state.json", lacking),
-        ],
-        ("optimizer.safetensors", truncated),
-    ),
+    [
+        *(
+            (file, damage)
+            for file in ("adapter.safetensors", "optimizer.safetensors")
+            for damage in (truncated, emptied)
+        ),
+        *(("state.json", damage) for damage in (halved, emptied, no_object, lacking, Path.unlink)),
+    ],
 )
 def test_a_damaged_checkpoint_is_named_and_can_be_done_without(
-    file: str,
-    damage: Callable[[Path], None],
-    stopped_copy: Path,
-    world: World,
-    straight: dict[str, tuple[TrainResult, Recorder]],
+    file: str, damage: Callable[[Path], None], finished: Finished, world: World, tmp_path: Path
 ) -> None:
-    [run] = run_folders(stopped_copy)
-    damage(run / "step-00000005" / file)
+    """The run would go on from the checkpoint before it, as every run does from its newest."""
+    run = finished.begun(tmp_path, 3)
+    damage(run / "step-00000003" / file)
+    before = contents_below(run)
     with pytest.raises(StorageError) as caught:
-        world.train(stopped_copy)
-    assert str(run / "step-00000005") in caught.value.problem
-    assert "elete" in caught.value.remedy
-    shutil.rmtree(run / "step-00000005")
-    result, _ = world.train(stopped_copy)
-    assert result.started_from == 4
-    assert_same_end(result, straight[PLAIN][0])
+        world.train(tmp_path)
+    assert str(run / "step-00000003") in caught.value.problem
+    assert "Delete that folder" in caught.value.remedy
+    assert contents_below(run) == before
+    shutil.rmtree(run / "step-00000003")
+    recipe = world.recipe(tmp_path)
+    assert recipe.open_run() == 2
 
 
 def replaced(path: Path) -> None:
     save_file({"text.text": torch.zeros(1)}, path)
 
 
-@pytest.mark.parametrize("damage", mostly_slow([truncated, emptied, replaced, Path.unlink], replaced))
+@pytest.mark.parametrize("damage", mostly_slow([truncated, halved, emptied, replaced, Path.unlink], halved, replaced))
 def test_a_damaged_cache_is_made_again(
-    damage: Callable[[Path], None],
-    stopped_copy: Path,
-    world: World,
-    straight: dict[str, tuple[TrainResult, Recorder]],
+    damage: Callable[[Path], None], finished: Finished, world: World, tmp_path: Path
 ) -> None:
-    [run] = run_folders(stopped_copy)
-    damage(run / "cache.safetensors")
-    result, _ = world.train(stopped_copy)
-    assert result.started_from == 5
-    assert_same_end(result, straight[PLAIN][0])
+    cache = finished.begun(tmp_path, 3) / "cache.safetensors"
+    whole = cache.read_bytes()
+    damage(cache)
+    result = world.train(tmp_path)
+    assert result.started_from == 3
+    assert_same_end(result, finished.result)
+    assert cache.read_bytes() == whole
 
 
 @pytest.mark.slow
@@ -732,12 +705,24 @@ def test_adapters_of_one_name_never_overwrite_each_other(name: str, world: World
     foreign.write_bytes(b"somebody's file, which is not even an adapter")
     contents: dict[Path, bytes] = {foreign: foreign.read_bytes()}
     for seed in (0, 1, 2):
-        result, _ = world.train(tmp_path, name=name, steps=1, seed=seed)
+        result = world.train(tmp_path, name=name, steps=1, seed=seed)
         assert result.path not in contents
         contents[result.path] = result.path.read_bytes()
     assert {path: path.read_bytes() for path in foreign.parent.iterdir()} == contents
     for seed in (0, 1, 2):
-        result, listener = world.train(tmp_path, name=name, steps=1, seed=seed)
+        result = world.train(tmp_path, listener := Recorder(), name=name, steps=1, seed=seed)
         assert listener.losses == []
         assert result.path == list(contents)[seed + 1]
     assert len(list(foreign.parent.iterdir())) == 4
+
+
+def test_a_file_of_that_name_stays(finished: Finished, world: World, tmp_path: Path) -> None:
+    finished.copy(tmp_path)
+    foreign = tmp_path / "loras" / "dog.safetensors"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"somebody's file, which is not even an adapter")
+    for _ in range(2):
+        result = world.train(tmp_path)
+        assert result.path == tmp_path / "loras" / "dog-2.safetensors"
+        assert differing(result.path, finished.result.path) == []
+    assert foreign.read_bytes() == b"somebody's file, which is not even an adapter"

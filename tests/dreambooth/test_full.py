@@ -36,7 +36,6 @@ from worlds import (
     conditioned,
     distances,
     lent_tensors,
-    make_world,
     noisy_pictures,
     predicted,
 )
@@ -46,11 +45,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 FULL: dict[str, Any] = {"adapter": "full", "learning_rate": 1e-3, "steps": 2, "targets": "all"}
 UNET_PREFIX, VAE_PREFIX, TEXT_PREFIX = "model.diffusion_model.", "first_stage_model.", "cond_stage_model."
 POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"  # a count from 0, in older files alone
-
-
-@pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("world") / "subject")
 
 
 Trained = tuple[DreamBooth, TrainResult, dict[str, Tensor]]

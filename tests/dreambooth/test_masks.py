@@ -14,7 +14,6 @@ import pytest
 import torch
 from helpers import Recorder
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pack.trainer.data.batches import collate, draw_batches
 from pack.trainer.data.buckets import bucket_shapes, nearest_shape
@@ -24,7 +23,7 @@ from pack.trainer.models.objective import make_objective
 from pack.trainer.settings.objective import ObjectiveSettings
 from PIL import Image, ImageOps
 from torch import Tensor
-from worlds import World, assert_same_end, make_world
+from worlds import World, assert_same_end
 
 pytestmark = pytest.mark.usefixtures("quick")
 CPU = torch.device("cpu")
@@ -61,7 +60,6 @@ def test_ones_are_as_no_mask(prediction_type: str, shaped: dict[str, Any]) -> No
 
 
 @EVERY_OBJECTIVE
-@hypothesis_settings(max_examples=10, deadline=None)
 @given(factor=st.floats(1e-3, 1.0), seed=st.integers(0, 1000))
 def test_only_the_shares_of_a_mask_count(prediction_type: str, shaped: Any, factor: float, seed: int) -> None:
     """So that a subject that fills a tenth of its picture teaches as much as one that fills it."""
@@ -160,17 +158,12 @@ def subject_of(folder: Path, sizes: Sequence[tuple[int, int]], *, mirrored: bool
 
 
 @pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("masks")
-    plain = make_world(tiny_checkpoint, folder / "plain")
-    return replace(plain, subject=subject_of(folder / "masked", SIZES))
+def world(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    return replace(tiny_world, subject=subject_of(tmp_path_factory.mktemp("masks") / "masked", SIZES))
 
 
 def encoded(world: World, folder: Path, **changes: Any) -> LatentDataset:
-    recipe = world.recipe(folder, **changes)
-    recipe.open_run()
-    recipe.prepare()
-    return recipe.session.cache.instance
+    return world.prepared(folder, **changes).session.cache.instance
 
 
 @pytest.mark.parametrize("shapes", [{}, {"aspect_buckets": True, "bucket_step": 16}], ids=["square", "buckets"])
@@ -215,9 +208,7 @@ def test_a_mask_of_another_size_is_scaled_to_its_picture(world: World, tmp_path:
 def test_a_sample_gets_its_mask(world: World, tmp_path: Path) -> None:
     """With the background's weight, mirrored if the sample is, and ones where a picture has none."""
     subject = [replace(world.subject[0], mask=None, mask_digest=""), *world.subject[1:]]
-    recipe = replace(world, subject=subject).recipe(tmp_path, flip=True, batch_size=4, mask_background=0.25)
-    recipe.open_run()
-    recipe.prepare()
+    recipe = replace(world, subject=subject).prepared(tmp_path, flip=True, batch_size=4, mask_background=0.25)
     latents, seen = recipe.session.cache.instance, set()
     rows = [tuple(size.tolist()) for size in latents.size]
     for step in range(12):
@@ -238,9 +229,7 @@ def test_a_sample_gets_its_mask(world: World, tmp_path: Path) -> None:
 
 
 def test_a_batch_without_masks_has_none(world: World, tmp_path: Path) -> None:
-    recipe = world.recipe(tmp_path, mask_background=1.0, batch_size=2)
-    recipe.open_run()
-    recipe.prepare()
+    recipe = world.prepared(tmp_path, mask_background=1.0, batch_size=2)
     [batch] = draw_batches(recipe.session.cache, recipe.settings, 0, 0, 1000, CPU)
     assert batch.masks is None
     assert collate([batch, batch]).masks is None
@@ -261,8 +250,8 @@ def test_ones_all_over_train_as_no_mask(world: World, tmp_path: Path) -> None:
     """Up to the order in which a mean is summed."""
     bare = replace(world, subject=[replace(one, mask=None, mask_digest="") for one in world.subject])
     ones = [replace(one, mask=lambda: Image.new("L", (64, 64), 255), mask_digest="1") for one in world.subject]
-    bare.train(tmp_path / "bare", first := Recorder())
-    replace(world, subject=ones).train(tmp_path / "ones", second := Recorder(), mask_background=0.0)
+    bare.train(tmp_path / "bare", first := Recorder(), steps=2)
+    replace(world, subject=ones).train(tmp_path / "ones", second := Recorder(), mask_background=0.0, steps=2)
     assert second.losses == pytest.approx(first.losses, rel=1e-3)
 
 

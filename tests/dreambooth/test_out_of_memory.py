@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import weakref
 from collections.abc import Callable
@@ -11,21 +12,17 @@ from typing import Any
 import pytest
 import torch
 from helpers import Recorder
+from pack.trainer.core.devices import explained_memory_errors
 from pack.trainer.core.errors import OutOfMemoryError
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from torch import Tensor
-from worlds import World, assert_same_end, differing, make_world, newest_step, runs_in
+from worlds import Finished, World, assert_same_end, differing, newest_step, runs_in, steps_in
 
 pytestmark = pytest.mark.usefixtures("quick")
 PROBES = 4  # forward passes of a new run that ask the base model what it predicts
 MORE_THAN_THERE_IS = 2**50  # bytes
 CUT = {"batch_size": 2, "gradient_checkpointing": True}
-
-
-@pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("out of memory") / "subject")
 
 
 class Hungry:
@@ -60,20 +57,29 @@ def adapter_differs(ours: TrainResult, theirs: TrainResult) -> list[str]:
     return differing(ours.path, theirs.path)
 
 
-@pytest.mark.slow
-def test_it_goes_on_with_checkpointing(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third step fails; the end is that of a run that recomputed activations from the start, bit for bit."""
-    straight = world.train(tmp_path / "straight", gradient_checkpointing=True)
-    hungry, listener = Hungry(monkeypatch, once(PROBES + 3)), Recorder()
-    result = world.train(tmp_path / "hungry", listener)
+def test_it_goes_on_with_checkpointing(
+    finished: Finished, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third step fails; the end is that of a run that never did, bit for bit, and the first try left no memory."""
+    alive: list[int] = []
+    hungry: list[Hungry] = []
+
+    def fails(call: int) -> bool:
+        if call > PROBES + 3:
+            alive.append(hungry[0].alive)
+        return call == PROBES + 3
+
+    hungry.append(Hungry(monkeypatch, fails))
+    result = world.train(tmp_path, listener := Recorder())
     assert result.started_from == 2
-    assert_same_end(result, straight)
+    assert_same_end(result, finished.result)
     [warning] = listener.warnings
     assert "from step 2 with gradient checkpointing" in warning
     told = [event.step for event in listener.events if hasattr(event, "loss")]
     assert told == [1, 2, 3, 4]  # a loss is read one step late; that of step 2 is reported before it is saved
-    assert len(hungry.networks) == PROBES + 3 + 2
-    assert len(runs_in(tmp_path / "hungry")) == 1
+    assert len(hungry[0].networks) == PROBES + 3 + 2
+    assert set(alive) == {1}
+    assert len(runs_in(tmp_path)) == 1
 
 
 @pytest.mark.slow
@@ -108,20 +114,6 @@ def test_the_run_stays_the_same_run(world: World, tmp_path: Path, monkeypatch: p
     assert world.train(tmp_path / "hungry", **CUT).started_from == 4  # it is finished
 
 
-def test_what_the_first_try_held_is_given_back(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[int] = []
-    hungry: list[Hungry] = []
-
-    def fails(call: int) -> bool:
-        if call > PROBES + 1:
-            alive.append(hungry[0].alive)
-        return call == PROBES + 1
-
-    hungry.append(Hungry(monkeypatch, fails))
-    world.train(tmp_path)
-    assert set(alive) == {1}
-
-
 def test_a_second_time_it_is_told(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hungry, listener = Hungry(monkeypatch, lambda call: call in (PROBES + 2, PROBES + 4)), Recorder()
     with pytest.raises(OutOfMemoryError) as caught:
@@ -131,8 +123,6 @@ def test_a_second_time_it_is_told(world: World, tmp_path: Path, monkeypatch: pyt
     assert len([text for text in listener.warnings if "Out of memory" in text]) == 1
     [run] = runs_in(tmp_path)
     assert newest_step(run) == 2
-    monkeypatch.undo()
-    assert world.train(tmp_path, batch_size=4).started_from == 2
 
 
 @pytest.mark.parametrize(
@@ -155,13 +145,79 @@ def test_nothing_is_tried_that_does_not_help(
 
 
 def test_a_run_that_is_to_start_anew_goes_on_with_itself(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Finished, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With resume "never" an older run of the same settings lies there, finished."""
-    old = world.train(tmp_path)
+    old = finished.copy(tmp_path)
     Hungry(monkeypatch, once(PROBES + 3))
     result = world.train(tmp_path, resume="never")
-    assert result.run != old.run
+    assert result.run != old
     assert result.started_from == 2
     assert len(runs_in(tmp_path)) == 2
-    assert adapter_differs(result, old) == []
+    assert_same_end(result, finished.result)
+
+
+MEMORY_ERRORS: dict[str, Exception] = {
+    "CUDA": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"),
+    "CUDA by number": RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "MPS": RuntimeError("MPS backend out of memory (MPS allocated: 17.00 GB, other allocations: 1 GB)"),
+    "Linux": RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory: you tried"),
+    "Windows": RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: not enough memory: you"),
+    "Python": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("name", MEMORY_ERRORS)
+def test_every_systems_word_for_no_memory_is_known(name: str) -> None:
+    with pytest.raises(OutOfMemoryError) as caught, explained_memory_errors("resolution"):
+        raise MEMORY_ERRORS[name]
+    assert "memory" in caught.value.problem
+    assert "Lower resolution" in caught.value.remedy
+
+
+def test_other_errors_are_not_taken_for_no_memory() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), explained_memory_errors("resolution"):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
+def test_out_of_memory_keeps_the_steps_and_says_what_to_lower(
+    finished: Finished, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Hungry(monkeypatch, once(PROBES + 3))
+    with pytest.raises(OutOfMemoryError) as caught:
+        world.train(tmp_path, fit="off")
+    assert "memory" in caught.value.problem
+    assert all(word in caught.value.remedy for word in ("resolution", "batch_size", "gradient_checkpointing"))
+    [run] = runs_in(tmp_path)
+    assert steps_in(run) == [2]
+    monkeypatch.undo()
+    result = world.train(tmp_path)
+    assert result.started_from == 2
+    assert_same_end(result, finished.result)
+
+
+@pytest.mark.parametrize("call", [1, PROBES + 1], ids=["before the first step", "in the first step"])
+def test_out_of_memory_at_once_leaves_nothing_half(
+    call: int, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And frees the networks, also while the error is still being shown: the host needs the memory then."""
+    hungry = Hungry(monkeypatch, once(call))
+    with pytest.raises(OutOfMemoryError) as caught:
+        world.train(tmp_path, steps=2, fit="off")
+    [run] = runs_in(tmp_path)
+    assert steps_in(run) == []
+    assert not list((tmp_path / "loras").iterdir())
+    gc.collect()
+    assert caught.value.remedy
+    assert len(hungry.networks) == call
+    assert hungry.alive == 0
+
+
+def test_a_finished_run_frees_the_networks(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hungry = Hungry(monkeypatch, once(-1))
+    result = world.train(tmp_path, steps=1)
+    gc.collect()
+    assert result.adapter.layers
+    assert len(hungry.networks) == PROBES + 1
+    assert hungry.alive == 0

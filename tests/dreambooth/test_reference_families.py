@@ -1,4 +1,4 @@
-"""The recipe with SD 2, SDXL and trained text encoders against a plain loop of diffusers, PEFT and torch."""
+"""The recipe with every family and trained text encoders against a plain loop of diffusers, PEFT and torch."""
 
 from __future__ import annotations
 
@@ -54,6 +54,34 @@ class Case:
 
 
 CASES = {
+    "sd1, rank-stabilised convolutions": Case(
+        "sd1", {"targets": "all", "rank": 4, "alpha": 2.0, "rank_stabilized": True}
+    ),
+    "sd1, prior, accumulation 2, tight clip": Case(
+        "sd1",
+        {
+            "targets": "attention-mlp",
+            "rank": 4,
+            "alpha": 1.0,
+            "prior_weight": 0.5,
+            "gradient_accumulation": 2,
+            "max_grad_norm": 0.01,
+            "weight_decay": 0.5,
+        },
+        prior=True,
+    ),
+    "sd1, prior, batch 2, flip, no clip": Case(
+        "sd1",
+        {
+            "targets": "attention",
+            "rank": 4,
+            "prior_weight": 2.0,
+            "batch_size": 2,
+            "flip": True,
+            "max_grad_norm": 0.0,
+        },
+        prior=True,
+    ),
     "sd2": Case("sd2", {"targets": "attention-mlp", "rank": 2}),
     "sd2-v, prior, accumulation 2, flip": Case(
         "sd2-v",
@@ -181,6 +209,7 @@ class PlainTrainer:
                 r=settings.rank,
                 lora_alpha=settings.alpha or settings.rank,
                 target_modules=[name for name in targets if name != settings.exclude],
+                use_rslora=settings.rank_stabilized,
             )
             network = inject_adapter_in_model(config, self.networks[component])
             wanted |= {
@@ -269,8 +298,10 @@ def draws_of(trainer: PlainTrainer, kind: str, step: int, micro: int, count: int
     ]
 
 
-def plain_losses(trainer: PlainTrainer, subject: Sequence[Picture], priors: Sequence[Picture]) -> list[float]:
-    """The losses of all steps."""
+def plain_losses(
+    trainer: PlainTrainer, subject: Sequence[Picture], priors: Sequence[Picture]
+) -> tuple[list[float], list[float]]:
+    """The losses of all steps, and the rates of the denoiser."""
     settings = trainer.settings
     groups = trainer.groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -282,7 +313,7 @@ def plain_losses(trainer: PlainTrainer, subject: Sequence[Picture], priors: Sequ
         num_warmup_steps=settings.lr_warmup_steps,
         num_training_steps=settings.steps,
     )
-    losses = []
+    losses, rates = [], []
     for step in range(settings.steps):
         if settings.text_encoder_rates and step == settings.steps * settings.text_encoder_until:
             for group in groups[1:]:
@@ -298,19 +329,20 @@ def plain_losses(trainer: PlainTrainer, subject: Sequence[Picture], priors: Sequ
             values.append(loss.item())
         if settings.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+        rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
         losses.append(sum(values) / len(values))
-    return losses
+    return losses, rates
 
 
 @pytest.mark.parametrize(
     "name",
     mostly_slow(
         CASES,
+        "sd1, prior, accumulation 2, tight clip",
         "sd2-v, prior, accumulation 2, flip",
-        "sd1, text encoder, clip skip 2",
         "sdxl, both text encoders, prior, batch 2, tight clip",
     ),
 )
@@ -338,8 +370,12 @@ def test_recipe_equals_the_plain_loop(
 
     trainer = PlainTrainer(folders[case.base], settings, case.clip_skip, [*subject, *class_pictures])
     trainer.add_lora(TrainableAdapter(base.family.build(base), settings))
-    expected = plain_losses(trainer, subject, class_pictures)
-    assert listener.losses == pytest.approx(expected, rel=0, abs=1e-5)
+    losses, rates = plain_losses(trainer, subject, class_pictures)
+    # sums in another order: 1e-6 in the first steps, up to 2e-5 after eight, since Adam divides by small gradients
+    assert listener.losses == pytest.approx(losses, rel=0, abs=1e-4)
+    assert listener.losses[:2] == pytest.approx(losses[:2], rel=0, abs=1e-5)
+    assert [event.learning_rate for event in listener.events if hasattr(event, "learning_rate")] == pytest.approx(rates)
+    assert rates[0] == 0
     for layer, module in trainer.lora.items():
         ours = result.adapter.layers[layer]
         for learned, plain in ((ours.down, module.lora_A), (ours.up, module.lora_B)):

@@ -19,7 +19,6 @@ from checkpoints import sd15_checkpoint
 from comfy_host import ComfyServer, PromptFailed, find_comfyui
 from helpers import DEMO, ROOT, Recorder
 from hypothesis import given
-from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from pack.trainer.__main__ import main
 from pack.trainer.adapters.kohya import read_adapter
@@ -33,7 +32,7 @@ from pack.trainer.data.latent_cache import LatentCache
 from pack.trainer.settings.train import TrainCommand, TrainSettings
 from pack.trainer.training.runs.folder import run_fingerprint
 from PIL import Image
-from worlds import TOKENIZER, World, make_world, noisy_pictures, runs_in
+from worlds import TOKENIZER, World, noisy_pictures, runs_in
 
 pytestmark = pytest.mark.usefixtures("quick")
 CPU = torch.device("cpu")
@@ -249,11 +248,6 @@ def test_class_images_with_captions_of_their_own_need_no_prompt(
     }
 
 
-@pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("subjects") / "dog")
-
-
 def changed(number: int, **values: Any) -> Callable[[list[Picture]], list[Picture]]:
     def change(pictures: list[Picture]) -> list[Picture]:
         return [replace(one, **values) if place == number else one for place, one in enumerate(pictures)]
@@ -288,9 +282,7 @@ def test_what_of_the_pictures_makes_another_run(world: World) -> None:
 
 
 def cache_of(world: World, folder: Path, **changes: Any) -> tuple[LatentCache, TrainSettings]:
-    recipe = world.recipe(folder, **changes)
-    recipe.open_run()
-    recipe.prepare()
+    recipe = world.prepared(folder, **changes)
     return recipe.session.cache, recipe.settings
 
 
@@ -353,9 +345,7 @@ def test_leaving_captions_out_changes_nothing_else(world: World, tmp_path: Path)
 
 
 def test_the_empty_caption_is_encoded_as_the_empty_prompt(world: World, tmp_path: Path) -> None:
-    recipe = world.recipe(tmp_path, caption_dropout=0.5)
-    recipe.open_run()
-    recipe.prepare()
+    recipe = world.prepared(tmp_path, caption_dropout=0.5)
     model = world.base.family.build(world.base)
     with torch.no_grad():
         wanted = model.encode_prompts([""])
@@ -368,7 +358,6 @@ def test_the_empty_caption_is_encoded_as_the_empty_prompt(world: World, tmp_path
 tags = st.lists(st.text("abc d", min_size=1, max_size=4).filter(str.strip), min_size=1, max_size=6)
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
 @given(parts=tags, keep=st.integers(0, 7), seed=st.integers(0, 1000))
 def test_the_first_tags_stay_and_the_rest_changes_places(parts: list[str], keep: int, seed: int) -> None:
     found = shuffled_tags(",".join(parts) + ", ,", keep, generator(seed)).split(", ")
@@ -432,9 +421,7 @@ def test_long_captions_are_told_once(world: World, tmp_path: Path) -> None:
     """Not in every order."""
     long = ", ".join(f"tag {number}" for number in range(60))
     subject = [replace(one, caption=long) for one in world.subject]
-    recipe = replace(world, subject=subject).recipe(tmp_path, listener := Recorder(), shuffle_tags=True)
-    recipe.open_run()
-    recipe.prepare()
+    replace(world, subject=subject).prepared(tmp_path, listener := Recorder(), shuffle_tags=True)
     assert len([text for text in listener.warnings if "longer than the text encoder reads" in text]) == 1
 
 

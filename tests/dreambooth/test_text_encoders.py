@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +15,18 @@ from diffusers import DiffusionPipeline
 from helpers import DEMO, Recorder
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import read_adapter
-from pack.trainer.core.errors import CancelledError, SettingsError
-from pack.trainer.data.images import load_pictures
-from pack.trainer.dreambooth import TrainResult, train
+from pack.trainer.core.errors import SettingsError
+from pack.trainer.dreambooth import TrainResult
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.families.clip import ClipTextEncoder, text_component
 from pack.trainer.models.families.sd2 import FAMILY as SD2
 from pack.trainer.models.open import open_base
-from pack.trainer.settings.train import TrainSettings
-from pack.trainer.training.runs.folder import RunPaths
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
+from worlds import TOKENIZER, World, differing
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-TOKENIZER = DEMO / "base" / "tokenizer"
 PROMPTS = ["photo of sks dog", "red fish in the snow"]
 USUAL = {"sd1": 1, "sd2": 2, "sdxl": 2}
 
@@ -136,25 +134,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "sd2": ("sd2", {"text_encoder_lr": 1e-3}),
     "sdxl": ("sdxl", {"text_encoder_lr": 1e-3, "text_encoder_2_lr": 3e-3}),
 }
-COMMON = {
-    "resolution": 64,
-    "precision": "fp32",
-    "save_precision": "fp32",
-    "rank": 4,
-    "targets": "attention",
-    "learning_rate": 1e-3,
-    "checkpoint_every": 1,
-    "keep_checkpoints": 10,
-}
-ENCODED = len(list((DEMO / "subject").glob("*.png")))  # a run asks after each whether to stop, before its first step
+SETTINGS: dict[str, Any] = {"rank": 4, "learning_rate": 1e-3, "checkpoint_every": 1}
 
 
-def learn(path: Path, folder: Path, stop_after: int | None = None, **settings: Any) -> tuple[TrainResult, Recorder]:
-    base = open_base(path, TOKENIZER)
-    pictures = load_pictures(DEMO / "subject", "photo of sks dog", Recorder())
-    listener = Recorder(stop_after)
-    chosen = TrainSettings(**{**COMMON, **settings})
-    return train(base, pictures, [], chosen, RunPaths(folder / "loras", folder / "runs"), "cpu", listener), listener
+@pytest.fixture(scope="module")
+def worlds(tiny_world: World, xl: World, files: dict[str, Path]) -> dict[str, World]:
+    return {"sd1": tiny_world, "sd2": replace(tiny_world, base=open_base(files["sd2"], TOKENIZER)), "sdxl": xl}
 
 
 def layers_at(result: TrainResult, step: int, start: str) -> dict[str, Tensor]:
@@ -171,10 +156,11 @@ def same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
-@pytest.mark.parametrize("name", mostly_slow(CASES, next(iter(CASES))))
-def test_text_encoders_stay_as_they_are_after_their_time(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", mostly_slow(CASES, "sd1"))
+def test_text_encoders_stay_as_they_are_after_their_time(name: str, worlds: dict[str, World], tmp_path: Path) -> None:
     family, rates = CASES[name]
-    result, listener = learn(files[family], tmp_path, steps=4, text_encoder_until=0.5, **rates)
+    listener = Recorder()
+    result = worlds[family].train(tmp_path, listener, **SETTINGS, **rates, text_encoder_until=0.5)
     prefixes = {f"lora_te{number}_" for number in (("1", "2") if family == "sdxl" else ("",))}
     for prefix in prefixes:
         at = [layers_at(result, step, prefix) for step in (1, 2, 3, 4)]
@@ -183,46 +169,34 @@ def test_text_encoders_stay_as_they_are_after_their_time(name: str, files: dict[
         assert same(at[1], at[2])
         assert same(at[2], at[3])
     assert not same(layers_at(result, 3, "lora_unet_"), layers_at(result, 4, "lora_unet_"))
-    assert sum("text encoders stay" in note for note in listener.notes) == 1
+    assert sum("text encoders stay as they are after step 2" in note for note in listener.notes) == 1
     assert {layer.split("text_model")[0] for layer in result.adapter.layers if "_te" in layer[:7]} == prefixes
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stop_after", [1, 3])
-def test_resuming_is_exact_before_and_after_their_time(stop_after: int, files: dict[str, Path], tmp_path: Path) -> None:
-    settings = {"steps": 4, "text_encoder_until": 0.5, "dropout": 0.2, **CASES["sdxl"][1]}
-    whole, listener = learn(files["sdxl"], tmp_path / "whole", **settings)
-    with pytest.raises(CancelledError):
-        learn(files["sdxl"], tmp_path / "parts", stop_after=ENCODED + stop_after, **settings)
-    parts, later = learn(files["sdxl"], tmp_path / "parts", **settings)
-    assert parts.started_from == stop_after
-    assert later.losses == listener.losses[stop_after:]
-    assert same(layers_at(parts, 4, "lora_"), layers_at(whole, 4, "lora_"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_gradient_checkpointing_changes_nothing(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", mostly_slow(CASES, "sd1"))
+def test_gradient_checkpointing_changes_nothing(name: str, worlds: dict[str, World], tmp_path: Path) -> None:
+    """What is computed again is dropped again."""
     family, rates = CASES[name]
-    (plain, told), (saving, told_too) = (
-        learn(files[family], tmp_path / str(on), steps=2, gradient_checkpointing=on, **rates) for on in (False, True)
-    )
-    assert told.losses == told_too.losses
-    assert same(layers_at(plain, 2, "lora_"), layers_at(saving, 2, "lora_"))
+    changes = {**SETTINGS, **rates, "dropout": 0.3, "steps": 2}
+    plain = worlds[family].train(tmp_path / "plain", first := Recorder(), **changes)
+    saving = worlds[family].train(tmp_path / "saving", second := Recorder(), **changes, gradient_checkpointing=True)
+    assert first.losses == second.losses
+    assert differing(plain.path, saving.path) == []
 
 
-def test_each_text_encoder_has_its_own_rate(files: dict[str, Path], tmp_path: Path) -> None:
+def test_each_text_encoder_has_its_own_rate(xl: World, tmp_path: Path) -> None:
     """AdamW's first step moves every number by its rate, wherever the gradient is not nothing."""
-    result, _ = learn(files["sdxl"], tmp_path, steps=1, learning_rate=5e-4, weight_decay=0.0, **CASES["sdxl"][1])
+    rates = {**CASES["sdxl"][1], "learning_rate": 5e-4}
+    result = xl.train(tmp_path, **{**SETTINGS, **rates, "steps": 1, "weight_decay": 0.0})
     for prefix, rate in (("lora_unet_", 5e-4), ("lora_te1_", 1e-3), ("lora_te2_", 3e-3)):
         ups = [tensor for name, tensor in layers_at(result, 1, prefix).items() if name.endswith("lora_up.weight")]
         assert max(up.abs().max().item() for up in ups) == pytest.approx(rate, rel=1e-3)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
-def test_a_text_encoder_that_the_family_lacks_is_named(family: str, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_text_encoder_that_the_family_lacks_is_named(family: str, worlds: dict[str, World], tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="text_encoder_2_lr") as refusal:
-        learn(files[family], tmp_path, steps=1, text_encoder_2_lr=1e-4)
+        worlds[family].train(tmp_path, text_encoder_2_lr=1e-4)
     assert "text_encoder_lr" in refusal.value.remedy
 
 
@@ -231,12 +205,11 @@ def test_a_text_encoder_that_the_family_lacks_is_named(family: str, files: dict[
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_diffusers_reads_the_file(name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_diffusers_reads_the_file(name: str, folders: dict[str, Path], tiny_world: World, tmp_path: Path) -> None:
     family, rates = CASES[name]
-    result, _ = learn(
-        folders[family], tmp_path, steps=3, **{**rates, "learning_rate": 0.03, "targets": "attention-mlp"}
-    )
     base = open_base(folders[family])
+    changes = {**SETTINGS, **rates, "learning_rate": 0.03, "targets": "attention-mlp"}
+    result = replace(tiny_world, base=base).train(tmp_path, **changes)
     model = base.family.build(base)
     for network in (model.unet, model.vae, *model.text_encoders.values()):
         nn.Module.float(network)

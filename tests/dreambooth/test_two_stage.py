@@ -28,13 +28,11 @@ from worlds import (
     PROMPT,
     TEXT,
     World,
-    assert_same_end,
     conditioned,
     differing,
     distances,
     lent_tensors,
     make_world,
-    make_xl_world,
     noisy_pictures,
     predicted,
 )
@@ -54,16 +52,6 @@ OTHERWISE = {"rank": 7, "alpha": 3.0, "targets": "attention-mlp", "seed": 9}
 """What a run that goes on from a file would be without it."""
 
 Made = Callable[..., Adapter]
-
-
-@pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("world") / "subject")
-
-
-@pytest.fixture(scope="module")
-def xl(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_xl_world(tmp_path_factory.mktemp("xl"))
 
 
 @pytest.fixture(scope="module")
@@ -148,15 +136,6 @@ def test_going_on_from_a_scaled_lokr(factor: dict[str, Any], world: World, made:
     expected = merged(world.base, (first, 1.0))
     said = {name: value for name, value in expected.items() if name != "prediction"}
     assert max(distances(predicted(recipe.session.model, said), expected).values()) < 1e-4
-
-
-@pytest.mark.slow
-def test_going_on_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {**OTHERWISE, **TEXT, "starting_point": StartingPoint(made(**FIRST["LoRA"]))}
-    straight = world.train(tmp_path / "straight", **changes)
-    for step in (1, 3):
-        world.stop_after(step, tmp_path / "stopped", **changes)
-    assert_same_end(world.train(tmp_path / "stopped", **changes), straight)
 
 
 def command(tiny_checkpoint: Path, folder: Path, **changes: Any) -> tuple[TrainResult, Recorder]:
@@ -367,16 +346,6 @@ def test_adapters_that_cant_be_added_up_are_told_before_training(
     with pytest.raises(SettingsError, match="combine"):
         stacked_world(world, *stacked).train(tmp_path, listener, starting_point=stage, combine=True)
     assert listener.losses == []
-
-
-@pytest.mark.slow
-def test_two_stages_can_be_stopped_and_resumed(world: World, made: Made, tmp_path: Path) -> None:
-    stacked = [(made(**TEXT), 0.7)]
-    upper = stacked_world(world, *stacked)
-    changes: dict[str, Any] = {**TEXT, "combine": True, "starting_point": StartingPoint(None, stacked)}
-    straight = upper.train(tmp_path / "straight", **changes)
-    upper.stop_after(2, tmp_path / "stopped", **{**changes, "combine": False})
-    assert_same_end(upper.train(tmp_path / "stopped", **changes), straight)
 
 
 def test_a_base_of_half_precision_holds_the_rounded_sum(made: Made, tmp_path: Path) -> None:

@@ -22,11 +22,11 @@ from pack.trainer.training.runs.index import RunIndex
 from pack.trainer.training.runs.metrics import read_metrics, validated_steps
 from worlds import (
     PROMPT,
+    Finished,
     World,
     assert_same_end,
     differing,
     held_out_loss,
-    make_world,
     noisy_pictures,
     perturb,
 )
@@ -39,10 +39,9 @@ TOUCHY: dict[str, Any] = {**HELD, "dropout": 0.3, "text_encoder_lr": 1e-2, "flip
 
 
 @pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    folder = tmp_path_factory.mktemp("validation")
-    pictures = load_pictures(noisy_pictures(folder / "subject", 5, 0), PROMPT, Recorder())
-    return replace(make_world(tiny_checkpoint, folder / "unused"), subject=pictures)
+def world(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    folder = noisy_pictures(tmp_path_factory.mktemp("validation") / "subject", 5, 0)
+    return replace(tiny_world, subject=load_pictures(folder, PROMPT, Recorder()))
 
 
 def told(listener: Recorder) -> dict[int, float]:
@@ -52,10 +51,7 @@ def told(listener: Recorder) -> dict[int, float]:
 
 
 def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
-    recipe = world.recipe(folder, **{**HELD, **changes})
-    recipe.open_run()
-    recipe.prepare()
-    return recipe
+    return world.prepared(folder, **{**HELD, **changes})
 
 
 @pytest.mark.slow
@@ -168,29 +164,28 @@ def test_every_checkpoint_is_told_once_and_recorded(world: World, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [1, 2, 3])
-def test_a_resumed_run_tells_what_the_straight_one_told(stop: int, world: World, tmp_path: Path) -> None:
+def test_a_resumed_run_tells_what_the_straight_one_told(world: World, tmp_path: Path) -> None:
+    """Stopped before, at and after a step with a checkpoint, after each of which the loss is computed."""
     straight = Recorder()
     expected = world.train(tmp_path / "straight", straight, **TOUCHY)
-    first, second = Recorder(stop_after=5 + stop), Recorder()
-    with pytest.raises(CancelledError) as stopped:
-        world.train(tmp_path / "two", first, **TOUCHY)
-    assert stopped.value.step == stop
-    result = world.train(tmp_path / "two", second, **TOUCHY)
-    assert result.started_from == stop
-    assert_same_end(result, expected)
-    assert not set(told(first)) & set(told(second))
-    together = told(first) | told(second)
-    assert {step: loss for step, loss in together.items() if step != stop or stop == 2} == told(straight)
-    lines = [line["step"] for line in read_metrics(result.run / "metrics.jsonl") if "validation_loss" in line]
-    assert lines == sorted(together)
+    for stop in (1, 2, 3):
+        first, second = Recorder(stop_after=5 + stop), Recorder()
+        with pytest.raises(CancelledError) as stopped:
+            world.train(tmp_path / str(stop), first, **TOUCHY)
+        assert stopped.value.step == stop
+        result = world.train(tmp_path / str(stop), second, **TOUCHY)
+        assert result.started_from == stop
+        assert_same_end(result, expected)
+        assert not set(told(first)) & set(told(second))
+        together = told(first) | told(second)
+        assert {step: loss for step, loss in together.items() if step != stop or stop == 2} == told(straight)
+        lines = [line["step"] for line in read_metrics(result.run / "metrics.jsonl") if "validation_loss" in line]
+        assert lines == sorted(together)
 
 
-def test_a_run_without_held_out_pictures_tells_nothing(world: World, tmp_path: Path) -> None:
-    listener = Recorder()
-    result = world.train(tmp_path, listener, **{**HELD, "validation_pictures": 0})
-    assert told(listener) == {}
-    assert all("validation_loss" not in line for line in read_metrics(result.run / "metrics.jsonl"))
+def test_a_run_without_held_out_pictures_tells_nothing(finished: Finished) -> None:
+    assert told(finished.listener) == {}
+    assert all("validation_loss" not in line for line in read_metrics(finished.result.run / "metrics.jsonl"))
 
 
 @pytest.mark.parametrize("count", [5, 6])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 from pack.trainer.__main__ import main
 
@@ -25,3 +27,9 @@ class Shell:
     @property
     def lines(self) -> list[str]:
         return self.output.splitlines()
+
+
+def flags_of(values: Mapping[str, object]) -> list[str]:
+    """Settings as flags; a setting that is True has no value."""
+    pairs = [("--" + name.replace("_", "-"), value) for name, value in values.items()]
+    return [str(word) for flag, value in pairs for word in ((flag,) if value is True else (flag, value))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 PROMPT = "a photo of sks dog"
+SHAPES = [(64, 64), (128, 64), (64, 128), (100, 80), (90, 65), (64, 200)]  # for buckets at a resolution of 64
 TOKENIZER = DEMO / "base" / "tokenizer"
 COMMON: dict[str, Any] = {
     "name": "dog",
@@ -98,6 +100,13 @@ class World:
             starting_point,
         )
 
+    def prepared(self, folder: Path, listener: Any = None, **changes: Any) -> DreamBooth:
+        """A run whose pictures and captions are encoded and whose networks are there, before its first step."""
+        recipe = self.recipe(folder, listener, **changes)
+        recipe.open_run()
+        recipe.prepare()
+        return recipe
+
     def train(
         self, folder: Path, listener: Any = None, *, starting_point: StartingPoint | None = None, **changes: Any
     ) -> TrainResult:
@@ -126,6 +135,33 @@ class World:
         return replace(self, priors=load_pictures(noisy_pictures(folder, 2, 50), "a photo of a dog", Recorder()))
 
 
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended, with a checkpoint of every step. Many tests look at it or copy it; none changes it."""
+
+    folder: Path
+    result: TrainResult
+    listener: Recorder
+
+    def copy(self, folder: Path) -> Path:
+        """Put the run, without the files that it exported, below `folder`; returns the run's own folder."""
+        return Path(shutil.copytree(self.result.run, folder / "runs" / self.result.run.name))
+
+    def begun(self, folder: Path, step: int) -> Path:
+        """The same as it lay there after that step, as a process leaves it that is killed during the next one."""
+        run = self.copy(folder)
+        for later in range(step + 1, self.result.step + 1):
+            shutil.rmtree(run / f"step-{later:08d}")
+        return run
+
+
+def finish(world: World, folder: Path, **changes: Any) -> Finished:
+    """Train with a checkpoint of every step, and keep what was reported."""
+    listener = Recorder()
+    result = world.train(folder, listener, **{"checkpoint_every": 1, **changes})
+    return Finished(folder, result, listener)
+
+
 def make_world(checkpoint: Path, folder: Path) -> World:
     """A checkpoint that goes with the demo's tokenizer, and three pictures in `folder`."""
     pictures = load_pictures(noisy_pictures(folder, 3, 0), PROMPT, Recorder())
@@ -138,6 +174,7 @@ def make_xl_world(folder: Path) -> World:
 
 
 def noisy_pictures(folder: Path, count: int, first_seed: int) -> Path:
+    """Squares of 64 pixels in a new folder, each as its seed has it."""
     folder.mkdir(parents=True)
     for number in range(count):
         pixels = np.random.default_rng(first_seed + number).integers(0, 256, (64, 64, 3), dtype=np.uint8)
@@ -145,12 +182,30 @@ def noisy_pictures(folder: Path, count: int, first_seed: int) -> Path:
     return folder
 
 
+def pictures_of(folder: Path, sizes: Sequence[tuple[int, int]], prompt: str, *, masked: bool = False) -> list[Picture]:
+    """Noisy pictures of these widths and heights in a new folder; every second one with its left half as a mask."""
+    folder.mkdir(parents=True)
+    for number, (width, height) in enumerate(sizes):
+        pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        if masked and number % 2:
+            mask = Image.new("L", (width, height))
+            mask.paste(255, (0, 0, width // 2, height))
+            mask.save(folder / f"{number}_mask.png")
+    return load_pictures(folder, prompt, Recorder())
+
+
 def runs_in(folder: Path) -> list[Path]:
     return sorted((folder / "runs").glob("*-*"))
 
 
+def steps_in(run: Path) -> list[int]:
+    """The steps of a run's checkpoints, ascending."""
+    return sorted(int(path.name.removeprefix("step-")) for path in run.glob("step-*"))
+
+
 def newest_step(run: Path) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in run.glob("step-*")), default=0)
+    return max(steps_in(run), default=0)
 
 
 def differing(ours: Path, theirs: Path) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,13 @@ from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter
 from pack.trainer.adapters.targets import choose_targets, require_family_fits
 from pack.trainer.core.errors import AdapterError, SettingsError
-from pack.trainer.data.images import Picture, load_pictures
-from pack.trainer.dreambooth import DreamBooth, train
 from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
-from pack.trainer.training.runs.folder import RunPaths
 from torch import Tensor, nn
+from worlds import World
 
 UNET_MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"  # 64 → 32
 TEXT_MODULE = "lora_te_text_model_encoder_layers_0_mlp_fc1"  # 64 → 128
@@ -32,11 +29,6 @@ DOWN, UP = "lora_down.weight", "lora_up.weight"
 @pytest.fixture(scope="module")
 def base(tiny_checkpoint: Path) -> BaseWeights:
     return open_base(tiny_checkpoint)
-
-
-@pytest.fixture
-def pictures(picture_folder: Callable[..., Path]) -> list[Picture]:
-    return load_pictures(picture_folder(), "a photo of sks dog", Recorder())
 
 
 def layer(in_features: int, out_features: int, *, rank: int = 3, alpha: float = 2.0, seed: int = 0) -> LoraLayer:
@@ -249,38 +241,33 @@ def test_bf16_keeps_the_adapter_in_float32(targets: Any, base: BaseWeights) -> N
 
 
 @pytest.mark.slow
-def test_a_bf16_run_trains_on_a_private_copy(base: BaseWeights, pictures: list[Picture], tmp_path: Path) -> None:
-    before = {name: (p.data_ptr(), p.clone()) for name, p in base.unet.tensors.items()}
-    results = {}
+def test_a_bf16_run_trains_on_a_private_copy(world: World, tmp_path: Path) -> None:
+    before = {name: (p.data_ptr(), p.clone()) for name, p in world.base.unet.tensors.items()}
+    results, losses = {}, {}
     for precision in ("fp32", "bf16"):
-        settings = TrainSettings(
-            steps=4, rank=4, resolution=64, learning_rate=1e-3, precision=precision, save_precision="fp32"
-        )
         listener = Recorder()
-        result = train(base, pictures, [], settings, RunPaths(tmp_path, tmp_path / "runs"), "cpu", listener)
+        results[precision] = world.train(tmp_path, listener, precision=precision, learning_rate=1e-3)
+        losses[precision] = listener.losses
         assert len(listener.losses) == 4
         assert all(math.isfinite(loss) for loss in listener.losses)
-        assert {part.down.dtype for part in result.adapter.layers.values()} == {torch.float32}
-        results[precision] = (result, listener)
-    assert results["bf16"][1].losses == pytest.approx(results["fp32"][1].losses, rel=0.03)
-    assert results["bf16"][1].losses != results["fp32"][1].losses
-    assert results["bf16"][0].run != results["fp32"][0].run
+        layers = results[precision].adapter.layers.values()
+        assert {tensor.dtype for part in layers for tensor in part.tensors().values()} == {torch.float32}
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.03)
+    assert losses["bf16"] != losses["fp32"]
+    assert results["bf16"].run != results["fp32"].run
     for name, (place, value) in before.items():
-        assert base.unet.tensors[name].data_ptr() == place
-        assert base.unet.tensors[name].dtype == torch.float32
-        assert torch.equal(base.unet.tensors[name], value)
+        assert world.base.unet.tensors[name].data_ptr() == place
+        assert world.base.unet.tensors[name].dtype == torch.float32
+        assert torch.equal(world.base.unet.tensors[name], value)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_what_is_private_and_what_is_borrowed_in_training(
-    precision: Any, dtype: torch.dtype, base: BaseWeights, pictures: list[Picture], tmp_path: Path
+    precision: Any, dtype: torch.dtype, world: World, tmp_path: Path
 ) -> None:
-    settings = TrainSettings(steps=1, rank=4, resolution=64, precision=precision)
-    recipe = DreamBooth(base, pictures, [], settings, RunPaths(tmp_path, tmp_path / "runs"), torch.device("cpu"))
-    recipe.open_run()
-    recipe.prepare()
+    recipe = world.prepared(tmp_path, precision=precision)
     frozen = [p for p in recipe.session.model.unet.parameters() if not p.requires_grad]
-    lent = {p.untyped_storage().data_ptr() for p in base.unet.tensors.values()}
+    lent = {p.untyped_storage().data_ptr() for p in world.base.unet.tensors.values()}
     borrowed = [p.untyped_storage().data_ptr() in lent for p in frozen]
     assert {p.dtype for p in frozen} == {dtype}
     assert all(borrowed) if precision == "fp32" else not any(borrowed)
@@ -289,8 +276,6 @@ def test_what_is_private_and_what_is_borrowed_in_training(
     assert torch.isfinite(state)
     moments = [entry["exp_avg"].dtype for entry in recipe.session.optimizer.state_dict()["state"].values()]
     assert set(moments) == {torch.float32}
-    recipe.clean_up()
-    assert not hasattr(recipe, "model")
 
 
 # Merging

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from helpers import Recorder
 from pack.trainer.core.distributed import accelerate_state_kept
 from pack.trainer.core.errors import StorageError
@@ -18,7 +19,7 @@ from pack.trainer.training.averaging import WeightAveraging
 from pack.trainer.training.optimizers import make_optimizer, set_learning_rates
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from worlds import TEXT, World, assert_same_end, differing, make_world, runs_in
+from worlds import TEXT, Finished, World, assert_same_end, differing
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -26,11 +27,6 @@ FREE: dict[str, Any] = {"optimizer": "adamw-schedule-free"}
 EMA: dict[str, Any] = {"ema_decay": 0.7}
 FULL: dict[str, Any] = {"adapter": "full", "learning_rate": 1e-3}
 WAYS = {"EMA": EMA, "schedule-free": FREE}
-
-
-@pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("world") / "subject")
 
 
 def random(*shape: int, seed: int) -> Tensor:
@@ -228,7 +224,11 @@ def without_alpha(path: Path) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in load_file(path).items() if not name.endswith(".alpha")}
 
 
-@pytest.mark.parametrize("changes", [EMA, FREE, {**FULL, **EMA}], ids=["EMA", "schedule-free", "full, EMA"])
+@pytest.mark.parametrize(
+    "changes",
+    [EMA, FREE, pytest.param({**FULL, **EMA}, marks=pytest.mark.slow)],
+    ids=["EMA", "schedule-free", "full, EMA"],
+)
 def test_what_is_previewed_is_what_is_saved_and_exported(changes: dict[str, Any], world: World, tmp_path: Path) -> None:
     previews = {"preview_every": 2, "preview_steps": 1, "checkpoint_every": 1}
     result, listener = watched(world, tmp_path, **changes, **previews)
@@ -269,30 +269,7 @@ def test_previews_do_not_touch_what_is_learned_schedule_free(world: World, tmp_p
 HALF: dict[str, Any] = {**TEXT, "text_encoder_until": 0.5}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        EMA,
-        {**EMA, **HALF, "gradient_accumulation": 2, "lr_schedule": "cosine"},
-        {**EMA, "adapter": "dora", "targets": "all", "dropout": 0.25, "max_norm": 0.5},
-        {**EMA, "adapter": "lokr", "optimizer": "adamw-8bit", "optimizer_options": "min_8bit_size=1"},
-        {**EMA, "optimizer": "prodigy", "learning_rate": 1.0},
-        {**EMA, **FULL, **HALF, "text_encoder_lr": 1e-4},
-    ],
-    ids=["LoRA", "text encoder that leaves", "DoRA, dropout, limit", "LoKr, 8 bit", "Prodigy", "full, text encoder"],
-)
-def test_a_run_with_an_average_that_was_stopped(changes: dict[str, Any], world: World, tmp_path: Path) -> None:
-    straight = world.train(tmp_path / "straight", **changes)
-    for step in (1, 3):
-        world.stop_after(step, tmp_path / "stopped", **changes)
-    resumed = world.train(tmp_path / "stopped", **changes)
-    assert resumed.started_from == 3
-    assert_same_end(resumed, straight)
-    assert (resumed.run / "step-00000004" / "live.safetensors").is_file()
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", mostly_slow(WAYS, "EMA"))
 def test_a_text_encoder_that_leaves_says_what_the_file_says(way: str, world: World, tmp_path: Path) -> None:
     """From the step at which it stays, its part of the file no longer changes, and has no raw weights of its own."""
     result = world.train(tmp_path, **HALF, **WAYS[way], checkpoint_every=1)
@@ -305,9 +282,8 @@ def test_a_text_encoder_that_leaves_says_what_the_file_says(way: str, world: Wor
     assert set(after) < set(before)
 
 
-def test_without_an_average_there_is_no_further_file(world: World, tmp_path: Path) -> None:
-    result = world.train(tmp_path, steps=1)
-    assert {path.name for path in (result.run / "step-00000001").iterdir()} == {
+def test_without_an_average_there_is_no_further_file(finished: Finished) -> None:
+    assert {path.name for path in (finished.result.run / "step-00000001").iterdir()} == {
         "adapter.safetensors",
         "optimizer.safetensors",
         "state.json",
@@ -315,10 +291,9 @@ def test_without_an_average_there_is_no_further_file(world: World, tmp_path: Pat
 
 
 def test_lost_raw_weights_are_named(world: World, tmp_path: Path) -> None:
-    world.stop_after(2, tmp_path, **EMA)
-    [run] = runs_in(tmp_path)
-    (run / "step-00000002" / "live.safetensors").unlink()
+    run = world.train(tmp_path, **EMA, steps=1).run
+    (run / "step-00000001" / "live.safetensors").unlink()
     with pytest.raises(StorageError) as caught:
         world.train(tmp_path, **EMA)
-    assert str(run / "step-00000002") in caught.value.problem
+    assert str(run / "step-00000001") in caught.value.problem
     assert "elete" in caught.value.remedy

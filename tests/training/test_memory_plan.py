@@ -32,17 +32,12 @@ from pack.trainer.training.memory.plan import (
 )
 from torch import nn
 from torch.nn import functional as F
-from worlds import BOTH_TEXTS, COMMON, TEXT, TOKENIZER, World, make_world, make_xl_world
+from worlds import BOTH_TEXTS, COMMON, TEXT, TOKENIZER, World, make_xl_world
 
 pytestmark = pytest.mark.usefixtures("quick")
 META = torch.device("meta")
 FLOAT = 4
 MANY = {"batch_size": 61, "resolution": 128}  # so many that the steps take most; they can be cut in one way only
-
-
-@pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("plan") / "subject")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import RecordedListener, read_metrics
 from PIL import Image
+from run_trees import file_size_limit
 from safetensors.torch import load_file
 from worlds import TOKENIZER, World, assert_same_end, differing, make_world, newest_step, runs_in
 
@@ -349,17 +350,12 @@ def test_metrics_are_kept_up_to_where_a_run_goes_on(tail: bytes, kept: int, tmp_
 
 def test_a_full_disk_is_named_by_the_metrics(tmp_path: Path) -> None:
     """Once: closing what could not be written says nothing more."""
-    resource = pytest.importorskip("resource")
     recorded = RecordedListener(Recorder(), tmp_path / "metrics.jsonl", 0)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
+    with file_size_limit(100):
         recorded.report(STEPS[0])
         with pytest.raises(StorageError, match=r"metrics\.jsonl can't be written") as caught:
             recorded.report(STEPS[1])
         recorded.close()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "the run resumes" in caught.value.remedy
 
 

@@ -21,9 +21,9 @@ from pack.trainer.core.events import Preview, RunOpened, Step
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.training.runs.index import RunIndex
 from pack.trainer.training.runs.metrics import RecordedListener, last_lines, read_metrics
-from run_trees import SHOWN, tree
+from run_trees import SHOWN, file_size_limit, tree
 from safetensors.torch import load_file, save_file
-from worlds import World, make_world
+from worlds import World
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -56,21 +56,10 @@ def diverge(world: World, folder: Path, run: str, **changes: Any) -> DivergedErr
 
 def fill_disk(world: World, folder: Path, run: str, **changes: Any) -> StorageError:
     """Go on with a run while the system refuses to write a whole adapter."""
-    resource = pytest.importorskip("resource")
     size = (folder / "runs" / run / "step-00000002" / "adapter.safetensors").stat().st_size
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size - 100, before[1]))
-    try:
-        with pytest.raises(StorageError) as caught:
-            world.train(folder, **changes)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with file_size_limit(size - 100), pytest.raises(StorageError) as caught:
+        world.train(folder, **changes)
     return caught.value
-
-
-@pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("shelf") / "subject")
 
 
 @pytest.fixture(scope="module")

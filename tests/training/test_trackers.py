@@ -26,17 +26,12 @@ from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import read_metrics
 from pack.trainer.training.runs.trackers import TrackedListener, logging_listener, require_tracker
 from PIL import Image
-from worlds import World, assert_same_end, make_world
+from worlds import World, assert_same_end
 
 pytestmark = pytest.mark.usefixtures("quick")
 LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "steps_per_second": "rate", "memory_bytes": "memory"}
 PROMPT = "sks dog, snow / ice"
 PREVIEWS = {"preview_every": 2, "preview_steps": 1, "preview_count": 2, "preview_prompts": PROMPT}
-
-
-@pytest.fixture(scope="module")
-def world(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> World:
-    return make_world(tiny_checkpoint, tmp_path_factory.mktemp("subject") / "pictures")
 
 
 @pytest.fixture
