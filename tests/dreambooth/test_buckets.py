@@ -82,6 +82,12 @@ def test_little_is_cut_away(width: int, height: int, grid: tuple[int, int]) -> N
         assert share == 1
 
 
+def test_of_shapes_that_keep_as_much_the_largest_is_taken() -> None:
+    assert nearest_shape((100, 100), [(64, 64), (128, 128), (96, 96)]) == (128, 128)
+    for shapes in ([(210, 105), (100, 200)], [(100, 200), (210, 105)]):  # half of a square each
+        assert nearest_shape((100, 100), shapes) == (210, 105)
+
+
 def test_how_much_is_cut_away_at_the_most() -> None:
     assert 1 - worst_share(bucket_shapes(512, 64)) < 0.15
     assert 1 - worst_share(bucket_shapes(1024, 64)) < 0.08
