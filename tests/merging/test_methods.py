@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -370,6 +371,14 @@ def test_unused_rank_protects_nothing() -> None:
     assert error(found, first + last - last @ inputs @ inputs.T) < 1e-5
 
 
+@pytest.mark.parametrize("size", [1e-6, 1e7])
+def test_what_is_protected_does_not_depend_on_how_large_changes_are(size: float) -> None:
+    adapters = [single("LoRA", (24, 64), n, 6) for n in range(3)]
+    scaled = [merged((adapter, size)).adapter for adapter in adapters]
+    plain, found = (sole(merged(*inputs, method="orthogonal"), (24, 64)) for inputs in (adapters, scaled))
+    assert error(found, size * plain) < 1e-5
+
+
 @pytest.mark.parametrize("protected", [0.3, 0.6, 0.9])
 @pytest.mark.parametrize("kind", ["LoRA", "full difference"])
 def test_a_share_of_the_energy_is_protected(kind: str, protected: float) -> None:
@@ -464,7 +473,7 @@ def test_the_mean_of_dare_over_seeds_is_the_sum(density: float) -> None:
     changes = [Delta(shape, matrix) for matrix in matrices(pair, shape)]
     draws = [
         METHODS["dare"](
-            list(zip(changes, (0.8, -0.5), strict=True)), MergeOptions(density, seed=seed, name=NAME)
+            list(zip(changes, (0.8, -0.5), strict=True)), MergeOptions(density, protected=1.0, seed=seed, name=NAME)
         ).dense()
         for seed in range(600)
     ]
@@ -474,6 +483,22 @@ def test_the_mean_of_dare_over_seeds_is_the_sum(density: float) -> None:
     score = (mean - (0.8 * a - 0.5 * b)) / deviation
     assert score.abs().max() < 5
     assert 0.8 < float(score.square().mean()) < 1.2
+
+
+def test_what_dare_drops_is_fixed() -> None:
+    """A change here would make a merge that is done again another one."""
+    change = Adapter({NAME: FullLayer(torch.ones(3, 8))})
+    found = sole(merged(change, method="dare", density=0.5, seed=7), (3, 8))
+    assert found.round().tolist() == [[2, 0, 0, 2, 0, 2, 0, 2], [2, 2, 0, 2, 0, 2, 2, 0], [0, 2, 2, 2, 0, 0, 2, 2]]
+
+
+@pytest.mark.parametrize("method", DENSE)
+def test_all_numbers_are_kept_without_a_word_at_a_density_of_one(method: str) -> None:
+    adapter = single("LoRA", WEIGHTS["linear"], 1, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = sole(merged(adapter, method=method, density=1.0), WEIGHTS["linear"])
+    assert error(found, changes_of([adapter], WEIGHTS["linear"])[0]) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["dare", "dare-ties"])

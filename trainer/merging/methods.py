@@ -31,10 +31,10 @@ class MergeOptions:
         name: Of the module, for random numbers.
     """
 
-    density: float = 0.5
-    protected: float = 1.0
-    seed: int = 0
-    name: str = ""
+    density: float
+    protected: float
+    seed: int
+    name: str
 
 
 def weighted_sum(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
