@@ -4,7 +4,7 @@ RUN := $(VENV)/bin/python
 BENCH ?= bench
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all coverage fuzz lint bench clean
+.PHONY: demo test test-all coverage fuzz mutants lint bench clean
 # What make starts must not wait by spinning: on a shared machine that slows everything down.
 export OMP_WAIT_POLICY ?= PASSIVE
 
@@ -25,6 +25,9 @@ coverage: $(READY)
 
 fuzz: $(READY)
 	$(RUN) tools/fuzz.py $(ARGS)
+
+mutants: $(READY)
+	$(RUN) tools/mutate.py $(ARGS)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

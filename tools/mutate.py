@@ -174,18 +174,17 @@ def finished(scratch: Path) -> tuple[int, bool, float]:
     return process, status == 0, usage.ru_utime + usage.ru_stime
 
 
-def survivors_of(module: str, mutants: Sequence[Mutant], tests: Sequence[str], jobs: int) -> list[Mutant]:
-    """The mutants that no test sees."""
+def survivors_of(module: str, mutants: Sequence[Mutant], tests: Sequence[str], jobs: int) -> Iterator[Mutant]:
+    """The mutants that no test sees, as they are found."""
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
-        baseline = start(module, (ROOT / "trainer" / f"{module}.py").read_text("utf-8"), tests, scratch, 600)
+        unchanged = (ROOT / "trainer" / f"{module}.py").read_text("utf-8")
+        baseline = start(module, unchanged, tests, scratch, 600)
         _, passed, seconds = finished(scratch)
         if not passed:
-            sys.exit(
-                (scratch / f"{baseline}.log").read_text("utf-8")[-3000:] + f"\n{module}: its tests fail without a fault"
-            )
+            log = (scratch / f"{baseline}.log").read_text("utf-8")
+            sys.exit(f"{log[-3000:]}\n{module}: its tests fail without a fault")
         running: dict[int, Mutant] = {}
-        survivors = []
         waiting = list(mutants)
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -194,8 +193,7 @@ def survivors_of(module: str, mutants: Sequence[Mutant], tests: Sequence[str], j
             process, passed, _ = finished(scratch)
             mutant = running.pop(process)
             if passed:
-                survivors.append(mutant)
-    return sorted(survivors, key=lambda mutant: mutant.line)
+                yield mutant
 
 
 def known_survivors() -> dict[tuple[str, str, str], str]:
@@ -229,21 +227,29 @@ def main() -> int:
     known, is_news = known_survivors(), False
     for module in modules:
         every = mutants_of((ROOT / "trainer" / f"{module}.py").read_text("utf-8"))
+        gone = {entry for entry in known if entry[0] == module} - {(module, one.was, one.now) for one in every}
+        for _, was, now in sorted(gone):
+            show("tests/mutants.toml: there is no such mutant", was, now)
         chosen = every
         if 0 < options.sample < len(every):
             chosen = sorted(random.Random(module).sample(every, options.sample), key=lambda mutant: mutant.line)
-        survivors = chosen if options.list else survivors_of(module, chosen, TESTS[module], options.jobs)
-        news = [mutant for mutant in survivors if (module, mutant.was, mutant.now) not in known]
-        for mutant in news:
-            print(f"trainer/{module}.py:{mutant.line}\n- {mutant.was}\n+ {mutant.now}".replace("\n", "\n    "))
+        survivors, news = 0, 0
+        for mutant in chosen if options.list else survivors_of(module, chosen, TESTS[module], options.jobs):
+            survivors += 1
+            if (module, mutant.was, mutant.now) not in known:
+                news += 1
+                show(f"trainer/{module}.py:{mutant.line}", mutant.was, mutant.now)
         if not options.list:
-            is_news |= bool(news)
-            looked_at = f"{len(survivors)} survive, {len(survivors) - len(news)} of them with a verdict"
-            print(
-                f"{module}: {len(every)} mutants, {len(chosen)} run, {len(chosen) - len(survivors)} seen, {looked_at}",
-                flush=True,
-            )
+            is_news |= news > 0
+            counts = f"{len(every)} mutants, {len(chosen)} run, {len(chosen) - survivors} seen, {survivors} survive"
+            print(f"{module}: {counts}, {survivors - news} of them with a verdict", flush=True)
     return int(is_news)
+
+
+def show(title: str, was: str, now: str) -> None:
+    """Print a mutant as a difference."""
+    lines = [title, *(f"- {line}" for line in was.splitlines()), *(f"+ {line}" for line in now.splitlines())]
+    print(*lines, sep="\n    ", flush=True)
 
 
 if __name__ == "__main__":
