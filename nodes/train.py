@@ -45,6 +45,8 @@ _NEWER = (  # last: saved workflows hold the values of widgets by their place
     *OptimizerSettings.model_fields,
     "fit",
     "base_quantization",
+    "lr_cycles",
+    "lr_power",
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
@@ -316,7 +318,8 @@ def _train(
     from ..trainer.data.image_check import check_pictures
     from ..trainer.data.images import load_pictures
     from ..trainer.dreambooth import train
-    from ..trainer.training.presets import apply_preset, changed_settings
+    from ..trainer.training.preflight import report_settings_without_effect
+    from ..trainer.training.presets import apply_preset
 
     subject = pictures.subject
     workflow = (node.hidden.extra_pnginfo or {}).get("workflow")
@@ -332,8 +335,16 @@ def _train(
             class_pictures += load_pictures(list(pictures.class_images), subject.class_prompt, listener)
         with host.training_mode():
             base = host.borrow_base(parts.model, parts.clip, parts.vae)
-            settings = apply_preset(settings, base.family, listener, changed_settings(settings))
+            settings = apply_preset(settings, base.family, listener, settings.changed())
             check_pictures(subject.pictures, settings.resolution, listener)
+            report_settings_without_effect(
+                settings,
+                subject.pictures,
+                subject.class_prompts,
+                has_class_pictures=bool(class_pictures),
+                starts_from_adapter=starting_point.start is not None,
+                listener=listener,
+            )
             return train(
                 base,
                 subject.pictures,

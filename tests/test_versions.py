@@ -18,7 +18,9 @@ import pytest
 import torch
 from helpers import DEMO, ROOT, Recorder
 from make_version_golden import COMMON, HALF_TRAINED, VERSIONS, flags, tensors_hash
+from pack.trainer.__main__ import parse
 from pack.trainer.adapters.kohya import read_adapter
+from pack.trainer.cli.flags import settings_from
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.events import RunOpened
 from pack.trainer.dreambooth import TrainResult
@@ -48,11 +50,10 @@ def half_trained(folder: Path, work: Path, *, steps: int = 8) -> tuple[TrainResu
 
 
 def train_in(work: Path, steps: int) -> tuple[TrainResult, Recorder]:
-    given = {**COMMON, **HALF_TRAINED}
-    values = {name: True if value is None else value for name, value in given.items()}
-    values |= {"base": DEMO / "base", "images": DEMO / "subject", "output_dir": work, "steps": steps}
+    given = {**COMMON, **HALF_TRAINED, "base": str(DEMO / "base"), "images": str(DEMO / "subject")}
+    given |= {"output_dir": str(work), "steps": str(steps)}
     listener = Recorder()
-    return run_train(TrainCommand.checked(values), listener), listener
+    return run_train(settings_from(parse(["train", *flags(given)]), TrainCommand), listener), listener
 
 
 @pytest.mark.slow

@@ -27,7 +27,8 @@ if "pack" not in sys.modules:  # as tests/conftest.py loads it
 from pack.trainer.__main__ import COMMANDS as CLI_COMMANDS  # noqa: E402
 from pack.trainer.__main__ import _parser  # noqa: E402
 from pack.trainer.cli.flags import flag, is_table  # noqa: E402
-from pack.trainer.settings.base import MAX_SEED, Settings, field_extra  # noqa: E402
+from pack.trainer.core.errors import worded  # noqa: E402
+from pack.trainer.settings.base import MAX_SEED, Needs, Settings, field_extra  # noqa: E402
 from pack.trainer.settings.data import SubjectTable  # noqa: E402
 from pack.trainer.settings.train import PriorSettings, TrainSettings  # noqa: E402
 from pydantic.fields import FieldInfo  # noqa: E402
@@ -68,9 +69,15 @@ _HEAD = """# Settings
 Every setting of every command. Written by `tools/make_settings_page.py` from the definitions in `trainer/`: change it
 there.
 
-A setting has one name everywhere. It is a key of a TOML file (`python -m trainer train run.toml`), where dashes count
-as underscores, and a flag; flags win over the file. What is on or off is `true` or `false` in TOML, and as a flag
-`--flip` or `--no-flip`. A list is a TOML list, or a flag given several times.
+A setting has one name everywhere. It is a key of a TOML file (`python -m trainer train run.toml`) and a flag; in both,
+dashes count as underscores. A key in both spellings is refused. Flags win over the file, and of a flag that is given
+twice the last one counts. What is on or off is `true` or `false` in TOML, and as a flag `--flip` or `--no-flip`. A
+list is a TOML list, or a flag given several times. In TOML numbers and `true` have no quotes, texts have.
+
+Relative paths count from the folder in which the command runs, also those in a settings file. `~` is your home folder.
+Variables such as `$HOME` or `%USERPROFILE%` are replaced by shells, not here: a path with one is refused.
+
+A setting without effect (**What it is** says what it needs) is reported before the run, and begins no new run.
 
 **Result** tells whether what is learned depends on the setting. If so, another value makes another run; if not, the
 same run continues, or is found again, whatever the value. The run's length counts only if the learning rate depends on
@@ -162,12 +169,23 @@ def _cells(
     given_by = "given without a flag" if positional else f"`{flag(name)}`"
     if is_table(field):
         given_by = "in a settings file alone"
-    cells = [f"`{name}`<br>{given_by}", value_of(field, extra["unit"]), _default(field), field.description or ""]
+    description = " ".join([field.description or "", *_needs(kind, extra["needs"])])
+    cells = [f"`{name}`<br>{given_by}", value_of(field, extra["unit"]), _default(field), description]
     if learns:
         cells.append("yes" if extra["affects_result"] else "–")
     if nodes:
         cells.append(", ".join(title for title, inputs in nodes.items() if name in inputs) or "–")
     return cells
+
+
+def _needs(kind: type[Settings], needs: Sequence[Needs]) -> list[str]:
+    """A sentence on what a setting needs to have an effect, if anything."""
+    others = [worded(each.described(kind), _as_code) for each in needs if each.setting in kind.model_fields]
+    return [f"No effect without {' or '.join(others)}."] if others else []
+
+
+def _as_code(name: str, value: str | None) -> str:
+    return f"`{name} = {value.lower()}`" if value else f"`{name}`"
 
 
 def _node_inputs(nodes: Iterable[str]) -> dict[str, set[str]]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .cli.flags import add_flags, flag_wording, settings_from
+from .cli.console import PatientConsole, as_json
+from .cli.flags import add_flags, flag_wording, settings_from, similar_flag, with_dashes
 from .cli.terminal import Terminal
 from .core.errors import CancelledError, TrainerError, Wording, plain, worded
+from .core.events import Note
 from .settings.base import Settings
 from .settings.caption import CaptionCommand
 from .settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand
@@ -25,7 +26,7 @@ from .settings.merge import (
     MergeCommand,
     ResizeCommand,
 )
-from .settings.train import GenerateCommand, PlanCommand, PriorsCommand, TrainCommand
+from .settings.train import GenerateCommand, PlanCommand, PriorsCommand, TrainCommand, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
     from .cli.inspect import facts_as_text, inspect
 
     facts = inspect(arguments.file, blocks=arguments.blocks)
-    print(json.dumps(facts, indent=1, ensure_ascii=False) if arguments.json else facts_as_text(facts))
+    print(as_json(facts) if arguments.json else facts_as_text(facts))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -211,7 +212,12 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _runs(command: Command, wording: Wording) -> Callable[[argparse.Namespace], None]:
     def run(arguments: argparse.Namespace) -> None:
-        command.run(settings_from(arguments, command.settings), wording)
+        settings = settings_from(arguments, command.settings)
+        if not isinstance(settings, TrainSettings):  # those of a training depend on its preset and its pictures
+            terminal = Terminal(wording)
+            for text in settings.effect_notes():
+                terminal.report(Note(text, warning=True))
+        command.run(settings, wording)
 
     return run
 
@@ -222,7 +228,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, text: str, run: Callable[[argparse.Namespace], None], wording: Wording) -> Any:
         subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        subparser.set_defaults(run=run, wording=wording)
+        subparser.set_defaults(run=run, wording=wording, parser=subparser)
         return subparser
 
     for command in COMMANDS:
@@ -240,11 +246,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The command and its flags, in which underscores count as dashes, as in a settings file.
+
+    Raises:
+        SystemExit: They can't be read; usage and error were shown.
+    """
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args([with_dashes(word) for word in words])
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{similar_flag(unknown[0], arguments.parser)}")
+    return arguments
+
+
 def main(words: list[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 an error was shown, 130 stopped by the user."""
+    with PatientConsole() as console:
+        status = _run(sys.argv[1:] if words is None else words)
+        if status == 0 and (reason := console.lost_output()):
+            print(f"error: The output can't be written: {reason}\n→ Free space, or show it.", file=sys.stderr)
+            status = 1
+    return status
+
+
+def _run(words: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    arguments = _parser().parse_args(words)
+    arguments = parse(words)
     try:
         arguments.run(arguments)
     except TrainerError as error:

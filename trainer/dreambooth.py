@@ -232,21 +232,25 @@ class DreamBooth:
         self.training_pictures, self.held_out = split_validation(
             self.subject, settings.validation_pictures, settings.seed
         )
-        self.fingerprint = run_fingerprint(
-            base,
-            subject,
-            priors,
-            settings,
-            precision=self.precision,
-            start=self.starting_point.start,
-            processes=self.processes.count,
-        )
+        self.fingerprint = self._fingerprint()
         self.step = 0
         self.measurements = Measurements()
         self._session: Session | None = None
         self._throughput = Throughput(settings.steps, 0, device)
         self._pending: tuple[int, float, Tensor] | None = None  # step, learning rate and loss that are not reported yet
         self._mid_update = False  # whether weights, optimiser and step don't belong together at the moment
+
+    def _fingerprint(self, *, as_given: bool = False) -> str:
+        return run_fingerprint(
+            self.base,
+            self.subject,
+            self.priors,
+            self.requested,
+            precision=self.precision,
+            start=self.starting_point.start,
+            processes=self.processes.count,
+            as_given=as_given,
+        )
 
     @property
     def session(self) -> Session:
@@ -296,11 +300,13 @@ class DreamBooth:
                     fingerprint=self.fingerprint,
                     settings=record,
                     new=settings.resume == "never",
+                    earlier=self._fingerprint(as_given=True),
                 )
             )
         elif self.processes.is_main_process:
             self.budget.folder.reserve()
         self.run_folder = self.budget.folder
+        self.fingerprint = self.run_folder.record.get("fingerprint", self.fingerprint)
         newest_step = self.run_folder.newest(settings.steps)
         self.listener.report(RunOpened(self.run_folder.path, newest_step, settings.steps))
         self.measurements = self.run_folder.measurements(newest_step)

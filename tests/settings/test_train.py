@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.cli.flags import add_flags, settings_from
 from pack.trainer.core.errors import SettingsError
-from pack.trainer.core.files import read_toml
+from pack.trainer.core.toml import read_toml
 from pack.trainer.settings.base import Settings, field_extra
 from pack.trainer.settings.data import DataSettings
 from pack.trainer.settings.objective import ObjectiveSettings
@@ -64,6 +64,8 @@ OTHER: dict[str, Any] = {
     "flip": True,
     "lr_schedule": "cosine",
     "lr_warmup_steps": 7,
+    "lr_cycles": 5,
+    "lr_power": 0.5,
     "max_grad_norm": 0.0,
     "weight_decay": 0.0,
     "optimizer": "lion",
@@ -139,7 +141,7 @@ OTHER: dict[str, Any] = {
     "size": "512x768",
     "output": "out dir/picture.webp",
 }
-# The settings without which a setting's other value is refused.
+# The settings without which a setting's other value is refused or without effect.
 COMPANY: dict[str, dict[str, Any]] = {
     "score_clip": {"preview_every": 50},
     "score_dino": {"preview_every": 50},
@@ -151,6 +153,13 @@ COMPANY: dict[str, dict[str, Any]] = {
     "lokr_factor": {"adapter": "lokr"},
     "combine": {"base_lora": ("style.safetensors",)},
     "text_encoder_until": {"text_encoder_lr": 5e-5},
+    "lr_cycles": {"lr_schedule": "cosine_with_restarts"},
+    "lr_power": {"lr_schedule": "polynomial"},
+    "huber_c": {"loss": "huber"},
+    "min_snr_gamma": {"loss_weighting": "min-snr"},
+    "multires_noise_discount": {"multires_noise_iterations": 6},
+    "bucket_step": {"aspect_buckets": True},
+    "keep_tags": {"shuffle_tags": True},
 }
 APART = {"lokr_factor", "combine"}  # which do not go with DoRA
 
@@ -200,7 +209,7 @@ def test_every_setting_is_described(command: str, name: str) -> None:
     field = kind.model_fields[name]
     assert field.description
     assert len(field.description) > 5
-    assert set(field_extra(kind, name)) == {"unit", "group", "advanced", "affects_result", "path", "step"}
+    assert set(field_extra(kind, name)) == {"unit", "group", "advanced", "affects_result", "path", "step", "needs"}
     if field.annotation is int and not any(word in name for word in ("seed", "rank", "keep", "factor")):
         assert field_extra(kind, name)["unit"], "a whole number needs a unit"
 
@@ -610,6 +619,8 @@ AFFECTING = {
     "prior_weight",
     "flip",
     "lr_schedule",
+    "lr_cycles",
+    "lr_power",
     "lr_warmup_steps",
     "max_grad_norm",
     "weight_decay",
@@ -714,6 +725,8 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("aspect_buckets", None)
     if kind == "full":
         values.pop("base_quantization", None)
+    most_cycles = max(1, (values.get("steps", 800) - values.get("lr_warmup_steps", 0)) // 2)
+    values["lr_cycles"] = min(values.get("lr_cycles", 3), most_cycles)
     return values
 
 

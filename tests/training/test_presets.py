@@ -11,7 +11,7 @@ from pack.trainer.__main__ import _parser
 from pack.trainer.cli.flags import settings_from
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import SettingsError
-from pack.trainer.core.files import read_toml
+from pack.trainer.core.toml import read_toml
 from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.families.base import Family
 from pack.trainer.settings.train import PriorSettings, TrainCommand, TrainSettings
@@ -19,7 +19,6 @@ from pack.trainer.training import presets
 from pack.trainer.training.presets import (
     FOLDER,
     apply_preset,
-    changed_settings,
     load_preset,
     preset_subjects,
     preset_values,
@@ -170,9 +169,9 @@ def test_on_a_node_what_was_changed_wins() -> None:
     widgets: dict[str, Any] = {name: field.default for name, field in TrainSettings.model_fields.items()}
     widgets |= {"preset": "style", "rank": 8, "learning_rate": 1e-4 * (1 + 1e-15), "alpha": 4.0, "name": "watercolour"}
     settings = TrainSettings.checked(widgets)
-    assert changed_settings(TrainSettings()) == set()
-    assert changed_settings(settings) == {"preset", "rank", "alpha", "name"}
-    chosen = apply_preset(settings, SD1, Recorder(), changed_settings(settings))
+    assert TrainSettings().changed() == set()
+    assert settings.changed() == {"preset", "rank", "alpha", "name"}
+    chosen = apply_preset(settings, SD1, Recorder(), settings.changed())
     expected = load_preset("style", SD1).settings | {"rank": 8, "alpha": 4.0, "name": "watercolour", "preset": "style"}
     assert chosen == TrainSettings.checked(expected)
 

@@ -10,7 +10,7 @@ from ..core.devices import pick_device, pick_precision
 from ..core.errors import StorageError
 from ..core.events import Listener, Phase
 from ..core.figures import SheetRow, contact_sheet
-from ..core.files import read_toml
+from ..core.toml import read_toml
 from ..models.open import open_base
 from ..models.sampling import GenerationConfig, build_on_device, generate
 from ..settings.train import TrainCommand

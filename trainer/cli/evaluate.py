@@ -14,7 +14,7 @@ import torch
 from ..adapters.kohya import read_adapter
 from ..core.devices import pick_device, pick_precision
 from ..core.errors import SettingsError
-from ..core.events import Listener
+from ..core.events import Listener, Note
 from ..core.files import require_writable, require_writable_file, write_atomic
 from ..core.prompts import split_prompts
 from ..data.images import load_pictures
@@ -75,7 +75,10 @@ def run_dreambench(settings: DreamBenchCommand, listener: Listener) -> dict[str,
     read_subjects(settings.data, settings.live.split(), settings.subjects.split())  # fails before models are opened
     extractors = _open_extractors(settings, pick_device(settings.device))
     base = open_base_model(settings)
-    return dreambench(base, apply_preset(settings, base.family, listener), extractors, listener)
+    settings = apply_preset(settings, base.family, listener)
+    for text in settings.effect_notes():
+        listener.report(Note(text, warning=True))
+    return dreambench(base, settings, extractors, listener)
 
 
 def _open_extractors(settings: FeatureExtractorSettings, device: torch.device) -> FeatureExtractors:

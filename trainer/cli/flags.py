@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
+import os
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from ..core.errors import Wording, plain
-from ..core.files import read_toml
+from ..core.errors import SettingsError, Wording, plain
+from ..core.toml import read_toml
 from ..settings.base import Settings, field_extra
 
 _CONFIG_HELP = "settings file with the same names; flags win over it"
+_WRITTEN = ("output", "output_dir", "report")  # paths of what need not exist yet
+_STRENGTHS = re.compile(r"(:-?[\d.]+){1,2}$")
 _LIST_METAVARS = {"block_weights": "PATTERN=FACTOR"}
 _TYPE_METAVARS = {int: "N", float: "X", Path: "PATH"}
 SettingsT = TypeVar("SettingsT", bound=Settings)
@@ -62,8 +69,72 @@ def settings_from(arguments: argparse.Namespace, settings: type[SettingsT]) -> S
         SettingsError: Something is unknown, missing or out of range.
     """
     values: dict[str, Any] = read_toml(arguments.config) if arguments.config else {}
-    flags = {name: value for name, value in vars(arguments).items() if name in settings.model_fields}
+    fields = settings.model_fields
+    flags = {name: _converted(fields[name], value) for name, value in vars(arguments).items() if name in fields}
+    if arguments.config:
+        of_file = {name: value for name, value in values.items() if name not in flags}
+        _require_paths_from_here(arguments.config, settings, of_file)
     return settings.checked(values | flags)
+
+
+def _converted(field: FieldInfo, value: Any) -> Any:
+    """A flag's text as the number that its setting holds; what is no number stays text, which the settings refuse."""
+    kinds = {field.annotation, *get_args(field.annotation)}
+    if isinstance(value, str):
+        for kind in (int, float):
+            if kind in kinds or (kind is float and int in kinds):  # 1e3 is a whole number, too
+                with contextlib.suppress(ValueError):
+                    return kind(value)
+    return value
+
+
+def _require_paths_from_here(config: Path, settings: type[Settings], values: Mapping[str, Any]) -> None:
+    """Refuse a path that leads nowhere from the current folder, but somewhere from the settings file's.
+
+    Args:
+        config: The settings file.
+        settings: Whose values it gives.
+        values: What it gives.
+
+    Raises:
+        SettingsError: Names the path that was meant.
+    """
+    for name, text in _input_paths(settings, values):
+        meant = os.path.join(config.absolute().parent, text)
+        if text and not os.path.exists(text) and os.path.exists(meant):
+            raise SettingsError(
+                f"{name} in {config}: '{text}' is not in {Path.cwd()}, where the command runs; paths in a settings "
+                "file count from there, as flags do.",
+                f"Write the whole path, '{meant}', or run the command in {config.absolute().parent}.",
+            )
+
+
+def _input_paths(settings: type[Settings], values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names and texts of the values, and of those in tables, that are paths of what is read, without strengths."""
+    for name, value in values.items():
+        if name not in settings.model_fields:
+            continue
+        field = settings.model_fields[name]
+        entries = value if isinstance(value, list) else [value]
+        if is_table(field):
+            for table in entries:
+                if isinstance(table, dict):
+                    yield from _input_paths(get_args(field.annotation)[0], table)
+        elif field_extra(settings, name)["path"] and name not in _WRITTEN:
+            yield from ((name, _STRENGTHS.sub("", text).strip()) for text in entries if isinstance(text, str))
+
+
+def with_dashes(word: str) -> str:
+    """A word of a command line; if it is a flag, with dashes for underscores: `--max_norm=1` is `--max-norm=1`."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if name.startswith("--") else word
+
+
+def similar_flag(word: str, parser: argparse.ArgumentParser) -> str:
+    """What an error adds about a flag that a command does not have: `; did you mean --steps?`, or nothing."""
+    options = [option for action in parser._actions for option in action.option_strings]
+    similar = difflib.get_close_matches(word.partition("=")[0], options, n=1)
+    return f"; did you mean {similar[0]}?" if similar and word.startswith("-") else ""
 
 
 def flag(setting: str, value: str | None = None) -> str:

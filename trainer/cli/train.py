@@ -30,7 +30,7 @@ from ..settings.data import SubjectTable
 from ..settings.model import BaseModelSettings
 from ..settings.train import GenerateCommand, PriorsCommand, PriorSettings, TrainCommand
 from ..training.adapter import StartingPoint
-from ..training.preflight import require_trainable
+from ..training.preflight import report_settings_without_effect, require_trainable
 from ..training.presets import apply_preset
 from ..training.runs.folder import RunPaths
 
@@ -50,6 +50,14 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     starting_point = StartingPoint(start, stacked)
     require_trainable(base, settings, paths, starting_point)
     check_pictures(pictures, settings.resolution, listener)
+    report_settings_without_effect(
+        settings,
+        pictures,
+        [subject.class_prompt for subject in settings.subjects],
+        has_class_pictures=bool(class_pictures) or any(subject.prior_count for subject in settings.subjects),
+        starts_from_adapter=start is not None,
+        listener=listener,
+    )
     with ProcessGroup.current(cpu=device.type == "cpu").main_process_first():
         for subject in settings.subjects:
             class_pictures += _generated_class_pictures(base, _prior_settings(settings, subject), settings, listener)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: temporary name, fsync, atomic rename. And TOML files."""
+"""Files and folders that appear whole or not at all: temporary name, fsync, atomic rename."""
 
 from __future__ import annotations
 
@@ -12,19 +12,13 @@ import platform
 import re
 import shutil
 import stat
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .errors import SettingsError, StorageError, TrainerError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .errors import StorageError, TrainerError
 
 _TEMPORARY = ".tmp-"
 _TEMPORARY_NAME = re.compile(
@@ -379,34 +373,3 @@ def _delete(path: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read settings from a TOML file with one key per setting; dashes in keys count as underscores.
-
-    Raises:
-        SettingsError: The file is missing or is no TOML.
-    """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise SettingsError(
-            f"{path} can't be read: {error.strerror}.", "Check the path of the settings file."
-        ) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"{path} is not valid TOML: {error}.",
-            "Write one `key = value` per line; put text in quotes, and Windows paths in single quotes: "
-            "base = 'C:\\models\\x.safetensors'.",
-        ) from error
-    return _with_underscores(content)
-
-
-def _with_underscores(table: dict[str, Any]) -> dict[str, Any]:
-    """A table, and the tables in its lists, with underscores for dashes in keys."""
-    renamed = {}
-    for key, value in table.items():
-        if isinstance(value, list):
-            value = [_with_underscores(entry) if isinstance(entry, dict) else entry for entry in value]
-        renamed[key.replace("-", "_")] = value
-    return renamed

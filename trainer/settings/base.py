@@ -3,16 +3,64 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from typing_extensions import Self
 
 from ..core.errors import SettingsError, suggest
 
 MAX_SEED = 2**64 - 1
+_LONGEST_SHOWN = 200  # characters of a wrong value in an error
+_VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}|%(\w+)%")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What another setting must be for a setting to have an effect.
+
+    Attributes:
+        setting: The other one.
+        values: Its values with which there is an effect; empty: any that is on, not empty, and above `above`.
+        above: See `values`.
+        other_than: The only value with which there is none; takes the place of all the others.
+    """
+
+    setting: str
+    values: tuple[Any, ...] = ()
+    above: float = 0
+    other_than: Any = None
+
+    def met_by(self, value: Any) -> bool:
+        """Whether a value of the other setting is one of those."""
+        if self.other_than is not None:
+            return bool(value != self.other_than)
+        if self.values:
+            return value in self.values
+        if isinstance(value, int | float):
+            return value > self.above
+        return bool(value.strip() if isinstance(value, str) else value)
+
+    def described(self, owner: type[Settings]) -> str:
+        """The other setting as it should be, such as "loss_weighting = min-snr", worded by each face.
+
+        Args:
+            owner: Settings with the other one.
+        """
+        if self.other_than is not None:
+            return f"a {suggest(self.setting)} other than {self.other_than}"
+        if self.values:
+            return " or ".join(suggest(self.setting, value) for value in self.values)
+        if owner.model_fields[self.setting].annotation is bool:
+            return suggest(self.setting, True)
+        return suggest(self.setting) + (f" above {self.above:g}" if self.above else "")
 
 
 def setting(
@@ -25,6 +73,7 @@ def setting(
     affects_result: bool = True,
     path: bool = False,
     step: float = 0.1,
+    needs: Needs | tuple[Needs, ...] = (),
     **constraints: Any,
 ) -> Any:
     """Define a setting.
@@ -39,6 +88,7 @@ def setting(
         path: Whether its value is or may be a path: a file, a folder, FILE:STRENGTH, or a folder in place of a hub
             name. In a tuple, each entry. Tables mark their own fields.
         step: By how much a real number changes on a slider or with an arrow key.
+        needs: Without what other setting it has no effect; of several, one suffices.
         constraints: pydantic's, such as `ge` and `le`.
     """
     extra: Any = {
@@ -48,6 +98,7 @@ def setting(
         "affects_result": affects_result,
         "path": path,
         "step": step,
+        "needs": (needs,) if isinstance(needs, Needs) else needs,
     }
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
@@ -68,28 +119,147 @@ class Settings(BaseModel):
         defer_build=True,  # a host that only shows settings starts sooner
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_of_its_type(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse what pydantic would convert or cast doubt on: `true` is no number, and a text is no list."""
+        name = str(info.field_name)
+        _require_type(name, cls.model_fields[name].annotation, value)
+        return _without_variables(value) if field_extra(cls, name)["path"] else value
+
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> Self:
-        """Build from plain values.
+        """Build from plain values of the settings' types; text is no number and no switch (`cli.flags` converts it).
 
         Raises:
             SettingsError: Names every setting that is unknown, missing or out of range, and what to change.
         """
-        unknown = [name for name in values if name not in cls.model_fields]
+        unknown = sorted(name for name in values if name not in cls.model_fields)
         if unknown:
-            suffixes = [name for name in cls.model_fields if unknown[0].endswith(f"_{name}")]
-            similar = suffixes or difflib.get_close_matches(unknown[0], cls.model_fields, n=1, cutoff=0.4)
+            meant = [_did_you_mean(name, cls.model_fields) for name in unknown]
+            advice = " ".join(question for question in meant if question)
             raise SettingsError(
-                f"Unknown setting: {', '.join(sorted(unknown))}.",
-                f"Did you mean '{similar[0]}'?" if similar else "docs/settings.md lists all settings.",
+                f"Unknown setting: {', '.join(unknown)}.", advice or "docs/settings.md lists all settings."
             )
         try:
             return cls(**values)
         except ValidationError as error:
-            raise _settings_error(error) from None
+            raise _settings_error(cls, error) from None
+
+    def changed(self) -> set[str]:
+        """The settings whose value is not their default; numbers that went through a widget may differ a little."""
+        fields = type(self).model_fields
+        return {name for name, field in fields.items() if not _equal(getattr(self, name), field.default)}
+
+    def without_effect(self) -> dict[str, tuple[Needs, ...]]:
+        """The settings that are not their default and change nothing, with what they would need."""
+        idle = {}
+        for name in sorted(self.changed()):
+            needs = tuple(each for each in field_extra(type(self), name)["needs"] if hasattr(self, each.setting))
+            if needs and not any(each.met_by(getattr(self, each.setting)) for each in needs):
+                idle[name] = needs
+        return idle
+
+    def effect_notes(self) -> list[str]:
+        """A sentence on each setting that changes nothing, for the user, before anything is done."""
+        return [
+            f"{suggest(name)} has no effect without {' or '.join(each.described(type(self)) for each in needs)}."
+            for name, needs in self.without_effect().items()
+        ]
 
 
-def _settings_error(error: ValidationError) -> SettingsError:
+def _equal(value: Any, default: Any) -> bool:
+    if isinstance(value, float) and isinstance(default, int | float):
+        return math.isclose(value, default)
+    return bool(value == default)
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A question that names the most similar of the known names; "" if none is."""
+    suffixes = [candidate for candidate in known if name.endswith(f"_{candidate}")]
+    similar = suffixes or difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"Did you mean '{similar[0]}'?" if similar else ""
+
+
+def _require_type(name: str, annotation: Any, value: Any) -> None:
+    """Check that a value is of the kind that a setting holds; ranges and choices are pydantic's to check.
+
+    Raises:
+        ValueError: It is not; says how it is written.
+    """
+    kinds = _kinds(annotation)
+    if value is None:
+        return
+    if tuple in kinds:
+        _require_list(name, annotation, value)
+    elif bool in kinds:
+        if not isinstance(value, bool):
+            raise ValueError("must be on or off (true or false, without quotes)")
+    elif int in kinds or float in kinds:
+        if isinstance(value, str) and _is_number(value):
+            raise ValueError(f"must be a number without quotes: {name} = {value.strip()}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError("must be a number")
+    elif not isinstance(value, str | Path):
+        raise ValueError("must be text in quotes")
+    elif str in kinds:
+        _require_unicode(str(value))
+
+
+def _require_list(name: str, annotation: Any, value: Any) -> None:
+    """Check that a value is a list, of tables or of texts.
+
+    Raises:
+        ValueError: It is not; says how it is written.
+    """
+    entry = get_args(annotation)[0]
+    if isinstance(entry, type) and issubclass(entry, Settings):
+        if isinstance(value, Mapping):
+            raise ValueError(f"is a single table: write [[{name}]] in place of [{name}]")
+        if not isinstance(value, list | tuple) or not all(isinstance(each, Mapping | Settings) for each in value):
+            raise ValueError(f"must be tables that are written [[{name}]]")
+        return
+    if isinstance(value, str | Path):
+        raise ValueError(f"must be a list: {name} = [{json.dumps(str(value), ensure_ascii=False)}]")
+    if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
+        raise ValueError(f'must be a list of texts in quotes: {name} = ["…", "…"]')
+    for each in value:
+        _require_unicode(each)
+
+
+def _require_unicode(text: str) -> None:
+    """Check that a text is one: words of a command line may hold bytes that the terminal's encoding does not know.
+
+    Raises:
+        ValueError: It is not.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            "holds bytes that are no text; rename the file, or run in a UTF-8 locale, such as LC_ALL=C.UTF-8"
+        ) from None
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The plain types that an annotation such as `float | None` or `tuple[str, ...]` is made of."""
+    origin = get_origin(annotation)
+    if origin is tuple:
+        return {tuple}
+    if origin is None:
+        return {annotation}
+    return {kind for part in get_args(annotation) for kind in _kinds(part)}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _settings_error(settings: type[Settings], error: ValidationError) -> SettingsError:
     """The error with every problem that pydantic found, in which each face words the settings' names."""
     problems = []
     for details in error.errors():
@@ -99,17 +269,44 @@ def _settings_error(error: ValidationError) -> SettingsError:
         message = details["msg"].removeprefix("Value error, ")
         if details["type"] == "string_pattern_mismatch" and name == "device":
             message = "must be auto, cpu, cuda, cuda:N or mps"
-        if details["type"] == "extra_forbidden":
-            message = "is not a setting of this table"
-        if details["type"] == "tuple_type":
-            message = f"must be a list; tables are written [[{name}]]"
-        if details["type"] == "missing":
+        if details["type"] == "extra_forbidden":  # of a table; those of the settings themselves are found before
+            table = get_args(settings.model_fields[str(location[0])].annotation)[0]
+            question = _did_you_mean(str(location[-1]), table.model_fields)
+            problems.append(f"{name} is not a setting of this table. {question}".rstrip(" ?."))
+        elif details["type"] == "missing":
             problems.append(f"{label} is required and was not given")
         elif name:
-            problems.append(f"{label}: {message} (given: {details['input']!r})")
+            problems.append(f"{label}: {message} (given: {_shown(details['input'])})")
         else:
             problems.append(message)
     return SettingsError("; ".join(problems) + ".", "Change these settings and start again.")
+
+
+def _shown(value: Any) -> str:
+    """A wrong value as it stands in an error."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= _LONGEST_SHOWN else text[:_LONGEST_SHOWN] + "…"
+
+
+def _without_variables(value: Any) -> Any:
+    """A path, or a list of them, with `~` replaced by the home folder.
+
+    Raises:
+        ValueError: It has a variable in it, which only a shell replaces; a folder of that name would be made.
+    """
+    if isinstance(value, list | tuple):
+        return type(value)(_without_variables(entry) for entry in value)
+    if not isinstance(value, str):
+        return value
+    for match in _VARIABLE.finditer(value):
+        name = next(group for group in match.groups() if group)
+        if name in os.environ and not os.path.lexists(value):
+            whole = value.replace(match[0], os.environ[name])
+            raise ValueError(f"has {match[0]} in it, which only a shell replaces; write {whole}")
+    return os.path.expanduser(value) if value.startswith("~") else value
 
 
 def _tidy_path(value: Any) -> Any:

@@ -8,7 +8,7 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from .base import Settings, TidyPath, same_setting, setting
+from .base import Needs, Settings, TidyPath, same_setting, setting
 from .model import BaseModelSettings
 
 _GROUP = "Words"
@@ -26,7 +26,7 @@ class CaptionSettings(Settings):
         group=_GROUP,
     )
     token: str = setting("", "The rare word that stands for the subject, such as sks.", group=_GROUP)
-    class_noun: str = setting("", "What the subject is: dog, backpack, man, toy …", group=_GROUP)
+    class_noun: str = setting("", "What the subject is: dog, backpack, man, toy …", group=_GROUP, needs=Needs("token"))
     beams: int = setting(
         3,
         "Number of beams in the search for the most likely caption; 1 is fastest.",
@@ -55,6 +55,13 @@ class CaptionSettings(Settings):
             if f"{{{placeholder}}}" in self.template and not getattr(self, name).strip():
                 raise ValueError(f"{suggest('template')} has {{{placeholder}}} but {suggest(name)} is not given")
         return self
+
+    def without_effect(self) -> dict[str, tuple[Needs, ...]]:
+        """See `Settings.without_effect`; a template may take the class noun without a rare word."""
+        idle = super().without_effect()
+        if "{class}" in self.template:
+            idle.pop("class_noun", None)
+        return idle
 
 
 class CaptionCommand(CaptionSettings):

@@ -8,7 +8,7 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from .base import Settings, TidyPath, setting
+from .base import Needs, Settings, TidyPath, setting
 
 _SUBJECT = "Subject"
 _PICTURES = "Pictures and captions"
@@ -145,6 +145,7 @@ class DataSettings(Settings):
         le=512,
         multiple_of=8,
         advanced=True,
+        needs=Needs("aspect_buckets"),
     )
     mask_background: float = setting(
         0.1,
@@ -154,6 +155,7 @@ class DataSettings(Settings):
         le=1.0,
         step=0.05,
         advanced=True,
+        needs=Needs("masks", ("files", "alpha")),
     )
     caption_dropout: float = setting(
         0.0,
@@ -178,6 +180,7 @@ class DataSettings(Settings):
         ge=0,
         le=100,
         advanced=True,
+        needs=Needs("shuffle_tags"),
     )
     validation_pictures: int = setting(
         0,

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from ..core.errors import suggest
 from ..core.prompts import split_prompts
-from .base import MAX_SEED, Settings, TidyPath, same_setting, setting
+from .base import MAX_SEED, Needs, Settings, TidyPath, same_setting, setting
 from .model import BaseModelSettings, Precision
 from .train import OutputSettings, PriorSettings, SchedulerName, SizeSettings, TrainSettings
 
@@ -52,7 +52,9 @@ class ScoreCommand(FeatureExtractorSettings):
 
     pictures: TidyPath = setting(..., "Folder or zip file of the pictures to score.", path=True)
     prompt: str = setting(
-        "", "What they should show, for CLIP-T. A text file of the same name holds a picture's own prompt."
+        "",
+        "What they should show, for CLIP-T. A text file of the same name holds a picture's own prompt.",
+        needs=Needs("clip"),
     )
     subject: TidyPath | None = setting(None, "Folder of real pictures of the subject, for CLIP-I and DINO.", path=True)
     output: TidyPath | None = setting(None, "Also write the scores: FILE.csv or FILE.json.", group="Saving", path=True)

@@ -14,7 +14,7 @@ from typing_extensions import Self
 
 from ..core.errors import suggest
 from ..core.prompts import split_prompts
-from .base import MAX_SEED, Settings, TidyPath, same_setting, setting
+from .base import MAX_SEED, Needs, Settings, TidyPath, same_setting, setting
 from .model import BaseModelSettings, Precision, SavePrecision
 from .train import GenerateCommand, TrainSettings
 
@@ -103,7 +103,14 @@ class MergeSettings(TruncationSettings):
         le=1.0,
         step=0.01,
     )
-    seed: int = setting(0, "Seed of the random drops, for dare and dare-ties.", group="Method", ge=0, le=MAX_SEED)
+    seed: int = setting(
+        0,
+        "Seed of the random drops, for dare and dare-ties.",
+        group="Method",
+        ge=0,
+        le=MAX_SEED,
+        needs=Needs("method", ("dare", "dare-ties")),
+    )
 
     @model_validator(mode="after")
     def _settings_suit_the_method(self) -> Self:

@@ -8,7 +8,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from .base import Settings, setting
+from .base import Needs, Settings, setting
 
 _GROUP = "Objective"
 
@@ -31,6 +31,7 @@ class ObjectiveSettings(Settings):
         le=100.0,
         advanced=True,
         step=0.01,
+        needs=Needs("loss", ("huber", "huber-snr")),
     )
     loss_weighting: Literal["constant", "min-snr", "debiased"] = setting(
         "constant",
@@ -46,6 +47,7 @@ class ObjectiveSettings(Settings):
         gt=0.0,
         le=1000.0,
         advanced=True,
+        needs=Needs("loss_weighting", ("min-snr",)),
     )
     noise_offset: float = setting(
         0.0,
@@ -75,6 +77,7 @@ class ObjectiveSettings(Settings):
         le=1.0,
         advanced=True,
         step=0.05,
+        needs=Needs("multires_noise_iterations", above=1),
     )
     input_perturbation: float = setting(
         0.0,

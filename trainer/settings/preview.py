@@ -6,7 +6,7 @@ from pydantic import model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from .base import MAX_SEED, Settings, setting
+from .base import MAX_SEED, Needs, Settings, setting
 
 _GROUP = "Previews"
 
@@ -29,6 +29,7 @@ class PreviewSettings(Settings):
         group=_GROUP,
         advanced=True,
         affects_result=False,
+        needs=Needs("preview_every"),
     )
     preview_count: int = setting(
         1,
@@ -39,6 +40,7 @@ class PreviewSettings(Settings):
         le=64,
         advanced=True,
         affects_result=False,
+        needs=Needs("preview_every"),
     )
     preview_steps: int = setting(
         20,
@@ -49,6 +51,7 @@ class PreviewSettings(Settings):
         le=200,
         advanced=True,
         affects_result=False,
+        needs=Needs("preview_every"),
     )
     preview_guidance: float = setting(
         7.5,
@@ -58,6 +61,7 @@ class PreviewSettings(Settings):
         le=100.0,
         advanced=True,
         affects_result=False,
+        needs=Needs("preview_every"),
     )
     preview_seed: int = setting(
         0,
@@ -67,6 +71,7 @@ class PreviewSettings(Settings):
         le=MAX_SEED,
         advanced=True,
         affects_result=False,
+        needs=Needs("preview_every"),
     )
     token: str = setting(
         "sks",

@@ -193,6 +193,7 @@ def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettin
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.steps,
             lr_end=peak / 1000,
+            power=settings.lr_power,
         )
     else:
         schedule = get_scheduler(
@@ -200,6 +201,8 @@ def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettin
             optimizer,
             num_warmup_steps=settings.lr_warmup_steps,
             num_training_steps=settings.steps,
+            num_cycles=settings.lr_cycles,
+            power=settings.lr_power,
         )
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor

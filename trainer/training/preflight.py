@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+
 import torch
 
 from ..core.errors import SettingsError, WeightsError, suggest
 from ..core.events import Listener, Note
 from ..core.files import require_writable
+from ..core.prompts import split_prompts
 from ..core.seeding import generator
+from ..data.images import Picture
 from ..data.latent_cache import LatentDataset
 from ..models.families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
 from ..models.families.clip import HEAD
@@ -20,6 +24,18 @@ from .runs.trackers import require_tracker
 from .text_conditioning import TextConditioning
 from .trainable import evaluating
 
+_KEPT_OF_START = (  # settings that an adapter to start from replaces by its own
+    "adapter",
+    "alpha",
+    "block_ranks",
+    "conv_alpha",
+    "conv_rank",
+    "exclude",
+    "include",
+    "rank",
+    "rank_stabilized",
+    "targets",
+)
 _ADAPTER_BYTES = 50_000_000  # that an adapter and its checkpoints take at the least
 _BYTES_PER_WEIGHT = 4  # of a trained number in a checkpoint file, at the most
 _EPSILON_FRACTIONS = (0.9, 0.9)  # of the timesteps, at which a model's output is compared with the noise
@@ -103,6 +119,62 @@ def _require_usual_heads(base: BaseWeights) -> None:
             "can't tell it, so the tuned model would compute otherwise.",
             f"Train an adapter instead: {suggest('adapter', 'lora')}.",
         )
+
+
+def report_settings_without_effect(
+    settings: TrainSettings,
+    pictures: Sequence[Picture],
+    class_prompts: Sequence[str],
+    *,
+    has_class_pictures: bool,
+    starts_from_adapter: bool,
+    listener: Listener,
+) -> None:
+    """Warn of each setting that was given and changes nothing, in this run with these pictures.
+
+    Args:
+        settings: Of the run, with the values of its preset.
+        pictures: The subject's.
+        class_prompts: Prompts of the class pictures.
+        has_class_pictures: Whether the run has class pictures.
+        starts_from_adapter: Whether it goes on from an adapter.
+        listener: Gets the warnings.
+    """
+    notes = settings.effect_notes()
+    given = settings.changed()
+    idle = settings.without_effect().keys()
+    if "prior_weight" in given and not has_class_pictures:
+        notes.append(f"{suggest('prior_weight')} has no effect without class pictures.")
+    if "mask_background" in given - idle and not any(picture.mask for picture in pictures):
+        notes.append(f"{suggest('mask_background')} has no effect: no picture has a mask.")
+    if settings.shuffle_tags and not any(
+        caption.count(",") > settings.keep_tags for picture in pictures for caption in picture.captions
+    ):
+        notes.append(
+            f"{suggest('shuffle_tags')} has no effect: no caption has two parts between commas after the first "
+            f"{settings.keep_tags}."
+        )
+    if starts_from_adapter:
+        replaced = [suggest(name) for name in _KEPT_OF_START if name in given]
+        if replaced:
+            names = " and ".join(replaced)
+            notes.append(f"{names}: no effect, since {suggest('start_from')} has a kind, layers and ranks of its own.")
+    notes += _unused_words(settings, pictures, class_prompts)
+    for note in notes:
+        listener.report(Note(note, warning=True))
+
+
+def _unused_words(settings: TrainSettings, pictures: Sequence[Picture], class_prompts: Sequence[str]) -> Iterator[str]:
+    """A note on a rare word and on a class noun that were given and that no caption or prompt holds."""
+    texts = [caption for picture in pictures for caption in picture.captions]
+    texts += [*class_prompts, *split_prompts(settings.preview_prompts)]
+    for owner in (settings, *getattr(settings, "subject", ())):
+        for name, placeholder in (("token", "{token}"), ("class_noun", "{class}")):
+            word = " ".join(getattr(owner, name, "").split())
+            is_used = any(each in text for text in texts for each in (word, placeholder))
+            if name in owner.changed() and word and not is_used:
+                label = suggest(name) if owner is settings else name
+                yield f"{label} '{word}' has no effect: no caption or prompt holds {placeholder} or the word itself."
 
 
 @torch.no_grad()

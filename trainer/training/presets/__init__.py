@@ -7,7 +7,6 @@ itself takes settings as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any, TypeVar, get_args
 
 from ...core.errors import SettingsError, suggest
 from ...core.events import Listener, Note
-from ...core.files import read_toml
+from ...core.toml import read_toml
 from ...models.families.base import Family
 from ...settings.base import Settings
 from ...settings.train import PriorSettings, TrainSettings
@@ -101,19 +100,6 @@ def preset_values(subject: str, family: Family, given: Collection[str], *, prior
     if priors:
         values |= preset.priors
     return {name: value for name, value in values.items() if name not in given}
-
-
-def changed_settings(settings: Settings) -> set[str]:
-    """The settings whose value is not their default: what was set where every value is always given, on a node."""
-    fields = type(settings).model_fields
-    return {name for name, field in fields.items() if not _equal(getattr(settings, name), field.default)}
-
-
-def _equal(value: Any, default: Any) -> bool:
-    """Whether a value equals a default; numbers that went through a widget may differ in their last bits."""
-    if isinstance(value, float) and default is not None:
-        return math.isclose(value, default)
-    return bool(value == default)
 
 
 def apply_preset(

@@ -115,7 +115,14 @@ class RunFolder:
 
     @classmethod
     def open(
-        cls, root: Path, name: str, fingerprint: str, settings: Mapping[str, Any], *, new: bool = False
+        cls,
+        root: Path,
+        name: str,
+        fingerprint: str,
+        settings: Mapping[str, Any],
+        *,
+        new: bool = False,
+        earlier: str = "",
     ) -> RunFolder:
         """Find the run with this fingerprint below `root`, or make a folder for it; for this process alone.
 
@@ -128,6 +135,7 @@ class RunFolder:
             fingerprint: Digest of everything on which the result depends.
             settings: Written into a new folder for people to read.
             new: Make a new folder even if there is one.
+            earlier: The fingerprint that an earlier version gave the same run, if another.
 
         Raises:
             BusyError: Another process is training the run.
@@ -136,8 +144,9 @@ class RunFolder:
         with explained_os_errors(root):
             root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)  # of runs that were being deleted
+        known = {fingerprint, earlier or fingerprint}
         while True:
-            runs = [] if new else [cls(path) for path in _paths_with(root, fingerprint)]
+            runs = [] if new else [cls(path) for digest in known for path in _paths_with(root, digest)]
             if runs:
                 run = max(runs, key=lambda run: (run.started_at, max(run.steps(), default=0)))
                 try:
@@ -148,7 +157,7 @@ class RunFolder:
                     continue  # it was deleted a moment ago
             else:
                 run = cls._made(root, name, fingerprint, settings, new=new)
-            if _belongs(run.path, fingerprint):
+            if any(_belongs(run.path, digest) for digest in known):
                 break
             run.lock.release()  # another process made it, or deleted it, a moment ago
         remove_leftovers(run.path, recursive=True, sole_writer=True)
@@ -168,7 +177,9 @@ class RunFolder:
         run.reserve()
         if _is_unused(path):
             record = {"fingerprint": fingerprint, "name": name, "started_at": time.time(), "settings": dict(settings)}
-            write_atomic(path / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode())
+            write_atomic(
+                path / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
+            )
         return run
 
     def reserve(self) -> None:
@@ -374,16 +385,32 @@ def run_fingerprint(
     precision: str,
     start: Adapter | None = None,
     processes: int = 1,
+    *,
+    as_given: bool = False,
 ) -> str:
-    """Digest of everything on which the trained weights depend."""
+    """Digest of everything on which the trained weights depend.
+
+    Args:
+        base: The base model.
+        subject: The subject's pictures.
+        priors: Class pictures.
+        settings: Of the run.
+        precision: In which it computes.
+        start: An adapter that it goes on from.
+        processes: How many share its samples.
+        as_given: Whether settings without effect count, as they did up to version 0.4.
+    """
     several = {"processes": processes} if processes > 1 else {}
+    values = settings.result_settings(as_given=as_given)
+    if not priors and not as_given:
+        values["prior_weight"] = TrainSettings.model_fields["prior_weight"].default
     facts = {
         "recipe": 3,
         "start": file_hashes(start.state_dict(), {})[0] if start else "",
         "base": base.fingerprint,
         "subject": [picture.fingerprint_values for picture in subject],
         "priors": [picture.fingerprint_values for picture in priors],
-        "settings": settings.result_settings() | {"precision": precision} | several,
+        "settings": values | {"precision": precision} | several,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
