@@ -442,6 +442,8 @@ OTHER_VALUES: dict[str, Any] = {
     "flip": True,
     "lr_schedule": "linear",
     "lr_warmup_steps": 5,
+    "lr_cycles": 5,
+    "lr_power": 3.0,
     "max_grad_norm": 0.5,
     "weight_decay": 0.1,
     "optimizer": "adamw-8bit",
@@ -512,6 +514,13 @@ COMPANY: dict[str, dict[str, Any]] = {
     "score_clip": {"preview_every": 100},
     "score_dino": {"preview_every": 100},
     "early_stop": {"preview_every": 100, "score_clip": "clip"},
+    "lr_cycles": {"lr_schedule": "cosine_with_restarts"},
+    "lr_power": {"lr_schedule": "polynomial"},
+    "huber_c": {"loss": "huber"},
+    "min_snr_gamma": {"loss_weighting": "min-snr"},
+    "multires_noise_discount": {"multires_noise_iterations": 6},
+    "bucket_step": {"aspect_buckets": True},
+    "keep_tags": {"shuffle_tags": True},
 }
 
 
@@ -521,11 +530,11 @@ def test_every_setting_is_tried() -> None:
 
 @pytest.mark.parametrize("setting", OTHER_VALUES)
 @pytest.mark.parametrize("schedule", ["constant_with_warmup", "cosine"])
-def test_other_settings_make_another_run(setting: str, schedule: str, world: World) -> None:
+def test_other_settings_make_another_run(setting: str, schedule: str, taught: World) -> None:
     values = {"lr_schedule": schedule, "steps": 800, **COMPANY.get(setting, {})}
     changed = TrainSettings(**{**values, setting: OTHER_VALUES[setting]})
     precision = "bf16" if setting == "precision" else "fp32"
-    differs = fingerprint_of(world, changed, precision) != fingerprint_of(world, TrainSettings(**values))
+    differs = fingerprint_of(taught, changed, precision) != fingerprint_of(taught, TrainSettings(**values))
     without_effect = WITHOUT_EFFECT | ({"steps"} if schedule == "constant_with_warmup" else set())
     assert differs == (setting not in without_effect)
 

@@ -212,7 +212,7 @@ def test_rates_are_those_of_diffusers_schedules(schedule: str) -> None:
     optimizer = make_optimizer({"unet": [nn.Parameter(torch.zeros(2))]}, settings)
     factor = learning_rate_factor(optimizer, settings)
     plain = torch.optim.AdamW([nn.Parameter(torch.zeros(2))], lr=1e-3)
-    reference = get_scheduler(schedule, plain, num_warmup_steps=warmup, num_training_steps=10)
+    reference = get_scheduler(schedule, plain, num_warmup_steps=warmup, num_training_steps=10, num_cycles=3, power=2.0)
     found = []
     for step in range(10):
         set_learning_rates(optimizer, factor(step))

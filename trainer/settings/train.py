@@ -247,11 +247,14 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
 
     @model_validator(mode="after")
     def _cycles_fit(self) -> Self:
-        most = (self.steps - self.lr_warmup_steps) // 2
-        if self.lr_schedule == "cosine_with_restarts" and self.lr_cycles > max(1, most):
+        most = max(1, (self.steps - self.lr_warmup_steps) // 2)
+        is_chosen = (
+            self.lr_cycles != type(self).model_fields["lr_cycles"].default
+        )  # a run of a few steps only tries out
+        if self.lr_schedule == "cosine_with_restarts" and is_chosen and self.lr_cycles > most:
             raise ValueError(
                 f"{suggest('lr_cycles')} ({self.lr_cycles}) leaves less than two steps to a cycle: "
-                f"set {suggest('lr_cycles', max(1, most))} or less, or raise {suggest('steps')}"
+                f"set {suggest('lr_cycles', most)} or less, or raise {suggest('steps')}"
             )
         return self
 

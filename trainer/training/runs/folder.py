@@ -218,7 +218,7 @@ class RunFolder:
 
         What is not of its type, in a file that was damaged or changed by hand, is left out.
         """
-        types = {"fingerprint": str, "name": str, "started_at": (int, float), "settings": dict}
+        types: dict[str, Any] = {"fingerprint": str, "name": str, "started_at": (int, float), "settings": dict}
         record = _read_json(self.path / RECORD_FILE)
         return {key: value for key, value in record.items() if isinstance(value, types.get(key, object))}
 
