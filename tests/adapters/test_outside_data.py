@@ -469,6 +469,8 @@ def test_what_peft_saves_beside_the_layers_is_refused_by_name(case: str, tmp_pat
     torch.manual_seed(0)
     trained = get_peft_model(Net(), LoraConfig(**({"r": RANK, "target_modules": ["to_q"]} | options)))
     trained.save_pretrained(tmp_path / "peft")
+    if all(".lora_A." in name or ".lora_B." in name for name in load_file(tmp_path / "peft/adapter_model.safetensors")):
+        pytest.skip("this PEFT forgets to save them")
     with pytest.raises(AdapterError) as caught:
         read_adapter(tmp_path / "peft")
     assert word in caught.value.problem
