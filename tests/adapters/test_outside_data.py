@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from layer_worlds import assert_close, randomise
 from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.layers import LoraLayer
-from pack.trainer.cli.inspect import inspect
+from pack.trainer.cli.inspect import facts_as_text, inspect
 from pack.trainer.cli.merge import run_convert, run_merge
 from pack.trainer.core.errors import AdapterError, TrainerError
 from pack.trainer.core.events import SilentListener
@@ -501,6 +501,13 @@ def test_numbers_of_other_types_are_refused(suffix: str, dtype: torch.dtype, tmp
         assert word in caught.value.problem
 
 
+@pytest.mark.parametrize("value", [None, 3, "lora", [1.0], {}], ids=str)
+def test_what_is_no_tensor_is_refused(value: Any) -> None:
+    """A LORA_MODEL wire may come from any pack."""
+    with pytest.raises(AdapterError, match=f"{UP} is no tensor"):
+        parse_adapter(lora() | {UP: value})
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.float16], ids=str)
 def test_an_alpha_may_be_an_integer(dtype: torch.dtype) -> None:
     assert parse_adapter(lora() | {f"{NAME}.alpha": torch.tensor(2, dtype=dtype)}).layers[NAME].alpha == 2
@@ -530,6 +537,21 @@ def test_quantised_numbers_are_refused(suffix: str, tmp_path: Path) -> None:
         with pytest.raises(AdapterError, match="quantised") as caught:
             read()
         assert key in caught.value.problem
+
+
+# What is shown
+
+
+def test_metadata_do_not_move_the_cursor(tmp_path: Path) -> None:
+    """Escape sequences in a stranger's metadata can clear a terminal or forge its lines."""
+    metadata = {"modelspec.title": "\x1b[2Jgone\r犬", "ss_comment": "first\nsecond\x07"}
+    save_file(lora(), tmp_path / "a.safetensors", metadata)
+    facts = inspect(tmp_path / "a.safetensors")
+    text = facts_as_text(facts)
+    assert all(char.isprintable() for char in text.replace("\n", ""))
+    assert "\\x1b[2Jgone\\r犬" in text
+    assert "first\\nsecond" in text
+    assert facts["metadata"] == metadata  # for programs they stay as they are
 
 
 # What is written again

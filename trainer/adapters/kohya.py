@@ -190,6 +190,8 @@ def _require_numbers(tensor: Tensor, key: str, *, is_alpha: bool) -> None:
     Raises:
         AdapterError: It is of such a type.
     """
+    if not isinstance(tensor, Tensor):  # as a wire of another pack may have it
+        raise AdapterError(f"{key} is no tensor but a {type(tensor).__name__}.", "Use a file in safetensors format.")
     is_integer = not tensor.is_complex() and tensor.dtype != torch.bool
     if not (tensor.is_floating_point() or (is_alpha and is_integer)):
         dtype = str(tensor.dtype).removeprefix("torch.")

@@ -119,4 +119,9 @@ def facts_as_text(facts: dict[str, Any]) -> str:
     if facts.get("metadata"):
         lines.append("  metadata:")
         lines += [f"    {name} = {str(value)[:200]}" for name, value in facts["metadata"].items()]
-    return "\n".join(lines)
+    return "\n".join(_shown(line) for line in lines)
+
+
+def _shown(line: str) -> str:
+    """A line without characters that would move the cursor or colour a terminal, as a stranger's metadata may hold."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)

@@ -6,11 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ..core.devices import DTYPES
 from ..core.errors import SettingsError, WeightsError, suggest
 from ..core.events import Listener, Note
 from ..core.files import require_writable
 from ..core.prompts import split_prompts
 from ..core.seeding import generator
+from ..core.tensor_files import cast_finite
 from ..data.images import Picture
 from ..data.latent_cache import LatentDataset
 from ..models.families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
@@ -86,13 +88,15 @@ def require_trainable(
 
 
 def _require_room_for_full_finetuning(base: BaseWeights, settings: TrainSettings, paths: RunPaths) -> None:
-    """Check the room for checkpoints of all weights, and that a checkpoint file can hold the model.
+    """Check the room for checkpoints of all weights, and that a checkpoint file can hold and describe the model.
 
     Raises:
         SettingsError: A checkpoint file can't tell how the model computes.
+        NotFiniteError: It can't hold the base's weights.
         StorageError: A folder can't be written, or its disk is full.
     """
     _require_usual_heads(base)
+    _require_holdable(base, DTYPES[settings.save_precision])
     weights = sum(tensor.numel() for part in (base.unet, *base.text_encoders) for tensor in part.tensors.values())
     checkpoints = settings.steps // settings.checkpoint_every + 1 if settings.checkpoint_every else 1
     copies = 2 if settings.averages else 1
@@ -107,8 +111,9 @@ def _require_usual_heads(base: BaseWeights) -> None:
     Raises:
         SettingsError: The UNet or a text encoder has another number than every model of the family.
     """
+    levels = len(base.unet.config["block_out_channels"])
     usual = base.family.complete(base.unet.config)["attention_head_dim"]
-    is_unet_unusual = base.unet.config.get("attention_head_dim") != usual
+    is_unet_unusual = _by_level(base.unet.config.get("attention_head_dim"), levels) != _by_level(usual, levels)
     is_encoder_unusual = any(
         encoder.config["num_attention_heads"] != max(1, encoder.config["hidden_size"] // HEAD)
         for encoder in base.text_encoders
@@ -175,6 +180,23 @@ def _unused_words(settings: TrainSettings, pictures: Sequence[Picture], class_pr
             if name in owner.changed() and word and not is_used:
                 label = suggest(name) if owner is settings else name
                 yield f"{label} '{word}' has no effect: no caption or prompt holds {placeholder} or the word itself."
+
+
+def _by_level(heads: object, levels: int) -> tuple[object, ...]:
+    """Heads of each level, which a configuration gives as a list, or as one number for all."""
+    return tuple(heads) if isinstance(heads, list | tuple) else (heads,) * levels
+
+
+def _require_holdable(base: BaseWeights, dtype: torch.dtype) -> None:
+    """Check that a checkpoint file of that type can hold the base's weights, which training changes by little.
+
+    Raises:
+        NotFiniteError: A number is not finite, or too large; names the tensor.
+    """
+    for part in (base.unet, base.vae, *base.text_encoders):
+        for name, tensor in part.tensors.items():
+            if tensor.is_floating_point():
+                cast_finite(part.file_names.get(name, name), tensor, dtype)
 
 
 @torch.no_grad()
