@@ -19,6 +19,7 @@ from lent_models import lent
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.layers import Layer, LokrLayer, fits, make_layer
+from pack.trainer.adapters.module_paths import module_name, module_path
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
@@ -278,16 +279,20 @@ class Block(nn.Module):
 class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.down = Block()
-        self.up = Block()
+        self.mid_block = Block()
+        self.up_blocks = nn.ModuleList([Block()])
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
 
 TARGETS: dict[str, Any] = {"target_modules": ["proj", "conv_shortcut", "conv1"]}
-RANKS = {"conv1": 2, "up.proj": 3}
-PATTERNS: dict[str, Any] = {"rank_pattern": RANKS, "alpha_pattern": {"conv_shortcut": 5, "up.proj": 7}, **TARGETS}
+RANKS = {"conv1": 2, "up_blocks.0.proj": 3}
+PATTERNS: dict[str, Any] = {
+    "rank_pattern": RANKS,
+    "alpha_pattern": {"conv_shortcut": 5, "up_blocks.0.proj": 7},
+    **TARGETS,
+}
 UNSCALED: dict[str, Any] = {"rank_pattern": {"conv1": 3}, "alpha_pattern": {"conv1": 3}, **TARGETS}
 PEFT_CONFIGS: dict[str, Any] = {
     "LoRA, patterns": LoraConfig(r=4, lora_alpha=6, **PATTERNS),
@@ -323,8 +328,7 @@ def test_folders_of_peft_add_what_peft_reads_from_them(config: str, tmp_path: Pa
     assert len(adapter.layers) == 6
     for one in (adapter, written_and_read(adapter, tmp_path)):
         for name, layer in one.layers.items():
-            block, _, path = name.removeprefix("lora_unet_").partition("_")
-            key = f"{block}.{path}.weight"
+            key = f"{module_path(name).path}.weight"
             change = after[key] - before[key]
             assert_close(layer.delta(before[key]), change)
             factors = layer.factors()
@@ -341,7 +345,7 @@ def test_folders_of_peft_in_half_precision(dtype: torch.dtype, tmp_path: Path) -
     adapter = read_adapter(tmp_path)
     for path, module in trained.base_model.model.named_modules():
         if hasattr(module, "lora_A"):
-            layer = adapter.layers["lora_unet_" + path.replace(".", "_")]
+            layer = adapter.layers[module_name("unet", path)]
             assert {tensor.dtype for tensor in layer.tensors().values()} == {dtype}
             assert_close(layer.delta(), module.float().get_delta_weight("default").detach())
 
@@ -365,7 +369,7 @@ def test_adapters_of_weights_that_peft_changed_are_refused(init: str, tmp_path: 
     trained.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
     after = trained.merge_and_unload().state_dict()
     for name, layer in read_adapter(tmp_path / "converted").layers.items():
-        key = name.removeprefix("lora_unet_").replace("_", ".") + ".weight"
+        key = f"{module_path(name).path}.weight"
         assert_close(layer.delta(), after[key] - before[key])
 
 

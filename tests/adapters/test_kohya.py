@@ -20,8 +20,9 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import DEMO, ROOT, Recorder
 from pack.trainer.adapters.apply import merge_into
-from pack.trainer.adapters.kohya import Adapter, LoraLayer, module_name, parse_adapter, read_adapter, write_adapter
+from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.metadata import CONFIG_KEY, FINGERPRINT_KEY
+from pack.trainer.adapters.module_paths import module_name
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.dreambooth import TrainResult
@@ -114,7 +115,10 @@ def random_layer(in_features: int, out_features: int, rank: int, alpha: float, s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_written_tensors(dtype: torch.dtype, tmp_path: Path) -> None:
-    layers = {f"lora_unet_{n}": random_layer(6, 8, 4, alpha, n) for n, alpha in ((1, 4.0), (2, 2.5))}
+    layers = {
+        f"lora_unet_down_blocks_{n}_resnets_0_conv1": random_layer(6, 8, 4, alpha, n)
+        for n, alpha in ((1, 4.0), (2, 2.5))
+    }
     path = tmp_path / "a" / "adapter.safetensors"
     write_adapter(path, Adapter(layers), dtype)
     tensors = load_file(path)
@@ -166,7 +170,7 @@ LOOK_LIKE_HASHES = {
 def test_metadata_that_look_like_hashes_are_written_as_given(text: str, tmp_path: Path) -> None:
     """Whatever stands in for the hashes while they are computed is replaced in their own entries alone."""
     layers = {f"lora_unet_{n}": random_layer(3000, 3000, 32, 32.0, n) for n in range(3)}
-    layers["lora_unet_!!!!!!!!"] = random_layer(4, 4, 2, 2.0, 3)
+    layers["lora_unet_!!!!!!!!"] = random_layer(4, 4, 2, 2.0, 3)  # as no program names a module
     keys = ["!", "a", "modelspec.title", "modelspec.hash", "modelspec.hash_sha256x", "n", "ss_tag_frequency", "ss_z"]
     keys += ["sshs_legacy_hash ", "sshs_model_hash2", "xsshs_model_hash", '"sshs_model_hash', "zz", "\U0001f415", text]
     metadata = {key: f"{text} {key}" for key in keys} | {"ss_comment": text, "exactly": text}
@@ -180,9 +184,7 @@ def test_metadata_that_look_like_hashes_are_written_as_given(text: str, tmp_path
     legacy_hash = hashlib.sha256(bare[0x100000:0x110000]).hexdigest()[:8]
     hashes = (model_hash, legacy_hash, f"0x{model_hash}")
     assert written == metadata | dict(zip(HASH_KEYS, hashes, strict=True))
-    back = read_adapter(path)
-    assert back.metadata == written
-    assert set(back.layers) == set(layers)
+    assert {name.partition(".")[0] for name in load_file(path)} == set(layers)
 
 
 # Metadata

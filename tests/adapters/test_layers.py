@@ -15,6 +15,7 @@ from layer_worlds import assert_close, leaves_out_the_scale, randomise
 from numpy.typing import NDArray
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.layers import LokrLayer, make_layer
+from pack.trainer.adapters.module_paths import module_name
 from pack.trainer.cli.inspect import inspect
 from pack.trainer.core.errors import AdapterError
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model, inject_adapter_in_model
@@ -227,10 +228,14 @@ def test_a_dora_needs_the_weight_that_it_changes(form: str) -> None:
         layer.delta(torch.ones(12, 11))
 
 
+CONV = "lora_unet_mid_block_resnets_0_conv1"
+FC1 = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+
+
 # PEFT
 
 
-class Network(nn.Module):
+class Block(nn.Module):
     """Three modules to adapt, with sizes that LoKr splits into (6, 8) and (5, 8)."""
 
     def __init__(self) -> None:
@@ -239,8 +244,14 @@ class Network(nn.Module):
         self.conv_shortcut = nn.Conv2d(40, 48, 1)
         self.conv1 = nn.Conv2d(40, 48, 3)
 
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mid_block = Block()
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv1(x) + self.proj(x.movedim(1, -1)).movedim(-1, 1)
+        return self.mid_block.conv1(x) + self.mid_block.proj(x.movedim(1, -1)).movedim(-1, 1)
 
 
 TARGETS = ["proj", "conv_shortcut", "conv1"]
@@ -286,12 +297,12 @@ def test_folders_of_peft_mean_what_peft_adds(config: str, tmp_path: Path) -> Non
     network.save_pretrained(tmp_path)
     adapter = read_adapter(tmp_path)
     assert adapter.kind == config.split(",")[0]
-    assert set(adapter.layers) == {f"lora_unet_{name}" for name in TARGETS}
+    assert set(adapter.layers) == {f"lora_unet_mid_block_{name}" for name in TARGETS}
     write_adapter(tmp_path / "kohya.safetensors", adapter, torch.float32)
     again = read_adapter(tmp_path / "kohya.safetensors")
     for path, (weight, change) in merged_changes(network).items():
         for one in (adapter, again):
-            assert_close(one.layers[f"lora_unet_{path}"].delta(weight), change)
+            assert_close(one.layers[module_name("unet", path)].delta(weight), change)
 
 
 @pytest.mark.parametrize("config", ["DoRA", "LoHa", "LoKr", "LoKr, Tucker", "LoKr, both factorised"])
@@ -331,8 +342,8 @@ def test_what_is_written_is_read(variant: str, form: str, dtype: torch.dtype, tm
     parts = with_dora(random_parts(variant, shape, dtype), shape, form)
     layer = make_layer("m", parts, ALPHA)
     assert {part: id(tensor) for part, tensor in layer.tensors().items()} == {p: id(t) for p, t in parts.items()}
-    write_adapter(tmp_path / "adapter.safetensors", Adapter({"lora_unet_conv": layer}), dtype)
-    back = read_adapter(tmp_path / "adapter.safetensors").layers["lora_unet_conv"]
+    write_adapter(tmp_path / "adapter.safetensors", Adapter({CONV: layer}), dtype)
+    back = read_adapter(tmp_path / "adapter.safetensors").layers[CONV]
     assert (back.kind, back.alpha, back.rank, back.shape) == (layer.kind, ALPHA, layer.rank, layer.shape)
     assert {part for part in back.tensors() if part != "dora_scale"} == set(shapes_of(variant, shape))
     for part, tensor in back.tensors().items():
@@ -397,13 +408,13 @@ def test_magnitudes_of_peft_are_read_under_all_their_names(ending: str, shape: t
 @pytest.mark.parametrize(("component", "prefix"), [("unet", "unet"), ("text_encoder", "te"), ("text_encoder_2", "te2")])
 def test_every_component_has_its_prefix_and_its_alpha(component: str, prefix: str, level: str) -> None:
     """As diffusers' pipelines with two text encoders write them, with all alphas in the header."""
-    path = "mid.proj" if component == "unet" else f"{level}encoder.layers.0.mlp.fc1"
+    path = "mid_block.proj_in" if component == "unet" else f"{level}encoder.layers.0.mlp.fc1"
     header = {f"{part}.lora_alpha": n for n, part in enumerate(("unet", "text_encoder", "text_encoder_2"), start=1)}
-    header |= {f"{component}.alpha_pattern": {"proj": 7.5, "fc1": 7.5}}
+    header |= {f"{component}.alpha_pattern": {"proj_in": 7.5, "fc1": 7.5}}
     tensors = {f"{component}.{path}.{half}.weight": torch.ones(2, 2) for half in ("lora_A", "lora_B")}
     [(name, layer)] = parse_adapter(tensors, {"lora_adapter_metadata": json.dumps(header)}).layers.items()
     text = "lora_%s_text_model_encoder_layers_0_mlp_fc1"
-    assert name == ("lora_unet_mid_proj" if component == "unet" else text % prefix)
+    assert name == ("lora_unet_mid_block_proj_in" if component == "unet" else text % prefix)
     assert layer.alpha == 7.5
     del header[f"{component}.alpha_pattern"]
     [layer] = parse_adapter(tensors, {"lora_adapter_metadata": json.dumps(header)}).layers.values()
@@ -422,7 +433,8 @@ def test_every_component_has_its_prefix_and_its_alpha(component: str, prefix: st
 )
 def test_inspection_tells_the_kind(variants: list[str], kind: str, shown: str, tmp_path: Path) -> None:
     shape = WEIGHTS["conv 3×3"]
-    layers = {f"lora_unet_conv{n}": make_layer("m", random_parts(v, shape), ALPHA) for n, v in enumerate(variants)}
+    names = [f"lora_unet_mid_block_resnets_{n}_conv1" for n in range(len(variants))]
+    layers = {name: make_layer("m", random_parts(v, shape), ALPHA) for name, v in zip(names, variants, strict=True)}
     assert Adapter(layers).kind == kind
     write_adapter(tmp_path / "adapter.safetensors", Adapter(layers), torch.float16)
     facts = inspect(tmp_path / "adapter.safetensors")
@@ -435,10 +447,14 @@ def test_inspection_of_linear_loras_and_doras(tmp_path: Path) -> None:
     plain = make_layer("m", random_parts("LoRA", shape), ALPHA)
     dora = make_layer("m", with_dora(random_parts("LoRA", shape), shape, "per output"), ALPHA)
     for layer, kind in ((plain, "LoRA"), (dora, "DoRA")):
-        write_adapter(tmp_path / "adapter.safetensors", Adapter({"lora_te2_m": layer}), torch.bfloat16)
+        write_adapter(
+            tmp_path / "adapter.safetensors",
+            Adapter({FC1: layer}),
+            torch.bfloat16,
+        )
         facts = inspect(tmp_path / "adapter.safetensors")
         assert (facts["kind"], facts["dtype"]) == (kind, ["bfloat16"])
-        assert facts["modules"] == {"text_encoder_2": {"count": 1, "other": 1}}
+        assert facts["modules"] == {"text_encoder_2": {"count": 1, "mlp_fc1": 1}}
 
 
 # Refusals

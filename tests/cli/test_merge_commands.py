@@ -538,8 +538,9 @@ def test_bad_input_is_named(
     places["EMPTY"] = inputs / "empty.safetensors"
     places["EMPTY"].write_bytes(b"")
     places["TEXT"].write_text("no tensors here", encoding="utf-8")
-    bad = {"m.lora_down.weight": torch.ones(1, 4), "m.lora_up.weight": torch.full((4, 1), torch.nan)}
-    save_file({f"lora_unet_{name}": tensor for name, tensor in bad.items()}, places["NAN"])
+    damaged = "lora_unet_mid_block_attentions_0_proj_in"
+    bad = {f"{damaged}.lora_down.weight": torch.ones(1, 4), f"{damaged}.lora_up.weight": torch.full((4, 1), torch.nan)}
+    save_file(bad, places["NAN"])
 
     def placed(word: str) -> str:
         start = re.match(r"[A-Z]+", word)

@@ -663,7 +663,9 @@ def missing_adapter_for_the_base(world: World) -> Values:
 
 @mistake(TRAINING, AdapterError, "sdxl_base_v1-0", "Stable Diffusion 1.x", remedy="family")
 def adapter_of_another_family_for_the_base(world: World) -> Values:
-    return {"base_lora": [str(written(world, tiny_adapter({"ss_base_model_version": "sdxl_base_v1-0"})))]}
+    layer = LoraLayer(torch.ones(2, 32), torch.ones(32, 2), 2.0)
+    adapter = Adapter({"lora_unet_input_blocks_4_1_proj_in": layer}, {"ss_base_model_version": "sdxl_base_v1-0"})
+    return {"base_lora": [str(written(world, adapter))]}
 
 
 @mistake(TRAINING, SettingsError, "rank 33", "32")
@@ -1068,16 +1070,6 @@ def base_given_as_adapter(world: World) -> Values:
     return {"lora": [str(world.base)]}
 
 
-@mistake(DRAWING, AdapterError, "stable-diffusion-xl-v1-base", "Stable Diffusion 1.x", remedy="family")
-def adapter_that_says_SDXL(world: World) -> Values:
-    return lora(world, tiny_adapter({"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}))
-
-
-@mistake(DRAWING, AdapterError, "sdxl_base_v1-0", "Stable Diffusion 1.x", remedy="family")
-def adapter_that_says_SDXL_in_kohyas_words(world: World) -> Values:
-    return lora(world, tiny_adapter({"ss_base_model_version": "sdxl_base_v1-0"}))
-
-
 @mistake(DRAWING, AdapterError, "lora_unet_input_blocks_4_1_proj_in", remedy="family")
 def adapter_with_other_modules(world: World) -> Values:
     layer = LoraLayer(torch.ones(2, 32), torch.ones(32, 2), 2.0)
@@ -1146,14 +1138,14 @@ def adapter_of_another_kind(world: World) -> Values:
     return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_x.a1.weight": torch.ones(2, 2)}))
 
 
-@mistake(DRAWING, AdapterError, "lora_unet_x", "oft_blocks", "(2, 2)", remedy="again")
+@mistake(DRAWING, AdapterError, "conv_out", "oft_blocks", "(2, 2)", remedy="again")
 def oft_without_blocks(world: World) -> Values:
-    return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_x.oft_blocks": torch.ones(2, 2)}))
+    return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_conv_out.oft_blocks": torch.ones(2, 2)}))
 
 
-@mistake(DRAWING, AdapterError, "LoHa", "lora_unet_x", "hada_w1_b", remedy="again")
+@mistake(DRAWING, AdapterError, "LoHa", "conv_out", "hada_w1_b", remedy="again")
 def loha_without_a_part(world: World) -> Values:
-    return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_x.hada_w1_a": torch.ones(2, 2)}))
+    return lora_tensors(world, lambda tensors: tensors.update({"lora_unet_conv_out.hada_w1_a": torch.ones(2, 2)}))
 
 
 @mistake(DRAWING, SettingsError, "much", remedy="0.8")

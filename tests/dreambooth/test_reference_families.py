@@ -16,7 +16,7 @@ from checkpoints_folders import diffusers_folder
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from helpers import DEMO, Recorder
-from pack.trainer.adapters.names import canonical_path
+from pack.trainer.adapters.module_paths import canonical_path
 from pack.trainer.core.seeding import Draw, draw_sample
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train

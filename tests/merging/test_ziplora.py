@@ -498,7 +498,7 @@ def refused(error: TrainerError, *words: str) -> None:
 def test_adapters_that_do_not_fit_are_named(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     """Before anything is drawn."""
     subject, style = pair
-    name = "lora_unet_nowhere_to_q"
+    name = "lora_unet_down_blocks_3_attentions_0_proj_in"
     nowhere = adapter_of({name: {"lora_down.weight": torch.ones(1, 4), "lora_up.weight": torch.ones(4, 1)}})
     listener = Recorder()
     with pytest.raises(AdapterError) as unknown:
@@ -515,12 +515,6 @@ def test_adapters_that_do_not_fit_are_named(base: BaseWeights, pair: tuple[Weigh
 def test_other_families_are_named(
     base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter], tmp_path: Path
 ) -> None:
-    for stated in ("stable-diffusion-xl-v1-base/lora", "stable-diffusion-v2-512/lora", "flux-1-dev/lora"):
-        foreign = WeightedAdapter(replace(pair[1].adapter, metadata={"modelspec.architecture": stated}), "foreign")
-        known = replace(pair[0].adapter, metadata={"modelspec.architecture": "stable-diffusion-v1/lora"})
-        with pytest.raises(AdapterError) as raised:
-            learned(base, (WeightedAdapter(known, "known"), foreign))
-        refused(raised.value, "foreign", "families")
     xl = open_base(sdxl_checkpoint(tmp_path / "xl.safetensors", size="tiny"), TOKENIZER)
     adapter = random_adapter(xl, pattern=r"middle.*attn2_to_k$")
     with pytest.raises(AdapterError) as raised:

@@ -41,7 +41,7 @@ class MadeUp(StableDiffusion1):
         context_width=0, module_names="^lora_te7_", architecture="made-up-diffusion", base_version="mud"
     )
     original_names = True
-    attention_up_levels = (0, 1)
+    transformer_depths = (0, 1, 1)
     text_encoders = (
         replace(
             StableDiffusion1.text_encoders[0],

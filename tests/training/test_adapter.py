@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from worlds import World
 
 UNET_MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"  # 64 → 32
+XL_MODULE = "lora_unet_input_blocks_7_1_transformer_blocks_5_attn1_to_q"  # which only SDXL has
+PUBLISHED_UNET_MODULE = "lora_unet_up_blocks_3_attentions_2_transformer_blocks_0_attn2_to_k"
+PUBLISHED_TEXT_MODULE = "lora_te_text_model_encoder_layers_11_mlp_fc1"
 TEXT_MODULE = "lora_te_text_model_encoder_layers_0_mlp_fc1"  # 64 → 128
 DOWN, UP = "lora_down.weight", "lora_up.weight"
 
@@ -358,13 +361,25 @@ def test_merged_weights_keep_their_dtype(base: BaseWeights) -> None:
 @pytest.mark.parametrize(
     ("adapter", "told"),
     [
-        (Adapter({UNET_MODULE: layer(64, 32)}, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}), "xl"),
+        (Adapter({XL_MODULE: layer(64, 32)}, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}), "xl"),
         (Adapter({"lora_unet_nowhere": layer(64, 32)}), "lora_unet_nowhere"),
+        (Adapter({UNET_MODULE: layer(64, 32), XL_MODULE: layer(64, 32)}), XL_MODULE),
+        (Adapter({UNET_MODULE: layer(64, 32), "lora_te2_" + TEXT_MODULE[8:]: layer(64, 128)}), "lora_te2_"),
+        (Adapter({UNET_MODULE: layer(64, 32), PUBLISHED_TEXT_MODULE: layer(64, 128)}), "whole part"),
         (Adapter({UNET_MODULE: layer(65, 32)}), UNET_MODULE),
         (Adapter({UNET_MODULE: layer(32, 64)}), UNET_MODULE),  # as many numbers, but turned
         (Adapter({UNET_MODULE: layer(128, 16)}), UNET_MODULE),
     ],
-    ids=["another family", "no such module", "another size", "transposed", "as many numbers"],
+    ids=[
+        "another family",
+        "no such module",
+        "a module of another family",
+        "another family's text encoder",
+        "a part of which there is nothing",
+        "another size",
+        "transposed",
+        "as many numbers",
+    ],
 )
 def test_adapters_that_do_not_fit_are_refused(adapter: Adapter, told: str, base: BaseWeights) -> None:
     model = base.family.build(base)
@@ -382,11 +397,14 @@ def test_a_refused_adapter_leaves_no_half_merged_model(base: BaseWeights) -> Non
     assert all(torch.equal(weight, before[name]) for name, weight in weights_of(model).items())
 
 
-def test_modules_that_are_left_out_are_told(base: BaseWeights, caplog: pytest.LogCaptureFixture) -> None:
+def test_modules_that_a_smaller_model_lacks_are_told(base: BaseWeights, caplog: pytest.LogCaptureFixture) -> None:
+    """The base has fewer levels and layers than the published models of its family, for which adapters are made."""
     model = base.family.build(base)
-    merge_into(model, Adapter({UNET_MODULE: layer(64, 32), "lora_unet_nowhere": layer(64, 32)}), 1.0)
-    assert "lora_unet_nowhere" in caplog.text
-    assert "1 of the adapter's 2" in caplog.text
+    names = (UNET_MODULE, PUBLISHED_UNET_MODULE, TEXT_MODULE, PUBLISHED_TEXT_MODULE)
+    text = [layer(64, 128) if "te_" in name else layer(64, 32) for name in names]
+    merge_into(model, Adapter(dict(zip(names, text, strict=True))), 1.0)
+    assert "2 of the adapter's 4" in caplog.text
+    assert PUBLISHED_TEXT_MODULE in caplog.text
 
 
 def test_a_single_text_encoder_may_be_called_the_first(base: BaseWeights) -> None:
@@ -427,7 +445,9 @@ def test_changes_of_norms_and_biases_are_read_and_applied(base: BaseWeights) -> 
     }
 
 
-def test_a_change_of_a_bias_that_is_not_there_is_told(base: BaseWeights, caplog: pytest.LogCaptureFixture) -> None:
-    adapter = Adapter({UNET_MODULE: layer(64, 32)}, vectors={"lora_unet_nowhere.diff_b": torch.ones(4)})
-    merge_into(base.family.build(base), adapter, 1.0)
-    assert "lora_unet_nowhere.diff_b" in caplog.text
+@pytest.mark.parametrize("key", ["lora_unet_nowhere.diff_b", "lora_unet_conv_out.diff_b", f"{UNET_MODULE}.diff_b"])
+def test_a_change_of_a_bias_that_is_not_there_is_refused(key: str, base: BaseWeights) -> None:
+    """There is no such module, its bias has another size, or it has none."""
+    adapter = Adapter({UNET_MODULE: layer(64, 32)}, vectors={key: torch.ones(5)})
+    with pytest.raises(AdapterError, match=key.removesuffix(".diff_b")):
+        merge_into(base.family.build(base), adapter, 1.0)

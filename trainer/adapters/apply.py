@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from ..core.errors import AdapterError, NotFiniteError
 from ..core.tensor_files import is_finite
-from ..models import families
-from ..models.families.base import BaseWeights, Component, DiffusionModel, Family, Prediction
+from ..models.families.base import BaseWeights, Component, DiffusionModel, Family
 from ..models.open import checked
+from .keys import embedding_names
 from .kohya import Adapter
-from .layers import Layer, fits
-from .names import Adaptable, canonical_path, modules_by_name, networks, parametrized_modules_by_name
-from .prefixes import UNET
+from .layers import fits
+from .module_paths import canonical_path, layers_per_block, module_path
+from .names import contradicting_words, is_published, networks, parametrized_modules_by_name
+from .prefixes import UNET, component_of
 
 logger = logging.getLogger("dreambooth_lora")
 
@@ -25,53 +26,30 @@ logger = logging.getLogger("dreambooth_lora")
 def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None:
     """Add an adapter to a model's weights; the touched weights become private copies, all others stay as they are.
 
+    What the model lacks because it is smaller than the published models of its family is left out with a warning, as
+    are bundled embeddings; anything else that can't be added is refused.
+
     Args:
         model: A built model; its UNet and text encoders are changed.
         adapter: What to add.
-        strength: Factor; 1 is as trained.
+        strength: Factor; 1 is as trained. 0 changes nothing.
 
     Raises:
-        AdapterError: The adapter was made for another family, or none of its modules fits.
+        AdapterError: A module of it is not in models of this family or of another shape, or nothing of it fits.
         NotFiniteError: The strength makes weights that are not finite.
     """
-    _require_family(model.family, adapter.metadata)
-    modules = modules_by_name(model)
-    unknown = [name for name in adapter.layers if name not in modules]
-    if unknown and len(unknown) == len(adapter.layers):
-        raise AdapterError(
-            f"None of the adapter's {len(unknown)} modules exists in this {model.family.title} model, "
-            f"e.g. {unknown[0]}.",
-            "Use an adapter that was made for the base model's family.",
-        )
-    if unknown:
+    additions = _additions(model, adapter)  # all are checked before the first is added
+    if adapter.embeddings:
         logger.warning(
-            "%d of the adapter's %d modules don't exist in this model and are left out, e.g. %s",
-            len(unknown),
-            len(adapter.layers),
-            unknown[0],
+            "The adapter bundles embeddings, which are not used: %s", ", ".join(embedding_names(adapter.embeddings))
         )
-    known = {name: layer for name, layer in adapter.layers.items() if name in modules}
-    for name, layer in known.items():  # all are checked before the first is added
-        _require_shape(name, layer, modules[name])
-    for name, layer in known.items():
-        weight = modules[name].weight.detach()
-        delta = layer.delta(weight).to(weight.device).reshape(weight.shape)
-        modules[name].weight = _sum(name, weight, delta, strength)
-    if adapter.vectors:
-        parametrized_modules = parametrized_modules_by_name(model)
-        for key, vector in adapter.vectors.items():
-            _add_vector(parametrized_modules.get(key.rpartition(".")[0]), key, vector, strength)
-
-
-def _add_vector(module: nn.Module | None, key: str, vector: torch.Tensor, strength: float) -> None:
-    """Add to a bias, or to the weight of a norm; one that the model does not have is left out with a warning."""
-    parameter_name = "bias" if key.endswith(".diff_b") else "weight"
-    parameter = getattr(module, parameter_name, None)
-    if parameter is None or parameter.shape != vector.shape:
-        logger.warning("The model has no %s for %s of the adapter; it is left out.", parameter_name, key)
+    if strength == 0:
+        logger.warning("An adapter has the strength 0: it adds nothing.")
         return
-    merged = _sum(key, parameter.detach(), vector.to(parameter.device, torch.float32), strength)
-    setattr(module, parameter_name, merged)
+    for addition in additions:
+        parameter = getattr(addition.module, addition.parameter).detach()
+        delta = addition.delta(parameter).to(parameter.device).reshape(parameter.shape)
+        setattr(addition.module, addition.parameter, _sum(addition.name, parameter, delta, strength))
 
 
 def _sum(name: str, weight: torch.Tensor, delta: torch.Tensor, strength: float) -> nn.Parameter:
@@ -88,6 +66,118 @@ def _sum(name: str, weight: torch.Tensor, delta: torch.Tensor, strength: float) 
             "Choose a lower strength, or another adapter or base model if it is about 1 already.",
         )
     return nn.Parameter(merged, requires_grad=False)
+
+
+@dataclass(frozen=True)
+class _Addition:
+    """What is added to one parameter.
+
+    Attributes:
+        name: Of the module or vector, for messages.
+        module: The module that has it.
+        parameter: "weight" or "bias".
+        delta: The parameter → what is added to it at strength 1.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    delta: Callable[[torch.Tensor], torch.Tensor]
+
+
+def _additions(model: DiffusionModel, adapter: Adapter) -> list[_Addition]:
+    """Everything that an adapter adds to a model.
+
+    Raises:
+        AdapterError: A part of it can't be added.
+    """
+    words = contradicting_words(model.family, adapter.metadata)
+    modules = parametrized_modules_by_name(model)
+    additions = []
+    missing = []
+    for name, layer in adapter.layers.items():
+        module = modules.get(name)
+        if module is None:
+            missing.append(name)
+            continue
+        weight = getattr(module, "weight", None)
+        if weight is None or weight.ndim < 2 or not fits(layer, weight.shape):
+            shape = None if weight is None else tuple(weight.shape)
+            raise _misfit(model.family, words, f"module {name} has the shape {layer.shape}, the model's {shape}")
+        additions.append(_Addition(name, module, "weight", layer.delta))
+    for key, vector in adapter.vectors.items():
+        name, _, kind = key.rpartition(".")
+        parameter_name = "bias" if kind == "diff_b" else "weight"
+        if name not in modules:
+            missing.append(name)
+            continue
+        parameter = getattr(modules[name], parameter_name, None)
+        if parameter is None or parameter.shape != vector.shape:
+            has = "none" if parameter is None else f"one of the shape {tuple(parameter.shape)}"
+            what = f"{key} is for a {parameter_name} of {len(vector)} numbers, but the model has {has}"
+            raise _misfit(model.family, words, what)
+        additions.append(_Addition(key, modules[name], parameter_name, _always(vector)))
+    _require_no_part_missing(model, adapter, missing, words)
+    if words:
+        logger.warning(
+            "The adapter's metadata name another family (%s), but its modules fit this %s model: it is applied.",
+            words,
+            model.family.title,
+        )
+    return additions
+
+
+def _always(vector: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda _: vector.float()
+
+
+def _misfit(family: Family, words: str | None, what: str) -> AdapterError:
+    """The error of an adapter that does not fit.
+
+    Args:
+        family: The model's.
+        words: What the adapter's metadata call its own model, if that is another family.
+        what: What does not fit.
+    """
+    if words:
+        return AdapterError(
+            f"The adapter was made for {words}, but the base model is {family.title}: its {what}.",
+            "Use a base model of the adapter's family, or an adapter of the base model's family.",
+        )
+    return AdapterError(
+        f"The adapter's {what}.", f"Use an adapter that was made for a model of this family ({family.title}) and shape."
+    )
+
+
+def _require_no_part_missing(model: DiffusionModel, adapter: Adapter, missing: list[str], words: str | None) -> None:
+    """Check that what a model lacks of an adapter is what a smaller model lacks; name it in a warning.
+
+    Raises:
+        AdapterError: The model has nothing of it or of one of its networks, or it is of another family.
+    """
+    if not missing:
+        return
+    names = {*adapter.layers, *(key.rpartition(".")[0] for key in adapter.vectors)}
+    if len({*missing}) == len(names):
+        raise _misfit(model.family, words, f"{len(names)} modules don't exist in this model, e.g. {min(missing)}")
+    per_block = layers_per_block(names)
+    for name in sorted(missing):
+        path = module_path(name, per_block)
+        if path.component not in networks(model) or not is_published(path, model.family):
+            raise _misfit(model.family, words, f"module {name} does not exist in {model.family.title}")
+    by_component: dict[str, list[str]] = {}
+    for name in sorted(names):
+        by_component.setdefault(component_of(name), []).append(name)
+    for component, of_component in by_component.items():
+        if set(of_component) <= {*missing} and not all(name.endswith("_text_projection") for name in of_component):
+            raise _misfit(model.family, words, f"whole part for the {component} has no counterpart in this model")
+    logger.warning(
+        "%d of the adapter's %d modules don't exist in this model, which is smaller than others of its family, and are "
+        "left out, e.g. %s",
+        len({*missing}),
+        len(names),
+        min(missing),
+    )
 
 
 def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> BaseWeights:
@@ -123,29 +213,3 @@ def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) 
 
 def _with_tensors(component: Component, tensors: Mapping[str, torch.Tensor]) -> Component:
     return replace(component, tensors={**component.tensors, **tensors})
-
-
-def _require_family(family: Family, metadata: Mapping[str, str]) -> None:
-    """Refuse an adapter whose metadata name another family, by Stability's key or else by kohya's."""
-    architecture = metadata.get("modelspec.architecture", "").split("/")[0]
-    version = metadata.get("ss_base_model_version", "")
-    predictions = [Prediction(kind) for kind in ("epsilon", "v_prediction")]
-    if architecture:
-        is_foreign = architecture not in [family.architecture(prediction) for prediction in predictions]
-    else:
-        known_versions = tuple(known.adapter_marks.base_version for known in families.recognizable_families())
-        own_versions = [family.base_version(prediction) for prediction in predictions]
-        is_foreign = version.startswith(known_versions) and version not in own_versions
-    if is_foreign:
-        raise AdapterError(
-            f"The adapter was made for {architecture or version}, but the base model is {family.title}.",
-            "Use a base model of the adapter's family, or an adapter of the base model's family.",
-        )
-
-
-def _require_shape(name: str, layer: Layer, module: Adaptable) -> None:
-    if not fits(layer, module.weight.shape):
-        raise AdapterError(
-            f"The adapter's module {name} has the shape {layer.shape}, the model's {tuple(module.weight.shape)}.",
-            "Use an adapter that was made for a model of this shape.",
-        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,16 @@ from ..core.tensor_files import save_tensors
 from ..models.clip_names import without_text_tower
 from ..settings.sharing import shareable_metadata
 from .casting import cast_layer
-from .kohya import PEFT_MAGNITUDE, Adapter
+from .keys import PEFT_MAGNITUDE, embedding_names
+from .kohya import Adapter
 from .layers import Layer, LoraLayer
 from .layers.base import balanced
 from .metadata import without_run_keys
-from .names import layers_per_block, module_path, weight_shape, with_kohya_names
+from .module_paths import layers_per_block, module_path
+from .names import weight_shape, with_kohya_names
 from .prefixes import UNET
+
+logger = logging.getLogger("dreambooth_lora")
 
 _KEYS_OF_SOURCE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _RESIZE_REMEDY = (
@@ -58,6 +63,11 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
         raise AdapterError(
             f"The adapter also changes biases or norms ({next(iter(adapter.vectors))}), which diffusers can't load.",
             f"Keep it in kohya's format ({suggest('format', 'kohya')}).",
+        )
+    if adapter.embeddings:
+        logger.warning(
+            "diffusers' format holds no embeddings; these are left out: %s",
+            ", ".join(embedding_names(adapter.embeddings)),
         )
     tensors: dict[str, Tensor] = {}
     layers = to_kohya_format(adapter).layers

@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
@@ -26,10 +25,10 @@ from torch import Tensor
 from ..core.errors import AdapterError
 from ..core.files import write_file
 from ..core.tensor_files import is_quantization_name, read_header, save_tensors
-from ..models.clip_names import TEXT_TOWER, with_text_tower
 from ..settings.sharing import shareable_metadata
 from .adapter_files import find_files
 from .casting import cast_layer, cast_tensor
+from .keys import PEFT_BIAS, PEFT_MAGNITUDE, TensorKey, is_embedding, parse_keys, without_repeats
 from .layers import DORA_SCALE, FullLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
 from .layers.base import DAMAGED_FILE_REMEDY
 from .peft_config import (
@@ -39,16 +38,14 @@ from .peft_config import (
     PeftConfig,
     PeftConfigs,
     configs_in_metadata,
-    refuse_unread_parts,
 )
-from .prefixes import KOHYA_UNET_PREFIX, UNET, component_of, neutral_prefix, text_encoder_names
+from .prefixes import component_of
 
 __all__ = [
     "PEFT_MAGNITUDE",
     "Adapter",
     "LoraLayer",
     "file_hashes",
-    "module_name",
     "parse_adapter",
     "read_adapter",
     "read_header",
@@ -57,23 +54,7 @@ __all__ = [
 
 logger = logging.getLogger("dreambooth_lora")
 
-_UNREADABLE_KINDS = {
-    re.compile(r"\.(oft_diag|oft_[Rr](\..*)?)$"): "OFT as PEFT writes it",
-    re.compile(r"\.a1\.weight$"): "GLoRA",
-    re.compile(r"\.set_weight$"): "weights to be set",
-}
-PEFT_MAGNITUDE = "lora_magnitude_vector"
-_PEFT_BIAS = "lora_B.bias"  # of PEFT's lora_bias; times the layer's scale it is added to the module's bias
-_LYCORIS = rf"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)|{DORA_SCALE}|oft_blocks|rescale|diff"
 _VECTORS = {"diff": "diff", "diff_b": "diff_b", "w_norm": "diff", "b_norm": "diff_b"}
-_SUFFIX = rf"(lora_(?:down|up|mid)\.weight|{_LYCORIS}|alpha|diff_b|w_norm|b_norm)"
-_KOHYA_KEY = re.compile(rf"^(lora_(?:unet|te\d?)_|lycoris_|oft_unet_)([^.]+)\.{_SUFFIX}$")
-_COMFYUI_KEY = re.compile(rf"^diffusion_model\.(.+)\.{_SUFFIX}$")
-_DIFFUSERS_KEY = re.compile(
-    r"^(.+?)(?:\.lora_(A|B)(?:\.default)?\.weight|(?:\.lora|\.lora_linear_layer|_lora)\.(down|up)\.weight"
-    rf"|\.({_LYCORIS}|alpha|diff_b|w_norm|b_norm)(?:\.default)?|\.({PEFT_MAGNITUDE})(?:\.default)?(?:\.weight)?"
-    r"|\.(lora_B(?:\.default)?\.bias))$"
-)
 _CHUNK_BYTES = 2**24
 _LEGACY_HASH_START = 0x100000
 _LEGACY_HASH_END = 0x110000
@@ -87,11 +68,13 @@ class Adapter:
         layers: kohya module name → layer.
         metadata: The file's metadata; strings.
         vectors: What is added to biases and to the weights of norms, (out,) each: "<module>.diff_b", "<module>.diff".
+        embeddings: Of words that were trained along, as the file has them: "bundle_emb.<name>.<part>" → tensor.
     """
 
     layers: Mapping[str, Layer]
     metadata: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -118,24 +101,15 @@ class Adapter:
         for name in sorted(self.vectors):
             vector = self.vectors[name] if dtype is None else cast_tensor(name, self.vectors[name], dtype)
             tensors[name] = vector.detach().cpu().contiguous()
+        for name in sorted(self.embeddings):
+            tensors[name] = self.embeddings[name].detach().cpu().contiguous()
         return tensors
-
-
-def module_name(component: str, path: str) -> str:
-    """Kohya's name of a module where the family is not known.
-
-    Args:
-        component: "unet", "text_encoder" or "text_encoder_2".
-        path: The module's dotted path in diffusers or transformers (with or without "text_model.").
-    """
-    whole = path if component == UNET else with_text_tower(path)
-    return neutral_prefix(component) + whole.replace(".", "_")
 
 
 def parse_adapter(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, configs: PeftConfigs | None = None
 ) -> Adapter:
-    """Read an adapter from tensors in kohya's, LyCORIS's, diffusers', PEFT's or ComfyUI's naming.
+    """Read an adapter from tensors in the naming of any program that `keys` knows.
 
     Args:
         tensors: Key → tensor, as a file or a LORA_MODEL wire has them.
@@ -143,37 +117,32 @@ def parse_adapter(
         configs: PEFT's configurations of its networks; None: those in the metadata, if there are any.
 
     Raises:
-        AdapterError: No LoRA in it, a kind that can't be read yet, or a layer is incomplete or damaged.
+        AdapterError: Another family's, a kind that can't be read yet, a tensor of an unknown name or one module under
+            two names with different numbers; or a layer is incomplete or damaged.
     """
-    _require_lora(tensors)
+    keys, repeated = without_repeats(_readable_keys(tensors), tensors)
+    if repeated:
+        logger.warning("A module stands in the file twice, with the same numbers; it is read once: %s", repeated[0])
     metadata = dict(metadata or {})
     configs = configs or configs_in_metadata(metadata)
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
     paths: dict[str, str] = {}
     vectors: dict[str, Tensor] = {}
     scaled_biases: dict[str, Tensor] = {}
-    unknown_keys = []
-    for key, tensor in tensors.items():
-        parsed = _parse_key(key)
-        if parsed is None:
-            unknown_keys.append(key)
-            continue
-        _require_numbers(tensor, key, is_alpha=parsed.suffix == "alpha")
-        if parsed.suffix in _VECTORS and tensor.ndim == 1:
-            vectors[f"{parsed.module}.{_VECTORS[parsed.suffix]}"] = _require_finite(tensor, key)
+    for key, parsed in keys.items():
+        tensor = tensors[key]
+        _require_numbers(tensor, key, is_alpha=parsed.part == "alpha")
+        if parsed.part in _VECTORS and tensor.ndim == 1:
+            vectors[f"{parsed.module}.{_VECTORS[parsed.part]}"] = _require_finite(tensor, key)
             continue
         module_tensors = tensors_by_module.setdefault(parsed.module, {})
-        if parsed.suffix == _PEFT_BIAS:
+        if parsed.part == PEFT_BIAS:
             scaled_biases[parsed.module] = _require_finite(tensor, key)
-        elif parsed.suffix == PEFT_MAGNITUDE:
+        elif parsed.part == PEFT_MAGNITUDE:
             module_tensors[DORA_SCALE] = _as_dora_scale(tensor)
         else:
-            module_tensors[parsed.suffix] = tensor
+            module_tensors[parsed.part] = tensor
         paths[parsed.module] = parsed.path
-    if unknown_keys:
-        logger.warning(
-            "%d tensors of the file are no part of an adapter and are left out: %s", len(unknown_keys), unknown_keys[0]
-        )
     layers = {
         name: _parse_layer(name, module_tensors, configs.of(component_of(name)), paths[name])
         for name, module_tensors in tensors_by_module.items()
@@ -181,7 +150,8 @@ def parse_adapter(
     for name, bias in scaled_biases.items():
         vectors[f"{name}.diff_b"] = bias.float() * (layers[name].alpha / layers[name].rank)
     metadata = {key: value for key, value in metadata.items() if key not in CONFIG_KEYS}  # the layers have it now
-    return Adapter(layers, metadata, vectors)
+    embeddings = {key: _require_finite(tensors[key], key) for key in sorted(tensors) if is_embedding(key)}
+    return Adapter(layers, metadata, vectors, embeddings)
 
 
 def _require_numbers(tensor: Tensor, key: str, *, is_alpha: bool) -> None:
@@ -234,52 +204,6 @@ def _as_dora_scale(magnitude: Tensor) -> Tensor:
     return magnitude.reshape(-1, *[1] * max(magnitude.ndim - 1, 1))
 
 
-@dataclass(frozen=True)
-class _Key:
-    """A tensor's key in a file, parsed.
-
-    Attributes:
-        module: Kohya's name of the module.
-        suffix: What follows it in a kohya file, such as "lora_down.weight"; or `PEFT_MAGNITUDE`.
-        path: The module's dotted path in a file of diffusers or PEFT, else its name.
-    """
-
-    module: str
-    suffix: str
-    path: str
-
-
-def _parse_key(key: str) -> _Key | None:
-    """Parse a tensor's key; None if it is no part of an adapter."""
-    kohya = _KOHYA_KEY.match(key)
-    if kohya:  # lycoris_ is what LyCORIS's own wrapper calls every network; ComfyUI, too, takes it for the UNet
-        name = re.sub("^(lycoris|oft_unet)_", KOHYA_UNET_PREFIX, kohya[1]) + kohya[2]  # oft_unet_: kohya's OFT
-        return _Key(name, kohya[3], name)
-    comfyui = _COMFYUI_KEY.match(key)
-    if comfyui:
-        return _Key(KOHYA_UNET_PREFIX + comfyui[1].replace(".", "_"), comfyui[2], comfyui[1])
-    diffusers = _DIFFUSERS_KEY.match(key)
-    if not diffusers:
-        return None
-    path, letter, side, lycoris, magnitude, bias = diffusers.groups()
-    if letter:
-        side = {"A": "down", "B": "up"}[letter]
-    suffix = f"lora_{side}.weight" if side else lycoris or magnitude or (bias and _PEFT_BIAS)
-    path = path.removeprefix(PEFT_PREFIX)
-    component = _component_of_path(path)
-    path = path.removeprefix(f"{component}.").replace(".processor.", ".")
-    path = re.sub(r"\.to_out$", ".to_out.0", path)
-    return _Key(module_name(component, path), suffix, path)
-
-
-def _component_of_path(path: str) -> str:
-    """The network that a dotted path leads into; a path that names none is the UNet's, or a single text encoder's."""
-    component, dot, _ = path.partition(".")
-    if dot and component in text_encoder_names():
-        return component
-    return "text_encoder" if path.startswith((TEXT_TOWER, "encoder.layers.")) else UNET
-
-
 def read_adapter(path: Path) -> Adapter:
     """Read an adapter file, or a folder of PEFT or diffusers that holds one; see `adapter_files.find_files`.
 
@@ -293,7 +217,7 @@ def read_adapter(path: Path) -> Adapter:
         for file in find_files(path):
             names = file.names()
             if names is not None:
-                _require_lora(names)  # before gigabytes are read in vain
+                _readable_keys(names)  # before gigabytes are read in vain
             file_tensors, file_metadata = file.read()
             tensors |= file_tensors
             metadata |= file_metadata
@@ -313,28 +237,20 @@ def read_adapter(path: Path) -> Adapter:
         raise error.about(path.name) from None
 
 
-def _require_lora(keys: Collection[str]) -> None:
-    """Refuse tensors that are no adapter, by their keys.
+def _readable_keys(keys: Collection[str] | Mapping[str, Tensor]) -> dict[str, TensorKey]:
+    """Parse the keys of an adapter's tensors, which may be given along.
 
     Raises:
-        AdapterError: A kind that can't be read yet, or nothing of a LoRA.
+        AdapterError: It is quantised; or see `parse_keys`.
     """
-    for pattern, kind in _UNREADABLE_KINDS.items():
-        if any(pattern.search(key) for key in keys):
-            raise AdapterError(
-                f"The adapter is of the kind {kind}, which can't be read yet.",
-                "Use a LoRA, LoCon, DoRA, LoHa, LoKr or OFT file, or one with full differences.",
-            )
-    scale = next((key for key in keys if is_quantization_name(key)), None)
+    scale = next((key for key in sorted(keys) if is_quantization_name(key)), None)
     if scale is not None:
         raise AdapterError(
             f"The adapter is quantised: {scale} belongs to numbers that can't be read without it.",
             "Use a version of the adapter in fp32, fp16 or bf16.",
         )
-    unread = [key for key in keys if not _parse_key(key)]
-    refuse_unread_parts(unread)
-    if len(unread) == len(keys):
-        raise AdapterError("The file holds no LoRA.", "Choose an adapter file (LoRA) in safetensors format.")
+    shapes = {key: tensor.shape for key, tensor in keys.items()} if isinstance(keys, Mapping) else {}
+    return parse_keys(keys, shapes)
 
 
 def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: bool = True) -> Path:

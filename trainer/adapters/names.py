@@ -1,8 +1,8 @@
 """Names of modules: what a name in an adapter file means, and which names the modules of a model have.
 
 Programs name the same module differently: by its path in diffusers or in the original code, under several prefixes.
-`module_path` leads from a name to the module's path, `kohya_name` from the path to the name in kohya's files.
-`adapter_names` and `modules_by_name` do the same for the modules of a model that is built.
+`module_paths.module_path` leads from a name to the module's path, `kohya_name` from the path to the name in kohya's
+files. `adapter_names` and `modules_by_name` do the same for the modules of a model that is built.
 """
 
 from __future__ import annotations
@@ -10,100 +10,36 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 from torch import Tensor, nn
 
 from ..core.errors import AdapterError
 from ..models import families
-from ..models.clip_names import with_text_tower
-from ..models.families import ForeignFamily
 from ..models.families.base import DiffusionModel, Family
-from ..models.ldm_names import DIFFUSERS_BLOCKS, ORIGINAL_BLOCKS, diffusers_name, original_names
+from ..models.ldm_names import DIFFUSERS_BLOCKS, ORIGINAL_BLOCKS, original_names
+from .foreign import foreign_family_in_words
 from .kohya import Adapter
 from .layers import Layer, OftLayer, fits
 from .layers.base import DAMAGED_FILE_REMEDY
-from .prefixes import KOHYA_UNET_PREFIX, UNET, family_prefix, possible_prefixes, split_prefix
+from .module_paths import ModulePath, canonical_path, module_path, underscored
+from .prefixes import KOHYA_UNET_PREFIX, UNET, family_prefix, possible_prefixes
 
-_WORDS = (  # parts of paths that hold underscores themselves, longer ones first
-    "transformer_blocks|final_layer_norm|skip_connection|text_projection|time_embedding|"
-    "output_blocks|add_embedding|conv_norm_out|conv_shortcut|time_emb_proj|input_blocks|"
-    "middle_block|down_blocks|layer_norm1|layer_norm2|out_layers|emb_layers|time_embed|"
-    "text_model|up_blocks|mid_block|in_layers|label_emb|self_attn|linear_1|linear_2|conv_out|"
-    "proj_out|out_proj|conv_in|proj_in|to_out|q_proj|k_proj|v_proj|to_q|to_k|to_v"
-)
-_WORD = re.compile(rf"(?<![a-z0-9])({_WORDS})(?![a-z0-9])")
-_ONE_LAYER_PER_BLOCK = re.compile(r"^lora_unet_(input_blocks_(3_1|2_0_op|4_0_op)(_|$)|output_blocks_(1|3)_[12]_conv$)")
 _CONVOLUTION = re.compile(r"(^|\.)(conv\d?|conv_in|conv_out)$")  # of paths in diffusers
-_BLOCK_KINDS = ("text", "down", "mid", "up", "other")
 
 Adaptable = nn.Linear | nn.Conv2d
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class ModulePath:
-    """The path of a module, whatever program named it.
-
-    Attributes:
-        component: "unet", "text_encoder" or "text_encoder_2".
-        path: Dotted path in diffusers or transformers; in text encoders with "text_model.".
-    """
-
-    component: str
-    path: str
-
-    def __str__(self) -> str:
-        return f"{self.component}.{self.path}"
-
-    @property
-    def block(self) -> str:
-        """The block it belongs to: "down 0", "mid", "up 3", "text", "text 2"; "other" outside of blocks."""
-        if self.component != UNET:
-            return self.component.replace("_encoder", "").replace("_", " ")
-        level = re.search(r"(?:(down|up)_blocks|mid_block)(?:\.(\d+))?", self.path)
-        if level is None:
-            return "other"
-        return f"{level[1]} {level[2]}" if level[1] else "mid"
-
-
-def block_order(block: str) -> tuple[int, str]:
-    """A key that sorts blocks in the order of the forward pass."""
-    return _BLOCK_KINDS.index(block.split()[0]), block
-
-
-def module_path(name: str, layers_per_block: int = 2) -> ModulePath:
-    """The path of a module by its kohya name, which may be made of the original code's or diffusers' path.
-
-    Args:
-        name: Such as "lora_unet_input_blocks_4_1_proj_in" or "lora_te_text_model_encoder_layers_0_mlp_fc1".
-        layers_per_block: Residual layers per level of the UNet, which the original code's numbers depend on.
-    """
-    component, rest = split_prefix(name)
-    path = _dotted(rest)
-    if component == UNET:
-        path = diffusers_name(path, layers_per_block) or path
-    return ModulePath(component, path)
-
-
-def layers_per_block(names: Iterable[str]) -> int:
-    """Residual layers per level of the UNet whose modules have these names: one in some smaller SDXLs, else two."""
-    return 1 if any(_ONE_LAYER_PER_BLOCK.match(name) for name in names) else 2
-
-
-def canonical_path(component: str, path: str) -> str:
-    """A path or parameter's name with the level "text_model." that transformers 5 dropped from some text encoders."""
-    return path if component == UNET else with_text_tower(path)
 
 
 def kohya_name(path: ModulePath, family: Family) -> str:
     """The name that kohya's files give a module of a published model of a family."""
     dotted = path.path
     if path.component == UNET and family.original_names:
-        attentions = [f"up_blocks.{level}.attentions.0" for level in family.attention_up_levels]
+        depths = reversed(family.transformer_depths)
+        attentions = [f"up_blocks.{level}.attentions.0" for level, depth in enumerate(depths) if depth]
         dotted = original_names([dotted, *attentions], layers_per_block=2).get(dotted, dotted)
-    return family_prefix(family, path.component) + _underscored(dotted)
+    return family_prefix(family, path.component) + underscored(dotted)
 
 
 def name_in_family(name: str, family: Family) -> str:
@@ -115,35 +51,28 @@ def name_in_family(name: str, family: Family) -> str:
     return name if stays else kohya_name(module_path(name), family)
 
 
-def _underscored(path: str) -> str:
-    return path.replace(".", "_")
-
-
-def _dotted(underscored: str) -> str:
-    """A path whose dots were written as underscores; the words of Stable Diffusion's networks are known."""
-    protected = _WORD.sub(lambda match: match[1].replace("_", "\0"), underscored)
-    return protected.replace("_", ".").replace("\0", "_")
-
-
-def recognized_family(adapter: Adapter) -> Family | ForeignFamily | None:
-    """The family that an adapter was made for; None if nothing shows it.
-
-    What its modules show counts more than what its metadata state.
-    """
-    stated = [family for family in families.recognizable_families() if _is_stated(family, adapter.metadata)]
+def shown_family(adapter: Adapter) -> Family | None:
+    """The family that an adapter's modules show, by their names and widths; None if several have such modules."""
     for name, layer in adapter.layers.items():
         if re.search(r"attn2_to_[kv]$", name) and len(layer.shape) > 1:
             width = layer.shape[1]
             fitting = [family for family in families.FAMILIES if family.adapter_marks.context_width == width]
             if fitting:
-                return next((family for family in fitting if family in stated), fitting[0])
-    return family_by_names(adapter.layers) or next(iter(stated), None)
+                stated = [family for family in fitting if is_stated(family, adapter.metadata)]
+                return [*stated, *fitting][0]
+    return family_by_names(adapter.layers)
 
 
-def family_by_names(names: Iterable[str]) -> Family | ForeignFamily | None:
+def recognized_family(adapter: Adapter) -> Family | None:
+    """The family that an adapter was made for: what its modules show, else what its metadata state, else None."""
+    stated = [family for family in families.FAMILIES if is_stated(family, adapter.metadata)]
+    return shown_family(adapter) or next(iter(stated), None)
+
+
+def family_by_names(names: Iterable[str]) -> Family | None:
     """The family whose models alone have modules of such names; None if there is none."""
     all_names = list(names)
-    for family in families.recognizable_families():
+    for family in families.FAMILIES:
         pattern = family.adapter_marks.module_names
         if pattern and any(re.search(pattern, name) for name in all_names):
             return family
@@ -151,48 +80,91 @@ def family_by_names(names: Iterable[str]) -> Family | ForeignFamily | None:
 
 
 def family_of(adapter: Adapter) -> str | None:
-    """Short title of the family that an adapter was made for, such as "SD 1" or "Flux"; None if nothing shows it."""
+    """Short title of the family that an adapter was made for, such as "SD 1"; None if nothing shows it."""
     family = recognized_family(adapter)
     return family.short_title if family else None
 
 
-def _is_stated(family: Family | ForeignFamily, metadata: Mapping[str, str]) -> bool:
-    stated = f"{metadata.get('modelspec.architecture', '')} {metadata.get('ss_base_model_version', '')}"
+def is_stated(family: Family, metadata: Mapping[str, str]) -> bool:
+    """Whether an adapter's metadata name a family, in Stability's words or in kohya's."""
     marks = family.adapter_marks
-    return marks.architecture in stated or marks.base_version in stated
+    return marks.architecture in metadata.get("modelspec.architecture", "") or marks.base_version in metadata.get(
+        "ss_base_model_version", ""
+    )
+
+
+def contradicting_words(family: Family, metadata: Mapping[str, str]) -> str | None:
+    """What an adapter's metadata call its model, if that is another family than this one; None if it is not.
+
+    It is advice: what the modules show counts more, since programs and people write many words for one family.
+    """
+    if is_stated(family, metadata):
+        return None
+    for word in (metadata.get("modelspec.architecture", ""), metadata.get("ss_base_model_version", "")):
+        stated = {"modelspec.architecture": word, "ss_base_model_version": word}
+        if any(is_stated(other, stated) for other in families.FAMILIES) or foreign_family_in_words(word):
+            return word.removesuffix("/lora")
+    return None
+
+
+def is_published(path: ModulePath, family: Family) -> bool:
+    """Whether the published models of a family have such a module, which a smaller relative may lack.
+
+    Modules outside of blocks, which every relative has, are not asked for.
+    """
+    if path.component != UNET:
+        return True
+    block = re.match(
+        r"(?:(down|up)_blocks\.(\d+)|mid_block)\.([a-z]+)\.(\d+)(?:\.transformer_blocks\.(\d+))?", path.path
+    )
+    if block is None:
+        return False
+    direction, level, kind, layer, depth = block.groups()
+    if direction is None:
+        depths: Sequence[int] = [max(family.transformer_depths)]
+        layers = {"resnets": 2}.get(kind, 1)
+    else:
+        depths = family.transformer_depths if direction == "down" else family.transformer_depths[::-1]
+        layers = {"down": 2, "up": 3}[direction]
+    own_depth = depths[int(level or 0)] if int(level or 0) < len(depths) else 0
+    if kind == "attentions" and int(depth or 0) >= own_depth:
+        return False
+    return int(level or 0) < len(depths) and int(layer) < layers
 
 
 def with_kohya_names(adapters: Sequence[Adapter]) -> list[Adapter]:
-    """Adapters of one family with their modules named as kohya's files name them; foreign families stay as they are.
+    """Adapters of one family with their modules named as kohya's files name them.
 
     Raises:
         AdapterError: One has the same module twice, under different names.
     """
-    recognized = {recognized_family(adapter) for adapter in adapters} - {None}
-    trainable = [family for family in recognized if family is not None and not isinstance(family, ForeignFamily)]
-    if len(trainable) < len(recognized):
-        return list(adapters)
-    if len(trainable) == 1:
-        family = trainable[0]
-    elif trainable:
-        family = families.FAMILIES[0]
-    else:
-        family = _family_by_naming(adapters)
+    family = _common_family([shown_family(adapter) for adapter in adapters])
+    family = family or _common_family([recognized_family(adapter) for adapter in adapters])
+    family = family or _family_by_naming(adapters)
     return [_with_names_of(family, adapter) for adapter in adapters]
 
 
+def _common_family(recognized: Iterable[Family | None]) -> Family | None:
+    """The only family among these; the first of all if there are several, which are refused where it counts."""
+    given = list(recognized)
+    found = [family for family in families.FAMILIES if family in given]
+    return found[0] if len(found) == 1 else families.FAMILIES[0] if found else None
+
+
 def _with_names_of(family: Family, adapter: Adapter) -> Adapter:
-    names = {name: name_in_family(name, family) for name in adapter.layers}
+    vector_modules = {key.rpartition(".")[0] for key in adapter.vectors}
+    names = {name: name_in_family(name, family) for name in sorted({*adapter.layers, *vector_modules})}
     repeated = [name for name, count in Counter(names.values()).items() if count > 1]
     if repeated:
+        both = " and ".join(name for name, renamed in names.items() if renamed == repeated[0])
         raise AdapterError(
-            f"The adapter has the module {repeated[0]} twice, under different names.", DAMAGED_FILE_REMEDY
+            f"The adapter has the module {repeated[0]} twice, under different names: {both}.", DAMAGED_FILE_REMEDY
         )
     layers = {names[name]: layer for name, layer in adapter.layers.items()}
     vectors = {}
     for key, vector in adapter.vectors.items():
         name, _, suffix = key.rpartition(".")
-        vectors[f"{name_in_family(name, family)}.{suffix}"] = vector
+        vectors[f"{names[name]}.{suffix}"] = vector
     return replace(adapter, layers=layers, vectors=vectors)
 
 
@@ -304,7 +276,7 @@ def _own_names(model: DiffusionModel, component: str, paths: Collection[str]) ->
     if component == UNET and model.family.original_names:
         original = _original_paths(model, paths)
     prefix = family_prefix(model.family, component)
-    return {path: prefix + _underscored(original.get(path, path)) for path in paths}
+    return {path: prefix + underscored(original.get(path, path)) for path in paths}
 
 
 def _by_possible_names(model: DiffusionModel, modules: Mapping[str, Mapping[str, ModuleT]]) -> dict[str, ModuleT]:
@@ -312,10 +284,10 @@ def _by_possible_names(model: DiffusionModel, modules: Mapping[str, Mapping[str,
     by_name: dict[str, ModuleT] = {}
     for component, by_path in modules.items():
         for prefix in possible_prefixes(model.family, component):
-            by_name |= {prefix + _underscored(path): module for path, module in by_path.items()}
+            by_name |= {prefix + underscored(path): module for path, module in by_path.items()}
         if component == UNET:
             original = _original_paths(model, by_path)
-            by_name |= {KOHYA_UNET_PREFIX + _underscored(name): by_path[path] for path, name in original.items()}
+            by_name |= {KOHYA_UNET_PREFIX + underscored(name): by_path[path] for path, name in original.items()}
     return by_name
 
 

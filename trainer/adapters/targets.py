@@ -15,7 +15,8 @@ from ..models.families.base import DiffusionModel, Family
 from ..settings.adapter import AdapterSettings
 from .kohya import Adapter
 from .layers import Layer, LokrLayer, fits
-from .names import Adaptable, ModulePath, adapter_names, canonical_names, modules_by_name, modules_by_path, networks
+from .module_paths import ModulePath
+from .names import Adaptable, adapter_names, canonical_names, modules_by_name, modules_by_path, networks
 from .prefixes import UNET
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..adapters.kohya import Adapter
 from ..adapters.layers import Layer
-from ..adapters.names import adaptable_modules, canonical_path
+from ..adapters.module_paths import canonical_path
+from ..adapters.names import adaptable_modules
 from ..adapters.targets import Target
 from ..core.errors import AdapterError
 from ..core.events import Listener, Phase, SilentListener, stop_if_asked

@@ -7,15 +7,17 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..adapters.apply import apply_to_base
 from ..adapters.kohya import Adapter
+from ..adapters.prefixes import UNET
 from ..core.errors import AdapterError
 from ..core.files import write_folder
 from ..core.tensor_files import read_header
 from ..models.clip_names import names_as_in
-from ..models.families.base import BaseWeights, Component
+from ..models.families.base import BaseWeights
 from ..models.families.ldm import UNET_PREFIX
 from ..models.open import open_base, open_tensors
 from ..models.single_file import write_tensors
@@ -35,23 +37,27 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
 
     Raises:
         WeightsError: The model can't be read.
-        AdapterError: An adapter does not fit the model.
+        AdapterError: An adapter does not fit the model, or all of them together change nothing.
         NotFiniteError: The strengths make weights that are not finite.
         StorageError: The result can't be written.
     """
+    if not any(strength for _, strength in adapters):
+        raise AdapterError("Every adapter has the strength 0: nothing would be added.", "Give a strength such as 1.")
     if os.path.isdir(source):
         if output.resolve().is_relative_to(source.resolve()):
             raise AdapterError(f"{output} is inside the model's own folder.", "Choose an output folder elsewhere.")
         base = open_base(source)
-        return _write_folder(source, base, apply_to_base(base, adapters), output)
+        return _write_folder(source, _changed_by_component(base, apply_to_base(base, adapters)), output)
     tensors = {name: tensor.contiguous() for name, tensor in read_single_file(source).items()}
     base = open_tensors(tensors, source)
     fused = dict(tensors)
     prefixes = (UNET_PREFIX, *(prefix for kind in base.family.text_encoders for prefix in kind.file_prefixes))
     views = _FileViews({name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
-    for before, after in _component_pairs(base, apply_to_base(base, adapters)):
-        for name, tensor in _changed_tensors(before, after).items():
-            original = before.tensors[name]
+    components = {UNET: base.unet}
+    components |= {kind.name: part for kind, part in zip(base.family.text_encoders, base.text_encoders, strict=True)}
+    for component, changed in _changed_by_component(base, apply_to_base(base, adapters)).items():
+        for name, tensor in changed.items():
+            original = components[component].tensors[name]
             key = views.key_of(original)
             if fused[key] is tensors[key]:
                 fused[key] = tensors[key].clone()
@@ -61,13 +67,29 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
     return write_tensors(output, fused, {**metadata, "format": "pt"}, copied=unchanged, replace=False)
 
 
-def _component_pairs(before: BaseWeights, after: BaseWeights) -> list[tuple[Component, Component]]:
-    """The UNet and the text encoders, each without and with the adapters."""
-    return [(before.unet, after.unet), *zip(before.text_encoders, after.text_encoders, strict=True)]
+def _changed_by_component(before: BaseWeights, after: BaseWeights) -> dict[str, dict[str, Tensor]]:
+    """The networks that adapters changed, by their folders' names, each with its changed tensors.
 
-
-def _changed_tensors(before: Component, after: Component) -> dict[str, Tensor]:
-    return {name: tensor for name, tensor in after.tensors.items() if tensor is not before.tensors[name]}
+    Raises:
+        AdapterError: There are none.
+    """
+    names = [UNET, *(kind.name for kind in after.family.text_encoders)]
+    pairs = zip([before.unet, *before.text_encoders], [after.unet, *after.text_encoders], strict=True)
+    changed = {}
+    for name, (component_before, component_after) in zip(names, pairs, strict=True):
+        tensors = {
+            key: tensor
+            for key, tensor in component_after.tensors.items()
+            if tensor is not component_before.tensors[key] and not torch.equal(tensor, component_before.tensors[key])
+        }
+        if tensors:
+            changed[name] = tensors
+    if not changed:
+        raise AdapterError(
+            "The adapters change no number of the model: what they add is zero, or lost in its rounding.",
+            "Give a higher strength, or an adapter that was trained.",
+        )
+    return changed
 
 
 class _FileViews:
@@ -101,14 +123,8 @@ class _FileViews:
         return copy.as_strided(weight.size(), weight.stride(), start)
 
 
-def _write_folder(source: Path, before: BaseWeights, after: BaseWeights, output: Path) -> Path:
+def _write_folder(source: Path, changed: Mapping[str, Mapping[str, Tensor]], output: Path) -> Path:
     """Copy the folder, with the weights of each changed network in one new file."""
-    names = ["unet", *(kind.name for kind in after.family.text_encoders)]
-    changed: dict[str, dict[str, Tensor]] = {}
-    for name, (component_before, component_after) in zip(names, _component_pairs(before, after), strict=True):
-        tensors = _changed_tensors(component_before, component_after)
-        if tensors:
-            changed[name] = tensors
 
     def weight_files(folder: str, entries: list[str]) -> list[str]:
         suffixes = (".safetensors", ".bin", ".msgpack", ".index.json")
@@ -117,7 +133,7 @@ def _write_folder(source: Path, before: BaseWeights, after: BaseWeights, output:
     def write(temporary: Path) -> None:
         shutil.copytree(source, temporary, ignore=weight_files, dirs_exist_ok=True)
         for name, tensors in changed.items():
-            stem = "diffusion_pytorch_model" if name == "unet" else "model"
+            stem = "diffusion_pytorch_model" if name == UNET else "model"
             whole = read_component(source / name, stem)
             unchanged = whole.keys() - names_as_in(whole, tensors).keys()
             whole |= names_as_in(whole, tensors)

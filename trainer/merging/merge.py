@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from ..adapters.kohya import Adapter
-from ..adapters.layers import FullLayer, Layer, LohaLayer, LokrLayer, LoraLayer, fits
+from ..adapters.layers import FullLayer, Layer, LohaLayer, LokrLayer, LoraLayer, OftLayer, fits
 from ..adapters.metadata import MERGE_KEY, derived_metadata
-from ..adapters.names import family_of, is_3x3_convolution, module_path, weight_shape, with_kohya_names
+from ..adapters.module_paths import module_path
+from ..adapters.names import family_of, is_3x3_convolution, shown_family, weight_shape, with_kohya_names
 from ..adapters.prefixes import UNET
 from ..core.errors import AdapterError, SettingsError, suggest
 from ..core.events import Listener, Phase, SilentListener, stop_if_asked
@@ -111,7 +112,8 @@ def merge(
     titles = [weighted.title for weighted in adapters]
     method = "learned" if columns else settings.method
     warnings = [*warnings, *overlap_warnings(module_reports, titles)]
-    merged = Adapter(layers, _metadata(adapters, method, settings, layers), _merged_vectors(adapters))
+    metadata = _metadata(adapters, method, settings, layers)
+    merged = Adapter(layers, metadata, _merged_vectors(adapters), _merged_embeddings(adapters))
     return MergeResult(merged, MergeReport(titles, method, module_reports, warnings))
 
 
@@ -201,6 +203,8 @@ def scale_layer(layer: Layer, factor: float) -> Layer | None:
         down = torch.zeros(1, inputs, *kernel)
         up = torch.zeros(outputs, 1, *[1] * len(kernel))
         return LoraLayer(down, up, alpha=1.0)
+    if factor == 0 and isinstance(layer, OftLayer):  # which does not know the inputs
+        return OftLayer(torch.zeros_like(layer.blocks), layer.alpha or 1.0)
     if layer.needs_weight:
         return None
     if isinstance(layer, FullLayer):
@@ -223,13 +227,18 @@ def with_common_names(adapters: Sequence[WeightedAdapter]) -> tuple[list[Weighte
             "There are no adapters to merge.", "Give at least one adapter file, such as dog.safetensors."
         )
     families = [(weighted.title, family_of(weighted.adapter)) for weighted in adapters]
-    if len({family for _, family in families if family}) > 1:
-        listed = ", ".join(f"{title} is for {family}" for title, family in families if family)
-        raise AdapterError(f"The adapters are of different families: {listed}.", "Merge adapters of the same family.")
+    shown = [(weighted.title, shown_family(weighted.adapter)) for weighted in adapters]
+    if len({family for _, family in shown} - {None}) > 1:
+        raise _different_families([(title, family.short_title if family else None) for title, family in shown])
     renamed = with_kohya_names([weighted.adapter for weighted in adapters])
     named = [replace(weighted, adapter=adapter) for weighted, adapter in zip(adapters, renamed, strict=True)]
-    warnings = _warnings_of_different_bases(named)
+    warnings = [*_warnings_of_no_effect(named), *_warnings_of_different_bases(named)]
     common = set.intersection(*(set(weighted.adapter.layers) for weighted in named))
+    if len({family for _, family in families if family}) > 1:  # only their metadata say so
+        if not common or not all(_fit_each_other(name, named) for name in common):
+            raise _different_families(families)
+        listed = _listed(families)
+        warnings.append(f"The adapters' metadata name different families ({listed}), but their modules fit each other.")
     if len(named) > 1 and not common:
         if any(family is None for _, family in families):
             examples = " and ".join(next(iter(weighted.adapter.layers), "nothing") for weighted in named[:2])
@@ -239,6 +248,34 @@ def with_common_names(adapters: Sequence[WeightedAdapter]) -> tuple[list[Weighte
             )
         warnings.append("The adapters have no module in common, so the result is all of them side by side.")
     return named, warnings
+
+
+def _different_families(families: Sequence[tuple[str, str | None]]) -> AdapterError:
+    return AdapterError(
+        f"The adapters are of different families: {_listed(families)}.", "Merge adapters of the same family."
+    )
+
+
+def _listed(families: Sequence[tuple[str, str | None]]) -> str:
+    """Titles of adapters with their families, as far as these are known."""
+    return ", ".join(f"{title} is for {family}" for title, family in families if family)
+
+
+def _fit_each_other(name: str, adapters: Sequence[WeightedAdapter]) -> bool:
+    """Whether the layers that adapters have for a module are of one shape."""
+    layers = [weighted.adapter.layers[name] for weighted in adapters if name in weighted.adapter.layers]
+    largest = max((layer.shape for layer in layers), key=len)
+    return all(fits(layer, largest) for layer in layers)
+
+
+def _warnings_of_no_effect(adapters: Sequence[WeightedAdapter]) -> list[str]:
+    """A warning for each adapter whose strength leaves nothing of it."""
+    warnings = []
+    for weighted in adapters:
+        modules = [*weighted.adapter.layers, *(key.rpartition(".")[0] for key in weighted.adapter.vectors)]
+        if not any(weighted.module_strength(name) for name in modules):
+            warnings.append(f"{weighted.title} has the strength 0 and adds nothing.")
+    return warnings
 
 
 def _warnings_of_different_bases(adapters: Sequence[WeightedAdapter]) -> list[str]:
@@ -316,6 +353,24 @@ def _merged_vectors(adapters: Sequence[WeightedAdapter]) -> dict[str, Tensor]:
                 )
             sums[key] = sums[key] + scaled if key in sums else scaled
     return sums
+
+
+def _merged_embeddings(adapters: Sequence[WeightedAdapter]) -> dict[str, Tensor]:
+    """The embeddings that adapters bundle, as they are: no strength changes a word.
+
+    Raises:
+        AdapterError: Two adapters bundle different ones of the same name.
+    """
+    embeddings: dict[str, Tensor] = {}
+    for weighted in adapters:
+        for key, tensor in weighted.adapter.embeddings.items():
+            other = embeddings.setdefault(key, tensor)
+            if other.shape != tensor.shape or not torch.equal(other, tensor):
+                raise AdapterError(
+                    f"{weighted.title} and another adapter bundle different embeddings of one name: {key}.",
+                    "Merge only one of the two.",
+                )
+    return embeddings
 
 
 def _metadata(

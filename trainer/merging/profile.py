@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..adapters.kohya import Adapter
 from ..adapters.layers import Layer
-from ..adapters.names import block_order, module_path, weight_shape
+from ..adapters.module_paths import block_order, module_path
+from ..adapters.names import weight_shape
 from .deltas import Delta, Truncation, to_delta, truncate
 from .merge import WeightedAdapter, weight_if_needed, with_common_names
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..adapters.names import block_order, module_path
+from ..adapters.module_paths import block_order, module_path
 from ..core.figures import figure_as_picture, shortened, text_table
 from .deltas import Delta
 

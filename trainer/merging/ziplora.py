@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..adapters.apply import apply_to_base
 from ..adapters.kohya import Adapter
-from ..adapters.names import Adaptable, module_path, modules_by_name, named_weights
+from ..adapters.module_paths import module_path
+from ..adapters.names import Adaptable, modules_by_name, named_weights
 from ..adapters.prefixes import UNET, component_of
 from ..core.devices import DTYPES, explained_memory_errors, pick_precision, release, reset_peak_memory, to_device
 from ..core.distributed import accelerate_state_kept, make_accelerator

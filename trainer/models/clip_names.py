@@ -35,6 +35,13 @@ _PARAMETERS = {
 }
 _PROJECTIONS = {"visual.proj": "visual_projection.weight", "text_projection": "text_projection.weight"}
 _LAYER = re.compile(r"^transformer\.resblocks\.(\d+)\.(.+)$")
+_TEXT_MODULE = re.compile(
+    r"text_projection|text_model\.(?:final_layer_norm"
+    r"|encoder\.layers\.\d{1,2}\.(?:self_attn\.(?:[qkv]|out)_proj|mlp\.fc[12]|layer_norm[12]))"
+)
+_TEXT_WORDS = re.compile(
+    r"text_model\.encoder\.layers(\.(?:\d{1,2}|self_attn|[qkv]_proj|out_proj|mlp|fc[12]|layer_norm[12]))+"
+)
 _INSIDE_TOWER = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.", "final_layer_norm.")
 ValueT = TypeVar("ValueT")
 
@@ -43,6 +50,16 @@ def with_text_tower(name: str) -> str:
     """A module's or tensor's name in a text encoder, with the level that transformers 5 dropped."""
     first = name.partition(".")[0]
     return name if first in ("text_model", _TEXT_PROJECTION) else TEXT_TOWER + name
+
+
+def is_text_module(path: str) -> bool:
+    """Whether a dotted path with the text tower is that of a module of a CLIP's text encoder, norms included."""
+    return _TEXT_MODULE.fullmatch(path) is not None
+
+
+def has_words_of_text_encoder(path: str) -> bool:
+    """Whether a dotted path with the text tower has no word but those of a CLIP's text encoder."""
+    return is_text_module(path) or _TEXT_WORDS.fullmatch(path) is not None
 
 
 def without_text_tower(name: str) -> str:

@@ -1,4 +1,8 @@
-"""Names of a UNet's modules in the original code ("input_blocks.1.1.proj_in"), from diffusers', and back."""
+"""Names of a UNet's modules in the original code ("input_blocks.1.1.proj_in"), from diffusers', and back.
+
+Both vocabularies are closed: `is_unet_module` knows every module with weights that a UNet of Stable Diffusion's kind
+has, norms included, whatever its numbers of levels, layers and blocks; `has_words_of_unet` asks for less.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +28,46 @@ _FIXED = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
+_N = r"\d{1,2}"
+_IN_TRANSFORMER = (
+    rf"(?:norm|proj_in|proj_out|transformer_blocks\.{_N}\."
+    r"(?:norm[123]|attn[12]\.(?:to_[qkv]|to_out\.0)|ff\.net\.(?:0\.proj|2)))"
+)
+_IN_RESNET = "(?:" + "|".join(_RESNET) + ")"
+_IN_ORIGINAL_RESNET = "(?:" + "|".join(map(re.escape, _RESNET.values())) + ")"
+_DIFFUSERS_MODULE = re.compile(
+    "|".join(map(re.escape, _FIXED))
+    + rf"|(?:(?:down|up)_blocks\.{_N}|mid_block)\.(?:resnets\.{_N}\.{_IN_RESNET}|attentions\.{_N}\.{_IN_TRANSFORMER})"
+    rf"|(?:down_blocks\.{_N}\.downsamplers|up_blocks\.{_N}\.upsamplers)\.0\.conv"
+)
+_ORIGINAL_MODULE = re.compile(
+    "|".join(map(re.escape, _FIXED.values()))
+    + rf"|(?:(?:input|output)_blocks\.{_N}\.0|middle_block\.[02])\.{_IN_ORIGINAL_RESNET}"
+    rf"|(?:(?:input|output)_blocks\.{_N}|middle_block)\.1\.{_IN_TRANSFORMER}"
+    rf"|input_blocks\.{_N}\.0\.op|output_blocks\.{_N}\.[12]\.conv"
+)
+_DIFFUSERS_BEGINNINGS = {*DIFFUSERS_BLOCKS, *(path.partition(".")[0] for path in _FIXED)}
+_ORIGINAL_BEGINNINGS = {*ORIGINAL_BLOCKS, *(name.partition(".")[0] for name in _FIXED.values())}
+_TRANSFORMER_WORDS = {"norm", "proj_in", "proj_out", "transformer_blocks", "norm1", "norm2", "norm3", "attn1", "attn2"}
+_TRANSFORMER_WORDS |= {"to_q", "to_k", "to_v", "to_out", "ff", "net", "proj"}
+_DIFFUSERS_WORDS = _TRANSFORMER_WORDS | {*_RESNET, "resnets", "attentions", "downsamplers", "upsamplers", "conv"}
+_DIFFUSERS_WORDS |= {"linear_1", "linear_2"}
+_ORIGINAL_WORDS = _TRANSFORMER_WORDS | {name.partition(".")[0] for name in _RESNET.values()} | {"op", "conv"}
 _PART = re.compile(r"^(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(resnets|attentions|downsamplers|upsamplers)\.")
+
+
+def is_unet_module(path: str) -> bool:
+    """Whether a dotted path, in diffusers or the original code, is that of a module of such a UNet."""
+    return any(pattern.fullmatch(path) for pattern in (_DIFFUSERS_MODULE, _ORIGINAL_MODULE))
+
+
+def has_words_of_unet(path: str) -> bool:
+    """Whether a dotted path begins as a module of such a UNet does and has no word but those of one vocabulary."""
+    first, *others = path.split(".")
+    return any(
+        first in beginnings and all(word in words or re.fullmatch(_N, word) for word in others)
+        for beginnings, words in ((_DIFFUSERS_BEGINNINGS, _DIFFUSERS_WORDS), (_ORIGINAL_BEGINNINGS, _ORIGINAL_WORDS))
+    )
 
 
 def original_names(paths: Collection[str], layers_per_block: int) -> dict[str, str]:

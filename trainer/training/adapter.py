@@ -13,7 +13,8 @@ from torch import nn
 
 from ..adapters.kohya import Adapter
 from ..adapters.layers import DORA_SCALE, make_layer
-from ..adapters.names import Adaptable, ModulePath, canonical_path, modules_by_path, networks
+from ..adapters.module_paths import ModulePath, canonical_path
+from ..adapters.names import Adaptable, modules_by_path, networks
 from ..adapters.peft_layers import PEFT_ADAPTER_NAME, PEFT_METHODS, AdapterConfig, initial_values
 from ..adapters.prefixes import UNET
 from ..adapters.targets import Target, choose_targets, fit_start_adapter, targets_of_adapter

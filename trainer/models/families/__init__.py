@@ -6,50 +6,18 @@ A new family is one file beside this one and its entry in `FAMILIES`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from ...core.errors import UnsupportedModelError, WeightsError, suggest
-from .base import AdapterMarks, Family
+from .base import Family
 from .sd1 import FAMILY as SD1
 from .sd2 import FAMILY as SD2
 from .sdxl import FAMILY as SDXL
 
 FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL)
 
-
-@dataclass(frozen=True)
-class ForeignFamily:
-    """A family that can't be trained, but whose adapters can be merged.
-
-    Attributes:
-        short_title: Name for people in messages about adapters.
-        adapter_marks: What shows that an adapter file was made for it.
-    """
-
-    short_title: str
-    adapter_marks: AdapterMarks
-
-
-FOREIGN_FAMILIES = (
-    ForeignFamily(
-        "Flux",
-        AdapterMarks(
-            context_width=0,
-            module_names="double_blocks_|single_transformer_blocks_",
-            architecture="flux",
-            base_version="flux",
-        ),
-    ),
-    ForeignFamily(
-        "SD 3",
-        AdapterMarks(
-            context_width=0, module_names="joint_blocks_", architecture="stable-diffusion-3", base_version="sd3"
-        ),
-    ),
-)
 
 _FOREIGN_KEYS = (
     ("double_blocks.0.img_attn.norm.key_norm", "Flux"),
@@ -85,11 +53,6 @@ _FOREIGN_CLASSES = {
     "Chroma": "Chroma",
     "AuraFlow": "AuraFlow",
 }
-
-
-def recognizable_families() -> list[Family | ForeignFamily]:
-    """All families whose adapters are recognised; the foreign ones first, whose marks outweigh the others'."""
-    return [*FOREIGN_FAMILIES, *FAMILIES]
 
 
 def joined_titles(families: Iterable[Family]) -> str:

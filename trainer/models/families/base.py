@@ -90,7 +90,7 @@ class AdapterMarks:
             `attn2.to_k`; 0 where no module shows it.
         module_names: Regular expression that is found in names of modules which no other family has; "" without any.
         architecture: What `modelspec.architecture` contains, whatever the version.
-        base_version: What `ss_base_model_version` begins with, whatever the version.
+        base_version: What `ss_base_model_version` contains, whatever the version.
     """
 
     context_width: int
@@ -193,8 +193,8 @@ class Family(Protocol):
         text_encoders: Its text encoders.
         adapter_marks: What shows that an adapter file was made for it.
         original_names: Whether adapter files name the denoiser's modules as the original code does.
-        attention_up_levels: Levels of the published denoisers' up blocks that have attention, which the original code's
-            names depend on.
+        transformer_depths: For each level of the published denoisers, on the way down, the number of transformer blocks
+            in its attention layers; 0 without attention. The original code's names depend on it.
         kohya_v2: Value of `ss_v2`.
         trains_fully: Whether all weights can be trained and written as a checkpoint.
     """
@@ -218,7 +218,7 @@ class Family(Protocol):
     @property
     def original_names(self) -> bool: ...  # noqa: D102
     @property
-    def attention_up_levels(self) -> Sequence[int]: ...  # noqa: D102
+    def transformer_depths(self) -> Sequence[int]: ...  # noqa: D102
     @property
     def kohya_v2(self) -> bool: ...  # noqa: D102
     @property

@@ -27,7 +27,7 @@ class StableDiffusion1:
         base_version="sd_v1",
     )
     original_names = False
-    attention_up_levels: Sequence[int] = (1, 2, 3)
+    transformer_depths: Sequence[int] = (1, 1, 1, 0)
     kohya_v2 = False
     trains_fully = True
     text_encoders: Sequence[TextEncoderSpec] = (

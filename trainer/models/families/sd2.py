@@ -31,7 +31,7 @@ class StableDiffusion2:
         base_version="sd_v2",
     )
     original_names = False
-    attention_up_levels: Sequence[int] = (1, 2, 3)
+    transformer_depths: Sequence[int] = (1, 1, 1, 0)
     kohya_v2 = True
     trains_fully = False
     text_encoders: Sequence[TextEncoderSpec] = (

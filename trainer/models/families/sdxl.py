@@ -38,7 +38,7 @@ class StableDiffusionXL:
         base_version="sdxl",
     )
     original_names = True
-    attention_up_levels: Sequence[int] = (0, 1)
+    transformer_depths: Sequence[int] = (0, 2, 10)
     kohya_v2 = False
     trains_fully = False
     text_encoders: Sequence[TextEncoderSpec] = (

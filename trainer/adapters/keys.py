@@ -1,0 +1,354 @@
+"""The reading door: what each tensor of an adapter file is, by its key, whatever program wrote it.
+
+A key is the name of a module (prefixes, then its path, with dots or underscores) and the tensor's part in the layer.
+Both come from closed lists of words: what is on neither is refused, by family or kind where it shows one, else by its
+key. A path of known words that no model has is read, with a warning.
+
+| written by | a module is named |
+|---|---|
+| kohya's sd-scripts, OneTrainer | lora_unet_down_blocks_0_…, oft_unet_…, lora_te_…, lora_te1_…, lora_te2_… |
+| LyCORIS's own wrapper, SimpleTuner | lycoris_down_blocks_0_… |
+| diffusers, SimpleTuner | unet.down_blocks.0.…, text_encoder.…, text_encoder_2.… |
+| diffusers up to 0.15, up to 0.19 | down_blocks.0.….processor.to_q_lora…, text_encoder.….self_attn.to_q_lora… |
+| PEFT | base_model.model.down_blocks.0.…, of a text encoder base_model.model.text_model.… |
+| OneTrainer (OMI) | unet.input_blocks.1.…, clip_l.text_model.…, clip_g.text_model.… |
+| ComfyUI | diffusion_model.input_blocks.1.…, text_encoders.clip_l.transformer.text_model.… |
+
+Each with the levels that torch.compile (`_orig_mod`) and data-parallel training (`module`) put in between. An
+embedding that was trained along (OneTrainer's and Automatic1111's `bundle_emb.`) is no module; it is kept as it is.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..core.errors import AdapterError
+from ..models import families
+from ..models.clip_names import with_text_tower
+from .foreign import foreign_family, foreign_kind
+from .layers import DORA_SCALE
+from .module_paths import (
+    dotted,
+    has_known_words,
+    is_known_module,
+    layers_per_block,
+    module_name,
+    module_path,
+    underscored,
+)
+from .peft_config import PEFT_PREFIX, refuse_unread_parts
+from .prefixes import KOHYA_UNET_PREFIX, UNET, possible_prefixes
+
+logger = logging.getLogger("dreambooth_lora")
+
+PEFT_MAGNITUDE = "lora_magnitude_vector"
+PEFT_BIAS = "lora_B.bias"  # of PEFT's lora_bias; times the layer's scale it is added to the module's bias
+_LYCORIS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
+_PLAIN = rf"{DORA_SCALE}|oft_blocks|rescale|diff|alpha|diff_b|w_norm|b_norm"
+_NAME = r"(?:\.(?P<name>(?!(?:weight|bias)$)[^.]+))?"  # of the adapter, as PEFT holds it in memory
+_PARTS = tuple(
+    re.compile(rf"^(?P<stem>.+?){part}$")
+    for part in (
+        r"\.(?P<part>lora_(?:down|up|mid)\.weight)",
+        rf"\.lora_(?P<letter>[AB]){_NAME}\.weight",
+        r"(?:\.lora|\.lora_linear_layer|_lora)\.(?P<side>down|up)\.weight",
+        rf"\.(?P<part>{_LYCORIS}){_NAME}",
+        rf"\.(?P<part>{_PLAIN})(?:\.default)?",
+        rf"\.(?P<part>{PEFT_MAGNITUDE}){_NAME}(?:\.weight)?",
+        rf"\.(?P<bias>lora_B){_NAME}\.bias",
+    )
+)
+_SIDES = {"A": "down", "B": "up"}
+_SAME_PARTS = {
+    "w_norm": "diff",
+    "b_norm": "diff_b",
+    PEFT_BIAS: "diff_b",
+    PEFT_MAGNITUDE: DORA_SCALE,
+}  # under another name
+_WRAPPERS = (PEFT_PREFIX, "_orig_mod.", "module.")
+_WRAPPERS_INSIDE = re.compile(r"(^|_)(?:_orig_mod|module)_")
+_EMBEDDING = "bundle_emb."
+_REMEDY_KINDS = "Use a LoRA, LoCon, DoRA, LoHa, LoKr or OFT file, or one with full differences."
+
+
+@dataclass(frozen=True)
+class TensorKey:
+    """A tensor's key, parsed.
+
+    Attributes:
+        module: Kohya's name of the module.
+        part: What follows it in a kohya file, such as "lora_down.weight"; or `PEFT_MAGNITUDE`, or `PEFT_BIAS`.
+        path: The module's dotted path in a file of diffusers or PEFT, else its name.
+        stem: What the file itself calls the module.
+        adapter_name: The adapter's name in the key; "" without one.
+        is_known_module: Whether models have such a module; else only the words of its path are known.
+    """
+
+    module: str
+    part: str
+    path: str
+    stem: str
+    adapter_name: str = ""
+    is_known_module: bool = True
+
+
+def is_embedding(key: str) -> bool:
+    """Whether a tensor is a part of an embedding that the file bundles, "bundle_emb.<name>.<part>"."""
+    return key.startswith(_EMBEDDING)
+
+
+def embedding_names(keys: Iterable[str]) -> list[str]:
+    """The names of the embeddings that tensors of these keys are parts of, each once."""
+    return sorted({key.removeprefix(_EMBEDDING).partition(".")[0] for key in keys if is_embedding(key)})
+
+
+def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, TensorKey]:
+    """Parse the keys of an adapter's tensors, but for those of bundled embeddings.
+
+    Args:
+        keys: As they stand in the file.
+        shapes: Key → shape, as far as known; it helps to name a family that can't be read.
+
+    Returns:
+        Key → what it is, in alphabetical order: the order in a file, which safetensors does not keep, decides nothing.
+
+    Raises:
+        AdapterError: A key is of another family, of a kind that can't be read, or not known; there is no LoRA, or
+            there are several.
+    """
+    prefixes = _Prefixes.of_all_families()
+    parsed: dict[str, TensorKey] = {}
+    parts_of_unknown: list[str] = []
+    unknown: list[str] = []
+    for key in sorted(keys):
+        if is_embedding(key):
+            continue
+        parts = _split(key)
+        known = parts and prefixes.parse(*parts)
+        if known:
+            parsed[key] = known
+        else:
+            (parts_of_unknown if parts else unknown).append(key)
+    if parts_of_unknown or unknown:
+        _refuse(parts_of_unknown, unknown, shapes or {}, has_layers=bool(parsed))
+    if not parsed:
+        raise _no_lora(f"only embeddings ({', '.join(embedding_names(keys))})" if keys else "nothing")
+    strange = [key.module for key in parsed.values() if not key.is_known_module]
+    if strange:
+        logger.warning(
+            "The adapter changes modules that models of %s don't have: %s", _readable_families(), min(strange)
+        )
+    names = sorted({key.adapter_name for key in parsed.values()} - {""})
+    if len(names) > 1:
+        raise AdapterError(
+            f"The file holds several adapters: {', '.join(names)}.", "Save each in a file of its own and choose one."
+        )
+    return parsed
+
+
+def _readable_families() -> str:
+    return families.joined_titles(families.FAMILIES)
+
+
+def _no_lora(content: str) -> AdapterError:
+    return AdapterError(
+        f"The file holds no LoRA, but {content}.", "Choose an adapter file (LoRA) in safetensors format."
+    )
+
+
+def _refuse(with_part: list[str], others: list[str], shapes: Mapping[str, Sequence[int]], *, has_layers: bool) -> None:
+    """Refuse keys that are not known.
+
+    Args:
+        with_part: Those that end as keys of layers do.
+        others: The others.
+        shapes: Key → shape.
+        has_layers: Whether other keys of the file are known.
+
+    Raises:
+        AdapterError: Always.
+    """
+    kind = foreign_kind([*with_part, *others])
+    family = foreign_family([*with_part, *others] if with_part or kind else [], shapes)
+    if family:
+        title, key = family
+        raise AdapterError(
+            f"The adapter was made for {title}, which can't be read: it has the tensor {key}.",
+            f"Use an adapter for a model of: {_readable_families()}.",
+        )
+    if kind:
+        title, key = kind
+        raise AdapterError(
+            f"The adapter is of the kind {title}, which can't be read yet: it has the tensor {key}.", _REMEDY_KINDS
+        )
+    refuse_unread_parts([*with_part, *others])
+    if not has_layers and not with_part:
+        raise _no_lora(f"tensors with names such as {others[0]}")
+    keys = sorted([*with_part, *others])
+    more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+    raise AdapterError(
+        f"The adapter has a tensor whose name is not known: {keys[0]}{more}. Without it, its result would differ.",
+        f"Use an adapter for a model of: {_readable_families()}; save one that is in kohya's or diffusers' naming.",
+    )
+
+
+def _split(key: str) -> tuple[str, str, str] | None:
+    """The stem of a key, its part in kohya's naming, and the adapter's name; None if it has no known part."""
+    for pattern in _PARTS:
+        match = pattern.match(key)
+        if match:
+            groups = match.groupdict()
+            side = groups.get("side") or _SIDES.get(groups.get("letter") or "")
+            part = f"lora_{side}.weight" if side else PEFT_BIAS if groups.get("bias") else groups["part"]
+            return groups["stem"], part, groups.get("name") or ""
+    return None
+
+
+@dataclass(frozen=True)
+class _Prefixes:
+    """What the names of a network's modules begin with.
+
+    Attributes:
+        of_names: Prefix before a path with underscores → network; "" if the path itself decides.
+        of_paths: Prefix before a dotted path → network.
+    """
+
+    of_names: Mapping[str, str]
+    of_paths: Mapping[str, str]
+
+    @classmethod
+    def of_all_families(cls) -> _Prefixes:
+        """Those of the networks of all families, longer ones first."""
+        of_names = {KOHYA_UNET_PREFIX: UNET, "oft_unet_": UNET, "lycoris_": ""}
+        of_paths = {"unet.": UNET, "diffusion_model.": UNET, "model.diffusion_model.": UNET}
+        for family in families.FAMILIES:
+            for encoder in family.text_encoders:
+                of_names |= dict.fromkeys(possible_prefixes(family, encoder.name), encoder.name)
+                short = encoder.short_name
+                for prefix in (encoder.name, short, f"text_encoders.{short}.transformer"):
+                    of_paths[f"{prefix}."] = encoder.name
+        of_paths |= {f"{prefix[:-1]}.": component for prefix, component in of_names.items()}
+        return cls(_longest_first(of_names), _longest_first(of_paths))
+
+    def parse(self, stem: str, part: str, adapter_name: str) -> TensorKey | None:
+        """Parse a key; None if its module is not on the list."""
+        for prefix, component in self.of_names.items():
+            if stem.startswith(prefix) and "." not in stem:
+                rest = _WRAPPERS_INSIDE.sub(r"\1", stem.removeprefix(prefix))
+                place = _known(component, dotted(rest))
+                if place is None:
+                    return None
+                keeps_prefix = component and prefix != "oft_unet_"
+                name = prefix + underscored(place[1]) if keeps_prefix else module_name(*place)
+                return TensorKey(name, part, name, stem, adapter_name, is_known_module(*place))
+        component, path = self._split_dotted(stem)
+        place = _known(component, path)
+        if place is None:
+            return None
+        path = _as_known(place[0], path)
+        return TensorKey(module_name(*place), part, path, stem, adapter_name, is_known_module(*place))
+
+    def _split_dotted(self, stem: str) -> tuple[str, str]:
+        """The network that a dotted path begins with, "" if it names none, and the rest without wrappers."""
+        path = stem
+        component = ""
+        while True:
+            wrapper = next((prefix for prefix in _WRAPPERS if path.startswith(prefix)), None)
+            network = None if component else next((prefix for prefix in self.of_paths if path.startswith(prefix)), None)
+            if network:
+                component = self.of_paths[network]
+            elif not wrapper:
+                return component, path.replace("._orig_mod.", ".").replace("._orig_mod", "")
+            path = path.removeprefix(network or wrapper or "")
+
+
+def _longest_first(prefixes: Mapping[str, str]) -> dict[str, str]:
+    return {prefix: prefixes[prefix] for prefix in sorted(prefixes, key=len, reverse=True)}
+
+
+def _known(component: str, path: str) -> tuple[str, str] | None:
+    """A network and a path in it as the lists have them; None if they have no such module.
+
+    Args:
+        component: The network; "" if only the path shows it: the UNet, or a single text encoder.
+        path: Dotted path as a program wrote it.
+    """
+    for candidate in (component,) if component else (UNET, families.FAMILIES[0].text_encoders[0].name):
+        whole = _as_known(candidate, path)
+        if candidate != UNET:
+            whole = with_text_tower(whole)
+        if has_known_words(candidate, whole):
+            return candidate, whole
+    return None
+
+
+def _as_known(component: str, path: str) -> str:
+    """A path without what diffusers put into it up to version 0.19."""
+    if component == UNET:
+        return re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
+    return re.sub(r"\.self_attn\.(?:processor\.)?to_(q|k|v|out)$", r".self_attn.\1_proj", path)
+
+
+def without_repeats(
+    keys: Mapping[str, TensorKey], tensors: Mapping[str, Tensor]
+) -> tuple[dict[str, TensorKey], list[str]]:
+    """The keys, each module under one name only.
+
+    A module may stand in a file twice, under the names of two programs. It is taken once if its numbers are the same;
+    if they are not, nothing tells which of them are meant.
+
+    Args:
+        keys: From `parse_keys`.
+        tensors: All tensors of the file by their keys.
+
+    Returns:
+        The keys, and of each module that stands there twice the two names, joined by "and".
+
+    Raises:
+        AdapterError: A module has two names with different numbers; names both.
+    """
+    modules: dict[object, dict[str, dict[str, str]]] = {}  # the module, and what of it → stem → part → key
+    per_block = layers_per_block(key.module for key in keys.values())
+    repeated: dict[str, None] = {}
+    kept = dict(keys)
+    for key, parsed in keys.items():
+        part = _SAME_PARTS.get(parsed.part, parsed.part)
+        is_vector = part == "diff_b" or (part == "diff" and tensors[key].ndim == 1)  # each is complete by itself
+        changed = (module_path(parsed.module, per_block), part if is_vector else "layer")
+        parts = modules.setdefault(changed, {}).setdefault(parsed.stem, {})
+        first = parts.setdefault(part, key)
+        if first != key:
+            _require_same(first, key, [(first, key)], tensors)
+            repeated[f"{first} and {key}"] = None
+            del kept[key]
+    for by_stem in modules.values():
+        (first_stem, first_parts), *others = by_stem.items()
+        for stem, parts in others:
+            pairs = [(first_parts.get(part), parts.get(part)) for part in sorted({*first_parts, *parts})]
+            _require_same(first_stem, stem, pairs, tensors)
+            repeated[f"{first_stem} and {stem}"] = None
+            for key in parts.values():
+                kept.pop(key, None)
+    return kept, list(repeated)
+
+
+def _require_same(
+    first: str, second: str, pairs: Iterable[tuple[str | None, str | None]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Check that two names of one module have the same tensors, given as pairs of keys."""
+    for one, other in pairs:
+        if one is None or other is None or not _are_equal(tensors[one], tensors[other]):
+            raise AdapterError(
+                f"The adapter has one module under two names, with different numbers: {first} and {second}.",
+                "Save it again with the program that it was trained with, which writes one of the two.",
+            )
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.double(), other.double())
