@@ -20,7 +20,7 @@ from diffusers.training_utils import compute_snr
 from helpers import Recorder
 from hypothesis import given
 from hypothesis import strategies as st
-from pack.trainer.core.errors import SettingsError
+from pack.trainer.core.errors import SettingsError, WeightsError
 from pack.trainer.core.seeding import draw_sample, generator
 from pack.trainer.data.batches import Batch, draw_batches
 from pack.trainer.dreambooth import DreamBooth
@@ -232,7 +232,59 @@ def test_the_other_settings_leave_the_schedule() -> None:
     assert torch.equal(make_objective().with_settings(other).alphas_cumprod, make_objective().alphas_cumprod)
 
 
+@pytest.mark.parametrize("betas", [[0.0, 0.5], [0.1, 1.0]], ids=["no noise at first", "pure noise at last"])
+def test_a_schedule_may_reach_both_ends(betas: list[float]) -> None:
+    found = make_objective(scheduler={"trained_betas": betas, "num_train_timesteps": 2}).alphas_cumprod
+    assert found.tolist() == pytest.approx([1 - betas[0], (1 - betas[0]) * (1 - betas[1])])
+
+
+@pytest.mark.parametrize("betas", [[-0.5, 0.9], [0.5, 1.5], [-0.5, 1.5]], ids=["above one", "below zero", "both"])
+def test_what_gives_no_schedule_is_refused(betas: list[float]) -> None:
+    with pytest.raises(WeightsError, match="no schedule"):
+        make_objective(scheduler={"trained_betas": betas, "num_train_timesteps": 2})
+
+
+def test_a_configuration_is_rescaled_where_the_model_is() -> None:
+    """Not where it says so for a model whose prediction was chosen otherwise."""
+    config = {**THEIRS.config, "rescale_betas_zero_snr": True}
+    assert torch.equal(make_objective(scheduler=config).alphas_cumprod, THEIRS.alphas_cumprod)
+    assert make_objective("v_prediction", config, zero_terminal_snr=True).alphas_cumprod[-1] == 0
+
+
+def test_the_schedule_and_the_weights_go_to_the_device() -> None:
+    there = shaped(loss_weighting="min-snr").to(torch.device("meta"))
+    assert there.alphas_cumprod.is_meta
+    assert there.timestep_weights is not None
+    assert there.timestep_weights.is_meta
+
+
 # Noise
+
+
+# Numbers of a wide and of a tall noise: shaped, and with the perturbation.
+FIXED_NOISE = {
+    (2, 4, 24): (
+        [-0.7371917, -0.7610708, 0.1521656, 0.8361484, -1.8705176, -0.2428780],
+        [-0.2297819, -0.2272273, 0.1341671, 0.9462900, -1.7670897, -0.5396057],
+    ),
+    (2, 24, 4): (
+        [-0.7612046, 1.0558293, 0.6748810, 0.8631327, -3.0562875, -0.3294912],
+        [-0.2537948, 1.4014938, 0.6117866, 0.9732744, -2.8414733, -0.0563207],
+    ),
+}
+
+
+@pytest.mark.parametrize("shape", FIXED_NOISE, ids=str)
+def test_what_is_added_to_noise_is_fixed(shape: tuple[int, ...]) -> None:
+    """A change here would make every unfinished run go on with other noise."""
+    settings = ObjectiveSettings(
+        noise_offset=0.5, multires_noise_iterations=6, multires_noise_discount=0.8, input_perturbation=0.3
+    )
+    source = generator(5)
+    noise = shaped_noise(torch.randn(shape, generator=torch.Generator().manual_seed(0)), settings, source)
+    for one, expected in zip((noise, perturbed_noise(noise, settings, source)), FIXED_NOISE[shape], strict=True):
+        numbers = one[:, 0, :3] if shape[2] > shape[1] else one[:, :3, 0]
+        assert numbers.flatten().tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def white(*shape: int, seed: int = 0) -> Tensor:
@@ -324,6 +376,13 @@ def test_the_range_is_never_left(place: float, timesteps: int, first: int, end: 
     assert 0 <= found < timesteps
     if timesteps == 1000:
         assert first <= found < end
+
+
+def test_the_last_place_is_the_last_timestep() -> None:
+    """Also where its power rounds to one, and where the range ends between two timesteps."""
+    last = 1 - 2.0**-53
+    assert timestep_at(last, 1000, ObjectiveSettings(timestep_bias=4.0)) == 999
+    assert timestep_at(last, 500, ObjectiveSettings(max_timestep=999)) == 498
 
 
 @cache
