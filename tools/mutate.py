@@ -39,7 +39,7 @@ _ADAPTERS = ["tests/adapters/test_layers.py", "tests/adapters/test_foreign_files
 _MERGING = ["tests/merging/test_methods.py", "tests/merging/test_merge.py"]
 TESTS: dict[str, list[str]] = {
     "merging/methods": _MERGING,
-    "merging/deltas": [*_MERGING, "tests/merging/test_tools.py"],
+    "merging/deltas": [*_MERGING, "tests/merging/test_finite.py"],
     "merging/merge": ["tests/merging/test_merge.py", "tests/adapters/test_names.py", "tests/merging/test_methods.py"],
     "models/objective": ["tests/models/test_objectives.py"],
     "core/seeding": ["tests/core/test_seeding.py", "tests/models/test_objectives.py"],
