@@ -13,7 +13,7 @@ from typing import Any
 from .cli.console import PatientConsole, as_json
 from .cli.flags import add_flags, flag_wording, settings_from, similar_flag, with_dashes
 from .cli.terminal import Terminal
-from .core.errors import CancelledError, TrainerError, Wording, plain, worded
+from .core.errors import CancelledError, TrainerError, Wording, plain, suggest, worded
 from .core.events import Note
 from .settings.base import Settings
 from .settings.caption import CaptionCommand
@@ -39,6 +39,7 @@ class Command:
         run: Does the work and prints the results; gets the settings, and how to word them in notes.
         help: One line for --help.
         positional: The setting that is given without a flag; "": the settings file is.
+        continues: Whether the same command goes on where it was stopped.
     """
 
     name: str
@@ -46,6 +47,22 @@ class Command:
     run: Callable[[Any, Wording], None]
     help: str
     positional: str = ""
+    continues: bool = False
+
+    def advice(self, settings: Settings) -> str:
+        """How to go on after the command was stopped; empty if it begins anew."""
+        if not self.continues or getattr(settings, "overwrite", False):
+            return ""
+        if getattr(settings, "resume", "auto") == "never":
+            return (
+                f" To continue, run the same command with {suggest('resume', 'auto')}; with "
+                f"{suggest('resume', 'never')} it starts over."
+            )
+        return " Run the same command again to continue."
+
+
+class StoppedError(Exception):
+    """The user stopped a command; the text says how to go on."""
 
 
 def _train(settings: TrainCommand, wording: Wording) -> None:
@@ -135,16 +152,16 @@ def _dreambench(settings: DreamBenchCommand, wording: Wording) -> None:
 
 
 COMMANDS = (
-    Command("train", TrainCommand, _train, "Train a LoRA on pictures of a subject."),
+    Command("train", TrainCommand, _train, "Train a LoRA on pictures of a subject.", continues=True),
     Command(
         "plan",
         PlanCommand,
         _plan,
         "Report how much GPU memory a training needs and what would fit; trains nothing, needs no GPU.",
     ),
-    Command("priors", PriorsCommand, _priors, "Generate class pictures with the base model."),
+    Command("priors", PriorsCommand, _priors, "Generate class pictures with the base model.", continues=True),
     Command("generate", GenerateCommand, _generate, "Generate pictures with a base model and adapters."),
-    Command("caption", CaptionCommand, _caption, "Caption pictures with BLIP.", "images"),
+    Command("caption", CaptionCommand, _caption, "Caption pictures with BLIP.", "images", continues=True),
     Command(
         "merge",
         MergeCommand,
@@ -184,12 +201,14 @@ COMMANDS = (
         _compare,
         "Generate and score pictures with checkpoints and adapters side by side, and report which one to keep.",
         "runs",
+        continues=True,
     ),
     Command(
         "dreambench",
         DreamBenchCommand,
         _dreambench,
         "Train on every subject of the DreamBooth data set, generate pictures and score them.",
+        continues=True,
     ),
 )
 
@@ -217,7 +236,10 @@ def _runs(command: Command, wording: Wording) -> Callable[[argparse.Namespace], 
             terminal = Terminal(wording)
             for text in settings.effect_notes():
                 terminal.report(Note(text, warning=True))
-        command.run(settings, wording)
+        try:
+            command.run(settings, wording)
+        except (CancelledError, KeyboardInterrupt) as stop:
+            raise StoppedError(f"Stopped.{worded(command.advice(settings), wording)}") from stop
 
     return run
 
@@ -280,8 +302,9 @@ def _run(words: Sequence[str]) -> int:
         remedy = error.remedy_in(arguments.wording)
         print(f"error: {problem}\n→ {remedy}", file=sys.stderr)
         return 1
-    except (CancelledError, KeyboardInterrupt):
-        print("Stopped. Run the same command again to continue.", file=sys.stderr)
+    except (StoppedError, CancelledError, KeyboardInterrupt) as stop:
+        text = str(stop) if isinstance(stop, StoppedError) else "Stopped."
+        print(text, file=sys.stderr)
         return 130
     return 0
 

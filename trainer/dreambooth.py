@@ -645,7 +645,8 @@ class DreamBooth:
             return
         self.save_checkpoint()
         if self.processes.is_main_process:
-            note = f"Stopped; step {self.step} is saved and the run can go on: {self.run_folder.path}"
+            never = f", with {suggest('resume', 'auto')}" if self.settings.resume == "never" else ""
+            note = f"Stopped; step {self.step} is saved and the run can go on{never}: {self.run_folder.path}"
             self.listener.report(Note(note))
 
     def write_files(self, step: int, started_from: int) -> TrainResult:

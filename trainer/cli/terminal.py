@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 from typing import Any
 
 from ..core.errors import Wording, plain, worded
 from ..core.events import Event, Note, Phase, Step, Validation
 
+_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # of Ctrl-C, kill, a terminal that is closed, Ctrl-Break
+_CLOSING_EVENTS = (2, 5, 6)  # of a console on Windows: its window is closed, the user logs off, the computer shuts down
+
 
 class Terminal:
-    """Shows events on standard error; SIGINT and SIGTERM ask the work to stop at the next safe moment.
+    """Shows events on standard error; whatever ends a program asks the work to stop at the next safe moment.
 
-    A second signal ends the program at once. Use as a context manager.
+    That is Ctrl-C, Ctrl-Break, `kill`, and a terminal that is closed. A second one ends the program at once, except
+    that closing a terminal may well come twice. What is ignored when the program starts, as by nohup, stays ignored.
+    Use as a context manager, in the main thread.
 
     Attributes:
         quiet: Whether nothing is shown, because another of several processes shows it.
@@ -33,24 +40,50 @@ class Terminal:
         self._bar: Any = None
         self._title = ""
         self._stop = False
+        self._ended = threading.Event()
         self._previous_handlers: dict[int, Any] = {}
+        self._console_handler: Any = None
 
     def __enter__(self) -> Terminal:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._previous_handlers[number] = signal.signal(number, self._on_signal)
+        for name in _SIGNALS:
+            number = getattr(signal, name, None)  # each system has some of them
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                self._previous_handlers[number] = signal.signal(number, self._on_signal) or signal.SIG_DFL
+        if sys.platform == "win32":
+            import ctypes
+
+            self._console_handler = ctypes.WINFUNCTYPE(ctypes.c_int, ctypes.c_uint)(self._on_console_event)
+            ctypes.windll.kernel32.SetConsoleCtrlHandler(self._console_handler, 1)
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended.set()
         self._close()
         for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)
+        if sys.platform == "win32":
+            import ctypes
+
+            ctypes.windll.kernel32.SetConsoleCtrlHandler(self._console_handler, 0)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._stop:
+        if not self._stop:
+            self._stop = True
+            if self.quiet:
+                return
+            text = "Stopping after this step; the work so far is kept. Press Ctrl-C again to stop at once."
+            with contextlib.suppress(RuntimeError):  # the signal came while something was being written
+                self._write(text)
+        elif number != getattr(signal, "SIGHUP", None):
             raise KeyboardInterrupt
+
+    def _on_console_event(self, event: int) -> int:
+        """Called by Windows in a thread of its own; when this returns, or after some seconds, the program ends."""
+        if event not in _CLOSING_EVENTS:
+            return 0  # Python makes signals of the others
         self._stop = True
-        if not self.quiet:
-            self._write("Stopping after this step; the work so far is kept. Press Ctrl-C again to stop at once.")
+        self._ended.wait()
+        return 1
 
     def should_stop(self) -> bool:
         """Whether a signal was received."""
@@ -89,11 +122,12 @@ class Terminal:
         self._bar.update(done - self._bar.n)
 
     def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.refresh()
-            self._bar.close()
-            self._bar = None
-            self._title = ""
+        bar = self._bar
+        self._bar = None
+        self._title = ""
+        if bar is not None:
+            bar.refresh()
+            bar.close()
 
     def _write(self, text: str) -> None:
         if self._bar is not None:

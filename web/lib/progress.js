@@ -29,7 +29,7 @@ const STATE_TEXTS = {
   waiting: "waiting",
   starting: "starting",
   done: "done",
-  stopped: "stopped, can be resumed",
+  stopped: "stopped, its work is kept",
   failed: "failed",
 };
 

@@ -178,7 +178,8 @@ export class RunsPanel {
     const buttons = [];
     if (run.workflow) {
       buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
-      if (run.state === "stopped" || run.state === "failed") {
+      const goesOn = run.settings.resume !== "never"; // else its graph would begin another run
+      if (goesOn && (run.state === "stopped" || run.state === "failed")) {
         buttons.push(this.button("Resume", "Open the graph of this run and queue it", () => this.resume(run)));
       }
     }

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ...core.errors import StorageError, suggest
 from ...core.files import (
     delete_at_once,
     explained_os_errors,
+    is_temporary,
     link_or_copy,
     numbered,
     remove_leftovers,
@@ -126,8 +127,8 @@ class RunFolder:
     ) -> RunFolder:
         """Find the run with this fingerprint below `root`, or make a folder for it; for this process alone.
 
-        Of several, which `new` makes, it is the one that was begun last. Its folder may have been renamed. The run
-        stays locked until `lock` is released, or this process ends.
+        Of several, which `new` makes, it is the one that was begun last, and of copies the one that went further. Its
+        folder may have been renamed. The run stays locked until `lock` is released, or this process ends.
 
         Args:
             root: Folder of all runs.
@@ -146,9 +147,9 @@ class RunFolder:
         remove_leftovers(root)  # of runs that were being deleted
         known = {fingerprint, earlier or fingerprint}
         while True:
-            runs = [] if new else [cls(path) for digest in known for path in _paths_with(root, digest)]
+            runs = [] if new else [cls(path) for path in _paths_with(root, known)]
             if runs:
-                run = max(runs, key=lambda run: (run.started_at, max(run.steps(), default=0)))
+                run = max(runs, key=lambda run: (run.started_at, max(run.steps(), default=0), run.bears(known)))
                 try:
                     run.reserve()
                 except StorageError:
@@ -157,7 +158,7 @@ class RunFolder:
                     continue  # it was deleted a moment ago
             else:
                 run = cls._made(root, name, fingerprint, settings, new=new)
-            if any(_belongs(run.path, digest) for digest in known):
+            if _belongs(run.path, known):
                 break
             run.lock.release()  # another process made it, or deleted it, a moment ago
         remove_leftovers(run.path, recursive=True, sole_writer=True)
@@ -181,6 +182,10 @@ class RunFolder:
                 path / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
             )
         return run
+
+    def bears(self, fingerprints: Collection[str]) -> bool:
+        """Whether the folder has the name that it was given, and is no copy under another."""
+        return any(fingerprint[:_DIGITS] in self.path.name for fingerprint in fingerprints)
 
     def reserve(self) -> None:
         """Take the run's lock.
@@ -423,17 +428,13 @@ def _is_unused(path: Path) -> bool:
         return False
 
 
-def _paths_with(root: Path, fingerprint: str) -> list[Path]:
-    """The folders of the runs with that fingerprint; all are looked at only if none has its digits in its name."""
-    for pattern in (f"*-{fingerprint[:_DIGITS]}*", "*"):
-        paths = [path for path in root.glob(pattern) if path.name[0] != "." and _belongs(path, fingerprint)]
-        if paths:
-            return paths
-    return []
+def _paths_with(root: Path, fingerprints: Collection[str]) -> list[Path]:
+    """The folders of the runs with one of those fingerprints, whatever people have called them."""
+    return [path for path in root.iterdir() if not is_temporary(path) and _belongs(path, fingerprints)]
 
 
-def _belongs(path: Path, fingerprint: str) -> bool:
-    return _read_json(path / RECORD_FILE).get("fingerprint") == fingerprint
+def _belongs(path: Path, fingerprints: Collection[str]) -> bool:
+    return str(_read_json(path / RECORD_FILE).get("fingerprint")) in fingerprints
 
 
 def _read_json(path: Path) -> dict[str, Any]:
