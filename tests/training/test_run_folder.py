@@ -261,6 +261,10 @@ def test_a_shorter_run_from_the_start_keeps_the_longer_one(opened: Any) -> None:
 def test_measured_again_counts_the_last_time(opened: Any) -> None:
     run = opened()
     lines: list[dict[str, Any]] = [{"step": 2, "scores": {"CLIP-I": 0.1}}, {"step": 1, "validation_loss": 3.0}]
-    lines += [{"step": 2, "scores": {"CLIP-I": 0.2}}, {"step": 1, "loss": 1.0}, {"step": 2, "validation_loss": 4.0}]
+    lines += [
+        {"step": 2, "scores": {"CLIP-I": 0.2}},
+        {"step": 1, "loss": 1.0, "learning_rate": 0.1},
+        {"step": 2, "validation_loss": 4.0},
+    ]
     run.metrics_path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert read_metrics(run.metrics_path) == [lines[1], lines[3], lines[2], lines[4]]
