@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,32 +43,52 @@ def test_the_newest_version_is_there() -> None:
     assert "0.4.0" in {folder.name for folder in FOLDERS}
 
 
-def half_trained(folder: Path, work: Path, *, steps: int = 8) -> tuple[TrainResult, Recorder]:
+def half_trained(folder: Path, work: Path, listener: Recorder) -> TrainResult:
     """Go on in `work` with a copy of the run that a version left half-trained."""
     shutil.copytree(folder / "runs", work / "runs")
     shutil.copytree(folder / "class-pictures", work / "class-pictures")
-    return train_in(work, steps)
+    return train_in(work, listener)
 
 
-def train_in(work: Path, steps: int) -> tuple[TrainResult, Recorder]:
+def train_in(work: Path, listener: Recorder) -> TrainResult:
     given = {**COMMON, **HALF_TRAINED, "base": str(DEMO / "base"), "images": str(DEMO / "subject")}
-    given |= {"output_dir": str(work), "steps": str(steps)}
-    listener = Recorder()
-    return run_train(settings_from(parse(["train", *flags(given)]), TrainCommand), listener), listener
+    given |= {"output_dir": str(work), "steps": "8"}
+    return run_train(settings_from(parse(["train", *flags(given)]), TrainCommand), listener)
+
+
+class Found(Exception):
+    """A run was opened; no more of it is wanted."""
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_a_half_trained_run_is_found(folder: Path, tmp_path: Path) -> None:
+    """By its fingerprint, before anything is computed."""
+
+    class Opened(Recorder):
+        def report(self, event: Any) -> None:
+            super().report(event)
+            if isinstance(event, RunOpened):
+                raise Found
+
+    listener = Opened()
+    with pytest.raises(Found):
+        half_trained(folder, tmp_path, listener)
+    assert listener.events[-1].step == 4
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [path.name for path in (folder / "runs").iterdir()]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
 def test_a_half_trained_run_is_found_and_goes_on(folder: Path, tmp_path: Path) -> None:
     """It ends as that version ended: to the bit where this machine computes its first half to the bit, too."""
-    result, listener = half_trained(folder, tmp_path)
+    result = half_trained(folder, tmp_path, listener := Recorder())
     [opened] = [event for event in listener.events if isinstance(event, RunOpened)]
     assert (opened.step, result.started_from, result.step) == (4, 4, 8)
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [path.name for path in (folder / "runs").iterdir()]
     expected, found = load_file(folder / "finished.safetensors"), load_file(result.path)
     assert set(found) == set(expected)
 
-    straight, _ = train_in(tmp_path / "straight", 8)
+    straight = train_in(tmp_path / "straight", Recorder())
     [run] = (folder / "runs").iterdir()
     first_half = load_file(run / "step-00000004" / "live.safetensors")
     again = load_file(straight.run / "step-00000004" / "live.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from typing import Any
 
 import pytest
 from helpers import HANGS, ROOT
+from pack.trainer.__main__ import main
 from pack.trainer.cli.train import parse_strength
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.settings.train import GenerateCommand, PriorsCommand, TrainCommand, field_extra
 from PIL import Image
 from safetensors.torch import load_file
 from shell import Shell
+from worlds import noisy_pictures
 
 COMMANDS = {"train": TrainCommand, "priors": PriorsCommand, "generate": GenerateCommand}
 TRAIN_FLAGS = [
@@ -71,6 +74,17 @@ def train_words(tiny_checkpoint: Path, picture_folder: Callable[..., Path], tmp_
     words = ["train", "--device", "cpu", "--resolution", "64", "--rank", "2", "--steps", "2", "--name", "dog"]
     folders = {"--base": tiny_checkpoint, "--images": picture_folder(), "--output-dir": tmp_path / "out"}
     return [*words, *(str(word) for pair in folders.items() for word in pair)]
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Path]:
+    """The words of a training that has ended, without the output folder, and this folder; to be copied."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ["train", "--device", "cpu", "--resolution", "64", "--rank", "2", "--steps", "2", "--name", "dog"]
+    words += ["--learning-rate", "0.1", "--save-precision", "fp32", "--base", str(tiny_checkpoint)]
+    words += ["--images", str(noisy_pictures(folder / "pictures", 3, 0))]
+    assert main([*words, "--output-dir", str(folder / "out")]) == 0
+    return words, folder / "out"
 
 
 def draw_words(base: Path, output: Path) -> list[str]:
@@ -133,10 +147,9 @@ def test_full_fine_tuning_writes_a_checkpoint_and_an_adapter(
 
 
 def test_two_half_adapters_are_one_whole(
-    run: Shell, train_words: list[str], tiny_checkpoint: Path, tmp_path: Path
+    run: Shell, trained: tuple[list[str], Path], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    assert run(*train_words, "--learning-rate", "0.1", "--save-precision", "fp32") == 0
-    adapter = tmp_path / "out" / "dog.safetensors"
+    adapter = trained[1] / "dog.safetensors"
     for name, words in {"once": ["--lora", adapter], "twice": ["--lora", f"{adapter}:0.5"] * 2}.items():
         assert run(*draw_words(tiny_checkpoint, tmp_path / f"{name}.png"), *words) == 0
     once, twice = (Image.open(tmp_path / f"{name}.png").tobytes() for name in ("once", "twice"))
@@ -244,13 +257,14 @@ def test_settings_file(run: Shell, train_words: list[str], tmp_path: Path) -> No
     assert len(list((tmp_path / "out" / "runs").glob("cat-*/step-00000001"))) == 1
 
 
-def test_finished_run_is_not_trained_twice(run: Shell, train_words: list[str], tmp_path: Path) -> None:
-    assert run(*train_words) == 0
-    content = (tmp_path / "out" / "dog.safetensors").read_bytes()
-    assert run(*train_words) == 0
+def test_finished_run_is_not_trained_twice(run: Shell, trained: tuple[list[str], Path], tmp_path: Path) -> None:
+    words, folder = trained
+    adapter = Path(shutil.copytree(folder, tmp_path / "out")) / "dog.safetensors"
+    content = adapter.read_bytes()
+    assert run(*words, "--output-dir", tmp_path / "out") == 0
     assert "finished already" in run.errors
-    assert run.lines == [str(tmp_path / "out" / "dog.safetensors")]
-    assert (tmp_path / "out" / "dog.safetensors").read_bytes() == content
+    assert run.lines == [str(adapter)]
+    assert adapter.read_bytes() == content
 
 
 @pytest.mark.slow
@@ -436,11 +450,10 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(
     assert run.lines == [str(tmp_path / "out" / "dog.safetensors")]
 
 
-def test_the_file_tells_no_local_paths(run: Shell, train_words: list[str], tmp_path: Path) -> None:
+def test_the_file_tells_no_local_paths(trained: tuple[list[str], Path]) -> None:
     """An adapter is made to be shared: no path stands in it, and of the base model its title alone."""
-    assert run(*train_words) == 0
-    content = Path(run.lines[-1]).read_bytes()
+    content = (trained[1] / "dog.safetensors").read_bytes()
     length = int.from_bytes(content[:8], "little")
-    assert str(tmp_path).encode() not in content[8 : 8 + length]
+    assert str(trained[1].parent).encode() not in content[8 : 8 + length]
     assert b"tiny.safetensors" not in content[8 : 8 + length]
     assert b'"ss_sd_model_name":"tiny"' in content[8 : 8 + length]

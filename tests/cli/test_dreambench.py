@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from helpers import DEMO, Recorder
 from pack.trainer.__main__ import main
 from pack.trainer.adapters.apply import merge_into
@@ -165,7 +166,7 @@ def test_the_table_holds_every_subject_and_what_was_published(benched: Path) -> 
     assert "CLIP: scorer." in (benched / "table.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["my_cup", "puppy"])
+@pytest.mark.parametrize("name", mostly_slow(["my_cup", "puppy"], "puppy"))
 def test_marks_are_those_of_the_files_own_pictures(
     name: str, benched: Path, data: Path, tiny_checkpoint: Path, extractors: FeatureExtractors
 ) -> None:
@@ -188,7 +189,7 @@ def test_marks_are_those_of_the_files_own_pictures(
     expected = evaluation.compute_metrics(
         drawn(taught, DRAWN[name]), drawn(plain, CLASSES[name]), drawn(taught, CLASSES[name])
     )
-    assert facts_of(benched)["subjects"][name] == pytest.approx(expected, abs=1e-5)
+    assert facts_of(benched)["subjects"][name] == pytest.approx(expected, abs=1e-4)
     assert facts_of(benched)["real"][name] == pytest.approx(evaluation.reference_metrics())
     assert expected["drift (CLIP)"] > 1e-5
 
@@ -296,7 +297,7 @@ def test_an_interrupted_bench_goes_on(
     for name in DRAWN:
         assert differing(tmp_path / f"{name}.safetensors", benched / f"{name}.safetensors") == []
         for part in ("subjects", "real"):
-            expected = pytest.approx(facts_of(benched)[part][name], abs=1e-5)
+            expected = pytest.approx(facts_of(benched)[part][name], abs=1e-4)
             assert facts_of(tmp_path)[part][name] == expected
     assert rows_of(tmp_path) == rows_of(benched)
 

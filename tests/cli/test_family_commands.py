@@ -161,7 +161,7 @@ def test_another_autoencoder_from_a_file_or_a_folder(tmp_path: Path) -> None:
     opened = [open_base(base, TOKENIZER, vae=tmp_path / f"{name}.safetensors") for name in ("whole", "vae")]
     opened += [open_base(base, TOKENIZER, vae=tmp_path / "vae.pt"), open_base(base, TOKENIZER, vae=folder)]
     for one in opened:
-        torch.testing.assert_close(latents_of(one), latents_of(expected), rtol=0, atol=1e-5)
+        torch.testing.assert_close(latents_of(one), latents_of(expected), rtol=0, atol=1e-4)
         assert one.fingerprint == opened[0].fingerprint != plain.fingerprint
     in_sd2 = open_base(diffusers_folder(tmp_path / "sd2", "sd2"), vae=tmp_path / "vae.safetensors")
     torch.testing.assert_close(latents_of(in_sd2) / 0.18215, latents_of(expected) / 0.13025, rtol=0, atol=1e-4)

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints import CLIP_PREFIX, UNET_PREFIX, VAE_PREFIX, sd15_state_dict
 from helpers import DEMO, TINY, Recorder
 from pack.trainer.__main__ import main
@@ -777,7 +778,7 @@ for _label, (_values, _names) in WRONG_SETTINGS.items():
     add(TRAINING, _label, settings_with(_values), SettingsError, *_names)
 
 
-@pytest.mark.parametrize("letters", [60, 80, 100])
+@pytest.mark.parametrize("letters", mostly_slow([60, 80, 100], 80, 100))
 def test_long_name_in_any_script_is_refused_or_works(world: World, letters: int) -> None:
     """A name that can't be a file's is told before the work, not when the file is to be written."""
     values = world.training({"name": "犬" * letters, "prior_count": 0})
@@ -936,6 +937,7 @@ def test_the_largest_seed_works(world: World) -> None:
     assert result.adapter.metadata["ss_seed"] == str(2**64 - 1)
 
 
+@pytest.mark.slow
 def test_a_hundred_megapixels_are_scaled(world: World) -> None:
     image = Image.new("1", (10_000, 10_000), 0)
     image.paste(1, (0, 0, 5_000, 10_000))

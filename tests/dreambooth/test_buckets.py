@@ -200,6 +200,7 @@ def world(tiny_world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     return replace(tiny_world, subject=pictures_of(folder, SHAPES, "sks, dog, in the snow, at noon", masked=True))
 
 
+@pytest.mark.slow
 def test_square_pictures_train_as_without_buckets(tiny_world: World, tmp_path: Path) -> None:
     world = tiny_world.with_priors(tmp_path / "class")
     changes: dict[str, Any] = {"flip": True, "batch_size": 2, "steps": 2}
@@ -250,7 +251,7 @@ def test_the_loss_of_a_mixed_batch_is_that_of_its_samples(world: World, tmp_path
                 for row, weight in enumerate(batch.weights.tolist()):
                     expected = expected + weight * alone(recipe, batch, row)
                     kinds[round(weight, 6)] += 1
-            torch.testing.assert_close(together.sum(), expected, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(together.sum(), expected, rtol=1e-4, atol=1e-6)
     assert kinds == {0.2: 15, 0.05: 15}  # one over five, and a quarter of it
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints import sd15_checkpoint
 from helpers import DEMO, TINY, Recorder
 from pack.trainer.adapters.apply import apply_to_base, merge_into
@@ -50,7 +51,7 @@ POSITIONS = "cond_stage_model.transformer.text_model.embeddings.position_ids"  #
 Trained = tuple[DreamBooth, TrainResult, dict[str, Tensor]]
 
 
-@pytest.fixture(scope="module", params=["UNet", "UNet and text encoder"])
+@pytest.fixture(scope="module", params=mostly_slow(["UNet", "UNet and text encoder"], "UNet and text encoder"))
 def trained(request: pytest.FixtureRequest, world: World, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """A finished run with its model, and the base's tensors as they were before."""
     before = {name: tensor.clone() for name, tensor in lent_tensors(world.base).items()}
@@ -149,6 +150,7 @@ def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_diffusers_folder_becomes_a_single_file(folder: Path, world: World, tiny_checkpoint: Path) -> None:
     recipe = World(open_base(folder), world.subject).recipe(folder.parent, **FULL, **TEXT)
     result = recipe.run()
@@ -184,9 +186,13 @@ def test_a_model_that_a_single_file_cant_tell_is_refused(world: World, tmp_path:
     assert listener.losses == []
 
 
-def test_the_checkpoint_has_the_precision_that_was_asked_for(world: World, tmp_path: Path) -> None:
-    for precision, dtype in (("fp16", torch.float16), ("fp32", torch.float32)):
-        result = world.train(tmp_path, **{**FULL, "save_precision": precision})
+def test_the_checkpoint_has_the_precision_that_was_asked_for(trained: Trained, world: World, tmp_path: Path) -> None:
+    recipe, finished, _ = trained
+    shutil.copytree(finished.run, tmp_path / "runs" / finished.run.name)
+    texts = TEXT if trains_text(recipe) else {}
+    for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        result = world.train(tmp_path, **{**FULL, **texts, "save_precision": precision})
+        assert result.started_from == 2
         assert result.checkpoint is not None
         assert {tensor.dtype for tensor in load_file(result.checkpoint).values()} == {dtype}
     assert len(list((tmp_path / "runs").iterdir())) == 1
@@ -279,7 +285,7 @@ def best_error(change: Tensor, rank: int) -> float:
     return float(torch.linalg.vector_norm(values[rank:]))
 
 
-@pytest.mark.parametrize("rank", [2, 32])
+@pytest.mark.parametrize("rank", mostly_slow([2, 32], 2))
 def test_the_extracted_lora_is_the_nearest_of_its_rank(
     rank: int, trained: Trained, world: World, tmp_path: Path
 ) -> None:

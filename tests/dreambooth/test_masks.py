@@ -246,6 +246,7 @@ def test_masks_that_are_ignored_change_nothing(world: World, tmp_path: Path) -> 
     assert len({one.run.name for one in (without, ignored, counted)}) == 3
 
 
+@pytest.mark.slow
 def test_ones_all_over_train_as_no_mask(world: World, tmp_path: Path) -> None:
     """Up to the order in which a mean is summed."""
     bare = replace(world, subject=[replace(one, mask=None, mask_digest="") for one in world.subject])

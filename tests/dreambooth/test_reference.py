@@ -27,7 +27,7 @@ def test_accumulation_equals_a_larger_batch(world: World, tmp_path: Path) -> Non
     together = both.train(tmp_path, first := Recorder(), **changes, batch_size=2)
     apart = both.train(tmp_path, second := Recorder(), **changes, gradient_accumulation=2)
     assert together.run != apart.run
-    assert first.losses == pytest.approx(second.losses, rel=1e-5)
+    assert first.losses == pytest.approx(second.losses, rel=1e-4)
     for name, layer in together.adapter.layers.items():
         for part, tensor in layer.tensors().items():
             other = apart.adapter.layers[name].tensors()[part]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints import sd15_checkpoint
 from comfy_host import ComfyServer, PromptFailed, find_comfyui
 from helpers import DEMO, ROOT, Recorder
@@ -318,7 +319,7 @@ def test_several_prompts_are_used_alike(world: World, tmp_path: Path) -> None:
     assert all(abs(count - 300) < 60 for count in shares.values())  # over four standard deviations
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("share", mostly_slow([0.1, 0.5, 1.0], 0.1))
 def test_captions_are_left_out_for_a_share_of_the_subjects_samples(share: float, world: World, tmp_path: Path) -> None:
     cache, settings = cache_of(
         world.with_priors(tmp_path / "class"), tmp_path, batch_size=10, caption_dropout=share, prior_weight=0.5
@@ -331,13 +332,12 @@ def test_captions_are_left_out_for_a_share_of_the_subjects_samples(share: float,
     assert cache.empty not in classes
     deviation = math.sqrt(1000 * share * (1 - share))
     assert abs(subject.count(cache.empty) - 1000 * share) <= 4 * deviation
-    fewer, _ = cache_of(world, tmp_path / "none")
-    assert fewer.empty is None
 
 
 def test_leaving_captions_out_changes_nothing_else(world: World, tmp_path: Path) -> None:
     plain, settings = cache_of(world, tmp_path / "plain", batch_size=3)
     dropped, dropping = cache_of(world, tmp_path / "dropped", batch_size=3, caption_dropout=0.5)
+    assert plain.empty is None
     for step in range(5):
         [one], [other] = (draw_batches(*both, step, 0, 1000, CPU) for both in ((plain, settings), (dropped, dropping)))
         for part in ("latents", "noise", "added_noise", "timesteps", "sizes", "weights"):

@@ -23,7 +23,7 @@ from pack.trainer.models.families.sd2 import FAMILY as SD2
 from pack.trainer.models.open import open_base
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
-from worlds import TOKENIZER, World, differing
+from worlds import TOKENIZER, World, assert_same_end
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -69,10 +69,12 @@ def text_of(base: BaseWeights) -> dict[str, Tensor]:
         return model.encode_prompts(PROMPTS)
 
 
+SKIPS = {"sd1": (0, 1, 2, 3), "sd2": (0, 2, 3), "sdxl": (0, 1, 2, 3)}
+
+
 @pytest.mark.parametrize(
     ("family", "clip_skip"),
-    [("sd1", 0), ("sd1", 1), ("sd1", 2), ("sd1", 3), ("sd2", 0), ("sd2", 2), ("sd2", 3), ("sdxl", 0)]
-    + [("sdxl", layer) for layer in (1, 2, 3)],
+    mostly_slow([(family, skip) for family in SKIPS for skip in SKIPS[family]], ("sd1", 2), ("sd2", 0), ("sdxl", 3)),
 )
 def test_clip_skip_counts_from_the_end(family: str, clip_skip: int, folders: dict[str, Path]) -> None:
     """SD 1 and 2 apply the final layer norm to it, SDXL does not; SD 2's folders lack the last layer."""
@@ -86,12 +88,13 @@ def test_clip_skip_counts_from_the_end(family: str, clip_skip: int, folders: dic
         inner = getattr(pipe.text_encoder, "text_model", pipe.text_encoder)
         expected = inner.final_layer_norm(expected)
         assert layer != 1 or torch.equal(expected, last)
-    torch.testing.assert_close(ours["text"], expected.detach(), rtol=0, atol=1e-5)
+    # how sums are rounded depends on the threads; another layer is a hundred times farther away
+    torch.testing.assert_close(ours["text"], expected.detach(), rtol=0, atol=1e-4)
     assert (states[-layer] - states[-layer - 1]).abs().max() > 0.01
     if family == "sdxl":
         states, pooled = hidden_states(pipe.text_encoder_2, pipe.tokenizer_2, 0)
-        torch.testing.assert_close(ours["text_2"], states[-layer], rtol=0, atol=1e-5)
-        torch.testing.assert_close(ours["pooled_2"], pooled, rtol=0, atol=1e-5)
+        torch.testing.assert_close(ours["text_2"], states[-layer], rtol=0, atol=1e-4)
+        torch.testing.assert_close(ours["pooled_2"], pooled, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", mostly_slow(USUAL, "sd2"))
@@ -177,11 +180,11 @@ def test_text_encoders_stay_as_they_are_after_their_time(name: str, worlds: dict
 def test_gradient_checkpointing_changes_nothing(name: str, worlds: dict[str, World], tmp_path: Path) -> None:
     """What is computed again is dropped again."""
     family, rates = CASES[name]
-    changes = {**SETTINGS, **rates, "dropout": 0.3, "steps": 2}
+    changes = {**SETTINGS, **rates, "dropout": 0.3, "steps": 1}
     plain = worlds[family].train(tmp_path / "plain", first := Recorder(), **changes)
     saving = worlds[family].train(tmp_path / "saving", second := Recorder(), **changes, gradient_checkpointing=True)
     assert first.losses == second.losses
-    assert differing(plain.path, saving.path) == []
+    assert_same_end(saving, plain)
 
 
 def test_each_text_encoder_has_its_own_rate(xl: World, tmp_path: Path) -> None:

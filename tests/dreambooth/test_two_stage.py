@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints import sd15_checkpoint
 from helpers import TINY, Recorder
 from pack.trainer.adapters.apply import apply_to_base, merge_into
@@ -18,8 +19,8 @@ from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import AdapterError, SettingsError
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.models.families.base import BaseWeights
-from pack.trainer.settings.train import TrainCommand
-from pack.trainer.training.adapter import StartingPoint
+from pack.trainer.settings.train import TrainCommand, TrainSettings
+from pack.trainer.training.adapter import StartingPoint, TrainableAdapter
 from safetensors.torch import load_file
 from worlds import (
     BOTH_TEXTS,
@@ -34,6 +35,7 @@ from worlds import (
     lent_tensors,
     make_world,
     noisy_pictures,
+    perturb,
     predicted,
 )
 
@@ -55,15 +57,17 @@ Made = Callable[..., Adapter]
 
 
 @pytest.fixture(scope="module")
-def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """Trains an adapter in two steps, each only once: made(world, rank=4)."""
+def made(world: World) -> Made:
+    """An adapter as training would leave it, each made once: made(world, rank=4)."""
     done: dict[str, Adapter] = {}
 
-    def make(where: World = world, **changes: Any) -> Adapter:
-        key = f"{where.base.fingerprint} {sorted(changes.items())}"
+    def make(where: World = world, seed: int = 0, **changes: Any) -> Adapter:
+        key = f"{where.base.fingerprint} {seed} {sorted(changes.items())}"
         if key not in done:
-            result = where.train(tmp_path_factory.mktemp("made"), **{"steps": 2, "save_precision": "fp16", **changes})
-            done[key] = result.adapter
+            settings = TrainSettings(**{**COMMON, "seed": seed, **changes})
+            trained = TrainableAdapter(where.base.family.build(where.base), settings)
+            perturb(trained)
+            done[key] = trained.adapter()
         return done[key]
 
     return make
@@ -90,16 +94,13 @@ def ranks_and_alphas(adapter: Adapter) -> dict[str, tuple[int, float]]:
 # Going on from a file
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", FIRST)
+@pytest.mark.parametrize("kind", mostly_slow(FIRST, "LoRA"))
 def test_going_on_takes_over_all_that_the_file_is(kind: str, world: World, made: Made, tmp_path: Path) -> None:
     """Whatever the settings say of kind, ranks, alpha and layers; and it begins where the file ends."""
     first = made(**FIRST[kind])
     stage, texts = StartingPoint(first), texts_of(first)
     changes = {**OTHERWISE, **texts, "steps": 1, **({"adapter": "lokr", "alpha": None} if kind == "LoKr" else {})}
-    recipe = world.recipe(tmp_path, starting_point=stage, **changes)
-    recipe.open_run()
-    recipe.prepare()
+    recipe = world.prepared(tmp_path / "prepared", starting_point=stage, **changes)
     for network in (recipe.session.model.unet, *recipe.session.model.text_encoders.values()):
         network.eval()
     expected = merged(world.base, (first, 1.0))
@@ -114,24 +115,20 @@ def test_going_on_takes_over_all_that_the_file_is(kind: str, world: World, made:
     assert distances(further, expected)["prediction"] > 1e-3
 
 
-@pytest.mark.parametrize("kind", ["LoRA", "LoHa"])
-def test_the_file_tells_the_kind_and_rank_that_were_trained(
-    kind: str, world: World, made: Made, tmp_path: Path
-) -> None:
-    first = made(**KINDS[kind])
+@pytest.mark.parametrize("kind", mostly_slow(["LoRA", "LoHa"], "LoRA"))
+def test_the_file_tells_the_kind_and_rank_that_were_trained(kind: str, world: World, tmp_path: Path) -> None:
+    first = world.train(tmp_path / "first", **KINDS[kind], steps=1).adapter
     told = world.train(tmp_path, starting_point=StartingPoint(first), steps=1, **OTHERWISE).adapter.metadata
     keys = ("ss_network_module", "ss_network_dim", "ss_network_alpha")
     assert [told[key] for key in keys] == [first.metadata[key] for key in keys]
 
 
-@pytest.mark.parametrize("factor", [{}, {"lokr_factor": 4}], ids=["even", "of 4"])
+@pytest.mark.parametrize("factor", [{}, pytest.param({"lokr_factor": 4}, marks=pytest.mark.slow)], ids=["even", "of 4"])
 def test_going_on_from_a_scaled_lokr(factor: dict[str, Any], world: World, made: Made, tmp_path: Path) -> None:
     """LyCORIS scales by alpha / rank, PEFT not in every version; the factors can hold it."""
     first = made(**KINDS["LoKr"], **factor)
     first = Adapter({name: replace(layer, alpha=0.7) for name, layer in first.layers.items()})  # type: ignore[type-var]
-    recipe = world.recipe(tmp_path, starting_point=StartingPoint(first), adapter="lokr", **factor)
-    recipe.open_run()
-    recipe.prepare()
+    recipe = world.prepared(tmp_path, starting_point=StartingPoint(first), adapter="lokr", **factor)
     recipe.session.model.unet.eval()
     expected = merged(world.base, (first, 1.0))
     said = {name: value for name, value in expected.items() if name != "prediction"}
@@ -198,40 +195,38 @@ def test_going_on_from_files_with_names_of_other_programs(world: World, xl: Worl
         assert differing(ours.path, theirs.path) == []
 
 
-def mismatched(world: World, xl: World, made: Made) -> dict[str, tuple[World, Adapter, dict[str, Any]]]:
-    narrow = made(**TEXT)
-    layers = dict(narrow.layers)
-    name = next(iter(sorted(layers)))
+def of_another_shape(adapter: Adapter) -> Adapter:
+    layers = dict(adapter.layers)
+    name = min(layers)
     layers[name] = replace(layers[name], down=torch.ones(2, 65))  # type: ignore[type-var]
-    return {
-        "SDXL's on SD 1": (world, made(xl), {}),
-        "SD 1's on SDXL": (xl, made(), {}),
-        "another shape": (world, Adapter(layers), TEXT),
-        "text, but no rate": (world, narrow, {}),
-        "a rate, but no text": (world, made(), TEXT),
-        "a second rate": (world, narrow, BOTH_TEXTS),
-        "dropout for LoHa": (world, made(**KINDS["LoHa"]), {"dropout": 0.5}),
-        "two kinds": (world, Adapter({**made(adapter="dora", targets="all").layers, **made().layers}), {}),
-    }
+    return Adapter(layers)
 
 
-@pytest.mark.parametrize(
-    ("case", "told"),
-    [
-        ("SDXL's on SD 1", "Stable Diffusion 1.x"),
-        ("SD 1's on SDXL", "Stable Diffusion XL"),
-        ("another shape", "shape"),
-        ("text, but no rate", "text_encoder_lr"),
-        ("a rate, but no text", "text_encoder_lr"),
-        ("a second rate", "text_encoder_2_lr"),
-        ("dropout for LoHa", "dropout"),
-        ("two kinds", "DoRA, LoRA"),
-    ],
-)
-def test_a_start_that_does_not_fit_is_refused(
-    case: str, told: str, world: World, xl: World, made: Made, tmp_path: Path
-) -> None:
-    where, start, changes = mismatched(world, xl, made)[case]
+Unfit = Callable[[World, World, Made], tuple[World, Adapter, dict[str, Any]]]
+# What does not fit, and a word of the error.
+UNFIT: dict[str, tuple[str, Unfit]] = {
+    "SDXL's on SD 1": ("Stable Diffusion 1.x", lambda world, xl, made: (world, made(xl), {})),
+    "SD 1's on SDXL": ("Stable Diffusion XL", lambda world, xl, made: (xl, made(), {})),
+    "another shape": ("shape", lambda world, xl, made: (world, of_another_shape(made(**TEXT)), TEXT)),
+    "text, but no rate": ("text_encoder_lr", lambda world, xl, made: (world, made(**TEXT), {})),
+    "a rate, but no text": ("text_encoder_lr", lambda world, xl, made: (world, made(), TEXT)),
+    "a second rate": ("text_encoder_2_lr", lambda world, xl, made: (world, made(**TEXT), BOTH_TEXTS)),
+    "dropout for LoHa": ("dropout", lambda world, xl, made: (world, made(**KINDS["LoHa"]), {"dropout": 0.5})),
+    "two kinds": (
+        "DoRA, LoRA",
+        lambda world, xl, made: (
+            world,
+            Adapter({**made(adapter="dora", targets="all").layers, **made().layers}),
+            {},
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_start_that_does_not_fit_is_refused(case: str, world: World, xl: World, made: Made, tmp_path: Path) -> None:
+    told, unfit = UNFIT[case]
+    where, start, changes = unfit(world, xl, made)
     with pytest.raises((AdapterError, SettingsError), match=told) as caught:
         where.train(tmp_path, starting_point=StartingPoint(start), **changes)
     assert caught.value.remedy
@@ -244,8 +239,7 @@ def stacked_world(world: World, *stacked: tuple[Adapter, float]) -> World:
     return replace(world, base=apply_to_base(world.base, stacked))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["SD 1", "SDXL"])
+@pytest.mark.parametrize("family", mostly_slow(["SD 1", "SDXL"], "SD 1"))
 def test_the_combined_file_is_both_stages_on_the_plain_base(
     family: str, world: World, xl: World, made: Made, tmp_path: Path
 ) -> None:
@@ -253,7 +247,7 @@ def test_the_combined_file_is_both_stages_on_the_plain_base(
     plain, texts = (world, TEXT) if family == "SD 1" else (xl, BOTH_TEXTS)
     stacked = [(made(plain, **KINDS["LoCon"]), 0.7), (made(plain, **texts, seed=1), -0.5)]
     upper, stage = stacked_world(plain, *stacked), StartingPoint(None, stacked)
-    changes: dict[str, Any] = {**texts, "rank": 3, "alpha": 1.0, "targets": "attention-mlp", "steps": 2}
+    changes: dict[str, Any] = {**texts, "rank": 3, "alpha": 1.0, "targets": "attention-mlp", "steps": 1}
     recipe = upper.recipe(tmp_path, starting_point=stage, combine=True, **changes)
     whole = recipe.run()
     trained = predicted(recipe.session.model)
@@ -289,7 +283,7 @@ def test_the_lower_model_stays_as_it_is(world: World, made: Made, tmp_path: Path
     first = made(**TEXT)
     before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in lent_tensors(world.base).items()}
     upper = stacked_world(world, (first, 1.0))
-    upper.train(tmp_path, starting_point=StartingPoint(None, [(first, 1.0)]), combine=True, **TEXT)
+    upper.train(tmp_path, starting_point=StartingPoint(None, [(first, 1.0)]), combine=True, steps=1, **TEXT)
     copies = 0
     for name, tensor in lent_tensors(world.base).items():
         assert tensor.data_ptr() == before[name][0]

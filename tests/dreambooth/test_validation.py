@@ -54,13 +54,16 @@ def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
     return world.prepared(folder, **{**HELD, **changes})
 
 
-@pytest.mark.slow
-def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path: Path) -> None:
+def test_some_pictures_are_held_out(world: World) -> None:
     for seed in range(20):
         taught, held = split_validation(world.subject, 2, seed)
         assert (len(taught), len(held)) == (3, 2)
         assert sorted(one.digest for one in [*taught, *held]) == sorted(one.digest for one in world.subject)
     assert len({tuple(one.digest for one in split_validation(world.subject, 2, seed)[1]) for seed in range(20)}) > 3
+
+
+@pytest.mark.slow
+def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path: Path) -> None:
     recipe = prepared(world, tmp_path)
     assert recipe.session.cache.validation is not None
     taught, held = split_validation(world.subject, 2, 0)
@@ -70,7 +73,6 @@ def test_held_out_pictures_are_not_among_those_that_teach(world: World, tmp_path
         [*recipe.session.cache.instance.mean, *recipe.session.cache.validation.mean], latents, strict=True
     ):
         torch.testing.assert_close(found, wanted)
-    assert len(recipe.session.cache.validation) == 2
 
 
 @pytest.mark.slow
@@ -84,10 +86,14 @@ def test_a_run_learns_only_from_the_others(world: World, tmp_path: Path) -> None
     assert watched.run.name != plain.run.name
 
 
-@pytest.mark.slow
 def test_the_loss_is_that_of_a_plain_loop(world: World, tmp_path: Path) -> None:
-    """The base's own, written out with diffusers' schedule; whatever the run's loss, noise and timesteps are."""
-    recipe = prepared(world, tmp_path / "plain")
+    """The base's own, written out with diffusers' schedule."""
+    recipe = prepared(world, tmp_path)
+    assert (len(recipe.session.cache.instance), len(recipe.session.cache.validation or ())) == (3, 2)
+    assert held_out_loss(recipe) == pytest.approx(plain_loss(recipe), rel=1e-4)  # a batch is summed in another order
+
+
+def plain_loss(recipe: DreamBooth) -> float:
     latents = recipe.session.cache.validation
     assert latents is not None
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -102,13 +108,17 @@ def test_the_loss_is_that_of_a_plain_loop(world: World, tmp_path: Path) -> None:
             with torch.no_grad():
                 found = recipe.session.model.predict(schedule.add_noise(clean, noise, at), at, said)
             losses.append(float(F.mse_loss(found, noise)))
-    wanted = sum(losses) / len(losses)
-    assert held_out_loss(recipe) == pytest.approx(wanted, rel=1e-5)
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.slow
+def test_the_loss_is_the_same_whatever_a_run_is_taught_by(world: World, tmp_path: Path) -> None:
+    wanted = plain_loss(prepared(world, tmp_path / "prepared"))
     other = {"loss": "huber", "loss_weighting": "min-snr", "noise_offset": 0.5, "min_timestep": 900, "dropout": 0.5}
     for folder, changes in (("plain", {}), ("other", other)):
         listener = Recorder()
         world.train(tmp_path / folder, listener, **{**HELD, "steps": 1, **changes})
-        assert told(listener)[0] == pytest.approx(wanted, rel=1e-5)
+        assert told(listener)[0] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_the_same_weights_have_the_same_loss_whenever_it_is_asked(world: World, tmp_path: Path) -> None:
@@ -128,7 +138,6 @@ def test_the_same_weights_have_the_same_loss_whenever_it_is_asked(world: World, 
     assert held_out_loss(recipe) != before
 
 
-@pytest.mark.slow
 def test_training_goes_on_in_training_mode(world: World, tmp_path: Path) -> None:
     """Else dropout would end with the first look at held-out pictures."""
 
@@ -141,9 +150,9 @@ def test_training_goes_on_in_training_mode(world: World, tmp_path: Path) -> None
                 )
 
     modes: list[list[bool]] = []
-    recipe = world.recipe(tmp_path, Watching(), **{**TOUCHY, "checkpoint_every": 1})
+    recipe = world.recipe(tmp_path, Watching(), **{**TOUCHY, "checkpoint_every": 1, "steps": 2})
     recipe.run()
-    assert modes == [[True, True]] * 5
+    assert modes == [[True, True]] * 2
 
 
 def test_every_checkpoint_is_told_once_and_recorded(world: World, tmp_path: Path) -> None:

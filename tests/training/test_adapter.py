@@ -140,6 +140,20 @@ def test_lokr_takes_any_rank(base: BaseWeights) -> None:
     assert {frozenset(started.parameters) for started in lora.layers.values()} == {frozenset({"lokr_w1", "lokr_w2"})}
 
 
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_dropout_is_in_every_layer(share: float, base: BaseWeights) -> None:
+    model = base.family.build(base)
+    lora = TrainableAdapter(model, TrainSettings(rank=4, dropout=share, text_encoder_lr=1e-4))
+    networks = (model.unet, *model.text_encoders.values())
+    shares = [
+        module.p
+        for network in networks
+        for name, module in network.named_modules()
+        if "lora_dropout" in name and isinstance(module, nn.Dropout)
+    ]
+    assert shares == ([share] * len(lora.layers) if share else [])
+
+
 # Which layers, of which rank
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import mostly_slow
 from checkpoints import SD2_SHAPES, sd2_checkpoint, sdxl_checkpoint
 from checkpoints_folders import diffusers_folder
 from diffusers import DDPMScheduler
@@ -93,8 +94,14 @@ def test_other_predictions_are_refused(kind: str, tmp_path: Path) -> None:
         open_base(demo_base(tmp_path, prediction_type=kind))
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
-@pytest.mark.parametrize(("velocity", "ztsnr"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("family", "velocity", "ztsnr"),
+    mostly_slow(
+        [(family, *kind) for family in ("sd2", "sdxl") for kind in ((False, False), (True, False), (True, True))],
+        ("sd2", True, False),
+        ("sdxl", True, True),
+    ),
+)
 def test_the_schedule_is_diffusers(family: Any, velocity: bool, ztsnr: bool, tmp_path: Path) -> None:
     folder = diffusers_folder(tmp_path / "model", family, velocity=velocity, ztsnr=ztsnr)
     base = open_base(folder)
@@ -184,8 +191,10 @@ def test_an_explicit_choice_is_only_warned_of_and_once(subject: list[Picture], t
     assert not warnings_of_training(base, subject, tmp_path, steps=2)  # goes on with the run
 
 
-@pytest.mark.parametrize("family", ["sd2", "sdxl"])
-@pytest.mark.parametrize("velocity", [False, True])
+@pytest.mark.parametrize(
+    ("family", "velocity"),
+    mostly_slow([(family, velocity) for family in ("sd2", "sdxl") for velocity in (False, True)], ("sd2", True)),
+)
 def test_models_that_know_nothing_are_let_through(
     family: Any, velocity: bool, subject: list[Picture], tmp_path: Path
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Recorder
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.core.errors import CancelledError, DivergedError, SettingsError, StorageError, TrainerError, suggest
 from pack.trainer.core.events import Preview, RunOpened, Step
@@ -531,7 +531,6 @@ def joined(parts: list[str]) -> st.SearchStrategy[str]:
 
 
 @given(data=st.data())
-@settings(max_examples=300)
 def test_no_name_ever_leads_out(tempting: RunIndex, runs: Runs, data: st.DataObject) -> None:
     name = data.draw(joined([*NAME_PARTS, runs.done, str(tempting.root), str(tempting.root.parent)]))
     try:
@@ -543,7 +542,6 @@ def test_no_name_ever_leads_out(tempting: RunIndex, runs: Runs, data: st.DataObj
 
 
 @given(data=st.data())
-@settings(max_examples=300)
 def test_no_file_s_name_ever_leads_out(tempting: RunIndex, runs: Runs, data: st.DataObject) -> None:
     folder = tempting.root / runs.done
     relative = data.draw(joined([*FILE_PARTS, runs.done, str(folder), str(tempting.root.parent)]))

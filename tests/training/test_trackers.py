@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, Recorder
+from helpers import HANGS, ROOT, Recorder
 from pack.trainer.core.distributed import accelerate_state_kept
 from pack.trainer.core.errors import CancelledError, SettingsError
 from pack.trainer.core.events import Preview, Step
@@ -26,7 +26,7 @@ from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import read_metrics
 from pack.trainer.training.runs.trackers import TrackedListener, logging_listener, require_tracker
 from PIL import Image
-from worlds import World, assert_same_end
+from worlds import Finished, World, assert_same_end
 
 pytestmark = pytest.mark.usefixtures("quick")
 LOGGED = {"loss": "loss", "learning_rate": "learning_rate", "steps_per_second": "rate", "memory_bytes": "memory"}
@@ -82,10 +82,11 @@ def test_tensorboard_holds_losses_and_pictures(world: World, tmp_path: Path) -> 
     assert np.array_equal(pixels(Image.open(io.BytesIO(images[2].encoded_image_string))), row)
 
 
-def test_tensorboard_knows_the_configuration(world: World, tmp_path: Path) -> None:
+def test_tensorboard_holds_losses_and_the_configuration(world: World, tmp_path: Path) -> None:
     import yaml
 
-    result = world.train(tmp_path, steps=1, log_with="tensorboard")
+    result = world.train(tmp_path, steps=2, log_with="tensorboard")
+    assert_the_log_is_that_of_the_metrics(result)
     [path] = (result.run / "logs").glob("*/hparams.yml")
     stored = yaml.safe_load(path.read_text())
     paths = {"start_from", "score_clip", "score_dino"}  # which are nobody else's business
@@ -118,8 +119,11 @@ class StopAfterTwo(Recorder):
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_one_run_in_the_runs_folder(world: World, tmp_path: Path, offline: None) -> None:
+def test_wandb_offline_keeps_one_run_in_the_runs_folder(
+    world: World, tmp_path: Path, offline: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("wandb")
+    monkeypatch.setattr(trackers, "_FINISH_TIMEOUT", HANGS)
     with pytest.raises(CancelledError):
         world.train(tmp_path, StopAfterTwo(), log_with="wandb", steps=4, **PREVIEWS)
     listener = Recorder()
@@ -364,13 +368,13 @@ def test_a_picture_that_is_gone_costs_the_log_alone(tmp_path: Path) -> None:
     assert len(listener.warnings) == 1
 
 
-def test_a_tracker_that_can_not_begin_is_an_error(world: World, tmp_path: Path) -> None:
+def test_a_tracker_that_can_not_begin_is_an_error(finished: Finished, world: World, tmp_path: Path) -> None:
     """Here a file stands where the log's folder would be."""
-    first = world.train(tmp_path, steps=1)
-    (first.run / "logs").write_text("in the way")
+    run = finished.begun(tmp_path, 3)
+    (run / "logs").write_text("in the way")
     with pytest.raises(SettingsError, match="TensorBoard can't start") as caught:
-        world.train(tmp_path, steps=2, log_with="tensorboard")
+        world.train(tmp_path, log_with="tensorboard")
     assert "log_with" in caught.value.remedy
-    assert not (first.run / "step-00000002").exists()
-    assert read_metrics(first.run / "metrics.jsonl")[-1]["state"] == "failed"
-    assert world.train(tmp_path, steps=2).started_from == 1
+    assert not (run / "step-00000004").exists()
+    assert read_metrics(run / "metrics.jsonl")[-1]["state"] == "failed"
+    assert world.train(tmp_path).started_from == 3
