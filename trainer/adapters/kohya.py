@@ -160,8 +160,6 @@ def _require_numbers(tensor: Tensor, key: str, *, is_alpha: bool) -> None:
     Raises:
         AdapterError: It is of such a type.
     """
-    if not isinstance(tensor, Tensor):  # as a wire of another pack may have it
-        raise AdapterError(f"{key} is no tensor but a {type(tensor).__name__}.", "Use a file in safetensors format.")
     is_integer = not tensor.is_complex() and tensor.dtype != torch.bool
     if not (tensor.is_floating_point() or (is_alpha and is_integer)):
         dtype = str(tensor.dtype).removeprefix("torch.")
@@ -249,8 +247,13 @@ def _readable_keys(keys: Collection[str] | Mapping[str, Tensor]) -> dict[str, Te
             f"The adapter is quantised: {scale} belongs to numbers that can't be read without it.",
             "Use a version of the adapter in fp32, fp16 or bf16.",
         )
-    shapes = {key: tensor.shape for key, tensor in keys.items()} if isinstance(keys, Mapping) else {}
-    return parse_keys(keys, shapes)
+    tensors = keys if isinstance(keys, Mapping) else {}
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):  # as a wire of another pack may have it
+            raise AdapterError(
+                f"{key} is no tensor but a {type(tensor).__name__}.", "Use a file in safetensors format."
+            )
+    return parse_keys(keys, {key: tensor.shape for key, tensor in tensors.items()})
 
 
 def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: bool = True) -> Path:
