@@ -13,6 +13,7 @@ Survivors that were looked at stand in tests/mutants.toml with a verdict. Others
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import gc
 import importlib
@@ -34,6 +35,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KNOWN = ROOT / "tests" / "mutants.toml"
 LIBRARIES = ["torch", "numpy", "PIL", "safetensors.torch", "pydantic", "hypothesis", "pytest"]
 LIBRARIES += ["diffusers", "transformers", "peft", "accelerate"]
+_MEMORY_BYTES = 8 * 2**30  # of address space; a fault may ask for any amount
 NOT_SLOW = "not slow and not comfy and not browser and not gpu"
 _ADAPTERS = ["tests/adapters/test_layers.py", "tests/adapters/test_foreign_files.py", "tests/merging/test_merge.py"]
 _MERGING = ["tests/merging/test_methods.py", "tests/merging/test_merge.py"]
@@ -156,6 +158,8 @@ def start(module: str, source: str, tests: Sequence[str], scratch: Path, cpu_lim
     status = 1
     try:
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_limit_s, cpu_limit_s + 10))
+        with contextlib.suppress(ValueError, OSError):  # not on every system
+            resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
         for stream in (1, 2):
             os.dup2(os.open(scratch / f"{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
         sys.meta_path.insert(0, _Mutated(module, source))
