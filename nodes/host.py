@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..trainer.core.errors import AdapterError, CancelledError, SettingsError, WeightsError
+from ..trainer.core.errors import AdapterError, CancelledError, PicturesError, SettingsError, WeightsError
 
 if TYPE_CHECKING:
     from ..trainer.training.runs.folder import RunPaths
@@ -50,15 +50,18 @@ def input_path(name: str) -> Path:
 
 
 def folder_stamp(path: Path) -> str:
-    """A text that changes with the zip file, or with the files of the folder and of its folders (masks, kohya's)."""
-    paths = [path]
+    """A text that changes with the zip file, or with the files of the folder and of all its folders."""
+    from ..trainer.data.tree import opened_tree
+
+    files = {path.name: path}
     if path.is_dir():
-        paths = sorted(inner for pattern in ("*", "*/*", "*/*/*") for inner in path.glob(pattern))
+        with contextlib.suppress(PicturesError), opened_tree(path) as tree:
+            files = {name: file.path for name, file in tree.files.items() if file.path}
     stamps = []
-    for file in paths:
-        if file.is_file():
+    for name, file in files.items():
+        with contextlib.suppress(OSError):  # a link that leads nowhere
             status = file.stat()
-            stamps.append((file.relative_to(path.parent).as_posix(), status.st_size, status.st_mtime_ns))
+            stamps.append((name, status.st_size, status.st_mtime_ns))
     return repr(stamps)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..trainer.core.errors import PicturesError, worded
 from ..trainer.core.events import Event, Note
-from ..trainer.data.folder import picture_names
+from ..trainer.data.folder import AnnotationOptions, picture_names
 from ..trainer.data.images import Picture, load_pictures
 from . import host
 from .thumbnails import as_thumbnail
@@ -110,5 +110,5 @@ def _inside(folder: str) -> Path:
 def _checked_pictures(path: Path, stamp: str) -> tuple[list[tuple[Picture, tuple[int, int]]], list[Note]]:
     """The usable pictures with their sizes, and warnings; read again when the folder's files change (`stamp`)."""
     collector = _WarningCollector()
-    pictures = load_pictures(path, "", collector)
+    pictures = load_pictures(path, "", collector, AnnotationOptions(keep_templates=True))
     return [(picture, picture.open().size) for picture in pictures], collector.warnings

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..trainer.core.prompts import common_words
+from ..trainer.settings.base import filled_prompts
 from ..trainer.settings.evaluate import CompareSettings
 from ..trainer.settings.train import TrainSettings
 from . import host
@@ -98,14 +100,14 @@ class PickBestCheckpoint(Node):
         import torch
 
         from ..trainer.core.devices import pick_device, pick_precision
-        from ..trainer.core.prompts import split_prompts
         from ..trainer.evaluation.comparison import base_candidate, checkpoint_candidates, compare_candidates
         from ..trainer.evaluation.comparison_report import as_contact_sheet, as_markdown, as_plot, write_report
         from ..trainer.evaluation.evaluator import Evaluator
         from ..trainer.evaluation.generator import CachedGenerator, sample_configs
         from ..trainer.training.runs.folder import RunFolder
 
-        values["prompts"] = values["prompts"].replace("{subject}", subject.instance_prompt)
+        prompts = values["prompts"].replace("{subject}", subject.instance_prompt)
+        values["prompts"] = filled_prompts("prompts", prompts, common_words(subject.words))
         settings = CompareSettings.checked({**values, "token": subject.token})
         run_folder = RunFolder.existing(host.run_path(run))
         candidates = checkpoint_candidates(run_folder.adapters(), run_folder.name)
@@ -113,8 +115,7 @@ class PickBestCheckpoint(Node):
         device = pick_device(host.device_name())
         with host.training_mode(), torch.no_grad():
             feature_extractors = open_feature_extractors(clip_model, dino_model, download=download)
-            prompts = split_prompts(settings.prompts)
-            evaluator = Evaluator(feature_extractors, subject.pictures, prompts, settings.token, listener)
+            evaluator = Evaluator(feature_extractors, subject.pictures, settings.prompt_list, settings.token, listener)
             base = host.borrow_base(model, clip, vae)
             cache_folder = host.work_folder() / "pictures"
             generator = CachedGenerator(base, cache_folder, device, pick_precision(precision, device), listener)

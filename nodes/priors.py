@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ..trainer.core.prompts import common_words
+from ..trainer.settings.base import filled_prompts
 from ..trainer.settings.train import PriorSettings, TrainSettings
 from . import host
 from .api import io
@@ -78,12 +80,14 @@ class ClassPriors(Node):
         import torch
 
         from ..trainer.core.devices import pick_device, pick_precision
-        from ..trainer.data.class_images import generate_class_images
+        from ..trainer.data.class_images import by_prompt, generate_class_images
         from ..trainer.data.images import to_pixels
 
-        prompts = [prompt.strip()] if prompt.strip() else list(subject.class_prompts if subject else [""])
+        prompts = list(subject.class_prompts if subject else [""])
+        if prompt.strip():
+            prompts = [filled_prompts("class_prompt", prompt, common_words(subject.words if subject else ()))]
         common = {f"prior_{name}": value for name, value in values.items()}
-        settings = [PriorSettings.checked(common | {"class_prompt": prompt}) for prompt in prompts]
+        settings = by_prompt([PriorSettings.checked(common | {"class_prompt": prompt}) for prompt in prompts])
         device = pick_device(host.device_name())
         listener = NodeListener(cls)
         pictures: list[Any] = []

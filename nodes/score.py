@@ -54,6 +54,24 @@ def open_feature_extractors(clip: str, dino: str, *, download: bool) -> Any:
     )
 
 
+def prompt_lines(text: str) -> list[str]:
+    """The prompts of a text, one on each line.
+
+    Raises:
+        PicturesError: A line holds several prompts, or templates.
+    """
+    from ..trainer.core.errors import PicturesError
+    from ..trainer.data.folder import AnnotationOptions
+
+    lines = []
+    for line in text.splitlines():
+        prompts = AnnotationOptions().prompts(line, f"The prompt '{line.strip()}'")
+        if len(prompts) > 1:
+            raise PicturesError(f"'{line.strip()}' holds {len(prompts)} prompts.", "Write one on each line.")
+        lines += prompts
+    return lines
+
+
 def _score(
     node: type[io.ComfyNode],
     images: Any,
@@ -110,7 +128,7 @@ class ClipScore(Node):
         from ..trainer.core.errors import PicturesError
         from ..trainer.evaluation.metrics import CLIP_SCORE, CLIP_T
 
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        lines = prompt_lines(prompts)
         if not lines:
             raise PicturesError("There is no prompt to score by.", "Write what the pictures should show.")
         table = _score(cls, images, prompts=lines, clip=clip_model, download=download)

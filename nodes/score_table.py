@@ -11,7 +11,7 @@ from .api import io, ui
 from .base import Node
 from .host_progress import NodeListener
 from .merge import as_image
-from .score import clip_input, dino_input, download_input, open_feature_extractors
+from .score import clip_input, dino_input, download_input, open_feature_extractors, prompt_lines
 from .subject import SubjectValue
 from .widgets import CATEGORY, SUBJECT
 
@@ -94,7 +94,7 @@ class ScoreTable(Node):
             title: load_pictures(list(images), "", listener)
             for title, images in zip(_titles(titles, len(connected)), connected, strict=True)
         }
-        lines = [line.strip() for line in prompts.splitlines() if line.strip()]
+        lines = prompt_lines(prompts)
         with host.interruptible():
             feature_extractors = open_feature_extractors(clip_model, dino_model if subject else "", download=download)
             grid = score_grid(pictures, lines, subject.pictures if subject else [], feature_extractors, listener)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..trainer.core.errors import PicturesError
-from ..trainer.core.prompts import article, fill_placeholders, split_prompts, without_token
+from ..trainer.core.prompts import PromptWords, article, split_prompts, without_token
 from ..trainer.data.folder import AnnotationOptions, CaptionSource, MaskSource
 from ..trainer.settings.data import PictureSettings
 from . import host
@@ -25,7 +25,8 @@ class SubjectValue:
         instance_prompt: Caption of pictures without their own.
         class_prompt: The same without the rare word.
         token: The rare word.
-        class_prompts: Class prompts of all chained subjects, in their order.
+        class_prompts: Class prompts of all chained subjects, in their order: one for each, also if they are the same.
+        words: What {token} and {class} stand for with each of the chained subjects.
     """
 
     pictures: tuple[Any, ...]
@@ -33,6 +34,7 @@ class SubjectValue:
     class_prompt: str
     token: str
     class_prompts: tuple[str, ...]
+    words: tuple[PromptWords, ...] = ()
 
 
 class Subject(Node):
@@ -134,28 +136,28 @@ class Subject(Node):
                 "Captions or masks are connected, but the pictures come from a folder.",
                 "Connect pictures to 'images' and choose no folder, or put text files and masks into the folder.",
             )
-        template = (split_prompts(caption) or [""])[0]
-        prompts = " ".join(fill_placeholders(caption, token, class_noun).split())
+        options = AnnotationOptions(
+            captions=captions_from, masks=masks_from, repeats=repeats, token=token, class_noun=class_noun
+        )
+        prompts = [" ".join(prompt.split()) for prompt in options.prompts(caption, "The caption")]
         pictures = load_pictures(
             list(images) if connected else host.input_path(folder),
-            prompts,
+            " | ".join(prompts),
             NodeListener(cls),
-            AnnotationOptions(
-                captions=captions_from, masks=masks_from, repeats=repeats, token=token, class_noun=class_noun
-            ),
+            options,
             captions=[line for line in captions.splitlines() if line.strip()],
             masks=[] if mask is None else list(mask),
         )
-        prompt = " ".join(fill_placeholders(template, token, class_noun).split())
-        class_prompt = _class_prompt(template, token, class_noun)
+        class_prompt = _class_prompt((split_prompts(caption) or [""])[0], token, class_noun)
         chained_pictures = subject.pictures if subject else ()
         chained_class_prompts = subject.class_prompts if subject else ()
         value = SubjectValue(
             pictures=(*chained_pictures, *pictures),
-            instance_prompt=prompt,
+            instance_prompt=prompts[0] if prompts else "",
             class_prompt=class_prompt,
             token=token.strip(),
-            class_prompts=tuple(dict.fromkeys((*chained_class_prompts, class_prompt))),
+            class_prompts=(*chained_class_prompts, class_prompt),
+            words=(*(subject.words if subject else ()), PromptWords(token.strip(), class_noun.strip())),
         )
         return io.NodeOutput(value, value.instance_prompt, value.class_prompt)
 

@@ -8,6 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..trainer.core.errors import SettingsError, suggest
+from ..trainer.core.prompts import common_words
+from ..trainer.settings.base import filled_prompts
 from ..trainer.settings.data import DataSettings
 from ..trainer.settings.objective import ObjectiveSettings
 from ..trainer.settings.optimizer import OptimizerSettings
@@ -325,6 +327,7 @@ def _train(
     workflow = (node.hidden.extra_pnginfo or {}).get("workflow")
     listener = TrainingListener(node, settings.name, subject.pictures, workflow)
     with listener.ending():
+        preview_prompts = filled_prompts("preview_prompts", settings.preview_prompts, common_words(subject.words))
         feature_models = {}
         for name in ("score_clip", "score_dino"):
             model = getattr(settings, name).strip()
@@ -336,7 +339,7 @@ def _train(
         with host.training_mode():
             base = host.borrow_base(parts.model, parts.clip, parts.vae)
             settings = apply_preset(settings, base.family, listener, settings.changed())
-            check_pictures(subject.pictures, settings.resolution, listener)
+            check_pictures(subject.pictures, settings, listener)
             report_settings_without_effect(
                 settings,
                 subject.pictures,
@@ -349,7 +352,7 @@ def _train(
                 base,
                 subject.pictures,
                 class_pictures,
-                settings.model_copy(update=feature_models),
+                settings.model_copy(update={**feature_models, "preview_prompts": preview_prompts}),
                 paths=host.run_paths(),
                 device=host.device_name(),
                 listener=listener,

@@ -84,8 +84,8 @@ def _priors(settings: PriorsCommand, wording: Wording) -> None:
     from .cli.train import run_priors
 
     with Terminal(wording) as terminal:
-        folder = run_priors(settings, terminal)
-    print(folder)
+        folders = run_priors(settings, terminal)
+    print(*folders, sep="\n")
 
 
 def _generate(settings: GenerateCommand, wording: Wording) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.__main__ import main
 from pack.trainer.core.errors import CancelledError, PicturesError, SettingsError, StorageError, WeightsError
+from pack.trainer.data import captioning
 from pack.trainer.data.captioning import BATCH, Captioner, apply_template, caption_folder, open_captioner
 from pack.trainer.data.images import load_pictures
 from pack.trainer.settings.caption import CaptionCommand, CaptionSettings
+from picture_trees import THREE, captions, load, photos, put
 from PIL import Image
 
 CPU = torch.device("cpu")
@@ -141,7 +144,7 @@ def words(**more: Any) -> CaptionSettings:
         ("a dog here", {"template": "{caption}, in  pixel art"}, "a sks dog here, in pixel art"),
         ("a cat here", {"template": "in pixel art: {caption}"}, "in pixel art: sks dog, a cat here"),
         ("a dog", {"template": "{caption}, {class}"}, "a sks dog, dog"),
-        ("a {token} dog", {"template": "{token}: {caption}"}, "sks: a {token} dog"),
+        ("a {token} dog", {"template": "{token}: {caption}"}, "sks: a token dog"),
         (r"a dog \1", {"token": r"s\1s"}, r"a s\1s dog \1"),
     ],
 )
@@ -196,6 +199,76 @@ def test_a_file_is_written_beside_each_picture_and_none_is_overwritten(folder: P
     assert list(captions.values()) == expected
     read = load_pictures(folder, "a prompt", Recorder())
     assert {one.name: one.caption for one in read} == captions | {"2.png": "my own words"}
+
+
+@pytest.fixture
+def own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captioner whose words for every picture are the same, with what means something else in a prompt."""
+
+    class Words:
+        def describe(self, pictures: Sequence[Image.Image], text: str, **options: Any) -> list[str]:
+            return ["a {blurry} | thing"] * len(pictures)
+
+    monkeypatch.setattr(captioning, "open_captioner", lambda *arguments, **options: Words())
+
+
+WRITTEN = ("a blurry thing",)
+HAVE_CAPTIONS: dict[str, tuple[dict[str, bytes], dict[str, tuple[str, ...]]]] = {
+    "text files": ({"a.txt": b"by hand"}, {"a.png": ("by hand",)}),
+    "capitals": ({"A.TXT": b"by hand"}, {"a.png": ("by hand",)}),
+    "the other ending": ({"a.caption": b"by hand"}, {"a.png": ("by hand",)}),
+    "metadata.jsonl": ({"metadata.jsonl": b'{"file_name": "b.png", "text": "by hand"}'}, {"b.png": ("by hand",)}),
+    "metadata.csv": ({"metadata.csv": b"file_name,text\nb.png,one | two"}, {"b.png": ("one", "two")}),
+    "UTF-16": ({"c.txt": "by hand".encode("utf-16")}, {"c.png": ("by hand",)}),
+    "an empty file": ({"a.txt": b" ", "b.txt": b"by hand"}, {"b.png": ("by hand",)}),
+    "an empty file before another": ({"a.txt": b"", "a.caption": b"by hand"}, {"a.png": ("by hand",)}),
+    "templates": ({"a.txt": b"{token} by hand"}, {"a.png": ("sks by hand",)}),
+}
+
+
+@pytest.mark.usefixtures("own_words")
+@pytest.mark.parametrize("where", ["", "10_sks dog/", "img/10_sks dog/"])
+@pytest.mark.parametrize("kind", HAVE_CAPTIONS)
+def test_what_has_a_caption_keeps_it(kind: str, where: str, tmp_path: Path) -> None:
+    """What counts as a caption for a run counts for whoever writes captions; the name of a folder does not."""
+    beside, kept = HAVE_CAPTIONS[kind]
+    folder = put(tmp_path / "tree", {f"{where}{name}": content for name, content in (THREE | beside).items()})
+    recorder = Recorder()
+    written = caption_folder(CaptionCommand.checked({"images": folder, "model": "any", "device": "cpu"}), recorder)
+    assert written == {f"{where}{name}": WRITTEN[0] for name in sorted(THREE) if name not in kept}
+    assert recorder.notes == [f"{len(kept)} of 3 pictures have captions already; they stay."]
+    pictures, _ = load(folder, token="sks")
+    assert captions(pictures) == {f"{where}{name}": kept.get(name, WRITTEN) for name in sorted(THREE)}
+
+
+@pytest.mark.usefixtures("own_words")
+@pytest.mark.parametrize("kind", HAVE_CAPTIONS)
+def test_with_overwrite_every_picture_gets_the_new_caption(kind: str, tmp_path: Path) -> None:
+    beside, _ = HAVE_CAPTIONS[kind]
+    folder = put(tmp_path / "tree", THREE | beside)
+    values = {"images": folder, "model": "any", "device": "cpu", "overwrite": True}
+    caption_folder(CaptionCommand.checked(values), Recorder())
+    assert captions(load(folder)[0]) == dict.fromkeys(sorted(THREE), WRITTEN)
+
+
+@pytest.mark.usefixtures("own_words")
+def test_pictures_of_one_name_in_several_folders_have_a_caption_each(tmp_path: Path) -> None:
+    folder = put(tmp_path / "tree", photos("10_sks dog/1.png", "2_sks cat/1.png", "2_sks cat/2.png"))
+    values = {"images": folder, "model": "any", "device": "cpu", "token": "sks"}
+    written = caption_folder(CaptionCommand.checked(values), Recorder())
+    assert list(written) == ["10_sks dog/1.png", "2_sks cat/1.png", "2_sks cat/2.png"]
+    texts = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.txt"))
+    assert texts == ["10_sks dog/1.txt", "2_sks cat/1.txt", "2_sks cat/2.txt"]
+
+
+@pytest.mark.usefixtures("own_words")
+@pytest.mark.skipif(sys.platform != "linux", reason="names are text there")
+def test_names_that_are_not_utf8_get_captions(tmp_path: Path) -> None:
+    source = put(tmp_path / "tree", THREE)
+    os.rename(os.fsencode(source / "a.png"), os.path.join(os.fsencode(source), b"caf\xe9.png"))
+    caption_folder(CaptionCommand.checked({"images": source, "model": "any", "device": "cpu"}), Recorder())
+    assert captions(load(source)[0])["caf\\xe9.png"] == WRITTEN
+    assert b"caf\xe9.txt" in os.listdir(os.fsencode(source))
 
 
 def test_a_second_call_does_not_even_open_the_model(folder: Path, blip: Path) -> None:

@@ -13,9 +13,9 @@ import pytest
 import torch
 from checkpoints import sd15_checkpoint
 from helpers import TINY, Recorder
-from pack.trainer.core.errors import CancelledError, OutOfMemoryError, TrainerError
+from pack.trainer.core.errors import CancelledError, OutOfMemoryError, StorageError, TrainerError
 from pack.trainer.core.events import Phase
-from pack.trainer.data.class_images import generate_class_images
+from pack.trainer.data.class_images import by_prompt, generate_class_images
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.families.base import BaseWeights
@@ -271,3 +271,45 @@ def test_pictures_open_from_disk(base: BaseWeights, tmp_path: Path) -> None:
     [path, _] = drawn(tmp_path)
     with Image.open(path) as image:
         assert first.open().tobytes() == image.convert("RGB").tobytes()
+
+
+def test_of_several_prompts_each_has_its_share(base: BaseWeights, made: Path) -> None:
+    pictures = make(base, made, changed(class_prompt="a photo of a dog | a dog", prior_count=3))
+    assert [picture.caption for picture in pictures] == ["a photo of a dog", "a photo of a dog", "a dog"]
+    assert [picture.digest for picture in pictures[:2]] == [picture.digest for picture in make(base, made)]
+    assert len({picture.digest for picture in pictures}) == 3
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ([("a dog", 2)], {"a dog": 2}),
+        ([("a dog", 2), ("a dog", 3)], {"a dog": 5}),
+        ([("a dog", 2), ("a cat", 1), ("a dog", 1)], {"a dog": 3, "a cat": 1}),
+        ([("a dog | a puppy", 3), ("a dog", 2)], {"a dog": 4, "a puppy": 1}),
+        ([("a dog | a puppy | a hound", 2)], {"a dog": 1, "a puppy": 1}),
+        ([("", 0), ("a dog", 0)], {}),
+    ],
+)
+def test_subjects_of_one_class_ask_for_pictures_of_their_own(
+    asked: list[tuple[str, int]], expected: dict[str, int]
+) -> None:
+    settings = [FEW.model_copy(update={"class_prompt": prompt, "prior_count": count}) for prompt, count in asked]
+    assert {one.class_prompt: one.prior_count for one in by_prompt(settings)} == expected
+
+
+@pytest.mark.parametrize("content", [None, b"x"], ids=["gone", "changed"])
+def test_a_class_picture_that_changes_after_it_was_found_is_an_error(
+    content: bytes | None, base: BaseWeights, tmp_path: Path
+) -> None:
+    first, second = make(base, tmp_path)
+    path = next(iter(drawn(tmp_path)))
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StorageError) as caught:
+        first.open()
+    assert str(path) in caught.value.problem
+    assert "Start again" in caught.value.remedy
+    assert second.open().size == (64, 64)
+    assert make(base, tmp_path)[0].open().size == (64, 64)  # the remedy works

@@ -13,7 +13,7 @@ from helpers import DEMO, Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.cli.train import run_train
-from pack.trainer.core.errors import CancelledError
+from pack.trainer.core.errors import CancelledError, PicturesError, suggest
 from pack.trainer.data.image_check import (
     MAX_BLUR,
     MAX_HASH_DISTANCE,
@@ -28,7 +28,7 @@ from pack.trainer.data.image_check import (
     steepness,
 )
 from pack.trainer.data.images import Picture, decode, load_pictures
-from pack.trainer.settings.train import TrainCommand
+from pack.trainer.settings.train import TrainCommand, TrainSettings
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
 Change = Callable[[Image.Image], Image.Image]
@@ -55,9 +55,7 @@ def as_picture(name: str, image: Image.Image) -> Picture:
 
 
 def look(name: str, image: Image.Image) -> PictureMeasurements:
-    found = measure_picture(as_picture(name, image))
-    assert found is not None
-    return found
+    return measure_picture(as_picture(name, image))
 
 
 def advice_on(resolution: int = 64, **images: Image.Image) -> list[str]:
@@ -118,7 +116,7 @@ def test_the_demos_pictures_are_all_different_and_sharp() -> None:
     """Drawings with large flat areas: what a check made for photographs errs on first."""
     for folder in ("subject", "style"):
         recorder = Recorder()
-        check_pictures(load_pictures(DEMO / folder, "", recorder), 64, recorder)
+        check_pictures(load_pictures(DEMO / folder, "", recorder), TrainSettings(resolution=64), recorder)
         assert recorder.warnings == []
 
 
@@ -267,14 +265,14 @@ def test_a_dark_picture_is_named_and_a_lamp_in_the_dark_is_not() -> None:
 
 
 def test_small_pictures_say_how_much_they_are_scaled_up() -> None:
-    images = {"a.png": scene(0, 512, 600), "b.png": scene(1, 256, 400), "c.png": scene(2, 500, 480)}
+    images = {"a.png": scene(0, 512, 600), "b.png": scene(1, 256, 380), "c.png": scene(2, 500, 480)}
     looks = [look(name, image) for name, image in images.items()]
     assert texts(looks, 512) == [
-        "b.png (256×400) is smaller than the training resolution 512 and will be scaled up 2.0 times, which blurs: "
+        "b.png (256×380) is smaller than the training resolution 512 and will be scaled up 2.0 times, which blurs: "
         "take a larger one, or lower the resolution."
     ]
     [text] = texts(looks, 1024)
-    assert text.startswith("a.png (512×600), b.png (256×400) and c.png (500×480) are smaller")
+    assert text.startswith("a.png (512×600), b.png (256×380) and c.png (500×480) are smaller")
     assert "up to 4.0 times" in text
     assert "take larger ones" in text
     assert texts(looks, 256) == []
@@ -291,7 +289,7 @@ def test_look_alikes_are_one_message_a_group_and_exact_copies_are_left_to_others
     recorder = Recorder()
     pictures = load_pictures(tmp_path, "", recorder)
     before = len(recorder.warnings)
-    check_pictures(pictures, 128, recorder)
+    check_pictures(pictures, TrainSettings(resolution=128), recorder)
     assert len([text for text in recorder.warnings[:before] if "same picture" in text]) == 1
     assert recorder.warnings[before:] == [
         "a copy.png, b.jpg and c.png look almost the same: keep the best one, or the model learns it by heart."
@@ -310,12 +308,11 @@ def test_every_mode_and_shape_is_measured(mode: str, size: tuple[int, int], tmp_
     recorder = Recorder()
     [picture] = load_pictures(tmp_path, "", recorder)
     found = measure_picture(picture)
-    assert found is not None
     assert found.size == size
     assert 0 <= found.steepness <= 2
     assert 0 <= found.blur <= 1
     assert found.detail > 0.1
-    check_pictures([picture], 32, recorder)
+    check_pictures([picture], TrainSettings(resolution=32), recorder)
     assert not any("empty" in text for text in recorder.warnings)
 
 
@@ -325,30 +322,65 @@ def test_transparency_is_measured_on_white() -> None:
     assert look("x", hole).detail == 0.0
 
 
-def test_a_picture_that_has_gone_is_left_to_whoever_needs_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [None, b"no picture", b""], ids=["gone", "no picture", "empty"])
+def test_a_picture_that_is_not_the_same_any_more_is_an_error(content: bytes | None, tmp_path: Path) -> None:
     for seed in range(4):
         scene(seed).save(tmp_path / f"{seed}.png")
     recorder = Recorder()
     pictures = load_pictures(tmp_path, "", recorder)
     (tmp_path / "2.png").unlink()
-    (tmp_path / "3.png").write_bytes(b"no picture")
-    check_pictures(pictures, 64, recorder)
-    assert recorder.warnings == []
+    if content is not None:
+        (tmp_path / "2.png").write_bytes(content)
+    with pytest.raises(PicturesError) as caught:
+        check_pictures(pictures, TrainSettings(resolution=64), recorder)
+    assert str(tmp_path / "2.png") in caught.value.problem
+    assert ("not there" if content is None else "has changed") in caught.value.problem
+    assert "tart again" in caught.value.remedy
+
+
+def test_of_no_pictures_there_is_nothing_to_say() -> None:
     assert texts([], 64) == []
+
+
+@pytest.mark.parametrize(
+    ("size", "cut"),
+    [((300, 200), 0), ((200, 300), 0), ((400, 300), 0), ((320, 210), 0), ((320, 180), 44), ((1200, 100), 92)],
+    ids=str,
+)
+def test_what_is_cut_away_is_told_if_it_is_much(size: tuple[int, int], cut: int) -> None:
+    """A third, as of 3:2, is what everybody expects; nothing is said of it."""
+    recorder = Recorder()
+    pictures = [as_picture("wide.png", scene(0, 320, 320).resize(size)), as_picture("b.png", scene(1, 320, 320))]
+    check_pictures(pictures, TrainSettings(resolution=64), recorder)
+    told = [text for text in recorder.warnings if "cut away" in text]
+    assert len(told) == bool(cut)
+    if cut:
+        assert f"wide.png ({cut} %)" in told[0]
+        assert suggest("aspect_buckets", True) in told[0]
+        assert "crop it around the subject" in told[0]
+
+
+def test_with_buckets_only_panoramas_are_cut() -> None:
+    recorder = Recorder()
+    pictures = [as_picture(f"{width}.png", scene(0, 320, 320).resize((width, 100))) for width in (200, 390, 1200)]
+    check_pictures(pictures, TrainSettings(resolution=512, aspect_buckets=True), recorder)
+    [told] = [text for text in recorder.warnings if "cut away" in text]
+    assert told.startswith("Much of 1200.png (67 %) is cut away")
+    assert "aspect_buckets" not in told
 
 
 def test_many_pictures_are_counted_and_can_be_stopped() -> None:
     image = scene(0).resize((64, 64))
     pictures = [Picture(f"{number}.png", "", str(number), lambda: image) for number in range(40)]
     recorder = Recorder()
-    check_pictures(pictures, 64, recorder)
+    check_pictures(pictures, TrainSettings(resolution=64), recorder)
     assert [event.done for event in recorder.events if hasattr(event, "done")] == [32]
     assert recorder.warnings == [
         "0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 34 more look almost the same: keep the best one, or the model "
         "learns it by heart."
     ]
     with pytest.raises(CancelledError):
-        check_pictures(pictures, 64, Recorder(stop_after=1))
+        check_pictures(pictures, TrainSettings(resolution=64), Recorder(stop_after=1))
 
 
 @pytest.mark.slow

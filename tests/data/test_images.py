@@ -302,12 +302,11 @@ def load(source: Path) -> tuple[list[Picture], Recorder]:
         (b"a photo of sks dog in the snow", "a photo of sks dog in the snow", ""),
         ("ein Foto von sks Hündin, 犬".encode(), "ein Foto von sks Hündin, 犬", ""),
         ("sks Hündin".encode("utf-8-sig"), "sks Hündin", ""),
-        ("sks Hündin – müde".encode("cp1252"), "sks Hündin – müde", "Windows-1252"),
-        (b"  sks dog,\r\n on the\tbeach \n", "sks dog, on the beach", ""),
+        (b"  sks dog, on \t the\tbeach \r\n\r\n", "sks dog, on the beach", ""),
         (b"", PROMPT, "empty"),
         (b" \n\t ", PROMPT, "empty"),
     ],
-    ids=["none", "ascii", "UTF-8", "byte order mark", "Windows-1252", "several lines", "empty", "blank"],
+    ids=["none", "ascii", "UTF-8", "byte order mark", "blanks", "empty", "blank"],
 )
 def test_captions(tmp_path: Path, kind: str, text: bytes | None, caption: str, warned: str) -> None:
     files = {f"{name}.png": photo(number) for number, name in enumerate(("a", "b", "c"))}

@@ -25,7 +25,7 @@ from pack.trainer.__main__ import main
 from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.cli.train import run_train
 from pack.trainer.core.errors import PicturesError, SettingsError
-from pack.trainer.core.prompts import fill_placeholders, shuffled_tags
+from pack.trainer.core.prompts import shuffled_tags
 from pack.trainer.core.seeding import generator
 from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.images import Picture
@@ -133,7 +133,7 @@ def test_two_subjects_through_the_command_line(
 
 
 def test_class_pictures_of_every_subject(dog_and_cat: dict[str, Path], tiny_checkpoint: Path, tmp_path: Path) -> None:
-    """The run's number holds for tables without their own; a class that two subjects share is drawn once."""
+    """The run's number holds for tables without their own; of a class in common each gets pictures of its own."""
     tables = [
         {"images": dog_and_cat["dog"], "instance_prompt": "sks", "class_prompt": "a dog"},
         {"images": dog_and_cat["cat"], "instance_prompt": "rraj", "class_prompt": "a dog", "prior_count": 3},
@@ -146,11 +146,12 @@ def test_class_pictures_of_every_subject(dog_and_cat: dict[str, Path], tiny_chec
     assert [one.prior_count for one in command.subjects] == [1, 3, 0, 0]
     run_train(command, Recorder())
     folders = list((tmp_path / "output" / "class-pictures").iterdir())
-    assert [len(list(folder.glob("*.png"))) for folder in folders] == [3]
+    assert [len(list(folder.glob("*.png"))) for folder in folders] == [1 + 3]
     cache = LatentCache.load(only_run(tmp_path / "output") / "cache.safetensors")
     assert cache is not None
     assert cache.prior is not None
     assert len(cache.prior) == 1 + 3
+    assert len({mean.numpy().tobytes() for mean in cache.prior.mean}) == 1 + 3
 
 
 def test_one_table_is_as_no_table(dog_and_cat: dict[str, Path], tmp_path: Path) -> None:
@@ -423,19 +424,6 @@ def test_long_captions_are_told_once(world: World, tmp_path: Path) -> None:
     subject = [replace(one, caption=long) for one in world.subject]
     replace(world, subject=subject).prepared(tmp_path, listener := Recorder(), shuffle_tags=True)
     assert len([text for text in listener.warnings if "longer than the text encoder reads" in text]) == 1
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        ("a {token} {class}", "a sks dog"),
-        ("{class}{token}{class}", "dogsksdog"),
-        ("no {word}, no {", "no {word}, no {"),
-        ("", ""),
-    ],
-)
-def test_templates(template: str, expected: str) -> None:
-    assert fill_placeholders(template, " sks ", "dog\n") == expected
 
 
 needs_comfyui = pytest.mark.skipif(

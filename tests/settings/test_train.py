@@ -470,7 +470,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"prior_count": 1}, ("prior_count", "give class_prompt")),
     ({"min_timestep": 500, "max_timestep": 500}, ("min_timestep (500)", "max_timestep (500)")),
     ({"aspect_buckets": True, "resolution": 64}, ("bucket_step (64)", "resolution 64", "lower bucket_step")),
-    ({"instance_prompt": "a {token} {class}"}, ("{class}", "class_noun", "give class_noun")),
+    ({"instance_prompt": "a {token} {class}"}, ("instance_prompt", "{class}", "class_noun is empty")),
     ({"subject": [{"images": "cat"}]}, ("images", "[[subject]]", "table")),
 ]
 

@@ -13,11 +13,10 @@ import torch
 
 from ..adapters.kohya import read_adapter
 from ..core.devices import pick_device, pick_precision
-from ..core.errors import SettingsError
+from ..core.errors import PicturesError, SettingsError
 from ..core.events import Listener, Note
 from ..core.files import require_writable, require_writable_file, write_atomic
-from ..core.prompts import split_prompts
-from ..data.images import load_pictures
+from ..data.images import load_pictures, load_references
 from ..evaluation.comparison import (
     Candidate,
     Comparison,
@@ -44,7 +43,13 @@ def run_score(settings: ScoreCommand, listener: Listener) -> ScoreTable:
     if settings.output is not None:
         require_writable_file(settings.output, 1_000_000)
     pictures = load_pictures(settings.pictures, settings.prompt, listener)
-    references = load_pictures(settings.subject, "", listener) if settings.subject else []
+    references = load_references(settings.subject, listener) if settings.subject else []
+    several = next((picture for picture in pictures if picture.more_captions), None)
+    if several is not None:
+        raise PicturesError(
+            f"{several.name} has {len(several.captions)} prompts, and a score compares with one.",
+            "Write the prompt that the picture was generated from on one line, without '|'.",
+        )
     extractors = _open_extractors(settings, device)
     prompts = [picture.caption for picture in pictures]
     table = score_pictures(pictures, prompts if all(prompts) else [], references, extractors, listener)
@@ -59,9 +64,9 @@ def run_compare(settings: CompareCommand, listener: Listener) -> tuple[Compariso
     """Generate and score pictures with adapters side by side; returns the comparison and its files."""
     device = pick_device(settings.device)
     candidates = candidates_of(settings)
-    references = load_pictures(settings.subject, "", listener)
+    references = load_references(settings.subject, listener)
     extractors = _open_extractors(settings, device)
-    evaluator = Evaluator(extractors, references, split_prompts(settings.prompts), settings.token, listener)
+    evaluator = Evaluator(extractors, references, settings.prompt_list, settings.token, listener)
     precision = pick_precision(settings.precision, device)
     base = open_base_model(settings)
     require_writable(settings.output_dir, 10_000_000)

@@ -17,7 +17,7 @@ from ..core.distributed import ProcessGroup
 from ..core.errors import PicturesError, SettingsError, suggest
 from ..core.events import Listener, Phase
 from ..core.files import explained_os_errors, require_writable_file
-from ..data.class_images import class_images_folder, generate_class_images
+from ..data.class_images import by_prompt, class_images_folders, generate_class_images
 from ..data.folder import AnnotationOptions
 from ..data.image_check import check_pictures
 from ..data.images import Picture, load_pictures, split_validation
@@ -45,11 +45,11 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     start = read_adapter(settings.start_from) if settings.start_from else None
     stacked = read_adapters(settings.base_lora)
     base = apply_to_base(open_base_model(settings), stacked)
-    settings = apply_preset(settings, base.family, listener)
+    settings = apply_preset(settings, base.family, listener).with_filled_previews()
     paths = RunPaths(output=settings.output_dir, runs=settings.output_dir / "runs")
     starting_point = StartingPoint(start, stacked)
     require_trainable(base, settings, paths, starting_point)
-    check_pictures(pictures, settings.resolution, listener)
+    check_pictures(pictures, settings, listener)
     report_settings_without_effect(
         settings,
         pictures,
@@ -59,8 +59,8 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
         listener=listener,
     )
     with ProcessGroup.current(cpu=device.type == "cpu").main_process_first():
-        for subject in settings.subjects:
-            class_pictures += _generated_class_pictures(base, _prior_settings(settings, subject), settings, listener)
+        for priors in by_prompt([_prior_settings(settings, subject) for subject in settings.subjects]):
+            class_pictures += _generated_class_pictures(base, priors, settings, listener)
     return train(
         base,
         subject=pictures,
@@ -115,13 +115,13 @@ def _prior_settings(settings: TrainCommand, subject: SubjectTable) -> PriorSetti
     return PriorSettings(**values | {"class_prompt": subject.class_prompt, "prior_count": subject.prior_count})
 
 
-def run_priors(settings: PriorsCommand, listener: Listener) -> Path:
-    """Generate class pictures; returns their folder."""
+def run_priors(settings: PriorsCommand, listener: Listener) -> list[Path]:
+    """Generate class pictures; returns their folders, one for each prompt."""
     base = apply_to_base(open_base_model(settings), read_adapters(settings.base_lora))
     _generated_class_pictures(base, settings, settings, listener)
     root = _class_pictures_root(settings)
     precision = pick_precision(settings.precision, pick_device(settings.device))
-    return class_images_folder(root, base, settings, settings.resolution, precision)
+    return class_images_folders(root, base, settings, settings.resolution, precision)
 
 
 def _generated_class_pictures(
@@ -171,17 +171,20 @@ def run_generate(settings: GenerateCommand, listener: Listener) -> list[Path]:
         guidance=settings.guidance,
     )
     paths = []
-    for index in range(settings.count):
-        listener.report(Phase("pictures", index, settings.count))
+    wanted = [
+        (prompt, settings.seed + number) for prompt in settings.prompts or [""] for number in range(settings.count)
+    ]
+    for index, (prompt, seed) in enumerate(wanted):
+        listener.report(Phase("pictures", index, len(wanted)))
         with explained_memory_errors(suggest("size")):
-            [image] = generate(model, settings.prompt, [settings.seed + index], config, listener)
+            [image] = generate(model, prompt, [seed], config, listener)
         path = settings.output
-        if settings.count > 1:
+        if len(wanted) > 1:
             path = path.with_name(f"{path.stem}-{index:03d}{path.suffix}")
         with explained_os_errors(path):
             image.save(path)
         paths.append(path)
-    listener.report(Phase("pictures", settings.count, settings.count))
+    listener.report(Phase("pictures", len(wanted), len(wanted)))
     return paths
 
 

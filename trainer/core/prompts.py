@@ -1,19 +1,118 @@
-"""Prompts and captions: several in one text, without the rare word, with placeholders filled, with tags shuffled."""
+"""Prompts and captions: what a text of them means, without the rare word, with tags shuffled.
+
+Every prompt is read by `parse_prompts`, wherever it comes from: a setting, a widget, a caption file, the name of a file
+or folder. So `|`, `{token}` and `{class}` mean the same everywhere.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from .errors import suggest
 
 if TYPE_CHECKING:
     import torch
 
+_BRACES = re.compile(r"(\{+)([^{}]*)(\}+)")
+_WORDS_ALONE = re.compile(r"[\w\s-]*")
+_UNCLOSED = re.compile(r"\{\s*(?:token|class)\b")
 _BEFORE_NOUN = re.compile(
     "about|above|across|and|around|as|at|before|behind|below|beside|between|by|for|from|in|inside|into|like|near|of|on"
     "|onto|or|over|showing|than|through|to|toward|towards|under|upon|wearing|with|without",
     re.IGNORECASE,
 )
 _PUNCTUATION = ",.;:!?"
+
+
+@dataclass(frozen=True)
+class PromptWords:
+    """What the templates in prompts stand for.
+
+    Attributes:
+        token: {token}, the rare word. None: it stands for nothing, where there is no such setting.
+        class_noun: {class}, the class of the subject; None likewise.
+    """
+
+    token: str | None = None
+    class_noun: str | None = None
+
+
+def common_words(subjects: Sequence[PromptWords]) -> PromptWords:
+    """What the templates stand for in a prompt about several subjects: nothing, where these differ."""
+    tokens = {words.token for words in subjects}
+    nouns = {words.class_noun for words in subjects}
+    return PromptWords(
+        token=tokens.pop() if len(tokens) == 1 else None, class_noun=nouns.pop() if len(nouns) == 1 else None
+    )
+
+
+class PromptError(ValueError):
+    """A prompt that can't be read.
+
+    Attributes:
+        problem: What is wrong, as the end of a sentence whose subject is the prompt.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, problem: str, remedy: str) -> None:
+        super().__init__(f"{problem}. {remedy}")
+        self.problem = problem
+        self.remedy = remedy
+
+
+def parse_prompts(text: str, words: PromptWords) -> list[str]:
+    """The prompts of a text, with the rare word for {token} and the class noun for {class}.
+
+    Args:
+        text: Prompts, which are separated by "|" or stand on lines of their own.
+        words: What the templates stand for.
+
+    Returns:
+        The prompts that are not blank, without blanks around them.
+
+    Raises:
+        PromptError: A template is unknown, or stands for nothing. Braces around anything but words are text.
+    """
+    for match in _BRACES.finditer(text):
+        _require_known(*match.groups(), words=words)
+    if unclosed := _UNCLOSED.search(_BRACES.sub("", text)):
+        raise PromptError(f"holds {unclosed[0]} without a closing brace", "Write {token} and {class}.")
+    values = {"token": (words.token or "").strip(), "class": (words.class_noun or "").strip()}
+    return [_BRACES.sub(lambda match: values.get(match[2], match[0]), prompt).strip() for prompt in split_prompts(text)]
+
+
+def _require_known(opening: str, name: str, closing: str, *, words: PromptWords) -> None:
+    """Check what stands in braces.
+
+    Raises:
+        PromptError: It looks like a template, or like alternatives, and is none that is known.
+    """
+    braced = f"{opening}{name}{closing}"
+    if "|" in name or "\n" in name.strip():
+        raise PromptError(
+            f"holds {' '.join(braced.split())}, but alternatives are not written in braces",
+            "Write whole prompts, separated by '|': a red dog | a blue dog.",
+        )
+    settings = {"token": ("token", words.token, "sks"), "class": ("class_noun", words.class_noun, "dog")}
+    if len(braced) != len(name) + 2 or name not in settings:
+        if _WORDS_ALONE.fullmatch(name):
+            raise PromptError(
+                f"holds {braced}, which is not known",
+                "Write {token} for the rare word and {class} for the class noun, and leave braces around other words "
+                "out.",
+            )
+        return
+    setting, value, example = settings[name]
+    if value is None:
+        raise PromptError(f"holds {braced}, which stands for nothing here", "Write the words themselves.")
+    if not value.strip():
+        raise PromptError(
+            f"holds {braced}, but {suggest(setting)} is empty",
+            f"Give {suggest(setting, example)}, for example, or write the word itself instead of {braced}.",
+        )
 
 
 def split_prompts(text: str) -> list[str]:
@@ -72,11 +171,6 @@ def shuffled_tags(caption: str, keep: int, source: torch.Generator) -> str:
     rest = tags[keep:]
     order = torch.randperm(len(rest), generator=source).tolist()
     return ", ".join(first + [rest[index] for index in order])
-
-
-def fill_placeholders(template: str, token: str, noun: str) -> str:
-    """A template with the rare word for {token} and the class noun for {class}."""
-    return template.replace("{token}", token.strip()).replace("{class}", noun.strip())
 
 
 def article(noun: str) -> str:

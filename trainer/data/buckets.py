@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import math
 
+from ..settings.data import DataSettings
+
 _MAX_ASPECT_RATIO = 4.0  # width over height, or height over width
+
+
+def training_shapes(settings: DataSettings, resolution: int) -> list[tuple[int, int]]:
+    """The widths and heights in which pictures are trained: the square alone, or all buckets; the square first."""
+    if settings.aspect_buckets:
+        return bucket_shapes(resolution, settings.bucket_step)
+    return [(resolution, resolution)]
 
 
 def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:

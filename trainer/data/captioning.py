@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +20,11 @@ from ..core.files import require_writable, write_atomic
 from ..core.prompts import article
 from ..models.hub import explained_opening, model_type, pillow_processor, source_title
 from ..settings.caption import CaptionCommand, CaptionSettings
-from .folder import picture_names
-from .images import Picture, decode
+from .captions import Captions, stem_of
+from .decoding import decode
+from .folder import select_pictures
+from .images import Picture
+from .tree import TreeFile, UnreadableFileError, opened_tree
 
 BATCH = 8  # pictures per forward pass
 _WHAT_TO_LOWER = f"{suggest('beams')}, or compute on the CPU"
@@ -120,6 +123,7 @@ def apply_template(caption: str, settings: CaptionSettings) -> str:
     The rare word stands where the template has {token}; else before the class noun in the caption; else it and the
     class noun stand in front. A caption that has it already keeps it.
     """
+    caption = " ".join(re.sub("[|{}]", " ", caption).split())  # these mean something else in a prompt
     token = " ".join(settings.token.split())
     noun = " ".join(settings.class_noun.split())
     if token and "{token}" not in settings.template:
@@ -199,57 +203,60 @@ def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, st
         WeightsError: The model can't be opened, or is no BLIP.
         CancelledError: The listener asked to stop.
     """
-    files = _files_to_caption(settings.images, settings.overwrite, listener)
-    if not files:
+    targets = _pictures_to_caption(settings.images, settings.overwrite, listener)
+    if not targets:
         return {}
-    require_writable(settings.images, 4096 * len(files))
+    for folder in dict.fromkeys(target.parent for _, target in targets):
+        require_writable(folder, 4096 * len(targets))
     captioner = open_captioner(settings.model, pick_device(settings.device), download=settings.download)
-    pictures = [Picture(file.name, caption="", digest="", open=partial(_decode_file, file)) for file in files]
+    pictures = [Picture(file.name, caption="", digest="", open=partial(_decode_file, file)) for file, _ in targets]
+    target_of = {file.name: target for file, target in targets}
     written: dict[str, str] = {}
     for picture, caption in caption_pictures(captioner, pictures, settings, listener):
         if not caption:
             text = f"{picture.name} gets no caption: the model has no words for it."
             listener.report(Note(text, warning=True, picture=picture.name))
             continue
-        write_atomic((settings.images / picture.name).with_suffix(".txt"), f"{caption}\n".encode())
+        write_atomic(target_of[picture.name], f"{caption}\n".encode())
         written[picture.name] = caption
     return written
 
 
-def _decode_file(file: Path) -> Image.Image:
+def _decode_file(file: TreeFile) -> Image.Image:
     try:
-        return decode(file.read_bytes())
-    except OSError as error:
-        raise ValueError(f"it can't be read ({error.strerror})") from error
+        return decode(file.read())
+    except UnreadableFileError as error:
+        raise ValueError(str(error)) from error
 
 
-def _files_to_caption(folder: Path, overwrite: bool, listener: Listener) -> list[Path]:
-    """The pictures of a folder that get a caption.
+def _pictures_to_caption(folder: Path, overwrite: bool, listener: Listener) -> list[tuple[TreeFile, Path]]:
+    """The pictures of a folder that get a caption, each with the text file that it goes into.
 
     Raises:
-        PicturesError: The folder is missing, a file, unreadable, or holds no pictures.
+        PicturesError: The folder is missing, a file, unreadable, or holds no pictures; or a caption can't be read.
     """
-    if os.path.isfile(folder):
-        raise PicturesError(f"{folder} is a file.", "Give a folder; unpack a zip file first, and give its folder.")
-    if not os.path.isdir(folder):
-        raise PicturesError(f"The picture folder {folder} does not exist.", "Check the path for a typing error.")
-    try:
-        files = [folder / name for name in picture_names(folder)]
-    except OSError as error:
-        raise PicturesError(f"{folder} can't be read: {error.strerror}.", "Check that you may read it.") from error
-    if not files:
-        raise PicturesError(f"The folder {folder} holds no pictures.", "Put pictures into it, or give another folder.")
-    by_caption_file: dict[Path, Path] = {}
-    for file in files:
-        first = by_caption_file.setdefault(file.with_suffix(".txt"), file)
+    with opened_tree(folder) as tree:
+        if tree.is_archive:
+            raise PicturesError(f"{folder} is a file.", "Give a folder; unpack a zip file first, and give its folder.")
+        selection = select_pictures(tree, listener)
+        captions = selection.captions(listener)
+    first_of: dict[str, TreeFile] = {}
+    for file in selection.pictures:
+        first = first_of.setdefault(unicodedata.normalize("NFC", stem_of(file.name)).casefold(), file)
         if first != file:
             text = f"{file.name} is left out: its caption would stand where that of {first.name} does. Rename one."
             listener.report(Note(text, warning=True, picture=file.name))
-    to_caption = [
-        file for caption_file, file in by_caption_file.items() if overwrite or not os.path.lexists(caption_file)
-    ]
-    captioned = len(by_caption_file) - len(to_caption)
-    if captioned:
-        text = f"{captioned} of {len(by_caption_file)} pictures have captions already; they stay."
+    pictures = list(first_of.values())
+    captioned = {*captions.own, *captions.unreadable}
+    to_caption = [file for file in pictures if overwrite or file.name not in captioned]
+    if len(to_caption) < len(pictures):
+        text = f"{len(pictures) - len(to_caption)} of {len(pictures)} pictures have captions already; they stay."
         listener.report(Note(text))
-    return to_caption
+    return [(file, _text_file(file, captions)) for file in to_caption]
+
+
+def _text_file(picture: TreeFile, captions: Captions) -> Path:
+    """The file that a picture's caption goes into: the one that is read first, or a new one of the same name."""
+    path = captions.text_files.get(picture.name, picture).path
+    assert path is not None  # nothing is written into a zip file
+    return path.with_suffix(path.suffix if picture.name in captions.text_files else ".txt")

@@ -6,6 +6,8 @@ They are kept as PNG files in a folder whose name is a digest of everything that
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,6 +16,7 @@ from ..core.devices import explained_memory_errors, release
 from ..core.errors import suggest
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..core.files import require_writable
+from ..core.prompts import split_prompts
 from ..models.families.base import BaseWeights
 from ..models.sampling import GenerationConfig, build_on_device, generate
 from ..settings.train import PriorSettings
@@ -21,18 +24,23 @@ from .image_cache import ImageCache
 from .images import Picture
 
 
-def class_images_folder(
+def class_images_folders(
     root: Path, base: BaseWeights, settings: PriorSettings, resolution: int, precision: str
-) -> Path:
-    """The folder that belongs to these settings, below `root`."""
-    return _image_cache(root, base, settings, resolution, precision).folder
+) -> list[Path]:
+    """The folders that belong to these settings, below `root`: one for each prompt."""
+    return [
+        _image_cache(root, base, settings, prompt, resolution, precision).folder
+        for prompt in split_prompts(settings.class_prompt)
+    ]
 
 
-def _image_cache(root: Path, base: BaseWeights, settings: PriorSettings, resolution: int, precision: str) -> ImageCache:
+def _image_cache(
+    root: Path, base: BaseWeights, settings: PriorSettings, prompt: str, resolution: int, precision: str
+) -> ImageCache:
     key = {
         "base": base.fingerprint,
         "base_title": base.title,
-        "prompt": settings.class_prompt,
+        "prompt": prompt,
         "scheduler": settings.prior_scheduler,
         "steps": settings.prior_steps,
         "guidance": settings.prior_guidance,
@@ -64,14 +72,50 @@ def generate_class_images(
         listener: Gets the progress; may stop the work, the finished pictures remain.
 
     Returns:
-        `prior_count` pictures whose caption is the class prompt.
+        `prior_count` pictures whose caption is the class prompt; of several prompts each has its share, one by one.
 
     Raises:
         StorageError: The folder can't be written.
         CancelledError: The listener asked to stop.
         OutOfMemoryError: The batch does not fit.
     """
-    cache = _image_cache(root, base, settings, resolution, precision)
+    pictures = []
+    for of_prompt in by_prompt([settings]):
+        pictures += _images_of_prompt(base, of_prompt, resolution, root, device, precision, listener)
+    return pictures
+
+
+def by_prompt(settings: Sequence[PriorSettings]) -> list[PriorSettings]:
+    """Settings for each single prompt, with the number of pictures that all of these ask for together.
+
+    Args:
+        settings: Of several subjects; those that have a prompt in common differ in it and in their number alone.
+    """
+    counts: Counter[str] = Counter()
+    first: dict[str, PriorSettings] = {}
+    for of_subject in settings:
+        prompts = split_prompts(of_subject.class_prompt)
+        for index, prompt in enumerate(prompts):
+            counts[prompt] += len(range(index, of_subject.prior_count, len(prompts)))
+            first.setdefault(prompt, of_subject)
+    return [
+        first[prompt].model_copy(update={"class_prompt": prompt, "prior_count": count})
+        for prompt, count in counts.items()
+        if count
+    ]
+
+
+def _images_of_prompt(
+    base: BaseWeights,
+    settings: PriorSettings,
+    resolution: int,
+    root: Path,
+    device: torch.device,
+    precision: str,
+    listener: Listener,
+) -> list[Picture]:
+    """The class images of one prompt; see `generate_class_images`."""
+    cache = _image_cache(root, base, settings, settings.class_prompt, resolution, precision)
     if _missing(cache, settings):
         require_writable(cache.folder, 0)
         with cache.lock.waited_for(listener, "These class pictures are being generated"):

@@ -1,36 +1,37 @@
-"""Picture files and what lies beside them, in a folder or a zip file: captions, masks, repeats."""
+"""The pictures of a folder or zip file, and what lies beside them: captions, masks, repeats.
+
+`opened_tree` shows both alike, and what is which is decided by names alone. So a folder and a zip file of it mean the
+same.
+"""
 
 from __future__ import annotations
 
-import codecs
 import hashlib
-import json
-import os
+import posixpath
 import re
-import unicodedata
-import zipfile
-import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
 from PIL import Image
 
-from ..core.errors import PicturesError
+from ..core.errors import PicturesError, suggest
 from ..core.events import Listener, Note, SilentListener
-from ..core.prompts import fill_placeholders
+from ..core.prompts import PromptError, PromptWords, parse_prompts, split_prompts
+from ..core.text import listed
+from .captions import Captions, NameIndex, is_metadata, read_captions, stem_of, words_of_name
+from .tree import FileTree, TreeFile, UnreadableFileError, opened_tree, shown_name
 
 CaptionSource = Literal["files", "file-names", "prompt"]
 MaskSource = Literal["files", "alpha", "off"]
-_MAX_FILE_BYTES = 512 * 1024 * 1024
-_FOREIGN_ENDINGS = {".heic", ".heif", ".avif", ".jxl", ".raw", ".cr2", ".nef", ".dng"}
+_RAW_ENDINGS = {".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf", ".pef", ".srw"}  # of cameras
+_FOREIGN_ENDINGS = {".heic", ".heif", ".avif", ".jxl", ".svg", *_RAW_ENDINGS}
 _REPEATED = re.compile(r"(\d{1,3})_(.*\S)")  # kohya's folders: "10_sks dog"; longer numbers are years and dates
-_COUNTED = re.compile(r"[\s_-]*\(?\d+\)?$")
-_METADATA = "metadata.jsonl"
-_CAPTION_KEYS = ("text", "caption", "prompt")
-_CAPTION_ENDINGS = (".txt", ".caption")
+_KOHYAS_CLASS_FOLDER = "reg"
+_FEW_PICTURES = 3  # fewer are hardly a subject's
 _MASK_ENDINGS = ("-masklabel", "_mask", ".mask")
 _MASK_FOLDER = "masks"
 
@@ -40,19 +41,41 @@ class AnnotationOptions:
     """Where the captions and masks of a subject's pictures come from, and how often the pictures are repeated.
 
     Attributes:
-        captions: "files": from text files of the same name or metadata.jsonl; "file-names": the pictures' names;
-            "prompt": the prompt for all.
+        captions: "files": from text files of the same name, metadata.jsonl or metadata.csv; "file-names": the pictures'
+            names; "prompt": the prompt for all.
         masks: "files": from files beside the pictures; "alpha": from these or the pictures' transparency; "off".
         repeats: How often a picture is taken in an epoch.
-        token: What {token} in captions stands for.
-        class_noun: What {class} stands for.
+        token: What {token} in captions stands for; None: nothing, there is no such setting.
+        class_noun: What {class} stands for, likewise.
+        keep_templates: Whether {token} and {class} stay as they are, for captions that are only shown.
     """
 
     captions: CaptionSource = "files"
     masks: MaskSource = "files"
     repeats: int = 1
-    token: str = ""
-    class_noun: str = ""
+    token: str | None = None
+    class_noun: str | None = None
+    keep_templates: bool = False
+
+    def prompts(self, text: str, subject: str) -> list[str]:
+        """The captions that a text means, each in one line.
+
+        Args:
+            text: See `parse_prompts`.
+            subject: What the text is, for the error: "The prompt".
+
+        Raises:
+            PicturesError: A template in it is unknown, or stands for nothing.
+        """
+        try:
+            prompts = (
+                split_prompts(text)
+                if self.keep_templates
+                else parse_prompts(text, PromptWords(self.token, self.class_noun))
+            )
+        except PromptError as error:
+            raise PicturesError(f"{subject} {error.problem}.", error.remedy) from error
+        return prompts
 
 
 @dataclass(frozen=True)
@@ -62,22 +85,41 @@ class PictureFile:
     Attributes:
         name: Its name, relative to the folder or zip file, with slashes.
         digest: Hexadecimal SHA-256 of its content.
-        read: Reads its content.
-        caption: Its own caption, or that of its folder; empty if it has none.
-        mask: Reads its mask's file; None without.
+        read: Reads its content. Raises PicturesError if it is gone or has changed since.
+        captions: Its own captions, or those of its folder; empty if it has none.
+        mask: Its mask's content; None without.
         repeats: How often it is taken in an epoch.
     """
 
     name: str
     digest: str
     read: Callable[[], bytes]
-    caption: str
-    mask: Callable[[], bytes] | None
+    captions: tuple[str, ...]
+    mask: bytes | None
     repeats: int
 
 
-FileReaders = Mapping[str, Callable[[], bytes]]
-"""Name relative to the folder or zip file, with slashes → a function that reads the file."""
+@dataclass(frozen=True)
+class PictureSelection:
+    """Which files of a folder or zip file are a subject's pictures.
+
+    Attributes:
+        pictures: The picture files, ordered by name.
+        mask_of: Picture → its mask.
+        folders: The folders that the pictures lie in.
+        beside: The other files in these, and in folders without pictures in these.
+        metadata: The metadata files in these and in the folders above them.
+    """
+
+    pictures: list[TreeFile]
+    mask_of: Mapping[str, TreeFile]
+    folders: list[str]
+    beside: list[TreeFile]
+    metadata: list[TreeFile]
+
+    def captions(self, listener: Listener) -> Captions:
+        """What files say of the pictures; see `read_captions`."""
+        return read_captions([file.name for file in self.pictures], self.beside, self.metadata, listener)
 
 
 def is_picture(name: str) -> bool:
@@ -86,163 +128,132 @@ def is_picture(name: str) -> bool:
     return ending in _FOREIGN_ENDINGS or ending in Image.registered_extensions()
 
 
-def find_picture_files(path: Path, options: AnnotationOptions, prompt: str, listener: Listener) -> list[PictureFile]:
-    """The picture files of a folder or zip file, ordered by name.
+def find_picture_files(
+    path: Path, options: AnnotationOptions, prompt: str, listener: Listener
+) -> tuple[list[PictureFile], list[str]]:
+    """The picture files of a folder or zip file, ordered by name, and why others can't be read.
 
     Args:
-        path: The folder or zip file. A folder without pictures of its own is searched for subfolders that are named as
-            kohya's trainer wants it: repeats, underscore, caption.
+        path: The folder or zip file; see `select_pictures`.
         options: Where captions and masks come from.
         prompt: What stands for an empty caption, for messages.
         listener: Gets warnings about files that were skipped or look wrong.
 
     Raises:
-        PicturesError: The path does not exist, is empty or unreadable, a zip entry points outside, or metadata.jsonl
-            is damaged.
+        PicturesError: The path does not exist or can't be read, holds no pictures, or a caption can't be used.
     """
-    path = Path(str(path).strip().strip("\"'"))
-    if not os.path.exists(path) and "\\" in str(path):  # unlike Path.exists, no error for a path that no system takes
-        path = Path(str(path).replace("\\", "/"))
-    try:
-        if os.path.isdir(path):
-            return _read_picture_files(_folder_readers(path, listener), options, prompt, listener)
-        if os.path.isfile(path) and (zipfile.is_zipfile(path) or path.suffix.lower() == ".zip"):
-            with zipfile.ZipFile(path) as archive:
-                readers = _zip_readers(path, archive)
-                return _read_picture_files(readers, options, prompt, listener, keep_content=True)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise PicturesError(f"The zip file {path} is damaged: {error}.", "Create the zip file again.") from error
-    except RuntimeError as error:
-        raise PicturesError(f"The zip file {path} can't be opened: {error}.", "Make it without a password.") from error
-    except OSError as error:
-        reason = error.strerror or error
-        raise PicturesError(f"{path} can't be read: {reason}.", "Check the path, and that you may read it.") from error
-    if os.path.isfile(path):
-        raise PicturesError(
-            f"{path} is neither a folder nor a zip file.", "Give the folder or zip file that holds the pictures."
-        )
-    raise PicturesError(f"The picture folder {path} does not exist.", "Check the path for a typing error.")
+    with opened_tree(path) as tree:
+        selection = select_pictures(tree, listener)
+        captions = selection.captions(listener) if options.captions == "files" else Captions()
+        _report_kohyas_name(tree, selection, options, listener)
+        _report_counters(selection, options, listener)
+        return _read_pictures(tree, selection, captions, options, prompt, listener)
 
 
 def picture_names(folder: Path) -> list[str]:
-    """Names of the pictures in a folder, without its masks, as `PictureFile.name`; none of them is opened.
-
-    Raises:
-        OSError: The folder can't be listed.
-    """
+    """Names of the pictures in a folder, without its masks, as `PictureFile.name`; none of them is opened."""
     try:
-        names = sorted(name for name in _folder_readers(folder, SilentListener()) if is_picture(name))
+        with opened_tree(folder) as tree:
+            return [file.name for file in select_pictures(tree, SilentListener()).pictures]
     except PicturesError:
         return []
-    _, masks = _find_masks(names)
-    return [name for name in names if name not in masks]
 
 
-def _folder_readers(folder: Path, listener: Listener) -> FileReaders:
-    """The files of a folder and of its folder of masks; if it has no pictures, of kohya's subfolders.
+def select_pictures(tree: FileTree, listener: Listener) -> PictureSelection:
+    """Find a subject's pictures among the files of a folder or zip file.
+
+    The folder that all pictures lie in or below is searched. If it has three pictures of its own, or more, these are
+    the subject's; else those in folders named as kohya's trainer wants it (repeats, underscore, caption); else all.
+
+    Args:
+        tree: The files.
+        listener: Gets warnings about pictures that are left out.
 
     Raises:
         PicturesError: There are no pictures.
-        OSError: A folder can't be listed.
     """
-    entries = sorted(folder.iterdir())
-    readers = {file.name: file.read_bytes for file in entries if file.is_file()}
-    subfolders = [entry for entry in entries if entry.is_dir()]
-    repeated = [subfolder for subfolder in subfolders if _REPEATED.fullmatch(subfolder.name)]
-    included = [folder / _MASK_FOLDER]
-    if not any(map(is_picture, readers)):
-        included = [path for subfolder in repeated for path in (subfolder, subfolder / _MASK_FOLDER)]
-    elif ignored := _with_pictures(repeated):
-        names = ", ".join(ignored[:5])
-        listener.report(
-            Note(f"{folder.name} holds pictures of its own, so those in {names} are left out.", warning=True)
-        )
-    for subfolder in included:
-        prefix = subfolder.relative_to(folder).as_posix()
-        files = sorted(subfolder.iterdir()) if subfolder.is_dir() else []
-        readers |= {f"{prefix}/{file.name}": file.read_bytes for file in files if file.is_file()}
-    if not any(map(is_picture, readers)):
-        remedy = "Put 3 to 20 pictures of the subject into it."
-        if with_pictures := _with_pictures(subfolders):
-            remedy = f"Did you mean its subfolder {', '.join(with_pictures[:5])}?"
-        raise PicturesError(f"The folder {folder} holds no pictures.", remedy)
-    return readers
-
-
-def _with_pictures(folders: Sequence[Path]) -> list[str]:
-    """Names of those folders that hold pictures."""
-    return [folder.name for folder in folders if any(is_picture(file.name) for file in folder.iterdir())]
-
-
-def _zip_readers(path: Path, archive: zipfile.ZipFile) -> FileReaders:
-    """The files of a zip file.
-
-    Raises:
-        PicturesError: An entry points outside the archive, or is huge.
-    """
-    readers: dict[str, Callable[[], bytes]] = {}
-    for entry in archive.infolist():
-        if entry.is_dir():
-            continue
-        name = entry.filename
-        inner_path = PurePosixPath(name.replace("\\", "/"))  # old Windows programs write backslashes
-        if inner_path.is_absolute() or ".." in inner_path.parts or ":" in name:
-            raise PicturesError(
-                f"{path.name} holds an entry that points outside: {name}.", "Create the zip file again."
-            )
-        if entry.file_size > _MAX_FILE_BYTES:
-            raise PicturesError(f"{path.name}: {name} unpacks to {entry.file_size / 1e6:.0f} MB.", "Leave it out.")
-        if inner_path.parts[0] != "__MACOSX":
-            readers[str(inner_path)] = partial(archive.read, entry)
-    return readers
-
-
-def _read_picture_files(
-    readers: FileReaders,
-    options: AnnotationOptions,
-    prompt: str,
-    listener: Listener,
-    *,
-    keep_content: bool = False,
-) -> list[PictureFile]:
-    """Read every picture once, with its caption and mask; `keep_content` where it can't be read again."""
-    image_names = sorted(name for name in readers if is_picture(name))
+    for sentence in tree.left_out:
+        listener.report(Note(sentence, warning=True))
+    counts = Counter(_folder_of(name) for name in tree.files if is_picture(name))
+    with_pictures = {folder: counts[folder] for folder in sorted(counts) if not _is_mask_folder(folder, counts)}
+    if not with_pictures:
+        raise PicturesError(f"{tree.location} holds no pictures.", "Put 3 to 20 pictures of the subject into it.")
+    folders = _chosen_folders(tree, with_pictures, listener)
+    inside = {*folders, *(folder for folder in counts if _is_mask_folder(folder, folders))}
+    image_names = [name for name in tree.files if is_picture(name) and _folder_of(name) in inside]
     mask_of, masks = _find_masks(image_names)
-    for name in sorted(masks - set(mask_of.values())):
-        text = f"{name} is named like a mask, but no picture uses it; it is left out."
-        listener.report(Note(text, warning=True, picture=name))
-    names = [name for name in image_names if name not in masks]
-    reads_files = options.captions == "files"
-    metadata = _metadata_captions(readers, names, listener) if reads_files else {}
-    caption_files = _caption_files(readers) if reads_files else {}
-    pictures = []
-    for name in names:
-        try:
-            content = readers[name]()
-            caption = _caption_without_file(name, metadata, options)
-            if caption_file := caption_files.get(_stem(name)):
-                caption = _read_caption(caption_file, readers[caption_file](), name, prompt, listener)
-            mask = readers[mask_of[name]]() if name in mask_of and options.masks != "off" else None
-        except OSError as error:
-            text = f"{name} is left out: it can't be read ({error.strerror})."
-            listener.report(Note(text, warning=True, picture=name))
-            continue
-        pictures.append(
-            PictureFile(
-                name=name,
-                digest=hashlib.sha256(content).hexdigest(),
-                read=partial(bytes, content) if keep_content else readers[name],
-                caption=fill_placeholders(caption, options.token, options.class_noun),
-                mask=None if mask is None else partial(bytes, mask),
-                repeats=options.repeats * _folder_repeats(name),
-            )
-        )
-    return pictures
+    unused = sorted(masks - set(mask_of.values()))
+    if unused:
+        verb = "is" if len(unused) == 1 else "are"
+        text = f"{listed(unused)} {verb} named like a mask, but no picture uses it; it is left out."
+        if len(unused) > 1:
+            text = f"{listed(unused)} {verb} named like masks, but no pictures use them; they are left out."
+        listener.report(Note(text, warning=True, picture=unused[0] if len(unused) == 1 else ""))
+    return PictureSelection(
+        pictures=[tree.files[name] for name in image_names if name not in masks],
+        mask_of={picture: tree.files[mask] for picture, mask in mask_of.items()},
+        folders=folders,
+        beside=[file for name, file in tree.files.items() if _lies_beside(name, folders, with_pictures)],
+        metadata=[
+            file
+            for name, file in tree.files.items()
+            if is_metadata(name) and any(_is_within(folder, _folder_of(name)) for folder in folders)
+        ],
+    )
 
 
-def _stem(name: str) -> str:
-    """A name without its ending, with its folders."""
-    return str(PurePosixPath(name).with_suffix(""))
+def _folder_of(name: str) -> str:
+    """The folder that a file lies in; empty at the top."""
+    return name.rpartition("/")[0]
+
+
+def _is_within(folder: str, other: str) -> bool:
+    """Whether a folder is another one, or lies in it."""
+    return not other or folder == other or folder.startswith(f"{other}/")
+
+
+def _is_mask_folder(folder: str, with_pictures: Collection[str]) -> bool:
+    """Whether a folder of pictures holds the masks of the pictures beside it."""
+    return PurePosixPath(folder).name.lower() == _MASK_FOLDER and _folder_of(folder) in with_pictures
+
+
+def _lies_beside(name: str, folders: Collection[str], with_pictures: Collection[str]) -> bool:
+    """Whether a file lies in one of these folders, or in a folder without pictures in one of them."""
+    folder = _folder_of(name)
+    if folder in folders:
+        return True
+    is_apart = folder in with_pictures or _is_mask_folder(folder, folders)
+    return bool(folder) and _folder_of(folder) in folders and not is_apart
+
+
+def _chosen_folders(tree: FileTree, counts: Mapping[str, int], listener: Listener) -> list[str]:
+    """The folders whose pictures are the subject's; of the others the listener hears.
+
+    Args:
+        tree: The files.
+        counts: Folder → number of its pictures.
+        listener: Gets warnings.
+    """
+    top = posixpath.commonpath(list(counts))
+    repeated = [folder for folder in counts if _REPEATED.fullmatch(PurePosixPath(folder).name)]
+    of_class = [folder for folder in repeated if _KOHYAS_CLASS_FOLDER in _folder_of(folder).lower().split("/")]
+    if counts.get(top, 0) >= _FEW_PICTURES or len(counts) == 1:
+        chosen = [top]
+    else:
+        others = [folder for folder in counts if folder not in of_class]
+        chosen = [folder for folder in repeated if folder not in of_class] or others or list(counts)
+    left_out = [folder for folder in counts if folder not in chosen]
+    where = listed([folder or f"{tree.title} itself" for folder in chosen])
+    if left_out:
+        pictures = listed([f"{folder or f'{tree.title} itself'} ({counts[folder]})" for folder in left_out])
+        text = f"The pictures in {pictures} are left out; only those in {where} are read."
+        if any(folder in left_out for folder in of_class):
+            text += f" Class pictures are given with {suggest('class_images')}."
+        listener.report(Note(text, warning=True))
+    elif len(chosen) > 1 and chosen[0] not in repeated:
+        text = f"The pictures in {where} are read as pictures of one subject."
+        listener.report(Note(text, warning=True))
+    return chosen
 
 
 def _find_masks(names: Sequence[str]) -> tuple[dict[str, str], set[str]]:
@@ -251,16 +262,18 @@ def _find_masks(names: Sequence[str]) -> tuple[dict[str, str], set[str]]:
     What lies in a folder of masks beside pictures, or ends with -masklabel, is a mask also where no picture goes with
     it: nobody wants to train on it.
     """
-    by_stem = {_stem(name): name for name in names}
+    by_stem = NameIndex((stem_of(name), name) for name in names)
     mask_stems = {name: _mask_stems(name) for name in names}
-    all_mask_stems = {stem for stems in mask_stems.values() for stem in stems}
-    picture_folders = {str(PurePosixPath(name).parent) for name in names}
+    folders = {_folder_of(name) for name in names}
     masks = {
-        name for name in names if _stem(name) in all_mask_stems or _is_mask_alone(PurePosixPath(name), picture_folders)
+        name
+        for name in names
+        if _is_mask_folder(_folder_of(name), folders) or _ends_like_a_mask(name, _MASK_ENDINGS[:1])
     }
+    masks |= {mask for stems in mask_stems.values() for stem in stems for mask in by_stem.all(stem)}
     mask_of = {}
     for name, stems in mask_stems.items():
-        candidates = [by_stem[stem] for stem in stems if stem in by_stem]
+        candidates = [mask for stem in stems for mask in by_stem.all(stem)]
         if candidates and name not in masks:
             mask_of[name] = candidates[0]
     return mask_of, masks
@@ -268,102 +281,144 @@ def _find_masks(names: Sequence[str]) -> tuple[dict[str, str], set[str]]:
 
 def _mask_stems(name: str) -> list[str]:
     """Names, without ending, that the mask of a picture may have; the first that exists is taken."""
-    path = PurePosixPath(name)
-    return [*(f"{_stem(name)}{ending}" for ending in _MASK_ENDINGS), str(path.parent / _MASK_FOLDER / path.stem)]
+    stem = PurePosixPath(stem_of(name))
+    return [*(f"{stem}{ending}" for ending in _MASK_ENDINGS), str(stem.parent / _MASK_FOLDER / stem.name)]
 
 
-def _is_mask_alone(path: PurePosixPath, picture_folders: Collection[str]) -> bool:
-    """Whether a file must be a mask although there may be no picture of its name."""
-    in_mask_folder = path.parent.name == _MASK_FOLDER and str(path.parent.parent) in picture_folders
-    return in_mask_folder or path.stem.endswith(_MASK_ENDINGS[0])
+def _ends_like_a_mask(name: str, endings: Sequence[str]) -> bool:
+    return stem_of(name).lower().endswith(tuple(endings))
 
 
-def _caption_files(readers: FileReaders) -> dict[str, str]:
-    """Name without ending → caption file of that name; .txt comes before .caption."""
-    caption_files: dict[str, str] = {}
-    for ending in reversed(_CAPTION_ENDINGS):
-        caption_files |= {_stem(name): name for name in sorted(readers) if PurePosixPath(name).suffix.lower() == ending}
-    return caption_files
+def _read_pictures(
+    tree: FileTree,
+    selection: PictureSelection,
+    captions: Captions,
+    options: AnnotationOptions,
+    prompt: str,
+    listener: Listener,
+) -> tuple[list[PictureFile], list[str]]:
+    """Read every picture once, with its caption and mask; the content of a zip file's is kept."""
+    pictures = []
+    problems = []
+    several_lines: list[str] = []
+    for file in selection.pictures:
+        name = file.name
+        try:
+            if name in captions.unreadable:
+                raise UnreadableFileError(captions.unreadable[name])
+            content = file.read()
+            mask = selection.mask_of[name].read() if name in selection.mask_of and options.masks != "off" else None
+        except UnreadableFileError as error:
+            problems.append(f"{name}: {error}")
+            listener.report(Note(f"{name} is left out: {error}.", warning=True, picture=name))
+            continue
+        own_captions = _captions_of(file, tree, captions, options)
+        if name in captions.empty:
+            text = f"{captions.empty[name]} is empty; '{[*own_captions, prompt][0]}' is used."
+            listener.report(Note(text, warning=True, picture=name))
+        if name in captions.own and len(captions.own[name].text.splitlines()) > 1 and len(own_captions) > 1:
+            several_lines.append(captions.own[name].source)
+        digest = hashlib.sha256(content).hexdigest()
+        pictures.append(
+            PictureFile(
+                name=name,
+                digest=digest,
+                read=partial(bytes, content) if tree.is_archive else partial(_read_again, file, digest),
+                captions=own_captions,
+                mask=mask,
+                repeats=options.repeats * _folder_repeats(name, tree),
+            )
+        )
+    if several_lines:
+        text = f"{listed(several_lines)}: each line is a caption of its own, and each sample takes one of them."
+        listener.report(Note(text))
+    return pictures, problems
 
 
-def _caption_without_file(name: str, metadata: Mapping[str, str], options: AnnotationOptions) -> str:
-    """The caption of a picture that has no caption file: from metadata.jsonl or its name; empty if it has none."""
+def _read_again(file: TreeFile, digest: str) -> bytes:
+    """The content of a file that was read before.
+
+    Raises:
+        PicturesError: It is gone, can't be read, or is another.
+    """
+    shown = shown_name(str(file.path))
+    try:
+        content = file.read()
+    except UnreadableFileError as error:
+        raise PicturesError(
+            f"{shown} was read when the pictures were checked, and now {error}.",
+            "Put it back, and leave the pictures alone until the end; or start again without it.",
+        ) from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise PicturesError(
+            f"{shown} has changed since the pictures were checked.",
+            "Start again with the new picture, and leave the pictures alone until the end.",
+        )
+    return content
+
+
+def _captions_of(file: TreeFile, tree: FileTree, captions: Captions, options: AnnotationOptions) -> tuple[str, ...]:
+    """The captions of a picture by its files, its name or its folder's name; empty if it has none.
+
+    Raises:
+        PicturesError: One of them can't be used.
+    """
     if options.captions == "prompt":
-        return ""
+        return ()
     if options.captions == "file-names":
-        return " ".join(_COUNTED.sub("", PurePosixPath(name).stem).replace("_", " ").split())
-    folder = _repeated_folder(name)
-    return metadata.get(_normalized(name), folder[2] if folder else "")
+        _require_text(PurePosixPath(file.raw_name).name)
+        text, subject = words_of_name(file.name)[0], f"The name {file.name}"
+    elif own := captions.own.get(file.name):
+        text, subject = own.text, f"The caption of {file.name} in {own.source}"
+    elif folder := _repeated_folder(file.name, tree):
+        _require_text(PurePosixPath(_folder_of(file.raw_name)).name or tree.raw_title)
+        text, subject = folder[2], f"The name of the folder {folder[0]}"
+    else:
+        return ()
+    return tuple(" ".join(prompt.split()) for prompt in options.prompts(text, subject))
 
 
-def _folder_repeats(name: str) -> int:
+def _require_text(name: str) -> None:
+    """Check that a name can be a caption.
+
+    Raises:
+        PicturesError: It holds bytes that are no text.
+    """
+    shown = shown_name(name)
+    if shown != name:
+        raise PicturesError(
+            f"The name {shown} holds bytes that are no text, so it can't be a caption.",
+            f"Rename it, or take the prompt for all pictures: {suggest('captions', 'prompt')}.",
+        )
+
+
+def _folder_repeats(name: str, tree: FileTree) -> int:
     """How often a picture is repeated by its folder's name: 10 for "10_sks dog/1.png"; 0 counts as 1."""
-    folder = _repeated_folder(name)
+    folder = _repeated_folder(name, tree)
     return (int(folder[1]) or 1) if folder else 1
 
 
-def _repeated_folder(name: str) -> re.Match[str] | None:
-    """Repeats and caption in the name of a picture's folder, if it is one of kohya's."""
-    return _REPEATED.fullmatch(PurePosixPath(name).parent.name)
+def _repeated_folder(name: str, tree: FileTree) -> re.Match[str] | None:
+    """Repeats and caption in the name of a picture's folder, if it is one of kohya's; also of the whole tree's."""
+    return _REPEATED.fullmatch(PurePosixPath(_folder_of(name)).name or tree.title)
 
 
-def _read_caption(caption_file: str, content: bytes, picture: str, prompt: str, listener: Listener) -> str:
-    """A caption file's text in one line; empty, with a warning, if it has none."""
-    file_name = PurePosixPath(caption_file).name
-    try:
-        caption = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        caption = content.decode("cp1252", errors="replace")
-        text = f"{file_name} is not UTF-8; it was read as Windows-1252. Caption: {caption.strip()[:60]}"
-        listener.report(Note(text, warning=True, picture=picture))
-    caption = " ".join(caption.split())
-    if not caption:
-        text = f"{file_name} is empty; the prompt '{prompt}' is used."
-        listener.report(Note(text, warning=True, picture=picture))
-    return caption
+def _report_kohyas_name(
+    tree: FileTree, selection: PictureSelection, options: AnnotationOptions, listener: Listener
+) -> None:
+    """Say so if the name of the given folder itself is read as kohya's trainer reads it."""
+    match = _REPEATED.fullmatch(tree.title)
+    if match and "" in selection.folders:
+        caption = f" and '{match[2]}' is their caption" if options.captions == "files" else ""
+        listener.report(Note(f"By the name of {tree.title}, its pictures count {int(match[1]) or 1} times{caption}."))
 
 
-def _normalized(name: str) -> str:
-    """A name as it compares: macOS stores umlauts in two parts."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _metadata_captions(readers: FileReaders, pictures: Sequence[str], listener: Listener) -> dict[str, str]:
-    """Normalized name of a picture → caption, from metadata.jsonl files in the format of Hugging Face's datasets.
-
-    Raises:
-        PicturesError: A line is no JSON, or names no picture.
-    """
-    captions = {}
-    for name in sorted(readers):
-        if PurePosixPath(name).name != _METADATA:
-            continue
-        content = readers[name]().removeprefix(codecs.BOM_UTF8)
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            if line.strip():
-                picture, caption = _parse_metadata_line(line, f"line {number} of {name}")
-                path = PurePosixPath(name).parent / picture.replace("\\", "/")
-                captions[_normalized(str(path))] = " ".join(caption.split())
-    missing = sorted(set(captions) - set(map(_normalized, pictures)))
-    if missing:
-        others = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        text = f"{_METADATA} names pictures that are not there: {', '.join(missing[:3])}{others}."
-        listener.report(Note(text, warning=True))
-    return {picture: caption for picture, caption in captions.items() if caption}
-
-
-def _parse_metadata_line(line: bytes, location: str) -> tuple[str, str]:
-    """A picture's name and its caption, which may be empty.
-
-    Raises:
-        PicturesError: The line is no JSON, or names no picture.
-    """
-    remedy = 'Write one line for each picture, in UTF-8: {"file_name": "1.jpg", "text": "a photo of sks dog"}.'
-    try:
-        entry: Any = json.loads(line.decode())
-    except ValueError as error:
-        raise PicturesError(f"{location} is no JSON: {error}.", remedy) from error
-    if not isinstance(entry, dict) or not isinstance(entry.get("file_name"), str):
-        raise PicturesError(f"{location} names no picture.", remedy)
-    texts = [entry[key] for key in _CAPTION_KEYS if isinstance(entry.get(key), str)]
-    return entry["file_name"], next(filter(str.strip, texts), "")
+def _report_counters(selection: PictureSelection, options: AnnotationOptions, listener: Listener) -> None:
+    """Say so if numbers at the end of names are left out of captions."""
+    if options.captions != "file-names":
+        return
+    counted = [file.name for file in selection.pictures if words_of_name(file.name)[1]]
+    if counted:
+        words, number = words_of_name(counted[0])
+        text = f"Numbers that count pictures are left out of captions: {counted[0]} is '{words}', without {number}."
+        listener.report(Note(text))

@@ -12,9 +12,11 @@ from typing import Any
 
 from PIL import Image
 
+from ..core.errors import StorageError
 from ..core.files import explained_os_errors, remove_leftovers, require_writable, write_atomic
 from ..core.locks import FolderLock
-from .images import Picture, decode
+from .decoding import decode
+from .images import Picture
 
 
 class ImageCache:
@@ -74,7 +76,23 @@ class ImageCache:
         path = self.folder / name
         with explained_os_errors(path):
             digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        return Picture(name, caption, digest, lambda: decode(path.read_bytes()))
+        return Picture(name, caption, digest, partial(_reopened, path, digest))
+
+
+def _reopened(path: Path, digest: str) -> Image.Image:
+    """A picture that was found good before.
+
+    Raises:
+        StorageError: It is gone, can't be read, or is another.
+    """
+    remedy = "Start again, which generates it anew, and leave the folder alone until the end."
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path} can't be read any more: {error.strerror or error}.", remedy) from error
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise StorageError(f"{path} has changed since it was generated.", remedy)
+    return decode(content)
 
 
 def as_png(image: Image.Image) -> bytes:

@@ -1,4 +1,4 @@
-"""Checks a subject's pictures before training: near-duplicates, small, blurred, dark and empty ones.
+"""Checks a subject's pictures before training: near-duplicates, small, blurred, dark, empty and much cropped ones.
 
 Each picture is opened once more, scaled down, and measured; then only numbers are left of it. Nothing is an error: a
 picture may be meant as it is.
@@ -14,7 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..core.errors import suggest
 from ..core.events import Listener, Note, Phase, stop_if_asked
+from ..core.text import listed
+from ..settings.train import TrainSettings
+from .buckets import kept_share, nearest_shape, training_shapes
 from .images import Picture
 
 Array = NDArray[np.float32]
@@ -25,6 +29,7 @@ MIN_STEEPNESS = 0.12  # a picture whose steepest edges rise less per pixel is bl
 MIN_STEEPNESS_IN_SET = 0.2  # so is one below this and below 0.4 of its set's median
 MAX_BLUR = 0.5  # of Crété's measure: sharp photographs have up to 0.45
 MIN_BRIGHTNESS = 45  # of 255: almost all of a dark picture is below it
+MAX_CUT = 0.35  # share of a picture that may be cut away without a word: a third is, of the 3:2 of cameras
 MIN_DETAIL = 0.01  # share of the pixels that differ from the picture's median colour
 _MAX_UPSCALING = 1.1  # a factor; less is not seen
 _MAX_NAMES = 6  # files that a message names
@@ -55,16 +60,17 @@ class PictureMeasurements:
     detail: float
 
 
-def check_pictures(pictures: Sequence[Picture], resolution: int, listener: Listener) -> None:
+def check_pictures(pictures: Sequence[Picture], settings: TrainSettings, listener: Listener) -> None:
     """Measure a subject's pictures and report advice, as warnings that name the files.
 
     Args:
         pictures: They are opened. Of several with the same content one is measured: `load_pictures` has named those.
-        resolution: Side of the square that is trained on, in pixels.
+        settings: Resolution and buckets.
         listener: Gets the advice, and is asked after every few pictures whether to stop.
 
     Raises:
         CancelledError: The listener asked to stop.
+        PicturesError: A picture is gone, or has changed since it was read.
     """
     different = list({picture.digest: picture for picture in reversed(pictures)}.values())[::-1]
     measured: list[PictureMeasurements] = []
@@ -74,17 +80,14 @@ def check_pictures(pictures: Sequence[Picture], resolution: int, listener: Liste
                 listener.report(Phase("looking at pictures", start, len(different)))
                 stop_if_asked(listener)
             batch = pool.map(measure_picture, different[start : start + _BATCH])
-            measured += [measurements for measurements in batch if measurements is not None]
-    for note in image_advice(measured, resolution):
+            measured += batch
+    for note in image_advice(measured, settings.resolution, training_shapes(settings, settings.resolution)):
         listener.report(note)
 
 
-def measure_picture(picture: Picture) -> PictureMeasurements | None:
-    """Measure a picture; None if it can't be opened any more, which whoever needs it will report."""
-    try:
-        image = picture.open()
-    except (ValueError, OSError):
-        return None
+def measure_picture(picture: Picture) -> PictureMeasurements:
+    """Measure a picture. Raises PicturesError if it can't be opened any more."""
+    image = picture.open()
     scale = min(1.0, MEASURED_SIDE / max(image.size))
     width, height = (max(2, round(side * scale)) for side in image.size)
     small = image.convert("RGB").resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -183,13 +186,18 @@ def near_duplicates(hashes: Sequence[int]) -> list[list[int]]:
     return sorted(group for group in groups if len(group) > 1)
 
 
-def image_advice(measured: Sequence[PictureMeasurements], resolution: int) -> list[Note]:
+def image_advice(
+    measured: Sequence[PictureMeasurements], resolution: int, shapes: Sequence[tuple[int, int]] = ()
+) -> list[Note]:
     """What to do about these pictures: a warning for each kind of trouble, which names the picture if it is about one.
 
     Args:
         measured: Measurements of every picture.
         resolution: Side of the square that is trained on, in pixels.
+        shapes: Widths and heights to which pictures are cropped; none: the square alone.
     """
+    shapes = shapes or [(resolution, resolution)]
+    cropped = [picture for picture in measured if _cut_share(picture, shapes) > MAX_CUT]
     empty = [picture for picture in measured if picture.detail < MIN_DETAIL]
     full = [picture for picture in measured if picture.detail >= MIN_DETAIL]
     small = [picture for picture in measured if resolution / min(picture.size) > _MAX_UPSCALING]
@@ -203,6 +211,8 @@ def image_advice(measured: Sequence[PictureMeasurements], resolution: int) -> li
         similar = [full[index] for index in group]
         text = f"{_names(similar)} look almost the same: keep the best one, or the model learns it by heart."
         advice.append(_warning(text, similar))
+    if cropped:
+        advice.append(_too_much_cropped(cropped, shapes))
     if small:
         advice.append(_warning(_too_small(small, resolution), small))
     if len(blurred) > 1 and 2 * len(blurred) > len(full):
@@ -231,6 +241,22 @@ def _blurred(measured: Sequence[PictureMeasurements]) -> list[PictureMeasurement
     return [picture for picture in measured if picture.steepness < limit and picture.blur > MAX_BLUR]
 
 
+def _cut_share(picture: PictureMeasurements, shapes: Sequence[tuple[int, int]]) -> float:
+    """The share of a picture that is cut away, so that the shape nearest to it is left."""
+    return 1 - kept_share(picture.size, nearest_shape(picture.size, list(shapes)))
+
+
+def _too_much_cropped(pictures: Sequence[PictureMeasurements], shapes: Sequence[tuple[int, int]]) -> Note:
+    is_square = len(shapes) == 1
+    names = _names(pictures, lambda picture: f"{picture.name} ({100 * _cut_share(picture, shapes):.0f} %)")
+    shape = "the square in the middle is left" if is_square else "a shape of at most 4:1 is left"
+    buckets = f"set {suggest('aspect_buckets', True)}, or " if is_square else ""
+    pronoun = _it_or_them(pictures)
+    return _warning(
+        f"Much of {names} is cut away, so that {shape}: {buckets}crop {pronoun} around the subject yourself.", pictures
+    )
+
+
 def _too_small(pictures: Sequence[PictureMeasurements], resolution: int) -> str:
     names = _names(pictures, lambda picture: f"{picture.name} ({picture.size[0]}×{picture.size[1]})")
     largest = max(resolution / min(picture.size) for picture in pictures)
@@ -245,13 +271,7 @@ def _names(
     pictures: Sequence[PictureMeasurements],
     name: Callable[[PictureMeasurements], str] = lambda picture: picture.name,
 ) -> str:
-    """The first names, and how many more there are: "a.png, b.png and 3 more"."""
-    names = [name(picture) for picture in pictures[:_MAX_NAMES]]
-    if len(pictures) > _MAX_NAMES:
-        names.append(f"{len(pictures) - _MAX_NAMES} more")
-    if len(names) == 1:
-        return names[0]
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+    return listed([name(picture) for picture in pictures], _MAX_NAMES)
 
 
 def _is_or_are(pictures: Sequence[PictureMeasurements]) -> str:

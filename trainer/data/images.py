@@ -1,11 +1,9 @@
-"""Pictures, their captions and masks, from a folder, a zip file or tensors: checked, decoded, cropped."""
+"""Pictures, their captions and masks, from a folder, a zip file or tensors: checked, cropped."""
 
 from __future__ import annotations
 
 import hashlib
 import io
-import struct
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,27 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..core.errors import PicturesError, suggest
 from ..core.events import Listener, Note
-from ..core.prompts import fill_placeholders, split_prompts
 from ..core.seeding import generator
+from ..core.text import listed
+from .decoding import decode, decode_alpha, decode_mask
 from .folder import AnnotationOptions, PictureFile, find_picture_files
+from .tree import shown_name
 
-MAX_PIXELS = 178_000_000
-MIN_SIDE = 32
 _ASPECT_TOLERANCE = 0.05  # rounding: by how much the aspect ratio of a small mask may differ from its picture's
-_TRANSPOSITIONS = {  # EXIF orientation → what turns the picture upright
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @dataclass(frozen=True)
@@ -45,7 +34,7 @@ class Picture:
         name: File name, for messages.
         caption: What it shows.
         digest: Hexadecimal digest of its content.
-        open: Decodes it: an upright RGB image of any size.
+        open: Decodes it: an upright RGB image of any size. Raises PicturesError if its file is gone or has changed.
         more_captions: Other captions; each sample takes one of all.
         repeats: How often it is taken in an epoch.
         mask: Decodes its mask, a grey image of any size: white where the subject is. None: no mask.
@@ -71,93 +60,6 @@ class Picture:
         """Everything on which training depends, as JSON values for a run's fingerprint; defaults are left out."""
         optional = {"further": self.more_captions, "repeats": self.repeats - 1, "mask": self.mask_digest}
         return [self.digest, self.caption, *({name: value} for name, value in optional.items() if value)]
-
-
-def decode(content: bytes) -> Image.Image:
-    """Decode a picture file: upright by its EXIF tag, first frame, RGB; transparency on white.
-
-    Args:
-        content: The file's bytes; any format and mode that Pillow reads (palette, grey, 16 bit, CMYK …).
-
-    Raises:
-        ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; its text says why.
-    """
-    return _decoded(content, _as_rgb)
-
-
-def decode_mask(content: bytes) -> Image.Image:
-    """Decode a mask's file: upright, grey, transparency on black. Raises as `decode`."""
-    return _decoded(content, lambda image: _as_rgb(image, "black").convert("L"))
-
-
-def decode_alpha(content: bytes) -> Image.Image:
-    """How opaque a picture is, upright, grey; white all over if it has no transparency. Raises as `decode`."""
-    return _decoded(content, _opacity)
-
-
-def _decoded(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
-    """Decode a picture file and convert it.
-
-    Args:
-        content: The file's bytes.
-        convert: Gets the upright image in the file's own mode.
-
-    Raises:
-        ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; its text says why.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(content))
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{width}×{height} is too large; scale it down to at most 8000 pixels a side")
-            if min(width, height) < MIN_SIDE:
-                raise ValueError(f"{width}×{height} is too small; at least {MIN_SIDE} pixels a side are needed")
-            image.draft("RGB", (4096, 4096))  # lets the JPEG decoder skip detail that no resolution uses
-            image.seek(0)
-            return convert(_upright(image))
-    except Image.DecompressionBombError as error:
-        raise ValueError("it is too large; scale it down to at most 8000 pixels a side") from error
-    except UnidentifiedImageError as error:
-        raise ValueError("it is no picture of a known format; save it as JPEG or PNG") from error
-    except (OSError, SyntaxError, EOFError, MemoryError, OverflowError, TypeError, LookupError, RuntimeError) as error:
-        raise ValueError(f"it can't be decoded ({error})") from error
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn by the EXIF tag; a damaged tag block is ignored, as viewers do.
-
-    `ImageOps.exif_transpose` would also rewrite the block, and fail on a damaged one.
-    """
-    image.load()
-    try:
-        transposition = _TRANSPOSITIONS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except (struct.error, ValueError, TypeError, SyntaxError, LookupError, ArithmeticError, OSError):
-        return image
-    return image if transposition is None else image.transpose(transposition)
-
-
-def _is_transparent(image: Image.Image) -> bool:
-    return "A" in image.mode or "transparency" in image.info
-
-
-def _opacity(image: Image.Image) -> Image.Image:
-    return image.convert("RGBA").getchannel("A") if _is_transparent(image) else Image.new("L", image.size, 255)
-
-
-def _as_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    if image.mode.startswith("I"):
-        values = np.asarray(image, dtype=np.float32)
-        return Image.fromarray((values / 257).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        values = np.asarray(image)
-        scale = 255 if values.max() <= 1 else 1
-        return Image.fromarray((values * scale).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if _is_transparent(image):
-        foreground = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", foreground.size, background), foreground).convert("RGB")
-    return image.convert("RGB")
 
 
 def crop(image: Image.Image, width: int, height: int) -> Image.Image:
@@ -213,7 +115,7 @@ def load_pictures(
 
     Args:
         source: A folder, a zip file, or tensors of shape (height, width, 3 or 4) in [0, 1].
-        prompt: Caption of pictures without one; of several, separated by "|", each sample takes one at random.
+        prompt: Caption of pictures without one; of several (`parse_prompts`), each sample takes one at random.
         listener: Gets warnings about pictures that were skipped or look wrong.
         options: Where captions and masks come from; None: the defaults.
         captions: Of tensors, one each, if there are any.
@@ -223,30 +125,36 @@ def load_pictures(
         The pictures, ordered by name.
 
     Raises:
-        PicturesError: The path does not exist, is empty or unreadable, a zip entry points outside, a mask can't be
-            used, no picture can be used, or there are more or fewer captions or masks than pictures.
+        PicturesError: The path does not exist, is empty or unreadable, a caption or mask can't be used, no picture can
+            be used, or there are more or fewer captions or masks than pictures.
     """
     options = options or AnnotationOptions()
-    prompts = split_prompts(fill_placeholders(prompt, options.token, options.class_noun)) or [""]
+    prompts = options.prompts(prompt, "The prompt") or [""]
+    problems: list[str] = []
     if isinstance(source, Path):
-        files = find_picture_files(source, options, prompts[0], listener)
+        files, problems = find_picture_files(source, options, prompts[0], listener)
         pictures = iter([_from_file(file, prompts, options) for file in files])
     else:
         _require_one_each("captions", captions, source)
         _require_one_each("masks", masks, source)
         pictures = _from_tensors(source, prompts, options, captions, masks)
     usable: list[Picture] = []
-    problems: list[str] = []
-    for picture in pictures:
+    ignored: dict[str, list[str]] = {}
+    for picture, decode_first in pictures:
+        notes: list[str] = []
         try:
-            size = picture.open().size
+            size = decode_first(notes).size
         except ValueError as error:
             problems.append(f"{picture.name}: {error}")
             listener.report(Note(f"{picture.name} is left out: {error}.", warning=True, picture=picture.name))
         else:
             usable.append(_with_checked_mask(picture, size, listener))
+        for note in notes:
+            ignored.setdefault(note, []).append(picture.name)
+    for note, names in ignored.items():
+        listener.report(Note(f"{listed(names)}: {note}.", warning=True, picture=names[0] if len(names) == 1 else ""))
     if not usable:
-        location = str(source) if isinstance(source, Path) else "the connected images"
+        location = shown_name(str(source)) if isinstance(source, Path) else "the connected images"
         detail = f" ({'; '.join(problems[:3])})" if problems else ""
         raise PicturesError(
             f"There is no usable picture in {location}{detail}.",
@@ -255,6 +163,11 @@ def load_pictures(
     _warn_of_few_pictures(usable, listener)
     _warn_of_duplicates(usable, listener)
     return usable
+
+
+def load_references(source: Path, listener: Listener) -> list[Picture]:
+    """Pictures that others are compared with; what stands beside them is of no use. Raises as `load_pictures`."""
+    return load_pictures(source, "", listener, AnnotationOptions(captions="prompt", masks="off"))
 
 
 def split_validation(pictures: Sequence[Picture], count: int, seed: int) -> tuple[list[Picture], list[Picture]]:
@@ -335,27 +248,31 @@ def _warn_of_duplicates(pictures: Sequence[Picture], listener: Listener) -> None
         first.setdefault(picture.digest, picture.name)
 
 
-def _from_file(file: PictureFile, prompts: Sequence[str], options: AnnotationOptions) -> Picture:
-    captions = [file.caption] if file.caption else prompts
+_FirstDecode = Callable[[list[str]], Image.Image]
+"""Decodes a picture for the first time: gets a list for what was ignored, raises ValueError; see `decode`."""
+
+
+def _from_file(file: PictureFile, prompts: Sequence[str], options: AnnotationOptions) -> tuple[Picture, _FirstDecode]:
+    captions = file.captions or tuple(prompts)
     mask: Callable[[], Image.Image] | None = None
     mask_digest = ""
     if file.mask is not None:
-        mask_content = file.mask()
-        mask = partial(decode_mask, mask_content)
-        mask_digest = hashlib.sha256(mask_content).hexdigest()
+        mask = partial(decode_mask, file.mask)
+        mask_digest = hashlib.sha256(file.mask).hexdigest()
     elif options.masks == "alpha":
         mask = _decoder(file.read, decode_alpha)
         mask_digest = "alpha"
-    return Picture(
+    picture = Picture(
         name=file.name,
         caption=captions[0],
         digest=file.digest,
         open=_decoder(file.read, decode),
-        more_captions=tuple(captions[1:]),
+        more_captions=captions[1:],
         repeats=file.repeats,
         mask=mask,
         mask_digest=mask_digest,
     )
+    return picture, lambda notes: decode(file.read(), notes)
 
 
 def _decoder(read: Callable[[], bytes], decode: Callable[[bytes], Image.Image]) -> Callable[[], Image.Image]:
@@ -369,14 +286,14 @@ def _from_tensors(
     options: AnnotationOptions,
     captions: Sequence[str],
     masks: Sequence[Tensor],
-) -> Iterator[Picture]:
+) -> Iterator[tuple[Picture, _FirstDecode]]:
     for index, tensor in enumerate(tensors):
         name = f"connected image {index + 1}"
         if tensor.ndim != 3 or tensor.shape[2] not in (1, 3, 4):
             raise PicturesError(f"{name} has the shape {tuple(tensor.shape)}.", "Connect pictures: (height, width, 3).")
         content, digest = _as_png(tensor)
-        caption = fill_placeholders(captions[index].strip(), options.token, options.class_noun) if captions else ""
-        all_captions = [caption] if caption else prompts
+        own_captions = options.prompts(captions[index], f"The caption of {name}") if captions else []
+        all_captions = own_captions or prompts
         mask: Callable[[], Image.Image] | None = None
         mask_digest = ""
         if masks and options.masks != "off":
@@ -388,7 +305,7 @@ def _from_tensors(
         elif options.masks == "alpha" and tensor.shape[2] == 4:
             mask = partial(decode_alpha, content)
             mask_digest = "alpha"
-        yield Picture(
+        picture = Picture(
             name=name,
             caption=all_captions[0],
             digest=digest,
@@ -398,6 +315,7 @@ def _from_tensors(
             mask=mask,
             mask_digest=mask_digest,
         )
+        yield picture, partial(decode, content)
 
 
 def _as_png(tensor: Tensor) -> tuple[bytes, str]:

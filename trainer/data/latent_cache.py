@@ -24,7 +24,7 @@ from ..core.seeding import Draw, generator
 from ..core.tensor_files import read_tensors
 from ..models.families.base import Conditioning, DiffusionModel, token_ids_key
 from ..settings.train import TrainSettings
-from .buckets import bucket_shapes, nearest_shape
+from .buckets import nearest_shape, training_shapes
 from .images import Picture, crop, mask_weights, size_conditioning, to_pixels
 
 _KINDS = ("instance", "prior", "validation")
@@ -307,9 +307,7 @@ def _encode_picture(
     vae: Any, picture: Picture, settings: TrainSettings, flip: bool, device: torch.device
 ) -> _EncodedPicture:
     image = picture.open()
-    shape = (settings.resolution, settings.resolution)
-    if settings.aspect_buckets:
-        shape = nearest_shape(image.size, bucket_shapes(settings.resolution, settings.bucket_step))
+    shape = nearest_shape(image.size, training_shapes(settings, settings.resolution))
     mean, std = _encode_pixels(vae, picture.name, to_pixels(crop(image, *shape)), flip, device)
     mask = None
     if picture.mask is not None:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from typing_extensions import Self
 
 from ..core.errors import SettingsError, suggest
+from ..core.prompts import PromptError, PromptWords, parse_prompts
 
 MAX_SEED = 2**64 - 1
 _LONGEST_SHOWN = 200  # characters of a wrong value in an error
@@ -310,9 +311,11 @@ def _without_variables(value: Any) -> Any:
 
 
 def _tidy_path(value: Any) -> Any:
-    """Clean up a path that a person typed: spaces and quotes around it, `~`."""
+    """Clean up a path that a person typed, unless it exists: spaces and quotes around it, `~`."""
     if not isinstance(value, str | Path):
         return value
+    if os.path.lexists(value):  # whatever it is called
+        return Path(value)
     text = str(value).strip().strip("\"'")
     if not text:
         raise ValueError("is empty; give a path")
@@ -325,6 +328,23 @@ def _tidy_path(value: Any) -> Any:
 
 
 TidyPath = Annotated[Path, BeforeValidator(_tidy_path)]
+
+
+def filled_prompts(setting: str, text: str, words: PromptWords) -> str:
+    """The prompts of a setting with their templates filled, separated by " | ".
+
+    Args:
+        setting: Its name.
+        text: Its value; see `parse_prompts`.
+        words: What the templates stand for.
+
+    Raises:
+        SettingsError: A template is unknown, or stands for nothing.
+    """
+    try:
+        return " | ".join(parse_prompts(text, words))
+    except PromptError as error:
+        raise SettingsError(f"{suggest(setting)} {error.problem}.", error.remedy) from error
 
 
 def field_extra(settings: type[Settings], name: str) -> dict[str, Any]:

@@ -31,9 +31,9 @@ class PictureSettings(Settings):
     )
     captions: Literal["files", "file-names", "prompt"] = setting(
         "files",
-        "Where captions come from. files: a text file of the same name (.txt, .caption), or metadata.jsonl, or the "
-        "name of a folder like '10_sks dog', else the prompt. file-names: the names of the pictures. prompt: always "
-        "the prompt.",
+        "Where captions come from. files: a text file of the same name (.txt, .caption), or metadata.jsonl or .csv, or "
+        "the name of a folder like '10_sks dog', else the prompt. file-names: the names of the pictures. prompt: "
+        "always the prompt.",
         group=_SUBJECT,
         advanced=True,
     )

@@ -9,8 +9,8 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from ..core.prompts import split_prompts
-from .base import MAX_SEED, Needs, Settings, TidyPath, same_setting, setting
+from ..core.prompts import PromptWords, split_prompts
+from .base import MAX_SEED, Needs, Settings, TidyPath, filled_prompts, same_setting, setting
 from .model import BaseModelSettings, Precision
 from .train import OutputSettings, PriorSettings, SchedulerName, SizeSettings, TrainSettings
 
@@ -59,6 +59,15 @@ class ScoreCommand(FeatureExtractorSettings):
     subject: TidyPath | None = setting(None, "Folder of real pictures of the subject, for CLIP-I and DINO.", path=True)
     output: TidyPath | None = setting(None, "Also write the scores: FILE.csv or FILE.json.", group="Saving", path=True)
     device: str = same_setting(BaseModelSettings, "device")
+
+    @field_validator("prompt")
+    @classmethod
+    def _there_is_one_prompt(cls, prompt: str) -> str:
+        if len(split_prompts(filled_prompts("prompt", prompt, PromptWords()))) > 1:
+            raise ValueError(
+                "holds several prompts: give one, or write each picture's own prompt into a text file beside it"
+            )
+        return prompt
 
     @field_validator("output")
     @classmethod
@@ -121,6 +130,16 @@ class CompareSettings(EvaluationSettings, SizeSettings):
         if not split_prompts(prompts):
             raise ValueError("is blank; give one or more, separated by '|'")
         return prompts
+
+    @model_validator(mode="after")
+    def _templates_are_known(self) -> Self:
+        _ = self.prompt_list
+        return self
+
+    @property
+    def prompt_list(self) -> list[str]:
+        """The prompts, with the rare word for {token}."""
+        return split_prompts(filled_prompts("prompts", self.prompts, PromptWords(self.token)))
 
     @field_validator("schedulers")
     @classmethod

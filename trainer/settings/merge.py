@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from ..core.prompts import split_prompts
-from .base import MAX_SEED, Needs, Settings, TidyPath, same_setting, setting
+from ..core.prompts import PromptWords, split_prompts
+from .base import MAX_SEED, Needs, Settings, TidyPath, filled_prompts, same_setting, setting
 from .model import BaseModelSettings, Precision, SavePrecision
 from .train import GenerateCommand, TrainSettings
 
@@ -260,8 +260,8 @@ class LearnedMergeSettings(Settings):
 
     @field_validator("subject_prompt", "style_prompt")
     @classmethod
-    def _prompts_are_given(cls, text: str) -> str:
-        if not split_prompts(text):
+    def _prompts_are_given(cls, text: str, info: ValidationInfo) -> str:
+        if not split_prompts(filled_prompts(str(info.field_name), text, PromptWords())):
             raise ValueError("is empty; write what the adapter was trained on")
         return text
 

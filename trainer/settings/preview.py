@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from .base import MAX_SEED, Needs, Settings, setting
+from ..core.prompts import PromptWords
+from .base import MAX_SEED, Needs, Settings, filled_prompts, setting
 
 _GROUP = "Previews"
 
@@ -25,7 +26,8 @@ class PreviewSettings(Settings):
     )
     preview_prompts: str = setting(
         "",
-        "Prompts of the previews, separated by '|'. Empty: the caption of the first picture.",
+        "Prompts of the previews, separated by '|'; {token} and {class} stand for the subject's words. Empty: the "
+        "caption of the first picture.",
         group=_GROUP,
         advanced=True,
         affects_result=False,
@@ -109,6 +111,12 @@ class PreviewSettings(Settings):
         advanced=True,
         affects_result=False,
     )
+
+    @field_validator("preview_prompts")
+    @classmethod
+    def _templates_are_known(cls, prompts: str) -> str:
+        filled_prompts("preview_prompts", prompts, PromptWords("sks", "dog"))  # whose words they are, a command knows
+        return prompts
 
     @model_validator(mode="after")
     def _scores_need_previews(self) -> Self:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import field_validator, model_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from ..core.prompts import fill_placeholders, split_prompts
+from ..core.prompts import PromptWords, common_words, split_prompts
 from .adapter import AdapterSettings
-from .base import MAX_SEED, Needs, Settings, TidyPath, field_extra, same_setting, setting
+from .base import MAX_SEED, Needs, Settings, TidyPath, field_extra, filled_prompts, same_setting, setting
 from .data import DataSettings, SubjectSettings, SubjectTable
 from .model import BaseModelSettings, Precision, SavePrecision
 from .objective import ObjectiveSettings
@@ -30,7 +30,8 @@ class PriorSettings(Settings):
 
     class_prompt: str = setting(
         "",
-        "Prompt of the class pictures, without the rare word: a photo of a dog.",
+        "Prompt of the class pictures, without the rare word: a photo of a dog. If there are several, separated by "
+        "'|', each has its share of the pictures.",
         group="Class pictures",
         needs=(Needs("prior_count"), Needs("class_images")),
     )
@@ -353,14 +354,9 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
 
     @model_validator(mode="after")
     def _prompts_differ(self) -> Self:
-        for subject in self.subject or [self]:
-            if not subject.class_noun.strip() and "{class}" in subject.instance_prompt + subject.class_prompt:
-                raise ValueError(
-                    f"the prompts hold {{class}}, but {suggest('class_noun')} is empty: "
-                    f"give {suggest('class_noun')}, such as 'dog'"
-                )
         for subject in self.subjects:
-            if subject.prior_count and subject.class_prompt in split_prompts(subject.instance_prompt):
+            same = set(split_prompts(subject.class_prompt)) & set(split_prompts(subject.instance_prompt))
+            if subject.prior_count and same:
                 raise ValueError(
                     f"{suggest('class_prompt')} equals {suggest('instance_prompt')}: leave the rare word out of "
                     f"{suggest('class_prompt')} ('a photo of a dog')"
@@ -390,6 +386,11 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
         return notes
 
     @model_validator(mode="after")
+    def _previews_can_be_filled(self) -> Self:
+        self.with_filled_previews()
+        return self
+
+    @model_validator(mode="after")
     def _something_to_combine(self) -> Self:
         if self.combine and not self.base_lora:
             raise ValueError(
@@ -408,9 +409,19 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
             tables = [SubjectTable.model_construct(**{name: value for name, value in self if name in names})]
         return [self._completed(table) for table in tables]
 
+    def with_filled_previews(self) -> Self:
+        """The same, with the subject's words for the templates in the previews' prompts.
+
+        With several subjects, a template stands for what all of them have in common.
+        """
+        words = common_words([PromptWords(subject.token, subject.class_noun) for subject in self.subject or [self]])
+        prompts = filled_prompts("preview_prompts", self.preview_prompts, words)
+        return self.model_copy(update={"preview_prompts": prompts})
+
     def _completed(self, table: SubjectTable) -> SubjectTable:
-        instance_prompt = fill_placeholders(table.instance_prompt, table.token, table.class_noun).strip()
-        class_prompt = fill_placeholders(table.class_prompt, table.token, table.class_noun).strip()
+        words = PromptWords(table.token, table.class_noun)
+        instance_prompt = filled_prompts("instance_prompt", table.instance_prompt, words)
+        class_prompt = filled_prompts("class_prompt", table.class_prompt, words)
         prior_count = self.prior_count if table.prior_count is None else table.prior_count
         if not class_prompt or table.class_images:
             prior_count = 0
@@ -452,6 +463,11 @@ class PriorsCommand(BaseLoraSettings, BaseModelSettings, PriorSettings, OutputSe
             )
         return self
 
+    @field_validator("class_prompt")
+    @classmethod
+    def _prompt_has_no_templates(cls, prompt: str) -> str:
+        return filled_prompts("class_prompt", prompt, PromptWords())
+
 
 class SizeSettings(Settings):
     """The size of generated pictures."""
@@ -486,15 +502,15 @@ class GenerateCommand(BaseModelSettings, SizeSettings):
         group="Picture",
         path=True,
     )
-    prompt: str = setting(..., "What to generate.", group="Picture")
+    prompt: str = setting(..., "What to generate; several prompts are separated by '|'.", group="Picture")
     negative_prompt: str = setting(
-        "", "What not to generate.", group="Picture", needs=Needs("guidance", other_than=1.0)
+        "", "What not to generate: one prompt for all.", group="Picture", needs=Needs("guidance", other_than=1.0)
     )
     steps: int = setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=200)
     scheduler: SchedulerName = setting("ddim", "Sampler.", group="Picture")
     guidance: float = setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
     seed: int = setting(0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED)
-    count: int = setting(1, "Pictures to generate.", unit="pictures", group="Picture", ge=1, le=10_000)
+    count: int = setting(1, "Pictures of each prompt.", unit="pictures", group="Picture", ge=1, le=10_000)
     output: TidyPath = setting(
         Path("picture.png"),
         "File to write; if there are several pictures, a number is added.",
@@ -502,3 +518,21 @@ class GenerateCommand(BaseModelSettings, SizeSettings):
         path=True,
     )
     precision: Precision = same_setting(TrainSettings, "precision")
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts, one by one."""
+        return split_prompts(self.prompt)
+
+    @field_validator("prompt", "negative_prompt")
+    @classmethod
+    def _prompts_have_no_templates(cls, prompt: str, info: ValidationInfo) -> str:
+        filled_prompts(str(info.field_name), prompt, PromptWords())
+        return prompt
+
+    @field_validator("negative_prompt")
+    @classmethod
+    def _there_is_one_negative_prompt(cls, prompt: str) -> str:
+        if len(split_prompts(prompt)) > 1:
+            raise ValueError("holds several prompts, but there is one for all pictures: separate its parts by commas")
+        return prompt
