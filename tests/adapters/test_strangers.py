@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,12 +28,14 @@ from pack.trainer.adapters.keys import parse_keys
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.module_paths import dotted, module_path, underscored
 from pack.trainer.adapters.names import name_in_family, named_weights
-from pack.trainer.core.errors import AdapterError
+from pack.trainer.cli.inspect import describe_adapter
+from pack.trainer.core.errors import AdapterError, SettingsError
 from pack.trainer.merging.merge import WeightedAdapter, merge
 from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.families.base import DiffusionModel, Family
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.merge import MergeSettings
+from pack.trainer.training.export import combined
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -575,6 +578,25 @@ def test_bundled_embeddings_that_can_not_be_kept_are_told(caplog: pytest.LogCapt
     with caplog.at_level(logging.WARNING):
         merge_into(model, Adapter({name: layer}, embeddings=EMBEDDING), 1.0)
     assert "sks" in caplog.text
+
+
+def test_a_bundled_embedding_is_inspected() -> None:
+    adapter = parse_adapter(lora(kohya(TO_Q)) | EMBEDDING)
+    assert describe_adapter(adapter)["embeddings"] == ["sks"]
+    assert "embeddings" not in describe_adapter(replace(adapter, embeddings={}))
+
+
+def test_adapters_that_are_combined_keep_their_embeddings_and_lose_no_bias() -> None:
+    first, second = (parse_adapter(lora(kohya(TO_Q), seed)) for seed in (1, 2))
+    embedded = replace(first, embeddings=EMBEDDING)
+    result = combined([(embedded, 0.5), (second, 1.0)])
+    assert result.embeddings.keys() == EMBEDDING.keys()
+    expected = 0.5 * delta(first, kohya(TO_Q)) + delta(second, kohya(TO_Q))
+    torch.testing.assert_close(delta(result, kohya(TO_Q)), expected)
+    key = f"{kohya(TO_OUT)}.diff_b"
+    with pytest.raises(SettingsError) as caught:
+        combined([(replace(first, vectors={key: torch.ones(5)}), 1.0), (second, 1.0)])
+    assert key in caught.value.problem
 
 
 def test_embeddings_alone_are_no_lora() -> None:

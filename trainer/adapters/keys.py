@@ -2,7 +2,7 @@
 
 A key is the name of a module (prefixes, then its path, with dots or underscores) and the tensor's part in the layer.
 Both come from closed lists of words: what is on neither is refused, by family or kind where it shows one, else by its
-key. A path of known words that no model has is read, with a warning.
+key. A path of known words that no model has is read; `warn_of_strange_modules` names it.
 
 | written by | a module is named |
 |---|---|
@@ -139,11 +139,6 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
         _refuse(parts_of_unknown, unknown, shapes or {}, has_layers=bool(parsed))
     if not parsed:
         raise _no_lora(f"only embeddings ({', '.join(embedding_names(keys))})" if keys else "nothing")
-    strange = [key.module for key in parsed.values() if not key.is_known_module]
-    if strange:
-        logger.warning(
-            "The adapter changes modules that models of %s don't have: %s", _readable_families(), min(strange)
-        )
     names = sorted({key.adapter_name for key in parsed.values()} - {""})
     if len(names) > 1:
         raise AdapterError(
@@ -293,6 +288,15 @@ def _as_known(component: str, path: str) -> str:
     if component == UNET:
         return re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
     return re.sub(r"\.self_attn\.(?:processor\.)?to_(q|k|v|out)$", r".self_attn.\1_proj", path)
+
+
+def warn_of_strange_modules(keys: Iterable[TensorKey]) -> None:
+    """Name a module whose words are known, but which no model has."""
+    strange = [key.module for key in keys if not key.is_known_module]
+    if strange:
+        logger.warning(
+            "The adapter changes modules that models of %s don't have: %s", _readable_families(), min(strange)
+        )
 
 
 def without_repeats(

@@ -28,7 +28,15 @@ from ..core.tensor_files import is_quantization_name, read_header, save_tensors
 from ..settings.sharing import shareable_metadata
 from .adapter_files import find_files
 from .casting import cast_layer, cast_tensor
-from .keys import PEFT_BIAS, PEFT_MAGNITUDE, TensorKey, is_embedding, parse_keys, without_repeats
+from .keys import (
+    PEFT_BIAS,
+    PEFT_MAGNITUDE,
+    TensorKey,
+    is_embedding,
+    parse_keys,
+    warn_of_strange_modules,
+    without_repeats,
+)
 from .layers import DORA_SCALE, FullLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
 from .layers.base import DAMAGED_FILE_REMEDY
 from .peft_config import (
@@ -123,6 +131,7 @@ def parse_adapter(
     keys, repeated = without_repeats(_readable_keys(tensors), tensors)
     if repeated:
         logger.warning("A module stands in the file twice, with the same numbers; it is read once: %s", repeated[0])
+    warn_of_strange_modules(keys.values())
     metadata = dict(metadata or {})
     configs = configs or configs_in_metadata(metadata)
     tensors_by_module: dict[str, dict[str, Tensor]] = {}

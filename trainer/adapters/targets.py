@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -13,11 +14,14 @@ from ..models import families
 from ..models.families import joined_titles
 from ..models.families.base import DiffusionModel, Family
 from ..settings.adapter import AdapterSettings
+from .keys import embedding_names
 from .kohya import Adapter
 from .layers import Layer, LokrLayer, fits
 from .module_paths import ModulePath
 from .names import Adaptable, adapter_names, canonical_names, modules_by_name, modules_by_path, networks
 from .prefixes import UNET
+
+logger = logging.getLogger("dreambooth_lora")
 
 
 @dataclass(frozen=True)
@@ -180,6 +184,11 @@ def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:
             f"The adapter to start from also changes biases or norms ({next(iter(adapter.vectors))}).",
             "Start from one that does not; such changes can't be trained on.",
         )
+    if adapter.embeddings:
+        logger.warning(
+            "The adapter to start from bundles embeddings, which the new file won't have: %s",
+            ", ".join(embedding_names(adapter.embeddings)),
+        )
     modules = modules_by_name(model)
     names = canonical_names(model)
     layers: dict[str, Layer] = {}
@@ -192,7 +201,7 @@ def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:
                 "Start from an adapter that was trained on a model of this shape.",
             )
         layers[names[name]] = _with_unit_scale(layer) if isinstance(layer, LokrLayer) else layer
-    return replace(adapter, layers=layers)
+    return replace(adapter, layers=layers, embeddings={})
 
 
 def _with_unit_scale(layer: LokrLayer) -> LokrLayer:

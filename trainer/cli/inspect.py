@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.keys import embedding_names
 from ..adapters.kohya import Adapter, file_hashes, read_adapter
 from ..adapters.layers import DORA_SCALE, Layer
 from ..adapters.metadata import metadata_summary
@@ -70,6 +71,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
         "alpha": sorted({layer.alpha for layer in layers}),
         "dtype": sorted(str(dtype).removeprefix("torch.") for dtype in dtypes),
         "hashes": {"sshs_model_hash": model_hash, "sshs_legacy_hash": legacy_hash},
+        **({"embeddings": embedding_names(adapter.embeddings)} if adapter.embeddings else {}),
         "summary": metadata_summary(adapter.metadata),
         "metadata": dict(sorted(adapter.metadata.items())),
     }

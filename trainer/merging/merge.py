@@ -113,7 +113,9 @@ def merge(
     method = "learned" if columns else settings.method
     warnings = [*warnings, *overlap_warnings(module_reports, titles)]
     metadata = _metadata(adapters, method, settings, layers)
-    merged = Adapter(layers, metadata, _merged_vectors(adapters), _merged_embeddings(adapters))
+    merged = Adapter(
+        layers, metadata, _merged_vectors(adapters), merged_embeddings([weighted.adapter for weighted in adapters])
+    )
     return MergeResult(merged, MergeReport(titles, method, module_reports, warnings))
 
 
@@ -355,20 +357,19 @@ def _merged_vectors(adapters: Sequence[WeightedAdapter]) -> dict[str, Tensor]:
     return sums
 
 
-def _merged_embeddings(adapters: Sequence[WeightedAdapter]) -> dict[str, Tensor]:
+def merged_embeddings(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
     """The embeddings that adapters bundle, as they are: no strength changes a word.
 
     Raises:
         AdapterError: Two adapters bundle different ones of the same name.
     """
     embeddings: dict[str, Tensor] = {}
-    for weighted in adapters:
-        for key, tensor in weighted.adapter.embeddings.items():
+    for adapter in adapters:
+        for key, tensor in adapter.embeddings.items():
             other = embeddings.setdefault(key, tensor)
             if other.shape != tensor.shape or not torch.equal(other, tensor):
                 raise AdapterError(
-                    f"{weighted.title} and another adapter bundle different embeddings of one name: {key}.",
-                    "Merge only one of the two.",
+                    f"Two of the adapters bundle different embeddings of one name: {key}.", "Use only one of the two."
                 )
     return embeddings
 

@@ -19,6 +19,7 @@ from ..core.devices import DTYPES
 from ..core.errors import SettingsError, suggest
 from ..merging.deltas import sum_deltas, to_delta, to_layer
 from ..merging.extract import extract_lora
+from ..merging.merge import merged_embeddings
 from ..models.families.base import BaseWeights
 from ..models.single_file import original_state_dict, write_single_file
 from ..settings.train import TrainSettings
@@ -112,6 +113,11 @@ def require_combinable(adapter: Adapter) -> None:
     Raises:
         SettingsError: It is no plain LoRA.
     """
+    if adapter.vectors:
+        raise SettingsError(
+            f"combine adds LoRAs up; an adapter also changes biases or norms ({min(adapter.vectors)}).",
+            f"Set {suggest('combine', False)} and use both files, or apply a LoRA.",
+        )
     for name, layer in adapter.layers.items():
         if not isinstance(layer, LoraLayer) or layer.mid is not None or layer.dora_scale is not None:
             raise SettingsError(
@@ -130,6 +136,7 @@ def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
 
     Raises:
         SettingsError: One is no plain LoRA.
+        AdapterError: Two bundle different embeddings of one name.
     """
     parts: dict[str, list[tuple[LoraLayer, float]]] = {}
     for adapter, strength in adapters:
@@ -137,7 +144,8 @@ def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
         for name, layer in adapter.layers.items():
             assert isinstance(layer, LoraLayer)
             parts.setdefault(name, []).append((layer, strength))
-    return Adapter({name: _sum(layers) for name, layers in parts.items()})
+    embeddings = merged_embeddings(adapter for adapter, _ in adapters)
+    return Adapter({name: _sum(layers) for name, layers in parts.items()}, embeddings=embeddings)
 
 
 def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> Layer:
