@@ -309,30 +309,30 @@ def _title(model: Any) -> str:
 def apply_adapter(
     model: Any, clip: Any, tensors: Mapping[str, Any], strength_model: float, strength_clip: float
 ) -> tuple[Any, Any]:
-    """Apply a kohya state dict as ComfyUI's Load LoRA does; `model` or `clip` may be None.
+    """Apply an adapter as ComfyUI's Load LoRA does; `model` or `clip` may be None.
 
     With one correction: ComfyUI 0.28 divides a DoRA by the norms of the weight's rows before the change instead of
     after it. Here the model computes what was trained.
 
+    Args:
+        model: A MODEL.
+        clip: A CLIP.
+        tensors: The adapter's, in the naming of any program that this pack reads.
+        strength_model: Strength on the UNet.
+        strength_clip: Strength on the text encoders.
+
     Raises:
-        AdapterError: None of its modules fits the model.
+        AdapterError: A module of it has another shape in the model, or all of a network's modules are missing there.
     """
     import comfy.sd
 
+    from ..trainer.adapters.kohya import parse_adapter
+
+    adapter = parse_adapter(tensors)
     weights = _Weights(model, clip)
-    fitting, foreign = _split_by_fit(weights, model, clip, tensors)
-    if foreign and not fitting:
-        raise AdapterError(
-            f"The adapter does not fit this model: none of its {len(foreign)} modules has a counterpart of its shape "
-            f"(e.g. {foreign[0]}).",
-            "Use an adapter that was made for the model's family.",
-        )
-    if foreign:
-        logger.warning(
-            "%d of the adapter's modules don't fit this model and are left out, e.g. %s", len(foreign), foreign[0]
-        )
-    left_out = set(foreign)
-    kept = {key: tensor for key, tensor in tensors.items() if key.split(".")[0] not in left_out}
+    left_out = _left_out(weights, model, clip, adapter)
+    named = replace(adapter, embeddings={}).state_dict()
+    kept = {key: tensor for key, tensor in named.items() if key.split(".")[0] not in left_out}
     kept |= _corrected_dora_scales(weights, kept)
     return comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)  # type: ignore[no-any-return]
 
@@ -425,21 +425,50 @@ def _corrected_dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dic
     return scales
 
 
-def _split_by_fit(weights: _Weights, model: Any, clip: Any, tensors: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """Names of the adapter's modules that have a counterpart of their shape, and of those that have none.
+def _left_out(weights: _Weights, model: Any, clip: Any, adapter: Any) -> set[str]:
+    """Names of the adapter's modules that the model does not have; they are logged.
 
-    Modules of a MODEL or CLIP that is None count as fitting.
+    Raises:
+        AdapterError: A module has another shape in the model; none of a network's modules is there; nothing is.
     """
-    from ..trainer.adapters.kohya import parse_adapter
+    from ..trainer.adapters.keys import embedding_names
     from ..trainer.adapters.layers import fits
     from ..trainer.adapters.prefixes import UNET, component_of
 
-    fitting = []
-    foreign = []
-    for name, layer in parse_adapter(tensors).layers.items():
-        owner = model if component_of(name) == UNET else clip
-        if owner is None or fits(layer, weights.shape(name) or (0,)):
-            fitting.append(name)
-        else:
-            foreign.append(name)
-    return fitting, foreign
+    names = sorted({*adapter.layers, *(key.rpartition(".")[0] for key in adapter.vectors)})
+    missing = {name for name in names if weights.shape(name) is None}
+    for name, layer in adapter.layers.items():
+        shape = weights.shape(name)
+        if shape is not None and not fits(layer, shape):
+            raise AdapterError(
+                f"The adapter does not fit this model: {name} has the shape {layer.shape} there and {shape} here.",
+                "Use an adapter that was made for the model's family.",
+            )
+    by_component: dict[str, list[str]] = {}
+    for name in names:
+        by_component.setdefault(component_of(name), []).append(name)
+    for component, of_component in by_component.items():
+        given = model if component == UNET else clip
+        if given is not None and missing.issuperset(of_component):
+            raise AdapterError(
+                f"The adapter does not fit this model: none of its {len(of_component)} modules for the {component} has "
+                f"a counterpart there (e.g. {of_component[0]}).",
+                "Use an adapter that was made for the model's family.",
+            )
+    if len(missing) == len(names):
+        raise AdapterError(
+            f"The adapter changes nothing of what is connected, but e.g. {names[0]}.",
+            "Connect the model, or the text encoder (clip), that the adapter changes.",
+        )
+    if missing:
+        logger.warning(
+            "%d of the adapter's %d modules don't exist in what is connected and are left out, e.g. %s",
+            len(missing),
+            len(names),
+            min(missing),
+        )
+    if adapter.embeddings:
+        logger.warning(
+            "The adapter bundles embeddings, which are not used: %s", ", ".join(embedding_names(adapter.embeddings))
+        )
+    return missing
