@@ -1,6 +1,7 @@
 """Shows on the demo world what several subjects, captions, masks and presets do.
 
     python benchmarks/depth.py [subjects] [style] [masks] [presets] [--out benchmarks/results] [--sheets docs]
+    python benchmarks/depth.py --smoke --out FOLDER --sheets FOLDER    # only tries it out
 
 subjects   Two subjects in one run that trains the text encoder, too: the demo's dog and another, red and yellow, and
            the dog and a cat so coloured. "own" and "other" are CLIP-I (the demo's scorer) of a subject's generated
@@ -25,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from kinds import DEMO, PLACES, RECIPE, ROOT, Bench
+from kinds import DEMO, PLACES, RECIPE, Bench, Effort, add_arguments
 from merging import roughness
 from palette import CANVAS, COLORS, SIZE
 from PIL import Image
@@ -36,12 +37,10 @@ from world import SUBJECT_COAT, SUBJECT_PLACES, compose, pixelate, stripes
 from trainer.adapters.kohya import Adapter
 from trainer.core.events import SilentListener
 from trainer.core.figures import SheetRow, contact_sheet
-from trainer.data.class_images import generate_class_images
 from trainer.data.folder import AnnotationOptions
 from trainer.data.images import Picture, load_pictures
 from trainer.dreambooth import train
-from trainer.models.sampling import GenerationConfig, generate
-from trainer.settings.train import PriorSettings, TrainSettings
+from trainer.settings.train import TrainSettings
 from trainer.training.presets import load_preset, preset_subjects
 from trainer.training.runs.folder import RunPaths
 
@@ -85,9 +84,9 @@ def picture_and_mask(thing: str, pattern: Any, place: str, rng: random.Random) -
 class Depth:
     """The base, the scorer, and where runs take place."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, effort: Effort) -> None:
         self.folder = folder
-        self.bench = Bench(folder)
+        self.bench = Bench(folder, effort)
         self.scorer = self.bench.scorer
         self.runs = 0
 
@@ -99,7 +98,9 @@ class Depth:
             self.bench.base,
             subject=pictures,
             priors=priors,
-            settings=TrainSettings(**{**RECIPE, "rank": 8, "targets": "attention-mlp", **changes}),
+            settings=self.bench.effort.limited(
+                TrainSettings(**{**RECIPE, "rank": 8, "targets": "attention-mlp", **changes})
+            ),
             paths=RunPaths(output=out, runs=out / "runs"),
             device="cpu",
             listener=SILENT,
@@ -111,14 +112,11 @@ class Depth:
     ) -> list[Image.Image]:
         """Pictures of every prompt, from the same noise for every adapter."""
         model = self.bench.model(self.bench.base, [(adapter, 1.0)] if adapter else [])
-        config = GenerationConfig(width=64, height=64, steps=25, guidance=4.0)
-        return [image for prompt in prompts for image in generate(model, prompt, range(count), config)]
+        return [image for prompt in prompts for image in self.bench.images(model, prompt, count)]
 
     def priors(self, prompt: str, count: int = 32) -> list[Picture]:
         """Class images of a prompt."""
-        settings = PriorSettings(class_prompt=prompt, prior_count=count, prior_steps=25, prior_guidance=4.0)
-        cpu = torch.device("cpu")
-        return generate_class_images(self.bench.base, settings, 64, self.folder / "priors", cpu, "fp32", SILENT)
+        return self.bench.class_pictures(prompt, count)
 
     def likeness(self, images: Sequence[Image.Image], truth: Sequence[Image.Image]) -> torch.Tensor:
         """Mean cosine of each image to true pictures, (images,)."""
@@ -270,12 +268,11 @@ TITLES = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--sheets", type=Path, default=ROOT / "docs")
+    add_arguments(parser)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        depth = Depth(Path(scratch))
+        depth = Depth(Path(scratch), arguments.effort)
         for name in arguments.parts or PARTS:
             table, rows = PARTS[name](depth)
             print(f"{name}\n{table}\n", flush=True)

@@ -1,6 +1,7 @@
 """Compares kinds of adapters on the demo world at equal numbers of parameters, and shows two-stage training.
 
     python benchmarks/kinds.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
+    python benchmarks/kinds.py --smoke --out FOLDER --sheets FOLDER    # only tries it out
 
 Every kind learns the striped dog of demo/subject with the same class pictures, steps and batch; its rank is the
 largest that keeps it within the parameters of the first row. Reported, as mean and spread over the seeds:
@@ -73,6 +74,47 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is done of everything.
+
+    Attributes:
+        training_steps: At most so many steps are trained.
+        sampling_steps: Denoising steps of a picture.
+        class_pictures: At most so many pictures of a class.
+        tiny: Whether a small base with random weights takes the place of the demo's.
+    """
+
+    training_steps: int
+    sampling_steps: int
+    class_pictures: int
+    tiny: bool
+
+    def limited(self, settings: TrainSettings) -> TrainSettings:
+        """The settings of a run that trains no more steps than these."""
+        steps = min(self.training_steps, settings.steps)
+        every = settings.checkpoint_every and max(1, settings.checkpoint_every * steps // settings.steps)
+        return settings.model_copy(update={"steps": steps, "checkpoint_every": every})
+
+
+FULL = Effort(training_steps=1_000_000, sampling_steps=25, class_pictures=1_000, tiny=False)
+SMOKE = Effort(training_steps=2, sampling_steps=1, class_pictures=2, tiny=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where figures and pictures go, and how much is done."""
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--sheets", type=Path, default=ROOT / "docs")
+    parser.add_argument(
+        "--smoke",
+        dest="effort",
+        action="store_const",
+        const=SMOKE,
+        default=FULL,
+        help="only try it out: two steps, random weights",
+    )
+
+
 class Scorer:
     """CLIP image features of the demo world."""
 
@@ -103,19 +145,31 @@ class Scores:
 class Bench:
     """The base, its pictures before training, the truth, and the class pictures."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, effort: Effort = FULL) -> None:
         self.folder = folder
+        self.effort = effort
         self.scorer = Scorer()
-        self.base = open_base(DEMO / "base")
-        self.subject = load_pictures(DEMO / "subject", "a photo of sks dog", SilentListener())
-        priors = PriorSettings(class_prompt="a photo of a dog", prior_count=32, prior_steps=25, prior_guidance=4.0)
-        self.priors = generate_class_images(
-            self.base, priors, 64, folder / "priors", torch.device("cpu"), "fp32", SilentListener()
+        self.base = (
+            open_base(tiny_base(folder), DEMO / "base" / "tokenizer") if effort.tiny else open_base(DEMO / "base")
         )
+        self.subject = load_pictures(DEMO / "subject", "a photo of sks dog", SilentListener())
+        self.priors = self.class_pictures("a photo of a dog", 32)
         rng = random.Random(0)
         truth = [[subject_picture(place, rng) for _ in range(8)] for place in PLACES]
         self.truth = [self.scorer.features(pictures) for pictures in truth]
         self.before = self.generate(self.model(self.base, []))
+
+    def class_pictures(self, prompt: str, count: int) -> list[Picture]:
+        """Class pictures of a prompt, by the base."""
+        settings = PriorSettings(
+            class_prompt=prompt,
+            prior_count=min(count, self.effort.class_pictures),
+            prior_steps=self.effort.sampling_steps,
+            prior_guidance=4.0,
+        )
+        folder = self.folder / "priors"
+        cpu = torch.device("cpu")
+        return generate_class_images(self.base, settings, 64, folder, cpu, "fp32", SilentListener())
 
     def model(self, base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> DiffusionModel:
         """A model in float32 with adapters merged into it."""
@@ -134,9 +188,14 @@ class Bench:
             "other": list(OTHERS),
         }
         return {
-            kind: [image for prompt in of_kind for image in generate_images(model, prompt)]
+            kind: [image for prompt in of_kind for image in self.images(model, prompt)]
             for kind, of_kind in prompts.items()
         }
+
+    def images(self, model: DiffusionModel, prompt: str, count: int = PICTURES_PER_PROMPT) -> list[Image.Image]:
+        """Pictures of a prompt; the same noise for every model and prompt."""
+        config = GenerationConfig(width=64, height=64, steps=self.effort.sampling_steps, guidance=4.0)
+        return generate(model, prompt, range(count), config)
 
     def scores(self, result: TrainResult, after: dict[str, list[Image.Image]], seconds: float) -> Scores:
         """The figures of one run."""
@@ -174,17 +233,20 @@ class Bench:
             base or self.base,
             subject=subject,
             priors=self.priors if subject is self.subject else [],
-            settings=settings,
+            settings=self.effort.limited(settings),
             paths=RunPaths(output=out, runs=out / "runs"),
             device="cpu",
             starting_point=starting_point,
         )
 
 
-def generate_images(model: DiffusionModel, prompt: str) -> list[Image.Image]:
-    """`PICTURES_PER_PROMPT` pictures of a prompt."""
-    config = GenerationConfig(width=64, height=64, steps=25, guidance=4.0)
-    return generate(model, prompt, range(PICTURES_PER_PROMPT), config)
+def tiny_base(folder: Path) -> Path:
+    """A small checkpoint with random weights."""
+    sys.path.append(str(ROOT / "tests" / "support"))
+    from checkpoints import sd15_checkpoint
+    from helpers import TINY
+
+    return sd15_checkpoint(folder / "tiny.safetensors", size=TINY)
 
 
 def count_parameters(base: BaseWeights, settings: TrainSettings) -> int:
@@ -284,7 +346,7 @@ def two_stages(bench: Bench) -> tuple[dict[str, float], list[SheetRow]]:
     figures: dict[str, float] = {}
     for name, adapters in adapters_of.items():
         model = bench.model(bench.base, adapters)
-        images[name] = [generate_images(model, prompt)[0] for prompt in prompts]
+        images[name] = [bench.images(model, prompt)[0] for prompt in prompts]
         figures[f"fidelity, {name}"] = bench.fidelity(bench.generate(model)["subject"])
     differences = [
         int(np.abs(np.asarray(one, dtype=int) - np.asarray(other, dtype=int)).max())
@@ -326,8 +388,7 @@ def report_two_stages(bench: Bench, arguments: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--sheets", type=Path, default=ROOT / "docs")
+    add_arguments(parser)
     parser.add_argument("--only", nargs="*", help="kinds to run")
     parser.add_argument("--part", choices=("both", "kinds", "two-stage"), default="both")
     arguments = parser.parse_args()
@@ -335,7 +396,7 @@ def main() -> None:
         del KINDS[name]
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(Path(scratch))
+        bench = Bench(Path(scratch), arguments.effort)
         if arguments.part != "two-stage":
             report_kinds(bench, arguments)
         if arguments.part != "kinds":

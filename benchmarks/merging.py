@@ -1,6 +1,7 @@
 """Compares methods of merging a subject and a style on the demo world.
 
     python benchmarks/merging.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
+    python benchmarks/merging.py --smoke --out FOLDER --sheets FOLDER    # only tries it out
 
 The striped dog of demo/subject and the pixel art of demo/style are trained apart, and merged by every method. Each
 result generates from prompts that neither was trained on: the dog as pixel art, in places where it never was. Reported,
@@ -27,7 +28,7 @@ from typing import Any
 import kinds
 import numpy as np
 import torch
-from kinds import DEMO, PLACES, RECIPE, ROOT, Bench
+from kinds import DEMO, PLACES, RECIPE, SMOKE, Bench, add_arguments
 from palette import COLORS, jitter
 from PIL import Image
 from things import THINGS
@@ -40,7 +41,6 @@ from trainer.core.figures import SheetRow, contact_sheet
 from trainer.data.images import load_pictures
 from trainer.merging.merge import WeightedAdapter, merge
 from trainer.merging.ziplora import learned_merge
-from trainer.models.sampling import GenerationConfig, generate
 from trainer.settings.merge import LearnedMergeSettings, MergeSettings
 from trainer.settings.train import TrainSettings
 
@@ -128,6 +128,8 @@ def merge_all(bench: Bench, subject: Adapter, style: Adapter, seed: int) -> dict
     rows[f"sum at {STRONGER}"] = [(merge(stronger, MergeSettings()).adapter, 1.0)]
     for name, split in (("learned", {}), ("learned, paper", {"split": 0.0})):
         settings = LearnedMergeSettings(**LEARNED, **split, seed=seed)
+        if bench.effort is SMOKE:
+            settings = settings.model_copy(update={"steps": 2, "pictures": 2, "sampling_steps": 1})
         learned = learned_merge(bench.base, *inputs, settings, torch.device("cpu"), SilentListener())
         rows[name] = [(learned.adapter, 1.0)]
     return rows
@@ -137,21 +139,19 @@ def generate_images(bench: Bench, adapters: list[tuple[Adapter, float]]) -> list
     """`PICTURES_PER_PROMPT` pictures of the prompt in each place; the same noise for every result."""
     model = bench.model(bench.base, adapters)
     prompts = [PROMPT.format(place) for place in PLACES]
-    config = GenerationConfig(width=64, height=64, steps=25, guidance=4.0)
-    return [image for prompt in prompts for image in generate(model, prompt, range(PICTURES_PER_PROMPT), config)]
+    return [image for prompt in prompts for image in bench.images(model, prompt, PICTURES_PER_PROMPT)]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--sheets", type=Path, default=ROOT / "docs")
+    add_arguments(parser)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     scores: dict[str, list[dict[str, float]]] = {}
     rows: list[SheetRow] = []
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(Path(scratch))
+        bench = Bench(Path(scratch), arguments.effort)
         scorer = WorldScorer(bench.scorer)
         for seed in range(arguments.seeds):
             subject, style = train_two(bench, seed)

@@ -3,6 +3,7 @@ picked with the truth.
 
     python benchmarks/picking.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
     python benchmarks/picking.py --again    # picks once more, from the figures of the last time
+    python benchmarks/picking.py --smoke --out FOLDER --sheets FOLDER    # only tries it out
 
 Every run learns the striped dog of demo/subject for 800 steps and keeps a checkpoint every 100.
 `trainer.evaluation.comparison` generates and scores pictures as `python -m trainer compare` does, in places where the
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kinds import DEMO, PICTURES_PER_PROMPT, PLACES, RECIPE, ROOT, Bench
+from kinds import DEMO, PICTURES_PER_PROMPT, PLACES, RECIPE, Bench, add_arguments
 
 from trainer.core.events import SilentListener
 from trainer.core.figures import figure_as_picture
@@ -57,7 +58,7 @@ def train_and_compare(bench: Bench, extractors: FeatureExtractors, seed: int, va
         bench.base,
         subject=bench.subject,
         priors=bench.priors if variant == VARIANTS[0] else [],
-        settings=TrainSettings(**SETTINGS, seed=seed),
+        settings=bench.effort.limited(TrainSettings(**SETTINGS, seed=seed)),
         paths=RunPaths(output=folder / "out", runs=folder / "runs"),
         device="cpu",
         listener=listener,
@@ -66,7 +67,9 @@ def train_and_compare(bench: Bench, extractors: FeatureExtractors, seed: int, va
     evaluator = Evaluator(extractors, bench.subject, prompts, "sks", listener)
     generator = CachedGenerator(bench.base, folder / "pictures", torch.device("cpu"), "fp32", listener)
     candidates = [base_candidate(), *checkpoint_candidates(RunFolder(result.run).adapters(), "run")]
-    config = SampleConfig(count=PICTURES_PER_PROMPT, width=64, height=64, steps=25, guidance=4.0)
+    config = SampleConfig(
+        count=PICTURES_PER_PROMPT, width=64, height=64, steps=bench.effort.sampling_steps, guidance=4.0
+    )
     return compare_candidates(generator, evaluator, candidates, [config])
 
 
@@ -126,8 +129,7 @@ def curves(runs: dict[str, list[dict[str, Any]]]) -> Any:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--sheets", type=Path, default=ROOT / "docs")
+    add_arguments(parser)
     parser.add_argument("--again", action="store_true")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -155,7 +157,7 @@ def train_and_compare_all(arguments: argparse.Namespace) -> dict[str, list[dict[
     """The figures of all runs."""
     runs: dict[str, list[dict[str, Any]]] = {variant: [] for variant in VARIANTS}
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(Path(scratch))
+        bench = Bench(Path(scratch), arguments.effort)
         extractors = FeatureExtractors.open(str(DEMO / "scorer"), "", torch.device("cpu"))
         for seed in range(arguments.seeds):
             for variant in VARIANTS:

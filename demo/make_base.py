@@ -45,6 +45,7 @@ MIN_PICTURES = 256
 PATTERNED_PICTURES = 9000
 MIN_PATTERNED_PICTURES = 96
 STYLE_PICTURES = 24
+SAMPLING_STEPS = 25
 
 DRAWINGS_SEED = 1
 PATTERNED_SEED = 7
@@ -228,7 +229,7 @@ def write_models(run: Run) -> None:
         requires_safety_checker=False,
     )
     with _finished(run.out / "samples.png") as file:
-        _generate_samples(pipeline, run.device).save(file)
+        _generate_samples(pipeline, run.device, min(SAMPLING_STEPS, run.scaled(SAMPLING_STEPS, 2))).save(file)
     with _finished(run.out / "scorer") as folder:
         clip.half().save_pretrained(folder)
         _drop_origin(folder / "config.json")
@@ -250,14 +251,14 @@ def _drop_origin(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
-def _generate_samples(pipeline: StableDiffusionPipeline, device: torch.device) -> Image.Image:
+def _generate_samples(pipeline: StableDiffusionPipeline, device: torch.device, steps: int) -> Image.Image:
     """Generates a sheet of pictures, a prompt per column, enlarged three times."""
     scheduler = pipeline.scheduler
     pipeline.scheduler = DDIMScheduler.from_config(scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline.to(device)(
         list(SAMPLE_PROMPTS * SAMPLES_PER_PROMPT),
-        num_inference_steps=25,
+        num_inference_steps=steps,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(SAMPLES_SEED),
         height=SIZE,

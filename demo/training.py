@@ -19,7 +19,7 @@ from words import MAX_TOKENS, tokenize
 LOG = logging.getLogger("demo")
 
 SEED = 0
-MIN_STEPS = 10
+MIN_STEPS = 4
 LOG_EVERY_STEPS = 100
 WIDTH = 128
 """Width of CLIP's hidden states, of its projections and of the denoiser's cross-attention."""

@@ -1,10 +1,11 @@
 """Writes web/docs/pictures/<node id>.png, every node as a real ComfyUI shows it, for the help pages.
 
-python tools/make_help_pictures.py [NODE_ID ...]
+python tools/make_help_pictures.py [NODE_ID ...] [--out FOLDER]
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -51,13 +52,17 @@ def picture(page: Any, node_id: str) -> Image.Image:
 
 def main() -> None:
     """Write the pictures of the named nodes, or of all."""
-    PICTURES.mkdir(parents=True, exist_ok=True)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nodes", nargs="*", metavar="NODE_ID", help="default: all")
+    parser.add_argument("--out", type=Path, default=PICTURES, metavar="FOLDER", help="default: web/docs/pictures")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         prepare(Path(scratch))
         with ComfyServer(Path(scratch), pack=ROOT) as server, opened_page(server.url, height=1500) as page:
             ours = [name for name in server.object_info() if name.startswith("DreamBooth")]
-            for node_id in sys.argv[1:] or ours:
-                picture(page, node_id).save(PICTURES / f"{node_id}.png", optimize=True)
+            for node_id in arguments.nodes or ours:
+                picture(page, node_id).save(arguments.out / f"{node_id}.png", optimize=True)
 
 
 if __name__ == "__main__":

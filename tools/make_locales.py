@@ -1,6 +1,6 @@
 """Writes locales/en/nodeDefs.json from the nodes' own schemas, as a real ComfyUI describes them.
 
-    python tools/make_locales.py
+    python tools/make_locales.py [--out FOLDER]
 
 Run it when a node, an input, an output or one of their texts has changed. The other languages are written by hand; the
 texts that they lack are listed, and ComfyUI shows these in English. Needs a ComfyUI (see CONTRIBUTING.md).
@@ -8,6 +8,7 @@ texts that they lack are listed, and ComfyUI shows these in English. Needs a Com
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import tempfile
@@ -85,10 +86,13 @@ def _texts(name: str, tooltip: str | None) -> Texts:
 
 def main() -> None:
     """Write the English file and list what the others lack."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=LOCALES, metavar="FOLDER", help="default: locales")
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ComfyServer(Path(scratch), pack=ROOT) as server:
         texts = english(server.object_info())
-    (LOCALES / "en").mkdir(parents=True, exist_ok=True)
-    (LOCALES / "en" / "nodeDefs.json").write_text(as_file(texts), encoding="utf-8")
+    (arguments.out / "en").mkdir(parents=True, exist_ok=True)
+    (arguments.out / "en" / "nodeDefs.json").write_text(as_file(texts), encoding="utf-8")
     for path in sorted(LOCALES.glob("*/nodeDefs.json")):
         for key in missing(texts, json.loads(path.read_text(encoding="utf-8"))):
             sys.stderr.write(f"{path.parent.name}: {key} is missing\n")

@@ -1,6 +1,6 @@
 """Writes docs/settings.md, the reference of all settings of all commands, from their definitions.
 
-    python tools/make_settings_page.py
+    python tools/make_settings_page.py [--out FILE]
 
 Run it when a setting or its text has changed, and after tools/make_locales.py, from whose English file it reads which
 nodes have a setting. Needs no ComfyUI.
@@ -254,7 +254,9 @@ def _row(cells: Iterable[str]) -> str:
 
 def main() -> None:
     """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8", newline="\n")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=PAGE, metavar="FILE", help="default: docs/settings.md")
+    parser.parse_args().out.write_text(page(), encoding="utf-8", newline="\n")
 
 
 if __name__ == "__main__":

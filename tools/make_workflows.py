@@ -1,6 +1,6 @@
 """Writes example_workflows/ and subgraphs/ as `workflow_recipes.py` describes them, in the browser of a real ComfyUI.
 
-    python tools/make_workflows.py [NAME ...]
+    python tools/make_workflows.py [NAME ...] [--out FOLDER]
 
 The frontend itself creates the nodes, sets their widgets and connects them, so that the files are as a user would save
 them. The thumbnail is the graph as the browser shows it. Needs a ComfyUI (see CONTRIBUTING.md) and Chromium.
@@ -8,6 +8,7 @@ them. The thumbnail is the graph as the browser shows it. Needs a ComfyUI (see C
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import sys
@@ -148,21 +149,25 @@ def write_blueprint(page: Any, name: str, blueprint: Blueprint, folder: Path) ->
     nodes = {key: node.as_json() for key, node in blueprint.recipe.nodes.items()}
     page.evaluate(_BUILD, [nodes, ""])
     saved = page.evaluate(_WRAP, [name, blueprint.description, list(blueprint.inside), list(blueprint.shown)])
-    folder.mkdir(exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     """Write the named workflows and blueprints, or all."""
-    wanted = sys.argv[1:] or [*RECIPES, *BLUEPRINTS]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    parser.add_argument("--out", type=Path, default=ROOT, metavar="FOLDER", help="where both folders are")
+    arguments = parser.parse_args()
+    for folder in ("example_workflows", "subgraphs"):
+        (arguments.out / folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         prepare(Path(scratch))
         with ComfyServer(Path(scratch), pack=ROOT) as server, opened_page(server.url, width=2400, height=1350) as page:
-            for name in wanted:
+            for name in arguments.names or [*RECIPES, *BLUEPRINTS]:
                 if name in RECIPES:
-                    write(page, name, RECIPES[name], ROOT / "example_workflows")
+                    write(page, name, RECIPES[name], arguments.out / "example_workflows")
                 else:
-                    write_blueprint(page, name, BLUEPRINTS[name], ROOT / "subgraphs")
+                    write_blueprint(page, name, BLUEPRINTS[name], arguments.out / "subgraphs")
 
 
 if __name__ == "__main__":
