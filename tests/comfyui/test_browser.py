@@ -315,10 +315,18 @@ def alive(page: Any) -> dict[str, int]:
 
 
 def left_over(page: Any, expected: dict[str, int]) -> dict[str, int]:
-    """What is alive, once it is what is expected: answers that are under way hold a panel until they come."""
+    """What is alive, once it is what is expected.
+
+    Answers that are under way hold a panel until they come, and Chromium keeps the layouts of the last sizes of the page
+    with elements that were in them.
+    """
+    size = page.viewport_size
     deadline = time.monotonic() + PATIENCE
+    number = 0
     while (counts := alive(page)) != expected and time.monotonic() < deadline:
-        page.wait_for_timeout(500)
+        number += 1
+        page.set_viewport_size({"width": size["width"] - number % 10, "height": size["height"] - number % 7})
+        page.wait_for_timeout(200)
     return counts
 
 
