@@ -14,6 +14,7 @@ from ..trainer.core.errors import TrainerError, worded
 from ..trainer.core.events import Event, Note, Phase, Preview, RunOpened, Step, Validation
 from ..trainer.training.runs.metrics import VALIDATION_LOSS
 from . import host, live
+from .finite import finite
 from .urls import file_url
 from .wording import wording_of
 
@@ -175,7 +176,8 @@ class TrainingListener(NodeListener):
         """Keep facts, and send them with the newest points of the curve if a page is open."""
         from server import PromptServer
 
-        points = self._points
+        points = finite(self._points)
+        facts = finite(facts)
         self._points = _no_points()
         if points["steps"]:
             facts["step"] = points["steps"][-1]

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from ..trainer.core.errors import TrainerError, worded
 from . import host, live
+from .finite import finite
 from .urls import PREFIX, details_with_urls, summary_with_urls
 from .wording import wording_of
 
@@ -70,11 +71,14 @@ def _guarded(handler: Handler, *, writes: bool) -> Handler:
 def _require_own_page(request: web.Request) -> None:
     origin = request.headers.get("Origin")
     foreign = origin is not None and urlsplit(origin).netloc.lower() != request.host.lower()
+    foreign = foreign or request.headers.get("Sec-Fetch-Site") == "cross-site"
     if request.headers.get(_HEADER) != "1" or foreign:
         raise web.HTTPForbidden(text="Only ComfyUI's own page may do this.")
     length = request.content_length
     if request.can_read_body and (length is None or length > _LARGEST_BODY):  # None: in chunks, of any length
         raise web.HTTPRequestEntityTooLarge(_LARGEST_BODY, length or 0)
+    if "Content-Encoding" in request.headers:  # of any length once it is unpacked
+        raise web.HTTPUnsupportedMediaType
 
 
 def _run_index() -> RunIndex:
@@ -88,12 +92,16 @@ async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     return await asyncio.get_running_loop().run_in_executor(None, partial(function, *arguments))
 
 
+def _answer(content: Any) -> web.Response:
+    return web.json_response(finite(content))
+
+
 async def _nodes(request: web.Request) -> web.Response:
-    return web.json_response(live.snapshot())
+    return _answer(live.snapshot())
 
 
 async def _runs(request: web.Request) -> web.Response:
-    return web.json_response(await _in_thread(_run_summaries))
+    return _answer(await _in_thread(_run_summaries))
 
 
 def _run_summaries() -> list[dict[str, Any]]:
@@ -115,7 +123,7 @@ def _with_worded_failure(summary: dict[str, Any]) -> dict[str, Any]:
 
 
 async def _details(request: web.Request) -> web.Response:
-    return web.json_response(await _in_thread(_run_details, request.match_info["run"]))
+    return _answer(await _in_thread(_run_details, request.match_info["run"]))
 
 
 def _run_details(name: str) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def _run_details(name: str) -> dict[str, Any]:
 
 async def _curve(request: web.Request) -> web.Response:
     after = int(request.query.get("after", "-1"))
-    return web.json_response(await _in_thread(_run_index().curve, request.match_info["run"], after))
+    return _answer(await _in_thread(_run_index().curve, request.match_info["run"], after))
 
 
 async def _file(request: web.Request) -> web.StreamResponse:
@@ -145,26 +153,26 @@ async def _use(request: web.Request) -> web.Response:
     if type(step) is not int:  # True is one, too
         raise ValueError("'step' must be a whole number")
     path = await _in_thread(host.take_checkpoint, _run_index().run(request.match_info["run"]), step)
-    return web.json_response({"file": path.name})
+    return _answer({"file": path.name})
 
 
 async def _delete(request: web.Request) -> web.Response:
     run = request.match_info["run"]
     live.require_idle(run)
     await _in_thread(_run_index().delete, run)
-    return web.json_response({})
+    return _answer({})
 
 
 async def _folders(request: web.Request) -> web.Response:
     from . import host_pictures
 
-    return web.json_response(await _in_thread(host_pictures.picture_folders))
+    return _answer(await _in_thread(host_pictures.picture_folders))
 
 
 async def _pictures(request: web.Request) -> web.Response:
     from . import host_pictures
 
-    return web.json_response(await _in_thread(host_pictures.picture_report, request.query["folder"]))
+    return _answer(await _in_thread(host_pictures.picture_report, request.query["folder"]))
 
 
 async def _thumbnail(request: web.Request) -> web.Response:

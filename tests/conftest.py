@@ -21,6 +21,7 @@ import hypothesis
 import numpy as np
 import pytest
 from checkpoints import sd15_checkpoint
+from comfy_fixtures import comfy, server  # noqa: F401
 from helpers import DEMO, ROOT, TINY
 from PIL import Image
 

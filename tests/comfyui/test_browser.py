@@ -8,22 +8,20 @@ import re
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from browser import find_browser, load, opened_page
-from checkpoints import sd15_checkpoint
-from comfy_graphs import CHECKPOINT
-from comfy_host import ComfyServer, find_comfyui
+from comfy_graphs import graph, seed_of_test
+from comfy_host import PATIENCE_S, ComfyServer
 from helpers import DEMO, ROOT
 from pack.trainer.training.runs.folder import RunFolder
+from pack.trainer.training.runs.index import RunIndex
 
 pytestmark = [
     pytest.mark.comfy,
     pytest.mark.browser,
-    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"),
     pytest.mark.skipif(find_browser() is None, reason="no browser: install Chromium and playwright"),
 ]
 SHOTS = os.environ.get("SCREENSHOTS")  # a folder, to look at what the test saw
@@ -44,23 +42,12 @@ CHOSEN = "window.app.graph.nodes.find((one) => one.type === 'DreamBoothSubject')
 SMALL = {"resolution": 64, "width": 64, "height": 64, "rank": 4, "batch_size": 1, "targets": "attention"}
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """ComfyUI with the slim checkpoint and the demo's subject."""
-    base_dir = tmp_path_factory.mktemp("comfy page ü")
-    checkpoint = sd15_checkpoint(base_dir / "models" / "checkpoints" / CHECKPOINT)
-    shutil.copytree(DEMO / "subject", base_dir / "input" / "dog")
-    with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as running:
-        yield running
-    checkpoint.unlink()
-
-
 def open_template(page: Any, name: str, changes: dict[str, Any]) -> None:
     """Open a template as the browser would, and set widgets by name."""
-    graph = (ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8")
-    page.evaluate("async (text) => { await window.app.loadGraphData(JSON.parse(text)); }", graph)
-    page.wait_for_timeout(500)
-    set_widgets(page, changes)
+    workflow = (ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8")
+    page.evaluate("async (text) => { await window.app.loadGraphData(JSON.parse(text)); }", workflow)
+    page.locator(".dreambooth-panel").first.wait_for(state="attached")
+    set_widgets(page, {"seed": seed_of_test()} | changes)
 
 
 def set_widgets(page: Any, changes: dict[str, Any]) -> None:
@@ -97,63 +84,62 @@ def shot(page: Any, name: str) -> None:
         page.screenshot(path=str(Path(SHOTS) / f"{name}.png"))
 
 
-def wait_for(page: Any, state: str, timeout: float = 120) -> None:
+def wait_for(page: Any, state: str) -> None:
+    """Wait until the panel of the training shows a state."""
     page.wait_for_function(
         "(state) => document.querySelector('.dreambooth-training .dreambooth-state')?.dataset.state === state",
         arg=state,
-        timeout=1000 * timeout,
+    )
+
+
+def wait_for_panel(page: Any, **facts: Any) -> None:
+    """Wait until the panel of the training shows these: numbers at least, texts among others."""
+    page.wait_for_function(
+        f"""(wanted) => {{
+          const shown = ({PANEL})();
+          return Object.entries(wanted).every(([name, value]) =>
+            typeof value === "number" ? shown[name] >= value : shown[name]?.includes(value));
+        }}""",
+        arg=facts,
     )
 
 
 @pytest.mark.parametrize("renderer", ["classic", "vue"])
 def test_a_training_is_watched_reloaded_cancelled_and_resumed(renderer: str, server: ComfyServer) -> None:
-    changes = SMALL | {"name": f"dog-{renderer}", "preview_every": 8, "steps": 1000, "seed": int(renderer == "vue")}
+    changes = SMALL | {"name": f"dog-{renderer}", "preview_every": 8, "steps": 100_000}
     with opened_page(server.url, vue=renderer == "vue") as page:
         open_template(page, "train_then_generate", changes)
         show_node(page, "DreamBoothTrainLora")
-        assert page.evaluate(PANEL)["state"] == "idle"
+        wait_for(page, "idle")
         shot(page, f"{renderer}-1-waiting")
         page.get_by_role("button", name="Run", exact=True).first.click()
         wait_for(page, "training")
-        page.wait_for_function("() => document.querySelector('.dreambooth-training input').max >= 1", timeout=120_000)
-        seen = page.evaluate(PANEL)
-        assert "step" in seen["text"]
-        assert "loss" in seen["legend"]
-        assert seen["subject"] == 5
+        wait_for_panel(page, text="step", legend="loss", steps=2, samples=1, subject=5)
         shot(page, f"{renderer}-2-training")
         load(page, server.url)  # in the middle
+        open_template(page, "train_then_generate", changes)
         show_node(page, "DreamBoothTrainLora")
-        page.wait_for_function(
-            "() => [...document.querySelectorAll('.dreambooth-training .samples img')].some((one) => one.naturalWidth)"
-        )
         wait_for(page, "training")
-        assert "loss" in page.evaluate(PANEL)["legend"]
+        wait_for_panel(page, text="step", legend="loss", steps=2, samples=1, subject=5)
         shot(page, f"{renderer}-3-reloaded")
         server.interrupt()
         wait_for(page, "stopped")
         shot(page, f"{renderer}-4-stopped")
-        [done] = re.findall(r"step (\d+) of 1000", page.evaluate(PANEL)["text"])
+        [done] = re.findall(r"step (\d+) of 100000", page.evaluate(PANEL)["text"])
         last = 8 * (int(done) // 8 + 1)
         set_widgets(page, {"steps": last})
         page.get_by_role("button", name="Run", exact=True).first.click()
-        wait_for(page, "done", 240)
-        page.wait_for_function(
-            "(words) => document.querySelector('.dreambooth-training .dreambooth-legend').textContent.includes(words)",
-            arg=f"step {last} · loss",  # no point of the curve was missed
-        )
-        end = page.evaluate(PANEL)
+        wait_for(page, "done")
+        wait_for_panel(page, text=f"step {last} of {last}", legend=f"step {last} · loss")
+        wait_for_panel(page, steps=1 + last // 8)  # the base, and every eighth step
+        assert page.evaluate(PANEL)["steps"] == 1 + last // 8
         shot(page, f"{renderer}-5-done")
-        assert f"step {last} of {last}" in end["text"]
-        assert end["steps"] == 1 + last // 8  # the base, and every eighth step
-    server.interrupt()  # nobody looks at what is drawn afterwards
     assert server.log().count(f"Going on after step {done}") >= 1
 
 
 def test_a_node_inside_a_subgraph_is_watched(server: ComfyServer) -> None:
     with opened_page(server.url) as page:
-        open_template(
-            page, "train_then_generate", SMALL | {"name": "inside", "preview_every": 2, "steps": 2, "seed": 2}
-        )
+        open_template(page, "train_then_generate", SMALL | {"name": "inside", "preview_every": 2, "steps": 2})
         page.evaluate(
             """() => {
               const graph = window.app.graph;
@@ -162,12 +148,11 @@ def test_a_node_inside_a_subgraph_is_watched(server: ComfyServer) -> None:
               window.app.canvas.setGraph(made.subgraph);
             }"""
         )
-        page.wait_for_timeout(500)
+        wait_for(page, "idle")
         page.evaluate("window.app.queuePrompt(0, 1)")
         wait_for(page, "done")
-        assert "step 2 of 2" in page.evaluate("document.querySelector('.dreambooth-training').textContent")
+        wait_for_panel(page, text="step 2 of 2")
         shot(page, "subgraph")
-    server.interrupt()
 
 
 def test_a_failed_run_says_what_to_do(server: ComfyServer) -> None:
@@ -182,50 +167,67 @@ def test_a_failed_run_says_what_to_do(server: ComfyServer) -> None:
 
 
 def test_runs_are_listed_compared_opened_and_deleted(server: ComfyServer) -> None:
-    """Goes on from the runs of the tests before."""
-    runs = server.base_dir / "output" / "dreambooth" / "runs"
-    there = {path.name for path in runs.iterdir()}
-    assert len(there) >= 2
+    server.wait(server.queue(graph(name="listed", preview_every=1)))
+    index = RunIndex(server.base_dir / "output" / "dreambooth" / "runs")
+    made_run(index.root, "another")
+    [listed] = index.root.glob("listed-*")
+    shutil.copy(ROOT / "example_workflows" / "train_then_generate.json", listed / "workflow.json")
+    count = len(index.names())
     with opened_page(server.url) as page:
         page.get_by_role("button", name="DreamBooth runs").first.click()
         page.wait_for_selector(".dreambooth-run")
-        assert page.locator(".dreambooth-run").count() == len(there)
+        assert page.locator(".dreambooth-run").count() == count
         for tick in page.locator(".dreambooth-run input").all():
             tick.check()
-        page.wait_for_timeout(300)
-        page.locator(".dreambooth-run b", has_text="dog-classic").click()
+        page.wait_for_function(
+            "(count) => document.querySelectorAll('.dreambooth-runs .dreambooth-legend span').length === count",
+            arg=count,
+        )
+        row(page, "listed").click()
         page.wait_for_selector(".dreambooth-details .actions")
         shot(page, "runs")
         page.get_by_role("button", name="Load graph").click()
         page.wait_for_function("window.app.graph.nodes.some((one) => one.type === 'DreamBoothTrainLora')")
         page.locator("summary", has_text="Checkpoints").click()
         page.get_by_role("button", name="Use", exact=True).first.click()
-        page.wait_for_timeout(500)
-        used = [path.name for path in (server.base_dir / "models" / "loras").glob("dog-classic-0*.safetensors")]
-        assert used
+        page.get_by_text("is in the LoRA folder").wait_for()
+        assert [*(server.base_dir / "models" / "loras").glob("listed-0*.safetensors")]
         page.get_by_role("button", name="Delete…").click()
         page.locator("button", has_text=re.compile(r"^\s*Delete\s*$")).last.click()
-        page.wait_for_function(f"document.querySelectorAll('.dreambooth-run').length === {len(there) - 1}")
-    gone = there - {path.name for path in runs.iterdir()}
-    assert [name.startswith("dog-classic-") for name in gone] == [True]
+        page.wait_for_function(f"document.querySelectorAll('.dreambooth-run').length === {count - 1}")
+    assert not listed.exists()
+
+
+def made_run(runs: Path, name: str) -> str:
+    """Make a run of three steps without files of its own, of a new name; returns its id."""
+    run = RunFolder.open(runs, name, f"{name:0<64}", {"steps": 3})
+    lines = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4} for step in (1, 2, 3)]
+    run.metrics_path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    return run.path.name
+
+
+def row(page: Any, name: str) -> Any:
+    """The row of a run in the list."""
+    return page.locator(".dreambooth-run").filter(has=page.locator("b", has_text=re.compile(f"^{name}$")))
 
 
 def test_pictures_are_shown_dropped_and_warned_of(server: ComfyServer) -> None:
-    (server.base_dir / "input" / "bad").mkdir()
-    shutil.copy(DEMO / "subject" / "0.png", server.base_dir / "input" / "bad")
-    (server.base_dir / "input" / "bad" / "broken.png").write_bytes(b"no picture")
+    folder = server.base_dir / "input" / "one is broken"
+    folder.mkdir()
+    shutil.copy(DEMO / "subject" / "0.png", folder)
+    (folder / "broken.png").write_bytes(b"no picture")
     with opened_page(server.url) as page:
         open_template(page, "train_then_generate", {})
         show_node(page, "DreamBoothSubject")
         page.wait_for_function("document.querySelectorAll('.dreambooth-subject img').length === 5")
-        page.locator(".dreambooth-subject select").select_option("bad")
+        page.locator(".dreambooth-subject select").select_option(folder.name)
         page.wait_for_function("document.querySelector('.dreambooth-warnings').textContent.includes('broken.png')")
         page.wait_for_function("document.querySelectorAll('.dreambooth-subject img').length === 1")
         shot(page, "subject")
-        assert page.evaluate(CHOSEN) == "bad"
+        assert page.evaluate(CHOSEN) == folder.name
         drop_picture(page, "dropped ü.png")
         page.wait_for_function("document.querySelectorAll('.dreambooth-subject img').length === 2")
-    assert (server.base_dir / "input" / "bad" / "dropped ü.png").is_file()
+    assert (folder / "dropped ü.png").is_file()
 
 
 def drop_picture(page: Any, name: str) -> None:
@@ -296,7 +298,6 @@ COUNTED = {
     "Curve": "curve.js",
 }
 NOTHING = dict.fromkeys(COUNTED, 0)
-PATIENCE = 120.0  # seconds
 
 
 def alive(page: Any) -> dict[str, int]:
@@ -317,11 +318,11 @@ def alive(page: Any) -> dict[str, int]:
 def left_over(page: Any, expected: dict[str, int]) -> dict[str, int]:
     """What is alive, once it is what is expected.
 
-    Answers that are under way hold a panel until they come, and Chromium keeps the layouts of the last sizes of the page
-    with elements that were in them.
+    Answers that are under way hold a panel until they come, and Chromium keeps the layouts of the last sizes of the
+    page with elements that were in them.
     """
     size = page.viewport_size
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + PATIENCE_S
     number = 0
     while (counts := alive(page)) != expected and time.monotonic() < deadline:
         number += 1
@@ -359,37 +360,43 @@ def test_nodes_that_are_removed_leave_nothing(renderer: str, server: ComfyServer
         assert attached(page) == 1
         page.evaluate("window.app.graph.clear()")
         page.evaluate("window.app.graph.add(window.LiteGraph.createNode('KSampler'))")
-        page.wait_for_timeout(500)
         assert attached(page) == 0
         assert left_over(page, NOTHING) == NOTHING
 
 
 def test_runs_that_are_closed_leave_nothing(server: ComfyServer) -> None:
     runs = server.base_dir / "output" / "dreambooth" / "runs"
-    for name in ("first", "second"):
-        run = RunFolder.open(runs, name, f"{name:0<64}", {"steps": 3})
-        lines = [{"step": step, "loss": 1 / step, "learning_rate": 1e-4} for step in (1, 2, 3)]
-        run.metrics_path.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    ids = {name: made_run(runs, name) for name in ("first", "second")}
     with opened_page(server.url) as page:
         page.evaluate("window.app.graph.clear()")
         tab = page.get_by_role("button", name="DreamBooth runs").first
         tab.click()
-        rows = page.locator(".dreambooth-run")
-        for name in ("first", "first", "second", "first", "second"):  # the second click closes it
-            rows.filter(has=page.locator("b", has_text=re.compile(f"^{name}$"))).click()
-            page.wait_for_timeout(300)
-        page.wait_for_function("!!document.querySelector('.dreambooth-details canvas')")
+
+        def click(name: str, opened: str | None) -> None:
+            row(page, name).click()
+            page.wait_for_function(
+                """(opened) => {
+                  const details = [...document.querySelectorAll(".dreambooth-details")];
+                  return String(details.map((one) => one.previousElementSibling.title)) === opened;
+                }""",
+                arg=ids[opened] if opened else "",
+            )
+
+        click("first", "first")
+        click("first", None)
+        click("second", "second")
+        click("first", "first")
+        click("second", "second")
+        page.locator(".dreambooth-details canvas").wait_for()
         assert attached(page) == 2  # of the comparison, and of the run that is open
         opened = NOTHING | {"RunsPanel": 1, "Chart": 2, "Curve": 1}
         assert left_over(page, opened) == opened
-        rows.filter(has=page.locator("b", has_text=re.compile("^second$"))).click()
-        page.wait_for_function("!document.querySelector('.dreambooth-details')")
+        click("second", None)
         assert attached(page) == 1
-        for _ in range(3):
+        for count in (0, 1, 0):
             tab.click()
-            page.wait_for_timeout(300)
-        assert page.locator(".dreambooth-runs").count() == 0
+            page.wait_for_function(f"document.querySelectorAll('.dreambooth-runs').length === {count}")
         assert attached(page) == 0
         assert left_over(page, NOTHING) == NOTHING
-    for run in runs.glob("*-0000*"):
-        shutil.rmtree(run)
+    for run in ids.values():
+        shutil.rmtree(runs / run)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,11 @@ import pytest
 import torch
 from checkpoints import sd2_checkpoint, sdxl_checkpoint
 from comfy_graphs import drawing, graph, node, picture, run_template
-from comfy_host import ComfyServer, PromptFailed, find_comfyui
-from helpers import DEMO, ROOT
-from PIL import Image
+from comfy_host import ComfyServer, PromptFailed
 from safetensors.torch import load_file
 from workflow_recipes import XL_CHECKPOINT
 
-pytestmark = [
-    pytest.mark.comfy,
-    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"),
-]
+pytestmark = pytest.mark.comfy
 WRITERS: dict[str, Any] = {
     "sd2": lambda path: sd2_checkpoint(path, dtype=torch.float16),
     "sd2-v": lambda path: sd2_checkpoint(path, velocity=True, dtype=torch.float16),
@@ -28,17 +22,6 @@ WRITERS: dict[str, Any] = {
     "sdxl-v": lambda path: sdxl_checkpoint(path, v_pred=True, ztsnr=True, dtype=torch.float16),
 }
 TEXT_MODULES = {"sd2": {"lora_te_": 138}, "sdxl": {"lora_te1_": 72, "lora_te2_": 192}}
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    base_dir = tmp_path_factory.mktemp("comfy families")
-    folder = base_dir / "input" / "dog"
-    folder.mkdir(parents=True)
-    for path in list((DEMO / "subject").glob("*.png"))[:3]:
-        Image.open(path).convert("RGB").resize((96, 80)).save(folder / f"{path.stem}.jpg")
-    with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as running:
-        yield running
 
 
 def on(checkpoint: Path, prompt: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -51,10 +34,10 @@ def test_training_with_text_encoders_and_generating(kind: str, server: ComfyServ
     """One run over HTTP: Train LoRA's output, ComfyUI's Load LoRA of its file, and the base, drawn side by side."""
     checkpoint = WRITERS[kind](server.base_dir / "models" / "checkpoints" / f"{kind}-test.safetensors")
     settings = node("DreamBoothTrainingSettings", text_encoder_2_lr=1e-2 if kind == "sdxl" else 0.0, precision="bf16")
-    changes = {"name": kind, "text_encoder_lr": 1e-2, "targets": "all", "learning_rate": 1e-2}
+    changes = {"name": f"{kind} trained", "text_encoder_lr": 1e-2, "targets": "all", "learning_rate": 1e-2}
     prompt = on(checkpoint, graph(settings=["settings", 0], **changes)) | {"settings": settings}
     server.wait(server.queue(prompt))
-    file = server.base_dir / "models" / "loras" / f"{kind}.safetensors"
+    file = server.base_dir / "models" / "loras" / f"{kind} trained.safetensors"
     names = {key.split(".")[0] for key in load_file(file)}
     for prefix, count in TEXT_MODULES[kind].items():
         assert sum(name.startswith(prefix) for name in names) == count

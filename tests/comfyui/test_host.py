@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,14 +33,19 @@ from checkpoints import (
     vae_shapes,
 )
 from checkpoints_folders import diffusers_folder
-from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, PromptRejected, ServerFailed, find_comfyui
+from comfy_graphs import node
+from comfy_host import (
+    CHECKPOINT,
+    ComfyServer,
+    PromptFailed,
+    PromptInterrupted,
+    PromptRejected,
+    ServerFailed,
+    find_comfyui,
+)
+from comfy_page import Page
 from diffusers import DiffusionPipeline
 from PIL import Image
-
-comfy = pytest.mark.comfy
-needs_comfyui = pytest.mark.skipif(
-    find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"
-)
 
 
 def numbers(entries: Iterable[Entry]) -> tuple[int, int]:
@@ -124,21 +129,7 @@ def test_half_precision_rounds_the_same_weights() -> None:
         torch.testing.assert_close(weight, single[name].to(weight.dtype), rtol=2e-3, atol=1e-6)
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """ComfyUI with an empty pack and the slim checkpoint."""
-    pack = tmp_path_factory.mktemp("pack")
-    (pack / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
-    base_dir = tmp_path_factory.mktemp("comfy")
-    checkpoint = sd15_checkpoint(base_dir / "models" / "checkpoints" / "slim.safetensors")
-    with ComfyServer(base_dir, pack=pack, pack_name="empty-pack") as running:
-        yield running
-    checkpoint.unlink()
-
-
-def text_to_image(
-    *, steps: int = 2, width: int = 64, checkpoint: str = "slim.safetensors"
-) -> dict[str, dict[str, Any]]:
+def text_to_image(*, steps: int = 2, width: int = 64, checkpoint: str = CHECKPOINT) -> dict[str, dict[str, Any]]:
     """A prompt that samples one square picture from a checkpoint."""
     return {
         "model": node("CheckpointLoaderSimple", ckpt_name=checkpoint),
@@ -163,16 +154,11 @@ def text_to_image(
     }
 
 
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    """One node in ComfyUI's API format."""
-    return {"class_type": class_type, "inputs": inputs}
-
-
-@comfy
-@needs_comfyui
+@pytest.mark.comfy
 class TestComfyUI:
     def test_pack_is_loaded(self, server: ComfyServer) -> None:
-        (imported,) = (line for line in server.log().splitlines() if "seconds" in line and "empty-pack" in line)
+        server.log_start = 0
+        (imported,) = (line for line in server.log().splitlines() if "seconds" in line and "dreambooth-lora" in line)
         assert "IMPORT FAILED" not in imported
         assert "KSampler" in server.object_info()
 
@@ -198,13 +184,12 @@ class TestComfyUI:
         """ComfyUI's log says what it took the file for, and names no tensor that is missing or left over."""
         path = server.base_dir / "models" / "checkpoints" / f"slim-{name}.safetensors"
         write(path, size="slim", dtype=torch.float16)
-        said_before = len(server.log())
         try:
             entry = server.wait(server.queue(text_to_image(steps=1, checkpoint=path.name)))
         finally:
             server.free()
             path.unlink()
-        log = server.log()[said_before:]
+        log = server.log()
         assert f"model_type {prediction}\n" in log
         assert [line.split()[-1] for line in log.splitlines() if "Requested to load" in line][:2] == networks
         assert not any(word in log for word in ("missing", "unexpected", "left over", "WARNING", "ERROR")), log
@@ -238,14 +223,17 @@ class TestComfyUI:
         assert "sample" in rejection.value.node_errors
 
     def test_interrupted_prompt_is_told_apart(self, server: ComfyServer) -> None:
-        prompt_id = server.queue(text_to_image(steps=10_000))
-        with pytest.raises(TimeoutError):
-            server.wait(prompt_id, timeout=3)
-        server.interrupt()
-        with pytest.raises(PromptInterrupted) as interruption:
-            server.wait(prompt_id, timeout=60)
+        with Page(server, "interrupted") as page:
+            prompt_id = server.queue(text_to_image(steps=10_000), client_id="interrupted")
+            page.wait_for_progress("sample")
+            with pytest.raises(TimeoutError):
+                server.wait(prompt_id, timeout=0.1)
+            server.interrupt()
+            with pytest.raises(PromptInterrupted) as interruption:
+                server.wait(prompt_id)
         assert interruption.value.node_id == "sample"
 
+    @pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI")
     def test_failed_start_shows_the_log(self, tmp_path: Path) -> None:
         with pytest.raises(ServerFailed, match="unrecognized arguments: --no-such-flag"):
             ComfyServer(tmp_path, pack=tmp_path, extra_args=["--no-such-flag"]).__enter__()

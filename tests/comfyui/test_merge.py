@@ -3,43 +3,35 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
-from checkpoints import sd15_checkpoint
 from comfy_graphs import CHECKPOINT, Prompt, drawing, node, picture, trained_file
-from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, find_comfyui
+from comfy_host import ComfyServer, PromptFailed, PromptInterrupted
+from comfy_page import Page
 from helpers import DEMO, ROOT
 from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
 from workflows import as_prompt
 
-pytestmark = [
-    pytest.mark.comfy,
-    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"),
-]
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("files")]
 SIZE = {"method.conv_rank": 0, "method.ratio": 0.0}
 FILES = {"dog": "locon", "pixel-art": "lokr", "magnitudes": "dora"}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """ComfyUI with a slim checkpoint and an adapter of three kinds."""
-    base_dir = tmp_path_factory.mktemp("comfy merge ü")
-    loras = base_dir / "models" / "loras"
-    loras.mkdir(parents=True)
-    checkpoint = sd15_checkpoint(base_dir / "models" / "checkpoints" / CHECKPOINT)
-    opened: BaseWeights = open_base(checkpoint, DEMO / "base" / "tokenizer")
+def files(comfy: ComfyServer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """An adapter of each of three kinds."""
+    loras = comfy.base_dir / "models" / "loras"
+    opened: BaseWeights = open_base(comfy.base_dir / "models" / "checkpoints" / CHECKPOINT, DEMO / "base" / "tokenizer")
     for name, kind in FILES.items():
-        trained_file(opened, kind, tmp_path_factory.mktemp("files")).rename(loras / f"{name}.safetensors")
-    del opened
-    with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as running:
-        yield running
-    checkpoint.unlink()
+        trained_file(opened, kind, tmp_path_factory.mktemp("files")).replace(loras / f"{name}.safetensors")
+    yield
+    for name in FILES:
+        (loras / f"{name}.safetensors").unlink()
 
 
 BASE: Prompt = {"base": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)} | {
@@ -205,24 +197,17 @@ def test_a_learned_merge_starts_at_the_sum_and_moves(server: ComfyServer) -> Non
 
 
 def test_a_learned_merge_can_be_cancelled(server: ComfyServer) -> None:
-    queued = server.queue(BASE | {"merge": learned(steps=100_000), "save": save("cancelled")})
-    with pytest.raises(PromptInterrupted):
-        interrupt_and_wait(server, queued)
-    assert not (server.base_dir / "models" / "loras" / "cancelled.safetensors").exists()
+    with Page(server, "merge") as page:
+        job = server.queue(BASE | {"merge": learned(steps=100_000), "save": save("merge cancelled")}, client_id="merge")
+        page.wait_for_progress("merge")
+        server.interrupt()
+        with pytest.raises(PromptInterrupted):
+            server.wait(job)
+    assert not (server.base_dir / "models" / "loras" / "merge cancelled.safetensors").exists()
 
 
 def save(name: str) -> dict[str, Any]:
     return node("DreamBoothSaveLora", lora=["merge", 0], name=name, precision="fp16")
-
-
-def interrupt_and_wait(server: ComfyServer, queued: str) -> None:
-    """Interrupt a prompt a few seconds after it was queued, and wait for its end."""
-    timer = threading.Timer(8.0, server.interrupt)
-    timer.start()
-    try:
-        server.wait(queued)
-    finally:
-        timer.cancel()
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from checkpoints import sd15_checkpoint
-from comfy_graphs import CHECKPOINT, node
+from comfy_graphs import node, seed_of_test
 from comfy_host import ComfyServer, PromptFailed, find_comfyui
 from feature_worlds import processor
 from helpers import DEMO, ROOT, Recorder
@@ -27,27 +25,21 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from workflows import as_prompt
 
-pytestmark = [
-    pytest.mark.comfy,
-    pytest.mark.skipif(find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"),
-]
+pytestmark = [pytest.mark.comfy, pytest.mark.usefixtures("files")]
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """ComfyUI with the demo's subject as input and its CLIP as a feature model."""
-    base_dir = tmp_path_factory.mktemp("comfy scores ü")
-    shutil.copytree(DEMO / "subject", base_dir / "input" / "dog")
-    shutil.copytree(DEMO / "scorer", base_dir / "models" / "feature_models" / "world")
-    Image.open(DEMO / "style" / "00.png").convert("RGB").save(base_dir / "input" / "drawn.png")
-    with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as running:
-        yield running
+def files(comfy: ComfyServer) -> None:
+    """The demo's subject and a picture as input, and its CLIP as a feature model."""
+    shutil.copytree(DEMO / "subject", comfy.base_dir / "input" / "toy")
+    shutil.copytree(DEMO / "scorer", comfy.base_dir / "models" / "feature_models" / "world")
+    Image.open(DEMO / "style" / "00.png").convert("RGB").save(comfy.base_dir / "input" / "drawn.png")
 
 
 def test_scores_are_the_engines(server: ComfyServer) -> None:
     prompt = {
         "image": node("LoadImage", image="drawn.png"),
-        "subject": node("DreamBoothSubject", folder="dog", token="sks", class_noun="dog", caption="a {token} {class}"),
+        "subject": node("DreamBoothSubject", folder="toy", token="sks", class_noun="dog", caption="a {token} {class}"),
         "clip": node("DreamBoothClipScore", images=["image", 0], prompts="a tree", clip_model="world", download=False),
         "likeness": node(
             "DreamBoothSubjectScore",
@@ -118,11 +110,11 @@ def test_a_clip_in_files_scores_as_its_folder(server: ComfyServer) -> None:
 
 def test_the_example_graph_trains_picks_and_scores(server: ComfyServer) -> None:
     """Only sizes are lowered, and the demo's CLIP judges."""
-    checkpoint = sd15_checkpoint(server.base_dir / "models" / "checkpoints" / CHECKPOINT)
     workflow = json.loads((ROOT / "example_workflows" / "train_score_pick.json").read_text(encoding="utf-8"))
     prompt = as_prompt(workflow, server.object_info())
     small = {"resolution": 64, "width": 64, "height": 64, "size": "64", "count": 2, "rank": 4, "batch_size": 1}
     small |= {"clip_model": "world", "steps": 2, "checkpoint_every": 1, "precision": "fp32", "preview_every": 0}
+    small |= {"seed": seed_of_test()}
     for entry in prompt.values():
         inputs = entry["inputs"]
         inputs.update({name: value for name, value in small.items() if name in inputs})
@@ -149,8 +141,6 @@ def test_the_example_graph_trains_picks_and_scores(server: ComfyServer) -> None:
         assert np.asarray(picture).std() > 0
     again = server.wait(server.queue(prompt))
     assert again["outputs"].keys() <= history["outputs"].keys()  # nothing has changed, so nothing is drawn anew
-    server.free()
-    checkpoint.unlink()
 
 
 @pytest.mark.parametrize(

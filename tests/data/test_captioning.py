@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 from comfy_graphs import node
-from comfy_host import ComfyServer, PromptFailed, find_comfyui
-from helpers import DEMO, ROOT, Recorder
+from comfy_host import ComfyServer, PromptFailed
+from helpers import DEMO, Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.__main__ import main
@@ -353,45 +353,36 @@ def test_a_folder_that_lacks_a_file_is_named(lost: str, blip: Path, tmp_path: Pa
     assert lost in failure.value.remedy
 
 
-COMFY = pytest.mark.skipif(
-    find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"
-)
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """ComfyUI with the tiny BLIP where people put it, and two pictures."""
-    base_dir = tmp_path_factory.mktemp("comfy captions ü")
-    tiny_blip(base_dir / "models" / "BLIP" / "tiny")
-    (base_dir / "input").mkdir()
+def captioned(comfy: ComfyServer) -> None:
+    """The tiny BLIP where people put it, and two pictures."""
+    tiny_blip(comfy.base_dir / "models" / "BLIP" / "tiny")
     for number, image in enumerate(images(2)):
-        image.resize((64, 64)).save(base_dir / "input" / f"{number}.png")
-    with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as running:
-        yield running
+        image.resize((64, 64)).save(comfy.base_dir / "input" / f"caption-{number}.png")
 
 
 def caption_node(**more: Any) -> dict[str, dict[str, Any]]:
     values = {"model": "someone/tiny", "token": "sks", "class_noun": "dog", "text": "", "template": "{caption}"}
     values |= {"beams": 3, "download": False, **more}
     both = node("ImageBatch", image1=["one", 0], image2=["two", 0])
-    loads = {name: node("LoadImage", image=f"{number}.png") for number, name in enumerate(("one", "two"))}
+    loads = {name: node("LoadImage", image=f"caption-{number}.png") for number, name in enumerate(("one", "two"))}
     return loads | {"both": both, "caption": node("DreamBoothCaptionImages", images=["both", 0], **values)}
 
 
 @pytest.mark.comfy
-@COMFY
+@pytest.mark.usefixtures("captioned")
 def test_the_node_says_what_the_engine_says(server: ComfyServer) -> None:
     prompt = caption_node() | {"shown": node("PreviewAny", source=["caption", 0])}
     outputs = server.wait(server.queue(prompt))["outputs"]
     captioner = open_captioner(str(server.base_dir / "models" / "BLIP" / "tiny"), CPU)
-    pictures = [Image.open(server.base_dir / "input" / f"{number}.png") for number in range(2)]
+    pictures = [Image.open(server.base_dir / "input" / f"caption-{number}.png") for number in range(2)]
     expected = [apply_template(one, words()) for one in captioner.describe(pictures, beams=3, max_tokens=40)]
     assert outputs["caption"]["text"] == ["\n".join(expected)]
     assert outputs["shown"]["text"] == outputs["caption"]["text"]
 
 
 @pytest.mark.comfy
-@COMFY
+@pytest.mark.usefixtures("captioned")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [({"model": "nobody/here"}, "models/BLIP"), ({"template": "x"}, "must have {caption}")],

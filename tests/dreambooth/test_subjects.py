@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from cases import mostly_slow
-from checkpoints import sd15_checkpoint
-from comfy_host import ComfyServer, PromptFailed, find_comfyui
-from helpers import DEMO, ROOT, Recorder
+from comfy_graphs import node, seed_of_test
+from comfy_host import CHECKPOINT, ComfyServer, PromptFailed
+from helpers import DEMO, Recorder
 from hypothesis import given
 from hypothesis import strategies as st
 from pack.trainer.__main__ import main
@@ -426,40 +426,26 @@ def test_long_captions_are_told_once(world: World, tmp_path: Path) -> None:
     assert len([text for text in listener.warnings if "longer than the text encoder reads" in text]) == 1
 
 
-needs_comfyui = pytest.mark.skipif(
-    find_comfyui() is None, reason="no ComfyUI: set COMFYUI_PATH, or install it in ~/comfy/ComfyUI"
-)
-CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
-    """ComfyUI with two subjects: a folder, and pictures with transparency."""
-    base_dir = tmp_path_factory.mktemp("comfy subjects ü")
-    checkpoint = sd15_checkpoint(base_dir / "models" / "checkpoints" / CHECKPOINT)
-    folder = base_dir / "input" / "dög"
-    folder.mkdir(parents=True)
+def pictured(comfy: ComfyServer) -> None:
+    """A folder, and pictures with transparency."""
+    folder = comfy.base_dir / "input" / "dög"
+    folder.mkdir()
     for path in (DEMO / "subject").glob("*.png"):
         Image.open(path).convert("RGB").resize((96, 80)).save(folder / f"{path.stem}.png")
     for number in range(2):
         pixels = np.random.default_rng(number).integers(0, 256, (64, 64, 4), dtype=np.uint8)
         pixels[..., 3] = 255
         pixels[:, :32, 3] = 0
-        Image.fromarray(pixels).save(base_dir / "input" / f"cat{number}.png")
-    with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as running:
-        yield running
-    checkpoint.unlink()
+        Image.fromarray(pixels).save(comfy.base_dir / "input" / f"cat{number}.png")
 
 
 def chained(**changes: Any) -> dict[str, dict[str, Any]]:
     """Two chained subjects, the second of connected pictures with masks → class pictures → training."""
     loaded: dict[str, Any] = {"model": ["base", 0], "clip": ["base", 1], "vae": ["base", 2]}
     train = {"name": "both", "steps": 2, "learning_rate": 1e-3, "rank": 4, "targets": "attention", "resolution": 64}
-    train |= {"adapter": "lora", "text_encoder_lr": 0.0, "base_lora_strength": 1.0, "seed": 0, "preview_every": 0}
+    train |= {"adapter": "lora", "text_encoder_lr": 0.0, "base_lora_strength": 1.0, "preview_every": 0}
+    train |= {"seed": seed_of_test()}
     priors = {"prompt": "", "count": 1, "resolution": 64, "scheduler": "ddim", "steps": 1, "guidance": 1.0, "seed": 0}
     cat = {"folder": "none", "token": "rraj", "class_noun": "cat", "caption": "a {token} {class}", "repeats": 2}
     cat |= {"images": ["cats", 0], "captions": "{token} sits\n{token} stands", "mask": ["inverted", 0]}
@@ -480,7 +466,7 @@ def chained(**changes: Any) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.comfy
-@needs_comfyui
+@pytest.mark.usefixtures("pictured")
 def test_comfyui_trains_chained_subjects(server: ComfyServer) -> None:
     server.wait(server.queue(chained(folder=no_folder(server))))
     metadata = read_adapter(server.base_dir / "models" / "loras" / "both.safetensors").metadata
@@ -491,7 +477,7 @@ def test_comfyui_trains_chained_subjects(server: ComfyServer) -> None:
         "a dog": {"n_repeats": 1, "img_count": 1},
         "a cat": {"n_repeats": 1, "img_count": 1},
     }
-    [cache_file] = server.base_dir.rglob("cache.safetensors")
+    [cache_file] = (server.base_dir / "output" / "dreambooth" / "runs").glob("both-*/cache.safetensors")
     cache = LatentCache.load(cache_file)
     assert cache is not None
     assert cache.instance.order == [*range(dogs), dogs, dogs, dogs + 1, dogs + 1]
@@ -510,7 +496,7 @@ def no_folder(server: ComfyServer) -> str:
 
 
 @pytest.mark.comfy
-@needs_comfyui
+@pytest.mark.usefixtures("pictured")
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 PACK = Path(__file__).absolute().parents[2]
+CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"  # which the templates load
 FOLDERS = ("custom_nodes", "input", "output", "user", "models/checkpoints", "models/loras")
 # No downloads; and threads that wait must not spin, or ComfyUI runs many times slower while the CPU is shared.
 ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-START_TIMEOUT_S = 180
+# How long to wait for what must happen, before something is taken to be wrong: longer than any machine takes.
+PATIENCE_S = 900.0
 
 Prompt = Mapping[str, Mapping[str, Any]]  # ComfyUI's API format: node id → {"class_type": …, "inputs": {…}}
 
@@ -94,6 +96,7 @@ class ComfyServer:
     Attributes:
         url: ``http://127.0.0.1:<port>``.
         log_path: file with everything that the process prints, anew at each start.
+        log_start: where in it `log` begins, in characters.
     """
 
     process: subprocess.Popen[bytes]
@@ -110,6 +113,7 @@ class ComfyServer:
         self.base_dir = base_dir.absolute()
         self.log_path = self.base_dir / "comfyui.log"
         self.url = ""
+        self.log_start = 0
         self._pack, self._pack_name, self._extra_args = pack, pack_name, extra_args
         self._env = {**os.environ, **ENVIRONMENT, **(env or {})}
         # A proxy from the environment must not stand between us and our own machine.
@@ -140,14 +144,14 @@ class ComfyServer:
         self.process.wait()
 
     def _wait_until_up(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
+        deadline = time.monotonic() + PATIENCE_S
         while time.monotonic() < deadline:
             self._check_alive()
             with contextlib.suppress(OSError):
                 self._request("/system_stats")
                 return
             time.sleep(0.1)
-        raise ServerFailed(f"ComfyUI did not answer within {START_TIMEOUT_S} s\n{self.log()[-4000:]}")
+        raise ServerFailed(f"ComfyUI did not answer within {PATIENCE_S:.0f} s\n{self.log()[-4000:]}")
 
     def _check_alive(self) -> None:
         if self.process.poll() is not None:
@@ -163,7 +167,7 @@ class ComfyServer:
             raise PromptRejected(reply)
         return reply["prompt_id"]
 
-    def wait(self, prompt_id: str, timeout: float = 300) -> dict[str, Any]:
+    def wait(self, prompt_id: str, timeout: float = PATIENCE_S) -> dict[str, Any]:
         """Waits until a queued prompt is done, for at most `timeout` seconds, and returns its history entry.
 
         The entry's ``["outputs"][node id]`` holds what an output node shows, ``["images"]`` for example.
@@ -194,6 +198,16 @@ class ComfyServer:
         """Asks the running prompt to stop; does nothing if none runs."""
         self._request("/interrupt", {})
 
+    def empty_queue(self) -> None:
+        """Drops what waits, stops what runs, and returns when nothing does."""
+        self._request("/queue", {"clear": True})
+        deadline = time.monotonic() + PATIENCE_S
+        while json.loads(self._request("/queue"))["queue_running"]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a prompt does not end\n{self.log()[-4000:]}")
+            self.interrupt()
+            time.sleep(0.1)
+
     def object_info(self) -> dict[str, Any]:
         """Returns the description of every node, by node id."""
         return json.loads(self._request("/object_info"))
@@ -207,8 +221,15 @@ class ComfyServer:
         return self._request("/view?" + urllib.parse.urlencode(image))
 
     def log(self) -> str:
-        """Returns everything that the process has printed, without colours."""
-        return re.sub(r"\x1b\[[0-9;]*m", "", self.log_path.read_text(encoding="utf-8", errors="replace"))
+        """Returns what the process has printed from `log_start` on, without colours."""
+        return re.sub(r"\x1b\[[0-9;]*m", "", self._printed()[self.log_start :])
+
+    def begin_log(self) -> None:
+        """Lets `log` leave out what was printed up to now."""
+        self.log_start = len(self._printed())
+
+    def _printed(self) -> str:
+        return self.log_path.read_text(encoding="utf-8", errors="replace")
 
     def rss(self) -> int:
         """Returns the process's resident memory in bytes, mapped files included (Linux only)."""
@@ -225,7 +246,7 @@ class ComfyServer:
     def _request(self, path: str, body: Mapping[str, Any] | None = None) -> bytes:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
-        with self._opener.open(request, timeout=60) as response:
+        with self._opener.open(request, timeout=PATIENCE_S) as response:
             return response.read()
 
 

@@ -1,0 +1,101 @@
+"""The least of ComfyUI that the pack's routes need: its folders, and its server's routes on a bare aiohttp application.
+
+What the routes do not need, such as the nodes, is not loaded, so no module of ComfyUI's is needed. Errors are worded
+plainly: `rank = 4` instead of where a widget is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+from aiohttp import web
+from helpers import ROOT
+from pack.trainer.core.errors import plain
+
+FOLDERS = ("input", "output", "models/loras", "models/checkpoints")
+_LARGEST_UPLOAD = 100 * 2**20  # bytes, as in ComfyUI
+
+
+def _module(name: str, **content: Any) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(content)
+    return module
+
+
+@contextmanager
+def host_modules(base_dir: Path, routes: web.RouteTableDef) -> Iterator[None]:
+    """Let `pack.nodes.host*` be imported, for a host with these folders and routes.
+
+    Modules of `pack.nodes` are loaded anew inside the block, and gone after it.
+    """
+    for folder in FOLDERS:
+        (base_dir / folder).mkdir(parents=True, exist_ok=True)
+    models = base_dir / "models"
+    modules = {
+        "server": _module("server", PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=routes, sockets={}))),
+        "folder_paths": _module(
+            "folder_paths",
+            get_input_directory=lambda: str(base_dir / "input"),
+            get_output_directory=lambda: str(base_dir / "output"),
+            get_folder_paths=lambda kind: [str(models / kind)],
+        ),
+        "pack.nodes": _module("pack.nodes", __path__=[str(ROOT / "nodes")]),
+        "pack.nodes.api": _module("pack.nodes.api", io=SimpleNamespace(ComfyNode=object)),
+        "pack.nodes.wording": _module("pack.nodes.wording", wording_of=lambda node: plain),
+        "pack.nodes.subject": _module("pack.nodes.subject", Subject=object),
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in sys.modules if name.startswith("pack.nodes")]:
+            patch.delitem(sys.modules, name)
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        yield
+        for name in [name for name in sys.modules if name.startswith("pack.nodes") and name not in modules]:
+            del sys.modules[name]
+
+
+@contextmanager
+def bare_host(base_dir: Path) -> Iterator[str]:
+    """Serve the pack's routes for the folders in `base_dir`, as ComfyUI does, and below /api; gives the URL."""
+    routes = web.RouteTableDef()
+    with host_modules(base_dir, routes):
+        importlib.import_module("pack.nodes.host_routes").register()
+        application = web.Application(client_max_size=_LARGEST_UPLOAD)
+        for prefix in ("/api", ""):
+            for route in routes:
+                assert isinstance(route, web.RouteDef)
+                application.router.add_route(route.method, prefix + route.path, route.handler)
+        with _served(application) as url:
+            yield url
+
+
+@contextmanager
+def _served(application: web.Application) -> Iterator[str]:
+    loop = asyncio.new_event_loop()
+    runner = web.AppRunner(application, access_log=None)
+
+    async def start() -> int:
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
+        return int(runner.addresses[0][1])
+
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    try:
+        port = asyncio.run_coroutine_threadsafe(start(), loop).result()
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
