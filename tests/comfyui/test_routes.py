@@ -217,7 +217,7 @@ def test_no_name_in_a_zip_file_leads_out_of_it(site: Site) -> None:
     """Nothing is unpacked, so the picture may be shown; but not by the path that the zip file gives it."""
     [picture] = site.get("/folders/pictures?folder=evil.zip")["pictures"]
     assert picture["name"] == "models/loras/2.png"
-    assert not (site.server.base_dir / "models" / "loras" / "2.png").exists()
+    assert not (site.loras / "2.png").exists()
 
 
 def test_a_report_changes_with_its_folder(site: Site) -> None:

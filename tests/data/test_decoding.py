@@ -351,7 +351,7 @@ def test_damaged_pixels_are_an_error_whatever_the_metadata(damage: str) -> None:
     if damage == "cut":
         del content[len(content) - 200 :]
     elif damage == "pixels":
-        content[-100] ^= 0xFF
+        content[content.index(b"IDAT") + 4] ^= 0xFF  # the head of the compressed stream
     else:
         content[20] ^= 0xFF
     with pytest.raises(ValueError, match=r"decoded|known format|too large"):
@@ -364,6 +364,7 @@ SEGMENTS = {
     "several pictures": b"\xff\xe2\0\x0eMPF\0II*\0\x08\0\0\0",
     "damaged Photoshop block": b"\xff\xed\0\x1aPhotoshop 3.0\0" + b"8BIM\xff\xff\xff\xff\xff\xff",
     "short Adobe block": b"\xff\xee\0\x07Adobe",
+    "short JFIF block": b"\xff\xe0\0\x07JFIF\0",
     "part of a profile": b"\xff\xe2\0\x12ICC_PROFILE\0\x02\x05ab",
     "comment": b"\xff\xfe\0\x04\xff\xff",
 }

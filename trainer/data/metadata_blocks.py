@@ -10,7 +10,7 @@ from collections.abc import Iterator
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _PNG_DISPLAY = (*_PNG_PIXELS, b"iCCP", b"eXIf")  # and what says how to show them
-_JPEG_PIXELS = (0xE0, 0xEE)  # APP0, JFIF; APP14, Adobe's colour transform
+_JPEG_PIXELS = {0xE0: 14, 0xEE: 12}  # APP0, JFIF; APP14, Adobe's colour transform; with the bytes of a whole one
 _JPEG_DISPLAY = (b"Exif\0\0", b"ICC_PROFILE\0")
 _MAX_XMP_BYTES = 64 * 1024 * 1024
 _ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
@@ -87,8 +87,10 @@ def _jpeg_with(content: bytes, kept: tuple[bytes, ...]) -> bytes:
             position += 1 if marker == 0xFF else 2
             continue
         end = position + 2 + struct.unpack_from(">H", content, position + 2)[0]
-        is_metadata = (0xE0 <= marker <= 0xEF and marker not in _JPEG_PIXELS) or marker == 0xFE
-        if not is_metadata or content[position + 4 : end].startswith(kept):
+        data = content[position + 4 : end]
+        is_whole = len(data) >= _JPEG_PIXELS.get(marker, len(data) + 1)
+        is_metadata = (0xE0 <= marker <= 0xEF and not is_whole) or marker == 0xFE
+        if not is_metadata or data.startswith(kept):
             parts.append(content[position:end])
         position = end
     return b"".join([*parts, content[position:]])
