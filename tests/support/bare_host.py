@@ -89,13 +89,20 @@ def _served(application: web.Application) -> Iterator[str]:
         await site.start()
         return int(runner.addresses[0][1])
 
+    async def stop() -> None:
+        await runner.cleanup()
+        left = asyncio.all_tasks() - {asyncio.current_task()}  # connections that were cut off while they were served
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     try:
         port = asyncio.run_coroutine_threadsafe(start(), loop).result()
         yield f"http://127.0.0.1:{port}"
     finally:
-        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+        asyncio.run_coroutine_threadsafe(stop(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

@@ -234,8 +234,11 @@ class RunFolder:
 
     @property
     def started_at(self) -> float:
-        """Unix time at which the run began."""
-        return float(self.record.get("started_at", 0.0))
+        """Unix time at which the run began; 0 if the record holds none."""
+        try:
+            return float(self.record.get("started_at", 0.0))
+        except OverflowError:  # an integer that no time is, in a damaged record
+            return 0.0
 
     @property
     def workflow_path(self) -> Path:
