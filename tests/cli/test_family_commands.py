@@ -123,7 +123,7 @@ def test_train_with_class_pictures_then_draw(
 @pytest.mark.parametrize("family", FAMILIES)
 def test_priors_alone_are_used_again(family: str, files: dict[str, Path], tmp_path: Path) -> None:
     asked = {"class_prompt": "a photo of a dog", "prior_count": 2, "prior_steps": 2, "resolution": 64}
-    folder = run_priors(PriorsCommand(**common(files[family], tmp_path), **asked), Recorder())
+    [folder] = run_priors(PriorsCommand(**common(files[family], tmp_path), **asked), Recorder())
     made = {path.name: path.read_bytes() for path in folder.glob("*.png")}
     assert len(made) == 2
     listener = Recorder()
@@ -133,7 +133,7 @@ def test_priors_alone_are_used_again(family: str, files: dict[str, Path], tmp_pa
     for prediction in ("epsilon", "v_prediction"):  # another kind of model, other pictures
         other = PriorsCommand(**common(files[family], tmp_path), **asked, prediction_type=prediction)
         is_same = prediction == open_base(files[family], TOKENIZER).prediction.type
-        assert (run_priors(other, Recorder()) == folder) == is_same
+        assert (run_priors(other, Recorder()) == [folder]) == is_same
 
 
 # Autoencoders
