@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -90,6 +91,25 @@ def trained(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 def draw_words(base: Path, output: Path) -> list[str]:
     words = ["generate", "--device", "cpu", "--prompt", "a photo of sks dog", "--size", "64x96", "--steps", "2"]
     return [*words, "--base", str(base), "--output", str(output)]
+
+
+@pytest.mark.slow
+def test_a_picture_is_replaced_whole_or_not_at_all(
+    run: Shell, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "dog.PNG"
+    output.write_bytes(b"an older picture")
+
+    def save_half(self: Image.Image, path: Path, format: str) -> None:
+        assert format == "PNG"
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", save_half)
+    assert run(*draw_words(tiny_checkpoint, output)) == 1
+    assert "No space left on the disk" in run.errors
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["dog.PNG"]
+    assert output.read_bytes() == b"an older picture"
 
 
 @pytest.mark.slow

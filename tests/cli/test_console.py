@@ -159,6 +159,8 @@ def test_a_training_ends_well_on_any_console(
 ) -> None:
     words = ["train", "--base", tiny_checkpoint, "--images", picture_folder(), "--steps", "1", "--resolution", "64"]
     words += ["--output-dir", tmp_path / NAME, "--rank", "2", "--device", "cpu"]
+    if terminal == "C locale" and not sys.prefix.isascii():
+        pytest.skip("torch can't be imported from such a path in this locale")
     done = subprocess.run([*PROGRAM, *words], capture_output=True, cwd=ROOT, env=TERMINALS[terminal], check=False)
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr

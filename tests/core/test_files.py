@@ -165,7 +165,7 @@ def test_a_folder_appears_whole(tmp_path: Path) -> None:
     assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
 
 
-@settings(max_examples=25, deadline=None, database=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=300))
 def test_any_bytes_come_back(tmp_path: Path, content: bytes) -> None:
     write_atomic(tmp_path / "file.bin", content)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -16,7 +17,7 @@ from ..core.devices import explained_memory_errors, pick_device, pick_precision
 from ..core.distributed import ProcessGroup
 from ..core.errors import PicturesError, SettingsError, suggest
 from ..core.events import Listener, Phase
-from ..core.files import explained_os_errors, require_writable_file
+from ..core.files import require_writable_file, write_file
 from ..data.class_images import by_prompt, class_images_folders, generate_class_images
 from ..data.folder import AnnotationOptions
 from ..data.image_check import check_pictures
@@ -181,8 +182,7 @@ def run_generate(settings: GenerateCommand, listener: Listener) -> list[Path]:
         path = settings.output
         if len(wanted) > 1:
             path = path.with_name(f"{path.stem}-{index:03d}{path.suffix}")
-        with explained_os_errors(path):
-            image.save(path)
+        write_file(path, partial(image.save, format=Image.registered_extensions()[path.suffix.lower()]))
         paths.append(path)
     listener.report(Phase("pictures", len(wanted), len(wanted)))
     return paths

@@ -11,6 +11,7 @@ import types
 from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
+from ..core.json_data import OBJECT, parse_json
 from .base import Settings, field_extra
 from .data import SubjectTable
 from .train import TrainCommand
@@ -59,13 +60,11 @@ def shareable_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     kept = dict(metadata)
     if CONFIG_KEY in kept:
         try:
-            configuration = json.loads(kept[CONFIG_KEY])
+            configuration = parse_json(kept[CONFIG_KEY], OBJECT)
         except ValueError:
-            configuration = None
-        if isinstance(configuration, dict):
-            kept[CONFIG_KEY] = json.dumps(_without_paths(configuration), sort_keys=True)
-        else:
             del kept[CONFIG_KEY]
+        else:
+            kept[CONFIG_KEY] = json.dumps(_without_paths(configuration), sort_keys=True)
     return kept
 
 
