@@ -237,11 +237,12 @@ def _chosen_folders(tree: FileTree, counts: Mapping[str, int], listener: Listene
     top = posixpath.commonpath(list(counts))
     repeated = [folder for folder in counts if _REPEATED.fullmatch(PurePosixPath(folder).name)]
     of_class = [folder for folder in repeated if _KOHYAS_CLASS_FOLDER in _folder_of(folder).lower().split("/")]
+    unwanted = {*of_class, *(folder for folder in repeated if not int(PurePosixPath(folder).name.partition("_")[0]))}
     if counts.get(top, 0) >= _FEW_PICTURES or len(counts) == 1:
         chosen = [top]
     else:
-        others = [folder for folder in counts if folder not in of_class]
-        chosen = [folder for folder in repeated if folder not in of_class] or others or list(counts)
+        others = [folder for folder in counts if folder not in unwanted]
+        chosen = [folder for folder in repeated if folder not in unwanted] or others or list(counts)
     left_out = [folder for folder in counts if folder not in chosen]
     where = listed([folder or f"{tree.title} itself" for folder in chosen])
     if left_out:
