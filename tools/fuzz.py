@@ -1,4 +1,4 @@
-"""Tries broken files on everything that reads files of strangers: `python tools/fuzz.py --seconds 600 [TARGET ...]`.
+"""Tries broken files and requests on all that reads them: `python tools/fuzz.py --seconds 600 [TARGET ...]`.
 
 The targets take turns until the time is up. An input that ends in anything but an error of our own is made as small as
 Hypothesis can make it and put into tests/corpus/TARGET/, where a test reads it from then on.

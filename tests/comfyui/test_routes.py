@@ -314,6 +314,7 @@ def test_an_own_page_may_say_where_it_comes_from(site: Site) -> None:
     (site.loras / reply.json["file"]).unlink()
 
 
+@pytest.mark.parametrize("site", [pytest.param("ComfyUI", marks=pytest.mark.comfy)], indirect=True)
 @given(data=st.data())
 def test_no_request_of_a_stranger_does_harm(site: Site, data: st.DataObject) -> None:
     for request in data.draw(st.lists(hostile_requests(site), min_size=1, max_size=20)):

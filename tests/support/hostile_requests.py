@@ -145,6 +145,16 @@ class Request:
         """Such a character would end the request, or its target."""
         assert not {*self.target} & {*"\r\n "}
 
+    def to_bytes(self) -> bytes:
+        """As a line of JSON, with a character for each byte of the body."""
+        return json.dumps(vars(self) | {"body": self.body.decode("latin-1")}).encode()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Request:
+        """The request that `to_bytes` wrote."""
+        values = json.loads(content)
+        return cls(**values | {"body": values["body"].encode("latin-1")})
+
 
 def _names(good: Sequence[str], bad: Sequence[str]) -> st.SearchStrategy[str]:
     """Names in a path or a query: good ones, bad ones, any text, quoted or not, any bytes, and all of it joined."""

@@ -10,12 +10,13 @@ import io
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from bare_host import bare_host
 from checkpoints import sd15_checkpoint
 from helpers import DEMO, TINY, Recorder
 from hostile_bytes import (
@@ -28,6 +29,7 @@ from hostile_bytes import (
     toml_files,
     zip_files,
 )
+from hostile_requests import Request, assert_harmless, hostile_requests
 from hypothesis import strategies as st
 from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.cli.flags import settings_from
@@ -42,6 +44,7 @@ from pack.trainer.training.runs.checkpoint import read_checkpoint
 from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.index import RunIndex
 from PIL import Image
+from sites import Site, make_site
 
 VERSION = Path(__file__).resolve().parents[1] / "golden" / "versions" / "0.4.0"
 
@@ -218,6 +221,12 @@ def _read_metadata_lines(content: bytes, folder: Path) -> None:
     _read_pictures(folder)
 
 
+def _read_metadata_rows(content: bytes, folder: Path) -> None:
+    (folder / "0.png").write_bytes(_png())
+    (folder / "metadata.csv").write_bytes(content)
+    _read_pictures(folder)
+
+
 def _read_zip(content: bytes, folder: Path) -> None:
     (folder / "pictures.zip").write_bytes(content)
     _read_pictures(folder / "pictures.zip")
@@ -276,6 +285,23 @@ def _lines(file: str) -> list[object]:
     return [json.loads(line) for line in _run_file(file).splitlines()]
 
 
+@cache
+def _site() -> tuple[Site, TemporaryDirectory[str]]:
+    """A host's folders, which are gone when the process ends."""
+    folder = TemporaryDirectory(ignore_cleanup_errors=True)
+    return make_site(Path(folder.name)), folder
+
+
+def _requests() -> st.SearchStrategy[bytes]:
+    return hostile_requests(_site()[0]).map(Request.to_bytes)
+
+
+def _answer(content: bytes, folder: Path) -> None:
+    site, _ = _site()
+    with bare_host(site.base_dir) as url:
+        assert_harmless(replace(site, url=url), Request.from_bytes(content))
+
+
 _STATE = "step-00000004/state.json"
 _PICTURES = ("JPEG", "WEBP", "GIF", "BMP", "TIFF")
 _TREE = ("10_sks dog/a.png", "10_sks dog/b.png", "10_sks dog/b.txt")
@@ -302,6 +328,10 @@ TARGETS: dict[str, Target] = {
         lambda: json_lines([{"file_name": "0.png", "text": "sks dog"}, {"file_name": "1.png", "caption": "x"}]),
         _read_metadata_lines,
     ),
+    "metadata-rows": Target(
+        lambda: text_files('file_name,text\n0.png,a sks dog\n1.png,"a dog, asleep"\n'), _read_metadata_rows
+    ),
+    "request": Target(_requests, _answer),
     "zip": Target(
         lambda: zip_files({name: b"sks dog" if name.endswith(".txt") else _png() for name in _TREE}), _read_zip
     ),
