@@ -325,10 +325,15 @@ class DreamBooth:
 
     def _explained_memory_errors(self) -> contextlib.AbstractContextManager[None]:
         """Running out of memory inside the block becomes an error that names what to lower."""
-        remedy = (
-            f"{suggest('resolution')} or {suggest('batch_size')} or set {suggest('base_quantization')}, which begins a "
-            f"new run; or turn {suggest('gradient_checkpointing')} on, with which this run resumes"
-        )
+        settings = self.settings
+        ways = [suggest("resolution")]
+        if settings.batch_size > 1:
+            ways.append(suggest("batch_size"))
+        if settings.base_quantization == "none" and settings.adapter != "full":
+            ways.append(f"set {suggest('base_quantization', 'nf4')}")
+        remedy = f"{' or '.join(ways)}, which begins a new run"
+        if not settings.gradient_checkpointing:
+            remedy += f"; or set {suggest('gradient_checkpointing', True)}, with which this run resumes"
         return explained_memory_errors(remedy)
 
     def prepare(self) -> None:

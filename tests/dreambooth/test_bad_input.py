@@ -365,7 +365,7 @@ def truncated_pickle(world: World) -> Values:
     return {"base": world.path / "half.ckpt"}
 
 
-@mistake(TRAINING, WeightsError, "adapter (LoRA)", remedy="lora")
+@mistake(TRAINING, WeightsError, "adapter (LoRA)", remedy="checkpoint that the adapter was made for")
 def adapter_given_as_base(world: World) -> Values:
     write_adapter(world.path / "lora.safetensors", tiny_adapter(), torch.float16)
     return {"base": world.path / "lora.safetensors"}

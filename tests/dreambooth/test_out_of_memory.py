@@ -188,7 +188,8 @@ def test_out_of_memory_keeps_the_steps_and_says_what_to_lower(
     with pytest.raises(OutOfMemoryError) as caught:
         world.train(tmp_path, fit="off")
     assert "memory" in caught.value.problem
-    assert all(word in caught.value.remedy for word in ("resolution", "batch_size", "gradient_checkpointing"))
+    assert all(word in caught.value.remedy for word in ("resolution", "base_quantization", "gradient_checkpointing"))
+    assert "batch_size" not in caught.value.remedy  # it is 1
     [run] = runs_in(tmp_path)
     assert steps_in(run) == [2]
     monkeypatch.undo()

@@ -340,6 +340,10 @@ def test_remedies_are_those_that_are_left() -> None:
     assert "nf4" in remedies(settings_of())
     assert "nf4" not in remedies(settings_of(base_quantization="nf4"))
     assert "nf4" not in remedies(settings_of(adapter="full"))
+    for optimizer in ("adamw-8bit", "adamw-8bit-paged", "adafactor"):  # which need no more than eight bits
+        assert "adamw-8bit" not in remedies(settings_of(optimizer=optimizer))
+    of_prodigy = remedies(settings_of(optimizer="prodigy", learning_rate=1.0))
+    assert "optimizer = adamw-8bit, with learning_rate = 0.0001" in worded(of_prodigy, plain)
 
 
 @pytest.fixture

@@ -72,12 +72,23 @@ def choose_targets(model: DiffusionModel, settings: AdapterSettings) -> list[Tar
             raise SettingsError(
                 f"No layer of the {component} is left to train: {suggest('targets')}, {suggest('include')}, "
                 f"{suggest('exclude')} and {suggest('block_ranks')} together choose none.",
-                f"Choose other {suggest('targets')}, shorten {suggest('exclude')}, or raise {suggest('block_ranks')}.",
+                _ways_to_more_layers(settings),
             )
         targets += sorted(trained, key=lambda target: target.name)
     for target in targets:
         _require_rank_fits(target, modules[target.module_path], settings)
     return targets
+
+
+def _ways_to_more_layers(settings: AdapterSettings) -> str:
+    """What to change of the settings that leave no layer, as an instruction."""
+    ways = [f"choose other {suggest('targets')}"]
+    if settings.exclude:
+        ways.append(f"shorten {suggest('exclude')}")
+    if settings.block_ranks:
+        ways.append(f"raise the ranks in {suggest('block_ranks')}")
+    text = " or ".join(ways)
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def require_family_fits(family: Family, settings: AdapterSettings) -> None:
@@ -146,31 +157,39 @@ def _require_patterns_match(model: DiffusionModel, settings: AdapterSettings) ->
 
 
 def _target(path: ModulePath, name: str, module: nn.Module, settings: AdapterSettings) -> Target:
-    rank = settings.rank
-    alpha = settings.alpha
-    has_kernel = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
-    if has_kernel and (settings.conv_rank or settings.conv_alpha):
-        rank = settings.conv_rank or rank
-        alpha = settings.conv_alpha
-    for block in settings.ranks_by_block:
-        if block.pattern.search(path.path):
-            rank = block.rank
-            alpha = block.alpha
+    _, rank, alpha = _rank_of(path.path, module, settings)
     file_alpha = float(rank if alpha is None else alpha)
     if settings.rank_stabilized:
         file_alpha *= rank**0.5
     return Target(component=path.component, path=path.path, name=name, rank=rank, alpha=file_alpha)
 
 
+def _rank_of(path: str, module: nn.Module, settings: AdapterSettings) -> tuple[str, int, float | None]:
+    """The setting that a module's rank comes from, the rank, and the alpha (None: equal to the rank)."""
+    chosen = ("rank", settings.rank, settings.alpha)
+    has_kernel = isinstance(module, nn.Conv2d) and module.kernel_size != (1, 1)
+    if has_kernel and (settings.conv_rank or settings.conv_alpha):
+        setting = "conv_rank" if settings.conv_rank else "rank"
+        chosen = (setting, settings.conv_rank or settings.rank, settings.conv_alpha)
+    for block in settings.ranks_by_block:
+        if block.pattern.search(path):
+            chosen = ("block_ranks", block.rank, block.alpha)
+    return chosen
+
+
 def _require_rank_fits(target: Target, module: Adaptable, settings: AdapterSettings) -> None:
     """Refuse a rank above the size of a layer; LoKr needs none, it takes whole factors then."""
     smallest = min(len(module.weight), module.weight[0].numel())
     if target.rank > smallest and settings.adapter != "lokr":
-        raise SettingsError(
-            f"rank {target.rank} is above the size of the layer {target.path} ({smallest}).",
-            f"Set {suggest('rank')} to at most {smallest}; 4 to 32 are usual. ({suggest('block_ranks')} sets it for "
-            "parts of the model.)",
-        )
+        setting, _, _ = _rank_of(target.path, module, settings)
+        if setting == "block_ranks":
+            remedy = f"Give it a rank of at most {smallest} in {suggest('block_ranks')}; 4 to 32 are usual."
+        else:
+            remedy = (
+                f"Set {suggest(setting)} to at most {smallest}; 4 to 32 are usual. ({suggest('block_ranks')} sets it "
+                "for parts of the model.)"
+            )
+        raise SettingsError(f"rank {target.rank} is above the size of the layer {target.path} ({smallest}).", remedy)
 
 
 def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:

@@ -206,6 +206,7 @@ def _class_pictures(
             "prior_scheduler": settings.prior_scheduler,
             "prior_steps": settings.prior_steps,
             "prior_guidance": settings.prior_guidance,
+            "prior_batch_size": settings.prior_batch_size,
         }
     )
     return generate_class_images(

@@ -183,9 +183,11 @@ def cast_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
             "Choose a lower strength or other files; nothing was written.",
         )
     largest = float(tensor.abs().max())
+    remedy = "Choose a lower strength or other files; nothing was written."
+    if is_finite(tensor.to(torch.bfloat16)):
+        remedy = f"Set {suggest('save_precision', 'bf16')} or fp32, which hold larger ones, or choose a lower strength."
     raise NotFiniteError(
-        f"{name} has numbers up to {largest:.3g}, which {str(dtype).removeprefix('torch.')} can't hold.",
-        f"Set {suggest('save_precision', 'bf16')} or fp32, which hold larger ones, or choose a lower strength.",
+        f"{name} has numbers up to {largest:.3g}, which {str(dtype).removeprefix('torch.')} can't hold.", remedy
     )
 
 
@@ -221,7 +223,7 @@ def save_tensors(
         if name not in copied and not is_finite(tensor):
             raise NotFiniteError(
                 f"{name} has numbers that are not finite, so the file is not written.",
-                f"Choose a lower strength, or {suggest('save_precision', 'fp32')}, or other files.",
+                "Choose a lower strength or other files.",
             )
     path.touch()
     mode = path.stat().st_mode

@@ -235,6 +235,7 @@ class DreamBenchCommand(TrainSettings, EvaluationSettings, FeatureExtractorSetti
     prior_scheduler: SchedulerName = same_setting(PriorSettings, "prior_scheduler")
     prior_steps: int = same_setting(PriorSettings, "prior_steps")
     prior_guidance: float = same_setting(PriorSettings, "prior_guidance")
+    prior_batch_size: int = same_setting(PriorSettings, "prior_batch_size")
 
     @model_validator(mode="after")
     def _every_subject_has_its_own_prompts(self) -> Self:

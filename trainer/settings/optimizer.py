@@ -167,7 +167,7 @@ class OptimizerSettings(Settings):
             if rate != learning_rate:
                 name = f"{component}_lr"
                 raise ValueError(
-                    f"prodigy has one learning rate for all parameters: set {suggest(name, f'{learning_rate:g}')}, "
+                    f"prodigy has one learning rate for all parameters: set {suggest(name, learning_rate)}, "
                     f"like {suggest('learning_rate')}, or {suggest(name, 0)}"
                 )
         if self.lora_plus_ratio:

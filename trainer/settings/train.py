@@ -78,11 +78,12 @@ class PriorSettings(Settings):
         return self
 
 
-def _require_class_prompt(settings: PriorSettings) -> None:
+def _require_class_prompt(settings: PriorSettings, otherwise: str = "") -> None:
+    """Refuse class pictures without a prompt; `otherwise` is another way out where there is one."""
     if settings.prior_count and not settings.class_prompt.strip():
         raise ValueError(
             f"{suggest('prior_count')} asks for class pictures but {suggest('class_prompt')} is empty: "
-            f"give {suggest('class_prompt', 'a photo of a dog')}, for example, or set {suggest('prior_count', 0)}"
+            f"give {suggest('class_prompt', 'a photo of a dog')}, for example{otherwise}"
         )
 
 
@@ -344,7 +345,7 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
     def _class_prompt_is_given(self) -> Self:  # replaces the check of PriorSettings, which knows one subject alone
         if not self.subject:
             if not self.class_images:
-                _require_class_prompt(self)
+                _require_class_prompt(self, f", or set {suggest('prior_count', 0)}")
             return self
         if self.prior_count and not any(table.class_prompt.strip() or table.class_images for table in self.subject):
             raise ValueError(

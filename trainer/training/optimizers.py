@@ -105,7 +105,7 @@ def _import_class(settings: TrainSettings) -> Any:
     command = f'"{sys.executable}" -m pip install -U "{source.requirement}"'
     remedy = (
         f"Install it: {command} (pip install {package}), or choose {suggest('optimizer', 'adamw')} or "
-        f"{suggest('optimizer', 'adafactor')}."
+        f"{suggest('optimizer', 'adafactor')}{usual_rate(settings)}."
     )
     try:
         module = importlib.import_module(source.module)
@@ -120,6 +120,11 @@ def _import_class(settings: TrainSettings) -> Any:
             f"{optimizer} needs the package {package}, which can't be loaded: {error}.", remedy
         ) from error
     return getattr(module, source.name)
+
+
+def usual_rate(settings: TrainSettings) -> str:
+    """What to add to the advice to choose another optimiser: prodigy's learning rate is a factor of about 1."""
+    return f", with {suggest('learning_rate', 1e-4)}" if settings.optimizer == "prodigy" else ""
 
 
 def _version_numbers(version: str) -> list[int]:
@@ -154,7 +159,7 @@ def require_optimizer(settings: TrainSettings, device: torch.device | None = Non
         raise SettingsError(
             f"{suggest('optimizer', settings.optimizer)} does not work on {device or 'cpu'}{with_options}: {error}.",
             f"Correct {options}, update the optimiser's package, or choose {suggest('optimizer', 'adamw')} or "
-            f"{suggest('optimizer', 'adafactor')}.",
+            f"{suggest('optimizer', 'adafactor')}{usual_rate(settings)}.",
         ) from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...core.errors import UnsupportedModelError, WeightsError, suggest
+from ...core.errors import UnsupportedModelError, WeightsError
 from .base import Family
 from .sd1 import FAMILY as SD1
 from .sd2 import FAMILY as SD2
@@ -80,7 +80,7 @@ def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
     if any(".lora_" in name or name.startswith("lora_") or ".hada_w" in name or ".lokr_w" in name for name in tensors):
         raise WeightsError(
             "This file is an adapter (LoRA), not a base model.",
-            f"Give the checkpoint that the adapter was made for; adapters are given as {suggest('lora')}.",
+            "Give the checkpoint that the adapter was made for; adapters are given by a setting of their own.",
         )
     for part, name in _FOREIGN_KEYS:
         if any(part in key for key in tensors):

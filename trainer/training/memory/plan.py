@@ -22,7 +22,7 @@ from ...models.families.base import BaseWeights, Component, Conditioning, Diffus
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
-from ..optimizers import disable_gradient_checkpointing, enable_gradient_checkpointing
+from ..optimizers import disable_gradient_checkpointing, enable_gradient_checkpointing, usual_rate
 from ..trainable import Trainable, make_trainable
 from .meter import CudaEmulation, LiveBytes
 
@@ -425,7 +425,7 @@ def remedies(settings: TrainSettings) -> str:
     changes = [f"lower {suggest('resolution')}"]
     if settings.base_quantization == "none" and settings.adapter != "full":
         changes.append(f"set {suggest('base_quantization', 'nf4')}")
-    if not settings.optimizer.startswith("adamw-8bit"):
-        changes.append(f"set {suggest('optimizer', 'adamw-8bit')}")
+    if settings.optimizer_class.bytes_per_number > OPTIMIZERS["adamw-8bit"].bytes_per_number:
+        changes.append(f"set {suggest('optimizer', 'adamw-8bit')}{usual_rate(settings)}")
     *others, last = changes
     return f"{', '.join(others)} or {last}".capitalize() if others else last.capitalize()
