@@ -30,9 +30,25 @@ def share(part: float, *, whole: float = 2.0) -> float:
     }
 
 
+def test_lines_are_named_one_by_one_or_from_to() -> None:
+    from mutate import lines_of
+
+    assert lines_of("3") == {3}
+    assert lines_of("12,40-42") == {12, 40, 41, 42}
+
+
+SOURCE = (ROOT / "trainer" / "data" / "buckets.py").read_text("utf-8").splitlines()
+CONSTANT = 1 + next(number for number, line in enumerate(SOURCE) if line.startswith("_MAX_ASPECT_RATIO"))
+
+
 @pytest.mark.slow
-def test_most_faults_are_seen() -> None:
-    words = ["data/buckets", "--sample", "3"]
-    done = subprocess.run([sys.executable, "tools/mutate.py", *words], cwd=ROOT, capture_output=True, text=True)
-    assert "3 run" in done.stdout, done.stderr
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [(["--sample", "3"], "3 run"), (["--lines", str(CONSTANT)], "1 run, 1 seen")],
+    ids=["a sample", "a constant, which is read when the module is imported"],
+)
+def test_most_faults_are_seen(words: list[str], counts: str) -> None:
+    command = [sys.executable, "tools/mutate.py", "data/buckets", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert counts in done.stdout, done.stderr
     assert done.returncode == 0, done.stdout

@@ -2,10 +2,12 @@
 
     python tools/mutate.py                                  every mutant of every module: hours
     python tools/mutate.py merging/methods --sample 60      sixty of one module's, the same each time
+    python tools/mutate.py merging/methods --lines 88,93    those of two lines, once there are tests for them
 
 The mutants are mutmut's: its operators, on libcst's tree. mutmut itself tells mutants apart by the names of modules,
 which here are the host's. So one process imports torch and the other libraries, and forks for each mutant; the fork
-imports the pack with the mutated source in place of the file's, and runs the module's everyday tests until one fails.
+imports the pack with the mutated source in place of the file's, and runs the module's everyday tests until one fails:
+those first that saw a fault before.
 
 Survivors that were looked at stand in tests/mutants.toml with a verdict. Others make the exit status 1.
 """
@@ -35,17 +37,21 @@ ROOT = Path(__file__).resolve().parents[1]
 KNOWN = ROOT / "tests" / "mutants.toml"
 LIBRARIES = ["torch", "numpy", "PIL", "safetensors.torch", "pydantic", "hypothesis", "pytest"]
 LIBRARIES += ["diffusers", "transformers", "peft", "accelerate"]
+_NOT_IMPORTED = 70  # exit status of tests that passed without the module
+_FIRST = 24  # tests that are run before the others
 _MEMORY_BYTES = 8 * 2**30  # of address space; a fault may ask for any amount
 NOT_SLOW = "not slow and not comfy and not browser and not gpu"
-_ADAPTERS = ["tests/adapters/test_layers.py", "tests/adapters/test_foreign_files.py", "tests/merging/test_merge.py"]
+_ADAPTERS = ["tests/adapters/test_layers.py", "tests/merging/test_methods.py", "tests/merging/test_merge.py"]
+_ADAPTERS += ["tests/adapters/test_foreign_files.py"]
+_FILES = ["tests/adapters/test_layers.py", "tests/adapters/test_casting.py", "tests/adapters/test_foreign_files.py"]
 _MERGING = ["tests/merging/test_methods.py", "tests/merging/test_merge.py"]
 TESTS: dict[str, list[str]] = {
     "merging/methods": _MERGING,
     "merging/deltas": [*_MERGING, "tests/merging/test_finite.py"],
-    "merging/merge": ["tests/merging/test_merge.py", "tests/adapters/test_names.py", "tests/merging/test_methods.py"],
+    "merging/merge": ["tests/merging/test_merge.py", "tests/merging/test_finite.py", "tests/adapters/test_names.py"],
     "models/objective": ["tests/models/test_objectives.py"],
     "core/seeding": ["tests/core/test_seeding.py", "tests/models/test_objectives.py"],
-    "adapters/kohya": ["tests/adapters/test_foreign_files.py", "tests/adapters/test_kohya.py"],
+    "adapters/kohya": [*_FILES, "tests/adapters/test_kohya.py"],
     **{f"adapters/layers/{name}": _ADAPTERS for name in ("__init__", "base", "full", "loha", "lokr", "lora", "oft")},
     "data/buckets": ["tests/dreambooth/test_buckets.py"],
 }
@@ -145,13 +151,41 @@ class _Mutated(MetaPathFinder):
 
 class _Loader(SourceFileLoader):
     source: str
+    was_used = False
 
     def get_code(self, fullname: str) -> CodeType:
+        _Loader.was_used = True
         return compile(self.source, self.path, "exec")
 
 
-def start(module: str, source: str, tests: Sequence[str], scratch: Path, cpu_limit_s: int) -> int:
-    """Fork a process that runs tests with a module of that source; it ends with 0 if all pass. Returns its id."""
+class _Failures:
+    """A plugin of pytest: writes down which test fails."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def pytest_runtest_logreport(self, report: object) -> None:
+        """See pytest's hooks."""
+        if getattr(report, "failed", False):
+            self._file.write_text(report.nodeid, "utf-8")  # type: ignore[attr-defined]
+
+
+def start(
+    module: str, source: str, tests: Sequence[str], scratch: Path, cpu_limit_s: int, first: Sequence[str] = ()
+) -> int:
+    """Fork a process that runs tests with a module of that source; it ends with 0 if all pass. Returns its id.
+
+    Nothing of the pack is imported before, so constants of the source and what others import of it are the fork's own.
+
+    Args:
+        module: The module, as in `TESTS`.
+        source: Its source.
+        tests: Files of tests.
+        scratch: A folder for its output ("<id>.log"), which test failed ("<id>.failed"), the libraries that it imported
+            ("<id>.modules") and the tests' files.
+        cpu_limit_s: CPU seconds after which it is ended.
+        first: Single tests of those files to be run before the others.
+    """
     process = os.fork()
     if process:
         return process
@@ -165,17 +199,33 @@ def start(module: str, source: str, tests: Sequence[str], scratch: Path, cpu_lim
         sys.meta_path.insert(0, _Mutated(module, source))
         import pytest
 
-        options = ["-x", "-q", "-m", NOT_SLOW, "-p", "no:cacheprovider", f"--basetemp={scratch / str(os.getpid())}"]
-        status = int(pytest.main([*options, *tests]))
+        options = ["-x", "-q", "-m", NOT_SLOW, "-p", "no:cacheprovider", "--tb=line"]
+        options.append(f"--basetemp={scratch / str(os.getpid())}")
+        failures = _Failures(scratch / f"{os.getpid()}.failed")
+        status = int(pytest.main([*options, *first], [failures])) if first else 0
+        if status != pytest.ExitCode.TESTS_FAILED:
+            for test in tests:  # file by file, so that most faults are seen before the others are collected
+                status = int(pytest.main([*options, test], [failures]))
+                if status:
+                    break
+        if status == 0 and not _Loader.was_used:
+            status = _NOT_IMPORTED
+        (scratch / f"{os.getpid()}.modules").write_text("\n".join(_libraries_of_this_process()), "utf-8")
     finally:
         os._exit(status)
 
 
-def finished(scratch: Path) -> tuple[int, bool, float]:
-    """Wait for one of the processes: its id, whether all of its tests passed, the CPU seconds that it took."""
+def _libraries_of_this_process() -> list[str]:
+    """The modules outside the repository that were imported, in the order of their import."""
+    files = {name: getattr(module, "__file__", None) for name, module in list(sys.modules.items())}
+    return [name for name, file in files.items() if file and "site-packages" in file]
+
+
+def finished(scratch: Path) -> tuple[int, int, float]:
+    """Wait for one of the processes: its id, its exit status (negative for a signal), the CPU seconds that it took."""
     process, status, usage = os.wait3(0)
     shutil.rmtree(scratch / str(process), ignore_errors=True)
-    return process, status == 0, usage.ru_utime + usage.ru_stime
+    return process, os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
 
 
 def survivors_of(module: str, mutants: Sequence[Mutant], tests: Sequence[str], jobs: int) -> Iterator[Mutant]:
@@ -184,20 +234,32 @@ def survivors_of(module: str, mutants: Sequence[Mutant], tests: Sequence[str], j
         scratch = Path(folder)
         unchanged = (ROOT / "trainer" / f"{module}.py").read_text("utf-8")
         baseline = start(module, unchanged, tests, scratch, 600)
-        _, passed, seconds = finished(scratch)
-        if not passed:
+        _, status, seconds = finished(scratch)
+        if status == _NOT_IMPORTED:
+            sys.exit(f"{module}: its tests do not import it")
+        if status:
             log = (scratch / f"{baseline}.log").read_text("utf-8")
             sys.exit(f"{log[-3000:]}\n{module}: its tests fail without a fault")
+        for name in (scratch / f"{baseline}.modules").read_text("utf-8").splitlines():
+            with contextlib.suppress(Exception):  # it is but imported sooner, for all mutants at once
+                importlib.import_module(name)
+        gc.freeze()
         running: dict[int, Mutant] = {}
         waiting = list(mutants)
+        telling: list[str] = []  # the tests that saw a fault, the last first: they are likely to see the next
         while waiting or running:
             while waiting and len(running) < jobs:
                 mutant = waiting.pop(0)
-                running[start(module, mutant.source, tests, scratch, int(5 * seconds) + 20)] = mutant
-            process, passed, _ = finished(scratch)
+                limit_s = int(3 * seconds) + 20
+                running[start(module, mutant.source, tests, scratch, limit_s, telling[:_FIRST])] = mutant
+            process, status, _ = finished(scratch)
             mutant = running.pop(process)
-            if passed:
+            if not status:
                 yield mutant
+            failed = scratch / f"{process}.failed"
+            if failed.exists():
+                name = failed.read_text("utf-8")
+                telling = [name, *(other for other in telling if other != name)]
 
 
 def known_survivors() -> dict[tuple[str, str, str], str]:
@@ -211,11 +273,21 @@ def known_survivors() -> dict[tuple[str, str, str], str]:
     return {(entry["module"], entry["was"], entry["now"]): entry["verdict"] for entry in entries}
 
 
+def lines_of(text: str) -> set[int]:
+    """The numbers of "12,40-44"."""
+    lines: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        lines |= set(range(int(first), int(last or first) + 1))
+    return lines
+
+
 def main() -> int:
     """Run the command; 1 if a mutant survives that nobody has looked at."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("modules", nargs="*", metavar="MODULE", help=f"of trainer/: {', '.join(TESTS)}; without, all")
     parser.add_argument("--sample", type=int, default=0, help="at most so many mutants of each module; 0: all")
+    parser.add_argument("--lines", type=lines_of, help="only those of these lines of the module, such as 12,40-44")
     parser.add_argument("--jobs", type=int, default=1, help="how many run at once")
     parser.add_argument("--list", action="store_true", help="list the mutants, run nothing")
     options = parser.parse_args()
@@ -234,16 +306,20 @@ def main() -> int:
         gone = {entry for entry in known if entry[0] == module} - {(module, one.was, one.now) for one in every}
         for _, was, now in sorted(gone):
             show("tests/mutants.toml: there is no such mutant", was, now)
-        chosen = every
-        if 0 < options.sample < len(every):
-            chosen = sorted(random.Random(module).sample(every, options.sample), key=lambda mutant: mutant.line)
+        chosen = [mutant for mutant in every if options.lines is None or mutant.line in options.lines]
+        if 0 < options.sample < len(chosen):
+            chosen = sorted(random.Random(module).sample(chosen, options.sample), key=lambda mutant: mutant.line)
         survivors, news = 0, 0
+        with_verdict = {(mutant.was, mutant.now) for mutant in chosen if (module, mutant.was, mutant.now) in known}
         for mutant in chosen if options.list else survivors_of(module, chosen, TESTS[module], options.jobs):
             survivors += 1
+            with_verdict.discard((mutant.was, mutant.now))
             if (module, mutant.was, mutant.now) not in known:
                 news += 1
                 show(f"trainer/{module}.py:{mutant.line}", mutant.was, mutant.now)
         if not options.list:
+            for was, now in sorted(with_verdict):
+                show("tests/mutants.toml: a test sees this mutant", was, now)
             is_news |= news > 0
             counts = f"{len(every)} mutants, {len(chosen)} run, {len(chosen) - survivors} seen, {survivors} survive"
             print(f"{module}: {counts}, {survivors - news} of them with a verdict", flush=True)
