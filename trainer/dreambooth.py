@@ -56,6 +56,7 @@ from .training.preflight import require_prediction_type, require_trainable
 from .training.previews import Previews
 from .training.runs.checkpoint import Measurements
 from .training.runs.folder import RunFolder, RunPaths, run_fingerprint
+from .training.runs.metrics import record_done
 from .training.runs.trackers import logging_listener
 from .training.state import TrainingState
 from .training.text_conditioning import TextConditioning
@@ -265,7 +266,10 @@ class DreamBooth:
             self.processes.wait_for_everyone()  # before the main process writes into the folder that all looked at
             if finished_at is not None:
                 self.listener.report(Note(f"This run is finished already: {self.run_folder.path}"))
-                return self.write_files(finished_at, started_from=finished_at)
+                result = self.write_files(finished_at, started_from=finished_at)
+                if self.processes.is_main_process:
+                    record_done(self.run_folder.metrics_path, finished_at)
+                return result
             with self._logged(after=newest_step), self._explained_memory_errors():
                 self.prepare()
                 if newest_step:

@@ -213,6 +213,25 @@ def test_killed_writer_leaves_a_whole_file_and_removable_rest(tmp_path: Path) ->
     assert contents(tmp_path) == {"file.bin": content}
 
 
+def test_what_an_interrupt_leaves_is_removed_by_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second Ctrl-C, while the first one's temporary folder is being removed."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state").write_bytes(NEW)
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            delete_at_once(tmp_path / "run")
+    assert list(tmp_path.iterdir())
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["x" * 250 + ".bin", "犬" * 80 + ".bin"], ids=["ascii", "three bytes a letter"])
 def test_longest_names_that_a_file_system_takes(tmp_path: Path, name: str) -> None:
     assert len(os.fsencode(name)) <= 255

@@ -6,6 +6,7 @@ show that a run puts all of its parts together again.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -32,6 +33,7 @@ from pack.trainer.settings.preview import PreviewSettings
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import StartingPoint
 from pack.trainer.training.runs.folder import RunPaths, run_fingerprint
+from pack.trainer.training.runs.index import RunIndex
 from run_trees import contents_below
 from safetensors.torch import load_file, save_file
 from shell import flags_of
@@ -257,6 +259,22 @@ def test_a_finished_run_is_not_trained_again(finished: Finished, world: World, t
     assert exported.path == first.path
     assert differing(exported.path, run / "step-00000004" / "adapter.safetensors") == []
     assert exported.adapter.metadata["sshs_model_hash"] == first.adapter.metadata["sshs_model_hash"]
+
+
+@pytest.mark.parametrize(
+    "end", [{"state": "failed", "problem": "No space left.", "remedy": "Free some."}, {"state": "stopped"}, {}], ids=str
+)
+def test_a_finished_run_is_done_once_its_adapter_is_written(
+    end: dict[str, str], finished: Finished, world: World, tmp_path: Path
+) -> None:
+    """The disk was full after the last step, or the run was stopped or killed then."""
+    metrics = finished.copy(tmp_path) / "metrics.jsonl"
+    *lines, _ = metrics.read_text().splitlines()
+    metrics.write_text("\n".join([*lines, json.dumps({"step": 4, **end}), ""] if end else [*lines, '{"step": 4, "sta']))
+    run = world.train(tmp_path).run
+    assert metrics.read_text().splitlines() == [*lines, '{"step": 4, "state": "done"}']
+    summary = RunIndex(run.parent).summary(run.name)
+    assert (summary["state"], summary["step"], "problem" in summary) == ("done", 4, False)
 
 
 def test_a_finished_run_needs_its_state_no_more(finished: Finished, world: World, tmp_path: Path) -> None:

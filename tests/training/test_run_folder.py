@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import Recorder
-from pack.trainer.core.errors import BusyError, SettingsError
+from pack.trainer.core.errors import BusyError, SettingsError, StorageError
 from pack.trainer.core.events import Step
 from pack.trainer.core.locks import FolderLock
 from pack.trainer.training.runs.checkpoint import Checkpoint, Measurements, Saved
@@ -129,6 +131,20 @@ def test_a_run_is_one_process_s_at_a_time(opened: Any) -> None:
     run.lock.release()
     beside.lock.release()
     assert opened().path == beside.path
+
+
+def test_a_run_that_could_not_be_made_is_nobody_s(opened: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk was full; this process lives on, and tries again once there is room."""
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(StorageError, match="No space left"):
+            opened()
+    assert not list(tmp_path.glob("*/*"))
+    assert opened().path.name == "dog-111111111111"
 
 
 def test_a_run_that_another_process_is_making_now_is_its(opened: Any, tmp_path: Path) -> None:

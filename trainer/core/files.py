@@ -97,8 +97,8 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
     try:
         yield temporary
     finally:
+        _being_written.discard(temporary.name)  # first: what an interrupt leaves of the other is a leftover
         _delete(temporary)
-        _being_written.discard(temporary.name)
 
 
 def write_file(path: Path, write: Callable[[Path], object], needed_bytes: int = 0, *, replace: bool = True) -> Path:

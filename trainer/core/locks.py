@@ -141,6 +141,15 @@ class FolderLock:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def released_on_error(self) -> Iterator[None]:
+        """Give the lock back if the block fails: nobody who gets the error has the object that holds it."""
+        try:
+            yield
+        except BaseException:
+            self.release()
+            raise
+
     @property
     def owner(self) -> Owner | None:
         """Who has the lock, as far as that is known; a process that was killed may have left its name."""

@@ -178,9 +178,9 @@ class RunFolder:
         run.reserve()
         if _is_unused(path):
             record = {"fingerprint": fingerprint, "name": name, "started_at": time.time(), "settings": dict(settings)}
-            write_atomic(
-                path / RECORD_FILE, json.dumps(record, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
-            )
+            content = json.dumps(record, indent=1, ensure_ascii=False).encode(errors="backslashreplace")
+            with run.lock.released_on_error():
+                write_atomic(path / RECORD_FILE, content)
         return run
 
     def bears(self, fingerprints: Collection[str]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,7 +44,7 @@ class RecordedListener:
         self._step = after
         former = [line for line in read_metrics(path) if line["step"] <= max(after, reached) and "state" not in line]
         self._recorded = {line["step"] for line in former if "loss" in line}
-        write_atomic(path, "".join(json.dumps(line) + "\n" for line in former).encode())
+        _write(path, former)
         with explained_os_errors(path):
             self._file: TextIO = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - closed by `close`
 
@@ -107,6 +107,24 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     newest = {(line["step"], *sorted(_KINDS & set(line))): line for line in _lines(path)}
     return sorted(newest.values(), key=lambda line: ("state" in line, line["step"]))
+
+
+def record_done(path: Path, step: int) -> None:
+    """Write that a run has ended well, if its metrics file says otherwise: its adapter could not be written before.
+
+    Args:
+        path: The file.
+        step: Whose weights the run gives.
+    """
+    if [line.get("state") for line in last_lines(path)[-1:]] == [DONE]:
+        return
+    lines = [line for line in read_metrics(path) if "state" not in line]
+    with contextlib.suppress(StorageError):  # what the run gives is written
+        _write(path, [*lines, {"step": step, "state": DONE}])
+
+
+def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
+    write_atomic(path, "".join(json.dumps(line) + "\n" for line in lines).encode())
 
 
 def last_lines(path: Path) -> list[dict[str, Any]]:
