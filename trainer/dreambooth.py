@@ -314,7 +314,14 @@ class DreamBooth:
         newest_step = self.run_folder.newest(settings.steps)
         self.listener.report(RunOpened(self.run_folder.path, newest_step, settings.steps))
         self.measurements = self.run_folder.measurements(newest_step)
-        self.previews = Previews(self.base, self.subject, settings, self.run_folder, self.device)
+        self.previews = Previews(
+            self.base,
+            self.subject,
+            settings,
+            self.run_folder,
+            self.device,
+            starts_as_base=self.starting_point.start is None,
+        )
         return newest_step
 
     @contextlib.contextmanager

@@ -20,12 +20,13 @@ from pack.trainer.core.errors import CancelledError, SettingsError, StorageError
 from pack.trainer.core.events import Phase, Preview, Step
 from pack.trainer.data.images import Picture, decode
 from pack.trainer.dreambooth import TrainResult
-from pack.trainer.evaluation.evaluator import Evaluator
+from pack.trainer.evaluation.evaluator import Evaluator, fidelity_and_drift
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import GenerationConfig, build_on_device, generate
 from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.adapter import StartingPoint
 from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import RecordedListener, read_metrics
 from PIL import Image
@@ -376,6 +377,26 @@ def test_previews_can_be_asked_for_or_changed_in_the_middle_of_a_run(
     assert found[2] == {}
     assert found[4] != expected[4]
     assert found[5] == pytest.approx(expected[5], abs=1e-4)
+
+
+@pytest.mark.slow
+def test_the_class_drifts_from_the_base_and_not_from_an_adapter_to_start_from(world: World, tmp_path: Path) -> None:
+    """Before the first step such a run generates other pictures than the base does."""
+    changes: dict[str, Any] = {**SHOWN, "steps": 1, "preview_prompts": PROMPTS[0]}
+    first = world.train(tmp_path / "first", **changes, learning_rate=0.1)
+    start = StartingPoint(first.adapter)
+    second = world.train(tmp_path / "second", starting_point=start, **changes)
+
+    def base_pictures(run: Path) -> list[np.ndarray[Any, Any]]:
+        return [pixels(path) for path in sorted((run / "previews" / "base").glob("*/*.png"))]
+
+    of_base, of_start = (pixels(preview(result.run, 0, "class-00-00.png")) for result in (first, second))
+    assert np.abs(of_base - of_start).max() > 2
+    for ours, theirs in zip(base_pictures(second.run), base_pictures(first.run), strict=True):
+        assert np.abs(ours - theirs).max() <= 1  # rounding, since a LoRA of zeros computes in another order
+    drifts = [fidelity_and_drift(scores_in(result.run)[0])[1] for result in (first, second)]
+    assert drifts[0] == pytest.approx(0, abs=1e-6)
+    assert drifts[1] > 1e-4
 
 
 @pytest.mark.slow

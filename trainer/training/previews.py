@@ -37,9 +37,21 @@ class Previews:
         settings: TrainSettings,
         run: RunFolder,
         device: torch.device,
+        *,
+        starts_as_base: bool = True,
     ) -> None:
-        """Take what is generated and where it goes; no model is opened yet."""
+        """Take what is generated and where it goes; no model is opened yet.
+
+        Args:
+            base: The base model.
+            subject: The subject's pictures.
+            settings: Of the run.
+            run: Its folder, where the pictures go.
+            device: Where they are generated.
+            starts_as_base: Whether before the first step the model is the base itself, and goes on from no adapter.
+        """
         self._base = base
+        self._starts_as_base = starts_as_base
         self._subject = subject
         self._settings = settings
         self._run = run
@@ -186,12 +198,14 @@ class Previews:
         """The base's own class pictures from the same noise: those of step 0, or generated now if these were others."""
         settings = self._settings
         key = settings.model_dump(include={"resolution", "preview_steps", "preview_guidance", "preview_seed"})
+        if not self._starts_as_base:
+            key["without_adapter"] = True  # up to version 0.4 it was with the one that the run goes on from
         pictures = []
         for number, picture in enumerate(class_pictures):
             index = number % settings.preview_count
             name = f"{index}.png"
             cache = ImageCache(self._run.base_preview_path, key | {"prompt": picture.caption})
-            if step == 0:
+            if step == 0 and self._starts_as_base:
                 cache.save(name, picture.open())
             elif not cache.has(name):
                 to_device(base.unet, self._device, dtype)
