@@ -425,6 +425,11 @@ class DreamBooth:
         self.session.state.restore(self.run_folder.load(step))
         self.step = step
         self.listener.report(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
+        if self.previews.differ_from(self.measurements):
+            note = (
+                "The previews so far were generated or scored with other settings; early stop compares the coming ones."
+            )
+            self.listener.report(Note(note))
 
     def train_loop(self) -> int:
         """Train to the last step, or until the subject gets no better. Returns the step to export."""
@@ -574,6 +579,8 @@ class DreamBooth:
         session = self.session
         scores = self.previews.generate(self.step, session.model, session.text.rows, self.listener)
         self.measurements.scores[self.step] = scores
+        if scores:
+            self.measurements.scored_as[self.step] = self.previews.conditions
 
     def _validate(self) -> None:
         session = self.session

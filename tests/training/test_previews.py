@@ -27,6 +27,8 @@ from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import GenerationConfig, build_on_device, generate
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import StartingPoint
+from pack.trainer.training.previews import Previews
+from pack.trainer.training.runs.checkpoint import Measurements
 from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import RecordedListener, read_metrics
 from PIL import Image
@@ -426,6 +428,65 @@ def test_a_run_that_stopped_early_is_finished(falling: Path, world: World, tmp_p
         path.read_bytes() for path in (falling / "loras").iterdir()
     ]
     assert any("finished" in note for note in listener.notes)
+
+
+@pytest.mark.slow
+def test_other_previews_begin_early_stop_anew(falling: Path, world: World, tmp_path: Path) -> None:
+    """With the same previews that patience runs out at step 8."""
+    shutil.copytree(falling, tmp_path / "copy")
+    changes: dict[str, Any] = {**SHOWN, **FALLING, "early_stop": 3, "preview_seed": 5}
+    result = world.train(tmp_path / "copy", listener := Recorder(), **changes)
+    assert (result.step, result.started_from) == (10, 6)
+    assert sum("early stop compares the coming ones" in note for note in listener.notes) == 1
+    digests = RunFolder(result.run).measurements().scored_as
+    assert len({digests[step] for step in (0, 2, 4, 6)}) == len({digests[step] for step in (8, 10)}) == 1
+    assert digests[8] != digests[6]
+
+
+SCORED = {"score_clip": "openai/clip", "preview_every": 2, "early_stop": 2, "steps": 8}
+SCORES = {step: {"CLIP-I": fidelity, "drift (CLIP)": step / 10} for step, fidelity in ((2, 0.9), (4, 0.5), (6, 0.6))}
+
+
+def previews_of(world: World, run: Path, **changes: Any) -> Previews:
+    """Of a run that has a checkpoint of each step that was scored."""
+    for step in SCORES:
+        (run / f"step-{step:08d}").mkdir(parents=True, exist_ok=True)
+    settings = TrainSettings(**SCORED | changes)
+    return Previews(world.base, world.subject, settings, RunFolder(run), torch.device("cpu"))
+
+
+def test_scores_of_other_previews_are_not_compared(world: World, tmp_path: Path) -> None:
+    """Other prompts from step 3 on: no step of theirs is worse than step 2, of which they say nothing."""
+    former = previews_of(world, tmp_path)
+    later = previews_of(world, tmp_path, preview_prompts="sks dog in the snow")
+    mixed = Measurements(SCORES, [], {2: former.conditions, 4: later.conditions, 6: later.conditions})
+    alike = Measurements(SCORES, [], dict.fromkeys(SCORES, former.conditions))
+    of_version_04 = Measurements(SCORES)
+    assert [(later.best(found), later.stopped_at(found)) for found in (mixed, alike, of_version_04)] == [
+        (6, None),
+        (2, 2),  # as it was decided then
+        (2, 2),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_other"),
+    [
+        ({"preview_every": 1, "early_stop": 1, "steps": 9, "learning_rate": 1.0}, False),
+        ({"preview_prompts": "sks dog in the snow"}, True),
+        ({"preview_count": 2}, True),
+        ({"preview_steps": 9}, True),
+        ({"preview_guidance": 2.0}, True),
+        ({"preview_seed": 5}, True),
+        ({"token": "rraj"}, True),
+        ({"score_clip": "openai/another"}, True),
+        ({"score_dino": "facebook/dino"}, True),
+    ],
+    ids=str,
+)
+def test_what_scores_depend_on(changes: dict[str, Any], is_other: bool, world: World, tmp_path: Path) -> None:
+    before, after = previews_of(world, tmp_path), previews_of(world, tmp_path, **changes)
+    assert (before.conditions != after.conditions) == is_other
 
 
 @pytest.mark.parametrize(("patience", "stop", "given"), mostly_slow([(3, 8, 2), (0, 10, 10)], (3, 8, 2)))

@@ -366,6 +366,7 @@ def test_scores_and_validated_steps(tmp_path: Path) -> None:
     measurements = Measurements(
         scores={0: {"CLIP-I": 0.1 + 0.2, "drift (CLIP)": 1e-300}, 200: {"CLIP-I": math.pi}, 300: {}},
         validated=[0, 200],
+        scored_as={0: "0" * 16, 200: "1" * 16},
     )
     course = Course(settings_of("adamw"), TwoNetworks())
     write_checkpoint_files(tmp_path, course.state.checkpoint(1, METADATA, measurements))

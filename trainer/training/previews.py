@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Collection, Sequence
 
 import torch
@@ -18,6 +20,7 @@ from ..data.latent_cache import encode_captions
 from ..evaluation.evaluator import Evaluator, best_step, early_stop_step
 from ..evaluation.feature_extractors import FeatureExtractors
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel
+from ..models.hub import source_title
 from ..models.sampling import GenerationConfig, decode_latents, generate, generate_latents
 from ..settings.train import TrainSettings
 from .runs.checkpoint import Measurements
@@ -91,6 +94,15 @@ class Previews:
         if not self._encoded:
             return text
         return {name: torch.cat([rows, self._encoded[name]]) for name, rows in text.items()}
+
+    @property
+    def conditions(self) -> str:
+        """Digest of what the scores depend on beside the weights and the subject: only equal ones can be compared."""
+        settings = self._settings
+        generated = {"resolution", "preview_count", "preview_steps", "preview_guidance", "preview_seed", "token"}
+        models = [source_title(name) if name else "" for name in (settings.score_clip, settings.score_dino)]
+        values = settings.model_dump(include=generated) | {"prompts": self._prompts, "models": models}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
     def wanted(self, step: int) -> bool:
         """Whether the settings ask for previews of this step; the same in all processes."""
@@ -238,11 +250,15 @@ class Previews:
         best = early_stop_step(self._scores(measurements), patience)
         return best if best is not None and self._run.has(best) else None
 
+    def differ_from(self, measurements: Measurements) -> bool:
+        """Whether early stop can't compare the coming scores with those so far."""
+        former = set(measurements.scored_as.values())
+        return bool(self._settings.early_stop and former) and self.conditions not in former
+
     def best(self, measurements: Measurements) -> int:
         """Step of the preview that shows the subject best so far; 0 if the run can't stop early."""
         return best_step(self._scores(measurements)) if self._settings.early_stop else 0
 
     def _scores(self, measurements: Measurements) -> dict[int, dict[str, float]]:
         """The scored previews up to the run's length, which may be shorter than what was trained before."""
-        steps = self._settings.steps
-        return {step: metrics for step, metrics in measurements.scores.items() if metrics and step <= steps}
+        return measurements.comparable_scores(self._settings.steps)

@@ -54,20 +54,32 @@ class Measurements:
         scores: Step → metric → value, for every step whose previews were generated; previews without a model that
             scores them have no metrics.
         validated: Steps whose loss on the held-out pictures was reported.
+        scored_as: Step → digest of how its previews were generated and scored (`Previews.conditions`); up to version
+            0.4 there was none.
     """
 
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
     validated: list[int] = field(default_factory=list)
+    scored_as: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Measurements:
         """What `as_json` gave."""
         scores = {int(step): dict(metrics) for step, metrics in values["scores"].items()}
-        return cls(scores, list(values["validated"]))
+        scored_as = {int(step): str(digest) for step, digest in values.get("scored_as", {}).items()}
+        return cls(scores, list(values["validated"]), scored_as)
 
     def as_json(self) -> dict[str, Any]:
         """Plain values; JSON's keys are strings."""
-        return {"scores": {str(step): metrics for step, metrics in self.scores.items()}, "validated": self.validated}
+        scores = {str(step): metrics for step, metrics in self.scores.items()}
+        scored_as = {str(step): digest for step, digest in self.scored_as.items()}
+        return {"scores": scores, "validated": self.validated, "scored_as": scored_as}
+
+    def comparable_scores(self, steps: int) -> dict[int, dict[str, float]]:
+        """The scores up to a step that were measured as the newest of them was; those of version 0.4 fit to any."""
+        scores = {step: metrics for step, metrics in self.scores.items() if metrics and step <= steps}
+        newest = self.scored_as.get(max(scores, default=0))
+        return {step: metrics for step, metrics in scores.items() if self.scored_as.get(step, newest) == newest}
 
 
 @dataclass(frozen=True)
