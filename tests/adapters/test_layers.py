@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapter_maths import added
 from layer_worlds import assert_close, leaves_out_the_scale, randomise
 from numpy.typing import NDArray
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter, read_adapter, write_adapter
-from pack.trainer.adapters.layers import LokrLayer, make_layer
+from pack.trainer.adapters.layers import FullLayer, LokrLayer, fits, make_layer
+from pack.trainer.adapters.layers.base import balanced
 from pack.trainer.adapters.module_paths import module_name
 from pack.trainer.cli.inspect import inspect
 from pack.trainer.core.errors import AdapterError
@@ -203,6 +205,28 @@ def test_a_lokr_is_a_kronecker_product() -> None:
     assert_close(make_layer("m", parts, None).delta(), expected)
 
 
+@pytest.mark.parametrize("large", [(5, 4), (4, 5), (5, 1), (1, 5), (2, 2, 3, 3), (9, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("small", [(3, 2), (2, 3), (1, 4), (4, 1), (2, 2)], ids=str)
+def test_whole_factors_of_a_lokr_are_of_the_smaller_sides_rank(small: tuple[int, int], large: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(6)
+    tensors = [torch.randn(shape, generator=generator) for shape in (small, large)]
+    layer = make_layer("m", dict(zip(("lokr_w1", "lokr_w2"), tensors, strict=True)), None)
+    factors = layer.factors()
+    assert factors is not None
+    up, down = factors
+    assert up.shape[1] == len(down) == min(small) * min(large[0], int(np.prod(large[1:])))
+    expected = torch.kron(tensors[0].reshape(*small, *[1] * (len(large) - 2)), tensors[1])
+    assert_close((up @ down.flatten(1)).reshape(expected.shape), expected)
+    assert_close(layer.delta(), expected)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((3, 10), 3), ((12, 10), 10), ((1, 4), 1), ((40, 2, 3, 3), 18)])
+def test_a_full_difference_has_no_scale_and_the_highest_rank(shape: tuple[int, ...], rank: int) -> None:
+    layer = make_layer("m", {"diff": torch.ones(shape)}, None)
+    assert (layer.kind, layer.alpha, layer.rank, layer.shape) == ("full difference", 1.0, rank, shape)
+    assert torch.equal(layer.delta(), torch.ones(shape))
+
+
 @pytest.mark.parametrize("alpha", [None, 0.5, 8.0])
 def test_whole_factors_have_no_scale(alpha: float | None) -> None:
     parts = random_parts("LoKr, whole", WEIGHTS["linear"])
@@ -226,6 +250,76 @@ def test_a_dora_needs_the_weight_that_it_changes(form: str) -> None:
         layer.delta()
     with pytest.raises(AdapterError, match=r"\(12, 10\).*\(12, 11\)"):
         layer.delta(torch.ones(12, 11))
+    with pytest.raises(AdapterError, match=r"\(12, 10\).*\(24, 5\)"):  # of as many numbers
+        layer.delta(torch.ones(24, 5))
+
+
+@pytest.mark.parametrize(
+    ("variant", "shape", "size"),
+    [("LoRA", (A * B, C * D), (A * B,)), ("LoHa", (A * B, 1, 3, 3), (1, 1, 1, 1))],
+    ids=["without the second axis", "of one input with a kernel"],
+)
+def test_a_dora_scale_of_few_numbers(variant: str, shape: tuple[int, ...], size: tuple[int, ...]) -> None:
+    parts, weight = random_parts(variant, shape), random_weight(shape)
+    scale = torch.full(size, 1.5)
+    expected = decomposed(equation(variant, parts, weight), weight, scale.reshape(-1, *[1] * (len(shape) - 1)))
+    assert_close(make_layer("m", parts | {"dora_scale": scale}, ALPHA).delta(weight), expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "weight", "expected"),
+    [
+        ((12, 10), (12, 10), True),
+        ((12, 10), (10, 12), False),
+        ((12, 10), (12, 10, 1, 1), True),
+        ((12, 10, 1, 1), (12, 10), True),
+        ((12, 10), (12, 10, 3, 3), False),
+        ((12, 10, 2, 2), (12, 10), False),
+        ((12, 10, 3, 3), (12, 10, 3, 3), True),
+        ((12, 10, 3, 3), (12, 10, 5, 3), False),
+        ((12, 10, 3, 3), (12, 10, 3, 5), False),
+        ((12, 90), (12, 10, 3, 3), True),
+        ((12, 10, 3, 3), (12, 90), False),
+    ],
+    ids=str,
+)
+def test_which_weights_a_layer_fits(layer: tuple[int, ...], weight: tuple[int, ...], expected: bool) -> None:
+    assert fits(FullLayer(torch.zeros(layer)), weight) == expected
+
+
+def test_a_rotation_fits_weights_of_its_outputs() -> None:
+    layer = make_layer("m", {"oft_blocks": torch.zeros(3, 4, 4)}, None)
+    assert fits(layer, (12, 10))
+    assert not fits(layer, (10, 12))
+
+
+def test_balanced_factors_are_of_similar_norms_and_the_same_product() -> None:
+    """Row by row, and also where float32 can't hold the squares."""
+    generator = torch.Generator().manual_seed(4)
+    sizes = 2.0 ** torch.tensor([-90, -3, 0, 5, 90])
+    up, down = torch.randn(6, 5, generator=generator) / sizes, torch.randn(5, 8, generator=generator) * sizes[:, None]
+    found_up, found_down = balanced(up, down)
+    ratios = found_down.double().norm(dim=1) / found_up.double().norm(dim=0)
+    assert ((ratios >= 0.5) & (ratios <= 2)).all()
+    torch.testing.assert_close(found_up @ found_down, (up / sizes.reciprocal()) @ (down / sizes[:, None]))
+
+
+@pytest.mark.parametrize("zero", ["up", "down"])
+def test_a_factor_of_zeros_leaves_the_other_as_it_is(zero: str) -> None:
+    factors = {"up": torch.full((3, 2), 5.0), "down": torch.full((2, 4), 7.0)}
+    factors[zero] = torch.zeros_like(factors[zero])
+    for found, given in zip(balanced(**factors), factors.values(), strict=True):
+        assert torch.equal(found, given)
+
+
+@pytest.mark.parametrize("blocks", [(1, 3, 4, 4), (2, 2, 4, 4), (4, 8, 2, 2)], ids=str)
+def test_rotations_may_have_any_number_of_butterfly_factors(blocks: tuple[int, ...]) -> None:
+    outputs = blocks[1] * blocks[2]
+    tensors = {"oft_blocks": torch.randn(blocks, generator=torch.Generator().manual_seed(3))}
+    layer = make_layer("m", tensors, None)
+    weight = random_weight((outputs, 5))
+    assert (layer.kind, layer.rank, layer.shape) == ("BOFT", blocks[2], (outputs,))
+    assert_close(layer.delta(weight), added(layer, (outputs, 5), weight))
 
 
 CONV = "lora_unet_mid_block_resnets_0_conv1"
@@ -482,10 +576,23 @@ DAMAGED = {
     "an up with a kernel": (spoilt("LoRA", "lora_up.weight", torch.ones(12, 2, 3, 3)), "(12, 2, 3, 3)"),
     "a number": (spoilt("LoRA", "lora_down.weight", torch.ones(())), "lora_down.weight ()"),
     "a core": (spoilt("LoRA, Tucker", "lora_mid.weight", torch.ones(3, 2, 3, 3)), "lora_mid.weight (3, 2, 3, 3)"),
+    "a core of two ranks": (spoilt("LoRA, Tucker", "lora_mid.weight", torch.ones(2, 3, 3, 3)), "(2, 3, 3, 3)"),
+    "an up beside a core": (spoilt("LoRA, Tucker", "lora_up.weight", torch.ones(12, 3, 1, 1)), "(12, 3, 1, 1)"),
+    "an inner factor beside a core": (spoilt("LoHa, Tucker", "hada_w1_b", torch.ones(2, 10, 1, 1)), "(2, 10, 1, 1)"),
+    "an outer factor beside a core": (spoilt("LoHa, Tucker", "hada_w2_a", torch.ones(2, 12, 1, 1)), "(2, 12, 1, 1)"),
     "a core beside a kernel": (spoilt("LoRA", "lora_mid.weight", torch.ones(2, 2, 3, 3)), "(2, 10, 3, 3)"),
     "two shapes": (spoilt("LoHa", "hada_w2_a", torch.ones(11, 2)), "hada_w2_a (11, 2)"),
     "one core of two": (spoilt("LoHa", "hada_t1", torch.ones(2, 2, 3, 3)), "hada_t1"),
     "ranks of a LoKr": (spoilt("LoKr", "lokr_w2_b", torch.ones(3, 45)), "lokr_w2_b (3, 45)"),
+    "a small factor with a kernel": (spoilt("LoKr", "lokr_w1", torch.ones(A, C, 1, 1)), "lokr_w1 (3, 2, 1, 1)"),
+    "a small outer factor with a kernel": (
+        spoilt("LoKr, both factorised", "lokr_w1_a", torch.ones(A, RANK, 1, 1)),
+        "lokr_w1_a (3, 2, 1, 1)",
+    ),
+    "a small inner factor with a kernel": (
+        spoilt("LoKr, both factorised", "lokr_w1_b", torch.ones(RANK, C, 1, 1)),
+        "lokr_w1_b (2, 2, 1, 1)",
+    ),
     "a vector": (spoilt("LoKr, whole", "lokr_w2", torch.ones(3)), "lokr_w2 (3,)"),
     "no rank": (
         {"lora_down.weight": torch.ones(0, 10), "lora_up.weight": torch.ones(12, 0)},
@@ -495,10 +602,21 @@ DAMAGED = {
     "two kinds": (spoilt("LoHa", "lora_up.weight", torch.ones(2, 2)), "also has"),
     "a dora_scale": (spoilt("LoRA", "dora_scale", torch.ones(11, 1, 1, 1)), "dora_scale (11, 1, 1, 1)"),
     "a dora_scale per input": (spoilt("LoRA", "dora_scale", torch.ones(1, 11, 1, 1)), "dora_scale (1, 11, 1, 1)"),
+    "a dora_scale of a divisor": (spoilt("LoRA", "dora_scale", torch.ones(5, 1, 1, 1)), "dora_scale (5, 1, 1, 1)"),
+    "a dora_scale of one number": (spoilt("LoRA", "dora_scale", torch.ones(1)), "dora_scale (1,)"),
     "a dora_scale that is a number": (spoilt("LoRA", "dora_scale", torch.ones(())), "dora_scale ()"),
     "not finite": (spoilt("LoHa", "hada_w1_b", torch.full((2, 90), torch.nan)), "finite"),
     "a dora_scale that is not finite": (spoilt("LoRA", "dora_scale", torch.full((12, 1, 1, 1), torch.inf)), "finite"),
     "an alpha that is not finite": (spoilt("LoKr", "alpha", torch.tensor(torch.nan)), "finite"),
+    "rotations in a matrix": ({"oft_blocks": torch.ones(4, 4)}, "oft_blocks (4, 4), but should be square blocks"),
+    "rotations of five axes": (
+        {"oft_blocks": torch.ones(1, 2, 3, 4, 4)},
+        "(1, 2, 3, 4, 4), but should be square",
+    ),
+    "rotations that are no squares": ({"oft_blocks": torch.ones(2, 3, 4)}, "(2, 3, 4), but should be square blocks"),
+    "butterfly factors of odd sizes": ({"oft_blocks": torch.ones(2, 2, 3, 3)}, "which are no butterfly factors"),
+    "butterfly factors of a half": ({"oft_blocks": torch.ones(2, 3, 4, 4)}, "which are no butterfly factors"),
+    "a rescale": ({"oft_blocks": torch.ones(2, 4, 4), "rescale": torch.ones(7, 1)}, "rescale (7, 1), which don't fit"),
     "many alphas": (spoilt("LoKr", "alpha", torch.ones(3)), "alpha"),
 }
 
