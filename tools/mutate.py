@@ -43,15 +43,20 @@ _MEMORY_BYTES = 8 * 2**30  # of address space; a fault may ask for any amount
 NOT_SLOW = "not slow and not comfy and not browser and not gpu"
 _ADAPTERS = ["tests/adapters/test_layers.py", "tests/merging/test_methods.py", "tests/merging/test_merge.py"]
 _ADAPTERS += ["tests/adapters/test_foreign_files.py"]
-_FILES = ["tests/adapters/test_layers.py", "tests/adapters/test_casting.py", "tests/adapters/test_foreign_files.py"]
+_FILES = ["tests/adapters/test_layers.py", "tests/adapters/test_casting.py", "tests/adapters/test_outside_data.py"]
+_FILES += ["tests/adapters/test_foreign_files.py", "tests/adapters/test_kohya.py"]
 _MERGING = ["tests/merging/test_methods.py", "tests/merging/test_merge.py"]
 TESTS: dict[str, list[str]] = {
     "merging/methods": _MERGING,
-    "merging/deltas": [*_MERGING, "tests/merging/test_finite.py"],
-    "merging/merge": ["tests/merging/test_merge.py", "tests/merging/test_finite.py", "tests/adapters/test_names.py"],
+    "merging/deltas": ["tests/merging/test_merge_parts.py", *_MERGING, "tests/merging/test_finite.py"],
+    "merging/merge": [
+        "tests/merging/test_merge_parts.py",
+        "tests/merging/test_merge.py",
+        "tests/merging/test_finite.py",
+    ],
     "models/objective": ["tests/models/test_objectives.py"],
     "core/seeding": ["tests/core/test_seeding.py", "tests/models/test_objectives.py"],
-    "adapters/kohya": [*_FILES, "tests/adapters/test_kohya.py"],
+    "adapters/kohya": _FILES,
     **{f"adapters/layers/{name}": _ADAPTERS for name in ("__init__", "base", "full", "loha", "lokr", "lora", "oft")},
     "data/buckets": ["tests/dreambooth/test_buckets.py"],
 }

@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from helpers import DEMO, ROOT, Recorder
 from pack.trainer.adapters.apply import merge_into
-from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter, read_adapter, write_adapter
+from pack.trainer.adapters.kohya import Adapter, LoraLayer, file_hashes, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.metadata import CONFIG_KEY, FINGERPRINT_KEY
 from pack.trainer.adapters.module_paths import module_name
 from pack.trainer.cli.train import run_train
@@ -150,6 +150,16 @@ def test_hashes_are_kohyas(tmp_path: Path) -> None:
     legacy = hashlib.sha256(bare.read(0x10000)).hexdigest()[:8]
     assert legacy != hashlib.sha256(b"").hexdigest()[:8]
     assert written["sshs_legacy_hash"] == legacy
+
+
+@pytest.mark.parametrize("size", [0xFFF00, 0x100000, 0x108001, 0x10FF00, 0x110000, 0x120003], ids=hex)
+def test_hashes_are_kohyas_however_large_the_metadata(size: int) -> None:
+    """The bytes of the legacy hash begin in the header, or lie in it."""
+    tensors = {"lora_unet_m.lora_down.weight": torch.arange(0x10000, dtype=torch.float32)}
+    counted = {"ss_tag_frequency": "犬" + "x" * size}
+    content = save(tensors, counted)
+    hashed = hashlib.sha256(content[-4 * 0x10000 :]).hexdigest(), hashlib.sha256(content[0x100000:0x110000]).hexdigest()
+    assert file_hashes(tensors, counted | {"modelspec.title": "dog"}) == (hashed[0], hashed[1][:8])
 
 
 HASH_KEYS = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")

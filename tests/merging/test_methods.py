@@ -566,6 +566,12 @@ def test_coefficients_of_inputs_scale_columns() -> None:
             assert error(found, expected) < 1e-6
 
 
+def test_the_rank_and_the_size_of_a_delta() -> None:
+    factored, dense = Delta((2, 3), torch.ones(2, 5), torch.ones(5, 3)), Delta((2, 3), torch.ones(2, 3))
+    assert (factored.rank, factored.size) == (5, 25)
+    assert (dense.rank, dense.size) == (2, 6)
+
+
 @pytest.mark.parametrize("pair", list(itertools.product(["factored", "dense"], repeat=2)), ids=" and ".join)
 def test_inner_products_need_no_product_of_factors(pair: tuple[str, str]) -> None:
     def change(form: str, seed: int) -> Delta:
