@@ -14,6 +14,7 @@ largest that keeps it within the parameters of the first row. Reported, as mean 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -146,6 +147,7 @@ class Bench:
     """The base, its pictures before training, the truth, and the class pictures."""
 
     def __init__(self, folder: Path, effort: Effort = FULL) -> None:
+        gc.freeze()  # a training collects garbage several times, and need not search what was imported
         self.folder = folder
         self.effort = effort
         self.scorer = Scorer()
@@ -195,6 +197,8 @@ class Bench:
     def images(self, model: DiffusionModel, prompt: str, count: int = PICTURES_PER_PROMPT) -> list[Image.Image]:
         """Pictures of a prompt; the same noise for every model and prompt."""
         config = GenerationConfig(width=64, height=64, steps=self.effort.sampling_steps, guidance=4.0)
+        if self.effort.tiny:  # one picture, as often as many are wanted
+            return generate(model, prompt, range(1), config) * count
         return generate(model, prompt, range(count), config)
 
     def scores(self, result: TrainResult, after: dict[str, list[Image.Image]], seconds: float) -> Scores:

@@ -63,11 +63,57 @@ COMMON = {
 }
 
 
-def trainer(pack: Path, *arguments: str | Path) -> None:
-    """Run a command of the pack in that folder, in one thread, so that the sums have one order."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "trainer", *map(str, arguments)]
-    subprocess.run(command, cwd=pack, env=environment, check=True, stdout=subprocess.DEVNULL)
+# Reads commands, a line of JSON each, and answers each with its exit status alone on standard output. Trainings collect
+# garbage several times; what was imported need not be searched.
+RUN_COMMANDS = """
+import gc, json, os, sys
+import diffusers, peft
+from trainer.__main__ import main
+gc.freeze()
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+for line in sys.stdin:
+    print(main(json.loads(line)), file=answers, flush=True)
+"""
+
+
+class Trainer:
+    """Runs commands of a pack, all in one process that imports it once; a context manager."""
+
+    def __init__(self, pack: Path) -> None:
+        """Start the process in the pack's folder, with one thread, so that the sums have one order."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", RUN_COMMANDS]
+        self._process = subprocess.Popen(
+            command,
+            cwd=pack,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._process:  # which closes its input and waits
+            pass
+
+    def run(self, *arguments: str | Path) -> None:
+        """Run `python -m trainer` with these arguments; it must end well."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(json.dumps([str(argument) for argument in arguments]), file=self._process.stdin, flush=True)
+        status = self._process.stdout.readline().strip()
+        if status != "0":
+            sys.exit(f"python -m trainer {' '.join(map(str, arguments))} failed: {status or 'the process ended'}")
+
+    def train(self, output: Path, settings: dict[str, str | None]) -> Path:
+        """Train with these settings; returns the adapter file."""
+        self.run("train", *flags({**COMMON, **settings}), "--output-dir", output)
+        return output / f"{settings['name']}.safetensors"
 
 
 def flags(settings: dict[str, str | None]) -> list[str]:
@@ -78,12 +124,6 @@ def flags(settings: dict[str, str | None]) -> list[str]:
         if value is not None:
             given.append(value)
     return given
-
-
-def train(pack: Path, output: Path, settings: dict[str, str | None]) -> Path:
-    """Train with these settings; returns the adapter file."""
-    trainer(pack, "train", *flags({**COMMON, **settings}), "--output-dir", output)
-    return output / f"{settings['name']}.safetensors"
 
 
 def tensors_hash(path: Path) -> str:
@@ -99,9 +139,9 @@ def tensors_hash(path: Path) -> str:
 def make(pack: Path, folder: Path) -> None:
     """Make the golden files of the checkout `pack`."""
     folder.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, Trainer(pack) as trainer:
         work = Path(scratch)
-        finished = train(pack, work / "half", HALF_TRAINED)
+        finished = trainer.train(work / "half", HALF_TRAINED)
         shutil.copy(finished, folder / "finished.safetensors")
         [run] = (work / "half" / "runs").iterdir()
         shutil.rmtree(run / "step-00000008")  # as if the run had been killed before it was written
@@ -110,21 +150,17 @@ def make(pack: Path, folder: Path) -> None:
         record.write_text(record.read_text(encoding="utf-8").replace(str(work), "output"), encoding="utf-8")
         shutil.copytree(work / "half" / "class-pictures", folder / "class-pictures")
         for name, settings in KINDS.items():
-            shutil.copy(train(pack, work / name, {"name": name, "steps": "2", **settings}), folder)
+            shutil.copy(trainer.train(work / name, {"name": name, "steps": "2", **settings}), folder)
         for method, options in MERGES.items():
             pair = [folder / "lora.safetensors", f"{folder / 'loha.safetensors'}:0.7"]
-            trainer(
-                pack, "merge", *pair, "--method", method, *options, "--output", folder / f"merged-{method}.safetensors"
-            )
+            output = folder / f"merged-{method}.safetensors"
+            trainer.run("merge", *pair, "--method", method, *options, "--output", output)
         picture = work / "picture.png"
         prompt = "a photo of sks dog in the snow"
         options = ["--size", "64", "--steps", "6", "--seed", "1", "--device", "cpu", "--precision", "fp32"]
         lora = folder / "merged-sum.safetensors"
-        trainer(
-            pack,
-            *("generate", "--base", "demo/base", "--lora", lora, "--prompt", prompt, "--output", picture),
-            *options,
-        )
+        subject = ["--base", "demo/base", "--lora", lora, "--prompt", prompt]
+        trainer.run("generate", *subject, "--output", picture, *options)
         shutil.copy(picture, folder / "picture.png")
     hashes = {path.name: tensors_hash(path) for path in sorted(folder.glob("*.safetensors"))}
     hashes["picture.png"] = hashlib.sha256((folder / "picture.png").read_bytes()).hexdigest()

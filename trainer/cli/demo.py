@@ -43,7 +43,12 @@ def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
     after = build_on_device(base, device, precision)
     merge_into(after, read_adapter(result.path), 1.0)
     columns = ((before, settings.instance_prompt), (after, settings.instance_prompt), (after, settings.class_prompt))
-    config = GenerationConfig(width=settings.resolution, height=settings.resolution, guidance=4.0)
+    config = GenerationConfig(  # as the class pictures are
+        width=settings.resolution,
+        height=settings.resolution,
+        steps=settings.prior_steps,
+        guidance=settings.prior_guidance,
+    )
     rows = []
     for index, scene in enumerate(_SCENES):
         listener.report(Phase("contact sheet", index, len(_SCENES)))
