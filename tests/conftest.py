@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,6 +36,17 @@ if "pack" not in sys.modules:
     assert _spec.loader is not None
     sys.modules["pack"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["pack"])
+
+
+@pytest.fixture(scope="module")
+def heard_signals() -> Iterator[None]:
+    """Programs that tests start hear signals, also where the suite ignores them: in the background, under nohup."""
+    heard = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    numbers = {getattr(signal, name): handler for name, handler in heard.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -445,6 +445,7 @@ def start() -> Iterator[Callable[..., Program]]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("heard_signals")
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends no SIGINT to one process")
 def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(
     run: Shell, start: Callable[..., Program], train_words: list[str], tmp_path: Path

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT
+from helpers import HANGS, ROOT
 from pack.trainer.cli.terminal import Terminal
 from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.metrics import read_metrics
 from shell import Shell
 
 LONG = 1_000_000  # steps that no test waits for
-DEADLINE = 300.0  # seconds, for a machine that is busy
+pytestmark = pytest.mark.usefixtures("heard_signals")
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to one process")
 
 
@@ -50,7 +50,7 @@ class Training:
         return [line["step"] for path in metrics for line in read_metrics(path) if "loss" in line]
 
     def wait_for_steps(self, count: int) -> None:
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANGS
         while len(self.steps) < count:
             assert self.process.poll() is None, self.process.communicate()
             assert time.monotonic() < deadline
@@ -58,7 +58,7 @@ class Training:
 
     def end(self) -> tuple[int, str]:
         """Exit status, and what was said last."""
-        _, errors = self.process.communicate(timeout=DEADLINE)
+        _, errors = self.process.communicate(timeout=HANGS)
         return self.process.returncode, (errors or b"").decode()
 
 
@@ -184,7 +184,7 @@ def test_after_resume_never_what_is_said_is_true(start: Callable[..., Training],
     stopped = []
     for number in (1, 2):
         training = start("--steps", LONG, "--resume", "never")
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANGS
         while len(list(training.folder.glob("runs/*/metrics.jsonl"))) < number or _last_run_steps(training.folder) < 2:
             assert training.process.poll() is None
             assert time.monotonic() < deadline
@@ -330,12 +330,12 @@ def test_windows_waits_until_the_work_is_saved(event: int) -> None:
         assert not terminal.should_stop()
         thread = threading.Thread(target=lambda: returned.append(terminal._on_console_event(event)))
         thread.start()
-        deadline = time.monotonic() + DEADLINE
+        deadline = time.monotonic() + HANGS
         while not terminal.should_stop():
             assert time.monotonic() < deadline
             time.sleep(0.001)
         assert not returned
-    thread.join(DEADLINE)
+    thread.join(HANGS)
     assert returned == [1]
 
 

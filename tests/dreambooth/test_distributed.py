@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 from shell import flags_of
 from worlds import differing, newest_step, noisy_pictures, runs_in
 
-pytestmark = pytest.mark.usefixtures("quick")
+pytestmark = pytest.mark.usefixtures("heard_signals", "quick")
 
 WITHOUT_END = 1_000_000  # steps, so that a stop is in time on a machine of any speed
 SETTINGS: dict[str, Any] = {
