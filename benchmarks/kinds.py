@@ -147,7 +147,6 @@ class Bench:
     """The base, its pictures before training, the truth, and the class pictures."""
 
     def __init__(self, folder: Path, effort: Effort = FULL) -> None:
-        gc.freeze()  # a training collects garbage several times, and need not search what was imported
         self.folder = folder
         self.effort = effort
         self.scorer = Scorer()
@@ -160,6 +159,7 @@ class Bench:
         truth = [[subject_picture(place, rng) for _ in range(8)] for place in PLACES]
         self.truth = [self.scorer.features(pictures) for pictures in truth]
         self.before = self.generate(self.model(self.base, []))
+        import_all_and_search_none()
 
     def class_pictures(self, prompt: str, count: int) -> list[Picture]:
         """Class pictures of a prompt, by the base."""
@@ -242,6 +242,14 @@ class Bench:
             device="cpu",
             starting_point=starting_point,
         )
+
+
+def import_all_and_search_none() -> None:
+    """Make the garbage collections of a training quick: they need not search what was imported."""
+    import peft  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 def tiny_base(folder: Path) -> Path:
