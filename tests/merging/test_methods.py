@@ -585,6 +585,14 @@ def test_inner_products_need_no_product_of_factors(pair: tuple[str, str]) -> Non
     assert other.inner(one) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("down", [None, torch.zeros(5, 14)], ids=["dense", "factored"])
+def test_a_cut_of_zeros_has_one_rank(down: Tensor | None) -> None:
+    found = truncate(Delta((9, 14), torch.zeros(9, 14 if down is None else 5), down), Truncation(4))
+    assert found.down is not None
+    assert (found.shape, found.up.shape, found.down.shape) == ((9, 14), (9, 1), (1, 14))
+    assert not found.dense().any()
+
+
 def test_a_cut_of_rank_one_of_one_number() -> None:
     found = truncate(Delta((1, 1), torch.tensor([[-3.0]])), Truncation(1))
     assert float(found.dense()) == pytest.approx(-3.0)
