@@ -164,6 +164,15 @@ def test_energy_of_a_large_dense_change(energy: float) -> None:
         assert result.adapter.layers[NAME].rank == min(needed, limit)
 
 
+@pytest.mark.parametrize(
+    "shape", [(12, 15), (20, 30), (40, 25), (64, 64), (100, 30), (30, 100), (16, 24), (33, 57), (48, 32)], ids=str
+)
+def test_all_of_the_energy_is_all_of_the_rank(shape: Shape) -> None:
+    """The smallest values have less of the energy than rounding, and are none."""
+    values = torch.logspace(0, -4.5, 10)
+    assert merged(with_spectrum(shape, values), method="svd", energy=1.0).adapter.layers[NAME].rank == 10
+
+
 @pytest.mark.parametrize("ratio", [1.0, 1.5, 5.0, 1e4])
 @pytest.mark.parametrize("shape", [(40, 30), (800, 900)])
 def test_the_ratio_bounds_singular_values(shape: Shape, ratio: float) -> None:
