@@ -1,6 +1,6 @@
 """Mutation testing of the pure core: break one thing in a module, run the tests that belong to it, list what none saw.
 
-    python tools/mutate.py                                  every mutant of every module: hours
+    python tools/mutate.py                                  every mutant of every module: an hour or two
     python tools/mutate.py merging/methods --sample 60      sixty of one module's, the same each time
     python tools/mutate.py merging/methods --lines 88,93    those of two lines, once there are tests for them
 

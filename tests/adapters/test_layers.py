@@ -617,6 +617,9 @@ DAMAGED = {
     "butterfly factors of odd sizes": ({"oft_blocks": torch.ones(2, 2, 3, 3)}, "which are no butterfly factors"),
     "butterfly factors of a half": ({"oft_blocks": torch.ones(2, 3, 4, 4)}, "which are no butterfly factors"),
     "a rescale": ({"oft_blocks": torch.ones(2, 4, 4), "rescale": torch.ones(7, 1)}, "rescale (7, 1), which don't fit"),
+    "a rescale alone": ({"rescale": torch.ones(12, 1)}, f"the OFT {NAME} lacks its oft_blocks"),
+    "a dora_scale alone": ({"dora_scale": torch.ones(12, 1)}, f"the LoRA {NAME} lacks its lora_down.weight"),
+    "an alpha alone": ({"alpha": torch.tensor(2.0)}, f"the LoRA {NAME} lacks its lora_down.weight"),
     "many alphas": (spoilt("LoKr", "alpha", torch.ones(3)), "alpha"),
 }
 
