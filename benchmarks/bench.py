@@ -5,6 +5,7 @@
     python benchmarks/bench.py --diffusers train_dreambooth_lora.py    diffusers' example script beside it
     python benchmarks/bench.py --size sdxl --resolution 1024 --rank 16 --targets attention-mlp    on a GPU: SDXL's size,
         and once more with --gradient-checkpointing; with --precision fp16 and --size sd15 through a GradScaler
+    python benchmarks/bench.py --smoke --pairs 1 --resolution 64    only tries it out
 
 Reported:
     step ratio          one step of the recipe / one bare forward + backward of the same UNet with the same
@@ -43,6 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, help="base model; default: random weights")
     parser.add_argument("--size", default="sd15", choices=("sd15", "sd2", "sdxl"), help="size of the random weights")
+    parser.add_argument("--smoke", action="store_true", help="only try it out: few random weights")
     parser.add_argument("--targets", default="attention", choices=("attention", "attention-mlp", "all"))
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--out", type=Path, help="file for the figures, such as benchmarks/results/sdxl-h200.json")
@@ -78,7 +80,8 @@ def report(arguments: argparse.Namespace) -> None:
         import torch
 
         write = getattr(checkpoints, f"{arguments.size}_checkpoint")
-        arguments.base = write(arguments.scratch / "random.safetensors", size="full", dtype=torch.float16)
+        size = "tiny" if arguments.smoke else "full"
+        arguments.base = write(arguments.scratch / "random.safetensors", size=size, dtype=torch.float16)
     arguments.tokenizer = arguments.tokenizer or tokenizer_folder(arguments)
     ratio = run_part("ratio", arguments)
     start = run_part("start", arguments)

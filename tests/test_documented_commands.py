@@ -117,7 +117,7 @@ def check_demo(ran: Ran) -> None:
 def check_bench(ran: Ran) -> None:
     assert re.search(r"^step of the recipe +[\d.]+ s +bare [\d.]+ s +ratio [\d.]+$", ran.printed, re.MULTILINE)
     facts = ran.json("bench.json")
-    asked = {"resolution": 64, "rank": 2, "targets": "attention-mlp", "gradient_checkpointing": True, "size": "sd15"}
+    asked = {"resolution": 64, "rank": 2, "targets": "attention-mlp", "gradient_checkpointing": True, "size": "sdxl"}
     assert facts.items() >= asked.items()
     assert {"ratio", "first_step", "peak", "steps_per_second"} <= set(facts)
 
@@ -229,7 +229,6 @@ BROWSER = (
 NETWORK = NotHere("It installs packages from the network.")
 LINT = NotHere(".ci/run runs it after the tests.")
 PEER = "It needs a checkout of another project."
-REAL_SIZE = "Random weights of real size are several GB."
 MERGE_COMMANDS = "tests/cli/test_merge_commands.py"
 COMMAND_LINE = "tests/cli/test_command_line.py"
 
@@ -259,14 +258,14 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ("make mutants", "python tools/mutate.py"): RunBy("tests/test_mutants.py::test_most_faults_are_seen", "--sample"),
     ("make lint", "ruff", "mypy", "python tools/lint_imports.py", "python tools/npm.py"): LINT,
     ("make bench", "python benchmarks/bench.py"): Smoke(
-        'make bench ARGS="--base demo/base --resolution 64 --rank 2 --targets attention-mlp --gradient-checkpointing'
-        ' --pairs 1 --precision fp32 --out OUT/bench.json"',
+        'make bench ARGS="--smoke --size sdxl --resolution 64 --rank 2 --targets attention-mlp'
+        ' --gradient-checkpointing --pairs 1 --precision fp32 --out OUT/bench.json"',
         check_bench,
-        left_out={"--size": REAL_SIZE, "--diffusers": PEER},
+        left_out={"--base": "Its own parts get it.", "--diffusers": PEER},
     ),
     ("make bench BENCH=merge_speed", "python benchmarks/merge_speed.py"): Smoke(
         'make bench BENCH=merge_speed ARGS="--modules 2 --rounds 1"',
-        printed("sum", "svd"),
+        printed(r"^2 modules, rank 32,", r"^sum, ours( +[\d.e-]+){5}$", r"^svd, ours( +[\d.e-]+){5}$"),
         left_out={"--kohya": PEER, "--kohya-python": PEER, "--limit": "It limits a peer's time."},
     ),
     ("python benchmarks/kinds.py",): Smoke(

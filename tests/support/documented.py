@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,29 +70,20 @@ def documented_commands() -> tuple[Command, ...]:
                 ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")), clean=False) or ""
             ):
                 named.setdefault(text, str(path.relative_to(ROOT)))
-    for text in [text for text in named if text.startswith("make ")]:
+    for text in [text for text in named if text.startswith("make ") and shutil.which("make")]:
         for line in run_by_make(text):
             named.setdefault(line, text)
     return tuple(Command(text, where) for text, where in sorted(named.items()))
 
 
 def run_by_make(command: str) -> tuple[str, ...]:
-    """What make would run, without the folder of the virtual environment; nothing that only shells know.
-
-    Raises:
-        CalledProcessError: The Makefile has no such target.
-    """
-    words = [
-        "make",
-        "--no-print-directory",
-        "--dry-run",
-        "VENV=venv",
-        "--old-file=venv/.ready",
-        *shlex.split(command)[1:],
-    ]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8")
-    lines = (line.replace("venv/bin/", "") for line in done.stdout.splitlines())
-    return tuple(line for line in map(_spaced, lines) if _START.match(line))
+    """What make would run, without the folder of the virtual environment; the command with make's error if it can't."""
+    words = ["make", "--no-print-directory", "--dry-run", "VENV=venv", "--old-file=venv/.ready"]
+    done = subprocess.run([*words, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        return (f"{command}: {done.stderr}",)
+    lines = (_spaced(line.replace("venv/bin/", "")) for line in done.stdout.splitlines())
+    return tuple(line for line in lines if _START.match(line))
 
 
 def _of_page(text: str) -> Iterator[str]:
