@@ -106,6 +106,11 @@ def printed(*patterns: str) -> Callable[[Ran], None]:
     return check
 
 
+def check_everyday_tests(ran: Ran) -> None:
+    assert "test_mutants.py::test_faults_are_put" in ran.printed
+    assert "test_mutants.py::test_most_faults" not in ran.printed
+
+
 def check_demo(ran: Ran) -> None:
     folder = ran.tree / "demo" / "output"
     assert ran.printed.splitlines()[-2:] == ["demo/output/sks-dog.safetensors", "demo/output/contact-sheet.png"]
@@ -237,12 +242,12 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ("make demo", "python -m trainer demo"): Smoke("make demo", check_demo),
     ("make test",): Smoke(
         'make test ARGS="-n 0 -q --collect-only tests/test_mutants.py"',
-        printed(r"^tests/test_mutants.py::test_faults_are_put", r"^1/2 tests collected \(1 deselected\)"),
+        check_everyday_tests,
     ),
     ("python -m pytest tests/dreambooth/test_gpu.py",): NotHere("It needs a CUDA device; with one, these tests run."),
     ("make test-all", "python -m pytest"): Smoke(
         'make test-all ARGS="-n 0 -q --collect-only tests/test_mutants.py"',
-        printed(r"^tests/test_mutants.py::test_most_faults", "^2 tests collected"),
+        printed("^tests/test_mutants.py::test_faults_are_put", "^tests/test_mutants.py::test_most_faults"),
     ),
     ("make coverage", "python -m coverage"): Smoke(
         'make coverage ARGS="-n 0 -q tests/core/test_text.py"',
@@ -253,7 +258,7 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ),
     ("make fuzz", "python tools/fuzz.py"): Smoke(
         'make fuzz ARGS="--seconds 2 --seed 1 --corpus OUT adapter zip"',
-        printed(r"^  adapter +[1-9]\d* inputs +0 findings$", r"^  zip +\d+ inputs +0 findings$"),
+        printed(r"^  adapter +\d+ inputs +0 findings$", r"^  zip +\d+ inputs +0 findings$"),
     ),
     ("make mutants", "python tools/mutate.py"): RunBy("tests/test_mutants.py::test_most_faults_are_seen", "--sample"),
     ("make lint", "ruff", "mypy", "python tools/lint_imports.py", "python tools/npm.py"): LINT,
