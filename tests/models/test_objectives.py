@@ -227,6 +227,20 @@ def test_a_rescaled_schedule_is_diffusers() -> None:
     torch.testing.assert_close(twice.alphas_cumprod, once.alphas_cumprod, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.parametrize("weighting", ["min-snr", "debiased"])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_a_rescaled_schedule_is_weighed_by_its_own_noise(kind: str, weighting: str) -> None:
+    """The weights belong to the noise that is added, not to that of the schedule before it was rescaled."""
+    together = make_objective(kind).with_settings(ObjectiveSettings(zero_terminal_snr=True, loss_weighting=weighting))
+    after = shaped(kind, zero_terminal_snr=True).with_settings(ObjectiveSettings(loss_weighting=weighting))
+    assert together.timestep_weights is not None
+    assert after.timestep_weights is not None
+    torch.testing.assert_close(together.timestep_weights, after.timestep_weights, rtol=0, atol=0)
+    before = shaped(kind, loss_weighting=weighting).timestep_weights
+    assert before is not None
+    assert not torch.allclose(together.timestep_weights, before)
+
+
 def test_the_other_settings_leave_the_schedule() -> None:
     other = ObjectiveSettings(loss="huber", loss_weighting="debiased", noise_offset=0.1, timestep_bias=1.0)
     assert torch.equal(make_objective().with_settings(other).alphas_cumprod, make_objective().alphas_cumprod)
