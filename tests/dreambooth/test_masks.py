@@ -186,11 +186,11 @@ def test_masks_are_cut_and_mirrored_as_their_pictures(shapes: dict[str, Any], wo
 
 
 def test_a_mask_of_another_size_is_scaled_to_its_picture(world: World, tmp_path: Path) -> None:
-    """Eight by four blocks: however large the mask is, the same places are white."""
+    """Eight by four blocks: however large the mask is, and whatever its shape, the same places are white."""
     subject = []
-    for number, scale in enumerate((8, 16, 40)):
+    for number, size in enumerate([(64, 32), (128, 64), (320, 160), (256, 256), (64, 512)]):
         blocks = Image.fromarray(np.random.default_rng(1).integers(0, 2, (4, 8), dtype=np.uint8) * 255)
-        mask = blocks.resize((8 * scale, 4 * scale), Image.Resampling.NEAREST)
+        mask = blocks.resize(size, Image.Resampling.NEAREST)
         subject.append(replace(world.subject[0], mask=partial(Image.Image.copy, mask), mask_digest=str(number)))
     wide = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 128, 3), dtype=np.uint8))
     subject = [replace(picture, open=partial(Image.Image.copy, wide)) for picture in subject]
