@@ -1,7 +1,6 @@
-"""The least of ComfyUI that the pack's routes need: its folders, and its server's routes on a bare aiohttp application.
+"""The least of ComfyUI that the pack needs: its folders, and its server's routes on a bare aiohttp application.
 
-What the routes do not need, such as the nodes, is not loaded, so no module of ComfyUI's is needed. Errors are worded
-plainly: `rank = 4` instead of where a widget is.
+No module of ComfyUI's is loaded. Errors are worded plainly: `rank = 4` instead of where a widget is.
 """
 
 from __future__ import annotations
@@ -25,6 +24,22 @@ FOLDERS = ("input", "output", "models/loras", "models/checkpoints")
 _LARGEST_UPLOAD = 100 * 2**20  # bytes, as in ComfyUI
 
 
+class NodeOutput:
+    """What a node gives, as ComfyUI's class of this name holds it."""
+
+    def __init__(self, *args: Any, ui: Any = None) -> None:
+        self.args = args
+        self.ui = ui
+
+
+# Of ComfyUI's interface for nodes what is used while the nodes' modules are loaded, and while nodes work.
+_IO = SimpleNamespace(
+    ComfyNode=type("ComfyNode", (), {}),
+    Custom=lambda name: SimpleNamespace(io_type=name),
+    NodeOutput=NodeOutput,
+)
+
+
 def _module(name: str, **content: Any) -> ModuleType:
     module = ModuleType(name)
     vars(module).update(content)
@@ -40,8 +55,10 @@ def host_modules(base_dir: Path, routes: web.RouteTableDef) -> Iterator[None]:
     for folder in FOLDERS:
         (base_dir / folder).mkdir(parents=True, exist_ok=True)
     models = base_dir / "models"
+    instance = SimpleNamespace(routes=routes, sockets={}, send_progress_text=lambda text, node_id: None)
+    execution = SimpleNamespace(set_progress=lambda **progress: None)
     modules = {
-        "server": _module("server", PromptServer=SimpleNamespace(instance=SimpleNamespace(routes=routes, sockets={}))),
+        "server": _module("server", PromptServer=SimpleNamespace(instance=instance)),
         "folder_paths": _module(
             "folder_paths",
             get_input_directory=lambda: str(base_dir / "input"),
@@ -49,9 +66,10 @@ def host_modules(base_dir: Path, routes: web.RouteTableDef) -> Iterator[None]:
             get_folder_paths=lambda kind: [str(models / kind)],
         ),
         "pack.nodes": _module("pack.nodes", __path__=[str(ROOT / "nodes")]),
-        "pack.nodes.api": _module("pack.nodes.api", io=SimpleNamespace(ComfyNode=object)),
+        "pack.nodes.api": _module(
+            "pack.nodes.api", io=_IO, ui=None, ComfyAPISync=lambda: SimpleNamespace(execution=execution)
+        ),
         "pack.nodes.wording": _module("pack.nodes.wording", wording_of=lambda node: plain),
-        "pack.nodes.subject": _module("pack.nodes.subject", Subject=object),
     }
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in sys.modules if name.startswith("pack.nodes")]:

@@ -1,0 +1,316 @@
+"""What nodes make of their inputs and hand to the engine, every day and without ComfyUI: the host lends a tiny model.
+
+That ComfyUI takes them for nodes, and what comes out at the end, is shown in a real one (`test_nodes.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from aiohttp import web
+from bare_host import host_modules
+from helpers import Recorder
+from pack.trainer.adapters.kohya import Adapter
+from pack.trainer.adapters.layers import LoraLayer
+from pack.trainer.core.errors import TrainerError
+from pack.trainer.core.prompts import PromptWords
+from pack.trainer.data.images import Picture, load_pictures
+from pack.trainer.models.open import BaseWeights, open_base
+from pack.trainer.training.presets import preset_values
+from pack.trainer.training.runs.folder import RunPaths
+from sites import noisy
+
+BASE = {"model": "model", "clip": "clip", "vae": "vae"}
+CLIP_OF_BASE = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+UNET_OF_BASE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host without ComfyUI: its folders, the model that it lends, and what nodes ask of it."""
+
+    folder: Path
+    base: BaseWeights
+    applied: list[tuple[Any, ...]]
+
+    def run(self, module: str, node: str, **inputs: Any) -> Any:
+        """What a node gives, as ComfyUI runs it: a clone of its class, with what is hidden."""
+        hidden = SimpleNamespace(unique_id="7", extra_pnginfo={"workflow": {"nodes": []}})
+        made = getattr(importlib.import_module(f"pack.nodes.{module}"), node)
+        return type(node, (made,), {"hidden": hidden}).execute(**inputs)
+
+    def subject(self, folder: str = "dog", **inputs: Any) -> Any:
+        words = {"token": "sks", "class_noun": "dog", "caption": "a photo of {token} {class}"}
+        return self.run("subject", "Subject", **{"folder": folder, **words, **inputs}).args[0]
+
+
+@pytest.fixture
+def host(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
+    base = open_base(tiny_checkpoint)
+    applied: list[tuple[Any, ...]] = []
+
+    def apply_adapter(*asked: Any) -> tuple[str, str]:
+        applied.append(asked)
+        return f"{asked[0]} + {len(applied)}", f"{asked[1]} + {len(applied)}"
+
+    with host_modules(tmp_path, web.RouteTableDef()):
+        for kind, count in (("dog", 3), ("cat", 4)):
+            (tmp_path / "input" / kind).mkdir()
+            for number in range(count):
+                noisy((64, 64), len(kind) + 10 * count + number).save(tmp_path / "input" / kind / f"{number}.png")
+        management = SimpleNamespace(processing_interrupted=lambda: False)
+        monkeypatch.setitem(sys.modules, "comfy", SimpleNamespace(model_management=management))
+        monkeypatch.setitem(sys.modules, "comfy.model_management", management)
+        bridge = importlib.import_module("pack.nodes.host")
+        monkeypatch.setattr(bridge, "training_mode", contextlib.nullcontext)
+        monkeypatch.setattr(bridge, "interruptible", contextlib.nullcontext)
+        monkeypatch.setattr(bridge, "borrow_base", lambda *parts: base)
+        monkeypatch.setattr(bridge, "lent_weights", lambda model, clip: None)
+        monkeypatch.setattr(bridge, "device_name", lambda: "cpu")
+        monkeypatch.setattr(bridge, "algebra_device", lambda: "cpu")
+        monkeypatch.setattr(bridge, "apply_adapter", apply_adapter)
+        yield Host(tmp_path, base, applied)
+
+
+def adapter_of(number: float, *modules: str) -> Adapter:
+    """An adapter whose numbers are all the same."""
+    layers = {
+        name: LoraLayer(up=torch.full((4, 2), number), down=torch.ones(2, 4), alpha=2.0)
+        for name in modules or (UNET_OF_BASE, CLIP_OF_BASE)
+    }
+    return Adapter(layers, {"ss_output_name": f"number {number:g}"})
+
+
+def wire_of(adapter: Adapter) -> Any:
+    return importlib.import_module("pack.nodes.lora").as_wire(adapter)
+
+
+def names(pictures: Any) -> list[str]:
+    return [picture.name for picture in pictures]
+
+
+# Subject
+
+
+def test_subjects_are_chained(host: Host) -> None:
+    dog = host.subject()
+    both = host.subject("cat", token="rraj", class_noun="cat", caption="{token} {class} | x", repeats=3, subject=dog)
+    assert names(both.pictures) == ["0.png", "1.png", "2.png", "0.png", "1.png", "2.png", "3.png"]
+    assert [one.caption for one in both.pictures] == ["a photo of sks dog"] * 3 + ["rraj cat"] * 4
+    assert [one.repeats for one in both.pictures] == [1] * 3 + [3] * 4
+    assert both.class_prompts == ("a photo of a dog", "a cat")
+    assert both.words == (PromptWords("sks", "dog"), PromptWords("rraj", "cat"))
+    assert (both.instance_prompt, both.class_prompt, both.token) == ("rraj cat", "a cat", "rraj")
+
+
+def test_a_subject_takes_captions_and_masks_from_where_it_is_told(host: Host) -> None:
+    folder = host.folder / "input" / "dog"
+    (folder / "0.txt").write_text("{token} asleep")
+    noisy((64, 64), 5).convert("L").save(folder / "1_mask.png")
+    plain = host.subject()
+    assert [one.caption for one in plain.pictures] == ["sks asleep", "a photo of sks dog", "a photo of sks dog"]
+    assert [one.mask is None for one in plain.pictures] == [True, False, True]
+    other = host.subject(captions_from="prompt", masks_from="off")
+    assert {one.caption for one in other.pictures} == {"a photo of sks dog"}
+    assert all(one.mask is None for one in other.pictures)
+
+
+def test_connected_pictures_have_their_captions_and_masks(host: Host) -> None:
+    bridge = importlib.import_module("pack.nodes.host")
+    images = torch.rand((3, 64, 64, 3), generator=torch.Generator().manual_seed(0))
+    masks = torch.stack([torch.full((64, 64), (number + 1) / 4) for number in range(3)])
+    given = host.subject(bridge.NO_FOLDER, images=images, captions="one\n\ntwo\nthree", mask=masks)
+    assert [one.caption for one in given.pictures] == ["one", "two", "three"]
+    assert [one.mask().getextrema()[1] for one in given.pictures if one.mask] == [64, 128, 191]
+    with pytest.raises(Exception, match="No pictures are given"):
+        host.subject(bridge.NO_FOLDER)
+    with pytest.raises(Exception, match="come from a folder"):
+        host.subject(captions="one")
+
+
+# Class Priors
+
+
+def test_class_priors_of_chained_subjects(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int, int, int]] = []
+
+    def generate(base: Any, settings: Any, *, resolution: int, root: Path, **_: Any) -> list[Picture]:
+        assert base is host.base
+        assert root == host.folder / "output" / "dreambooth" / "class-pictures"
+        asked.append((settings.class_prompt, settings.prior_count, settings.prior_seed, resolution))
+        return load_pictures(host.folder / "input" / "cat", settings.class_prompt, Recorder())[:2]
+
+    monkeypatch.setattr("pack.trainer.data.class_images.generate_class_images", generate)
+    values = {"count": 5, "scheduler": "ddim", "steps": 3, "guidance": 1.0, "seed": 9, "batch_size": 1}
+    values |= {"resolution": 64, "precision": "fp32", **BASE}
+    both = host.subject("cat", token="rraj", class_noun="cat", subject=host.subject())
+    priors, shown = host.run("priors", "ClassPriors", prompt="", subject=both, **values).args
+    assert asked == [("a photo of a dog", 5, 9, 64), ("a photo of a cat", 5, 9, 64)]
+    assert [one.caption for one in priors.pictures] == ["a photo of a dog"] * 2 + ["a photo of a cat"] * 2
+    assert shown.shape == (4, 64, 64, 3)
+    assert 0 <= shown.min() < shown.max() <= 1
+    asked.clear()
+    host.run("priors", "ClassPriors", prompt="a {class} | a tree", subject=host.subject(), **values)
+    assert [prompt for prompt, *_ in asked] == ["a dog", "a tree"]
+
+
+# Training
+
+
+@pytest.fixture
+def trained(host: Host, monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
+    """What the engine was told to train, each time."""
+    calls: list[SimpleNamespace] = []
+
+    def train(base: Any, pictures: Any, class_pictures: Any, settings: Any, **more: Any) -> SimpleNamespace:
+        calls.append(SimpleNamespace(base=base, pictures=pictures, others=class_pictures, settings=settings, **more))
+        return SimpleNamespace(
+            adapter=adapter_of(1.0), path=Path("dog.safetensors"), run=Path("run"), checkpoint=Path("all.safetensors")
+        )
+
+    monkeypatch.setattr("pack.trainer.dreambooth.train", train)
+    return calls
+
+
+def test_training_gets_what_is_connected(host: Host, trained: list[SimpleNamespace]) -> None:
+    subject = host.subject()
+    priors = importlib.import_module("pack.nodes.priors").PriorsValue(host.subject("cat").pictures)
+    own = torch.rand((2, 64, 64, 3), generator=torch.Generator().manual_seed(0))
+    values = {"name": "rex", "steps": 7, "seed": 3, "preview_prompts": "{token} on grass", "score_dino": ""}
+    output = host.run("train", "TrainLora", subject=subject, priors=priors, class_images=own, **BASE, **values)
+    [call] = trained
+    assert call.base is host.base
+    assert names(call.pictures) == names(subject.pictures)
+    assert names(call.others)[:4] == names(priors.pictures)
+    assert [one.caption for one in call.others[4:]] == ["a photo of a dog"] * 2
+    assert (call.settings.name, call.settings.steps, call.settings.seed) == ("rex", 7, 3)
+    assert call.settings.preview_prompts == "sks on grass"
+    assert call.device == "cpu"
+    assert call.paths == RunPaths(
+        host.folder / "models" / "loras",
+        host.folder / "output" / "dreambooth" / "runs",
+        host.folder / "models" / "checkpoints",
+    )
+    assert (call.starting_point.start, call.starting_point.stacked) == (None, [])
+    assert host.applied == [("model", "clip", output.args[2], 1.0, 1.0)]
+    assert output.args[:2] == ("model + 1", "clip + 1")
+    assert output.args[3:] == ("dog.safetensors", "run")
+
+
+def test_a_preset_sets_what_no_widget_sets(host: Host, trained: list[SimpleNamespace]) -> None:
+    """All widgets have values; those that are not the defaults are the user's."""
+    expected = preset_values("style", host.base.family, (), priors=False)
+    defaults = importlib.import_module("pack.nodes.train").TrainSettings()
+    own = {name: getattr(defaults, name) for name in expected} | {"rank": 3}
+    assert any(own[name] != value for name, value in expected.items() if name != "rank")
+    host.run("train", "TrainLora", subject=host.subject(), preset="style", **own, **BASE)
+    [call] = trained
+    assert call.settings.rank == 3
+    for name in expected.keys() - {"rank"}:
+        assert getattr(call.settings, name) == expected[name], name
+
+
+def test_training_begins_where_it_is_told(host: Host, trained: list[SimpleNamespace]) -> None:
+    start, below = wire_of(adapter_of(2.0)), wire_of(adapter_of(3.0))
+    values = {"start_from": start, "base_lora": below, "base_lora_strength": 0.5}
+    output = host.run("train", "TrainLora", subject=host.subject(), **values, **BASE)
+    point = trained[0].starting_point
+    assert point.start.layers[UNET_OF_BASE].up[0, 0] == 2
+    [(stacked, strength)] = point.stacked
+    assert (float(stacked.layers[UNET_OF_BASE].up[0, 0]), strength) == (3, 0.5)
+    assert host.applied[0] == ("model", "clip", below, 0.5, 0.5)
+    assert host.applied[1] == ("model + 1", "clip + 1", output.args[2], 1.0, 1.0), "on top of the one below"
+    host.run("train", "TrainLora", subject=host.subject(), settings={"combine": True}, **values, **BASE)
+    assert host.applied[3][:2] == ("model", "clip"), "a combined file holds the one below"
+    with pytest.raises(Exception, match="Connect base_lora"):
+        host.run("train", "TrainLora", subject=host.subject(), settings={"combine": True}, **BASE)
+
+
+def test_widgets_of_the_node_win_over_training_settings(host: Host, trained: list[SimpleNamespace]) -> None:
+    settings = {"steps": 5, "batch_size": 2}
+    host.run("train", "TrainLora", subject=host.subject(), settings=settings, steps=9, **BASE)
+    assert (trained[0].settings.steps, trained[0].settings.batch_size) == (9, 2)
+
+
+def test_fine_tuning_trains_all_and_loads_the_checkpoint(
+    host: Host, trained: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bridge = importlib.import_module("pack.nodes.host")
+    monkeypatch.setattr(bridge, "load_checkpoint", lambda path: (f"model of {path}", "clip", "vae"))
+    output = host.run("train", "FineTuneCheckpoint", subject=host.subject(), settings={"adapter": "lokr"}, **BASE)
+    assert trained[0].settings.adapter == "full"
+    assert output.args[:3] == ("model of all.safetensors", "clip", "vae")
+    assert output.args[4] == "all.safetensors"
+
+
+def test_a_node_s_error_begins_with_what_to_do(host: Host, trained: list[SimpleNamespace]) -> None:
+    with pytest.raises(importlib.import_module("pack.nodes.base").NodeError) as caught:
+        host.run("train", "TrainLora", subject=host.subject(), rank=0, **BASE)
+    cause = caught.value.__cause__
+    assert isinstance(cause, TrainerError)
+    assert str(caught.value).split("\n\n") == [cause.remedy, cause.problem]
+    assert not trained
+
+
+# Merging
+
+
+def up_of(output: Any, module: str) -> float:
+    """What a merged adapter adds to each weight of a module."""
+    layer = importlib.import_module("pack.nodes.lora").as_adapter(output.args[0]).layers[module]
+    return float((layer.up.float() @ layer.down.float())[0, 0]) * layer.alpha / layer.rank
+
+
+def test_adapters_are_merged_with_their_strengths(host: Host) -> None:
+    loras = {"lora_0": wire_of(adapter_of(1.0)), "lora_1": None, "lora_2": wire_of(adapter_of(10.0))}
+    merged = host.run("merge", "MergeLoras", loras=loras, strengths="1.0, 0.5:0.25", method={"method": "sum"})
+    assert up_of(merged, UNET_OF_BASE) == pytest.approx(2 * (1 + 5), rel=1e-3)
+    assert up_of(merged, CLIP_OF_BASE) == pytest.approx(2 * (1 + 2.5), rel=1e-3)
+    assert "1: number 1" in merged.args[1]
+    assert "2: number 10" in merged.args[1]
+
+
+def test_an_adapter_is_scaled_by_network_and_block(host: Host) -> None:
+    inputs = {"lora": wire_of(adapter_of(1.0)), "strength_model": 2.0, "strength_clip": -1.0}
+    scaled = host.run("merge", "ScaleLora", block_weights="down_blocks=0.5", **inputs)
+    assert up_of(scaled, UNET_OF_BASE) == pytest.approx(2 * 2 * 0.5, rel=1e-3)
+    assert up_of(scaled, CLIP_OF_BASE) == pytest.approx(-2, rel=1e-3)
+
+
+def test_a_learned_merge_knows_subject_and_style(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[Any, ...]] = []
+    merge = importlib.import_module("pack.trainer.merging.merge")
+
+    def learned_merge(base: Any, subject: Any, style: Any, settings: Any, *_: Any) -> Any:
+        asked.append((base, subject.strength, style.strength, settings.steps))
+        return merge.merge([subject, style], merge.MergeSettings(), None)
+
+    monkeypatch.setattr("pack.trainer.merging.ziplora.learned_merge", learned_merge)
+    inputs = {"subject_lora": wire_of(adapter_of(1.0)), "style_lora": wire_of(adapter_of(10.0)), **BASE}
+    inputs |= {"subject_strength": 0.5, "style_strength": 2.0, "steps": 12}
+    inputs |= {"subject_prompt": "a photo of sks dog", "style_prompt": "a tree in pixel-art style"}
+    host.run("merge", "LearnedMerge", **inputs)
+    assert asked == [(host.base, 0.5, 2.0, 12)]
+
+
+def test_an_adapter_is_applied_with_both_strengths(host: Host) -> None:
+    lora = wire_of(adapter_of(1.0))
+    inputs = {"model": "model", "clip": "clip", "lora": lora, "strength_model": 0.5, "strength_clip": 0.25}
+    host.run("lora", "ApplyLora", **inputs)
+    assert host.applied == [("model", "clip", lora, 0.5, 0.25)]
+
+
+def test_an_adapter_is_saved_beside_another_of_its_name(host: Host) -> None:
+    inputs = {"lora": wire_of(adapter_of(1.0)), "name": "rex", "precision": "fp32"}
+    paths = [Path(host.run("lora", "SaveLora", **inputs).args[0]) for _ in range(2)]
+    assert [path.name for path in paths] == ["rex.safetensors", "rex-2.safetensors"]
+    assert all(path.parent == host.folder / "models" / "loras" for path in paths)
