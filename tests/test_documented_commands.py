@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import os
 import re
 import shlex
 import shutil
@@ -23,7 +22,7 @@ from typing import Any
 import pytest
 from browser import find_browser
 from comfy_host import find_comfyui
-from documented import Command, documented_commands, flags_in, run_by_make
+from documented import Command, documented_commands, flags_in, run_by_make, surroundings
 from helpers import HANGS, ROOT
 from pack.trainer.__main__ import parse
 from pack.trainer.cli.flags import settings_from
@@ -468,8 +467,7 @@ def run(words: str, out: Path, tree: Path, environment: Path, status: int = 0) -
         command[1:1] = ["--no-print-directory", f"VENV={environment}", f"--old-file={environment / '.ready'}"]
     else:
         command[0] = sys.executable
-    own = ("COVERAGE_", "PYTEST_", "MAKE", "MFLAGS")
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(own)}
+    variables = surroundings()
     variables |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PIP_NO_INDEX": "1", "PYTHONUTF8": "1"}
     done = subprocess.run(
         command, cwd=tree, env=variables, capture_output=True, text=True, encoding="utf-8", timeout=HANGS

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -213,8 +214,14 @@ class ComfyServer:
         return json.loads(self._request("/object_info"))
 
     def free(self) -> None:
-        """Asks ComfyUI to unload its models and forget cached outputs; it does so soon after, between two prompts."""
+        """Lets ComfyUI unload its models and forget cached outputs.
+
+        It does so once the prompt at hand is done, so one that does next to nothing comes in between.
+        """
         self._request("/free", {"unload_models": True, "free_memory": True})
+        nothing = {"class_type": "PrimitiveString", "inputs": {"value": uuid.uuid4().hex}}
+        shown = {"class_type": "PreviewAny", "inputs": {"source": ["nothing", 0]}}
+        self.wait(self.queue({"nothing": nothing, "shown": shown}))
 
     def view(self, image: Mapping[str, str]) -> bytes:
         """Returns the file behind an entry of a history's ``images`` list: {"filename", "subfolder", "type"}."""

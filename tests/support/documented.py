@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 import shutil
@@ -76,10 +77,18 @@ def documented_commands() -> tuple[Command, ...]:
     return tuple(Command(text, where) for text, where in sorted(named.items()))
 
 
+def surroundings() -> dict[str, str]:
+    """The environment without what the tests' own make, pytest and coverage put there, or a user for them."""
+    own = ("COVERAGE_", "PYTEST_", "MAKE", "MFLAGS")
+    variables = {"ARGS", "BENCH", "VENV", "PYTHON"}
+    return {name: text for name, text in os.environ.items() if not name.startswith(own) and name not in variables}
+
+
 def run_by_make(command: str) -> tuple[str, ...]:
     """What make would run, without the folder of the virtual environment; the command with make's error if it can't."""
     words = ["make", "--no-print-directory", "--dry-run", "VENV=venv", "--old-file=venv/.ready"]
-    done = subprocess.run([*words, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True)
+    words += shlex.split(command)[1:]
+    done = subprocess.run(words, cwd=ROOT, env=surroundings(), capture_output=True, text=True)
     if done.returncode:
         return (f"{command}: {done.stderr}",)
     lines = (_spaced(line.replace("venv/bin/", "")) for line in done.stdout.splitlines())
