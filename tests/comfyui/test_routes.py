@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import re
@@ -66,6 +67,25 @@ def test_runs_are_the_shelf_s(prefix: str, site: Site) -> None:
     same(f"/{name}", details | with_urls)
     for after in ("", "?after=-1", "?after=1", "?after=99"):
         same(f"/{name}/curve{after}", site.shelf.curve(site.run, int(after[7:] or -1)))
+
+
+@pytest.mark.parametrize("site", ["bare"], indirect=True)
+def test_a_run_in_training_says_so_everywhere(site: Site) -> None:
+    live = importlib.import_module("pack.nodes.live")
+    target = f"/runs/{quote(site.run)}"
+    before = [site.get(target)["state"], *(run["state"] for run in site.get("/runs") if run["id"] == site.run)]
+    assert "running" not in before
+    live.update("7", run=site.run, state="training")
+    try:
+        assert site.get(target)["state"] == "running"
+        assert [run["state"] for run in site.get("/runs") if run["id"] == site.run] == ["running"]
+        refused = site.ask(f"/dreambooth{target}", "DELETE", **OWN)
+        assert refused.status == 404
+        assert "is training" in refused.json["problem"]
+        assert site.folder.is_dir()
+    finally:
+        live.forget("7")
+    assert [site.get(target)["state"]] * 2 == before
 
 
 def test_every_file_that_is_shown_is_sent_as_it_is(site: Site) -> None:

@@ -274,6 +274,18 @@ def test_a_shorter_run_from_the_start_keeps_the_longer_one(opened: Any) -> None:
     assert losses(run) == list(range(1, 9))
 
 
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_checkpoint_is_never_deleted_for_later_ones(keep: int, opened: Any) -> None:
+    """A run that goes on for fewer steps than it was trained saves among its checkpoints; those before may go."""
+    run = opened()
+    for step in (2, 6, 8):
+        run.save(checkpoint(step), keep=9)
+    assert run.save(checkpoint(4), keep=keep, best=2).is_dir()
+    assert run.steps() == [2, 4, 6, 8]
+    run.save(checkpoint(5), keep=keep)
+    assert run.steps() == [*([4] if keep == 2 else []), 5, 6, 8]
+
+
 def test_measured_again_counts_the_last_time(opened: Any) -> None:
     run = opened()
     lines: list[dict[str, Any]] = [{"step": 2, "scores": {"CLIP-I": 0.1}}, {"step": 1, "validation_loss": 3.0}]

@@ -3,7 +3,7 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { duration } from "../../web/lib/dom.js";
-import { failureText, fraction, progressText, stateText } from "../../web/lib/progress.js";
+import { failureText, fraction, possibleActions, progressText, stateText } from "../../web/lib/progress.js";
 
 const TRAINING = { state: "training", step: 5, steps: 20, rate: 1.2345, seconds_left: 75, memory: 2 ** 31 };
 
@@ -51,4 +51,20 @@ test("durations are read as on a clock", () => {
   const seconds = [0, 5, 59.6, 60, 515, 3600, 3723, 90_000, -3];
   const texts = ["0:00", "0:05", "1:00", "1:00", "8:35", "1:00:00", "1:02:03", "25:00:00", "0:00"];
   assert.deepEqual(seconds.map(duration), texts);
+});
+
+test("a run that ended early can be resumed by its graph", () => {
+  const graph = { workflow: "workflow.json", settings: { resume: "auto" } };
+  const possible = (/** @type {string} */ state) => possibleActions({ ...graph, state });
+  assert.deepEqual(possible("stopped"), { load: true, resume: true, delete: true });
+  assert.deepEqual(possible("failed"), { load: true, resume: true, delete: true });
+  assert.deepEqual(possible("done"), { load: true, resume: false, delete: true });
+  assert.deepEqual(possible("running"), { load: true, resume: false, delete: false });
+});
+
+test("a graph that would begin another run is not offered to resume it, nor is one that was not kept", () => {
+  const never = { state: "stopped", workflow: "workflow.json", settings: { resume: "never" } };
+  assert.deepEqual(possibleActions(never), { load: true, resume: false, delete: true });
+  const none = { state: "failed", workflow: null, settings: {} };
+  assert.deepEqual(possibleActions(none), { load: false, resume: false, delete: true });
 });

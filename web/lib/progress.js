@@ -33,6 +33,20 @@ const STATE_TEXTS = {
   failed: "failed",
 };
 
+/**
+ * What may be done with a run: its graph can be loaded if it was kept, and queued again if that goes on with the run.
+ * @param {{ state: string, workflow: string | null, settings: Record<string, unknown> }} run
+ * @returns {{ load: boolean, resume: boolean, delete: boolean }}
+ */
+export function possibleActions({ state, workflow, settings }) {
+  const isEndedEarly = state === "stopped" || state === "failed";
+  return {
+    load: Boolean(workflow),
+    resume: Boolean(workflow) && isEndedEarly && settings.resume !== "never", // else its graph would begin another run
+    delete: state !== "running",
+  };
+}
+
 /** @param {string} state */
 export function stateText(state) {
   return STATE_TEXTS[state] ?? state;

@@ -5,6 +5,7 @@ import { addressOf, deleteRun, listRuns, runCurve, runDetails, useCheckpoint } f
 import { Chart } from "./chart.js";
 import { Curve } from "./curve.js";
 import { make, shortTime } from "./dom.js";
+import { possibleActions } from "./progress.js";
 
 /** @import { Points, RunDetails, RunSummary } from "../types/answers.js" */
 
@@ -175,15 +176,12 @@ export class RunsPanel {
 
   /** @param {RunDetails} run */
   actions(run) {
+    const possible = possibleActions(run);
     const buttons = [];
-    if (run.workflow) {
-      buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
-      const goesOn = run.settings.resume !== "never"; // else its graph would begin another run
-      if (goesOn && (run.state === "stopped" || run.state === "failed")) {
-        buttons.push(this.button("Resume", "Open the graph of this run and queue it", () => this.resume(run)));
-      }
-    }
-    if (run.state !== "running")
+    if (possible.load) buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
+    if (possible.resume)
+      buttons.push(this.button("Resume", "Open the graph of this run and queue it", () => this.resume(run)));
+    if (possible.delete)
       buttons.push(this.button("Delete…", "Remove the run with its checkpoints", () => this.delete(run)));
     return buttons;
   }
