@@ -6,17 +6,31 @@ import json
 import subprocess
 from pathlib import Path
 
+import npm
 import pytest
+from filelock import FileLock  # torch brings it
 from helpers import ROOT
-from npm import node_program
 
 FILES = sorted((ROOT / "tests" / "web").glob("*.test.js"))
 
 
-@pytest.mark.skipif(node_program() is None, reason="no Node.js: pip install -r requirements-dev.txt brings it")
+@pytest.fixture(scope="session")
+def node(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Node.js, with what package-lock.json names: npm installs it the first time, for one process at a time."""
+    program = npm.node_program()
+    if program is None:
+        pytest.skip("no Node.js: pip install -r requirements-dev.txt brings it")
+    with FileLock(tmp_path_factory.getbasetemp().parent / "npm.lock"):
+        try:
+            npm.install()
+        except (SystemExit, subprocess.CalledProcessError) as error:
+            pytest.skip(f"npm can't install what package-lock.json names: {getattr(error, 'stderr', error)}")
+    return program
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_pages(file: Path) -> None:
-    done = subprocess.run([str(node_program()), str(file)], capture_output=True, encoding="utf-8", check=False)
+def test_pages(file: Path, node: str) -> None:
+    done = subprocess.run([node, str(file)], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -34,17 +34,37 @@ def _in_wheel(files: tuple[str, ...]) -> str | None:
     return next((str(path) for path in paths if path.is_file()), None)
 
 
-def main() -> int:
-    """Run npm with the command line's arguments; returns its exit status."""
+def install() -> None:
+    """Install what package-lock.json names, unless it is there.
+
+    Raises:
+        SystemExit: There is no npm.
+        subprocess.CalledProcessError: npm can't; `stderr` says why.
+    """
+    if not INSTALLED.exists() or INSTALLED.stat().st_mtime < LOCK_FILE.stat().st_mtime:
+        _npm("ci", "--loglevel=error", "--no-audit", "--no-fund", capture_output=True).check_returncode()
+        INSTALLED.touch()
+
+
+def _npm(*arguments: str, capture_output: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run npm with these arguments; raises SystemExit if there is none."""
     node, script, program = node_program(), _in_wheel(_NPMS), shutil.which("npm")
     if node is None or not (script or program):
         sys.exit("There is no Node.js with npm. Install it, or run: pip install -r requirements-dev.txt")
     npm = [node, script] if script else [str(program)]
     environment = {**os.environ, "PATH": os.pathsep.join([str(Path(node).parent), os.environ.get("PATH", "")])}
-    if not INSTALLED.exists() or INSTALLED.stat().st_mtime < LOCK_FILE.stat().st_mtime:
-        subprocess.run([*npm, "ci", "--silent", "--no-audit", "--no-fund"], cwd=ROOT, env=environment, check=True)
-        INSTALLED.touch()
-    return subprocess.run([*npm, "--silent", *sys.argv[1:]], cwd=ROOT, env=environment, check=False).returncode
+    return subprocess.run(
+        [*npm, *arguments], cwd=ROOT, env=environment, capture_output=capture_output, encoding="utf-8", check=False
+    )
+
+
+def main() -> int:
+    """Run npm with the command line's arguments; returns its exit status."""
+    try:
+        install()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"npm can't install what package-lock.json names:\n{error.stderr}")
+    return _npm("--silent", *sys.argv[1:]).returncode
 
 
 if __name__ == "__main__":
