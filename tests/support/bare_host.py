@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
 import sys
 import threading
 from collections.abc import Iterator
@@ -17,27 +18,12 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from bare_io import IO, UI
 from helpers import ROOT
 from pack.trainer.core.errors import plain
 
 FOLDERS = ("input", "output", "models/loras", "models/checkpoints")
 _LARGEST_UPLOAD = 100 * 2**20  # bytes, as in ComfyUI
-
-
-class NodeOutput:
-    """What a node gives, as ComfyUI's class of this name holds it."""
-
-    def __init__(self, *args: Any, ui: Any = None) -> None:
-        self.args = args
-        self.ui = ui
-
-
-# Of ComfyUI's interface for nodes what is used while the nodes' modules are loaded, and while nodes work.
-_IO = SimpleNamespace(
-    ComfyNode=type("ComfyNode", (), {}),
-    Custom=lambda name: SimpleNamespace(io_type=name),
-    NodeOutput=NodeOutput,
-)
 
 
 def _module(name: str, **content: Any) -> ModuleType:
@@ -63,11 +49,19 @@ def host_modules(base_dir: Path, routes: web.RouteTableDef) -> Iterator[None]:
             "folder_paths",
             get_input_directory=lambda: str(base_dir / "input"),
             get_output_directory=lambda: str(base_dir / "output"),
-            get_folder_paths=lambda kind: [str(models / kind)],
+            get_folder_paths=lambda kind: [str(models / kind), str(models / "more" / kind)],
+            get_filename_list=lambda kind: sorted(path.name for path in (models / kind).iterdir()),
+            get_full_path=lambda kind, name: str(models / kind / name) if (models / kind / name).is_file() else None,
+            get_full_path_or_raise=lambda kind, name: str(models / kind / name),
+            models_dir=str(models),
         ),
         "pack.nodes": _module("pack.nodes", __path__=[str(ROOT / "nodes")]),
         "pack.nodes.api": _module(
-            "pack.nodes.api", io=_IO, ui=None, ComfyAPISync=lambda: SimpleNamespace(execution=execution)
+            "pack.nodes.api",
+            io=IO,
+            ui=UI,
+            ComfyAPISync=lambda: SimpleNamespace(execution=execution),
+            ComfyExtension=type("ComfyExtension", (), {}),
         ),
         "pack.nodes.wording": _module("pack.nodes.wording", wording_of=lambda node: plain),
     }
@@ -79,6 +73,22 @@ def host_modules(base_dir: Path, routes: web.RouteTableDef) -> Iterator[None]:
         yield
         for name in [name for name in sys.modules if name.startswith("pack.nodes") and name not in modules]:
             del sys.modules[name]
+
+
+@contextmanager
+def all_nodes(base_dir: Path) -> Iterator[Any]:
+    """The package of the nodes as ComfyUI loads it, with the nodes' own words for settings."""
+    with host_modules(base_dir, web.RouteTableDef()), pytest.MonkeyPatch.context() as patch:
+        patch.delitem(sys.modules, "pack.nodes.wording")
+        spec = importlib.util.spec_from_file_location(
+            "pack.nodes", ROOT / "nodes" / "__init__.py", submodule_search_locations=[str(ROOT / "nodes")]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        package = importlib.util.module_from_spec(spec)
+        patch.setitem(sys.modules, "pack.nodes", package)
+        spec.loader.exec_module(package)
+        yield package
 
 
 @contextmanager
