@@ -24,21 +24,27 @@ const points = (...losses) => ({
 let panel;
 let told;
 let confirms;
+let refused; // what ComfyUI can't do
 
 beforeEach(() => {
+  refused = "";
   told = [];
   confirms = true;
 });
 
+const tell = (call, ...given) => {
+  if (call === refused) throw new Error(`${call} is refused.`);
+  told.push([call, ...given]);
+};
 const host = {
-  loadGraph: async (graph, name) => told.push(["loadGraph", graph, name]),
-  queue: async () => told.push(["queue"]),
+  loadGraph: async (graph, name) => tell("loadGraph", graph, name),
+  queue: async () => tell("queue"),
   confirm: async (message) => {
-    told.push(["confirm", message]);
+    tell("confirm", message);
     return confirms;
   },
-  refreshLists: async () => told.push(["refreshLists"]),
-  notify: (text) => told.push(["notify", text]),
+  refreshLists: async () => tell("refreshLists"),
+  notify: (text) => tell("notify", text),
 };
 
 /** The panel of a server that has these runs, each with its details and its curve. */
@@ -51,6 +57,7 @@ async function opened(...runs) {
   panel?.dispose();
   panel = new RunsPanel(host);
   document.body.append(panel.element);
+  assert.equal(panel.comparison.hidden, true);
   panel.refresh();
   await settled();
 }
@@ -123,10 +130,13 @@ test("a list without a run says how one begins", async () => {
 });
 
 test("a server that can't list them is quoted, until it can", async () => {
-  await opened(summary("dog-1"));
+  await opened(details("dog-1"));
+  await click(rowOf("dog-1"));
+  assert.equal(Chart.attached, 2);
   answers[`GET ${RUNS}`] = () => refusal("The folder can't be read.", "Allow it.");
   await press("⟳ Refresh");
   assert.deepEqual([rows().length, texts(".dreambooth-error")], [0, ["The folder can't be read. Allow it."]]);
+  assert.equal(Chart.attached, 1);
   answers[`GET ${RUNS}`] = [summary("dog-2")];
   await press("⟳ Refresh");
   assert.deepEqual([texts(".dreambooth-error"), rows().map((row) => row.title)], [[], ["dog-2"]]);
@@ -269,6 +279,7 @@ test("details that come after the run was closed are dropped", async () => {
 
 test("ticked runs are compared, until they are ticked off", async () => {
   await opened(summary("dog-1", { curve: points(2) }), summary("cat-1", { curve: points(0.5) }));
+  drawFrame();
   await tick("dog-1");
   assert.equal(panel.comparison.hidden, false);
   await tick("cat-1");
@@ -326,6 +337,46 @@ test("a run's graph is loaded, and queued to resume", async () => {
   assert.deepEqual(told, [load]);
   await press("Resume");
   assert.deepEqual(told, [load, load, ["queue"]]);
+});
+
+test("what ComfyUI can't do is told, and nothing follows", async () => {
+  const adapters = [{ step: 4, file: "4", url: "/4", name: "4", bytes: 1 }];
+  await opened(details("dog-1", { state: "stopped", workflow: "/workflow.json", adapters }));
+  answers["GET /comfy/workflow.json"] = () => Response.json({});
+  answers[`POST ${RUNS}/dog-1/use`] = { file: "dog" };
+  await click(rowOf("dog-1"));
+  for (const [call, button, before] of [
+    ["loadGraph", "Resume", 0],
+    ["queue", "Resume", 1],
+    ["refreshLists", "Use", 0],
+  ]) {
+    told = [];
+    refused = call;
+    await press(button);
+    assert.deepEqual(told.slice(before), [["notify", `${call} is refused.`]]);
+  }
+});
+
+test("what can be ticked and pressed says what it does", async () => {
+  const adapters = [{ step: 4, file: "4", url: "/4", name: "4", bytes: 1 }];
+  await opened(details("dog-1", { state: "stopped", workflow: "/workflow.json", adapters }));
+  await click(rowOf("dog-1"));
+  const [tickBox] = panel.list.querySelectorAll("input");
+  assert.deepEqual([tickBox.type, tickBox.title], ["checkbox", "Compare"]);
+  assert.deepEqual(texts(".dreambooth-head small"), ["Tick runs to compare their losses."]);
+  const titles = [...panel.list.querySelectorAll("button[title]")].map(({ textContent, title }) => [
+    textContent,
+    title,
+  ]);
+  assert.deepEqual(
+    titles.filter(([text]) => text !== "log"),
+    [
+      ["Load graph", "Open the graph of this run"],
+      ["Resume", "Open the graph of this run and queue it"],
+      ["Delete…", "Remove the run with its checkpoints"],
+      ["Use", "Copy this checkpoint into the LoRA folder"],
+    ],
+  );
 });
 
 test("a graph that is gone is told, and nothing is queued", async () => {

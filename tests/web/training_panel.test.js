@@ -40,9 +40,10 @@ async function train(run, end) {
 
 const texts = (selector) => textsOf(panel.element, selector);
 const head = () => [panel.state.dataset.state, ...texts(".dreambooth-head span")];
-const bar = () => panel.fill.style.width;
-const picturesOf = (element) => [...element.querySelectorAll("img")].map((image) => image.getAttribute("src"));
-const samples = () => picturesOf(panel.samples);
+const bar = () => panel.element.querySelector(".dreambooth-bar > div").style.width;
+const imagesIn = (part) => [...panel.element.querySelectorAll(`.dreambooth-strip > .${part} > img`)];
+const picturesIn = (part) => imagesIn(part).map((image) => image.getAttribute("src"));
+const samples = () => picturesIn("samples");
 const sample = (step) => `/comfy/dreambooth/runs/dog-1/files/previews/${step}.png`;
 const hidden = () => ["error", "strip", "slider"].filter((part) => panel[part].hidden);
 
@@ -65,6 +66,8 @@ test("a training run is shown as it goes", async () => {
   const run = trainer();
   assert.deepEqual(head(), ["starting", "starting", ""]);
   run.open();
+  await settled();
+  assert.deepEqual(hidden(), ["error", "slider"]); // the subject's pictures are shown before there are samples
   run.phase("reading pictures", 1, 4);
   assert.deepEqual(head(), ["reading pictures", "reading pictures", "1 of 4 · step 0 of 12"]);
   assert.equal(bar(), "25%");
@@ -84,9 +87,10 @@ test("a run that is done has its best step, its pictures, and a slider over the 
   await train();
   assert.deepEqual(head(), ["done", "done", "step 12 of 12 · best: step 6"]);
   assert.deepEqual([bar(), hidden()], ["100%", ["error"]]);
-  assert.deepEqual(picturesOf(panel.subject), ["/comfydog-1/subject"]);
+  assert.deepEqual(picturesIn("subject"), ["/comfydog-1/subject"]);
   assert.deepEqual(samples(), [sample(12)]);
-  assert.equal(panel.samples.querySelector("img").alt, "12.png");
+  const [{ alt, loading }] = imagesIn("samples");
+  assert.deepEqual([alt, loading], ["12.png", "lazy"]);
   assert.deepEqual([panel.range.min, panel.range.max, panel.range.value], ["0", "2", "2"]);
   assert.deepEqual(texts(".dreambooth-slider span"), ["step 12"]);
 });
@@ -111,10 +115,11 @@ test("the samples of a step that was chosen stay, while newer ones come", async 
   run.open();
   run.preview();
   await settled();
-  assert.deepEqual([hidden(), samples()], [["error", "slider"], [sample(0)]]);
+  assert.deepEqual([hidden(), samples(), panel.range.max], [["error", "slider"], [sample(0)], "0"]);
   for (const until of [6, 9]) {
     while (run.step < until) run.learn();
     run.preview();
+    assert.deepEqual(hidden(), ["error"]);
   }
   await settled();
   assert.deepEqual([panel.range.max, samples()], ["2", [sample(9)]]);
@@ -150,6 +155,7 @@ test("at most six samples of a step are shown", () => {
     samples(),
     pictures.slice(0, 6).map((url) => `/comfy${url}`),
   );
+  assert.deepEqual(hidden(), ["error", "slider"]); // also while the subject's are not known yet
 });
 
 test("a picture that is shown is not loaded again", async () => {
@@ -172,10 +178,11 @@ test("a panel that was opened late, or lost its connection, catches up", async (
   run.tell();
   panel.dispose();
   panel = late;
-  await late.feed.recover(server.live);
-  await settled();
+  const recovered = late.feed.recover(server.live);
+  assert.equal(legend(), undefined);
+  await recovered;
   assert.deepEqual(head().slice(0, 2), ["training", "training"]);
-  assert.deepEqual([samples(), picturesOf(panel.subject)], [[sample(0)], ["/comfydog-1/subject"]]);
+  assert.deepEqual([samples(), picturesIn("subject")], [[sample(0)], ["/comfydog-1/subject"]]);
   assert.match(legend(), /^step 8 · loss 0\.175/);
 });
 
@@ -189,15 +196,36 @@ test("after a restart of ComfyUI the newest run of the node's name is shown", as
   assert.deepEqual([panel.feed.run, ...head()], ["dog-1", "done", "done", "step 12 of 12 · best: step 6"]);
 });
 
+test("a run whose curve can't be read has an axis of its steps", async () => {
+  await train();
+  server.restart();
+  panel.dispose();
+  panel = openedPanel();
+  drawFrame();
+  answers["GET /dreambooth/runs/dog-1/curve?after=-1"] = new TypeError("Failed to fetch");
+  await panel.feed.recover(undefined);
+  assert.equal(legend(), undefined);
+  assert.equal(panel.chart.canvas.pen.drawn.filter(({ kind }) => kind === "text").at(-1).text, "12");
+});
+
 test("another run begins with another curve and other pictures", async () => {
   await train();
-  slide(0);
+  slide(1);
   const run = trainer({ id: "dog-2" });
   run.open();
   await settled();
   assert.deepEqual([bar(), samples(), panel.slider.hidden, legend()], ["0%", [], true, undefined]);
   run.preview();
   assert.deepEqual(samples(), [sample(0).replace("dog-1", "dog-2")]);
+});
+
+test("what is shown says what it is", () => {
+  assert.equal(panel.element.className, "dreambooth dreambooth-training");
+  const [subject, range] = [".subject", ".dreambooth-slider input"].map((part) => panel.element.querySelector(part));
+  assert.deepEqual(
+    [subject.title, range.type, range.title],
+    ["The subject's pictures", "range", "Step of the sample pictures"],
+  );
 });
 
 test("sliding and scrolling on the slider do not move the graph", () => {
