@@ -5,6 +5,7 @@ import { beforeEach, test } from "node:test";
 import { answers, api, app, openPage, questions, settled, textsOf } from "./comfyui.js";
 
 await import("../../web/dreambooth.js");
+const { Chart } = await import("../../web/lib/chart.js");
 
 const NO_RUNS = { "GET /dreambooth/nodes": {}, "GET /dreambooth/runs": [] };
 const FOLDERS = { no_folder: "(none)", folders: [{ name: "dog", archive: false, count: 1 }] };
@@ -40,9 +41,9 @@ class Graph {
 let lastId = 0;
 
 /** A node of ComfyUI as its page makes it. */
-function made(comfyClass, values = {}) {
+function made(comfyClass, values = {}, more = {}) {
   lastId += 1;
-  const node = { id: lastId, comfyClass, size: [200, 100], widgets: [] };
+  const node = { id: lastId, comfyClass, size: [200, 100], widgets: [], ...more };
   node.widgets = Object.entries(values).map(([name, value]) => ({
     ...{ name, value, options: { values: [value] }, callback: (chosen) => told.push(`${name}: ${chosen}`) },
   }));
@@ -80,6 +81,8 @@ app.graph = new Graph();
 openPage({ ...NO_RUNS });
 app.extension.setup();
 await settled();
+const askedAtSetup = questions();
+assert.equal(document.querySelectorAll("#dreambooth-style").length, 1);
 
 beforeEach(async () => {
   for (const node of app.graph.nodes) app.graph.remove(node);
@@ -101,26 +104,44 @@ test("nodes that train and Subject have a panel, others have none", () => {
   assert.equal(made("DreamBoothSubject").widgets.length, 0);
 });
 
+test("the page asks what is known as soon as it is there", () => {
+  assert.equal(app.extension.name, "DreamBoothLora");
+  assert.deepEqual(askedAtSetup, ["GET /dreambooth/nodes"]);
+});
+
 test("a panel is not saved, and the node has room for it", () => {
   const node = trained();
   const widget = node.widgets.at(-1);
+  assert.deepEqual([widget.name, widget.type], ["dreambooth_training", "dreambooth"]);
+  assert.equal(subject().widgets.at(-1).name, "dreambooth_subject");
+  assert.equal(widget.element.className, "dreambooth-panel");
   assert.deepEqual([widget.serialize, widget.options.serialize, widget.options.getMinHeight()], [false, false, 300]);
   assert.deepEqual(node.size, [340, 380]);
   assert.deepEqual(subject().size, [340, 230]);
+  assert.deepEqual(made("DreamBoothTrainLora", {}, { size: [500, 600] }).size, [500, 600]);
 });
 
 test("a node has its panel while it is in a graph", () => {
-  const node = made("DreamBoothTrainLora", { name: "dog" });
-  assert.equal(elementOf(node).children.length, 0);
+  const hooks = { onAdded: (graph) => told.push(graph), onRemoved: () => told.push("removed") };
+  const node = made("DreamBoothTrainLora", { name: "dog" }, hooks);
+  const before = Chart.attached;
+  const shown = () => [elementOf(node).children.length, Chart.attached - before];
+  assert.deepEqual(shown(), [0, 0]);
   app.graph.add(node);
-  assert.equal(elementOf(node).children.length, 1);
+  assert.deepEqual(shown(), [1, 1]);
+  node.onAdded(app.graph); // ComfyUI may say so twice
+  assert.deepEqual(shown(), [1, 1]);
   app.graph.remove(node);
-  assert.equal(elementOf(node).children.length, 0);
+  assert.deepEqual(shown(), [0, 0]);
+  assert.deepEqual(told, [app.graph, app.graph, "removed"]);
 });
 
 test("the style sheet is put into the page once", () => {
+  const styles = () => document.querySelectorAll("#dreambooth-style");
+  assert.equal(styles().length, 1);
+  styles()[0].remove();
   trained();
-  assert.equal(document.querySelectorAll("#dreambooth-style").length, 1);
+  assert.equal(styles().length, 1);
 });
 
 test("messages go to the panel of their node, also inside of subgraphs", async () => {
@@ -151,6 +172,18 @@ test("what is queued waits, but for nodes that are muted or bypassed", () => {
   nodes[2].mode = 0;
   api.send("promptQueued");
   assert.deepEqual(nodes.map(state), ["waiting", "idle", "waiting"]);
+});
+
+test("nodes inside of subgraphs wait too, each graph is visited once, and there may be no graph yet", () => {
+  const outer = app.graph.add({ id: 70, subgraph: new Graph() });
+  const node = outer.subgraph.add(made("DreamBoothTrainLora", { name: "dog" }));
+  outer.subgraph.add({ id: 71, subgraph: outer.subgraph });
+  api.send("promptQueued");
+  assert.equal(state(node), "waiting");
+  const { graph } = app;
+  app.graph = undefined;
+  api.send("promptQueued");
+  app.graph = graph;
 });
 
 test("a node whose result was known already waits no longer", () => {
@@ -242,11 +275,16 @@ test("pictures dropped on Subject are uploaded into its folder; a new folder joi
   const sent = [];
   answers["POST /upload/image"] = () => new Response("{}");
   const { fetchApi } = api;
+  const { refreshComboInNodes } = app;
   api.fetchApi = (route, options = {}) => {
     if (options.body instanceof FormData) sent.push([...options.body]);
     return fetchApi(route, options);
   };
   const [image, text] = ["image/png", "text/html"].map((type) => new File(["."], "a.png", { type }));
+  app.refreshComboInNodes = async () => {
+    await new Promise(setImmediate);
+    told.push("lists");
+  };
   assert.equal(node.onDragOver(), true);
   assert.equal(node.onDragDrop({ dataTransfer: { files: [text] } }), false);
   assert.equal(node.onDragDrop({ dataTransfer: { files: [image, text] } }), true);
@@ -254,8 +292,8 @@ test("pictures dropped on Subject are uploaded into its folder; a new folder joi
   api.fetchApi = fetchApi;
   const [[[imageKey, file], subfolder], ...others] = sent;
   assert.deepEqual([imageKey, file.name, subfolder, others], ["image", "a.png", ["subfolder", "subject"], []]);
-  assert.deepEqual(app.calls, [["refreshComboInNodes"]]);
-  assert.deepEqual([node.widgets[0].value, told], ["subject", ["folder: subject", "change"]]);
+  app.refreshComboInNodes = refreshComboInNodes;
+  assert.deepEqual([node.widgets[0].value, told], ["subject", ["lists", "folder: subject", "change"]]);
 });
 
 test("an upload that ComfyUI refuses says which file", async () => {
@@ -301,7 +339,9 @@ async function press(element, text) {
 }
 
 test("the sidebar lists the runs, and resumes one by its graph", async () => {
-  assert.deepEqual([app.tab.id, app.tab.title, app.tab.type], ["dreambooth-runs", "Trainings", "custom"]);
+  const { id, title, tooltip, type, icon } = app.tab;
+  assert.deepEqual([id, title, tooltip, type], ["dreambooth-runs", "Trainings", "DreamBooth runs", "custom"]);
+  assert.equal(icon, "pi pi-chart-line");
   const element = await openedSidebar();
   assert.equal(element.style.height, "100%");
   await press(element, "Resume");
@@ -349,7 +389,6 @@ test("what the sidebar has to say is a message of ComfyUI", async () => {
 });
 
 test("a sidebar that is opened again is a new one", async () => {
-  const { Chart } = await import("../../web/lib/chart.js");
   const before = Chart.attached;
   const first = await openedSidebar();
   assert.equal(Chart.attached, before + 2);

@@ -30,6 +30,7 @@ let done;
 const host = {
   chosen: () => folder,
   choose: async (name) => {
+    await new Promise(setImmediate); // ComfyUI reads its lists again
     done.push(["choose", name]);
     folder = name;
   },
@@ -53,6 +54,7 @@ async function opened(chosen = "dog") {
   folder = chosen;
   panel = new SubjectPanel(host);
   document.body.append(panel.element);
+  assert.equal(panel.warnings.hidden, true);
   panel.attach();
   await settled();
 }
@@ -70,6 +72,13 @@ async function drop(...files) {
   await settled();
   return event;
 }
+
+test("what is shown says what it is", async () => {
+  await opened();
+  assert.equal(panel.element.className, "dreambooth dreambooth-subject");
+  const titles = [...panel.element.querySelectorAll(".dreambooth-head > [title]")].map((one) => one.title);
+  assert.deepEqual(titles, ["Folder in ComfyUI's input folder", "Refresh"]);
+});
 
 test("folders are offered with their counts, and the node's is chosen", async () => {
   await opened();
