@@ -251,6 +251,15 @@ def test_a_folder_for_each_network_is_one_adapter(tmp_path: Path) -> None:
     assert alphas == {NAME: 16, f"lora_te_{text_name}": 2, f"lora_te2_{text_name}": 3}
 
 
+def test_the_metadata_of_all_networks_files_are_kept(tmp_path: Path) -> None:
+    paths = {"unet": "mid_block.attentions.0.proj_in", "text_encoder": "text_model.encoder.layers.0.self_attn.q_proj"}
+    for network, path in paths.items():
+        folder = peft_folder(tmp_path / "lora" / network, peft_lora(path), {"r": RANK, "lora_alpha": 16})
+        save_file(peft_lora(path), folder / "adapter_model.safetensors", {f"of_{network}": "kept"})
+    metadata = read_adapter(tmp_path / "lora").metadata
+    assert metadata.items() >= {"of_unet": "kept", "of_text_encoder": "kept"}.items()
+
+
 def test_the_inner_folder_is_named(tmp_path: Path) -> None:
     """PEFT saves an adapter that is not called "default" in a folder of its name."""
     inner = peft_folder(tmp_path / "run" / "dog", peft_lora(), {"lora_alpha": 4})
