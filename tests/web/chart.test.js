@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { afterEach, beforeEach, test } from "node:test";
-import { drawFrame, INK, openPage, textsOf } from "./comfyui.js";
+import { canvasSize, drawFrame, INK, openPage, resizes, textsOf } from "./comfyui.js";
 
 const { Chart } = await import("../../web/lib/chart.js");
 const { Curve } = await import("../../web/lib/curve.js");
@@ -11,7 +11,11 @@ const [BLUE, ORANGE, GREEN] = ["#4a90d9", "#e0883a", "#5bb56b"];
 let chart;
 
 beforeEach(() => openPage());
-afterEach(() => chart.dispose());
+afterEach(() => {
+  chart.dispose();
+  Object.assign(canvasSize, { width: 248, height: 122 });
+  window.devicePixelRatio = 1;
+});
 
 function curveOf(points, title = "loss") {
   const curve = new Curve(title);
@@ -48,6 +52,9 @@ test("axes have four losses from the bottom to the top, and three steps", () => 
     ["10", "center", 140, 109],
     ["20", "right", 240, 109],
   ]);
+  const looks = drawn("text").map(({ baseline, alpha, font }) => [baseline, alpha, font]);
+  assert.deepEqual(looks.slice(0, 4), Array(4).fill(["middle", 0.75, "10px system-ui, sans-serif"]));
+  assert.deepEqual(looks.slice(4), Array(3).fill(["top", 0.75, "10px system-ui, sans-serif"]));
   const grid = linesOf(INK).map(({ points, alpha }) => [alpha, ...points]);
   assert.deepEqual(
     grid,
@@ -80,6 +87,18 @@ test("the learning rate is a dashed line, its highest just below the top", () =>
   ]);
 });
 
+test("a rate that grows is highest at its end, and one of many steps is drawn at every pixel only", () => {
+  shown([curveOf({ steps: [5, 10], losses: [2, 1], rates: [5e-5, 1e-4] })], { total: 20 });
+  assert.deepEqual(drawn("dashes")[0].points, [
+    [90, 58.5],
+    [140, 11],
+  ]);
+  chart.dispose();
+  const steps = Array.from({ length: 1000 }, (_, index) => index + 1);
+  shown([curveOf({ steps, losses: steps, rates: steps })]);
+  assert.equal(drawn("dashes")[0].points.length, 200);
+});
+
 test("a rate that is always 0 is not drawn", () => {
   shown([curveOf({ steps: [1, 2], losses: [1, 1], rates: [0, 0] })]);
   assert.deepEqual(drawn("dashes"), []);
@@ -105,9 +124,16 @@ test("scores are dots on a line of their own colour, from 0 at the bottom to 1 a
     [[image], [text]],
   );
   assert.deepEqual(
-    drawn("area").map(({ color, points: [point] }) => [color, point]),
+    drawn("area").map(({ color, points: [[x, y]] }) => [color, [x, y]]),
     [...image.map((point) => [ORANGE, point]), ...text.map((point) => [GREEN, point])],
   );
+});
+
+test("a score's dots are whole circles, its line is thin", () => {
+  const scores = [{ step: 1, scores: { "CLIP-I": 0.5 } }];
+  shown([curveOf({ steps: [1], losses: [1], rates: [0], scores })]);
+  const [[, , radius, angle]] = drawn("area")[0].points;
+  assert.deepEqual([radius, angle, linesOf(ORANGE)[0].width], [2.5, 6.3, 1]);
 });
 
 test("compared runs have a smoothed line each in a colour of its own, and nothing else", () => {
@@ -151,6 +177,11 @@ test("the legend tells the newest values", () => {
   assert.deepEqual(colors, [BLUE, INK, ORANGE]);
 });
 
+test("two runs that are compared are named too", () => {
+  shown([falling("a"), falling("b")]);
+  assert.deepEqual(legend(), ["a 1.49", "b 1.49"]);
+});
+
 test("the legend of compared runs names them, each with its smoothed loss", () => {
   shown([falling("a"), curveOf({}, "empty"), falling("b")]);
   assert.deepEqual(legend(), ["a 1.49", "b 1.49"]);
@@ -171,6 +202,21 @@ test("below the pointer are a line and the values of the nearest step", () => {
   assert.equal(linesOf(INK).length, 4);
 });
 
+test("the values below the pointer are those of its step, and of scores up to it", () => {
+  const steps = Array.from({ length: 20 }, (_, index) => index + 1);
+  const scores = [4, 13, 14].map((step) => ({ step, scores: { [step < 14 ? "CLIP-I" : "CLIP-T"]: step / 100 } }));
+  shown([curveOf({ steps, losses: steps, rates: steps, scores })]);
+  for (const [step, score] of [
+    [13, "CLIP-I 0.130"],
+    [5, "CLIP-I 0.040"],
+  ]) {
+    chart.canvas.onpointermove({ offsetX: 40 + 10 * step });
+    drawFrame();
+    assert.match(legend()[0], new RegExp(`^step ${step} · loss ${step}\\.`));
+    assert.deepEqual(legend().slice(2), [score]);
+  }
+});
+
 test("on a logarithmic axis equal ratios are equally far apart", () => {
   shown([curveOf({ steps: [1, 2, 3], losses: [0.01, 0.1, 1], rates: [0, 0, 0] })], { log: true });
   const [raw] = linesOf(BLUE);
@@ -186,14 +232,60 @@ test("on a logarithmic axis equal ratios are equally far apart", () => {
 });
 
 test("a sharp screen has more pixels", () => {
-  window.devicePixelRatio = 2;
-  try {
+  for (const [ratio, width, height] of [
+    [2, 496, 244],
+    [1, 248, 122],
+    [undefined, 248, 122],
+  ]) {
+    window.devicePixelRatio = ratio;
     shown([falling()]);
-    assert.deepEqual([chart.canvas.width, chart.canvas.height], [496, 244]);
-    assert.deepEqual(chart.canvas.pen.transform, [2, 0, 0, 2, 0, 0]);
-  } finally {
-    window.devicePixelRatio = 1;
+    assert.deepEqual([chart.canvas.width, chart.canvas.height], [width, height]);
+    assert.deepEqual(chart.canvas.pen.transform, [ratio ?? 1, 0, 0, ratio ?? 1, 0, 0]);
+    assert.deepEqual(chart.canvas.pen.cleared, [0, 0, 248, 122]);
+    chart.dispose();
   }
+});
+
+test("the canvas gets another size only when the chart has, and is drawn anew then", () => {
+  shown([falling()]);
+  const sizes = [];
+  const { height } = chart.canvas;
+  Object.defineProperty(chart.canvas, "height", { get: () => sizes.at(-1) ?? height, set: (size) => sizes.push(size) });
+  chart.schedule();
+  drawFrame();
+  assert.deepEqual(sizes, []);
+  canvasSize.height = 222;
+  resizes.get(chart.element)();
+  drawFrame();
+  assert.deepEqual(sizes, [222]);
+  assert.equal(linesOf(BLUE)[0].points[0][1], 6);
+  assert.equal(drawn("text")[0].points[0][1], 206);
+  chart.dispose();
+  assert.equal(resizes.has(chart.element), false);
+});
+
+test("nothing is drawn where there is no room", () => {
+  for (const [size, isDrawn] of [
+    [{ width: 9, height: 122 }, false],
+    [{ width: 248, height: 9 }, false],
+    [{ width: 10, height: 10 }, true],
+  ]) {
+    Object.assign(canvasSize, size);
+    shown([falling()]);
+    assert.equal(chart.canvas.pen.drawn.length > 0, isDrawn);
+    chart.dispose();
+  }
+});
+
+test("what can be pressed says what it does", () => {
+  shown([falling()]);
+  const { title, type } = chart.logButton;
+  assert.deepEqual(
+    [title, type, chart.logButton.getAttribute("aria-pressed")],
+    ["Logarithmic loss axis", "button", "false"],
+  );
+  assert.deepEqual([chart.element.className, chart.legend.className], ["dreambooth-chart", "dreambooth-legend"]);
+  assert.deepEqual([chart.log, chart.total], [false, 0]);
 });
 
 test("nothing is drawn before a chart is attached, nor after it is disposed", () => {
@@ -215,8 +307,11 @@ test("nothing is drawn before a chart is attached, nor after it is disposed", ()
 
 test("a chart that is attached again draws again", () => {
   shown([falling()]);
+  chart.schedule();
   chart.dispose();
   chart.canvas.pen.drawn = [];
+  drawFrame();
+  assert.deepEqual(chart.canvas.pen.drawn, []);
   chart.attach();
   drawFrame();
   assert.equal(linesOf(BLUE).length, 2);

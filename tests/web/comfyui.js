@@ -15,6 +15,10 @@ const window = new Window({ url: "http://localhost/comfy/" });
 /** Callbacks that wait for the next frame, by number. */
 const frames = new Map();
 let lastFrame = 0;
+/** Element → what is called when its size changes. */
+export const resizes = new Map();
+/** Of every canvas, in pixels of the page. */
+export const canvasSize = { width: 248, height: 122 };
 
 /** What a canvas shows: lines and areas with their points, and texts, in the order in which they were drawn. */
 export class Pen {
@@ -27,7 +31,8 @@ export class Pen {
     this.transform = numbers;
   }
 
-  clearRect() {
+  clearRect(...area) {
+    this.cleared = area;
     this.drawn = [];
   }
 
@@ -43,8 +48,8 @@ export class Pen {
     this.#path.push([x, y]);
   }
 
-  arc(x, y) {
-    this.#path.push([x, y]);
+  arc(x, y, radius, from, to) {
+    this.#path.push([x, y, radius, to - from]);
   }
 
   setLineDash(dash) {
@@ -61,7 +66,8 @@ export class Pen {
   }
 
   fillText(text, x, y) {
-    this.drawn.push({ kind: "text", text, align: this.textAlign, points: rounded([[x, y]]) });
+    const { textAlign: align, textBaseline: baseline, globalAlpha: alpha, font } = this;
+    this.drawn.push({ kind: "text", text, align, baseline, alpha, font, points: rounded([[x, y]]) });
   }
 }
 
@@ -71,7 +77,19 @@ Object.assign(globalThis, {
   window,
   document: window.document,
   getComputedStyle: () => ({ color: INK }),
-  ResizeObserver: window.ResizeObserver,
+  ResizeObserver: class {
+    constructor(react) {
+      this.react = react;
+    }
+
+    observe(element) {
+      resizes.set(element, this.react);
+    }
+
+    disconnect() {
+      for (const [element, react] of resizes) if (react === this.react) resizes.delete(element);
+    }
+  },
   requestAnimationFrame: (callback) => {
     lastFrame += 1;
     frames.set(lastFrame, callback);
@@ -81,7 +99,10 @@ Object.assign(globalThis, {
   fetch: (url, options) => answer(url, options),
 });
 const canvas = window.HTMLCanvasElement.prototype;
-Object.defineProperties(canvas, { clientWidth: { get: () => 248 }, clientHeight: { get: () => 122 } });
+Object.defineProperties(canvas, {
+  clientWidth: { get: () => canvasSize.width },
+  clientHeight: { get: () => canvasSize.height },
+});
 canvas.getContext = function () {
   this.pen ??= new Pen();
   return this.pen;
