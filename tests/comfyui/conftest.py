@@ -1,0 +1,3 @@
+"""What the tests of the nodes share."""
+
+from bare_nodes import host  # noqa: F401
