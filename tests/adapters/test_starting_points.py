@@ -11,9 +11,10 @@ from checkpoints import sd15_state_dict
 from helpers import DEMO, TINY
 from pack.trainer.adapters.diffusers_format import write_diffusers
 from pack.trainer.adapters.kohya import Adapter, parse_adapter
-from pack.trainer.adapters.layers import make_layer
+from pack.trainer.adapters.layers import Layer, LoraLayer, make_layer
 from pack.trainer.adapters.layers.lokr import LokrLayer
-from pack.trainer.adapters.targets import fit_start_adapter
+from pack.trainer.adapters.names import modules_by_name
+from pack.trainer.adapters.targets import fit_start_adapter, targets_of_adapter
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.models.families.base import DiffusionModel
 from pack.trainer.models.open import open_base
@@ -21,6 +22,8 @@ from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
 
 NAME = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+DOWN_NAME = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+TEXT_NAME = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,30 @@ def test_the_scale_of_a_lokr_goes_into_its_smaller_factor(small_is_whole: bool, 
     assert fitted.alpha == fitted.rank == 2
     torch.testing.assert_close(fitted.delta(), layer.delta())
     assert torch.equal(fitted.tensors()["lokr_w2_a"], large["lokr_w2_a"])
+
+
+def test_every_layer_keeps_its_rank_and_alpha(model: DiffusionModel) -> None:
+    """The UNet's come first, then those of the text encoders, by name."""
+    layers: dict[str, Layer] = {}
+    for name, rank, alpha in ((TEXT_NAME, 2, 3.0), (NAME, 4, 1.0), (DOWN_NAME, 8, 8.0)):
+        outputs, inputs = modules_by_name(model)[name].weight.shape
+        layers[name] = LoraLayer(down=torch.ones(rank, inputs), up=torch.ones(outputs, rank), alpha=alpha)
+    targets = targets_of_adapter(model, fit_start_adapter(model, Adapter(layers)))
+    assert [(one.component, one.name, one.rank, one.alpha) for one in targets] == [
+        ("unet", DOWN_NAME, 8, 8.0),
+        ("unet", NAME, 4, 1.0),
+        ("text_encoder", TEXT_NAME, 2, 3.0),
+    ]
+    assert targets[1].path == "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+def test_a_lokr_of_whole_factors_has_the_rank_at_which_these_are_whole(model: DiffusionModel) -> None:
+    size = width(model)
+    layer = LokrLayer(w1=torch.ones(2, 4), w2=torch.ones(size // 2, size // 4), alpha=6.0)
+    start = fit_start_adapter(model, Adapter({NAME: layer}))
+    torch.testing.assert_close(start.layers[NAME].delta(), layer.delta())
+    [target] = targets_of_adapter(model, start)
+    assert (target.rank, target.alpha) == (size // 2, float(size // 2))
 
 
 def test_biases_can_not_be_gone_on_from(model: DiffusionModel) -> None:

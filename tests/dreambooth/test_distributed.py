@@ -336,3 +336,33 @@ def test_processes_don_t_share_a_device(device: str, monkeypatch: pytest.MonkeyP
     with pytest.raises(SettingsError, match="share") as caught:
         pick_device(device)
     assert "device = auto" in caught.value.remedy
+
+
+@pytest.mark.parametrize("leads", [True, False])
+def test_the_main_process_makes_what_the_others_find(leads: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait before the block, the main process after it; then all wait for the slowest."""
+    course: list[str] = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: course.append("wait"))
+    with ProcessGroup(0 if leads else 1, 2).main_process_first():
+        course.append("block")
+    assert course == (["block", "wait", "wait"] if leads else ["wait", "block", "wait"])
+    with ProcessGroup().main_process_first():
+        course.clear()
+    assert not course
+
+
+@pytest.mark.parametrize(("others", "any_of_them", "largest"), [(0, True, 3), (7, True, 7)])
+def test_all_get_the_answer_of_all(
+    others: int, any_of_them: bool, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def all_reduce(numbers: torch.Tensor, operation: Any) -> None:
+        assert operation == torch.distributed.ReduceOp.MAX
+        numbers.clamp_(min=others)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    team, cpu = ProcessGroup(1, 2), torch.device("cpu")
+    assert team.largest(3, cpu) == largest
+    assert team.any_process(True, cpu) is any_of_them
+    assert team.any_process(False, cpu) is (others > 0)
+    assert ProcessGroup().largest(3, cpu) == 3
+    assert (team.share, team.is_main_process) == ((1, 2), False)
