@@ -189,6 +189,19 @@ test("the legend of compared runs names them, each with its smoothed loss", () =
   assert.deepEqual(colors, [BLUE, GREEN]);
 });
 
+test("six runs, and six scores, have colours of their own", () => {
+  const colors = () => [...chart.legend.querySelectorAll("i")].map((one) => one.style.background);
+  shown(Array.from({ length: 7 }, (_, number) => falling(String(number))));
+  const ofRuns = colors();
+  chart.dispose();
+  const scores = { a: 0, b: 0, c: 0, d: 0, e: 0, f: 0, g: 0 };
+  shown([curveOf({ steps: [1], losses: [1], rates: [0], scores: [{ step: 1, scores }] })]);
+  for (const [first, ...others] of [ofRuns, colors().slice(2)]) {
+    assert.deepEqual([new Set([first, ...others]).size, others.at(-1)], [6, first]);
+    for (const color of [first, ...others]) assert.match(color, /^#[0-9a-f]{6}$/);
+  }
+});
+
 test("below the pointer are a line and the values of the nearest step", () => {
   shown([falling()], { total: 20 });
   chart.canvas.onpointermove({ offsetX: 100 }); // step 6

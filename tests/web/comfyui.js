@@ -103,9 +103,9 @@ Object.defineProperties(canvas, {
   clientWidth: { get: () => canvasSize.width },
   clientHeight: { get: () => canvasSize.height },
 });
-canvas.getContext = function () {
+canvas.getContext = function (kind) {
   this.pen ??= new Pen();
-  return this.pen;
+  return kind === "2d" ? this.pen : null;
 };
 
 /** Draw what waits for the next frame. */

@@ -82,7 +82,7 @@ openPage({ ...NO_RUNS });
 app.extension.setup();
 await settled();
 const askedAtSetup = questions();
-assert.equal(document.querySelectorAll("#dreambooth-style").length, 1);
+assert.equal(document.querySelectorAll("style#dreambooth-style").length, 1);
 
 beforeEach(async () => {
   for (const node of app.graph.nodes) app.graph.remove(node);
@@ -137,7 +137,7 @@ test("a node has its panel while it is in a graph", () => {
 });
 
 test("the style sheet is put into the page once", () => {
-  const styles = () => document.querySelectorAll("#dreambooth-style");
+  const styles = () => document.querySelectorAll("style#dreambooth-style");
   assert.equal(styles().length, 1);
   styles()[0].remove();
   trained();

@@ -2,7 +2,7 @@
 
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { duration } from "../../web/lib/dom.js";
+import { duration, shortTime } from "../../web/lib/dom.js";
 import { failureText, fraction, possibleActions, progressText, stateText } from "../../web/lib/progress.js";
 
 const TRAINING = { state: "training", step: 5, steps: 20, rate: 1.2345, seconds_left: 75, memory: 2 ** 31 };
@@ -51,6 +51,13 @@ test("durations are read as on a clock", () => {
   const seconds = [0, 5, 59.6, 60, 515, 3600, 3723, 90_000, -3];
   const texts = ["0:00", "0:05", "1:00", "1:00", "8:35", "1:00:00", "1:02:03", "25:00:00", "0:00"];
   assert.deepEqual(seconds.map(duration), texts);
+});
+
+test("a time has its day, month, hour and minute, in the order of the page's language", () => {
+  const seconds = new Date(2026, 10, 20, 8, 35, 59).getTime() / 1000;
+  const parts = { day: "numeric", month: "short", hour: "2-digit", minute: "2-digit" };
+  assert.equal(shortTime(seconds), new Intl.DateTimeFormat(undefined, parts).format(new Date(2026, 10, 20, 8, 35)));
+  assert.match(shortTime(seconds), /20.*35/);
 });
 
 test("a run that ended early can be resumed by its graph", () => {
