@@ -19,6 +19,7 @@ from pack.trainer.core.prompts import PromptWords
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.training.presets import preset_values
 from pack.trainer.training.runs.folder import RunPaths
+from safetensors.torch import load_file
 from sites import noisy
 
 # Subject
@@ -237,3 +238,7 @@ def test_an_adapter_is_saved_beside_another_of_its_name(host: Host) -> None:
     paths = [Path(host.run("lora", "SaveLora", **inputs).args[0]) for _ in range(2)]
     assert [path.name for path in paths] == ["rex.safetensors", "rex-2.safetensors"]
     assert all(path.parent == host.folder / "models" / "loras" for path in paths)
+    up = f"{UNET_OF_BASE}.lora_up.weight"
+    assert load_file(paths[0])[up].dtype == torch.float32
+    half = host.run("lora", "SaveLora", **inputs | {"precision": "fp16"}).args[0]
+    assert load_file(half)[up].dtype == torch.float16

@@ -160,12 +160,12 @@ def test_the_best_checkpoint_is_picked(known: bool, host: Host, opened: Any, mon
     monkeypatch.setattr(f"{package}.comparison_report.as_markdown", lambda _: "table")
     monkeypatch.setattr(f"{package}.comparison_report.write_report", lambda _, folder: written.append(folder))
     values = {"prompts": "{subject} in snow\n{token} asleep", "schedulers": "ddim", "steps": "3", "count": 2}
-    values |= {"guidance": 2.0, "size": "64", "picture_seed": 5, "picture_batch_size": 3, "precision": "fp32"}
+    values |= {"guidance": 2.0, "size": "64", "picture_seed": 5, "picture_batch_size": 3, "precision": "bf16"}
     values |= {"run": " rex-1 ", "clip_model": "c", "dino_model": "d", "download": True}
     output = host.run("pick", "PickBestCheckpoint", subject=host.subject(), **BASE, **values)
     [(generator, evaluator, candidates, configs)] = calls
     assert generator[0] is host.base
-    assert generator[1:4] == (host.folder / "output" / "dreambooth" / "pictures", torch.device("cpu"), "fp32")
+    assert generator[1:4] == (host.folder / "output" / "dreambooth" / "pictures", torch.device("cpu"), "bf16")
     assert evaluator[0] == "extractors"
     assert names(evaluator[1]) == ["0.png", "1.png", "2.png"]
     assert evaluator[2:4] == (["a photo of sks dog in snow", "sks asleep"], "sks")
@@ -257,6 +257,8 @@ def test_a_subject_s_files_are_its_fingerprint(host: Host) -> None:
 def test_training_settings_are_passed_on(host: Host) -> None:
     [settings] = host.run("train", "TrainingSettings", steps=3, alpha=0.0, conv_alpha=2.0, weight_decay=0.0).args
     assert dict(settings) == {"steps": 3, "alpha": None, "conv_alpha": 2.0, "weight_decay": 0.0}
+    [other] = host.run("train", "TrainingSettings", alpha=4.0, conv_alpha=0.0).args
+    assert dict(other) == {"alpha": 4.0, "conv_alpha": None}
 
 
 # Resize, extract, inspect
