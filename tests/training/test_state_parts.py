@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -374,3 +375,14 @@ def test_scores_and_validated_steps(tmp_path: Path) -> None:
     later = Measurements(scores={**measurements.scores, 400: {"CLIP-I": math.nan}}, validated=[0, 200, 400])
     write_measurements(tmp_path, later)
     assert repr(read_checkpoint(tmp_path, 1).measurements) == repr(later)
+
+
+def test_measurements_are_brought_in_whole_or_not_at_all(tmp_path: Path) -> None:
+    """A second name of the state keeps what it held: the file is replaced, not written over."""
+    course = Course(settings_of("adamw"), TwoNetworks())
+    write_checkpoint_files(tmp_path, course.state.checkpoint(1, METADATA, Measurements()))
+    former = tmp_path / "former"
+    os.link(tmp_path / "state.json", former)
+    before = former.read_bytes()
+    write_measurements(tmp_path, Measurements(validated=[0]))
+    assert former.read_bytes() == before != (tmp_path / "state.json").read_bytes()
