@@ -159,6 +159,26 @@ def test_training_begins_where_it_is_told(host: Host, trained: list[SimpleNamesp
         host.run("train", "TrainLora", subject=host.subject(), settings={"combine": True}, **BASE)
 
 
+def test_training_is_told_what_has_no_effect_and_which_models_score(
+    host: Host, trained: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = importlib.import_module("pack.nodes.host_models")
+    monkeypatch.setattr(models, "feature_model", lambda name: f"path of {name}")
+    told: list[Any] = []
+    report = "pack.trainer.training.preflight.report_settings_without_effect"
+    monkeypatch.setattr(report, lambda *asked, **more: told.append((asked, more)))
+    subject = host.subject()
+    priors = importlib.import_module("pack.nodes.priors").PriorsValue(subject.pictures)
+    for start in (None, wire_of(adapter_of(2.0))):
+        values = {"score_clip": " c ", "score_dino": " ", "preview_every": 1, "start_from": start}
+        values |= {"priors": None if start else priors}
+        host.run("train", "TrainLora", subject=subject, **values, **BASE)
+    assert [(call.settings.score_clip, call.settings.score_dino.strip()) for call in trained] == [("path of c", "")] * 2
+    assert [asked[1:] for asked, _ in told] == [(subject.pictures, ("a photo of a dog",))] * 2
+    connected = [(more["has_class_pictures"], more["starts_from_adapter"]) for _, more in told]
+    assert connected == [(True, False), (False, True)]
+
+
 def test_widgets_of_the_node_win_over_training_settings(host: Host, trained: list[SimpleNamespace]) -> None:
     settings = {"steps": 5, "batch_size": 2}
     host.run("train", "TrainLora", subject=host.subject(), settings=settings, steps=9, **BASE)

@@ -162,13 +162,13 @@ def test_the_best_checkpoint_is_picked(known: bool, host: Host, opened: Any, mon
     values = {"prompts": "{subject} in snow\n{token} asleep", "schedulers": "ddim", "steps": "3", "count": 2}
     values |= {"guidance": 2.0, "size": "64", "picture_seed": 5, "picture_batch_size": 3, "precision": "bf16"}
     values |= {"run": " rex-1 ", "clip_model": "c", "dino_model": "d", "download": True}
-    output = host.run("pick", "PickBestCheckpoint", subject=host.subject(), **BASE, **values)
+    output = host.run("pick", "PickBestCheckpoint", subject=host.subject(token="rraj"), **BASE, **values)
     [(generator, evaluator, candidates, configs)] = calls
     assert generator[0] is host.base
     assert generator[1:4] == (host.folder / "output" / "dreambooth" / "pictures", torch.device("cpu"), "bf16")
     assert evaluator[0] == "extractors"
     assert names(evaluator[1]) == ["0.png", "1.png", "2.png"]
-    assert evaluator[2:4] == (["a photo of sks dog in snow", "sks asleep"], "sks")
+    assert evaluator[2:4] == (["a photo of rraj dog in snow", "rraj asleep"], "rraj")
     assert [one.title for one in candidates] == ["base", "rex, step 2", "rex, step 4", "rex, step 6"]
     [config] = configs
     assert (config.width, config.height, config.scheduler, config.steps) == (64, 64, "ddim", 3)

@@ -175,6 +175,12 @@ test("a run that failed says first what to do", async () => {
   assert.equal(panel.list.querySelector(".dreambooth-details").firstChild.className, "dreambooth-error");
 });
 
+test("a run that failed for a reason without a remedy says the reason alone", async () => {
+  await opened(details("dog-1", { state: "failed", problem: "KeyError: 'x'", remedy: "" }));
+  await click(rowOf("dog-1"));
+  assert.deepEqual(texts(".dreambooth-error"), ["KeyError: 'x'"]);
+});
+
 test("each state offers what can be done with the run", async () => {
   const workflow = "/dreambooth/workflow.json";
   await opened(

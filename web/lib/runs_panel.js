@@ -5,7 +5,7 @@ import { addressOf, deleteRun, listRuns, runCurve, runDetails, useCheckpoint } f
 import { Chart } from "./chart.js";
 import { Curve } from "./curve.js";
 import { make, shortTime } from "./dom.js";
-import { possibleActions } from "./progress.js";
+import { failureText, possibleActions } from "./progress.js";
 
 /** @import { Points, RunDetails, RunSummary } from "../types/answers.js" */
 
@@ -160,9 +160,7 @@ export class RunsPanel {
     chart.total = run.steps;
     Object.assign(chart.element.style, { flex: "none", height: "130px" });
     details.box.replaceChildren(
-      ...(run.problem
-        ? [make("div", { className: "dreambooth-error", textContent: `${run.remedy}\n${run.problem}` })]
-        : []),
+      ...(run.problem ? [make("div", { className: "dreambooth-error", textContent: failureText(run) })] : []),
       make("div", { className: "actions" }, ...this.actions(run)),
       chart.element,
       chart.legend,
