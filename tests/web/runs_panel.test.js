@@ -181,6 +181,12 @@ test("a run that failed for a reason without a remedy says the reason alone", as
   assert.deepEqual(texts(".dreambooth-error"), ["KeyError: 'x'"]);
 });
 
+test("a run that is being trained again shows no error of before", async () => {
+  await opened(details("dog-1", { state: "running", problem: "The loss is NaN.", remedy: "Lower learning_rate." }));
+  await click(rowOf("dog-1"));
+  assert.deepEqual(texts(".dreambooth-error"), []);
+});
+
 test("each state offers what can be done with the run", async () => {
   const workflow = "/dreambooth/workflow.json";
   await opened(

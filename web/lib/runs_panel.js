@@ -159,8 +159,9 @@ export class RunsPanel {
     details.chart = chart;
     chart.total = run.steps;
     Object.assign(chart.element.style, { flex: "none", height: "130px" });
+    const failure = failureText(run);
     details.box.replaceChildren(
-      ...(run.problem ? [make("div", { className: "dreambooth-error", textContent: failureText(run) })] : []),
+      ...(failure ? [make("div", { className: "dreambooth-error", textContent: failure })] : []),
       make("div", { className: "actions" }, ...this.actions(run)),
       chart.element,
       chart.legend,
