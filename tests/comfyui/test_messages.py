@@ -13,8 +13,8 @@ from comfy_host import ComfyServer, PromptFailed, PromptInterrupted
 from comfy_page import Message, Page
 from pack.trainer.training.runs.index import RunIndex
 from PIL import Image
-from raw_http import Reply, ask
-from sites import OWN, noisy
+from raw_http import Reply
+from sites import OWN, Asked, noisy
 
 pytestmark = pytest.mark.comfy
 TRAINED: dict[str, Any] = {"steps": 30, "preview_every": 10, "settings": ["more", 0]}
@@ -24,22 +24,6 @@ def training(**changes: Any) -> dict[str, dict[str, Any]]:
     """Thirty small steps with previews."""
     more = node("DreamBoothTrainingSettings", preview_steps=1, preview_count=1, checkpoint_every=10)
     return graph(**TRAINED | changes) | {"more": more}
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What pages ask the server, and the runs that it answers from."""
-
-    url: str
-    shelf: RunIndex
-
-    def ask(self, target: str, method: str = "GET", body: bytes = b"", **headers: str) -> Reply:
-        return ask(self.url, target, method, body, **headers)
-
-    def get(self, target: str) -> Any:
-        reply = self.ask(f"/dreambooth{target}")
-        assert reply.status == 200, reply.content
-        return reply.json
 
 
 @pytest.fixture(scope="module")

@@ -29,21 +29,11 @@ _RED = (255, 0, 0)
 
 
 @dataclass(frozen=True)
-class Site:
-    """A running host, bare or ComfyUI, with a finished run, and pictures."""
+class Asked:
+    """What pages ask a server, and the runs that it answers from."""
 
     url: str
-    base_dir: Path
     shelf: RunIndex
-    run: str
-
-    @property
-    def folder(self) -> Path:
-        return self.shelf.root / self.run
-
-    @property
-    def loras(self) -> Path:
-        return self.base_dir / "models" / "loras"
 
     def ask(self, target: str, method: str = "GET", body: bytes = b"", **headers: str) -> Reply:
         """Send a request as it stands: nothing of the target is quoted or put in order."""
@@ -53,6 +43,22 @@ class Site:
         reply = self.ask(f"/dreambooth{target}")
         assert reply.status == 200, reply.content
         return reply.json
+
+
+@dataclass(frozen=True)
+class Site(Asked):
+    """A running host, bare or ComfyUI, with a finished run, and pictures."""
+
+    base_dir: Path
+    run: str
+
+    @property
+    def folder(self) -> Path:
+        return self.shelf.root / self.run
+
+    @property
+    def loras(self) -> Path:
+        return self.base_dir / "models" / "loras"
 
     def use(self, body: bytes, **headers: str) -> Reply:
         return self.ask(f"/dreambooth/runs/{quote(self.run)}/use", "POST", body, **OWN | headers)
@@ -99,7 +105,7 @@ def make_site(base_dir: Path) -> Site:
     _fill_secret(base_dir / "secret", run)
     (runs / "linked").symlink_to(base_dir / "secret", target_is_directory=True)
     _fill_input(base_dir / "input", base_dir / "secret")
-    return Site("", base_dir, RunIndex(runs), run.name)
+    return Site("", RunIndex(runs), base_dir, run.name)
 
 
 def _finished_run(runs: Path) -> Path:
