@@ -30,6 +30,7 @@ from merge_worlds import (
 )
 from pack.trainer.adapters.kohya import Adapter, read_adapter, read_header
 from pack.trainer.cli.merge import _weighted_adapters
+from pack.trainer.core.devices import DTYPES
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.open import open_base
@@ -203,6 +204,17 @@ def test_every_method(method: str, run: Shell, models: Path, tmp_path: Path) -> 
     assert ("seed" in told) == method.startswith("dare")
 
 
+def test_a_kind_that_needs_the_base_is_merged_with_it(
+    run: Shell, models: Path, weights: dict[str, Tensor], tmp_path: Path
+) -> None:
+    dora = models / "dora.safetensors"
+    words = ["merge", f"{dora}:0.5", "--output", tmp_path / "out.safetensors", "--save-precision", "fp32"]
+    assert run(*words) == 1
+    assert run(*words, "--base", models / "sd15.safetensors") == 0, run.errors
+    expected = {name: 0.5 * delta for name, delta in alone(dora, weights).items()}
+    close(Path(run.lines[-1]), expected, weights)
+
+
 def test_reports(run: Shell, models: Path, tmp_path: Path) -> None:
     words = ["merge", models / "dog.safetensors", models / "größe 1.safetensors", "--method", "svd", "--rank", "2"]
     told = tmp_path / "new folder" / "Bericht ä.json"
@@ -299,13 +311,28 @@ def test_files_say_what_they_are(command: str, run: Shell, models: Path, tmp_pat
         assert told["method"] == {"merge": "sum", "resize": "svd", "learned-merge": "learned"}[command]
     if command == "merge":
         assert (told["inputs"][1]["strength"], told["inputs"][1]["text_strength"]) == (0.5, 0.25)
-    if command != "extract":
+    if command == "extract":
+        assert found["modelspec.merged_from"] == "tuned"
+    else:
         assert found["modelspec.trigger_phrase"] == phrase
+    precision = "fp32" if command == "learned-merge" else "fp16"
+    assert {tensor.dtype for tensor in load_file(output).values() if tensor.ndim} == {DTYPES[precision]}
     assert all(str(models) not in value for value in found.values())
     assert run("inspect", output) == 0
     assert "LoRA" in run.output
     assert run("inspect", output, "--json") == 0
     assert json.loads(run.output)["hashes"]["sshs_model_hash"] == found["sshs_model_hash"]
+
+
+@pytest.mark.parametrize("command", ["merge", "resize", "convert", "extract"])
+def test_files_have_the_precision_that_is_asked_for(command: str, run: Shell, models: Path, tmp_path: Path) -> None:
+    words: dict[str, list[object]] = {
+        "extract": ["--base", models / "sd15.safetensors", "--tuned", models / "tuned.safetensors"]
+    }
+    given = words.get(command, [models / "dog.safetensors"])
+    assert run(command, *given, "--output", tmp_path / "out.safetensors", "--save-precision", "bf16") == 0, run.errors
+    tensors = load_file(tmp_path / "out.safetensors")
+    assert {tensor.dtype for tensor in tensors.values() if tensor.ndim} == {torch.bfloat16}
 
 
 # The other commands
@@ -365,6 +392,20 @@ def test_extract(run: Shell, models: Path, tmp_path: Path) -> None:
     assert name == UNET_NAME
     assert layer.rank == 1 or layer.rank == 4
     torch.testing.assert_close(layer.delta(), expected, rtol=0, atol=1e-5)
+
+
+def test_extract_takes_biases_of_both_models_if_asked(run: Shell, models: Path, tmp_path: Path) -> None:
+    tensors = load_file(models / "tuned.safetensors")
+    tensors["model.diffusion_model.out.2.bias"] += torch.arange(4.0)
+    save_file(tensors, tmp_path / "tuned.safetensors")
+    words = ["extract", "--base", models / "sd15.safetensors", "--tuned", tmp_path / "tuned.safetensors"]
+    words += ["--output", tmp_path / "out.safetensors", "--save-precision", "fp32"]
+    assert run(*words, "--biases") == 0, run.errors
+    [(key, vector)] = read_adapter(tmp_path / "out.safetensors").vectors.items()
+    assert key == "lora_unet_conv_out.diff_b"
+    torch.testing.assert_close(vector, torch.arange(4.0), rtol=0, atol=1e-6)
+    assert run(*words) == 0, run.errors
+    assert not read_adapter(Path(run.lines[-1])).vectors
 
 
 def test_fuse(run: Shell, models: Path, base: BaseWeights, tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from pack.trainer.core.errors import AdapterError, CancelledError, StorageError
 from pack.trainer.core.events import Phase
 from pack.trainer.data.image_cache import generated_picture
 from pack.trainer.data.images import Picture
+from pack.trainer.evaluation import comparison_report
 from pack.trainer.evaluation.comparison import (
     Candidate,
     Comparison,
@@ -316,6 +317,37 @@ def test_the_plot_marks_the_best() -> None:
     assert heights_of_red(as_plot(crafted(base=[marks["base"]], s01=[marks["s01"]]))) == 0
 
 
+def test_the_plot_shows_what_its_axes_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the first way alone, the base first; another adapter is no step of a run."""
+    monkeypatch.setattr(comparison_report, "figure_as_picture", lambda figure: figure)
+    marks = {"base": (0.5, 0.3, 0.0), "s01": (0.6, 0.31, 0.02), "s02": (0.7, 0.25, 0.05)}
+    ways = {title: [one, (0.1, 0.1, 0.1)] for title, one in marks.items()}
+    panels: Any = as_plot(crafted(**ways, file=[(0.9, 0.9, 0.9)]))
+    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in panels.axes] == [
+        ("prompt following (CLIP-T)", "fidelity (CLIP-I)"),
+        ("drift of the class", "fidelity (CLIP-I)"),
+    ]
+    for axes, place in zip(panels.axes, (1, 2), strict=True):
+        line, star = axes.lines
+        points = [(one[place], one[0]) for one in marks.values()]
+        assert [tuple(point) for point in line.get_xydata()] == points
+        assert [(text.get_text(), tuple(text.xy)) for text in axes.texts] == list(
+            zip(("base", "1", "2"), points, strict=True)
+        )
+        assert tuple(star.get_xydata()[0]) == points[2]
+        assert star.get_label() == "best: step 2"
+    both = Comparison(
+        crafted("DINO", base=[marks["base"]], s01=[marks["s01"]]).rows, [], [], {}, {"CLIP": "", "DINO": ""}
+    )
+    panels = as_plot(both)
+    assert panels.axes[0].get_ylabel() == "fidelity (DINO)"
+    partly = Comparison(
+        [*crafted(s01=[marks["s01"]]).rows, *crafted(s02=[(0.7, None, 0.1)]).rows], [], [], {}, {"CLIP": "scorer"}
+    )
+    panels = as_plot(partly)
+    assert [axes.get_xlabel() for axes in panels.axes] == ["drift of the class"]
+
+
 def heights_of_red(image: Image.Image) -> int:
     """At how many separate heights something of the colour of the best stands."""
     rows = (np.abs(np.asarray(image, dtype=int) - (214, 39, 40)) < 60).all(-1).any(1)
@@ -551,6 +583,10 @@ def test_who_is_compared(given: list[str], titles: list[str], runs: Mapping[str,
     settings = {"base": "x", "subject": "x", "prompts": "x", "clip": "x", "runs": tuple(named), **more}
     found = candidates_of(CompareCommand.checked(settings))
     assert [one.title for one in found] == ["base", *(title.format_map(names) for title in titles)]
+    for one in found[1:]:
+        [(_, strength)] = one.load()
+        at = re.search(r" at (\S+)", one.title)
+        assert strength == (float(at[1]) if at else 1)
 
 
 def test_what_is_no_run_is_named(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import transformers
 from feature_worlds import MEAN, SIZES, STD, picture, processor
 from helpers import DEMO, Recorder
 from pack.trainer.__main__ import main
+from pack.trainer.cli.evaluate import run_score
 from pack.trainer.core.errors import PicturesError, SettingsError, WeightsError
 from pack.trainer.data.images import load_pictures
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors, FeatureModel, open_feature_model
@@ -247,6 +248,18 @@ def test_the_command(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
     assert "CLIP-I" in capsys.readouterr().out
     found = list(csv.DictReader((tmp_path / "scores.csv").read_text().splitlines()))
     assert [row["prompt"] for row in found] == ["a dog on the grass", *["a dog"] * 4]
+    assert "CLIP-T" in found[0]
+
+
+def test_without_a_prompt_of_every_picture_none_counts(tmp_path: Path) -> None:
+    pictures = tmp_path / "pictures"
+    shutil.copytree(DEMO / "subject", pictures)
+    (pictures / "0.txt").write_text("a dog on the grass")
+    given = {"pictures": pictures, "subject": DEMO / "subject", "clip": str(DEMO / "scorer")}
+    told = tmp_path / "scores.json"
+    table = run_score(ScoreCommand.checked({**given, "output": told, "device": "cpu"}), Recorder())
+    assert table.metrics == ["CLIP-I"]
+    assert json.loads(told.read_text(encoding="utf-8")) == table.as_json()
 
 
 @pytest.mark.parametrize(

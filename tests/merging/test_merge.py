@@ -526,6 +526,34 @@ def test_reports_are_text_json_and_a_picture(method: str) -> None:
     assert min(picture.size) > 50
 
 
+def test_a_report_tells_pairs_ranks_and_opposites() -> None:
+    """Of three adapters of one module each pair has its own cosine; the column of overlap has no sign."""
+    first, second, third = (
+        torch.eye(4),
+        torch.diag(torch.tensor([1.0, -1, -1, -1])),
+        torch.diag(torch.tensor([1.0, 0, 0, 0])),
+    )
+    three = [adapter_of({NAME: {"diff": delta}}) for delta in (first, second, third)]
+    report = merged(*three).report
+    assert report.modules[0].overlap == pytest.approx({(0, 1): -0.5, (0, 2): 0.5, (1, 2): 0.5}, abs=1e-6)
+    assert [text.split(" overlap")[0] for text in report.warnings] == ["A and B", "A and C", "B and C"]
+    [columns] = merged(three[0], three[1]).report.by_block().values()
+    assert columns["overlap"] == pytest.approx(0.5, abs=1e-6)
+    ranks = adapter_of({f"{BLOCKS}_{n}_attn1_to_q": lora(6, 5, 2 + n, n) for n in range(3)})
+    assert merged(ranks).report.as_text().splitlines()[0].endswith("3 modules, rank 2 to 4")
+
+
+def test_the_cosine_of_a_warning_is_that_of_all_modules_in_common() -> None:
+    """⟨a, b⟩ / (‖a‖ ‖b‖) of the two modules together, not a mean; a module of one of them alone does not count."""
+    names = [f"{BLOCKS}_{n}_attn1_to_q" for n in range(3)]
+    one, other = torch.eye(2), torch.diag(torch.tensor([1.0, -1.0]))
+    a = adapter_of({names[0]: {"diff": 3 * one}, names[1]: {"diff": one}, names[2]: {"diff": 9 * one}})
+    b = adapter_of({names[0]: {"diff": 2 * one}, names[1]: {"diff": 4 * other}})
+    [warning] = merged(a, b).report.warnings
+    assert f"cosine {12 / (20 * 40) ** 0.5:.2f}" in warning
+    assert "do the same twice" in warning
+
+
 def test_an_adapter_of_strength_zero_overlaps_with_nothing() -> None:
     a, b = (single("LoRA", WEIGHTS["linear"], n) for n in (1, 2))
     for method in ("sum", "svd"):
