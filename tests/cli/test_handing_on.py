@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from helpers import Recorder
+from pack.trainer.adapters.kohya import Adapter, write_adapter
+from pack.trainer.adapters.layers import FullLayer
+from pack.trainer.adapters.names import named_weights
+from pack.trainer.cli import train
 from pack.trainer.cli.plan import _planned_memory, _planned_precision, _Row, _table, _verdict
 from pack.trainer.cli.terminal import Terminal
-from pack.trainer.cli.train import _given_class_pictures, _prior_settings, _subject_pictures, open_base_model
+from pack.trainer.cli.train import (
+    _given_class_pictures,
+    _prior_settings,
+    _subject_pictures,
+    open_base_model,
+    run_generate,
+    run_priors,
+)
 from pack.trainer.core.devices import pick_device
+from pack.trainer.core.errors import TrainerError
 from pack.trainer.core.events import Note, Phase, Step, Validation
 from pack.trainer.data.class_images import by_prompt
-from pack.trainer.settings.train import GenerateCommand, PlanCommand, TrainCommand
+from pack.trainer.models.families.base import BaseWeights
+from pack.trainer.models.open import open_base
+from pack.trainer.settings.train import GenerateCommand, PlanCommand, PriorsCommand, TrainCommand
 from pack.trainer.training.memory.plan import MemoryNeed
 from PIL import Image
 
@@ -102,6 +118,59 @@ def test_a_base_is_opened_as_the_settings_say(tiny_checkpoint: Path) -> None:
     assert (plain.prediction.type, plain.clip_skip) == ("epsilon", 0)
     other = open_base_model(GenerateCommand.checked({**given, "prediction_type": "v_prediction", "clip_skip": 2}))
     assert (other.prediction.type, other.clip_skip) == ("v_prediction", 2)
+    for setting in ("vae", "tokenizer"):
+        with pytest.raises(TrainerError, match=f"no {setting} here"):
+            open_base_model(GenerateCommand.checked({**given, setting: f"no {setting} here.safetensors"}))
+
+
+def test_pictures_come_prompt_by_prompt_as_the_settings_say(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, Sequence[int]]] = []
+    configs = set()
+
+    def generate(model: object, prompt: str, seeds: Sequence[int], config: Any, listener: object) -> list[Image.Image]:
+        asked.append((prompt, seeds))
+        configs.add(config)
+        return [Image.new("RGB", (8, 8), (len(asked), 0, 0))]
+
+    monkeypatch.setattr(train, "generate", generate)
+    given = {"base": tiny_checkpoint, "prompt": "a dog|a cat", "negative_prompt": "blurred", "count": 2, "seed": 5}
+    given |= {"size": "64x96", "steps": 3, "guidance": 2.5, "scheduler": "pndm", "device": "cpu"}
+    listener = Recorder()
+    files = run_generate(GenerateCommand.checked({**given, "output": tmp_path / "out.png"}), listener)
+    assert asked == [("a dog", [5]), ("a dog", [6]), ("a cat", [5]), ("a cat", [6])]
+    [config] = configs
+    assert (config.width, config.height, config.negative_prompt) == (64, 96, "blurred")
+    assert (config.scheduler, config.steps, config.guidance) == ("pndm", 3, 2.5)
+    assert [file.name for file in files] == [f"out-00{number}.png" for number in range(4)]
+    for number, file in enumerate(files, 1):
+        with Image.open(file) as image:
+            assert image.getpixel((0, 0)) == (number, 0, 0)
+    told = [(event.done, event.total) for event in listener.events if isinstance(event, Phase)]
+    assert told == [(done, 4) for done in range(5)]
+
+
+def test_class_pictures_are_of_the_base_with_what_lies_below(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[BaseWeights, dict[str, Any]]] = []
+    monkeypatch.setattr(train, "generate_class_images", lambda base, priors, **options: made.append((base, options)))
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    base = open_base(tiny_checkpoint)
+    weight = named_weights(base.family.build(base))[name]
+    adapter = Adapter({name: FullLayer(torch.ones_like(weight))})
+    file = write_adapter(tmp_path / "below.safetensors", adapter, torch.float32)
+    given = {"base": tiny_checkpoint, "class_prompt": "a dog", "prior_count": 2, "resolution": 64, "device": "cpu"}
+    given |= {"output_dir": tmp_path, "precision": "bf16"}
+    [plain] = run_priors(PriorsCommand.checked(given), Recorder())
+    [half] = run_priors(PriorsCommand.checked({**given, "base_lora": (f"{file}:0.5",)}), Recorder())
+    assert plain != half
+    assert {folder.parent for folder in (plain, half)} == {tmp_path / "class-pictures"}
+    assert len({base.fingerprint for base, _ in made}) == 2
+    for _, options in made:
+        assert (options["resolution"], options["root"]) == (64, tmp_path / "class-pictures")
+        assert (options["device"], options["precision"]) == (CPU, "bf16")
 
 
 # Planning
