@@ -1,15 +1,19 @@
-"""Metadata of a run, of whatever settings: every entry in kohya's and Stability's words, without a run."""
+"""Metadata of files, of whatever settings: every entry in kohya's, Stability's and PEFT's words, without a run."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pack.trainer.adapters.diffusers_format import write_diffusers
 from pack.trainer.adapters.kohya import Adapter
 from pack.trainer.adapters.layers import LohaLayer, LoraLayer
 from pack.trainer.adapters.metadata import RunFacts, derived_metadata, metadata_summary, training_metadata
+from pack.trainer.core.tensor_files import read_header
 from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.families.base import Prediction
 from pack.trainer.settings.train import TrainSettings
@@ -192,3 +196,28 @@ def test_the_summary_prefers_what_people_read() -> None:
     given |= {"ss_resolution": "(512, 512)", "ss_sd_model_name": "base"}
     told = {"title": "Dog", "base model": "base", "steps": "9", "resolution": "(512, 512)"}
     assert metadata_summary(given) == told
+
+
+def test_the_header_for_diffusers_has_the_ranks_of_every_network(tmp_path: Path) -> None:
+    """Alpha is each module's own rank; only the network that has magnitudes is DoRA; the old file's hashes go."""
+    unet = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_"
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    layers = {f"{unet}q": lora(4, 2.0), f"{unet}k": lora(4, 2.0), f"{unet}v": lora(2, 1.0), text: lora(3, 3.0)}
+    layers |= {name: replace(layers[name], dora_scale=torch.ones(8, 1)) for name in layers if name != text}
+    stated = {"sshs_model_hash": "1", "sshs_legacy_hash": "2", "modelspec.hash_sha256": "3", "modelspec.title": "Dog"}
+    path = write_diffusers(tmp_path / "out.safetensors", Adapter(layers, stated), torch.float32)
+    metadata = read_header(path).metadata
+    assert metadata["modelspec.title"] == "Dog"
+    assert not stated.keys() & metadata.keys() - {"modelspec.title"}
+    found = json.loads(metadata["lora_adapter_metadata"])
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1.to_"
+    assert {key: value for key, value in found.items() if key.startswith("unet.")} == {
+        "unet.r": 4,
+        "unet.lora_alpha": 4,
+        "unet.rank_pattern": {f"{attention}v": 2},
+        "unet.alpha_pattern": {f"{attention}v": 2},
+        "unet.target_modules": [f"{attention}{letter}" for letter in "kqv"],
+        "unet.use_dora": True,
+    }
+    assert (found["text_encoder.r"], found["text_encoder.use_dora"]) == (3, False)
+    assert (found["text_encoder.rank_pattern"], found["text_encoder.alpha_pattern"]) == ({}, {})

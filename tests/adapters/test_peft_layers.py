@@ -324,6 +324,18 @@ def test_include_and_exclude(values: dict[str, Any], expected: str | None, world
         assert set(chosen(base, **values)) == {path for path in layers_of(base) if re.search(expected, path)}
 
 
+def test_a_rank_stabilised_layer_has_the_root_of_its_own_rank(worlds: Worlds) -> None:
+    """alpha / √rank as programs read it that divide by the rank, whatever the rank comes from."""
+    values = {"targets": "all", "alpha": 3.0, "conv_rank": 5, "conv_alpha": 2.0, "rank_stabilized": True}
+    found = chosen(worlds["SD 1"].base, **values, block_ranks=r"down_blocks=4:6 mid_block=3")
+    assert {(rank, round(alpha, 4)) for rank, alpha in found.values()} == {
+        (2, round(3 * 2**0.5, 4)),
+        (3, round(3 * 3**0.5, 4)),
+        (4, 12.0),
+        (5, round(2 * 5**0.5, 4)),
+    }
+
+
 def test_ranks_of_blocks(worlds: Worlds) -> None:
     """The last pattern counts; 0 leaves a layer out; a rank alone has an alpha of its own."""
     base = worlds["SD 1"].base

@@ -28,7 +28,7 @@ from pack.trainer.adapters.keys import parse_keys
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.module_paths import dotted, module_path, underscored
 from pack.trainer.adapters.names import name_in_family, named_weights
-from pack.trainer.cli.inspect import describe_adapter
+from pack.trainer.cli.inspect import describe_adapter, inspect
 from pack.trainer.core.errors import AdapterError, SettingsError
 from pack.trainer.merging.merge import WeightedAdapter, merge
 from pack.trainer.models.families import FAMILIES
@@ -584,6 +584,22 @@ def test_a_bundled_embedding_is_inspected() -> None:
     adapter = parse_adapter(lora(kohya(TO_Q)) | EMBEDDING)
     assert describe_adapter(adapter)["embeddings"] == ["sks"]
     assert "embeddings" not in describe_adapter(replace(adapter, embeddings={}))
+
+
+def test_a_file_is_inspected_by_its_own_numbers(tmp_path: Path) -> None:
+    """Rank and alpha, each of its own, the hashes of the file, and the blocks only if asked for."""
+    layer = LoraLayer(torch.ones(3, 4), torch.ones(4, 3), 1.5)
+    other = LoraLayer(torch.ones(2, 4), torch.ones(4, 2), 8.0)
+    adapter = Adapter({kohya(TO_Q): layer, kohya(TO_OUT): other}, {"ss_steps": "9", "modelspec.title": "Dog"})
+    path = write_adapter(tmp_path / "dog.safetensors", adapter, torch.float32)
+    facts = inspect(path)
+    assert (facts["file"], facts["kind"], facts["dtype"]) == (str(path), "LoRA", ["float32"])
+    assert (facts["rank"], facts["alpha"]) == ([2, 3], [1.5, 8.0])
+    assert facts["modules"]["unet"]["count"] == 2
+    assert (facts["summary"]["title"], facts["summary"]["steps"]) == ("Dog", "9")
+    assert facts["hashes"]["sshs_model_hash"] == facts["metadata"]["sshs_model_hash"]
+    assert "blocks" not in facts
+    assert list(inspect(path, blocks=True)["blocks"]) == [module_path(kohya(TO_Q)).block]
 
 
 def test_adapters_that_are_combined_keep_their_embeddings_and_lose_no_bias() -> None:

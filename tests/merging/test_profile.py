@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter
+from pack.trainer.adapters.layers import LohaLayer
 from pack.trainer.cli.inspect import facts_as_text
 from pack.trainer.merging.profile import profile_adapter
 from torch import Tensor
@@ -44,6 +45,18 @@ def test_used_rank_holds_95_percent_of_the_energy() -> None:
         Adapter({MID: lora([10.0, 1.0, 1.0, 1.0]), MID_TOO: lora([2.0, 2.0, 2.0, 2.0])}, {})
     ).values()
     assert both["rank used"] == pytest.approx((1 / 4 + 1) / 2)
+
+
+def test_the_rank_of_a_loha_is_that_of_its_product() -> None:
+    """Two products of rank 2, number by number, have rank 4."""
+    source = torch.Generator().manual_seed(1)
+    up = [torch.randn(32, 2, generator=source) for _ in range(2)]
+    down = [torch.randn(2, 32, generator=source) for _ in range(2)]
+    layer = LohaLayer(w1_a=up[0], w1_b=down[0], w2_a=up[1], w2_b=down[1], alpha=2.0)
+    energies = torch.linalg.svdvals((up[0] @ down[0]) * (up[1] @ down[1])).square()
+    used = int((energies.cumsum(0) < 0.95 * energies.sum()).sum()) + 1
+    [row] = profile_adapter(Adapter({MID: layer}, {})).values()
+    assert row["rank used"] == pytest.approx(used / 4)
 
 
 @pytest.mark.parametrize(
