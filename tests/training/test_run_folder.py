@@ -231,6 +231,13 @@ def test_a_checkpoint_that_is_there_is_not_written_again(opened: Any) -> None:
     assert run.measurements(2).scores == {2: {"CLIP-I": 0.5}}
 
 
+def test_the_newest_checkpoint_up_to_a_step_may_be_that_of_the_step(opened: Any) -> None:
+    run = opened()
+    for step in (2, 5):
+        run.save(checkpoint(step), keep=9)
+    assert [run.newest(limit) for limit in (1, 2, 4, 5, 9)] == [0, 2, 2, 5, 5]
+
+
 # Its metrics
 
 

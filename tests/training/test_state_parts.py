@@ -359,6 +359,25 @@ def test_captions_of_a_text_encoder_that_was_frozen(adapter: str, base: BaseWeig
     assert encoded(resumed_text) != before
 
 
+def test_captions_of_a_text_encoder_that_leaves_are_encoded_without_dropout(base: BaseWeights) -> None:
+    model = base.family.build(base)
+    encoder = model.text_encoders["text_encoder"]
+    encoder.register_forward_pre_hook(lambda network, _: modes.append(network.training))
+    encoder.train()
+    text = TextConditioning(
+        model,
+        encoded=model.tokenize(["a photo of sks dog"]),
+        trained=["text_encoder"],
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        autocast=contextlib.nullcontext,
+    )
+    modes: list[bool] = []
+    text.rows(torch.tensor([0]))
+    text.freeze()
+    assert modes == [True, False]
+
+
 # What was measured
 
 
