@@ -6,6 +6,7 @@ That ComfyUI takes them for nodes, and what comes out at the end, is shown in a 
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from bare_nodes import BASE, CLIP_OF_BASE, UNET_OF_BASE, Host, adapter_of, names, wire_of
 from helpers import Recorder
 from pack.trainer.core.errors import TrainerError
+from pack.trainer.core.events import RunOpened
 from pack.trainer.core.prompts import PromptWords
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.training.presets import preset_values
@@ -67,15 +69,20 @@ def test_connected_pictures_have_their_captions_and_masks(host: Host) -> None:
 def test_class_priors_of_chained_subjects(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, int, int, int]] = []
 
-    def generate(base: Any, settings: Any, *, resolution: int, root: Path, **_: Any) -> list[Picture]:
+    def generate(
+        base: Any, settings: Any, *, resolution: int, root: Path, device: Any, precision: str, **_: Any
+    ) -> list[Picture]:
+        assert (device, precision) == (torch.device("cpu"), "bf16")
+        assert (settings.prior_scheduler, settings.prior_steps, settings.prior_guidance) == ("ddim", 3, 1.5)
+        assert settings.prior_batch_size == 2
         assert base is host.base
         assert root == host.folder / "output" / "dreambooth" / "class-pictures"
         asked.append((settings.class_prompt, settings.prior_count, settings.prior_seed, resolution))
         return load_pictures(host.folder / "input" / "cat", settings.class_prompt, Recorder())[:2]
 
     monkeypatch.setattr("pack.trainer.data.class_images.generate_class_images", generate)
-    values = {"count": 5, "scheduler": "ddim", "steps": 3, "guidance": 1.0, "seed": 9, "batch_size": 1}
-    values |= {"resolution": 64, "precision": "fp32", **BASE}
+    values = {"count": 5, "scheduler": "ddim", "steps": 3, "guidance": 1.5, "seed": 9, "batch_size": 2}
+    values |= {"resolution": 64, "precision": "bf16", **BASE}
     both = host.subject("cat", token="rraj", class_noun="cat", subject=host.subject())
     priors, shown = host.run("priors", "ClassPriors", prompt="", subject=both, **values).args
     assert asked == [("a photo of a dog", 5, 9, 64), ("a photo of a cat", 5, 9, 64)]
@@ -85,6 +92,7 @@ def test_class_priors_of_chained_subjects(host: Host, monkeypatch: pytest.Monkey
     asked.clear()
     host.run("priors", "ClassPriors", prompt="a {class} | a tree", subject=host.subject(), **values)
     assert [prompt for prompt, *_ in asked] == ["a dog", "a tree"]
+    assert host.borrowed == [("model", "clip", "vae")] * 2
 
 
 # Training
@@ -113,6 +121,7 @@ def test_training_gets_what_is_connected(host: Host, trained: list[SimpleNamespa
     output = host.run("train", "TrainLora", subject=subject, priors=priors, class_images=own, **BASE, **values)
     [call] = trained
     assert call.base is host.base
+    assert host.borrowed == [("model", "clip", "vae")]
     assert names(call.pictures) == names(subject.pictures)
     assert names(call.others)[:4] == names(priors.pictures)
     assert [one.caption for one in call.others[4:]] == ["a photo of a dog"] * 2
@@ -152,6 +161,7 @@ def test_training_begins_where_it_is_told(host: Host, trained: list[SimpleNamesp
     [(stacked, strength)] = point.stacked
     assert (float(stacked.layers[UNET_OF_BASE].up[0, 0]), strength) == (3, 0.5)
     assert host.applied[0] == ("model", "clip", below, 0.5, 0.5)
+    assert host.borrowed == [("model + 1", "clip + 1", "vae")]
     assert host.applied[1] == ("model + 1", "clip + 1", output.args[2], 1.0, 1.0), "on top of the one below"
     host.run("train", "TrainLora", subject=host.subject(), settings={"combine": True}, **values, **BASE)
     assert host.applied[3][:2] == ("model", "clip"), "a combined file holds the one below"
@@ -194,6 +204,26 @@ def test_fine_tuning_trains_all_and_loads_the_checkpoint(
     assert trained[0].settings.adapter == "full"
     assert output.args[:3] == ("model of all.safetensors", "clip", "vae")
     assert output.args[4] == "all.safetensors"
+    assert host.borrowed == [("model", "clip", "vae")]
+
+
+@pytest.mark.parametrize("node", ["TrainLora", "FineTuneCheckpoint"])
+def test_training_checks_the_pictures_and_keeps_the_graph(
+    node: str, host: Host, trained: list[SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Any] = []
+    monkeypatch.setattr("pack.trainer.data.image_check.check_pictures", lambda *asked: checked.append(asked[:2]))
+    monkeypatch.setattr(importlib.import_module("pack.nodes.host"), "load_checkpoint", lambda path: ("m", "c", "v"))
+    subject = host.subject()
+    host.run("train", node, subject=subject, resolution=64, name="rex", **BASE)
+    [(pictures, settings)] = checked
+    assert (names(pictures), settings.resolution) == (names(subject.pictures), 64)
+    run = host.folder / "rex-1"
+    trained[0].listener.report(RunOpened(run, 0, 9))
+    assert json.loads((run / "workflow.json").read_text()) == {"nodes": []}
+    assert len(list((run / "subject").iterdir())) == 3
+    facts = importlib.import_module("pack.nodes.live").snapshot()["7"]
+    assert (facts["name"], facts["run"], facts["step"], facts["steps"]) == ("rex", "rex-1", 0, 9)
 
 
 def test_a_node_s_error_begins_with_what_to_do(host: Host, trained: list[SimpleNamespace]) -> None:
@@ -235,15 +265,18 @@ def test_a_learned_merge_knows_subject_and_style(host: Host, monkeypatch: pytest
     merge = importlib.import_module("pack.trainer.merging.merge")
 
     def learned_merge(base: Any, subject: Any, style: Any, settings: Any, *_: Any) -> Any:
-        asked.append((base, subject.strength, style.strength, settings.steps))
+        strengths = [(one.strength, one.text_strength) for one in (subject, style)]
+        asked.append((base, [subject.title, style.title], strengths, settings.steps))
         return merge.merge([subject, style], merge.MergeSettings(), None)
 
     monkeypatch.setattr("pack.trainer.merging.ziplora.learned_merge", learned_merge)
     inputs = {"subject_lora": wire_of(adapter_of(1.0)), "style_lora": wire_of(adapter_of(10.0)), **BASE}
     inputs |= {"subject_strength": 0.5, "style_strength": 2.0, "steps": 12}
     inputs |= {"subject_prompt": "a photo of sks dog", "style_prompt": "a tree in pixel-art style"}
-    host.run("merge", "LearnedMerge", **inputs)
-    assert asked == [(host.base, 0.5, 2.0, 12)]
+    output = host.run("merge", "LearnedMerge", **inputs)
+    assert asked == [(host.base, ["1: number 1", "2: number 10"], [(0.5, 0.5), (2.0, 2.0)], 12)]
+    assert host.borrowed == [("model", "clip", "vae")]
+    assert up_of(output, UNET_OF_BASE) == pytest.approx(2 * (0.5 + 20), rel=1e-3)
 
 
 def test_an_adapter_is_applied_with_both_strengths(host: Host) -> None:

@@ -165,6 +165,7 @@ def test_the_best_checkpoint_is_picked(known: bool, host: Host, opened: Any, mon
     output = host.run("pick", "PickBestCheckpoint", subject=host.subject(token="rraj"), **BASE, **values)
     [(generator, evaluator, candidates, configs)] = calls
     assert generator[0] is host.base
+    assert host.borrowed == [("model", "clip", "vae")]
     assert generator[1:4] == (host.folder / "output" / "dreambooth" / "pictures", torch.device("cpu"), "bf16")
     assert evaluator[0] == "extractors"
     assert names(evaluator[1]) == ["0.png", "1.png", "2.png"]

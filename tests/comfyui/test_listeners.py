@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from aiohttp import web
 from bare_host import host_modules
 from hypothesis import given
 from hypothesis import strategies as st
+from pack.trainer.core.errors import SettingsError, suggest
 from pack.trainer.core.events import Event, Note, Phase, Preview, RunOpened, Step, Validation
 
 MOST_A_SECOND = 10
@@ -123,3 +125,50 @@ def test_nothing_is_sent_that_a_page_cannot_read(progress: Any) -> None:
     assert node.told("preview") == [{"step": 1, "pictures": [], "scores": {"CLIP-I": None}}]
     assert node.told("scores") == [{"step": 1, "scores": {"validation_loss": None}}]
     assert (node.told("rate")[-1], node.told("seconds_left")[-1]) == (None, None)
+
+
+def test_how_a_run_ends_is_told(progress: Any) -> None:
+    def facts_after(error: BaseException | None) -> dict[str, Any]:
+        node = Node(progress, "TrainingListener")
+        with contextlib.suppress(BaseException), node.listener.ending():
+            if error:
+                raise error
+        _, _, message = node.sent[-1]
+        return {name: message[name] for name in ("state", "problem", "remedy") if name in message}
+
+    assert facts_after(None) == {"state": "done"}
+    assert facts_after(KeyboardInterrupt()) == {"state": "stopped"}
+    assert facts_after(OSError("no disk")) == {"state": "failed", "problem": "OSError: no disk", "remedy": ""}
+    refused = SettingsError(f"{suggest('resume')} is wrong.", f"Set {suggest('resume', 'never')}.")
+    expected = {"state": "failed", "problem": "resume is wrong.", "remedy": "Set resume = never."}
+    assert facts_after(refused) == expected
+    node = Node(progress, "TrainingListener")
+    with pytest.raises(SettingsError), node.listener.ending():
+        raise refused
+
+
+def test_what_a_training_step_and_a_phase_tell(progress: Any) -> None:
+    node = Node(progress, "TrainingListener")
+    node.report([(1.0, Phase("encoding pictures", 0, 3)), (1.0, Step(4, 9, 0.5, 1e-4, 2.0, 2.5, 77))])
+    phase, training = (message for _, kind, message in node.sent[1:] if kind == "dreambooth")
+    assert (phase["state"], phase["done"], phase["total"]) == ("encoding pictures", 0, 3)
+    names = ("state", "step", "steps", "rate", "seconds_left", "memory")
+    assert [training[name] for name in names] == ["training", 4, 9, 2.0, 2.5, 77]
+    assert training["points"] == {"steps": [4], "losses": [0.5], "rates": [1e-4]}
+    bars = [facts for _, kind, facts in node.sent if kind == "progress"]
+    assert [(bar["value"], bar["max_value"], bar["node_id"]) for bar in bars] == [(0, 3, "1"), (4, 9, "1")]
+    kept = importlib.import_module("pack.nodes.live").snapshot()["1"]
+    assert "points" not in kept
+    again = Node(progress, "TrainingListener").sent[0][2]
+    assert {*again} == {"state", "name", "node", "at"}, "nothing of the run before"
+    assert again["state"] == "starting"
+
+
+def test_a_plain_node_tells_its_progress_as_text(progress: Any) -> None:
+    node = Node(progress, "NodeListener")
+    node.report([(1.0, Phase("scoring", 2, 5)), (2.0, step(3, 9)), (2.0, Note(f"Set {suggest('resume', 'never')}."))])
+    assert [text for _, kind, text in node.sent if kind == "text"] == [
+        "scoring: 2 of 5",
+        "Set resume = never.",
+    ]
+    assert [(bar["value"], bar["max_value"]) for _, kind, bar in node.sent if kind == "progress"] == [(2, 5), (3, 9)]

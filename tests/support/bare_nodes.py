@@ -32,6 +32,7 @@ class Host:
     folder: Path
     base: BaseWeights
     applied: list[tuple[Any, ...]]
+    borrowed: list[tuple[Any, ...]]
 
     def run(self, module: str, node: str, **inputs: Any) -> Any:
         """What a node gives, as ComfyUI runs it: a clone of its class, with what is hidden."""
@@ -48,6 +49,7 @@ class Host:
 def host(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Host]:
     base = open_base(tiny_checkpoint)
     applied: list[tuple[Any, ...]] = []
+    borrowed: list[tuple[Any, ...]] = []
 
     def apply_adapter(*asked: Any) -> tuple[str, str]:
         applied.append(asked)
@@ -64,12 +66,12 @@ def host(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         bridge = importlib.import_module("pack.nodes.host")
         monkeypatch.setattr(bridge, "training_mode", contextlib.nullcontext)
         monkeypatch.setattr(bridge, "interruptible", contextlib.nullcontext)
-        monkeypatch.setattr(bridge, "borrow_base", lambda *parts: base)
+        monkeypatch.setattr(bridge, "borrow_base", lambda *parts: borrowed.append(parts) or base)
         monkeypatch.setattr(bridge, "lent_weights", lambda model, clip: None)
         monkeypatch.setattr(bridge, "device_name", lambda: "cpu")
         monkeypatch.setattr(bridge, "algebra_device", lambda: "cpu")
         monkeypatch.setattr(bridge, "apply_adapter", apply_adapter)
-        yield Host(tmp_path, base, applied)
+        yield Host(tmp_path, base, applied, borrowed)
 
 
 def adapter_of(number: float, *modules: str) -> Adapter:
