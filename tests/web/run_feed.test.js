@@ -479,3 +479,26 @@ test("whatever happens, in the end a page shows what one shows that is opened th
     assert.deepEqual(page.shown(), await shownLater(), `seed ${seed}`);
   }
 });
+
+test("a run of which one request failed is read whole with the next message", async () => {
+  for (const failing of ["runDetails", "runCurve"]) {
+    server = new Server();
+    await train({}, 0);
+    const answer = server[failing];
+    server[failing] = () => Promise.reject(new Error("no answer"));
+    page = openedPage(server);
+    await page.recover(server.live);
+    server[failing] = answer;
+    page.receive({ ...server.live, state: "training", at: server.live.at + 1 });
+    server.live = { ...server.live, state: "training" };
+    await turns();
+    assert.deepEqual(page.shown(), await shownLater(), failing);
+  }
+});
+
+test("sample pictures that the run's folder has no longer are not shown", async () => {
+  await train();
+  page.previews.set(10_000, ["/gone.png"]);
+  await page.recover(server.live);
+  assert.deepEqual(page.shown(), await shownLater());
+});
