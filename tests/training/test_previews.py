@@ -19,6 +19,7 @@ from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.core.errors import CancelledError, SettingsError, StorageError, TrainerError, WeightsError
 from pack.trainer.core.events import Phase, Preview, Step
 from pack.trainer.data.images import Picture, decode
+from pack.trainer.data.latent_cache import encode_captions
 from pack.trainer.dreambooth import TrainResult
 from pack.trainer.evaluation.evaluator import Evaluator, fidelity_and_drift
 from pack.trainer.evaluation.feature_extractors import FeatureExtractors
@@ -399,6 +400,32 @@ def test_the_class_drifts_from_the_base_and_not_from_an_adapter_to_start_from(wo
     drifts = [fidelity_and_drift(scores_in(result.run)[0])[1] for result in (first, second)]
     assert drifts[0] == pytest.approx(0, abs=1e-6)
     assert drifts[1] > 1e-4
+
+
+def test_class_pictures_of_the_base_are_drawn_by_the_base_and_the_runs_schedule(world: World, tmp_path: Path) -> None:
+    """Without step 0 they are made now: an untrained model shows no drift, one that starts elsewhere does."""
+    changes: dict[str, Any] = {**SHOWN, "preview_prompts": PROMPTS[0], "preview_count": 1}
+    settings = TrainSettings(**changes, resolution=64, zero_terminal_snr=True)
+
+    def drift(step: int, change: float, *, starts_as_base: bool) -> float:
+        run = RunFolder(tmp_path / f"{step}-{change}-{starts_as_base}")
+        cpu = torch.device("cpu")
+        previews = Previews(world.base, world.subject, settings, run, cpu, starts_as_base=starts_as_base)
+        model = build_on_device(world.base, cpu, "fp32")
+        model.objective = model.objective.with_settings(settings)
+        previews.encode(model, (), Recorder())
+        text = previews.joined(encode_captions(model, ["first"], cpu, ()))
+        with torch.no_grad():
+            for parameter in model.unet.conv_out.parameters():
+                parameter.data = parameter * (1 - change)
+        scores = previews.generate(
+            step, model, lambda rows: {name: encoded[rows] for name, encoded in text.items()}, Recorder()
+        )
+        return fidelity_and_drift(scores)[1]
+
+    assert drift(2, 0.0, starts_as_base=True) == pytest.approx(0, abs=1e-6)
+    assert drift(0, 0.0, starts_as_base=False) == pytest.approx(0, abs=1e-6)
+    assert drift(0, 0.5, starts_as_base=False) > 1e-4
 
 
 @pytest.mark.slow
