@@ -23,6 +23,7 @@ from pack.trainer.core.errors import CancelledError, PicturesError, SettingsErro
 from pack.trainer.data import captioning
 from pack.trainer.data.captioning import BATCH, Captioner, apply_template, caption_folder, open_captioner
 from pack.trainer.data.images import load_pictures
+from pack.trainer.data.tree import MAX_FILE_BYTES
 from pack.trainer.settings.caption import CaptionCommand, CaptionSettings
 from picture_trees import THREE, captions, load, photos, put
 from PIL import Image
@@ -214,6 +215,18 @@ def test_what_has_a_caption_keeps_it(kind: str, where: str, tmp_path: Path) -> N
     assert recorder.notes == [f"{len(kept)} of 3 pictures have captions already; they stay."]
     pictures, _ = load(folder, token="sks")
     assert captions(pictures) == {f"{where}{name}": kept.get(name, WRITTEN) for name in sorted(THREE)}
+
+
+@pytest.mark.usefixtures("own_words")
+def test_a_caption_that_cannot_be_read_now_is_not_replaced(tmp_path: Path) -> None:
+    folder = put(tmp_path / "tree", THREE)
+    with open(folder / "a.txt", "wb") as file:
+        file.truncate(MAX_FILE_BYTES + 1)
+    recorder = Recorder()
+    written = caption_folder(CaptionCommand.checked({"images": folder, "model": "any", "device": "cpu"}), recorder)
+    assert list(written) == ["b.png", "c.png"]
+    assert recorder.notes == ["1 of 3 pictures have captions already; they stay."]
+    assert (folder / "a.txt").stat().st_size == MAX_FILE_BYTES + 1
 
 
 @pytest.mark.usefixtures("own_words")
