@@ -13,6 +13,7 @@ from typing import Any
 from .cli.console import PatientConsole, as_json
 from .cli.flags import add_flags, flag_wording, settings_from, similar_flag, with_dashes
 from .cli.terminal import Terminal
+from .cli.watching import Watched
 from .core.errors import CancelledError, TrainerError, Wording, plain, suggest, worded
 from .core.events import Note
 from .settings.base import Settings
@@ -36,7 +37,7 @@ class Command:
     Attributes:
         name: As it is typed.
         settings: What it takes.
-        run: Does the work and prints the results; gets the settings, and how to word them in notes.
+        run: Does the work and prints the results; gets the settings, and the terminal that shows the work.
         help: One line for --help.
         positional: The setting that is given without a flag; "": the settings file is.
         continues: Whether the same command goes on where it was stopped.
@@ -44,7 +45,7 @@ class Command:
 
     name: str
     settings: type[Settings]
-    run: Callable[[Any, Wording], None]
+    run: Callable[[Any, Terminal], None]
     help: str
     positional: str = ""
     continues: bool = False
@@ -65,54 +66,54 @@ class StoppedError(Exception):
     """The user stopped a command; the text says how to go on."""
 
 
-def _train(settings: TrainCommand, wording: Wording) -> None:
+def _train(settings: TrainCommand, terminal: Terminal) -> None:
     from .cli.train import run_train
 
-    with Terminal(wording) as terminal:
+    with terminal:
         result = run_train(settings, terminal)
     if not terminal.quiet:
         print(result.path)
 
 
-def _plan(settings: PlanCommand, wording: Wording) -> None:
+def _plan(settings: PlanCommand, terminal: Terminal) -> None:
     from .cli.plan import run_plan
 
-    print(worded(run_plan(settings), wording))
+    print(worded(run_plan(settings), terminal.wording))
 
 
-def _priors(settings: PriorsCommand, wording: Wording) -> None:
+def _priors(settings: PriorsCommand, terminal: Terminal) -> None:
     from .cli.train import run_priors
 
-    with Terminal(wording) as terminal:
+    with terminal:
         folders = run_priors(settings, terminal)
     print(*folders, sep="\n")
 
 
-def _generate(settings: GenerateCommand, wording: Wording) -> None:
+def _generate(settings: GenerateCommand, terminal: Terminal) -> None:
     from .cli.train import run_generate
 
-    with Terminal(wording) as terminal:
+    with terminal:
         paths = run_generate(settings, terminal)
     for path in paths:
         print(path)
 
 
-def _caption(settings: CaptionCommand, wording: Wording) -> None:
+def _caption(settings: CaptionCommand, terminal: Terminal) -> None:
     from .data.captioning import caption_folder
 
-    with Terminal(wording) as terminal:
+    with terminal:
         captions = caption_folder(settings, terminal)
     for name, caption in captions.items():
         print(f"{name}: {caption}")
 
 
-def _writes_one_file(function: str) -> Callable[[Any, Wording], None]:
+def _writes_one_file(function: str) -> Callable[[Any, Terminal], None]:
     """Runs the function of `cli.merge` of that name, then prints its report and the path of the file."""
 
-    def run(settings: Settings, wording: Wording) -> None:
+    def run(settings: Settings, terminal: Terminal) -> None:
         from .cli import merge
 
-        with Terminal(wording) as terminal:
+        with terminal:
             path, report = getattr(merge, function)(settings, terminal)
         print(report, file=sys.stderr)
         print(path)
@@ -120,19 +121,19 @@ def _writes_one_file(function: str) -> Callable[[Any, Wording], None]:
     return run
 
 
-def _score(settings: ScoreCommand, wording: Wording) -> None:
+def _score(settings: ScoreCommand, terminal: Terminal) -> None:
     from .cli.evaluate import run_score
 
-    with Terminal(wording) as terminal:
+    with terminal:
         table = run_score(settings, terminal)
     print(table.as_text())
 
 
-def _compare(settings: CompareCommand, wording: Wording) -> None:
+def _compare(settings: CompareCommand, terminal: Terminal) -> None:
     from .cli.evaluate import run_compare
     from .evaluation.comparison_report import as_markdown
 
-    with Terminal(wording) as terminal:
+    with terminal:
         comparison, files = run_compare(settings, terminal)
     print(as_markdown(comparison))
     if comparison.best:
@@ -141,10 +142,10 @@ def _compare(settings: CompareCommand, wording: Wording) -> None:
         print(path)
 
 
-def _dreambench(settings: DreamBenchCommand, wording: Wording) -> None:
+def _dreambench(settings: DreamBenchCommand, terminal: Terminal) -> None:
     from .cli.evaluate import run_dreambench
 
-    with Terminal(wording) as terminal:
+    with terminal:
         files = run_dreambench(settings, terminal)
     print(files["table.md"].read_text(encoding="utf-8"))
     for path in files.values():
@@ -231,15 +232,18 @@ def _demo(arguments: argparse.Namespace) -> None:
 
 def _runs(command: Command, wording: Wording) -> Callable[[argparse.Namespace], None]:
     def run(arguments: argparse.Namespace) -> None:
-        settings = settings_from(arguments, command.settings)
-        if not isinstance(settings, TrainSettings):  # those of a training depend on its preset and its pictures
-            terminal = Terminal(wording)
-            for text in settings.effect_notes():
-                terminal.report(Note(text, warning=True))
+        settings: Settings | None = None
         try:
-            command.run(settings, wording)
+            with Watched(arguments.events, arguments.stop_file) as watched:
+                settings = settings_from(arguments, command.settings)
+                terminal = Terminal(wording, watched)
+                if not isinstance(settings, TrainSettings):  # those of a training depend on its preset and its pictures
+                    for text in settings.effect_notes():
+                        terminal.report(Note(text, warning=True))
+                command.run(settings, terminal)
         except (CancelledError, KeyboardInterrupt) as stop:
-            raise StoppedError(f"Stopped.{worded(command.advice(settings), wording)}") from stop
+            advice = worded(command.advice(settings), wording) if settings else ""
+            raise StoppedError(f"Stopped.{advice}") from stop
 
     return run
 
@@ -257,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         wording = flag_wording(command.settings, command.positional)
         subparser = add(command.name, command.help, _runs(command, wording), wording)
         add_flags(subparser, command.settings, command.positional)
+        _add_watching(subparser)
     inspect = add("inspect", "Describe an adapter or model file.", _inspect, plain)
     inspect.add_argument("file", type=Path, metavar="FILE")
     inspect.add_argument("--blocks", action="store_true", help="also where an adapter works, block by block")
@@ -266,6 +271,13 @@ def _parser() -> argparse.ArgumentParser:
         "--output-dir", type=Path, default=Path("demo/output"), metavar="PATH", help="[default: demo/output]"
     )
     return parser
+
+
+def _add_watching(subparser: argparse.ArgumentParser) -> None:
+    """The flags for another program that runs a command."""
+    group = subparser.add_argument_group("For programs")
+    group.add_argument("--events", type=Path, metavar="FILE", help="write what happens to FILE, a JSON object a line")
+    group.add_argument("--stop-file", type=Path, metavar="FILE", help="stop at the next safe moment once FILE exists")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

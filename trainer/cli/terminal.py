@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import threading
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..core.errors import Wording, plain, worded
 from ..core.events import Event, Note, Phase, Step, Validation
+from .watching import Watched, is_shown_elsewhere
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # of Ctrl-C, kill, a terminal that is closed, Ctrl-Break
 _CLOSING_EVENTS = (2, 5, 6)  # of a console on Windows: its window is closed, the user logs off, the computer shuts down
@@ -26,17 +26,19 @@ class Terminal:
 
     Attributes:
         quiet: Whether nothing is shown, because another of several processes shows it.
+        wording: How settings in what is shown are worded.
     """
 
-    def __init__(self, wording: Wording = plain) -> None:
+    def __init__(self, wording: Wording = plain, watched: Watched | None = None) -> None:
         """Show nothing yet.
 
         Args:
-            wording: How settings in notes are worded.
+            wording: How settings in what is shown are worded.
+            watched: Gets every event, too, and may stop the work; None: nobody else watches.
         """
-        is_launched = "LOCAL_RANK" in os.environ  # as one of several processes, of which only the first shows events
-        self.quiet = is_launched and os.environ.get("RANK", "0") != "0"
-        self._wording = wording
+        self.quiet = is_shown_elsewhere()
+        self.wording = wording
+        self._watched = watched or Watched()
         self._bar: Any = None
         self._title = ""
         self._stop = False
@@ -86,15 +88,16 @@ class Terminal:
         return 1
 
     def should_stop(self) -> bool:
-        """Whether a signal was received."""
-        return self._stop
+        """Whether a signal was received, or whoever watches the command stops it."""
+        return self._stop or self._watched.should_stop()
 
     def report(self, event: Event) -> None:
         """Show an event."""
         if self.quiet:
             return
+        self._watched.report(event)
         if isinstance(event, Note):
-            text = worded(event.text, self._wording)
+            text = worded(event.text, self.wording)
             self._write(f"warning: {text}" if event.warning else text)
         elif isinstance(event, Phase):
             self._show_progress(event.name, event.done, event.total)

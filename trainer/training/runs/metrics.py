@@ -53,14 +53,7 @@ class RecordedListener:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Write how the run ended, and close the file."""
-        line: dict[str, Any] = {"step": self._step, "state": DONE}
-        if isinstance(error, TrainerError):
-            problem, remedy = error.unworded
-            line |= {"state": FAILED, "problem": problem, "remedy": remedy}
-        elif isinstance(error, Exception) and not isinstance(error, CancelledError):
-            line |= {"state": FAILED, "problem": f"{type(error).__name__}: {error}", "remedy": ""}
-        elif error is not None:
-            line["state"] = STOPPED
+        line = {"step": self._step} | ending(error)
         with contextlib.suppress(StorageError):  # the disk's trouble is reported already
             self._add(line)
         self.close()
@@ -121,6 +114,22 @@ def record_done(path: Path, step: int) -> None:
     lines = [line for line in read_metrics(path) if "state" not in line]
     with contextlib.suppress(StorageError):  # what the run gives is written
         _write(path, [*lines, {"step": step, "state": DONE}])
+
+
+def ending(error: BaseException | None) -> dict[str, str]:
+    """How work ended that this error came out of: "state", and "problem" and "remedy", not worded yet, if it failed.
+
+    Args:
+        error: None if none did.
+    """
+    if error is None:
+        return {"state": DONE}
+    if isinstance(error, TrainerError):
+        problem, remedy = error.unworded
+        return {"state": FAILED, "problem": problem, "remedy": remedy}
+    if isinstance(error, Exception) and not isinstance(error, CancelledError):
+        return {"state": FAILED, "problem": f"{type(error).__name__}: {error}", "remedy": ""}
+    return {"state": STOPPED}
 
 
 def _write(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
