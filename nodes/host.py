@@ -76,29 +76,6 @@ def keep_workflow(run: Any, workflow: Mapping[str, Any]) -> None:
     write_atomic(run.workflow_path, json.dumps(workflow, ensure_ascii=False).encode())
 
 
-def take_checkpoint(run: Any, step: int) -> Path:
-    """Copy the adapter of a run's step into the LoRA folder, under the first free name; returns its path.
-
-    Raises:
-        AdapterError: The run has no adapter of that step.
-        StorageError: It can't be written.
-    """
-    from ..trainer.core.files import write_atomic
-
-    adapters = run.adapters()
-    if step not in adapters:
-        steps = ", ".join(map(str, adapters)) or "none"
-        raise AdapterError(f"{run.path.name} has no adapter of step {step}.", f"Choose one of: {steps}.")
-    path = loras_folder() / checkpoint_name(run, step)
-    return write_atomic(path, adapters[step].read_bytes(), replace=False)
-
-
-def checkpoint_name(run: Any, step: int) -> str:
-    """The file name of the adapter of a run's step, outside of the run's folder."""
-    name = run.name if Path(run.name).name == run.name else run.path.name  # a record may come from elsewhere
-    return f"{name}-{step:06d}.safetensors"
-
-
 def loras_folder() -> Path:
     """Where adapter files are written: the first of ComfyUI's LoRA folders."""
     import folder_paths

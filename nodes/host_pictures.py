@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..pages.thumbnails import as_thumbnail
+from ..pages.urls import thumbnail_url
 from ..trainer.core.errors import PicturesError, worded
 from ..trainer.core.events import Event, Note
 from ..trainer.data.folder import AnnotationOptions, picture_names
 from ..trainer.data.images import Picture, load_pictures
 from . import host
-from .thumbnails import as_thumbnail
-from .urls import thumbnail_url
 from .wording import wording_of
 
 

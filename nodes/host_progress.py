@@ -10,12 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pages.finite import finite
+from ..pages.urls import file_url
 from ..trainer.core.errors import TrainerError, worded
 from ..trainer.core.events import Event, Note, Phase, Preview, RunOpened, Step, Validation
 from ..trainer.training.runs.metrics import VALIDATION_LOSS
 from . import host, live
-from .finite import finite
-from .urls import file_url
 from .wording import wording_of
 
 if TYPE_CHECKING:
@@ -190,11 +190,11 @@ class TrainingListener(NodeListener):
 
     def _keep_sources(self, path: Path) -> None:
         """Put the graph and small pictures of the subject into a run's folder; the run goes on without them, too."""
+        from ..pages.thumbnails import as_thumbnail
         from ..trainer.core.files import write_atomic
-        from ..trainer.training.runs.folder import RunFolder
-        from .thumbnails import as_thumbnail
+        from ..trainer.training.runs.layout import RunLayout
 
-        run = RunFolder(path)
+        run = RunLayout(path)
         try:
             if self._workflow:
                 host.keep_workflow(run, self._workflow)

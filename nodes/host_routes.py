@@ -16,13 +16,14 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
-from ..trainer.core.errors import TrainerError, worded
+from ..pages.finite import finite
+from ..pages.urls import PREFIX
+from ..trainer.core.errors import TrainerError
 from . import host, live
-from .finite import finite
-from .urls import PREFIX, details_with_urls, summary_with_urls
 from .wording import wording_of
 
 if TYPE_CHECKING:
+    from ..pages.runs import RunPages
     from ..trainer.training.runs.index import RunIndex
 
 _HEADER = "X-DreamBooth"
@@ -87,6 +88,12 @@ def _run_index() -> RunIndex:
     return RunIndex(host.runs_folder())
 
 
+def _run_pages() -> RunPages:
+    from ..pages.runs import RunPages
+
+    return RunPages(_run_index(), wording_of(None), live.is_training)
+
+
 async def _in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
     """Run what reads files in a thread, so that the server's loop goes on."""
     return await asyncio.get_running_loop().run_in_executor(None, partial(function, *arguments))
@@ -101,25 +108,7 @@ async def _nodes(request: web.Request) -> web.Response:
 
 
 async def _runs(request: web.Request) -> web.Response:
-    return _answer(await _in_thread(_run_summaries))
-
-
-def _run_summaries() -> list[dict[str, Any]]:
-    index = _run_index()
-    summaries = []
-    for name in index.names():
-        try:
-            summary = summary_with_urls(index.run(name), _with_worded_failure(index.summary(name)))
-        except TrainerError:  # removed in the meantime
-            continue
-        summaries.append(live.with_state(summary))
-    return summaries
-
-
-def _with_worded_failure(summary: dict[str, Any]) -> dict[str, Any]:
-    """Problem and remedy of a failed run in the nodes' words; the run's folder keeps them without any face's."""
-    failure = {key: worded(summary[key], wording_of(None)) for key in ("problem", "remedy") if key in summary}
-    return summary | failure
+    return _answer(await _in_thread(_run_pages().summaries))
 
 
 async def _details(request: web.Request) -> web.Response:
@@ -127,13 +116,8 @@ async def _details(request: web.Request) -> web.Response:
 
 
 def _run_details(name: str) -> dict[str, Any]:
-    """All of a run but its curve, with what only the host knows: "folder", and the file "name" of each adapter."""
-    index = _run_index()
-    run = index.run(name)
-    details = details_with_urls(run, _with_worded_failure(index.details(name)))
-    for adapter in details["adapters"]:
-        adapter["name"] = host.checkpoint_name(run, adapter["step"])
-    return live.with_state(details) | {"folder": host.shown_folder(run.path)}
+    """All of a run but its curve, and its "folder" as ComfyUI's users know it."""
+    return _run_pages().details(name) | {"folder": host.shown_folder(_run_index().run(name).path)}
 
 
 async def _curve(request: web.Request) -> web.Response:
@@ -148,11 +132,13 @@ async def _file(request: web.Request) -> web.StreamResponse:
 
 async def _use(request: web.Request) -> web.Response:
     """Copy the adapter of a step into ComfyUI's LoRA folder, under the first free name."""
+    from ..pages.runs import take_checkpoint
+
     body = await request.json()
     step = body.get("step") if isinstance(body, dict) else None
     if type(step) is not int:  # True is one, too
         raise ValueError("'step' must be a whole number")
-    path = await _in_thread(host.take_checkpoint, _run_index().run(request.match_info["run"]), step)
+    path = await _in_thread(take_checkpoint, _run_index().run(request.match_info["run"]), step, host.loras_folder())
     return _answer({"file": path.name})
 
 

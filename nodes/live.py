@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 from ..trainer.core.errors import SettingsError
@@ -48,20 +47,16 @@ def snapshot() -> dict[str, dict[str, Any]]:
         return {node: dict(facts) for node, facts in _nodes.items()}
 
 
-def with_state(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's summary, with the state "running" if a node is training it."""
-    return dict(summary) | ({"state": "running"} if _is_trained_now(str(summary["id"])) else {})
-
-
 def require_idle(run: str) -> None:
     """Refuse if a node is training that run.
 
     Raises:
         SettingsError: One is.
     """
-    if _is_trained_now(run):
+    if is_training(run):
         raise SettingsError(f"The run '{run}' is training.", "Cancel it first.")
 
 
-def _is_trained_now(run: str) -> bool:
+def is_training(run: str) -> bool:
+    """Whether a node is training that run."""
     return any(facts.get("run") == run and facts.get("state") not in _ENDED for facts in snapshot().values())

@@ -17,7 +17,7 @@ import torch
 from aiohttp import web
 from bare_host import host_modules
 from bare_nodes import CLIP_OF_BASE, UNET_OF_BASE, adapter_of
-from pack.trainer.adapters.kohya import Adapter, parse_adapter, write_adapter
+from pack.trainer.adapters.kohya import Adapter, parse_adapter
 from pack.trainer.core.errors import AdapterError, CancelledError, PicturesError, SettingsError, WeightsError
 from pack.trainer.models.families import FAMILIES
 from pack.trainer.training.runs.folder import RunFolder, RunPaths
@@ -168,26 +168,6 @@ def test_a_run_keeps_its_newest_workflow(bridge: Any) -> None:
     assert "für später" in content
 
 
-def test_a_checkpoint_is_taken_under_a_free_name(bridge: Any, tmp_path: Path) -> None:
-    run = RunFolder(bridge.run_path("dog-1"))
-    with pytest.raises(AdapterError, match="no adapter of step 4") as none:
-        bridge.take_checkpoint(run, 4)
-    assert none.value.remedy == "Choose one of: none."
-    for step in (2, 4):
-        write_adapter(run.path / "adapters" / f"step-{step:06d}.safetensors", adapter_of(float(step)), torch.float32)
-    with pytest.raises(AdapterError) as some:
-        bridge.take_checkpoint(run, 3)
-    assert some.value.remedy == "Choose one of: 2, 4."
-    record = {"fingerprint": "f", "name": "rex"}
-    (run.path / "run.json").write_text(json.dumps(record))
-    paths = [bridge.take_checkpoint(run, 4) for _ in range(2)]
-    assert [path.name for path in paths] == ["rex-000004.safetensors", "rex-000004-2.safetensors"]
-    assert {path.parent for path in paths} == {tmp_path / "models" / "loras"}
-    assert paths[0].read_bytes() == run.adapters()[4].read_bytes()
-    (run.path / "run.json").write_text(json.dumps(record | {"name": "../rex"}))
-    assert bridge.checkpoint_name(run, 12) == "dog-1-000012.safetensors"
-
-
 def test_models_are_found_in_comfyui_s_folders(bridge: Any, tmp_path: Path, comfy_stand_in: Comfy) -> None:
     models = tmp_path / "models"
     host_models = module("host_models")
@@ -257,32 +237,6 @@ def test_no_folder_outside_is_shown(bridge: Any, tmp_path: Path) -> None:
             pictures.picture_report(name)
         with pytest.raises(PicturesError, match="no folder"):
             pictures.thumbnail(name, "0.png")
-
-
-def test_files_have_urls(bridge: Any, tmp_path: Path) -> None:
-    urls = module("urls")
-    run = RunFolder(tmp_path / "my ü")
-    base = "/dreambooth/runs/my%20%C3%BC/files"
-    assert urls.file_url(run.path, run.path / "a b" / "c#.png") == f"{base}/a%20b/c%23.png"
-    assert urls.summary_with_urls(run, {"id": "x", "preview": "p/0.png"}) == {"id": "x", "preview": f"{base}/p/0.png"}
-    assert urls.summary_with_urls(run, {"id": "x", "preview": None}) == {"id": "x", "preview": None}
-    details = {"preview": "p/0.png", "previews": {3: ["0.png", "1.png"]}, "subject": ["0.png"], "workflow": True}
-    details |= {"adapters": [{"step": 3, "file": "adapters/a.safetensors"}]}
-    shown = urls.details_with_urls(run, details)
-    previews = run.preview_path(3).relative_to(run.path).as_posix()
-    assert shown["preview"] == f"{base}/p/0.png"
-    assert shown["previews"] == {3: [f"{base}/{previews}/0.png", f"{base}/{previews}/1.png"]}
-    assert shown["subject"] == [f"{base}/{run.subject_path.name}/0.png"]
-    assert shown["workflow"] == f"{base}/{run.workflow_path.name}"
-    assert shown["adapters"] == [{"step": 3, "file": "adapters/a.safetensors", "url": f"{base}/adapters/a.safetensors"}]
-    assert urls.details_with_urls(run, details | {"workflow": False})["workflow"] is None
-
-
-def test_pages_get_no_numbers_that_json_lacks(bridge: Any) -> None:
-    nan, infinite = float("nan"), float("inf")
-    content = {"a": nan, "b": [1.5, infinite, (-infinite, 2)], "c": {"d": nan, "e": "nan"}, "f": True}
-    finite = {"a": None, "b": [1.5, None, [None, 2]], "c": {"d": None, "e": "nan"}, "f": True}
-    assert module("finite").finite(content) == finite
 
 
 # What is asked of ComfyUI

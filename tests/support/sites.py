@@ -14,8 +14,9 @@ from urllib.parse import quote
 import numpy as np
 from helpers import Recorder
 from pack.trainer.core.events import Preview, Step
-from pack.trainer.training.runs.folder import RunFolder, preview_name, step_name
+from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.index import RunIndex
+from pack.trainer.training.runs.layout import preview_name, step_name
 from pack.trainer.training.runs.metrics import RecordedListener
 from PIL import Image
 from raw_http import Reply, ask

@@ -24,7 +24,7 @@ from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.averaging import WeightAveraging
 from pack.trainer.training.optimizers import learning_rate_factor, make_optimizer
 from pack.trainer.training.runs.checkpoint import Saved
-from pack.trainer.training.runs.folder import preview_name
+from pack.trainer.training.runs.layout import preview_name
 from torch import Tensor, nn
 from worlds import COMMON, World, paths_in
 

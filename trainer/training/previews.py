@@ -24,7 +24,8 @@ from ..models.hub import source_title
 from ..models.sampling import GenerationConfig, decode_latents, generate, generate_latents
 from ..settings.train import TrainSettings
 from .runs.checkpoint import Measurements
-from .runs.folder import RunFolder, preview_name
+from .runs.folder import RunFolder
+from .runs.layout import preview_name
 from .trainable import evaluating
 
 _MEMORY_REMEDY = f"{suggest('resolution')}, which begins a new run, or set {suggest('preview_every', 0)}"

@@ -23,8 +23,8 @@ from ...adapters.kohya import Adapter, read_adapter, write_adapter
 from ...core.errors import AdapterError, StorageError
 from ...core.files import write_atomic
 from ...core.tensor_files import map_tensors, read_tensors, save_tensors
+from .layout import ADAPTER_FILE
 
-ADAPTER_FILE = "adapter.safetensors"
 WEIGHTS_FILE = "weights.safetensors"
 LIVE_FILE = "live.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"

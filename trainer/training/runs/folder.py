@@ -1,8 +1,4 @@
-"""The folder of a run: found by the run's fingerprint, written whole or not at all.
-
-`<name>-<first digits of the fingerprint>` holds `run.json` (the fingerprint and the settings), `cache.safetensors`,
-`metrics.jsonl`, `previews/`, and checkpoints `step-00000100/` (see `checkpoint`).
-"""
+"""The folder of a run (`layout`): found by the run's fingerprint, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -29,12 +25,11 @@ from ...core.files import (
     write_file,
     write_folder,
 )
-from ...core.locks import LOCK_FILE, FolderLock
+from ...core.locks import LOCK_FILE
 from ...data.images import Picture
 from ...models.families.base import BaseWeights
 from ...settings.train import TrainSettings
 from .checkpoint import (
-    ADAPTER_FILE,
     Checkpoint,
     Measurements,
     Saved,
@@ -44,41 +39,10 @@ from .checkpoint import (
     write_checkpoint_files,
     write_measurements,
 )
+from .layout import ADAPTER_FILE, RECORD_FILE, RunLayout, read_record, step_name
 from .metrics import preview_scores, validated_steps
 
-RECORD_FILE = "run.json"
-WORKFLOW_FILE = "workflow.json"
-METRICS_FILE = "metrics.jsonl"
-CACHE_FILE = "cache.safetensors"
-SUBJECT_FOLDER = "subject"
-PREVIEWS_FOLDER = "previews"
-ADAPTERS_FOLDER = "adapters"
-STEP_PATTERN = r"step-\d{8}"
-PREVIEW_PATTERN = r"(subject|class)-\d{2}-\d{2}\.png"
-_STEP = "step-"
 _DIGITS = 12
-
-
-def step_name(step: int) -> str:
-    """The name of what belongs to a step; matches `STEP_PATTERN`."""
-    return f"{_STEP}{step:08d}"
-
-
-def step_of(path: Path) -> int | None:
-    """The step that a file or folder belongs to by its name; None if it does not look like one."""
-    digits = path.stem.removeprefix(_STEP)
-    return int(digits) if path.stem.startswith(_STEP) and digits.isdecimal() else None
-
-
-def preview_name(kind: str, prompt: int, index: int) -> str:
-    """The name of a preview picture; matches `PREVIEW_PATTERN`.
-
-    Args:
-        kind: "subject" or "class".
-        prompt: Number of its prompt, from 0.
-        index: Number of the picture among those of the prompt, from 0.
-    """
-    return f"{kind}-{prompt:02d}-{index:02d}.png"
 
 
 @dataclass(frozen=True)
@@ -101,18 +65,8 @@ class RunPaths:
         return self.checkpoints or self.output
 
 
-class RunFolder:
-    """The folder of one run.
-
-    Attributes:
-        path: The folder.
-        lock: Held by the process that trains the run.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Take a folder, which exists."""
-        self.path = path
-        self.lock = FolderLock(path)
+class RunFolder(RunLayout):
+    """The folder of one run, with its checkpoints."""
 
     @classmethod
     def open(
@@ -211,96 +165,11 @@ class RunFolder:
         Raises:
             StorageError: It is not the folder of a run.
         """
-        if not _read_json(path / RECORD_FILE).get("fingerprint"):
+        if not read_record(path).get("fingerprint"):
             raise StorageError(
                 f"{path} is not the folder of a run.", "Give a folder below runs/, with a run.json in it."
             )
         return cls(path)
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What was written when the run began: "fingerprint", "name", "started_at" and "settings".
-
-        What is not of its type, in a file that was damaged or changed by hand, is left out.
-        """
-        types: dict[str, Any] = {"fingerprint": str, "name": str, "started_at": (int, float), "settings": dict}
-        record = _read_json(self.path / RECORD_FILE)
-        return {key: value for key, value in record.items() if isinstance(value, types.get(key, object))}
-
-    @property
-    def name(self) -> str:
-        """The run's name."""
-        return str(self.record.get("name", self.path.name))
-
-    @property
-    def started_at(self) -> float:
-        """Unix time at which the run began; 0 if the record holds none."""
-        try:
-            return float(self.record.get("started_at", 0.0))
-        except OverflowError:  # an integer that no time is, in a damaged record
-            return 0.0
-
-    @property
-    def workflow_path(self) -> Path:
-        """The graph that the run belongs to, if it was kept."""
-        return self.path / WORKFLOW_FILE
-
-    @property
-    def subject_path(self) -> Path:
-        """Folder of small pictures of the subject, if they were kept."""
-        return self.path / SUBJECT_FOLDER
-
-    @property
-    def cache_path(self) -> Path:
-        """The run's encoded pictures and captions."""
-        return self.path / CACHE_FILE
-
-    @property
-    def metrics_path(self) -> Path:
-        """The run's metrics (`metrics`)."""
-        return self.path / METRICS_FILE
-
-    @property
-    def previews_path(self) -> Path:
-        """Folder of all previews."""
-        return self.path / PREVIEWS_FOLDER
-
-    def preview_path(self, step: int) -> Path:
-        """Folder of the previews of that step."""
-        return self.previews_path / step_name(step)
-
-    @property
-    def base_preview_path(self) -> Path:
-        """Folder of the class pictures of the base model, with which previews are compared."""
-        return self.previews_path / "base"
-
-    def checkpoint_path(self, step: int) -> Path:
-        """Folder of the checkpoint of that step."""
-        return self.path / step_name(step)
-
-    def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
-        steps = [step_of(path) for path in self.path.glob(f"{_STEP}*") if not path.suffix]
-        return sorted(step for step in steps if step is not None)
-
-    def newest(self, limit: int) -> int:
-        """Step of the newest whole checkpoint up to a step; 0 if there is none."""
-        return max((step for step in self.steps() if step <= limit), default=0)
-
-    def adapters(self) -> dict[int, Path]:
-        """Step → adapter file, ascending: those of the checkpoints, and those that were kept of older ones."""
-        kept = {}
-        for path in self._kept_adapters.glob("*.safetensors"):
-            step = step_of(path)
-            if step is not None:
-                kept[step] = path
-        of_checkpoints = {step: self.checkpoint_path(step) / ADAPTER_FILE for step in self.steps()}
-        adapters = kept | {step: path for step, path in of_checkpoints.items() if path.is_file()}
-        return dict(sorted(adapters.items()))
-
-    @property
-    def _kept_adapters(self) -> Path:
-        return self.path / ADAPTERS_FOLDER
 
     def save(self, checkpoint: Checkpoint, keep: int, *, best: int = 0, keep_adapters: bool = False) -> Path:
         """Write a checkpoint, then delete the oldest of those up to its step.
@@ -329,7 +198,7 @@ class RunFolder:
     def _remove(self, step: int, keep_adapter: bool) -> None:
         """Delete a checkpoint so that a kill leaves it whole or its adapter in its place."""
         adapter = self.checkpoint_path(step) / ADAPTER_FILE
-        kept = self._kept_adapters / f"{step_name(step)}.safetensors"
+        kept = self.kept_adapters_path / f"{step_name(step)}.safetensors"
         if keep_adapter and adapter.is_file() and not kept.exists():
             write_file(kept, lambda temporary: link_or_copy(adapter, temporary))
         delete_at_once(self.checkpoint_path(step))
@@ -379,10 +248,6 @@ class RunFolder:
         if not path.is_dir():
             path = self.adapters().get(step, path)
         return read_trained(path)
-
-    def has(self, step: int) -> bool:
-        """Whether what was trained up to that step is kept."""
-        return step in self.steps() or step in self.adapters()
 
 
 def run_fingerprint(
@@ -437,13 +302,4 @@ def _paths_with(root: Path, fingerprints: Collection[str]) -> list[Path]:
 
 
 def _belongs(path: Path, fingerprints: Collection[str]) -> bool:
-    return str(_read_json(path / RECORD_FILE).get("fingerprint")) in fingerprints
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        with explained_os_errors(path):
-            content = json.loads(path.read_text(encoding="utf-8"))
-    except (StorageError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return str(read_record(path).get("fingerprint")) in fingerprints

@@ -14,8 +14,8 @@ from typing import Any
 
 from ...core.errors import SettingsError
 from ...core.files import delete_at_once, explained_os_errors, is_temporary
-from .checkpoint import ADAPTER_FILE
-from .folder import (
+from .layout import (
+    ADAPTER_FILE,
     ADAPTERS_FOLDER,
     METRICS_FILE,
     PREVIEW_PATTERN,
@@ -24,7 +24,7 @@ from .folder import (
     STEP_PATTERN,
     SUBJECT_FOLDER,
     WORKFLOW_FILE,
-    RunFolder,
+    RunLayout,
     preview_name,
     step_of,
 )
@@ -62,7 +62,7 @@ class RunIndex:
         dated = sorted(((_changed_at(folder), folder.name) for folder in folders), reverse=True)
         return [name for _, name in dated]
 
-    def run(self, name: str) -> RunFolder:
+    def run(self, name: str) -> RunLayout:
         """The run of that folder name.
 
         Raises:
@@ -75,7 +75,7 @@ class RunIndex:
             exists = False
         if not exists:
             raise SettingsError(f"There is no run '{name[:80]}'.", "Refresh the list of runs.")
-        return RunFolder(path)
+        return RunLayout(path)
 
     def file(self, name: str, relative: str) -> Path:
         """A file of a run that may be shown or downloaded.
@@ -177,7 +177,7 @@ class RunIndex:
             StorageError: It can't be deleted.
         """
         path = self.run(name).path
-        lock = RunFolder(path).lock
+        lock = RunLayout(path).lock
         if not lock.acquire():
             raise lock.refusal(f"The run {name} is being trained", "Stop it first.")
         try:
@@ -189,7 +189,7 @@ class RunIndex:
             lock.release()
 
 
-def newest_preview(run: RunFolder) -> str | None:
+def newest_preview(run: RunLayout) -> str | None:
     """Path in the run of the newest preview's first picture; None if there is none."""
     pictures = sorted(run.previews_path.glob(f"*/{preview_name('subject', 0, 0)}"))
     return pictures[-1].relative_to(run.path).as_posix() if pictures else None

@@ -1,4 +1,4 @@
-"""URLs of what the pages show, below ComfyUI's own address. Pages take them from here and build none themselves."""
+"""URLs of what the pages show, below the host's own address. Pages take them from here and build none themselves."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, urlencode
 
 if TYPE_CHECKING:
-    from ..trainer.training.runs.folder import RunFolder
+    from ..trainer.training.runs.layout import RunLayout
 
 PREFIX = "/dreambooth"
 
@@ -24,13 +24,13 @@ def thumbnail_url(folder: str, picture: str) -> str:
     return f"{PREFIX}/folders/thumbnail?{urlencode({'folder': folder, 'picture': picture})}"
 
 
-def summary_with_urls(run: RunFolder, summary: Mapping[str, Any]) -> dict[str, Any]:
+def summary_with_urls(run: RunLayout, summary: Mapping[str, Any]) -> dict[str, Any]:
     """A run's summary, or its details, with the URL of the newest preview instead of its path."""
     preview = summary["preview"]
     return dict(summary) | {"preview": preview and file_url(run.path, run.path / preview)}
 
 
-def details_with_urls(run: RunFolder, details: Mapping[str, Any]) -> dict[str, Any]:
+def details_with_urls(run: RunLayout, details: Mapping[str, Any]) -> dict[str, Any]:
     """A run's details (`RunIndex.details`) with URLs instead of names.
 
     "previews" (step → URLs), "subject" (URLs), "workflow" (URL or None), and of each of "adapters" also its "url".
