@@ -7,28 +7,15 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ..pages.pictures import checked_pictures
 from ..pages.thumbnails import as_thumbnail
 from ..pages.urls import thumbnail_url
 from ..trainer.core.errors import PicturesError, worded
-from ..trainer.core.events import Event, Note
-from ..trainer.data.folder import AnnotationOptions, picture_names
-from ..trainer.data.images import Picture, load_pictures
+from ..trainer.core.events import Note
+from ..trainer.data.folder import picture_names
+from ..trainer.data.images import Picture
 from . import host
 from .wording import wording_of
-
-
-class _WarningCollector:
-    """A listener that keeps the warnings."""
-
-    def __init__(self) -> None:
-        self.warnings: list[Note] = []
-
-    def report(self, event: Event) -> None:
-        if isinstance(event, Note) and event.warning:
-            self.warnings.append(event)
-
-    def should_stop(self) -> bool:
-        return False
 
 
 def picture_folders() -> dict[str, Any]:
@@ -108,7 +95,5 @@ def _inside(folder: str) -> Path:
 
 @functools.lru_cache(maxsize=8)
 def _checked_pictures(path: Path, stamp: str) -> tuple[list[tuple[Picture, tuple[int, int]]], list[Note]]:
-    """The usable pictures with their sizes, and warnings; read again when the folder's files change (`stamp`)."""
-    collector = _WarningCollector()
-    pictures = load_pictures(path, "", collector, AnnotationOptions(keep_templates=True))
-    return [(picture, picture.open().size) for picture in pictures], collector.warnings
+    """See `checked_pictures`; read again when the folder's files change (`stamp`)."""
+    return checked_pictures(path)

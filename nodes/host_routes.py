@@ -12,11 +12,11 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
 from ..pages.finite import finite
+from ..pages.guard import LARGEST_BODY, is_own_page
 from ..pages.urls import PREFIX
 from ..trainer.core.errors import TrainerError
 from . import host, live
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ..pages.runs import RunPages
     from ..trainer.training.runs.index import RunIndex
 
-_HEADER = "X-DreamBooth"
-_LARGEST_BODY = 65_536
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -70,14 +68,11 @@ def _guarded(handler: Handler, *, writes: bool) -> Handler:
 
 
 def _require_own_page(request: web.Request) -> None:
-    origin = request.headers.get("Origin")
-    foreign = origin is not None and urlsplit(origin).netloc.lower() != request.host.lower()
-    foreign = foreign or request.headers.get("Sec-Fetch-Site") == "cross-site"
-    if request.headers.get(_HEADER) != "1" or foreign:
+    if not is_own_page(request.headers, request.host):
         raise web.HTTPForbidden(text="Only ComfyUI's own page may do this.")
     length = request.content_length
-    if request.can_read_body and (length is None or length > _LARGEST_BODY):  # None: in chunks, of any length
-        raise web.HTTPRequestEntityTooLarge(_LARGEST_BODY, length or 0)
+    if request.can_read_body and (length is None or length > LARGEST_BODY):  # None: in chunks, of any length
+        raise web.HTTPRequestEntityTooLarge(LARGEST_BODY, length or 0)
     if "Content-Encoding" in request.headers:  # of any length once it is unpacked
         raise web.HTTPUnsupportedMediaType
 

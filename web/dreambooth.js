@@ -3,7 +3,7 @@
 
 import { api } from "../../scripts/api.js";
 import { app } from "../../scripts/app.js";
-import { liveNodes } from "./lib/api.js";
+import { connect, liveNodes } from "./lib/api.js";
 import { addStyle, make } from "./lib/dom.js";
 import { RunsPanel } from "./lib/runs_panel.js";
 import { SubjectPanel } from "./lib/subject_panel.js";
@@ -13,6 +13,7 @@ import { TrainingPanel } from "./lib/training_panel.js";
 
 /** @typedef {TrainingPanel | SubjectPanel} Panel */
 
+connect(api);
 const TRAINING = ["DreamBoothTrainLora", "DreamBoothFineTune"];
 /** Node → panel; a node that is gone takes its panel with it. @type {WeakMap<GraphNode, Panel>} */
 const panels = new WeakMap();
@@ -206,8 +207,9 @@ function addSidebar() {
   let panel = null;
   /** @type {import("./lib/runs_panel.js").RunsHost} */
   const host = {
+    begins: "Train LoRA (DreamBooth)",
     loadGraph: (graph, name) => app.loadGraphData(graph, true, true, name),
-    queue: () => app.queuePrompt(0, 1),
+    resume: () => app.queuePrompt(0, 1),
     confirm: async (message) =>
       app.extensionManager.dialog?.confirm
         ? app.extensionManager.dialog.confirm({ title: "DreamBooth LoRA", message, type: "delete" })

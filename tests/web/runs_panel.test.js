@@ -384,7 +384,7 @@ test("what can be ticked and pressed says what it does", async () => {
     titles.filter(([text]) => text !== "log"),
     [
       ["Load graph", "Open the graph of this run"],
-      ["Resume", "Open the graph of this run and queue it"],
+      ["Resume", "Go on where this run was stopped"],
       ["Delete…", "Remove the run with its checkpoints"],
       ["Use", "Copy this checkpoint into the LoRA folder"],
     ],

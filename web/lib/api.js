@@ -1,11 +1,26 @@
 // @ts-check
 // What the pack's pages ask the server.
 
-import { api } from "../../../scripts/api.js";
+/**
+ * How to reach the server of the host.
+ * @typedef {object} Connection
+ * @property {(route: string, options?: RequestInit) => Promise<Response>} fetchApi
+ * @property {(route: string) => string} apiURL Address in this page of a route: the host may be served below some path.
+ */
 
-/** @import { Folders, NodeFacts, PictureReport, Points, RunDetails, RunSummary } from "../types/answers.js" */
+/** @import { Folders, JobFacts, NodeFacts, PictureReport, Points, RunDetails, RunSummary } from "../types/answers.js" */
 
 const PREFIX = "/dreambooth";
+/** @type {Connection} */
+let api;
+
+/**
+ * Ask this host from now on.
+ * @param {Connection} connection
+ */
+export function connect(connection) {
+  api = connection;
+}
 
 /**
  * Node → what is known of it.
@@ -53,12 +68,25 @@ export const pictureFolders = () => get("/folders");
 export const folderPictures = (folder) => get(`/folders/pictures?${new URLSearchParams({ folder })}`);
 
 /**
- * Address in this page of a URL that the server sent: ComfyUI may be served below some other path.
+ * Address in this page of a URL that the server sent.
  * @param {string} url
  */
 export function addressOf(url) {
   return api.apiURL(url);
 }
+
+/**
+ * What the job at work does, or how the newest one ended; of the web UI alone.
+ * @param {number} after Points of its curve come after this step.
+ * @returns {Promise<JobFacts | Record<string, never>>}
+ */
+export const currentJob = (after) => get(`/job?after=${after}`);
+
+/** Have the job at work stop. */
+export const stopJob = () => send("POST", "/job/stop");
+
+/** @param {string} run */
+export const resumeRun = (run) => send("POST", `${runPath(run)}/resume`);
 
 /** @param {string} run */
 function runPath(run) {

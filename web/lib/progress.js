@@ -34,15 +34,16 @@ const STATE_TEXTS = {
 };
 
 /**
- * What may be done with a run: its graph can be loaded if it was kept, and queued again if that goes on with the run.
- * @param {{ state: string, workflow: string | null, settings: Record<string, unknown> }} run
+ * What may be done with a run: its graph can be loaded if it was kept, and it can be resumed if that graph, or what the
+ * host knows of how it was begun, goes on with it.
+ * @param {{ state: string, workflow: string | null, settings: Record<string, unknown>, resumable?: boolean }} run
  * @returns {{ load: boolean, resume: boolean, delete: boolean }}
  */
-export function possibleActions({ state, workflow, settings }) {
+export function possibleActions({ state, workflow, settings, resumable = Boolean(workflow) }) {
   const isEndedEarly = state === "stopped" || state === "failed";
   return {
     load: Boolean(workflow),
-    resume: Boolean(workflow) && isEndedEarly && settings.resume !== "never", // else its graph would begin another run
+    resume: resumable && isEndedEarly && settings.resume !== "never", // else another run would begin
     delete: state !== "running",
   };
 }

@@ -10,10 +10,11 @@ import { failureText, possibleActions } from "./progress.js";
 /** @import { Points, RunDetails, RunSummary } from "../types/answers.js" */
 
 /**
- * What only ComfyUI's page can do.
+ * What only the host's page can do.
  * @typedef {object} RunsHost
- * @property {(graph: unknown, name: string) => Promise<void>} loadGraph
- * @property {() => Promise<unknown>} queue
+ * @property {string} begins What the host calls that which begins a run.
+ * @property {((graph: unknown, name: string) => Promise<void>) | null} loadGraph null: runs have no graph there.
+ * @property {(run: RunDetails) => Promise<unknown>} resume Go on with a run, whose graph was loaded if there is one.
  * @property {(message: string) => Promise<boolean | null>} confirm
  * @property {() => Promise<void>} refreshLists
  * @property {(detail: string) => void} notify
@@ -69,7 +70,7 @@ export class RunsPanel {
       this.closeDetails();
       this.forgetAllBut(runs);
       rows = runs.flatMap((run) => this.row(run));
-      if (!runs.length) rows.push(make("p", { textContent: "No run yet. Train LoRA (DreamBooth) begins one." }));
+      if (!runs.length) rows.push(make("p", { textContent: `No run yet. ${this.host.begins} begins one.` }));
     } catch (error) {
       this.closeDetails();
       rows = [errorText(error)];
@@ -177,9 +178,9 @@ export class RunsPanel {
   actions(run) {
     const possible = possibleActions(run);
     const buttons = [];
-    if (possible.load) buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
+    if (possible.load && this.host.loadGraph) buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
     if (possible.resume)
-      buttons.push(this.button("Resume", "Open the graph of this run and queue it", () => this.resume(run)));
+      buttons.push(this.button("Resume", "Go on where this run was stopped", () => this.resume(run)));
     if (possible.delete)
       buttons.push(this.button("Delete…", "Remove the run with its checkpoints", () => this.delete(run)));
     return buttons;
@@ -237,13 +238,13 @@ export class RunsPanel {
   async loadGraph(run) {
     const response = run.workflow ? await fetch(addressOf(run.workflow)) : null;
     if (!response?.ok) throw new Error("The graph of this run is gone.");
-    await this.host.loadGraph(await response.json(), run.name);
+    await this.host.loadGraph?.(await response.json(), run.name);
   }
 
   /** @param {RunDetails} run */
   async resume(run) {
-    await this.loadGraph(run);
-    await this.host.queue();
+    if (this.host.loadGraph) await this.loadGraph(run);
+    await this.host.resume(run);
   }
 
   /**

@@ -1,4 +1,4 @@
-/** What the server answers below /dreambooth (nodes/host_routes.py), and sends (nodes/host_progress.py). */
+/** What the server answers below /dreambooth (nodes/host_routes.py, webui/routes.py), and sends (nodes/host_progress.py). */
 
 /** Numbers by step, column by column; null: not finite. */
 export interface Points {
@@ -47,6 +47,20 @@ export interface NodeFacts {
   remedy?: string;
 }
 
+/** GET /job: what is known of a job of the web UI. */
+export interface JobFacts extends NodeFacts {
+  /** The command of the engine. */
+  kind: string;
+  points?: Points;
+  /** How many previews and validations there were. */
+  measured: number;
+  warnings: string[];
+  /** File name of what it made, once that is in the LoRA folder; "" before. */
+  card: string;
+  /** The words that call the subject. */
+  words: string;
+}
+
 /** What a message tells beside the facts. */
 export interface Novelties {
   points?: Omit<Points, "scores">;
@@ -87,6 +101,8 @@ export interface RunDetails extends RunSummary {
   workflow: string | null;
   folder: string;
   bytes: number;
+  /** Whether the web UI knows how it was begun; ComfyUI needs its graph instead. */
+  resumable?: boolean;
 }
 
 /** GET /folders. */

@@ -1,0 +1,174 @@
+// @ts-check
+// The pack's part of the web UI's page: it puts the panels of web/lib into the tab that webui/tab.py builds.
+
+import { connect, currentJob, resumeRun, stopJob } from "../web/lib/api.js";
+import { addStyle, make } from "../web/lib/dom.js";
+import { ENDED } from "../web/lib/progress.js";
+import { RunsPanel } from "../web/lib/runs_panel.js";
+import { TrainingPanel } from "../web/lib/training_panel.js";
+
+/** @import { JobFacts } from "../web/types/answers.js" */
+
+const MILLISECONDS_BETWEEN_LOOKS = 1000;
+const WEIGHT = 0.9; // of a LoRA in a prompt; as webui/cards.py writes it on its card
+const root = document.location.pathname.replace(/\/+$/, "");
+
+connect({
+  fetchApi: (route, options) => fetch(root + route, options),
+  apiURL: (route) => root + route,
+});
+
+/** The panel of the job: its progress, Stop or Resume, and what may be done with the result. */
+class JobPanel {
+  /** @type {JobFacts | null} */
+  facts = null;
+  #measured = -1;
+  #seenState = "";
+
+  constructor() {
+    this.panel = new TrainingPanel(() => this.facts?.name);
+    this.stopButton = button("Stop", "Stop after this step; what was learned is kept", stopJob);
+    this.resumeButton = button("Resume", "Go on where it was stopped", async () => {
+      if (this.facts?.run) await resumeRun(this.facts.run);
+    });
+    this.sendButton = button("Send to txt2img", "Put the subject and its LoRA into the prompt", async () => this.send());
+    this.warnings = make("div", { className: "dreambooth-warnings", hidden: true });
+    this.trouble = make("div", { className: "dreambooth-error", hidden: true });
+    this.element = make(
+      "div",
+      { className: "dreambooth" },
+      make("div", { className: "dreambooth-head" }, this.stopButton, this.resumeButton, this.sendButton),
+      this.trouble,
+      this.warnings,
+      this.panel.element,
+    );
+    this.element.style.height = "auto";
+    this.panel.element.style.height = "420px";
+    this.panel.attach();
+    this.show();
+  }
+
+  /** Ask what the job does, now and every second. */
+  async follow() {
+    for (;;) {
+      await this.look().catch((error) => this.say(`The web UI does not answer: ${error.message}`));
+      await new Promise((resolve) => setTimeout(resolve, MILLISECONDS_BETWEEN_LOOKS));
+    }
+  }
+
+  async look() {
+    const { feed } = this.panel;
+    const facts = await currentJob(this.facts?.run === feed.run ? feed.curve.lastStep : -1);
+    this.say("");
+    if (!("state" in facts)) return;
+    const { points, measured, warnings, ...known } = /** @type {JobFacts} */ (facts);
+    const isNews = this.facts === null || measured !== this.#measured || (known.run ?? null) !== feed.run;
+    this.facts = /** @type {JobFacts} */ ({ ...known, measured, warnings });
+    this.#measured = measured;
+    if (isNews) await feed.recover(known);
+    else feed.receive(points?.steps.length ? { ...known, points } : known);
+    this.show();
+    if (this.#seenState !== known.state) {
+      if (this.#seenState && ENDED.includes(known.state)) this.ended(known.state);
+      this.#seenState = known.state;
+    }
+  }
+
+  show() {
+    const state = this.facts?.state ?? "idle";
+    const hasEnded = ENDED.includes(state) || state === "idle";
+    this.stopButton.hidden = hasEnded;
+    this.resumeButton.hidden = !(this.facts?.run && (state === "stopped" || state === "failed"));
+    this.sendButton.hidden = !this.facts?.card;
+    this.warnings.replaceChildren(...(this.facts?.warnings ?? []).map((text) => make("div", { textContent: text })));
+    this.warnings.hidden = !this.warnings.childElementCount;
+  }
+
+  /** @param {string} trouble */
+  say(trouble) {
+    this.trouble.textContent = trouble;
+    this.trouble.hidden = !trouble;
+  }
+
+  /** @param {string} state */
+  ended(state) {
+    if (state === "done") document.querySelector("#txt2img_lora_extra_refresh, #txt2img_extra_refresh")?.dispatchEvent(new MouseEvent("click"));
+    runs?.refresh();
+  }
+
+  send() {
+    if (this.facts?.card) sendToPrompt(this.facts.words, this.facts.card);
+  }
+}
+
+/** @type {RunsPanel | null} */
+let runs = null;
+
+/**
+ * Put words and a LoRA into the prompt of txt2img, and go there.
+ * @param {string} words
+ * @param {string} file
+ */
+function sendToPrompt(words, file) {
+  const field = document.querySelector("#txt2img_prompt textarea");
+  if (!(field instanceof HTMLTextAreaElement)) throw new Error("There is no txt2img prompt in this page.");
+  field.value = `${words} <lora:${file.replace(/\.safetensors$/, "")}:${WEIGHT}>`;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+  /** @type {any} */ (globalThis).switch_to_txt2img?.();
+}
+
+/**
+ * @param {string} text
+ * @param {string} title
+ * @param {() => Promise<unknown>} action
+ */
+function button(text, title, action) {
+  const element = make("button", { textContent: text, title, type: "button" });
+  element.onclick = () => action().catch((error) => notify(error.message));
+  return element;
+}
+
+/** @param {string} text */
+function notify(text) {
+  if (job) job.say(text);
+}
+
+/** @type {JobPanel | null} */
+let job = null;
+
+function mountJob() {
+  const container = document.getElementById("dreambooth-training-panel");
+  if (!container || container.childElementCount) return;
+  job ??= new JobPanel();
+  container.replaceChildren(job.element);
+}
+
+function mountRuns() {
+  const container = document.getElementById("dreambooth-runs-panel");
+  if (!container || container.childElementCount) return;
+  runs ??= new RunsPanel({
+    begins: "Train, in the tab beside this one,",
+    loadGraph: null,
+    resume: (run) => resumeRun(run.id),
+    confirm: async (message) => window.confirm(message),
+    refreshLists: async () => {},
+    notify: (text) => window.alert(text),
+  });
+  container.replaceChildren(runs.element);
+  runs.refresh();
+}
+
+/** gradio builds the page piece by piece, and tabs anew. */
+function mount() {
+  mountJob();
+  mountRuns();
+}
+
+addStyle();
+new MutationObserver(mount).observe(document.documentElement, { childList: true, subtree: true });
+mount();
+const started = setInterval(() => {
+  if (!job) return;
+  clearInterval(started);
+  job.follow();
+}, 200);

@@ -1,0 +1,156 @@
+"""The bridge to Automatic1111 and Forge: the only module that knows `modules`."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..trainer.core.errors import SettingsError
+
+TITLE = "DreamBooth LoRA"
+_FOLDER = "dreambooth"
+_TOKENIZERS = ("backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer",)
+
+
+def on_tab(build: Callable[[], Any]) -> None:
+    """Have the host show what `build` gives, a `gradio.Blocks`, as a tab."""
+    from modules import script_callbacks
+
+    script_callbacks.on_ui_tabs(lambda: [(build(), TITLE, "dreambooth")], name="dreambooth_lora")
+
+
+def on_app(add: Callable[[Any], None]) -> None:
+    """Call `add` with the host's FastAPI application once it is there."""
+    from modules import script_callbacks
+
+    script_callbacks.on_app_started(lambda _, app: add(app), name="dreambooth_lora")
+
+
+def data_folder() -> Path:
+    """Where pictures, jobs and runs are kept."""
+    from modules import paths
+
+    return Path(paths.data_path) / _FOLDER
+
+
+def loras_folder() -> Path:
+    """Where the host looks for LoRA files."""
+    from modules import shared
+
+    return Path(shared.cmd_opts.lora_dir)
+
+
+def bases() -> list[str]:
+    """The titles of the host's checkpoints, the loaded one first."""
+    from modules import sd_models, shared
+
+    titles = [str(title) for title in sd_models.checkpoint_tiles()]
+    loaded = sd_models.get_closet_checkpoint_match(getattr(shared.opts, "sd_model_checkpoint", None))
+    first = [str(loaded.title)] if loaded is not None and str(loaded.title) in titles else []
+    if loaded is not None and not first:
+        first = [title for title in titles if title == str(loaded.name)]
+    return first + [title for title in titles if title not in first]
+
+
+def refresh_bases() -> list[str]:
+    """Look for checkpoints again; their titles."""
+    from modules import sd_models
+
+    sd_models.list_models()
+    return bases()
+
+
+def base_file(title: str) -> Path:
+    """The file of a checkpoint.
+
+    Raises:
+        SettingsError: The host has none of that title.
+    """
+    from modules import sd_models
+
+    match = sd_models.get_closet_checkpoint_match(title) if title else None
+    if match is None:
+        raise SettingsError(
+            f"There is no checkpoint '{title}'." if title else "No base model is chosen.",
+            "Choose one of the list; the button beside it looks for new ones.",
+        )
+    return Path(match.filename)
+
+
+def tokenizer() -> Path | None:
+    """A CLIP tokenizer that comes with the host; None if it has none that the engine reads."""
+    from modules import paths
+
+    for relative in _TOKENIZERS:
+        folder = Path(paths.script_path) / relative
+        if folder.is_dir():
+            return folder
+    return None
+
+
+@contextlib.contextmanager
+def given_back(gave: Callable[[], bool], show: Callable[[], str]) -> Iterator[None]:
+    """Wait until the host generates nothing, free the card, and keep the host waiting for the block.
+
+    The host loads its model again when it next needs it.
+
+    Args:
+        gave: Whether the wait is over without having begun, because the user changed their mind.
+        show: One line on what is being done, for whoever waits.
+    """
+    from modules import call_queue, sd_models, shared
+
+    with call_queue.queue_lock:
+        if gave():
+            yield
+            return
+        sd_models.unload_model_weights()
+        _free_cached_memory()
+        ended = threading.Event()
+        shared.state.begin(job="dreambooth")
+        teller = threading.Thread(target=_tell, args=(shared.state, show, ended), daemon=True)
+        teller.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            teller.join()
+            shared.state.end()
+
+
+def _tell(state: Any, show: Callable[[], str], ended: threading.Event) -> None:
+    while not ended.wait(1.0):
+        state.textinfo = show()
+
+
+def _free_cached_memory() -> None:
+    from modules import devices
+
+    devices.torch_gc()
+
+
+def forget_loras() -> None:
+    """Have the host look for LoRA files again and read each again: it keeps weights by path."""
+    networks = sys.modules.get("networks")
+    if networks is None:
+        with contextlib.suppress(ImportError):
+            networks = importlib.import_module("networks")
+    if networks is None:  # the built-in extension is switched off
+        return
+    cached = getattr(networks, "load_lora_state_dict", None)
+    if hasattr(cached, "cache_clear"):
+        cached.cache_clear()
+    in_memory = getattr(networks, "networks_in_memory", None)
+    if isinstance(in_memory, dict):
+        in_memory.clear()
+    networks.list_available_networks()
+    from modules import sd_models
+
+    model = getattr(sd_models.model_data, "sd_model", None)
+    if model is not None and hasattr(model, "current_lora_hash"):
+        model.current_lora_hash = None

@@ -1,0 +1,111 @@
+"""What runs now: one job, followed by a thread that keeps the host's own generation waiting and delivers the result."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..trainer.core.errors import BusyError, TrainerError
+from . import cards, environment, host
+from .jobs import ENDED, TRAIN, Job, Jobs
+
+logger = logging.getLogger("dreambooth_lora")
+_SECONDS_BETWEEN_LOOKS = 0.5
+_lock = threading.Lock()
+_followed: Job | None = None
+
+
+def jobs() -> Jobs:
+    """The host's jobs."""
+    return Jobs(host.data_folder() / "jobs")
+
+
+def shown() -> Job | None:
+    """The job that the panel shows: the one at work, or else the newest one that trains."""
+    if _followed is not None:
+        return _followed
+    return next((job for job in jobs().all() if job.kind == TRAIN), None)
+
+
+def submit(job: Job) -> None:
+    """Have a job run, once the host generates nothing; returns at once.
+
+    Raises:
+        BusyError: Another one is at work, or waits.
+    """
+    global _followed
+    python = environment.python()
+    with _lock:
+        if _followed is not None:
+            raise BusyError(f"'{_followed.name}' is still at work.", "Wait until it is done, or press Stop.")
+        jobs().require_idle()
+        job.enqueue()
+        _followed = job
+    _in_thread(lambda: _run(job, python))
+
+
+def attach() -> None:
+    """Take up a job that an earlier process of the host began, and bring home what ended meanwhile."""
+    global _followed
+    with _lock:
+        if _followed is not None:
+            return
+        running = jobs().running()
+        _followed = running
+    if running is not None:
+        logger.info("DreamBooth LoRA: '%s' is still at work; taking it up.", running.name)
+        _in_thread(lambda: _run(running, None))
+    for job in jobs().all():
+        if job is not running and not job.is_alive():
+            _bring_home(job)
+
+
+def _in_thread(work: Callable[[], None]) -> None:
+    threading.Thread(target=work, name="dreambooth-lora", daemon=True).start()
+
+
+def _run(job: Job, python: Path | None) -> None:
+    """Follow a job to its end.
+
+    Args:
+        job: The job.
+        python: The interpreter that runs it; None: it runs already.
+    """
+    global _followed
+    try:
+        with host.given_back(job.is_to_stop if python else lambda: False, lambda: _line(job)):
+            if python is not None and not job.is_to_stop():
+                jobs().start(job, python)
+            while job.is_alive():
+                time.sleep(_SECONDS_BETWEEN_LOOKS)
+        _bring_home(job)
+    except TrainerError as error:
+        job.note(failed=list(error.unworded))
+        logger.error("DreamBooth LoRA: %s", error)
+    except Exception as error:
+        job.note(failed=[f"{type(error).__name__}: {error}", ""])
+        logger.exception("DreamBooth LoRA: the job could not be followed")
+    finally:
+        with _lock:
+            _followed = None
+
+
+def _bring_home(job: Job) -> None:
+    """Put what a training made where the host looks for it, once."""
+    if job.kind != TRAIN or "card" in job.record or job.progress().facts["state"] != "done":
+        return
+    job.note(card=cards.deliver(job).name)
+    host.forget_loras()
+
+
+def _line(job: Job) -> str:
+    """One line on what a job does, for whoever waits for the host."""
+    facts = job.progress().facts
+    if facts["state"] in ENDED:
+        return f"DreamBooth: {facts['state']}"
+    if "steps" in facts:
+        return f"DreamBooth: training '{job.name}', step {facts.get('step', 0)} of {facts['steps']}"
+    return f"DreamBooth: {facts['state']}"

@@ -1,0 +1,254 @@
+"""The tab: its widgets, and what pressing them does. What moves (curve, samples, runs) is drawn by `javascript/`."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import html
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..pages.pictures import checked_pictures
+from ..pages.thumbnails import as_thumbnail
+from ..trainer.core.errors import PicturesError, TrainerError, worded
+from ..trainer.core.files import require_writable, write_file, write_folder
+from . import host, queue
+from .jobs import TRAIN
+from .wording import label, wording
+
+_SETTINGS = Path(__file__).with_name("settings.json")
+_SHOWN_FIRST = ("class_noun", "token", "base", "preset", "name", "steps", "resolution", "prior_count")
+_GIVEN_OTHERWISE = ("images", "output_dir", "instance_prompt", "class_prompt", "device", "resume")
+_PROMPTS = {"instance_prompt": "a photo of {token} {class}", "class_prompt": "a photo of {class}"}
+_OF_THE_TAB = {"preview_every": 100, "preview_prompts": "a photo of {token} {class}"}
+"""Defaults that the tab has of its own: whoever watches wants to see samples."""
+_LARGEST_REPORT = 24  # pictures that the report shows
+
+
+@functools.cache
+def settings() -> dict[str, dict[str, Any]]:
+    """Every setting of a training by name, as `tools/make_webui_settings.py` describes it."""
+    described = {setting["name"]: setting for setting in json.loads(_SETTINGS.read_text(encoding="utf-8"))}
+    return {
+        name: setting | ({"default": _OF_THE_TAB[name]} if name in _OF_THE_TAB else {})
+        for name, setting in described.items()
+    }
+
+
+def build() -> gr.Blocks:
+    """The tab's blocks."""
+    with gr.Blocks(analytics_enabled=False) as blocks, gr.Tabs():
+        with gr.Tab("Train", elem_id="dreambooth_train"):
+            _build_training()
+        with gr.Tab("Runs", elem_id="dreambooth_runs"):
+            gr.HTML("<div id='dreambooth-runs-panel'></div>")
+    return blocks
+
+
+def _build_training() -> None:
+    with gr.Row():
+        with gr.Column(scale=1):
+            upload = gr.File(
+                label="Pictures",
+                file_count="multiple",
+                file_types=["image", ".txt", ".caption", ".zip"],
+                elem_id=_id("images"),
+            )
+            folder = gr.Textbox(
+                label="Folder", placeholder="or a folder or zip file on this computer", elem_id=_id("folder")
+            )
+            report = gr.HTML(elem_id=_id("report"))
+            widgets: dict[str, Any] = {}
+            for names in (
+                ("class_noun", "token"),
+                ("base",),
+                ("preset", "name"),
+                ("steps", "resolution", "prior_count"),
+            ):
+                with gr.Row():
+                    for name in names:
+                        widgets[name] = _base_widget() if name == "base" else _widget(settings()[name])
+                    if "base" in names:
+                        refresh = gr.Button("⟳", elem_id=_id("refresh"), scale=0, min_width=40)
+            train = gr.Button("Train", variant="primary", elem_id=_id("start"))
+            message = gr.HTML(elem_id=_id("message"))
+            for group, names in _folded().items():
+                with gr.Accordion(group, open=False):
+                    for name in names:
+                        widgets[name] = _widget(settings()[name])
+        with gr.Column(scale=1):
+            gr.HTML("<div id='dreambooth-training-panel'></div>")
+    for source in (upload, folder):
+        source.change(_report, inputs=[upload, folder], outputs=[report])
+    refresh.click(_refreshed_bases, inputs=[], outputs=[widgets["base"]])
+    names = list(widgets)
+    train.click(
+        functools.partial(_train, names),
+        inputs=[upload, folder, *widgets.values()],
+        outputs=[message],
+        show_progress="hidden",
+    )
+
+
+def _id(name: str) -> str:
+    return f"dreambooth_{name}"
+
+
+def _folded() -> dict[str, list[str]]:
+    """Group → the settings of it that are not shown at once."""
+    groups: dict[str, list[str]] = {}
+    for name, setting in settings().items():
+        if name not in (*_SHOWN_FIRST, *_GIVEN_OTHERWISE):
+            groups.setdefault(setting["group"], []).append(name)
+    return groups
+
+
+def _base_widget() -> Any:
+    titles = host.bases()
+    return gr.Dropdown(
+        label=label("base"), choices=titles, value=titles[0] if titles else None, elem_id=_id("base"), scale=4
+    )
+
+
+def _refreshed_bases() -> Any:
+    return gr.update(choices=host.refresh_bases())
+
+
+def _widget(setting: dict[str, Any]) -> Any:
+    """The widget of one setting; its text is the setting's own."""
+    name, kind, default = setting["name"], setting["kind"], setting["default"]
+    text = label(name)
+    text = text[0].upper() + text[1:]
+    options: dict[str, Any] = {"label": text, "info": setting["help"], "elem_id": _id(name)}
+    if name in _SHOWN_FIRST:
+        del options["info"]
+    if kind == "choice":
+        return gr.Dropdown(choices=setting["choices"], value=default, **options)
+    if kind == "switch":
+        return gr.Checkbox(value=default, **options)
+    if kind in ("whole", "number") and not setting["optional"]:
+        return gr.Number(value=default, precision=0 if kind == "whole" else None, **options)
+    value = "" if default is None else default
+    return gr.Textbox(value="\n".join(value) if kind == "list" else value, lines=1, **options)
+
+
+def given(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """The settings that the user changed, as a settings file has them; a preset fills in only the others.
+
+    Raises:
+        ValueError: A number is not one.
+    """
+    changed = {}
+    for name, value in zip(names, values):
+        setting = settings()[name]
+        kind = setting["kind"]
+        if isinstance(value, str) and kind not in ("choice", "switch"):
+            value = value.strip()
+        if value in (None, ""):
+            continue
+        if kind == "whole":
+            value = int(value)
+        elif kind == "number":
+            value = float(value)
+        elif kind == "list":
+            value = [line.strip() for line in value.splitlines() if line.strip()]
+        if value != setting["default"]:
+            changed[name] = value
+    return changed
+
+
+def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
+    """Begin a training; what the page shows below the button."""
+    try:
+        return _begun(names, upload, folder, values)
+    except TrainerError as error:
+        return _told(error.problem_in(wording), error.remedy_in(wording))
+    except ValueError as error:
+        return _told(f"{error}.", "Give a number.")
+
+
+def _begun(names: Sequence[str], upload: Any, folder: str, values: Sequence[Any]) -> str:
+    queue.jobs().require_idle()
+    chosen = dict(zip(names, values))
+    changed = given(names, values)
+    name = str(chosen.get("name") or "").strip()
+    images = _pictures(upload, folder, name)
+    checked_pictures(images)
+    base = host.base_file(str(chosen.get("base") or ""))
+    require_writable(host.loras_folder(), 0)
+    words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
+    tokenizer = host.tokenizer()
+    command = {"tokenizer": str(tokenizer)} if tokenizer else {}
+    command |= {
+        key: prompt for key, prompt in _PROMPTS.items() if key == "instance_prompt" or changed.get("prior_count")
+    }
+    command |= {key: value for key, value in _OF_THE_TAB.items() if chosen.get(key) == value} | changed
+    command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
+    if not changed.get("class_noun"):
+        command = {key: _without_class(value) for key, value in command.items()}
+    job = queue.jobs().make(TRAIN, name, command, words=words)
+    queue.submit(job)
+    return "<p>Begun. It goes on if you close this page.</p>"
+
+
+def _without_class(value: Any) -> Any:
+    """A prompt of the tab's own for a subject without a class."""
+    return (
+        value.replace(" {class}", "")
+        if isinstance(value, str) and value in {*_PROMPTS.values(), *_OF_THE_TAB.values()}
+        else value
+    )
+
+
+def _pictures(upload: Any, folder: str, name: str) -> Path:
+    """The folder or zip file with the pictures; those that were uploaded are copied to where they stay.
+
+    Raises:
+        PicturesError: There are none, or both were given.
+    """
+    files = [Path(getattr(file, "name", file)) for file in upload or []]
+    folder = (folder or "").strip().strip('"')
+    if files and folder:
+        raise PicturesError("Pictures were uploaded and a folder was given, too.", "Remove one of the two.")
+    if not files and not folder:
+        raise PicturesError("There are no pictures.", "Drop some on the field above, or give their folder.")
+    if folder:
+        return Path(folder).expanduser()
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: file.name):
+        digest.update(f"{file.name}\0".encode(errors="surrogateescape") + hashlib.sha256(file.read_bytes()).digest())
+    kept = host.data_folder() / "pictures" / f"{name or 'pictures'}-{digest.hexdigest()[:8]}"
+    if len(files) == 1 and files[0].suffix.lower() == ".zip":
+        kept = kept.with_name(f"{kept.name}.zip")
+        return kept if kept.is_file() else write_file(kept, lambda temporary: shutil.copyfile(files[0], temporary))
+    if kept.is_dir():
+        return kept
+    return write_folder(kept, lambda temporary: [shutil.copyfile(file, temporary / file.name) for file in files])
+
+
+def _report(upload: Any, folder: str) -> str:
+    """What a run would find among the pictures."""
+    if not upload and not (folder or "").strip():
+        return ""
+    try:
+        pictures, warnings = checked_pictures(_pictures(upload, folder, ""))
+    except TrainerError as error:
+        return _told(error.problem_in(wording), error.remedy_in(wording))
+    shown = [
+        f"<figure><img alt='{html.escape(picture.name, quote=True)}' src='data:image/jpeg;base64,"
+        f"{base64.b64encode(as_thumbnail(picture)).decode()}'><figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+        for picture, _ in pictures[:_LARGEST_REPORT]
+    ]
+    lines = [f"<li>{html.escape(worded(note.text, wording))}</li>" for note in warnings]
+    count = f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''}"
+    return f"<div class='dreambooth-report'><p>{count}</p>{''.join(shown)}<ul>{''.join(lines)}</ul></div>"
+
+
+def _told(problem: str, remedy: str) -> str:
+    return f"<p class='dreambooth-error'><b>{html.escape(problem)}</b> {html.escape(remedy)}</p>"
