@@ -164,6 +164,19 @@ function mount() {
   mountRuns();
 }
 
+/** The panels' colours are ComfyUI's; here they are those of the web UI's theme. */
+const COLOURS = `
+#dreambooth-training-panel, #dreambooth-runs-panel { --fg-color: var(--body-text-color); --input-text: var(--body-text-color);
+  --comfy-menu-bg: var(--background-fill-secondary); --comfy-input-bg: var(--input-background-fill);
+  --border-color: var(--border-color-primary); }
+#dreambooth-training-panel *, #dreambooth-runs-panel * { color: inherit; }
+#dreambooth-training-panel .dreambooth-state, #dreambooth-runs-panel .dreambooth-state { color: #fff; }
+#dreambooth-training-panel .dreambooth-error, #dreambooth-runs-panel .dreambooth-error, #dreambooth_message .dreambooth-error,
+#dreambooth_report .dreambooth-error { color: #d04040; }
+.dreambooth-report figure { display: inline-block; margin: 0 4px 4px 0; width: 96px; vertical-align: top; }
+.dreambooth-report figcaption { font-size: 11px; overflow-wrap: anywhere; }
+`;
+document.head.append(make("style", { textContent: COLOURS }));
 addStyle();
 new MutationObserver(mount).observe(document.documentElement, { childList: true, subtree: true });
 mount();

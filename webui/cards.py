@@ -56,7 +56,7 @@ def write_card(path: Path, run: RunLayout | None = None) -> None:
     card = {
         "description": metadata.get("modelspec.title", ""),
         "sd version": next((name for start, name in _VERSIONS.items() if architecture.startswith(start)), "Unknown"),
-        "activation text": metadata.get("modelspec.trigger_phrase", ""),
+        "activation text": (run and _words(run)) or metadata.get("modelspec.trigger_phrase", ""),
         "preferred weight": PREFERRED_WEIGHT,
         "negative text": "",
         "notes": "",
@@ -65,3 +65,11 @@ def write_card(path: Path, run: RunLayout | None = None) -> None:
     preview = newest_preview(run) if run else None
     if run and preview:
         write_file(path.with_suffix(".preview.png"), lambda temporary: shutil.copyfile(run.path / preview, temporary))
+
+
+def _words(run: RunLayout) -> str:
+    """The words that call a run's subject, such as "sks dog"; "" if its prompt does not say them by its settings."""
+    settings = run.record.get("settings", {})
+    if "{token}" not in str(settings.get("instance_prompt", "")):
+        return ""
+    return f"{settings.get('token', '')} {settings.get('class_noun', '')}".strip()

@@ -30,6 +30,19 @@ def shown() -> Job | None:
     return next((job for job in jobs().all() if job.kind == TRAIN), None)
 
 
+def require_ready() -> None:
+    """Refuse while a job is at work or waits, and where none can run.
+
+    Raises:
+        BusyError: One is.
+        SettingsError: Packages are missing.
+    """
+    if _followed is not None:
+        raise BusyError(f"'{_followed.name}' is still at work.", "Wait until it is done, or press Stop.")
+    jobs().require_idle()
+    environment.python()
+
+
 def submit(job: Job) -> None:
     """Have a job run, once the host generates nothing; returns at once.
 
@@ -37,13 +50,11 @@ def submit(job: Job) -> None:
         BusyError: Another one is at work, or waits.
     """
     global _followed
-    python = environment.python()
     with _lock:
-        if _followed is not None:
-            raise BusyError(f"'{_followed.name}' is still at work.", "Wait until it is done, or press Stop.")
-        jobs().require_idle()
+        require_ready()
         job.enqueue()
         _followed = job
+    python = environment.python()
     _in_thread(lambda: _run(job, python))
 
 

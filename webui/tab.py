@@ -174,7 +174,7 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
 
 
 def _begun(names: Sequence[str], upload: Any, folder: str, values: Sequence[Any]) -> str:
-    queue.jobs().require_idle()
+    queue.require_ready()
     chosen = dict(zip(names, values))
     changed = given(names, values)
     name = str(chosen.get("name") or "").strip()

@@ -7,10 +7,12 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+_FONT_SIZE = 13  # pixels
 _LINE_HEIGHT = 17  # pixels
 _LETTER_WIDTH = 7  # pixels
 _GAP = 4  # pixels between cells
@@ -49,7 +51,7 @@ def contact_sheet(caption: str, titles: Sequence[str], rows: Sequence[SheetRow],
     width = max(margin + len(titles) * (cell + _GAP), 12 + _LETTER_WIDTH * len(caption))
     sheet = Image.new("RGB", (width, header_height + len(rows) * row_height), "white")
     canvas = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=13)
+    font = _font()
     lefts = [margin + column * (cell + _GAP) for column in range(len(titles))]
     canvas.text((6, 6), caption, fill="black", font=font)
     for left, lines in zip(lefts, title_lines, strict=True):
@@ -63,6 +65,16 @@ def contact_sheet(caption: str, titles: Sequence[str], rows: Sequence[SheetRow],
         for left, note in zip(lefts, row.notes):
             canvas.text((left, top + cell + 1), note, fill="black", font=font)
     return sheet
+
+
+def _font() -> Any:
+    """The font of labels and notes."""
+    try:
+        return ImageFont.load_default(size=_FONT_SIZE)
+    except TypeError:  # Pillow before 10.1, whose own font has neither a size nor more than Latin letters
+        from matplotlib import get_data_path
+
+        return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), _FONT_SIZE)
 
 
 def _in_square(picture: Image.Image, side: int) -> Image.Image:
