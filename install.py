@@ -1,15 +1,26 @@
-"""What ComfyUI Manager (and Automatic1111) run after cloning: checks the packages, and repairs one thing. Never fails.
+"""What ComfyUI Manager runs after cloning, and Automatic1111 and Forge at every start. Never fails.
 
-The Manager has already installed requirements.txt line by line, each line without regard to the others: with an older
-transformers the newest diffusers may need a huggingface-hub that transformers forbids. Then a compatible diffusers is
-installed instead, with the host's own packages pinned as they are. PyTorch belongs to the host and is never touched.
+In ComfyUI it checks the packages, and repairs one thing. The Manager has already installed requirements.txt line by
+line, each line without regard to the others: with an older transformers the newest diffusers may need a
+huggingface-hub that transformers forbids. Then a compatible diffusers is installed instead, with the host's own packages
+pinned as they are. PyTorch belongs to the host and is never touched.
+
+In a web UI, which pins its packages and breaks with others, nothing of the host is changed. If they don't do for the
+pack, it gets an environment of its own in `venv/`: what it needs lies there, and the rest, above all PyTorch, is the
+host's. It is made once, and again when the host's Python or PyTorch or the pack's requirements change.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import platform
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -96,9 +107,128 @@ def replace_incompatible_packages(requirements: str) -> None:
         print(f"{_PREFIX} That failed. By hand: {sys.executable} -m pip {' '.join(arguments)}")
 
 
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / "venv"
+_STAMP = "dreambooth_lora.json"
+
+
+def is_in_web_ui(folder: Path) -> bool:
+    """Whether a folder is that of Automatic1111, Forge or one of their kin, who run this in their own folder."""
+    return (folder / "launch.py").is_file() and (folder / "modules").is_dir()
+
+
+def environment_python(folder: Path = ENVIRONMENT) -> Path:
+    """The interpreter of an environment."""
+    return folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+
+def environment_stamp(requirements: str) -> dict[str, str]:
+    """What an environment is made for: another host's Python or PyTorch, or other requirements, need another one."""
+    try:
+        torch = version("torch")
+    except PackageNotFoundError:
+        torch = ""
+    digest = hashlib.sha256(requirements.encode()).hexdigest()
+    return {"python": platform.python_version(), "torch": torch, "host": sys.prefix, "requirements": digest}
+
+
+def is_ready(requirements: str, folder: Path = ENVIRONMENT) -> bool:
+    """Whether there is an environment, made for this host and these requirements."""
+    try:
+        stamp = json.loads((folder / _STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return bool(stamp == environment_stamp(requirements)) and environment_python(folder).exists()
+
+
+def make_environment(requirements: str, folder: Path = ENVIRONMENT) -> str:
+    """Make an environment over the host's packages.
+
+    Args:
+        requirements: Content of requirements.txt.
+        folder: Where it is made; what is there is removed first.
+
+    Returns:
+        "" or, if it can't be made, one line that says why and what to do.
+    """
+    by_hand = "The web UI itself works as before; only training does not."
+    try:
+        if folder.exists():
+            shutil.rmtree(folder)
+        made = _run(sys.executable, "-m", "venv", str(folder))
+        if made.returncode or not environment_python(folder).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            return (
+                f"An environment for the pack can't be made with {sys.executable}: {_last_line(made)} "
+                f"Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart. {by_hand}"
+            )
+        _lend_packages(folder)
+        constraint = folder / "host.txt"
+        constraint.write_text(f"torch=={version('torch')}\n" if _has("torch") else "", encoding="utf-8")
+        bounds = [line for line in requirements.splitlines() if line.strip()]
+        python = str(environment_python(folder))
+        pip = _run(python, "-m", "pip", "install", "--disable-pip-version-check", "-c", str(constraint), *bounds)
+        if pip.returncode:
+            return f"Packages for training can't be installed: {_last_line(pip)} Restart to try again. {by_hand}"
+        stamp = json.dumps(environment_stamp(requirements))
+        (folder / _STAMP).write_text(stamp, encoding="utf-8")
+    except OSError as error:
+        reason = error.strerror or error
+        return f"An environment for the pack can't be made in {folder}: {reason}. Free space or allow it. {by_hand}"
+    return ""
+
+
+def _run(*command: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, encoding="utf-8", errors="replace", env=environment
+    )
+
+
+def _last_line(process: subprocess.CompletedProcess[str]) -> str:
+    lines = [line for line in (process.stdout + process.stderr).splitlines() if line.strip()]
+    errors = [line for line in lines if line.lower().startswith("error")]
+    text = (errors or lines or ["no reason was given"])[-1].strip()[:300]
+    return text if text.endswith(".") else f"{text}."
+
+
+def _has(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def _lend_packages(folder: Path) -> None:
+    """Let an environment see this one's packages, after its own."""
+    scheme = {"base": str(folder), "platbase": str(folder)}
+    purelib = Path(sysconfig.get_path("purelib", "nt_venv" if os.name == "nt" else "posix_venv", scheme))
+    lent = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    (purelib / "dreambooth_lora_host.pth").write_text("\n".join(lent) + "\n", encoding="utf-8")
+
+
+def install_in_web_ui(requirements: str) -> None:
+    """See that a web UI's packages, or an environment of the pack's own, do for training; say it in one line."""
+    missing = missing_requirements(requirements)
+    if not missing:
+        print(f"{_PREFIX} Ready: the tab 'DreamBooth LoRA' trains with the web UI's own packages.")
+        return
+    if not is_ready(requirements):
+        print(f"{_PREFIX} Making an environment for training in {ENVIRONMENT}, once; the web UI stays as it is.")
+        failure = make_environment(requirements)
+        if failure:
+            print(f"{_PREFIX} {failure}")
+            return
+    print(f"{_PREFIX} Ready: the tab 'DreamBooth LoRA' trains with its own packages.")
+
+
 def main() -> None:
     """Repair what can be repaired, and print what is missing."""
-    requirements = (Path(__file__).parent / "requirements.txt").read_text(encoding="utf-8")
+    requirements = (ROOT / "requirements.txt").read_text(encoding="utf-8")
+    if is_in_web_ui(Path.cwd()):
+        install_in_web_ui(requirements)
+        return
     replace_incompatible_packages(requirements)
     messages = missing_requirements(requirements)
     for message in messages:
