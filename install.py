@@ -2,8 +2,8 @@
 
 In ComfyUI it checks the packages, and repairs one thing. The Manager has already installed requirements.txt line by
 line, each line without regard to the others: with an older transformers the newest diffusers may need a
-huggingface-hub that transformers forbids. Then a compatible diffusers is installed instead, with the host's own packages
-pinned as they are. PyTorch belongs to the host and is never touched.
+huggingface-hub that transformers forbids. Then a compatible diffusers is installed instead, with the host's own
+packages pinned as they are. PyTorch belongs to the host and is never touched.
 
 In a web UI, which pins its packages and breaks with others, nothing of the host is changed. If they don't do for the
 pack, it gets an environment of its own in `venv/`: what it needs lies there, and the rest, above all PyTorch, is the
