@@ -11,24 +11,28 @@ from pathlib import Path
 from typing import Any
 
 from ..trainer.core.errors import SettingsError
+from .tokenizers import made_tokenizer, open_clip_merges
 
 TITLE = "DreamBooth LoRA"
 _FOLDER = "dreambooth"
-_TOKENIZERS = ("backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer",)
+_TOKENIZERS = (
+    "backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer",  # Forge
+    "ldm_patched/modules/sd1_tokenizer",  # Classic
+)
 
 
 def on_tab(build: Callable[[], Any]) -> None:
     """Have the host show what `build` gives, a `gradio.Blocks`, as a tab."""
     from modules import script_callbacks
 
-    script_callbacks.on_ui_tabs(lambda: [(build(), TITLE, "dreambooth")], name="dreambooth_lora")
+    script_callbacks.on_ui_tabs(lambda: [(build(), TITLE, "dreambooth")])
 
 
 def on_app(add: Callable[[Any], None]) -> None:
     """Call `add` with the host's FastAPI application once it is there."""
     from modules import script_callbacks
 
-    script_callbacks.on_app_started(lambda _, app: add(app), name="dreambooth_lora")
+    script_callbacks.on_app_started(lambda _, app: add(app))
 
 
 def data_folder() -> Path:
@@ -83,14 +87,19 @@ def base_file(title: str) -> Path:
 
 
 def tokenizer() -> Path | None:
-    """A CLIP tokenizer that comes with the host; None if it has none that the engine reads."""
+    """A CLIP tokenizer that comes with the host, or is made of what comes with it; None if there is neither.
+
+    Raises:
+        StorageError: It can't be written.
+    """
     from modules import paths
 
     for relative in _TOKENIZERS:
         folder = Path(paths.script_path) / relative
         if folder.is_dir():
             return folder
-    return None
+    merges = open_clip_merges()  # Automatic1111
+    return made_tokenizer(merges, data_folder() / "tokenizer") if merges else None
 
 
 @contextlib.contextmanager
