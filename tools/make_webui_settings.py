@@ -1,4 +1,4 @@
-"""Writes webui/settings.json: the settings of a training as the web UI's tab shows them, from their definitions.
+"""Writes webui/settings.json: the settings of commands as the web UI's tab shows them, from their definitions.
 
     python tools/make_webui_settings.py [--out FILE]
 
@@ -25,9 +25,12 @@ if "pack" not in sys.modules:  # as tests/conftest.py loads it
 
 from pack.trainer.cli.flags import is_table  # noqa: E402
 from pack.trainer.settings.base import Settings, field_extra  # noqa: E402
+from pack.trainer.settings.evaluate import CompareCommand  # noqa: E402
+from pack.trainer.settings.merge import MergeCommand, ResizeCommand  # noqa: E402
 from pack.trainer.settings.train import TrainCommand  # noqa: E402
 
 FILE = ROOT / "webui" / "settings.json"
+COMMANDS = {"train": TrainCommand, "merge": MergeCommand, "resize": ResizeCommand, "compare": CompareCommand}
 
 
 def settings_of(kind: type[Settings]) -> list[dict[str, Any]]:
@@ -59,7 +62,7 @@ def _described(kind: type[Settings], name: str) -> dict[str, Any]:
         limits = {"min": _limit(field.metadata, "ge", "gt"), "max": _limit(field.metadata, "le", "lt")}
         return facts | {"kind": "number" if float in types else "whole", "default": default} | limits
     if get_origin(field.annotation) is tuple:
-        return facts | {"kind": "list", "default": list(field.default)}
+        return facts | {"kind": "list", "default": list(default or ())}
     default = None if default is None else str(default)
     return facts | {"kind": "path" if extra["path"] else "text", "default": default}
 
@@ -70,8 +73,9 @@ def _limit(metadata: list[Any], *rules: str) -> float | None:
 
 
 def content() -> str:
-    """The whole file."""
-    return json.dumps(settings_of(TrainCommand), indent=1, ensure_ascii=False) + "\n"
+    """The whole file: command → its settings."""
+    settings = {command: settings_of(kind) for command, kind in COMMANDS.items()}
+    return json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
 
 
 def main() -> None:

@@ -103,21 +103,17 @@ def tokenizer() -> Path | None:
 
 
 @contextlib.contextmanager
-def given_back(gave: Callable[[], bool], show: Callable[[], str]) -> Iterator[None]:
+def given_back(show: Callable[[], str]) -> Iterator[None]:
     """Wait until the host generates nothing, free the card, and keep the host waiting for the block.
 
     The host loads its model again when it next needs it.
 
     Args:
-        gave: Whether the wait is over without having begun, because the user changed their mind.
         show: One line on what is being done, for whoever waits.
     """
     from modules import call_queue, sd_models, shared
 
     with call_queue.queue_lock:
-        if gave():
-            yield
-            return
         sd_models.unload_model_weights()
         _free_cached_memory()
         ended = threading.Event()

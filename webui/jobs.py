@@ -22,6 +22,7 @@ import psutil
 from ..trainer.core.errors import BusyError, SettingsError
 from ..trainer.core.files import explained_os_errors, numbered, write_atomic
 from ..trainer.core.locks import FolderLock
+from ..trainer.core.toml import read_toml
 from .toml_text import toml_text
 
 TRAIN = "train"
@@ -136,6 +137,27 @@ class Job:
         """What it makes."""
         return str(self.record.get("name", ""))
 
+    @property
+    def run(self) -> str | None:
+        """The id of the run that it trains, once that is known."""
+        return self.progress().facts.get("run")
+
+    def settings(self) -> dict[str, Any]:
+        """The command's settings.
+
+        Raises:
+            SettingsError: Their file is damaged.
+        """
+        return read_toml(self.folder / _SETTINGS)
+
+    def write_settings(self, settings: Mapping[str, Any]) -> None:
+        """Replace the command's settings.
+
+        Raises:
+            StorageError: They can't be written.
+        """
+        write_atomic(self.folder / _SETTINGS, toml_text(settings).encode())
+
     def is_alive(self) -> bool:
         """Whether its process runs."""
         if self._process is not None:
@@ -174,7 +196,7 @@ class Job:
         command += ["--events", str(paths[_EVENTS]), "--stop-file", str(paths[_STOP])]
         with explained_os_errors(self.folder), open(paths[_OUTPUT], "wb") as output, open(paths[_LOG], "ab") as log:
             streams = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": log}
-            self._process = subprocess.Popen(command, cwd=_ROOT, env=_environment(), **streams, **_alone())
+            self._process = subprocess.Popen(command, cwd=_ROOT, env=engine_environment(), **streams, **_alone())
         born_at = time.time()
         with contextlib.suppress(psutil.Error):
             born_at = psutil.Process(self._process.pid).create_time()
@@ -279,8 +301,8 @@ class Jobs:
                 except FileExistsError:
                     continue
             break
-        write_atomic(folder / _SETTINGS, toml_text(settings).encode())
         job = Job(folder)
+        job.write_settings(settings)
         job.note(kind=kind, name=name, made_at=time.time(), queued_at=time.time(), **facts)
         return job
 
@@ -323,8 +345,8 @@ class Jobs:
             lock.release()
 
 
-def _environment() -> dict[str, str]:
-    """The host's, without what would change the engine's imports or the encoding of what it writes."""
+def engine_environment() -> dict[str, str]:
+    """The host's environment variables, but for those that would change what the engine imports, or how it writes."""
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     return environment | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
 

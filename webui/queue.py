@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -13,6 +14,8 @@ from . import cards, environment, host
 from .jobs import ENDED, TRAIN, Job, Jobs
 
 logger = logging.getLogger("dreambooth_lora")
+_ON_THE_CARD = (TRAIN, "compare")  # commands for which the host's model has to go
+_MAKING_LORAS = (TRAIN, "merge", "resize")
 _SECONDS_BETWEEN_LOOKS = 0.5
 _lock = threading.Lock()
 _followed: Job | None = None
@@ -24,10 +27,15 @@ def jobs() -> Jobs:
 
 
 def shown() -> Job | None:
-    """The job that the panel shows: the one at work, or else the newest one that trains."""
-    if _followed is not None:
+    """The training that the panel shows: the one at work, or else the newest one."""
+    if _followed is not None and _followed.kind == TRAIN:
         return _followed
     return next((job for job in jobs().all() if job.kind == TRAIN), None)
+
+
+def is_at_work(job: Job) -> bool:
+    """Whether a job runs or waits, or its result is being delivered."""
+    return _followed is job
 
 
 def require_ready() -> None:
@@ -87,7 +95,7 @@ def _run(job: Job, python: Path | None) -> None:
     """
     global _followed
     try:
-        with host.given_back(job.is_to_stop if python else lambda: False, lambda: _line(job)):
+        with host.given_back(lambda: _line(job)) if job.kind in _ON_THE_CARD else contextlib.nullcontext():
             if python is not None and not job.is_to_stop():
                 jobs().start(job, python)
             while job.is_alive():
@@ -105,10 +113,15 @@ def _run(job: Job, python: Path | None) -> None:
 
 
 def _bring_home(job: Job) -> None:
-    """Put what a training made where the host looks for it, once."""
-    if job.kind != TRAIN or "card" in job.record or job.progress().facts["state"] != "done":
+    """Put what a job made where the host looks for it, once, with its card."""
+    if job.kind not in _MAKING_LORAS or "card" in job.record or job.progress().facts["state"] != "done":
         return
-    job.note(card=cards.deliver(job).name)
+    if job.kind == TRAIN:
+        card = cards.deliver(job)
+    else:  # which wrote into the host's folder itself
+        card = Path(job.output()[-1])
+        cards.write_card(card)
+    job.note(card=card.name)
     host.forget_loras()
 
 

@@ -94,7 +94,7 @@ def _run_pages() -> RunPages:
 
 def _is_training(run: str) -> bool:
     job = queue.jobs().running()
-    return job is not None and job.progress().facts.get("run") == run
+    return job is not None and job.run == run
 
 
 def _job(request: Request) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _details(request: Request) -> dict[str, Any]:
 def _job_of(run: str) -> Job | None:
     """The newest job that trained a run."""
     for job in queue.jobs().all():
-        if job.kind == TRAIN and job.progress().facts.get("run") == run:
+        if job.kind == TRAIN and job.run == run:
             return job
     return None
 

@@ -6,9 +6,8 @@ import base64
 import functools
 import hashlib
 import html
-import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +17,19 @@ from ..pages.pictures import checked_pictures
 from ..pages.thumbnails import as_thumbnail
 from ..trainer.core.errors import PicturesError, TrainerError, worded
 from ..trainer.core.files import require_writable, write_file, write_folder
-from . import host, queue
+from . import host, queue, tools_tab
 from .jobs import TRAIN
+from .messages import failure, saying_errors
+from .widgets import element_id, given, settings_of, widget
 from .wording import label, wording
 
-_SETTINGS = Path(__file__).with_name("settings.json")
 _SHOWN_FIRST = ("class_noun", "token", "base", "preset", "name", "steps", "resolution", "prior_count")
 _GIVEN_OTHERWISE = ("images", "output_dir", "instance_prompt", "class_prompt", "device", "resume")
 _PROMPTS = {"instance_prompt": "a photo of {token} {class}", "class_prompt": "a photo of {class}"}
 _OF_THE_TAB = {"preview_every": 100, "preview_prompts": "a photo of {token} {class}"}
 """Defaults that the tab has of its own: whoever watches wants to see samples."""
+_HELP = (Path(__file__).parent / "help.md").read_text(encoding="utf-8")
 _LARGEST_REPORT = 24  # pictures that the report shows
-
-
-@functools.cache
-def settings() -> dict[str, dict[str, Any]]:
-    """Every setting of a training by name, as `tools/make_webui_settings.py` describes it."""
-    described = {setting["name"]: setting for setting in json.loads(_SETTINGS.read_text(encoding="utf-8"))}
-    return {
-        name: setting | ({"default": _OF_THE_TAB[name]} if name in _OF_THE_TAB else {})
-        for name, setting in described.items()
-    }
 
 
 def build() -> gr.Blocks:
@@ -48,6 +39,10 @@ def build() -> gr.Blocks:
             _build_training()
         with gr.Tab("Runs", elem_id="dreambooth_runs"):
             gr.HTML("<div id='dreambooth-runs-panel'></div>")
+        with gr.Tab("Tools", elem_id="dreambooth_tools"):
+            tools_tab.build()
+        with gr.Tab("Help", elem_id="dreambooth_help"):
+            gr.Markdown(_HELP)
     return blocks
 
 
@@ -58,12 +53,12 @@ def _build_training() -> None:
                 label="Pictures",
                 file_count="multiple",
                 file_types=["image", ".txt", ".caption", ".zip"],
-                elem_id=_id("images"),
+                elem_id=element_id("images"),
             )
             folder = gr.Textbox(
-                label="Folder", placeholder="or a folder or zip file on this computer", elem_id=_id("folder")
+                label="Folder", placeholder="or a folder or zip file on this computer", elem_id=element_id("folder")
             )
-            report = gr.HTML(elem_id=_id("report"))
+            report = gr.HTML(elem_id=element_id("report"))
             widgets: dict[str, Any] = {}
             for names in (
                 ("class_noun", "token"),
@@ -73,15 +68,15 @@ def _build_training() -> None:
             ):
                 with gr.Row():
                     for name in names:
-                        widgets[name] = _base_widget() if name == "base" else _widget(settings()[name])
+                        widgets[name] = _base_widget() if name == "base" else _training_widget(name)
                     if "base" in names:
-                        refresh = gr.Button("⟳", elem_id=_id("refresh"), scale=0, min_width=40)
-            train = gr.Button("Train", variant="primary", elem_id=_id("start"))
-            message = gr.HTML(elem_id=_id("message"))
+                        refresh = gr.Button("⟳", elem_id=element_id("refresh"), scale=0, min_width=40)
+            train = gr.Button("Train", variant="primary", elem_id=element_id("start"))
+            message = gr.HTML(elem_id=element_id("message"))
             for group, names in _folded().items():
                 with gr.Accordion(group, open=False):
                     for name in names:
-                        widgets[name] = _widget(settings()[name])
+                        widgets[name] = _training_widget(name)
         with gr.Column(scale=1):
             gr.HTML("<div id='dreambooth-training-panel'></div>")
     for source in (upload, folder):
@@ -96,14 +91,10 @@ def _build_training() -> None:
     )
 
 
-def _id(name: str) -> str:
-    return f"dreambooth_{name}"
-
-
 def _folded() -> dict[str, list[str]]:
     """Group → the settings of it that are not shown at once."""
     groups: dict[str, list[str]] = {}
-    for name, setting in settings().items():
+    for name, setting in settings_of(TRAIN).items():
         if name not in (*_SHOWN_FIRST, *_GIVEN_OTHERWISE):
             groups.setdefault(setting["group"], []).append(name)
     return groups
@@ -112,89 +103,45 @@ def _folded() -> dict[str, list[str]]:
 def _base_widget() -> Any:
     titles = host.bases()
     return gr.Dropdown(
-        label=label("base"), choices=titles, value=titles[0] if titles else None, elem_id=_id("base"), scale=4
+        label=label("base"), choices=titles, value=titles[0] if titles else None, elem_id=element_id("base"), scale=4
     )
+
+
+def _training_widget(name: str) -> Any:
+    changes = {"value": _OF_THE_TAB[name]} if name in _OF_THE_TAB else {}
+    return widget(settings_of(TRAIN)[name], with_help=name not in _SHOWN_FIRST, **changes)
 
 
 def _refreshed_bases() -> Any:
     return gr.update(choices=host.refresh_bases())
 
 
-def _widget(setting: dict[str, Any]) -> Any:
-    """The widget of one setting; its text is the setting's own."""
-    name, kind, default = setting["name"], setting["kind"], setting["default"]
-    text = label(name)
-    text = text[0].upper() + text[1:]
-    options: dict[str, Any] = {"label": text, "info": setting["help"], "elem_id": _id(name)}
-    if name in _SHOWN_FIRST:
-        del options["info"]
-    if kind == "choice":
-        return gr.Dropdown(choices=setting["choices"], value=default, **options)
-    if kind == "switch":
-        return gr.Checkbox(value=default, **options)
-    if kind in ("whole", "number") and not setting["optional"]:
-        return gr.Number(value=default, precision=0 if kind == "whole" else None, **options)
-    value = "" if default is None else default
-    return gr.Textbox(value="\n".join(value) if kind == "list" else value, lines=1, **options)
-
-
-def given(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
-    """The settings that the user changed, as a settings file has them; a preset fills in only the others.
-
-    Raises:
-        ValueError: A number is not one.
-    """
-    changed = {}
-    for name, value in zip(names, values):
-        setting = settings()[name]
-        kind = setting["kind"]
-        if isinstance(value, str) and kind not in ("choice", "switch"):
-            value = value.strip()
-        if value in (None, ""):
-            continue
-        if kind == "whole":
-            value = int(value)
-        elif kind == "number":
-            value = float(value)
-        elif kind == "list":
-            value = [line.strip() for line in value.splitlines() if line.strip()]
-        if value != setting["default"]:
-            changed[name] = value
-    return changed
-
-
+@saying_errors
 def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     """Begin a training; what the page shows below the button."""
-    try:
-        return _begun(names, upload, folder, values)
-    except TrainerError as error:
-        return _told(error.problem_in(wording), error.remedy_in(wording))
-    except ValueError as error:
-        return _told(f"{error}.", "Give a number.")
-
-
-def _begun(names: Sequence[str], upload: Any, folder: str, values: Sequence[Any]) -> str:
     queue.require_ready()
     chosen = dict(zip(names, values))
-    changed = given(names, values)
+    changed = given(TRAIN, names, values)
     name = str(chosen.get("name") or "").strip()
     images = _pictures(upload, folder, name)
     checked_pictures(images)
     base = host.base_file(str(chosen.get("base") or ""))
     require_writable(host.loras_folder(), 0)
-    words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
     tokenizer = host.tokenizer()
     command = {"tokenizer": str(tokenizer)} if tokenizer else {}
-    command |= {
-        key: prompt for key, prompt in _PROMPTS.items() if key == "instance_prompt" or changed.get("prior_count")
-    }
+    command |= _prompts(changed)
     command |= {key: value for key, value in _OF_THE_TAB.items() if chosen.get(key) == value} | changed
     command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
     if not changed.get("class_noun"):
         command = {key: _without_class(value) for key, value in command.items()}
-    job = queue.jobs().make(TRAIN, name, command, words=words)
-    queue.submit(job)
+    words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
+    queue.submit(queue.jobs().make(TRAIN, name, command, words=words))
     return "<p>Begun. It goes on if you close this page.</p>"
+
+
+def _prompts(changed: Mapping[str, Any]) -> dict[str, str]:
+    """The prompts that the tab makes of word and class; the one of class pictures only if there are some."""
+    return {key: text for key, text in _PROMPTS.items() if key == "instance_prompt" or changed.get("prior_count")}
 
 
 def _without_class(value: Any) -> Any:
@@ -239,7 +186,7 @@ def _report(upload: Any, folder: str) -> str:
     try:
         pictures, warnings = checked_pictures(_pictures(upload, folder, ""))
     except TrainerError as error:
-        return _told(error.problem_in(wording), error.remedy_in(wording))
+        return failure(error.problem_in(wording), error.remedy_in(wording))
     shown = [
         f"<figure><img alt='{html.escape(picture.name, quote=True)}' src='data:image/jpeg;base64,"
         f"{base64.b64encode(as_thumbnail(picture)).decode()}'><figcaption>{html.escape(picture.caption)}</figcaption></figure>"
@@ -248,7 +195,3 @@ def _report(upload: Any, folder: str) -> str:
     lines = [f"<li>{html.escape(worded(note.text, wording))}</li>" for note in warnings]
     count = f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''}"
     return f"<div class='dreambooth-report'><p>{count}</p>{''.join(shown)}<ul>{''.join(lines)}</ul></div>"
-
-
-def _told(problem: str, remedy: str) -> str:
-    return f"<p class='dreambooth-error'><b>{html.escape(problem)}</b> {html.escape(remedy)}</p>"

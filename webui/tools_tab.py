@@ -1,0 +1,240 @@
+"""The tab's tools: merge, resize, inspect, and the best checkpoint of a run. Each runs as a job of the engine."""
+
+from __future__ import annotations
+
+import html
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ..install import ROOT
+from ..trainer.core.errors import SettingsError, TrainerError, worded
+from ..trainer.training.runs.index import RunIndex
+from . import environment, host, queue
+from .jobs import ENDED, TRAIN, Job, engine_environment
+from .messages import failure, saying_errors
+from .widgets import element_id, given, settings_of, widget
+from .wording import wording
+
+MERGE, RESIZE, COMPARE = "merge", "resize", "compare"
+_MERGE_SETTINGS = ("method", "rank", "density", "protected", "block_weights")
+_RESIZE_SETTINGS = ("rank", "ratio")
+_COMPARE_SETTINGS = ("prompts", "clip", "dino", "count", "steps")
+_SECONDS_BETWEEN_LOOKS = 0.5
+_LONGEST_INSPECTION = 600  # seconds
+
+
+def build() -> None:
+    """The tools' widgets, in the tab that is being built."""
+    with gr.Tabs():
+        with gr.Tab("Merge"):
+            loras = _loras_widget("merge_loras", multiselect=True)
+            strengths = gr.Textbox(
+                label="Strengths",
+                info="One for each, separated by commas: 1, 0.8. Two for the UNet and the text encoder: 1:0.5.",
+                elem_id=element_id("merge_strengths"),
+            )
+            name = gr.Textbox(label="Name of the merged LoRA", elem_id=element_id("merge_name"))
+            settings = _widgets(MERGE, _MERGE_SETTINGS)
+            _button(
+                "Merge", "merge", _merge, [loras, strengths, name, *settings], [gr.HTML(), gr.Image(label="Report")]
+            )
+        with gr.Tab("Resize"):
+            lora = _loras_widget("resize_lora")
+            name = gr.Textbox(label="Name of the resized LoRA", elem_id=element_id("resize_name"))
+            settings = _widgets(RESIZE, _RESIZE_SETTINGS)
+            _button("Resize", "resize", _resize, [lora, name, *settings], [gr.HTML()])
+        with gr.Tab("Inspect"):
+            lora = _loras_widget("inspect_lora")
+            _button("Inspect", "inspect", _inspect, [lora], [gr.HTML()])
+        with gr.Tab("Pick the best checkpoint"):
+            run = _run_widget()
+            settings = _widgets(COMPARE, _COMPARE_SETTINGS)
+            _button("Compare", "compare", _compare, [run, *settings], [gr.HTML()])
+
+
+def _widgets(command: str, names: Sequence[str]) -> list[Any]:
+    return [widget(settings_of(command)[name], prefix=f"{command}_") for name in names]
+
+
+def _button(text: str, id: str, work: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
+    for output in outputs:
+        output.elem_id = element_id(f"{id}_{'report' if isinstance(output, gr.Image) else 'result'}")
+    button = gr.Button(text, variant="primary", elem_id=element_id(f"{id}_start"))
+    button.click(work, inputs=list(inputs), outputs=list(outputs), show_progress="hidden")
+
+
+def _loras_widget(id: str, **options: Any) -> Any:
+    return _listed(lambda: list(_loras()), id, label="LoRAs" if options else "LoRA", **options)
+
+
+def _run_widget() -> Any:
+    return _listed(lambda: _runs().names(), "compare_run", label="Run")
+
+
+def _listed(choices: Callable[[], list[str]], id: str, **options: Any) -> Any:
+    """A list with a button that reads it anew."""
+    with gr.Row():
+        listed = gr.Dropdown(choices=choices(), elem_id=element_id(id), scale=4, **options)
+        refresh = gr.Button("⟳", elem_id=element_id(f"{id}_refresh"), scale=0, min_width=40)
+    refresh.click(lambda: gr.update(choices=choices()), inputs=[], outputs=[listed])
+    return listed
+
+
+def _loras() -> dict[str, Path]:
+    """The host's LoRA files by name, as a prompt names them."""
+    files = sorted(host.loras_folder().rglob("*.safetensors"))
+    return {file.relative_to(host.loras_folder()).with_suffix("").as_posix(): file for file in files}
+
+
+def _lora(name: str | None) -> Path:
+    """The file of a LoRA.
+
+    Raises:
+        SettingsError: None was chosen, or it is gone.
+    """
+    files = _loras()
+    if name not in files:
+        raise SettingsError(
+            f"There is no LoRA '{name}'." if name else "No LoRA is chosen.", "Choose one; ⟳ reads the list anew."
+        )
+    return files[name]
+
+
+def _runs() -> RunIndex:
+    return RunIndex(host.data_folder() / "runs")
+
+
+def _merge(chosen: Sequence[str] | None, strengths: str, name: str, *values: Any) -> Iterator[tuple[str, str | None]]:
+    """Merge LoRAs; what is shown meanwhile and at the end: text, and a picture of the report."""
+    try:
+        loras = [f"{_lora(lora)}:{strength}" for lora, strength in zip(chosen or (), _strengths(chosen, strengths))]
+        if len(loras) < 2:
+            raise SettingsError("Fewer than two LoRAs are chosen.", "Choose two or more.")
+        settings = given(MERGE, _MERGE_SETTINGS, values) | {"loras": loras, "output": str(_output(name))}
+        job = _made(MERGE, name, settings, report="report.png")
+        for text in _followed(job):
+            yield text, None
+        picture = job.folder / "report.png"
+        yield _result(job), str(picture) if picture.is_file() else None
+    except (TrainerError, ValueError) as error:
+        yield _failure(error), None
+
+
+def _resize(lora: str | None, name: str, *values: Any) -> Iterator[str]:
+    """Resize a LoRA; what is shown meanwhile and at the end."""
+    try:
+        settings = given(RESIZE, _RESIZE_SETTINGS, values) | {"lora": str(_lora(lora)), "output": str(_output(name))}
+        job = _made(RESIZE, name, settings)
+        yield from _followed(job)
+        yield _result(job)
+    except (TrainerError, ValueError) as error:
+        yield _failure(error)
+
+
+def _compare(run: str | None, *values: Any) -> Iterator[str]:
+    """Compare the checkpoints of a run; what is shown meanwhile and at the end."""
+    try:
+        if not run:
+            raise SettingsError("No run is chosen.", "Choose one; ⟳ reads the list anew.")
+        folder = _runs().run(run)
+        begun = next((job for job in queue.jobs().all() if job.kind == TRAIN and job.run == run), None)
+        if begun is None:
+            raise SettingsError(f"Nothing is known of how '{run}' was begun.", "Choose a run that this tab began.")
+        known = begun.settings()
+        settings = {key: known[key] for key in ("base", "tokenizer", "vae", "token") if key in known}
+        settings |= {"runs": [str(folder.path)], "subject": known["images"]}
+        job = _made(COMPARE, run, settings | given(COMPARE, _COMPARE_SETTINGS, values), output_dir="comparison")
+        yield from _followed(job)
+        yield _result(job)
+    except (TrainerError, ValueError) as error:
+        yield _failure(error)
+
+
+@saying_errors
+def _inspect(lora: str | None) -> str:
+    """What a LoRA is, as text."""
+    command = [str(environment.python()), "-m", "trainer", "inspect", str(_lora(lora))]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=engine_environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=_LONGEST_INSPECTION,
+        check=False,
+    )
+    return f"<pre>{html.escape(done.stdout or done.stderr)}</pre>"
+
+
+def _strengths(chosen: Sequence[str] | None, text: str) -> list[str]:
+    """A strength for each LoRA; 1 if none are given.
+
+    Raises:
+        SettingsError: They are not numbers, or not as many.
+    """
+    parts = [part.strip() for part in (text or "").split(",") if part.strip()]
+    if not parts:
+        return ["1"] * len(chosen or ())
+    if len(parts) != len(chosen or ()):
+        raise SettingsError(
+            f"There are {len(parts)} strengths for {len(chosen or ())} LoRAs.", "Give one for each, in their order."
+        )
+    for part in parts:
+        for number in part.split(":"):
+            try:
+                float(number)
+            except ValueError:
+                raise SettingsError(f"The strength '{part}' is no number.", "Write 0.8, or 1:0.5.") from None
+    return parts
+
+
+def _output(name: str) -> Path:
+    """The file in the host's LoRA folder that a result goes into.
+
+    Raises:
+        SettingsError: There is no name.
+    """
+    name = (name or "").strip()
+    if not name:
+        raise SettingsError("The result has no name.", "Give one; it becomes the name of the LoRA file.")
+    return host.loras_folder() / f"{name}.safetensors"
+
+
+def _made(kind: str, name: str, settings: Mapping[str, Any], **files: str) -> Job:
+    """A job whose settings also name files in its own folder."""
+    queue.require_ready()
+    job = queue.jobs().make(kind, name.strip(), settings)
+    if files:
+        job.write_settings(dict(settings) | {key: str(job.folder / file) for key, file in files.items()})
+    return job
+
+
+def _followed(job: Job) -> Iterator[str]:
+    """Run a job to its end; what it does meanwhile."""
+    queue.submit(job)
+    while queue.is_at_work(job):
+        facts = job.progress().facts
+        share = f" {facts['done']} of {facts['total']}" if "total" in facts and facts["state"] not in ENDED else ""
+        yield f"<p>{html.escape(str(facts['state']))}{share} …</p>"
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _result(job: Job) -> str:
+    """How a job ended."""
+    facts = job.progress().facts
+    failed = job.record.get("failed") or [facts.get("problem", "It was stopped."), facts.get("remedy", "")]
+    if facts["state"] != "done" or job.record.get("failed"):
+        return failure(worded(failed[0], wording), worded(failed[1], wording))
+    notes = "".join(f"<li>{html.escape(worded(text, wording))}</li>" for text, _ in job.progress().notes)
+    return f"<ul>{notes}</ul><pre>{html.escape(job.log() + chr(10).join(job.output()))}</pre>"
+
+
+def _failure(error: Exception) -> str:
+    if isinstance(error, TrainerError):
+        return failure(error.problem_in(wording), error.remedy_in(wording))
+    return failure(f"{error}.", "Give a number.")

@@ -1,0 +1,76 @@
+"""Widgets for settings: type, choices, default and text as the setting defines them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from .wording import label
+
+_SETTINGS = Path(__file__).with_name("settings.json")
+
+
+@functools.cache
+def settings_of(command: str) -> Mapping[str, dict[str, Any]]:
+    """Every setting of a command by name, as `tools/make_webui_settings.py` describes it."""
+    described = json.loads(_SETTINGS.read_text(encoding="utf-8"))[command]
+    return {setting["name"]: setting for setting in described}
+
+
+def element_id(name: str) -> str:
+    """The id of a widget's element in the page."""
+    return f"dreambooth_{name}"
+
+
+def widget(setting: Mapping[str, Any], *, with_help: bool = True, prefix: str = "", **changes: Any) -> Any:
+    """The widget of one setting.
+
+    Args:
+        setting: As `settings_of` describes it.
+        with_help: Whether its text is shown below its name.
+        prefix: Of its element's id, where two commands have a setting of one name.
+        changes: Options that differ, such as `value`.
+    """
+    name, kind, default = setting["name"], setting["kind"], setting["default"]
+    text = label(name)
+    options: dict[str, Any] = {"label": text[0].upper() + text[1:], "elem_id": element_id(prefix + name)}
+    if with_help:
+        options["info"] = setting["help"]
+    if kind == "choice":
+        return gr.Dropdown(**{"choices": setting["choices"], "value": default} | options | changes)
+    if kind == "switch":
+        return gr.Checkbox(**{"value": default} | options | changes)
+    if kind in ("whole", "number") and not setting["optional"]:
+        return gr.Number(**{"value": default, "precision": 0 if kind == "whole" else None} | options | changes)
+    text = "\n".join(default) if kind == "list" else default or ""
+    return gr.Textbox(**{"value": text, "lines": 1} | options | changes)
+
+
+def given(command: str, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """The settings that the user changed, as a settings file has them; a preset fills in only the others.
+
+    Raises:
+        ValueError: A number is not one.
+    """
+    changed = {}
+    for name, value in zip(names, values):
+        setting = settings_of(command)[name]
+        kind = setting["kind"]
+        if isinstance(value, str) and kind not in ("choice", "switch"):
+            value = value.strip()
+        if value in (None, ""):
+            continue
+        if kind == "whole":
+            value = int(value)
+        elif kind == "number":
+            value = float(value)
+        elif kind == "list":
+            value = [line.strip() for line in value.splitlines() if line.strip()]
+        if value != setting["default"]:
+            changed[name] = value
+    return changed
