@@ -31,7 +31,9 @@ class JobPanel {
     this.resumeButton = button("Resume", "Go on where it was stopped", async () => {
       if (this.facts?.run) await resumeRun(this.facts.run);
     });
-    this.sendButton = button("Send to txt2img", "Put the subject and its LoRA into the prompt", async () => this.send());
+    this.sendButton = button("Send to txt2img", "Put the subject and its LoRA into the prompt", async () =>
+      this.send(),
+    );
     this.warnings = make("div", { className: "dreambooth-warnings", hidden: true });
     this.trouble = make("div", { className: "dreambooth-error", hidden: true });
     this.element = make(
@@ -92,7 +94,10 @@ class JobPanel {
 
   /** @param {string} state */
   ended(state) {
-    if (state === "done") document.querySelector("#txt2img_lora_extra_refresh, #txt2img_extra_refresh")?.dispatchEvent(new MouseEvent("click"));
+    if (state === "done")
+      document
+        .querySelector("#txt2img_lora_extra_refresh, #txt2img_extra_refresh")
+        ?.dispatchEvent(new MouseEvent("click"));
     runs?.refresh();
   }
 

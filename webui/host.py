@@ -106,16 +106,18 @@ def tokenizer() -> Path | None:
 def given_back(show: Callable[[], str]) -> Iterator[None]:
     """Wait until the host generates nothing, free the card, and keep the host waiting for the block.
 
-    The host loads its model again when it next needs it.
+    Forge loads its model again when it next needs it; Automatic1111 gets it back after the block.
 
     Args:
         show: One line on what is being done, for whoever waits.
     """
-    from modules import call_queue, sd_models, shared
+    from modules import call_queue, devices, sd_models, shared
 
     with call_queue.queue_lock:
-        sd_models.unload_model_weights()
-        _free_cached_memory()
+        model = getattr(sd_models.model_data, "sd_model", None)
+        if model is not None:
+            sd_models.unload_model_weights()
+        devices.torch_gc()
         ended = threading.Event()
         shared.state.begin(job="dreambooth")
         teller = threading.Thread(target=_tell, args=(shared.state, show, ended), daemon=True)
@@ -126,17 +128,13 @@ def given_back(show: Callable[[], str]) -> Iterator[None]:
             ended.set()
             teller.join()
             shared.state.end()
+            if model is not None and hasattr(sd_models, "send_model_to_device"):
+                sd_models.send_model_to_device(model)
 
 
 def _tell(state: Any, show: Callable[[], str], ended: threading.Event) -> None:
     while not ended.wait(1.0):
         state.textinfo = show()
-
-
-def _free_cached_memory() -> None:
-    from modules import devices
-
-    devices.torch_gc()
 
 
 def forget_loras() -> None:

@@ -140,7 +140,7 @@ class Job:
     @property
     def run(self) -> str | None:
         """The id of the run that it trains, once that is known."""
-        return self.progress().facts.get("run")
+        return self.record.get("run") or self.progress().facts.get("run")
 
     def settings(self) -> dict[str, Any]:
         """The command's settings.

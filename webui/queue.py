@@ -79,7 +79,11 @@ def attach() -> None:
         _in_thread(lambda: _run(running, None))
     for job in jobs().all():
         if job is not running and not job.is_alive():
-            _bring_home(job)
+            try:
+                _bring_home(job)
+            except TrainerError as error:
+                job.note(card="", failed=list(error.unworded))
+                logger.error("DreamBooth LoRA: %s", error)
 
 
 def _in_thread(work: Callable[[], None]) -> None:
@@ -99,7 +103,9 @@ def _run(job: Job, python: Path | None) -> None:
             if python is not None and not job.is_to_stop():
                 jobs().start(job, python)
             while job.is_alive():
+                _keep_run(job)
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
+            _keep_run(job)
         _bring_home(job)
     except TrainerError as error:
         job.note(failed=list(error.unworded))
@@ -110,6 +116,12 @@ def _run(job: Job, python: Path | None) -> None:
     finally:
         with _lock:
             _followed = None
+
+
+def _keep_run(job: Job) -> None:
+    """Write down which run a job trains, so that nobody has to read all its events for that."""
+    if "run" not in job.record and job.run:
+        job.note(run=job.run)
 
 
 def _bring_home(job: Job) -> None:

@@ -190,3 +190,6 @@ export function textsOf(element, selector) {
     .filter((one) => !one.closest("[hidden]"))
     .map((one) => one.textContent);
 }
+
+const { connect } = await import("../../web/lib/api.js");
+connect(api);

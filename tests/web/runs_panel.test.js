@@ -38,7 +38,8 @@ const tell = (call, ...given) => {
 };
 const host = {
   loadGraph: async (graph, name) => tell("loadGraph", graph, name),
-  queue: async () => tell("queue"),
+  begins: "Train LoRA (DreamBooth)",
+  resume: async () => tell("queue"),
   confirm: async (message) => {
     tell("confirm", message);
     return confirms;

@@ -178,7 +178,8 @@ export class RunsPanel {
   actions(run) {
     const possible = possibleActions(run);
     const buttons = [];
-    if (possible.load && this.host.loadGraph) buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
+    if (possible.load && this.host.loadGraph)
+      buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
     if (possible.resume)
       buttons.push(this.button("Resume", "Go on where this run was stopped", () => this.resume(run)));
     if (possible.delete)
