@@ -43,6 +43,8 @@ def build() -> gr.Blocks:
             tools_tab.build()
         with gr.Tab("Help", elem_id="dreambooth_help"):
             gr.Markdown(_HELP)
+    for block in blocks.blocks.values():
+        block.do_not_save_to_config = True  # by their labels, of which several tools have the same ("Rank")
     return blocks
 
 

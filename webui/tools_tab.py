@@ -21,7 +21,7 @@ from .widgets import element_id, given, settings_of, widget
 from .wording import wording
 
 MERGE, RESIZE, COMPARE = "merge", "resize", "compare"
-_MERGE_SETTINGS = ("method", "rank", "density", "protected", "block_weights")
+_MERGE_SETTINGS = ("method", "rank", "density", "protected")
 _RESIZE_SETTINGS = ("rank", "ratio")
 _COMPARE_SETTINGS = ("prompts", "clip", "dino", "count", "steps")
 _SECONDS_BETWEEN_LOOKS = 0.5

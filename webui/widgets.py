@@ -48,7 +48,7 @@ def widget(setting: Mapping[str, Any], *, with_help: bool = True, prefix: str = 
     if kind in ("whole", "number") and not setting["optional"]:
         return gr.Number(**{"value": default, "precision": 0 if kind == "whole" else None} | options | changes)
     text = "\n".join(default) if kind == "list" else default or ""
-    return gr.Textbox(**{"value": text, "lines": 1} | options | changes)
+    return gr.Textbox(**{"value": text, "lines": 1, "max_lines": 20 if kind == "list" else 1} | options | changes)
 
 
 def given(command: str, names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
