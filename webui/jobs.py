@@ -346,9 +346,12 @@ class Jobs:
 
 
 def engine_environment() -> dict[str, str]:
-    """The host's environment variables, but for those that would change what the engine imports, or how it writes."""
+    """The host's environment variables, but for those that would change what the engine imports, or how it writes.
+
+    Progress bars stay out of what it writes, where they would be one long line; the events tell the progress.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    return environment | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}
+    return environment | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
 
 
 def _alone() -> dict[str, Any]:
