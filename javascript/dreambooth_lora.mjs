@@ -177,7 +177,8 @@ const COLOURS = `
 #dreambooth-training-panel *, #dreambooth-runs-panel * { color: inherit; }
 #dreambooth-training-panel .dreambooth-state, #dreambooth-runs-panel .dreambooth-state { color: #fff; }
 #dreambooth-training-panel .dreambooth-error, #dreambooth-runs-panel .dreambooth-error, #dreambooth_message .dreambooth-error,
-#dreambooth_report .dreambooth-error { color: #d04040; }
+#dreambooth_report .dreambooth-error, #dreambooth_tools .dreambooth-error { color: #d04040; }
+#dreambooth_tools pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .dreambooth-report figure { display: inline-block; margin: 0 4px 4px 0; width: 96px; vertical-align: top; }
 .dreambooth-report figcaption { font-size: 11px; overflow-wrap: anywhere; }
 `;

@@ -32,48 +32,61 @@ def build() -> None:
     """The tools' widgets, in the tab that is being built."""
     with gr.Tabs():
         with gr.Tab("Merge"):
-            loras = _loras_widget("merge_loras", multiselect=True)
-            strengths = gr.Textbox(
-                label="Strengths",
-                info="One for each, separated by commas: 1, 0.8. Two for the UNet and the text encoder: 1:0.5.",
-                elem_id=element_id("merge_strengths"),
-            )
-            name = gr.Textbox(label="Name of the merged LoRA", elem_id=element_id("merge_name"))
-            settings = _widgets(MERGE, _MERGE_SETTINGS)
-            _button(
-                "Merge", "merge", _merge, [loras, strengths, name, *settings], [gr.HTML(), gr.Image(label="Report")]
-            )
+            _build_merge()
         with gr.Tab("Resize"):
-            lora = _loras_widget("resize_lora")
-            name = gr.Textbox(label="Name of the resized LoRA", elem_id=element_id("resize_name"))
-            settings = _widgets(RESIZE, _RESIZE_SETTINGS)
-            _button("Resize", "resize", _resize, [lora, name, *settings], [gr.HTML()])
+            _build_resize()
         with gr.Tab("Inspect"):
             lora = _loras_widget("inspect_lora")
-            _button("Inspect", "inspect", _inspect, [lora], [gr.HTML()])
+            start = _start("Inspect", "inspect")
+            start.click(_inspect, inputs=[lora], outputs=[_result_widget("inspect")], show_progress="hidden")
         with gr.Tab("Pick the best checkpoint"):
-            run = _run_widget()
-            settings = _widgets(COMPARE, _COMPARE_SETTINGS)
-            _button("Compare", "compare", _compare, [run, *settings], [gr.HTML()])
+            _build_compare()
+
+
+def _build_merge() -> None:
+    loras = _loras_widget("merge_loras", multiselect=True)
+    strengths = gr.Textbox(
+        label="Strengths",
+        info="One for each, separated by commas: 1, 0.8. Two for the UNet and the text encoder: 1:0.5.",
+        max_lines=1,
+        elem_id=element_id("merge_strengths"),
+    )
+    name = gr.Textbox(label="Name of the merged LoRA", max_lines=1, elem_id=element_id("merge_name"))
+    settings = _widgets(MERGE, _MERGE_SETTINGS)
+    start = _start("Merge", "merge")
+    outputs = [_result_widget("merge"), gr.Image(label="Report", elem_id=element_id("merge_report"))]
+    start.click(_merge, inputs=[loras, strengths, name, *settings], outputs=outputs, show_progress="hidden")
+
+
+def _build_resize() -> None:
+    lora = _loras_widget("resize_lora")
+    name = gr.Textbox(label="Name of the resized LoRA", max_lines=1, elem_id=element_id("resize_name"))
+    settings = _widgets(RESIZE, _RESIZE_SETTINGS)
+    start = _start("Resize", "resize")
+    start.click(_resize, inputs=[lora, name, *settings], outputs=[_result_widget("resize")], show_progress="hidden")
+
+
+def _build_compare() -> None:
+    run = _listed(lambda: _runs().names(), "compare_run", label="Run")
+    settings = _widgets(COMPARE, _COMPARE_SETTINGS)
+    start = _start("Compare", "compare")
+    start.click(_compare, inputs=[run, *settings], outputs=[_result_widget("compare")], show_progress="hidden")
+
+
+def _start(text: str, id: str) -> Any:
+    return gr.Button(text, variant="primary", elem_id=element_id(f"{id}_start"))
+
+
+def _result_widget(id: str) -> Any:
+    return gr.HTML(elem_id=element_id(f"{id}_result"))
 
 
 def _widgets(command: str, names: Sequence[str]) -> list[Any]:
     return [widget(settings_of(command)[name], prefix=f"{command}_") for name in names]
 
 
-def _button(text: str, id: str, work: Callable[..., Any], inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
-    for output in outputs:
-        output.elem_id = element_id(f"{id}_{'report' if isinstance(output, gr.Image) else 'result'}")
-    button = gr.Button(text, variant="primary", elem_id=element_id(f"{id}_start"))
-    button.click(work, inputs=list(inputs), outputs=list(outputs), show_progress="hidden")
-
-
 def _loras_widget(id: str, **options: Any) -> Any:
     return _listed(lambda: list(_loras()), id, label="LoRAs" if options else "LoRA", **options)
-
-
-def _run_widget() -> Any:
-    return _listed(lambda: _runs().names(), "compare_run", label="Run")
 
 
 def _listed(choices: Callable[[], list[str]], id: str, **options: Any) -> Any:
