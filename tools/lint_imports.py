@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-CODE = ("__init__.py", "nodes", "pages", "trainer")
+CODE = ("__init__.py", "install.py", "nodes", "pages", "trainer", "webui")
 
 
 def main() -> int:
