@@ -185,6 +185,10 @@ def check_settings_page(ran: Ran) -> None:
     assert (ran.out / "settings.md").read_bytes() == (ROOT / "docs" / "settings.md").read_bytes()
 
 
+def check_webui_settings(out: Path, output: str) -> None:
+    assert (out / "settings.json").read_bytes() == (ROOT / "webui" / "settings.json").read_bytes()
+
+
 def check_version(ran: Ran) -> None:
     """The same files as of a version that was."""
 
@@ -304,6 +308,9 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ),
     ("python tools/make_settings_page.py",): Smoke(
         "python tools/make_settings_page.py --out OUT/settings.md", check_settings_page
+    ),
+    ("python tools/make_webui_settings.py",): Smoke(
+        "python tools/make_webui_settings.py --out OUT/settings.json", check_webui_settings
     ),
     ("python tools/make_version_golden.py",): Smoke(
         "python tools/make_version_golden.py 9.9.9 --pack . --output OUT", check_version
