@@ -185,8 +185,8 @@ def check_settings_page(ran: Ran) -> None:
     assert (ran.out / "settings.md").read_bytes() == (ROOT / "docs" / "settings.md").read_bytes()
 
 
-def check_webui_settings(out: Path, output: str) -> None:
-    assert (out / "settings.json").read_bytes() == (ROOT / "webui" / "settings.json").read_bytes()
+def check_webui_settings(ran: Ran) -> None:
+    assert (ran.out / "settings.json").read_bytes() == (ROOT / "webui" / "settings.json").read_bytes()
 
 
 def check_version(ran: Ran) -> None:
