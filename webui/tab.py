@@ -25,9 +25,7 @@ from .wording import label, wording
 
 _SHOWN_FIRST = ("class_noun", "token", "base", "preset", "name", "steps", "resolution", "prior_count")
 _GIVEN_OTHERWISE = ("images", "output_dir", "instance_prompt", "class_prompt", "device", "resume")
-_PROMPTS = {"instance_prompt": "a photo of {token} {class}", "class_prompt": "a photo of {class}"}
-_OF_THE_TAB = {"preview_every": 100, "preview_prompts": "a photo of {token} {class}"}
-"""Defaults that the tab has of its own: whoever watches wants to see samples."""
+_PREVIEW_EVERY = 100  # steps; whoever watches wants to see samples
 _HELP = (Path(__file__).parent / "help.md").read_text(encoding="utf-8")
 _LARGEST_REPORT = 24  # pictures that the report shows
 
@@ -110,7 +108,7 @@ def _base_widget() -> Any:
 
 
 def _training_widget(name: str) -> Any:
-    changes = {"value": _OF_THE_TAB[name]} if name in _OF_THE_TAB else {}
+    changes = {"value": _PREVIEW_EVERY} if name == "preview_every" else {}
     return widget(settings_of(TRAIN)[name], with_help=name not in _SHOWN_FIRST, **changes)
 
 
@@ -131,28 +129,20 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     require_writable(host.loras_folder(), 0)
     tokenizer = host.tokenizer()
     command = {"tokenizer": str(tokenizer)} if tokenizer else {}
-    command |= _prompts(changed)
-    command |= {key: value for key, value in _OF_THE_TAB.items() if chosen.get(key) == value} | changed
+    command |= _prompts(changed) | {"preview_every": int(chosen["preview_every"])} | changed
     command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
-    if not changed.get("class_noun"):
-        command = {key: _without_class(value) for key, value in command.items()}
     words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
     queue.submit(queue.jobs().make(TRAIN, name, command, words=words))
     return "<p>Begun. It goes on if you close this page.</p>"
 
 
 def _prompts(changed: Mapping[str, Any]) -> dict[str, str]:
-    """The prompts that the tab makes of word and class; the one of class pictures only if there are some."""
-    return {key: text for key, text in _PROMPTS.items() if key == "instance_prompt" or changed.get("prior_count")}
-
-
-def _without_class(value: Any) -> Any:
-    """A prompt of the tab's own for a subject without a class."""
-    return (
-        value.replace(" {class}", "")
-        if isinstance(value, str) and value in {*_PROMPTS.values(), *_OF_THE_TAB.values()}
-        else value
-    )
+    """The prompts that the tab makes of word and class; those of class pictures only if there are some."""
+    subject = "a photo of {token} {class}" if changed.get("class_noun") else "a photo of {token}"
+    prompts = {"instance_prompt": subject, "preview_prompts": subject}
+    if changed.get("prior_count") or changed.get("class_images"):
+        prompts["class_prompt"] = "a photo of {class}"  # the engine says so if there is no class
+    return prompts
 
 
 def _pictures(upload: Any, folder: str, name: str) -> Path:
