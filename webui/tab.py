@@ -7,6 +7,7 @@ import functools
 import hashlib
 import html
 import shutil
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -129,7 +130,7 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     require_writable(host.loras_folder(), 0)
     tokenizer = host.tokenizer()
     command = {"tokenizer": str(tokenizer)} if tokenizer else {}
-    command |= _prompts(changed) | {"preview_every": int(chosen["preview_every"])} | changed
+    command |= _prompts(changed) | {"preview_every": int(chosen.get("preview_every") or 0)} | changed
     command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
     words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
     queue.submit(queue.jobs().make(TRAIN, name, command, words=words))
@@ -149,7 +150,7 @@ def _pictures(upload: Any, folder: str, name: str) -> Path:
     """The folder or zip file with the pictures; those that were uploaded are copied to where they stay.
 
     Raises:
-        PicturesError: There are none, or both were given.
+        PicturesError: There are none, both were given, or two have the same name.
     """
     files = [Path(getattr(file, "name", file)) for file in upload or []]
     folder = (folder or "").strip().strip('"')
@@ -159,6 +160,9 @@ def _pictures(upload: Any, folder: str, name: str) -> Path:
         raise PicturesError("There are no pictures.", "Drop some on the field above, or give their folder.")
     if folder:
         return Path(folder).expanduser()
+    names = Counter(file.name for file in files)
+    if names.most_common(1)[0][1] > 1:
+        raise PicturesError(f"Two files are called {names.most_common(1)[0][0]}.", "Rename one of them.")
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         digest.update(f"{file.name}\0".encode(errors="surrogateescape") + hashlib.sha256(file.read_bytes()).digest())
