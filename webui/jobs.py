@@ -180,7 +180,7 @@ class Job:
             for name in (_STOP, _EVENTS):
                 (self.folder / name).unlink(missing_ok=True)
         self._process = None
-        self.note(pid=None, failed=None, queued_at=time.time())
+        self.note(pid=None, failed=None, card=None, queued_at=time.time())
 
     def start(self, python: Path) -> None:
         """Run it, or run it again, in a process that outlives this one.

@@ -126,7 +126,8 @@ def _keep_run(job: Job) -> None:
 
 def _bring_home(job: Job) -> None:
     """Put what a job made where the host looks for it, once, with its card."""
-    if job.kind not in _MAKING_LORAS or "card" in job.record or job.progress().facts["state"] != "done":
+    is_home = job.record.get("card") is not None
+    if is_home or job.kind not in _MAKING_LORAS or job.progress().facts["state"] != "done":
         return
     if job.kind == TRAIN:
         card = cards.deliver(job)

@@ -106,13 +106,13 @@ def _job(request: Request) -> dict[str, Any]:
     progress = job.progress()
     facts = dict(progress.facts)
     failed = job.record.get("failed")
-    if facts["state"] == "waiting" and failed:
+    if failed and facts["state"] in ("waiting", "done"):  # it could not be started, or its result not be delivered
         facts |= {"state": "failed", "problem": failed[0], "remedy": failed[1]}
     for key in ("problem", "remedy"):
         if key in facts:
             facts[key] = worded(facts[key], wording)
     warnings = [worded(text, wording) for text, is_warning in progress.notes if is_warning]
-    known = {"measured": progress.measured, "warnings": warnings, "card": job.record.get("card", "")}
+    known = {"measured": progress.measured, "warnings": warnings, "card": job.record.get("card") or ""}
     known["words"] = job.record.get("words", "")
     run = facts.get("run")
     points = {"points": _run_index().curve(run, after)} if run else {}

@@ -160,6 +160,17 @@ def test_what_ended_meanwhile_comes_home_once(web_ui: WebUi) -> None:
     assert web_ui.asked == ["networks listed"]
 
 
+def test_a_training_that_went_on_comes_home_again(web_ui: WebUi) -> None:
+    job = finished(web_ui)
+    queue.attach()
+    events = (job.folder / "events.jsonl").read_bytes()
+    job.enqueue()
+    (job.folder / "events.jsonl").write_bytes(events)
+    job.note(pid=999_999_999, born_at=1.0)
+    queue.attach()
+    assert job.record["card"] == "dog-2.safetensors"
+
+
 def test_a_name_that_is_taken_gets_a_number(web_ui: WebUi) -> None:
     (web_ui.loras / "dog.safetensors").write_text("another")
     job = finished(web_ui)
