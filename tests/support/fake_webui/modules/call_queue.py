@@ -1,0 +1,5 @@
+"""What generates waits here for its turn."""
+
+from modules import fifo_lock
+
+queue_lock = fifo_lock.FIFOLock()
