@@ -25,6 +25,7 @@ from checkpoints import sd15_checkpoint
 from comfy_fixtures import comfy, server  # noqa: F401
 from helpers import DEMO, ROOT, TINY
 from PIL import Image
+from webui_fixtures import webui  # noqa: F401
 
 # The same examples on every run: a gate must not open and close by chance.
 hypothesis.settings.register_profile("everyday", max_examples=10, deadline=None, derandomize=True, database=None)
@@ -50,8 +51,8 @@ def heard_signals() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start a ComfyUI come first: they take longest, so the processes end together."""
-    items.sort(key=lambda item: item.get_closest_marker("comfy") is None)
+    """Files that start a host come first: they take longest, so the processes end together, and one starts it."""
+    items.sort(key=lambda item: not (item.get_closest_marker("comfy") or "webui" in getattr(item, "fixturenames", ())))
 
 
 @pytest.fixture(scope="session")

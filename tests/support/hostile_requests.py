@@ -226,7 +226,7 @@ def _json_bodies() -> st.SearchStrategy[bytes]:
 def assert_harmless(site: Site, request: Request) -> None:
     """Send a request: it is no error of the server's, tells nothing of what lies outside, and changes nothing.
 
-    But for what pages may change: a checkpoint may be copied, and a run deleted, which is put back.
+    But for what pages may change: a checkpoint may be copied, with its card, and a run deleted, which is put back.
     """
     before = site.kept()
     try:
@@ -248,9 +248,9 @@ def assert_harmless(site: Site, request: Request) -> None:
         assert reply.status == 200, request
         assert request.headers.get("X-DreamBooth") == "1", request
     if changed and request.method == "POST":
-        [made] = changed
-        made.unlink()
-        assert made.parent == site.loras, request
+        for made in changed:
+            made.unlink()
+            assert made.parent == site.loras, request
     elif changed:
         assert request.method == "DELETE", request
         assert all(path.is_relative_to(site.folder) for path in changed), (request, changed)

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 import numpy as np
+import torch
 from helpers import Recorder
 from pack.trainer.core.events import Preview, Step
 from pack.trainer.training.runs.folder import RunFolder
@@ -20,10 +21,11 @@ from pack.trainer.training.runs.layout import preview_name, step_name
 from pack.trainer.training.runs.metrics import RecordedListener
 from PIL import Image
 from raw_http import Reply, ask
+from safetensors.torch import save_file
 
 OWN = {"X-DreamBooth": "1", "Content-Type": "application/json"}  # what the pack's pages send
 SECRET = "no-route-leads-here"
-_KEPT = ("input", "output", "models", "secret")  # where nothing may change unasked
+_KEPT = ("input", "output", "dreambooth", "models", "secret")  # where nothing may change unasked
 _INPUT = ("dog ü", "empty", "cat.zip", "evil.zip", "linked")
 _COPY = "copy of the run"
 _RED = (255, 0, 0)
@@ -97,9 +99,27 @@ def noisy(size: tuple[int, int], seed: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
-def make_site(base_dir: Path) -> Site:
+@dataclass(frozen=True)
+class WebUISite(Site):
+    """A running web UI, with a finished run whose adapters are real files."""
+
+    @property
+    def loras(self) -> Path:
+        return self.base_dir / "models" / "Lora"
+
+
+def make_webui_site(base_dir: Path, url: str) -> WebUISite:
+    """Fill a web UI's folders."""
+    runs = base_dir / "dreambooth" / "runs"
+    made = make_site(base_dir, runs)
+    for path in [*made.folder.rglob("*.safetensors"), *(base_dir / _COPY).rglob("*.safetensors")]:
+        save_file({"weight": torch.zeros(2)}, path, {"modelspec.architecture": "stable-diffusion-v1/lora"})
+    return WebUISite(url, made.shelf, base_dir, made.run)
+
+
+def make_site(base_dir: Path, runs: Path | None = None) -> Site:
     """Fill a host's folders; the site has no URL yet."""
-    runs = base_dir / "output" / "dreambooth" / "runs"
+    runs = runs or base_dir / "output" / "dreambooth" / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     run = _finished_run(runs)
     shutil.copytree(run, base_dir / _COPY)

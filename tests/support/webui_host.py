@@ -215,7 +215,9 @@ class WebUI:
         boundary = uuid.uuid4().hex
         body = b"".join(
             f'--{boundary}\r\nContent-Disposition: form-data; name="files"; filename="{file.name}"\r\n'
-            f"Content-Type: application/octet-stream\r\n\r\n".encode() + file.read_bytes() + b"\r\n"
+            f"Content-Type: application/octet-stream\r\n\r\n".encode()
+            + file.read_bytes()
+            + b"\r\n"
             for file in files
         )
         content_type = f"multipart/form-data; boundary={boundary}"

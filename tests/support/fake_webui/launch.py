@@ -27,9 +27,8 @@ os.environ["FAKE_WEBUI_KIND"] = "a1111" if IS_3 else "forge"
 os.chdir(ROOT)
 sys.argv[1:] = []
 
-from modules import call_queue, devices, script_callbacks, sd_models, shared  # noqa: E402
-
 import networks  # noqa: E402
+from modules import call_queue, devices, script_callbacks, sd_models, shared  # noqa: E402
 
 
 def load_scripts():
@@ -119,6 +118,12 @@ def add_own_routes(app):
             "late": getattr(sys.modules.get("trainer.late"), "WHOSE", None),
             "path": sys.path,
             "modules": sorted(sys.modules),
+            "routes": [
+                (method, route.path)
+                for route in app.routes
+                if getattr(route, "path", "").startswith("/dreambooth")
+                for method in route.methods
+            ],
         }
 
     for path, method, function in (

@@ -48,7 +48,7 @@ def list_models():
 def get_closet_checkpoint_match(search_string):
     if not search_string:
         return None
-    checkpoint_info = checkpoint_aliases.get(search_string, None)
+    checkpoint_info = checkpoint_aliases.get(search_string)
     if checkpoint_info is not None:
         return checkpoint_info
     for text in (search_string, re.sub(r"\s*\[[^]]+]\s*$", "", search_string)):
