@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -36,7 +37,7 @@ _TOKENIZERS = {
     "gradio4": "backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer",
 }
 _OTHER = {"gradio3": "a_other", "gradio4": "z_other"}  # loaded before the pack, and after it
-_LINES_OF_LOG = 40
+_LINES_OF_LOG = 12
 
 
 def why_not(kind: str) -> str:
@@ -163,6 +164,13 @@ class WebUI:
             assert time.monotonic() < deadline, (job, self.log())
             time.sleep(0.05)
 
+    def wait_for_idle(self) -> None:
+        """Wait until nothing is followed any more: what was made is delivered, and another job may begin."""
+        deadline = time.monotonic() + HANGS
+        while self.facts()["followed"]:
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.05)
+
     # The page
 
     @property
@@ -181,12 +189,13 @@ class WebUI:
                 found[name] = component
         return found
 
-    def call(self, element: str, event: str = "click", /, **values: Any) -> Any:
+    def call(self, element: str, event: str = "click", /, *, page: str = "a page", **values: Any) -> Any:
         """Do what the page does on an event: the outputs.
 
         Args:
             element: Id of the element, without "dreambooth_".
             event: Its event.
+            page: In which of several pages, which gradio knows by the choices that their lists were given.
             values: What is in widgets, by id without "dreambooth_"; the others hold what they begin with.
         """
         by_id = {component["id"]: component for component in self.configuration["components"]}
@@ -197,7 +206,7 @@ class WebUI:
             name = (properties.get("elem_id") or "").removeprefix("dreambooth_")
             data.append(left.pop(name) if name in left else properties.get("value"))
         assert not left, f"no inputs of {element}: {left}"
-        body = {"fn_index": index, "data": data, "session_hash": uuid.uuid4().hex}
+        body = {"fn_index": index, "data": data, "session_hash": page}
         reply = self.ask("/run/predict", "POST", json.dumps(body).encode(), **{"Content-Type": "application/json"})
         assert reply.status == 200, (reply.status, reply.content, self.log())
         return reply.json["data"]
@@ -236,4 +245,4 @@ class WebUI:
 
 def text_of(markup: str) -> str:
     """What a reader sees of HTML."""
-    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", markup)).strip()
+    return " ".join(html.unescape(re.sub(r"<[^>]*>", " ", markup)).split())

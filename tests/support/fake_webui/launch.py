@@ -118,6 +118,7 @@ def add_own_routes(app):
             "late": getattr(sys.modules.get("trainer.late"), "WHOSE", None),
             "path": sys.path,
             "modules": sorted(sys.modules),
+            "followed": sys.modules["dreambooth_lora_extension.webui.queue"]._followed is not None,
             "routes": [
                 (method, route.path)
                 for route in app.routes
@@ -137,7 +138,14 @@ def add_own_routes(app):
 def launch(auth):
     demo = build()
     demo.queue()
-    app, url, _ = demo.launch(auth=auth, server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, show_api=False)
+    app, url, _ = demo.launch(
+        auth=auth,
+        server_name="127.0.0.1",
+        allowed_paths=[str(ROOT)],
+        prevent_thread_lock=True,
+        quiet=True,
+        show_api=False,
+    )
     app.user_middleware = [x for x in app.user_middleware if x.cls.__name__ != "CORSMiddleware"]
     from starlette.middleware.gzip import GZipMiddleware
 

@@ -1,0 +1,293 @@
+"""The tab in the real gradio of Automatic1111 and of Forge: its widgets, its messages, and what it leaves alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomllib
+from helpers import ROOT
+from PIL import Image
+from webui_host import WebUI, text_of
+
+_WIDGETS = {"textbox", "file", "dropdown", "number", "checkbox", "button", "slider", "radio", "checkboxgroup", "image"}
+_GIVEN_OTHERWISE = {"images", "output_dir", "instance_prompt", "class_prompt", "device", "resume"}
+
+
+def train_settings() -> list[dict[str, Any]]:
+    return json.loads((ROOT / "webui" / "settings.json").read_text(encoding="utf-8"))["train"]
+
+
+# Widgets
+
+
+def below(node: dict[str, Any], webui: WebUI, *, folded: bool) -> Iterator[dict[str, Any]]:
+    """The components in a part of the page's layout, also those that are folded away or not."""
+    by_id = {component["id"]: component for component in webui.configuration["components"]}
+    component = by_id[node["id"]]
+    is_folded = component["type"] == "accordion" and not component["props"].get("open", True)
+    if is_folded and not folded:
+        return
+    yield component
+    for child in node.get("children") or []:
+        yield from below(child, webui, folded=folded)
+
+
+def found(webui: WebUI, id: int) -> dict[str, Any]:
+    """The part of the layout that begins with a component."""
+    parts = [webui.configuration["layout"]]
+    while parts:
+        part = parts.pop()
+        if part.get("id") == id:
+            return part
+        parts += part.get("children") or []
+    raise LookupError(id)
+
+
+def train_tab(webui: WebUI) -> dict[str, Any]:
+    return found(webui, webui.components()["dreambooth_train"]["id"])
+
+
+def test_at_most_twelve_widgets_are_shown_at_once(webui: WebUI) -> None:
+    shown = [one for one in below(train_tab(webui), webui, folded=False) if one["type"] in _WIDGETS]
+    names = [one["props"].get("elem_id") for one in shown]
+    assert len(names) <= 12, names
+    assert {"dreambooth_images", "dreambooth_folder", "dreambooth_base", "dreambooth_name", "dreambooth_start"} <= {
+        *names
+    }
+
+
+def test_every_setting_has_a_widget_that_begins_with_its_default(webui: WebUI) -> None:
+    """But those that the tab gives by itself; what nobody changes comes from the preset."""
+    widgets = {one["props"].get("elem_id"): one for one in below(train_tab(webui), webui, folded=True)}
+    for setting in train_settings():
+        name = setting["name"]
+        if name in _GIVEN_OTHERWISE:
+            assert name == "images" or f"dreambooth_{name}" not in widgets
+            continue
+        properties = widgets[f"dreambooth_{name}"]["props"]
+        if name in ("base", "preview_every"):  # as the host has it; whoever watches wants to see samples
+            continue
+        default = setting["default"]
+        if setting["kind"] == "choice":
+            choices = [choice if isinstance(choice, str) else choice[1] for choice in properties["choices"]]
+            assert choices == setting["choices"], name
+            assert properties["value"] == default, name
+        elif setting["kind"] == "list":
+            assert properties["value"] == "\n".join(default), name
+        else:
+            assert properties["value"] == (default if default is not None else ""), name
+        assert properties["label"], name
+    ids = [one["props"]["elem_id"] for one in webui.configuration["components"] if one["props"].get("elem_id")]
+    assert len(ids) == len({*ids}), "an element's id is its own"
+
+
+def test_the_base_is_one_of_the_hosts(webui: WebUI) -> None:
+    base = webui.components()["dreambooth_base"]["props"]
+    title = base["value"]
+    assert title.startswith("tiny.safetensors")
+    added = webui.folder / "models" / "Stable-diffusion" / "another.safetensors"
+    added.symlink_to(webui.folder / "models" / "Stable-diffusion" / "tiny.safetensors")
+    try:
+        [update] = webui.call("refresh")
+    finally:
+        added.unlink()
+        titles = [choice if isinstance(choice, str) else choice[1] for choice in update["choices"]]
+    assert titles[0] == title, "the loaded one comes first"
+    assert [one.partition(" ")[0] for one in titles] == ["tiny.safetensors", "another.safetensors"]
+
+
+def test_the_page_loads_the_panels(webui: WebUI) -> None:
+    """The module of the pack, and all that it imports, as JavaScript."""
+    page = webui.ask("/").content.decode()
+    [script] = re.findall(r'<script type="module" src="(file=extensions/[^"]*dreambooth_lora\.mjs[^"]*)"', page)
+    seen, left = set(), [f"/{script}"]
+    while left:
+        target = left.pop()
+        if target in seen:
+            continue
+        seen.add(target)
+        reply = webui.ask(target)
+        assert reply.status == 200, target
+        assert "javascript" in reply.headers["Content-Type"], target
+        folder = Path(target.partition("?")[0]).parent
+        for name in re.findall(r'^(?:import|export) [^"]*from "(\.[^"]*)"', reply.content.decode(), re.MULTILINE):
+            left.append(os.path.normpath(folder / name))
+    assert len(seen) > 8
+
+
+def test_others_are_left_alone(webui: WebUI) -> None:
+    """Another extension has a `trainer`, too; its own it gets, loaded before the pack and after it."""
+    facts = webui.facts()
+    assert Path(facts["trainer"]).parent.parent.name.endswith("_other")
+    assert facts["late"] == "other"
+    assert "dreambooth_lora_extension.trainer.core.errors" in facts["modules"]
+    assert not {"webui", "pages", "install", "nodes"} & {*facts["modules"]}
+    if webui.kind == "gradio3":
+        assert not [path for path in facts["path"] if "dreambooth-lora" in path]
+    assert not {"pydantic.v1", "diffusers", "transformers", "peft"} & {
+        name for name in facts["modules"] if name != "pydantic.v1"
+    }
+
+
+# Pictures and their report
+
+
+@pytest.fixture
+def pictures(picture_folder: Callable[..., Path]) -> Path:
+    return picture_folder(3)
+
+
+@pytest.fixture(autouse=True)
+def _tidy(webui: WebUI) -> Iterator[None]:
+    yield
+    shutil.rmtree(webui.data, ignore_errors=True)
+
+
+def test_uploaded_pictures_are_reported_and_kept(webui: WebUI, pictures: Path) -> None:
+    (pictures / "0.txt").write_text("a <b>sks</b> dog", encoding="utf-8")
+    shutil.copy(pictures / "1.png", pictures / "twice.png")
+    [report] = webui.call("images", "change", images=webui.upload(*sorted(pictures.iterdir())))
+    assert text_of(report).startswith("4 pictures")
+    assert "a &lt;b&gt;sks&lt;/b&gt; dog" in report
+    assert "twice.png is the same picture as 1.png" in report
+    assert report.count("<img ") == 4
+    [kept] = (webui.data / "pictures").iterdir()
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == {
+        path.name: path.read_bytes() for path in pictures.iterdir()
+    }
+    webui.call("images", "change", images=webui.upload(*sorted(pictures.iterdir())))
+    assert [*(webui.data / "pictures").iterdir()] == [kept], "the same pictures are kept once"
+
+
+def test_a_folder_and_a_zip_file_are_reported(webui: WebUI, pictures: Path, tmp_path: Path) -> None:
+    [report] = webui.call("folder", "change", folder=f' "{pictures}" ')
+    assert text_of(report).startswith("3 pictures")
+    archive = tmp_path / "pictures.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.write(pictures / "0.png", "0.png")
+    [report] = webui.call("images", "change", images=webui.upload(archive))
+    assert text_of(report).startswith("1 picture ")
+    [kept] = (webui.data / "pictures").iterdir()
+    assert kept.suffix == ".zip"
+    [report] = webui.call("folder", "change", folder=str(archive))
+    assert text_of(report).startswith("1 picture ")
+    [report] = webui.call("folder", "change", folder="")
+    assert report == ""
+    [report] = webui.call("folder", "change", folder=str(tmp_path / "nowhere"))
+    assert "nowhere" in report
+
+
+# Messages
+
+
+def train(webui: WebUI, **values: Any) -> str:
+    [message] = webui.call("start", **values)
+    return text_of(message)
+
+
+def test_what_is_missing_is_said(webui: WebUI, pictures: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    good = {"folder": str(pictures), "name": "dog", "class_noun": "dog"}
+    upload = webui.upload(pictures / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    twice = webui.upload(pictures / "0.png", tmp_path / "0.png")
+    for values, problem in (
+        ({"folder": ""}, "There are no pictures."),
+        ({"images": upload}, "Pictures were uploaded and a folder was given, too."),
+        ({"images": twice, "folder": ""}, "Two files are called 0.png."),
+        ({"folder": str(tmp_path / "empty")}, "holds no pictures"),
+        ({"folder": str(tmp_path / "nowhere")}, "nowhere"),
+        ({"base": None}, "No base model is chosen."),
+        ({"name": ""}, "There is no name."),
+        ({"name": "a/b"}, "'a/b' can't be a file name."),
+        ({"name": ".."}, "'..' can't be a file name."),
+        ({"name": "dog?"}, "'dog?' can't be a file name."),
+        ({"seed": "x"}, "Give a number."),
+    ):
+        message = train(webui, **good | values)
+        assert problem in message, (values, message)
+    assert not (webui.data / "jobs").exists()
+
+
+def test_a_base_that_is_gone_is_said(webui: WebUI, pictures: Path) -> None:
+    added = webui.folder / "models" / "Stable-diffusion" / "gone.safetensors"
+    added.symlink_to(webui.folder / "models" / "Stable-diffusion" / "tiny.safetensors")
+    [update] = webui.call("refresh")
+    titles = [choice if isinstance(choice, str) else choice[1] for choice in update["choices"]]
+    [title] = [title for title in titles if title.startswith("gone")]
+    added.unlink()
+    webui.call("refresh", page="another page")
+    message = train(webui, folder=str(pictures), name="dog", base=title)
+    assert message.startswith(f"There is no checkpoint '{title}'.")
+    webui.call("refresh")
+
+
+def test_a_folder_for_loras_that_can_not_be_written_is_said(webui: WebUI, pictures: Path) -> None:
+    kept = webui.loras.rename(webui.loras.with_name("Lora there"))
+    webui.loras.write_text("a file")
+    try:
+        message = train(webui, folder=str(pictures), name="dog", class_noun="dog")
+    finally:
+        webui.loras.unlink()
+        kept.rename(webui.loras)
+    assert "Lora" in message
+    assert not (webui.data / "jobs").exists(), "said before anything begins"
+
+
+def test_one_training_at_a_time(webui: WebUI, pictures: Path) -> None:
+    folder = webui.data / "jobs" / "first"
+    folder.mkdir(parents=True)
+    born_at = psutil.Process().create_time()
+    record = {"kind": "train", "name": "first", "made_at": 1.0, "pid": os.getpid(), "born_at": born_at}
+    (folder / "job.json").write_text(json.dumps(record))
+    message = train(webui, folder=str(pictures), name="second", class_noun="dog")
+    assert message == "'first' is still at work. Wait until it is done, or press Stop; one job runs at a time."
+    assert [path.name for path in folder.parent.iterdir()] == ["first"]
+
+
+def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path) -> None:
+    """And may be stopped while it waits: it never begins, and the host's model stays."""
+    calls = webui.facts()["calls"]
+    webui.ask("/fake/hold", "POST")
+    try:
+        settings = {"steps": 7, "rank": 2, "preview_prompts": "a\n b \n", "flip": True, "resolution": 64}
+        assert train(webui, folder=str(pictures), name="waits", class_noun="dog", **settings).startswith("Begun.")
+        assert webui.job()["state"] == "waiting"
+        assert "is still at work" in train(webui, folder=str(pictures), name="second", class_noun="dog")
+        [job] = (webui.data / "jobs").iterdir()
+        written = tomllib.loads((job / "job.toml").read_text(encoding="utf-8"))
+        tokenizer = Path(written.pop("tokenizer"))
+        assert (tokenizer / "vocab.json").is_file()
+        assert written == {
+            "instance_prompt": "a photo of {token} {class}",
+            "preview_prompts": ["a", "b"],
+            "preview_every": 100,
+            "class_noun": "dog",
+            "base": str(webui.folder / "models" / "Stable-diffusion" / "tiny.safetensors"),
+            "name": "waits",
+            "steps": 7,
+            "rank": 2,
+            "flip": True,
+            "resolution": 64,
+            "images": str(pictures),
+            "output_dir": str(webui.data),
+        }
+        webui.post("/job/stop")
+        assert webui.job()["state"] == "stopped"
+    finally:
+        webui.ask("/fake/release", "POST")
+    webui.wait_for_idle()
+    assert webui.job()["state"] == "stopped"
+    assert (
+        "pid" not in json.loads((job / "job.json").read_text()) or not json.loads((job / "job.json").read_text())["pid"]
+    )
+    assert webui.facts()["calls"] == calls
