@@ -211,7 +211,7 @@ def test_what_is_missing_is_said(webui: WebUI, pictures: Path, tmp_path: Path) -
         ({"name": "a/b"}, "'a/b' can't be a file name."),
         ({"name": ".."}, "'..' can't be a file name."),
         ({"name": "dog?"}, "'dog?' can't be a file name."),
-        ({"seed": "x"}, "Give a number."),
+        ({"alpha": "x"}, "Give a number."),
     ):
         message = train(webui, **good | values)
         assert problem in message, (values, message)
@@ -259,7 +259,7 @@ def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path)
     calls = webui.facts()["calls"]
     webui.ask("/fake/hold", "POST")
     try:
-        settings = {"steps": 7, "rank": 2, "preview_prompts": "a\n b \n", "flip": True, "resolution": 64}
+        settings = {"steps": 7, "rank": 2, "preview_prompts": " a | b \n", "alpha": "1.5", "flip": True, "resolution": 64}
         assert train(webui, folder=str(pictures), name="waits", class_noun="dog", **settings).startswith("Begun.")
         assert webui.job()["state"] == "waiting"
         assert "is still at work" in train(webui, folder=str(pictures), name="second", class_noun="dog")
@@ -269,7 +269,8 @@ def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path)
         assert (tokenizer / "vocab.json").is_file()
         assert written == {
             "instance_prompt": "a photo of {token} {class}",
-            "preview_prompts": ["a", "b"],
+            "preview_prompts": "a | b",
+            "alpha": 1.5,
             "preview_every": 100,
             "class_noun": "dog",
             "base": str(webui.folder / "models" / "Stable-diffusion" / "tiny.safetensors"),
