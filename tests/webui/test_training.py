@@ -1,0 +1,157 @@
+"""Whole trainings through the tab, in the real gradio of Automatic1111 and of Forge; also when the host dies."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import tomllib
+import torch
+from helpers import HANGS, ROOT
+from pack.webui.toml_text import toml_text
+from safetensors import safe_open
+from safetensors.torch import load_file
+from webui_host import OWN, WebUI, make_folder, text_of
+
+pytestmark = pytest.mark.slow
+
+SETTINGS: dict[str, Any] = {
+    "class_noun": "dog",
+    "resolution": 64,
+    "rank": 2,
+    "targets": "attention",
+    "learning_rate": 1e-2,
+    "save_precision": "fp32",
+    "preview_every": 50,
+    "preview_steps": 1,
+    "checkpoint_every": 10,
+}
+
+
+@pytest.fixture
+def own_webui(webui: WebUI, tmp_path: Path, tiny_checkpoint: Path) -> Iterator[WebUI]:
+    """A web UI that may be ended."""
+    with WebUI(webui.kind, make_folder(tmp_path / "web ü", webui.kind, tiny_checkpoint)) as running:
+        yield running
+
+
+def begin(webui: WebUI, folder: Path, **settings: Any) -> Path:
+    """Press Train; the folder of the job."""
+    [message] = webui.call("start", images=webui.upload(*sorted(folder.iterdir())), **SETTINGS | settings)
+    assert text_of(message) == "Begun. It goes on if you close this page."
+    return webui.data / "jobs" / settings["name"]
+
+
+def straight(job: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """What the same settings give in one go, from a command line."""
+    settings = tomllib.loads((job / "job.toml").read_text(encoding="utf-8")) | {
+        "output_dir": str(tmp_path / "straight")
+    }
+    (tmp_path / "straight.toml").write_text(toml_text(settings), encoding="utf-8")
+    command = [sys.executable, "-m", "trainer", "train", str(tmp_path / "straight.toml")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=HANGS, check=True)
+    return load_file(done.stdout.splitlines()[-1])
+
+
+def assert_same(path: Path, wanted: dict[str, torch.Tensor]) -> None:
+    """Bit for bit."""
+    tensors = load_file(path)
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], wanted[name]) for name in wanted)
+    assert any(tensor.abs().max() > 0 for name, tensor in tensors.items() if "up" in name), "something was learned"
+
+
+def test_train_stop_resume_card(webui: WebUI, picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+    calls = webui.facts()["calls"]
+    job = begin(webui, picture_folder(3), name="whole dög", steps=120)
+    facts = webui.wait_for_job("training", "preview", step=2)
+    assert (facts["name"], facts["steps"], facts["words"], facts["card"]) == ("whole dög", 120, "sks dog", "")
+    run = f"/dreambooth/runs/{facts['run'].replace('ö', '%C3%B6').replace(' ', '%20')}"
+    assert webui.get(run)["state"] == "running"
+    refused = webui.ask(run, "DELETE", b"{}", **OWN)
+    assert (refused.status, "train" in refused.json["problem"]) == (409, True)
+    [message] = webui.call("start", folder=str(tmp_path / "dog"), **SETTINGS, name="second", steps=2)
+    assert text_of(message).startswith("'whole dög' is still at work.")
+
+    webui.post("/job/stop")
+    stopped = webui.wait_for_job("stopped")
+    webui.wait_for_idle()
+    assert 2 <= stopped["step"] < 120
+    assert not [*webui.loras.iterdir()]
+    details = webui.get(run)
+    assert (details["state"], details["resumable"]) == ("stopped", True)
+
+    webui.post(run.removeprefix("/dreambooth") + "/resume")
+    webui.wait_for_job("training", "preview", step=stopped["step"] + 1)
+    done = webui.wait_for_job("done")
+    webui.wait_for_idle()
+    done = webui.job()
+    assert (done["step"], done["card"], done["warnings"]) == (120, "whole dög.safetensors", [])
+    assert done["points"]["steps"] == sorted({*done["points"]["steps"]})
+    assert done["points"]["steps"][-1] == 120
+    made = webui.loras / done["card"]
+    card = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
+    assert card.pop("description")
+    assert card == {
+        "sd version": "SD1",
+        "activation text": "sks dog",
+        "preferred weight": 0.9,
+        "negative text": "",
+        "notes": "",
+    }
+    preview = webui.get(run)["preview"]
+    assert made.with_suffix(".preview.png").read_bytes() == webui.ask(preview).content
+    with safe_open(str(made), "pt") as file:
+        assert file.metadata()["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    inside = webui.facts()
+    assert inside["calls"][len(calls) :] == ["unload", "load"] * 2
+    assert "whole dög" in inside["networks"]
+    assert any(text.startswith("DreamBooth: training 'whole dög', step ") for text in inside["texts"])
+    assert inside["job"] == ""
+    assert_same(made, straight(job, tmp_path))
+
+
+def test_a_training_outlives_the_host(own_webui: WebUI, picture_folder: Callable[..., Path], tmp_path: Path) -> None:
+    """The restarted host takes the job up: stopped, resumed and delivered, it gives the straight run's adapter."""
+    job = begin(own_webui, picture_folder(3), name="dog", steps=400)
+    own_webui.wait_for_job("training", "preview", step=2)
+    own_webui.kill()
+    own_webui.start()
+    assert own_webui.facts()["followed"], "it is taken up"
+    assert own_webui.job()["state"] in ("training", "preview")
+    before = own_webui.job()["step"]
+    own_webui.wait_for_job("training", "preview", step=before + 1)
+    assert own_webui.facts()["job"] == "dreambooth", "the host's own pictures wait"
+    own_webui.post("/job/stop")
+    stopped = own_webui.wait_for_job("stopped")
+    assert stopped["step"] < 400
+    own_webui.wait_for_idle()
+    own_webui.post(f"/runs/{stopped['run']}/resume")
+    own_webui.wait_for_job("training", "preview")
+    own_webui.kill()
+    wait_for_the_end(json.loads((job / "job.json").read_text())["pid"])
+    assert not [*own_webui.loras.iterdir()]
+    for is_last in (False, True):  # delivered by the first host that comes, and by it alone
+        own_webui.start()
+        own_webui.wait_for_idle()
+        assert own_webui.job()["card"] == "dog.safetensors"
+        names = sorted(path.name for path in own_webui.loras.iterdir())
+        assert names == ["dog.json", "dog.preview.png", "dog.safetensors"]
+        if not is_last:
+            own_webui.kill()
+    assert_same(own_webui.loras / "dog.safetensors", straight(job, tmp_path))
+
+
+def wait_for_the_end(pid: int) -> None:
+    """Wait until a process ends that is none of this one's children."""
+    deadline = time.monotonic() + HANGS
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
