@@ -203,7 +203,7 @@ def _has(name: str) -> bool:
 def _lend_packages(folder: Path) -> None:
     """Let an environment see this one's packages, after its own."""
     scheme = {"base": str(folder), "platbase": str(folder)}
-    purelib = Path(sysconfig.get_path("purelib", "nt_venv" if os.name == "nt" else "posix_venv", scheme))
+    purelib = Path(sysconfig.get_path("purelib", "nt" if os.name == "nt" else "posix_prefix", scheme))
     lent = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     (purelib / "dreambooth_lora_host.pth").write_text("\n".join(lent) + "\n", encoding="utf-8")
 

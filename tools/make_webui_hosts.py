@@ -54,7 +54,7 @@ def make(name: str, folder: Path = FOLDER) -> str:
     failure = _failure(*pip, "--only-binary", ":all:", "-r", str(ROOT / GRADIOS[name]))
     if failure:
         return failure
-    purelib = sysconfig.get_path("purelib", vars={"base": str(target), "platbase": str(target)})
+    purelib = sysconfig.get_path("purelib", "nt" if os.name == "nt" else "posix_prefix", {"base": str(target)})
     lent = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
     (Path(purelib) / "lent_packages.pth").write_text("\n".join(lent) + "\n", encoding="utf-8")
     (target / _STAMP).write_text(json.dumps(_stamp(name)), encoding="utf-8")

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-import tomllib
 from helpers import ROOT
+from pack.trainer.core.toml import read_toml
 from PIL import Image
 from webui_host import WebUI, text_of
 
@@ -271,7 +271,7 @@ def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path)
         assert webui.job()["state"] == "waiting"
         assert "is still at work" in train(webui, folder=str(pictures), name="second", class_noun="dog")
         [job] = (webui.data / "jobs").iterdir()
-        written = tomllib.loads((job / "job.toml").read_text(encoding="utf-8"))
+        written = read_toml(job / "job.toml")
         tokenizer = Path(written.pop("tokenizer"))
         assert (tokenizer / "vocab.json").is_file()
         assert written == {

@@ -12,9 +12,9 @@ from typing import Any
 
 import psutil
 import pytest
-import tomllib
 import torch
 from helpers import HANGS, ROOT
+from pack.trainer.core.toml import read_toml
 from pack.webui.toml_text import toml_text
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -51,9 +51,7 @@ def begin(webui: WebUI, folder: Path, **settings: Any) -> Path:
 
 def straight(job: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
     """What the same settings give in one go, from a command line."""
-    settings = tomllib.loads((job / "job.toml").read_text(encoding="utf-8")) | {
-        "output_dir": str(tmp_path / "straight")
-    }
+    settings = read_toml(job / "job.toml") | {"output_dir": str(tmp_path / "straight")}
     (tmp_path / "straight.toml").write_text(toml_text(settings), encoding="utf-8")
     command = [sys.executable, "-m", "trainer", "train", str(tmp_path / "straight.toml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=HANGS, check=True)
