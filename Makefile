@@ -12,7 +12,7 @@ demo: $(READY)
 	$(RUN) -m trainer demo --output-dir demo/output
 
 test: $(READY)
-	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not comfy and not browser and not gpu" $(ARGS)
+	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not comfy and not webui and not browser and not gpu" $(ARGS)
 
 test-all: $(READY)
 	$(RUN) -m pytest -n 2 --dist worksteal --hypothesis-profile=thorough $(ARGS)
@@ -39,9 +39,10 @@ lint: $(READY)
 bench: $(READY)
 	$(RUN) benchmarks/$(BENCH).py $(ARGS)
 
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-dev.txt requirements-webui3.txt requirements-webui4.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(RUN) tools/make_webui_hosts.py
 	touch $@
 
 clean:
