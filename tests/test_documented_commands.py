@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import make_webui_hosts
 import pytest
 from browser import find_browser
 from comfy_host import find_comfyui
@@ -189,6 +190,10 @@ def check_webui_settings(ran: Ran) -> None:
     assert (ran.out / "settings.json").read_bytes() == (ROOT / "webui" / "settings.json").read_bytes()
 
 
+def check_webui_hosts(ran: Ran) -> None:
+    assert all(make_webui_hosts.is_made(name) for name in make_webui_hosts.GRADIOS) or "It can't be made" in ran.printed
+
+
 def check_version(ran: Ran) -> None:
     """The same files as of a version that was."""
 
@@ -312,6 +317,7 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ("python tools/make_webui_settings.py",): Smoke(
         "python tools/make_webui_settings.py --out OUT/settings.json", check_webui_settings
     ),
+    ("python tools/make_webui_hosts.py",): Smoke("python tools/make_webui_hosts.py", check_webui_hosts),
     ("python tools/make_version_golden.py",): Smoke(
         "python tools/make_version_golden.py 9.9.9 --pack . --output OUT", check_version
     ),
