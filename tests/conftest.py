@@ -25,7 +25,7 @@ from checkpoints import sd15_checkpoint
 from comfy_fixtures import comfy, server  # noqa: F401
 from helpers import DEMO, ROOT, TINY
 from PIL import Image
-from webui_fixtures import webui  # noqa: F401
+from webui_fixtures import bare_webui, webui  # noqa: F401
 
 # The same examples on every run: a gate must not open and close by chance.
 hypothesis.settings.register_profile("everyday", max_examples=10, deadline=None, derandomize=True, database=None)

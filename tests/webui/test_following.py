@@ -1,0 +1,271 @@
+"""The job at work: the host waits for it, and what it made comes home once, whichever host sees its end."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from helpers import HANGS
+from pack.trainer.core.errors import BusyError, SettingsError
+from pack.trainer.training.runs.layout import RunLayout, preview_name
+from pack.webui.jobs import TRAIN, Job
+from safetensors.torch import save_file
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="the engine's place is taken by a script of a shell")
+
+
+@pytest.fixture
+def queue(bare_webui: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module, as a host that just started has it."""
+    module = importlib.import_module("pack.webui.queue")
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    return module
+
+
+@pytest.fixture
+def made(bare_webui: Path) -> Path:
+    """What a training made: its file, and its run with a sample."""
+    path = bare_webui / "dreambooth" / "dög.safetensors"
+    path.parent.mkdir()
+    metadata = {"modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.trigger_phrase": "a photo of sks dog"}
+    save_file({"weight": torch.ones(2)}, path, metadata)
+    run = RunLayout(bare_webui / "dreambooth" / "runs" / "dög-1")
+    sample = run.preview_path(2) / preview_name("subject", 0, 0)
+    sample.parent.mkdir(parents=True)
+    sample.write_bytes(b"a sample")
+    settings = {"instance_prompt": "a photo of {token} {class}", "token": "sks", "class_noun": "dog"}
+    (run.path / "run.json").write_text(json.dumps({"fingerprint": "5e", "name": "dög", "settings": settings}))
+    return path
+
+
+@pytest.fixture
+def engine(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """In the engine's place: it trains until it is told to stop, or until this function is called."""
+    program, go = tmp_path / "engine", tmp_path / "go"
+    run = json.dumps({"at": 1.0, "event": "run", "path": str(made.parent / "runs" / "dög-1"), "step": 0, "steps": 9})
+    ends = {state: json.dumps({"at": 2.0, "event": "end", "state": state}) for state in ("done", "stopped")}
+    program.write_text(
+        f"""#!/bin/sh
+        echo '{run}' > "$6"
+        until [ -e "$8" ] || [ -e "{go}" ]; do sleep 0.01; done
+        if [ -e "$8" ]; then echo '{ends["stopped"]}' >> "$6"; exit 130; fi
+        echo "{made}"
+        echo '{ends["done"]}' >> "$6"
+        """,
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("pack.webui.environment.python", lambda: program)
+    return go.touch
+
+
+def inside(name: str) -> Any:
+    """One of the host's modules."""
+    return importlib.import_module(f"modules.{name}")
+
+
+def until(is_so: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + HANGS
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def state(job: Job) -> str:
+    return str(job.progress().facts["state"])
+
+
+def is_idle(queue: ModuleType, job: Job) -> bool:
+    return not queue.is_at_work(job) and not job.is_alive()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "models" / "Lora").iterdir())
+
+
+CARD = ["dög.json", "dög.preview.png", "dög.safetensors"]
+
+
+def test_the_host_waits_and_gets_the_result(
+    queue: ModuleType, bare_webui: Path, made: Path, engine: Callable[[], None]
+) -> None:
+    networks = importlib.import_module("networks")
+    call_queue = inside("call_queue")
+    devices = inside("devices")
+    sd_models = inside("sd_models")
+    shared = inside("shared")
+
+    job = queue.jobs().make(TRAIN, "dög", {})
+    queue.submit(job)
+    until(lambda: job.run)
+    assert queue.shown() is job
+    assert not call_queue.queue_lock.acquire(blocking=False), "the host draws nothing meanwhile"
+    assert (sd_models.calls, len(devices.calls), shared.state.job) == (["unload"], 1, "dreambooth")
+    with pytest.raises(BusyError, match="'dög' is still at work"):
+        queue.submit(queue.jobs().make(TRAIN, "second", {}))
+    with pytest.raises(BusyError):
+        queue.require_ready()
+    networks.load_lora_state_dict(str(made))
+    engine()
+    until(lambda: is_idle(queue, job))
+    assert state(job) == "done"
+    assert names(bare_webui) == CARD
+    assert (bare_webui / "models" / "Lora" / "dög.safetensors").read_bytes() == made.read_bytes()
+    assert (bare_webui / "models" / "Lora" / "dög.preview.png").read_bytes() == b"a sample"
+    assert job.record.items() >= {"card": "dög.safetensors", "run": "dög-1"}.items()
+    assert "dög" in networks.available_networks
+    assert networks.load_lora_state_dict.cache_info().currsize == 0, "its weights are read anew"
+    assert sd_models.model_data.sd_model.current_lora_hash is None
+    assert (sd_models.calls, shared.state.job) == (["unload", "load"], "")
+    assert call_queue.queue_lock.acquire(blocking=False)
+    assert queue.shown().folder == job.folder
+
+
+def test_a_job_waits_for_the_host(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
+    call_queue = inside("call_queue")
+
+    engine()
+    job = queue.jobs().make(TRAIN, "dög", {})
+    with call_queue.queue_lock:
+        queue.submit(job)
+        assert (state(job), job.record.get("pid")) == ("waiting", None)
+    until(lambda: is_idle(queue, job))
+    assert (state(job), names(bare_webui)) == ("done", CARD)
+
+
+def test_a_job_that_is_stopped_while_it_waits(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
+    call_queue = inside("call_queue")
+
+    job = queue.jobs().make(TRAIN, "dög", {})
+    with call_queue.queue_lock:
+        queue.submit(job)
+        job.stop()
+    until(lambda: is_idle(queue, job))
+    assert (state(job), job.record["pid"]) == ("stopped", None)
+    assert call_queue.queue_lock.acquire(blocking=False)
+
+
+def test_stopped_and_resumed(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
+    job = queue.jobs().make(TRAIN, "dög", {})
+    queue.submit(job)
+    until(lambda: job.run)
+    job.stop()
+    until(lambda: is_idle(queue, job))
+    assert (state(job), names(bare_webui)) == ("stopped", [])
+    queue.submit(job)
+    assert state(job) in ("waiting", "starting")
+    until(job.is_alive)
+    engine()
+    until(lambda: is_idle(queue, job))
+    assert (state(job), names(bare_webui)) == ("done", CARD)
+
+
+def restarted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module as another process of the host has it."""
+    monkeypatch.delitem(sys.modules, "pack.webui.queue")
+    module = importlib.import_module("pack.webui.queue")
+    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LOOKS", 0.01)
+    return module
+
+
+def test_a_running_job_is_taken_up(
+    queue: ModuleType, bare_webui: Path, engine: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_queue = inside("call_queue")
+
+    environment = importlib.import_module("pack.webui.environment")
+    begun = queue.jobs().make(TRAIN, "dög", {})
+    begun.start(environment.python())  # by a host that is gone
+    until(lambda: begun.run)
+    queue.attach()
+    until(lambda: not call_queue.queue_lock.acquire(blocking=False) or call_queue.queue_lock.release())
+    taken = queue.shown()
+    assert taken.folder == begun.folder
+    queue.attach()  # Reload UI
+    assert queue.shown() is taken, "one follows it"
+    with pytest.raises(BusyError):
+        queue.require_ready()
+    engine()
+    until(lambda: not begun.is_alive())
+    until(lambda: is_idle(queue, taken))
+    assert names(bare_webui) == CARD
+    restarted(monkeypatch).attach()
+    assert names(bare_webui) == CARD, "delivered once"
+
+
+def test_what_ended_meanwhile_comes_home_once(
+    queue: ModuleType, bare_webui: Path, engine: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    environment = importlib.import_module("pack.webui.environment")
+    engine()
+    job = queue.jobs().make(TRAIN, "dög", {})
+    job.start(environment.python())
+    until(lambda: not job.is_alive())
+    assert names(bare_webui) == []
+    queue.attach()
+    assert names(bare_webui) == CARD
+    (bare_webui / "models" / "Lora" / "dög.safetensors").unlink()  # by the user
+    restarted(monkeypatch).attach()
+    assert "dög.safetensors" not in names(bare_webui)
+
+
+def test_a_result_that_can_not_be_delivered(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
+    """Is told, holds up nobody else, and stays where it was made."""
+    environment = importlib.import_module("pack.webui.environment")
+    engine()
+    jobs = [queue.jobs().make(TRAIN, name, {}) for name in ("first", "second")]
+    for job in jobs:
+        job.start(environment.python())
+        until(lambda job=job: not job.is_alive())
+    loras = bare_webui / "models" / "Lora"
+    loras.rmdir()
+    loras.write_text("a file")
+    queue.attach()
+    for job in jobs:
+        problem, _ = job.record["failed"]
+        assert "Lora" in problem
+    queue.require_ready()
+
+
+def test_a_job_whose_program_is_not_there(
+    queue: ModuleType, bare_webui: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call_queue = inside("call_queue")
+    shared = inside("shared")
+
+    monkeypatch.setattr("pack.webui.environment.python", lambda: tmp_path / "nowhere")
+    job = queue.jobs().make(TRAIN, "dög", {})
+    queue.submit(job)
+    until(lambda: not queue.is_at_work(job))
+    assert "nowhere" in job.record["failed"][0] or "dög" in job.record["failed"][0]
+    assert shared.state.job == ""
+    assert call_queue.queue_lock.acquire(blocking=False)
+    queue.require_ready()
+
+
+def test_a_process_that_dies(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
+    job = queue.jobs().make(TRAIN, "dög", {})
+    queue.submit(job)
+    until(lambda: job.run)
+    os.kill(job.record["pid"], 9)
+    until(lambda: is_idle(queue, job))
+    assert (state(job), names(bare_webui)) == ("failed", [])
+
+
+def test_packages_that_are_missing_are_said_before(queue: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pack.install.missing_requirements", lambda text: ["peft is missing"])
+    monkeypatch.setattr("pack.install.is_ready", lambda text: False)
+    with pytest.raises(SettingsError, match="peft is missing"):
+        queue.submit(queue.jobs().make(TRAIN, "dög", {}))
+    monkeypatch.setattr("pack.install.is_ready", lambda text: True)
+    environment = importlib.import_module("pack.webui.environment")
+    assert environment.python().parent.parent.name == "venv", "the pack's own"
