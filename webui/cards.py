@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..trainer.core.errors import StorageError
 from ..trainer.core.files import explained_os_errors, write_atomic, write_file
@@ -48,10 +48,15 @@ def write_card(path: Path, run: RunLayout | None = None) -> None:
         run: Whose newest sample becomes the picture; None: there is no picture.
 
     Raises:
-        StorageError: They can't be written.
+        StorageError: They can't be written, or the file is damaged.
     """
-    with explained_os_errors(path), safe_open(str(path), "pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with explained_os_errors(path), safe_open(str(path), "pt") as file:
+            metadata = file.metadata() or {}
+    except SafetensorError as error:
+        raise StorageError(
+            f"{path} is no whole LoRA file: {error}.", "Remove it, and use another checkpoint of its run."
+        ) from error
     architecture = metadata.get("modelspec.architecture", "")
     card = {
         "description": metadata.get("modelspec.title", ""),

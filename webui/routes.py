@@ -106,6 +106,8 @@ def _job(request: Request) -> dict[str, Any]:
     progress = job.progress()
     facts = dict(progress.facts)
     failed = job.record.get("failed")
+    if facts["state"] == "done" and queue.is_at_work(job) and not job.record.get("card"):
+        facts["state"] = "copying the LoRA"
     if failed and facts["state"] in ("waiting", "done"):  # it could not be started, or its result not be delivered
         facts |= {"state": "failed", "problem": failed[0], "remedy": failed[1]}
     for key in ("problem", "remedy"):

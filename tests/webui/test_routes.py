@@ -153,6 +153,21 @@ def test_a_checkpoint_is_used_with_a_card_under_a_free_name(webui: WebUI, site: 
         path.unlink()
 
 
+def test_a_checkpoint_that_is_damaged_is_told(site: WebUISite) -> None:
+    """Such as one that a full disk cut short."""
+    entry = site.folder / site.shelf.details(site.run)["adapters"][0]["file"]
+    content = entry.read_bytes()
+    entry.write_bytes(content[:20])
+    try:
+        reply = site.use(b'{"step": 1}')
+    finally:
+        entry.write_bytes(content)
+        for path in site.loras.iterdir():
+            path.unlink()
+    assert reply.status == 404
+    assert "is no whole LoRA file" in reply.json["problem"]
+
+
 def test_deleting_removes_that_run_alone(site: WebUISite) -> None:
     before = site.kept()
     shutil.copytree(site.folder, site.shelf.root / "old ü")

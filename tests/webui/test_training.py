@@ -96,9 +96,7 @@ def test_train_stop_resume_card(webui: WebUI, picture_folder: Callable[..., Path
     assert (details["state"], details["resumable"]) == ("stopped", True)
 
     webui.post(run.removeprefix("/dreambooth") + "/resume")
-    done = webui.wait_for_job("done")
-    webui.wait_for_idle()
-    done = webui.job()
+    done = webui.wait_for_job("done")  # which is said once the file is where the host looks for it
     assert (done["step"], done["card"], done["warnings"]) == (steps, "whole dög.safetensors", [])
     assert done["points"]["steps"] == sorted({*done["points"]["steps"]})
     assert done["points"]["steps"][-1] == steps
@@ -116,6 +114,7 @@ def test_train_stop_resume_card(webui: WebUI, picture_folder: Callable[..., Path
     assert made.with_suffix(".preview.png").read_bytes() == webui.ask(preview).content
     with safe_open(str(made), "pt") as file:
         assert file.metadata()["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    webui.wait_for_idle()
     inside = webui.facts()
     assert inside["calls"][len(calls) :] == ["unload", "load"] * 2
     assert "whole dög" in inside["networks"]
