@@ -14,7 +14,7 @@ from typing import Any
 from comfy_host import PATIENCE_S
 
 _PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-_QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update")
 _SETTINGS = {
     "Comfy.TutorialCompleted": True,
     "Comfy.Workflow.ShowMissingModelsWarning": False,
@@ -44,7 +44,7 @@ def opened_page(url: str, *, vue: bool = False, width: int = 1600, height: int =
 
     _keep_settings(url, _SETTINGS | {"Comfy.VueNodes.Enabled": vue})
     with sync_playwright() as playwright:
-        program = playwright.chromium.launch(executable_path=find_browser(), args=[*_QUIET, "--disable-sync"])
+        program = playwright.chromium.launch(executable_path=find_browser(), args=[*QUIET, "--disable-sync"])
         page = program.new_page(viewport={"width": width, "height": height})
         page.set_default_timeout(1000 * PATIENCE_S)
         load(page, url)
