@@ -19,6 +19,8 @@ from typing import Any
 
 from helpers import DEMO, HANGS, ROOT
 from make_webui_hosts import FOLDER, host_python, is_made
+from pack.trainer.core.toml import read_toml
+from pack.webui.toml_text import toml_text
 from raw_http import Reply, ask
 
 LAUNCH = ROOT / "tests" / "support" / "fake_webui" / "launch.py"
@@ -164,6 +166,16 @@ class WebUI:
             assert time.monotonic() < deadline, (job, self.log())
             time.sleep(0.05)
 
+    def shorten(self, name: str, steps: int) -> Path:
+        """Let a training that was stopped end after so many steps, as no widget can; the run is the same.
+
+        Returns:
+            The file with its settings.
+        """
+        path = self.data / "jobs" / name / "job.toml"
+        path.write_text(toml_text(read_toml(path) | {"steps": steps}), encoding="utf-8")
+        return path
+
     def wait_for_idle(self) -> None:
         """Wait until nothing is followed any more: what was made is delivered, and another job may begin."""
         deadline = time.monotonic() + HANGS
@@ -190,7 +202,7 @@ class WebUI:
         return found
 
     def call(self, element: str, event: str = "click", /, *, page: str = "a page", **values: Any) -> Any:
-        """Do what the page does on an event: the outputs.
+        """Do what the page does on an event: the outputs; the last ones, if they change meanwhile.
 
         Args:
             element: Id of the element, without "dreambooth_".
@@ -206,10 +218,16 @@ class WebUI:
             name = (properties.get("elem_id") or "").removeprefix("dreambooth_")
             data.append(left.pop(name) if name in left else properties.get("value"))
         assert not left, f"no inputs of {element}: {left}"
-        body = {"fn_index": index, "data": data, "session_hash": page}
-        reply = self.ask("/run/predict", "POST", json.dumps(body).encode(), **{"Content-Type": "application/json"})
-        assert reply.status == 200, (reply.status, reply.content, self.log())
-        return reply.json["data"]
+        body = {"fn_index": index, "data": data, "session_hash": page, "event_id": uuid.uuid4().hex}
+        shown: list[Any] = []
+        while True:
+            reply = self.ask("/run/predict", "POST", json.dumps(body).encode(), **{"Content-Type": "application/json"})
+            assert reply.status == 200, (reply.status, reply.content, self.log())
+            if shown and not reply.json["is_generating"]:  # which gives nothing new
+                return shown[-1]
+            shown.append(reply.json["data"])
+            if not reply.json["is_generating"]:
+                return shown[-1]
 
     def _dependency(self, component: int, event: str) -> tuple[int, Mapping[str, Any]]:
         for index, dependency in enumerate(self.configuration["dependencies"]):

@@ -82,9 +82,13 @@ class RealWebUI(WebUI):
         except OSError:
             return False
 
-    def wait_for_idle(self) -> None:
-        """Wait until the job is over and its result delivered, which is told together."""
-        self.wait_for_job("done", "stopped")
+    def wait_for_resumable(self, run: str) -> None:
+        """Wait until the host has let go of a run that was stopped; until then it refuses."""
+        deadline = time.monotonic() + HANGS
+        while self.get(f"/dreambooth{run}")["state"] == "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1.0)
 
     def draw(self, prompt: str) -> Any:
         """What txt2img makes of a prompt: pixels."""

@@ -111,7 +111,7 @@ def test_from_pictures_to_a_prompt(webui: WebUI, picture_folder: Callable[..., P
         press(page, "Stop")
         stopped = wait_for(page, "panel.state === 'stopped' && panel.buttons.includes('Resume')")
         assert stopped["buttons"] == ["Resume"]
-        shorten(webui, name, webui.job()["step"] + 20)
+        webui.shorten(name, webui.job()["step"] + 20)
         press(page, "Resume")
         done = wait_for(page, "panel.state === 'done' && panel.buttons.length")
         assert (done["buttons"], done["trouble"]) == (["Send to txt2img"], [])
@@ -131,14 +131,6 @@ def test_from_pictures_to_a_prompt(webui: WebUI, picture_folder: Callable[..., P
         prompt = page.locator("#txt2img_prompt textarea").input_value()
         assert prompt == f"sks dog <lora:{name}:0.9>"
     assert (webui.loras / f"{name}.safetensors").is_file()
-
-
-def shorten(webui: WebUI, name: str, steps: int) -> None:
-    """Let a training that was stopped end after so many steps, as no widget can."""
-    path = webui.data / "jobs" / name / "job.toml"
-    text = path.read_text(encoding="utf-8")
-    assert "steps = 1000000\n" in text
-    path.write_text(text.replace("steps = 1000000\n", f"steps = {steps}\n"), encoding="utf-8")
 
 
 def test_a_message_is_shown_with_its_remedy(webui: WebUI) -> None:

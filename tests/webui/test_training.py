@@ -50,12 +50,6 @@ def begin(webui: WebUI, folder: Path, **settings: Any) -> Path:
     return webui.data / "jobs" / settings["name"]
 
 
-def shorten(job: Path, steps: int) -> None:
-    """Let a training that was stopped end after so many steps, as no widget can; the run is the same."""
-    settings = read_toml(job / "job.toml") | {"steps": steps}
-    (job / "job.toml").write_text(toml_text(settings), encoding="utf-8")
-
-
 def straight(job: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
     """What the same settings give in one go, from a command line."""
     settings = read_toml(job / "job.toml") | {"output_dir": str(tmp_path / "straight")}
@@ -90,7 +84,7 @@ def test_train_stop_resume_card(webui: WebUI, picture_folder: Callable[..., Path
     webui.wait_for_idle()
     assert 2 <= stopped["step"] < LONG
     steps = stopped["step"] + 60
-    shorten(job, steps)
+    webui.shorten("whole dög", steps)
     assert not [*webui.loras.iterdir()]
     details = webui.get(run)
     assert (details["state"], details["resumable"]) == ("stopped", True)
@@ -138,7 +132,7 @@ def test_a_training_outlives_the_host(own_webui: WebUI, picture_folder: Callable
     stopped = own_webui.wait_for_job("stopped")
     assert stopped["step"] < LONG
     own_webui.wait_for_idle()
-    shorten(job, stopped["step"] + 100)
+    own_webui.shorten("dog", stopped["step"] + 100)
     own_webui.post(f"/runs/{stopped['run']}/resume")
     own_webui.wait_for_job("starting", "training", "preview", "encoding pictures", "encoding captions", "done")
     own_webui.kill()
