@@ -28,6 +28,11 @@ def loras(webui: WebUI) -> Iterator[Path]:
         path.unlink()
 
 
+def change(layer: Any) -> torch.Tensor:
+    """What a LoRA adds to a weight."""
+    return layer.alpha / layer.rank * layer.up @ layer.down
+
+
 def said(webui: WebUI, tool: str, **values: Any) -> str:
     result, *_ = webui.call(f"{tool}_start", **values)
     return text_of(result)
@@ -65,10 +70,10 @@ def test_two_loras_are_merged(webui: WebUI, loras: Path) -> None:
     )
     assert "both.safetensors" in text_of(result)
     assert picture, "the picture of the report"
-    wanted = {name: layer.delta() for name, layer in read_adapter(loras / "äpple.safetensors").layers.items()}
+    wanted = {name: change(layer) for name, layer in read_adapter(loras / "äpple.safetensors").layers.items()}
     made = read_adapter(loras / "both.safetensors")
     for name, layer in made.layers.items():  # 1 of it, and half of what is twice as large
-        torch.testing.assert_close(layer.delta(), 2 * wanted[name])
+        torch.testing.assert_close(change(layer), 2 * wanted[name])
     assert json.loads((loras / "both.json").read_text(encoding="utf-8"))["preferred weight"] == 0.9
     facts = webui.facts()
     assert {"both", "boat", "äpple"} <= {*facts["networks"]}
@@ -82,10 +87,10 @@ def test_two_loras_are_merged(webui: WebUI, loras: Path) -> None:
 @pytest.mark.slow
 def test_a_lora_is_made_smaller_and_inspected(webui: WebUI, loras: Path) -> None:
     assert "rank" in said(webui, "inspect", inspect_lora="äpple").lower()
-    message = said(webui, "resize", resize_lora="äpple", resize_name="small", resize_rank="1")
+    message = said(webui, "resize", resize_lora="äpple", resize_name="small", resize_rank=1)
     assert "small.safetensors" in message
     assert {layer.rank for layer in read_adapter(loras / "small.safetensors").layers.values()} == {1}
-    message = said(webui, "resize", resize_lora="äpple", resize_name="other", resize_rank="-1")
+    message = said(webui, "resize", resize_lora="äpple", resize_name="other", resize_rank=-1)
     assert "rank" in message.lower()
     assert not (loras / "other.safetensors").exists()
-    assert "still at work" not in said(webui, "resize", resize_lora="äpple", resize_name="other", resize_rank="1")
+    assert "still at work" not in said(webui, "resize", resize_lora="äpple", resize_name="other", resize_rank=1)
