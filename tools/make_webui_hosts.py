@@ -22,7 +22,8 @@ import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = Path(sys.prefix) / "webui"
+_LENDER = Path(sys.prefix).resolve()  # worktrees may share one by a link
+FOLDER = _LENDER / "webui"
 _STAMP = "made_for.json"
 GRADIOS = {"gradio3": "requirements-webui3.txt", "gradio4": "requirements-webui4.txt"}
 """Environment → the file of what is installed into it."""
@@ -55,7 +56,7 @@ def make(name: str, folder: Path = FOLDER) -> str:
     if failure:
         return failure
     purelib = sysconfig.get_path("purelib", "nt" if os.name == "nt" else "posix_prefix", {"base": str(target)})
-    lent = dict.fromkeys(sysconfig.get_path(kind) for kind in ("purelib", "platlib"))
+    lent = dict.fromkeys(str(Path(sysconfig.get_path(kind)).resolve()) for kind in ("purelib", "platlib"))
     (Path(purelib) / "lent_packages.pth").write_text("\n".join(lent) + "\n", encoding="utf-8")
     (target / _STAMP).write_text(json.dumps(_stamp(name)), encoding="utf-8")
     return ""
@@ -63,7 +64,7 @@ def make(name: str, folder: Path = FOLDER) -> str:
 
 def _stamp(name: str) -> dict[str, str]:
     digest = hashlib.sha256((ROOT / GRADIOS[name]).read_bytes()).hexdigest()
-    return {"requirements": digest, "python": platform.python_version(), "lender": sys.prefix}
+    return {"requirements": digest, "python": platform.python_version(), "lender": str(_LENDER)}
 
 
 def _failure(*command: str) -> str:
