@@ -176,6 +176,13 @@ class WebUI:
         path.write_text(toml_text(read_toml(path) | {"steps": steps}), encoding="utf-8")
         return path
 
+    def tidy(self) -> None:
+        """Take away what trainings left."""
+        self.wait_for_idle()
+        shutil.rmtree(self.data, ignore_errors=True)
+        for path in self.loras.iterdir():
+            path.unlink()
+
     def wait_for_idle(self) -> None:
         """Wait until nothing is followed any more: what was made is delivered, and another job may begin."""
         deadline = time.monotonic() + HANGS

@@ -38,6 +38,12 @@ PANEL = """
 """
 
 
+@pytest.fixture(autouse=True)
+def _tidy(webui: WebUI) -> Iterator[None]:
+    yield
+    webui.tidy()
+
+
 @contextlib.contextmanager
 def opened(webui: WebUI) -> Iterator[Any]:
     """The web UI's page with the pack's tab before it; its scripts fail nowhere."""

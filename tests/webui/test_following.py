@@ -220,7 +220,7 @@ def test_a_job_whose_program_is_not_there(
 def test_a_process_that_dies(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
     job = queue.jobs().make(TRAIN, "dög", {})
     queue.submit(job)
-    until(lambda: job.run)
+    until(lambda: job.run and job.record.get("pid"))
     os.kill(job.record["pid"], 9)
     until(lambda: is_idle(queue, job))
     assert (state(job), names(bare_webui)) == ("failed", [])

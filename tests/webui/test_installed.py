@@ -139,7 +139,7 @@ def test_a_host_whose_packages_will_do(
     monkeypatch.setattr(install, "missing_requirements", lambda text: [])
     install.main()
     assert "trains with the web UI's own packages" in capsys.readouterr().out
-    assert [*(tmp_path / "web ui").rglob("*")] == [tmp_path / "web ui" / "modules", tmp_path / "web ui" / "launch.py"]
+    assert {path.name for path in (tmp_path / "web ui").rglob("*")} == {"modules", "launch.py"}
 
 
 def test_a_host_whose_packages_will_not_do(

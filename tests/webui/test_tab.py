@@ -149,7 +149,7 @@ def pictures(picture_folder: Callable[..., Path]) -> Path:
 @pytest.fixture(autouse=True)
 def _tidy(webui: WebUI) -> Iterator[None]:
     yield
-    shutil.rmtree(webui.data, ignore_errors=True)
+    webui.tidy()
 
 
 def test_uploaded_pictures_are_reported_and_kept(webui: WebUI, pictures: Path) -> None:

@@ -24,8 +24,7 @@ def loras(webui: WebUI) -> Iterator[Path]:
         choices = [choice if isinstance(choice, str) else choice[1] for choice in update["choices"]]
         assert choices == ["boat", "äpple"]
     yield webui.loras
-    for path in webui.loras.iterdir():
-        path.unlink()
+    webui.tidy()
 
 
 def change(layer: Any) -> torch.Tensor:

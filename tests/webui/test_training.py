@@ -36,6 +36,12 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _tidy(webui: WebUI) -> Iterator[None]:
+    yield
+    webui.tidy()
+
+
 @pytest.fixture
 def own_webui(webui: WebUI, tmp_path: Path, tiny_checkpoint: Path) -> Iterator[WebUI]:
     """A web UI that may be ended."""
