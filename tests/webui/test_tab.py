@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -254,50 +255,98 @@ def test_one_training_at_a_time(webui: WebUI, pictures: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["first"]
 
 
+@contextlib.contextmanager
+def drawing(webui: WebUI) -> Iterator[None]:
+    """The host draws meanwhile, so that a job waits."""
+    webui.ask("/fake/hold", "POST")
+    try:
+        yield
+    finally:
+        webui.ask("/fake/release", "POST")
+        webui.wait_for_idle()
+
+
 def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path) -> None:
     """And may be stopped while it waits: it never begins."""
     calls = webui.facts()["calls"]
-    webui.ask("/fake/hold", "POST")
-    try:
-        settings = {
-            "steps": 7,
-            "rank": 2,
-            "preview_prompts": " a | b \n",
-            "alpha": "1.5",
-            "flip": True,
-            "resolution": 64,
-        }
-        assert train(webui, folder=str(pictures), name="waits", class_noun="dog", **settings).startswith("Begun.")
+    with drawing(webui):
+        assert train(webui, folder=str(pictures), name="waits", class_noun="dog").startswith("Begun.")
         assert webui.job()["state"] == "waiting"
         assert "is still at work" in train(webui, folder=str(pictures), name="second", class_noun="dog")
-        [job] = (webui.data / "jobs").iterdir()
-        written = read_toml(job / "job.toml")
-        tokenizer = Path(written.pop("tokenizer"))
-        assert (tokenizer / "vocab.json").is_file()
-        assert written == {
-            "instance_prompt": "a photo of {token} {class}",
-            "preview_prompts": "a | b",
-            "alpha": 1.5,
-            "preview_every": 100,
-            "class_noun": "dog",
-            "base": str(webui.folder / "models" / "Stable-diffusion" / "tiny.safetensors"),
-            "name": "waits",
-            "steps": 7,
-            "rank": 2,
-            "flip": True,
-            "resolution": 64,
-            "images": str(pictures),
-            "output_dir": str(webui.data),
-        }
         webui.post("/job/stop")
         assert webui.job()["state"] == "stopped"
-    finally:
-        webui.ask("/fake/release", "POST")
-    webui.wait_for_idle()
     assert webui.job()["state"] == "stopped"
-    assert (
-        "pid" not in json.loads((job / "job.json").read_text()) or not json.loads((job / "job.json").read_text())["pid"]
-    )
+    [job] = (webui.data / "jobs").iterdir()
+    assert json.loads((job / "job.json").read_text(encoding="utf-8"))["pid"] is None
     facts = webui.facts()
     assert facts["calls"][len(calls) :] in ([], ["unload", "load"]), "the model is there again"
     assert facts["job"] == ""
+
+
+@pytest.mark.parametrize(
+    ("chosen", "written"),
+    [
+        (
+            {"class_noun": "dog"},
+            {
+                "class_noun": "dog",
+                "instance_prompt": "a photo of {token} {class}",
+                "preview_prompts": "a photo of {token} {class}",
+                "preview_every": 100,
+            },
+        ),
+        (
+            {"token": " ohwx ", "preview_every": 0, "learning_rate": 1e-4, "flip": False, "alpha": " "},
+            {
+                "token": "ohwx",
+                "instance_prompt": "a photo of {token}",
+                "preview_prompts": "a photo of {token}",
+                "preview_every": 0,
+            },
+        ),
+        (
+            {
+                "class_noun": "cat",
+                "preset": "person",
+                "prior_count": 20,
+                "steps": 7,
+                "rank": None,
+                "alpha": "1.5",
+                "flip": True,
+                "learning_rate": 0.002,
+                "preview_every": 5,
+                "preview_prompts": " a | b ",
+                "base_lora": " x.safetensors\n\n ü.safetensors ",
+            },
+            {
+                "class_noun": "cat",
+                "preset": "person",
+                "prior_count": 20,
+                "steps": 7,
+                "alpha": 1.5,
+                "flip": True,
+                "learning_rate": 0.002,
+                "preview_every": 5,
+                "preview_prompts": "a | b",
+                "base_lora": ["x.safetensors", "ü.safetensors"],
+                "instance_prompt": "a photo of {token} {class}",
+                "class_prompt": "a photo of {class}",
+            },
+        ),
+    ],
+)
+def test_what_was_changed_is_given(
+    chosen: dict[str, Any], written: dict[str, Any], webui: WebUI, pictures: Path
+) -> None:
+    """And no more: a preset may fill in the rest."""
+    with drawing(webui):
+        assert train(webui, folder=str(pictures), name="dög", **chosen).startswith("Begun.")
+        webui.post("/job/stop")
+    settings = read_toml(webui.data / "jobs" / "dög" / "job.toml")
+    assert (Path(settings.pop("tokenizer")) / "vocab.json").is_file()
+    assert settings == written | {
+        "name": "dög",
+        "base": str(webui.folder / "models" / "Stable-diffusion" / "tiny.safetensors"),
+        "images": str(pictures),
+        "output_dir": str(webui.data),
+    }
