@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..trainer.core.errors import BusyError, TrainerError
+from ..trainer.core.locks import FolderLock
 from . import cards, environment, host
 from .jobs import ENDED, TRAIN, Job, Jobs
 
@@ -126,6 +127,15 @@ def _keep_run(job: Job) -> None:
 
 def _bring_home(job: Job) -> None:
     """Put what a job made where the host looks for it, once, with its card."""
+    lock = FolderLock(job.folder)
+    if lock.acquire():  # else the thread that followed it before Reload UI, or another window, is at it
+        try:
+            _put_into_host(job)
+        finally:
+            lock.release()
+
+
+def _put_into_host(job: Job) -> None:
     is_home = job.record.get("card") is not None
     if is_home or job.kind not in _MAKING_LORAS or job.progress().facts["state"] != "done":
         return

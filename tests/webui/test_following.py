@@ -178,6 +178,31 @@ def test_a_running_job_is_taken_up(
     assert names(bare_webui) == CARD, "delivered once"
 
 
+def test_after_reload_ui_two_follow_it_and_one_delivers(
+    queue: ModuleType, bare_webui: Path, engine: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host loads the pack anew, and the thread that followed the job before goes on."""
+    cards = importlib.import_module("pack.webui.cards")
+    deliver = cards.deliver
+
+    def slowly(job: Job) -> Path:
+        time.sleep(0.1)
+        return deliver(job)
+
+    monkeypatch.setattr(cards, "deliver", slowly)
+    job = queue.jobs().make(TRAIN, "dög", {})
+    queue.submit(job)
+    until(lambda: job.run)
+    reloaded = restarted(monkeypatch)
+    reloaded.attach()
+    assert reloaded.shown().folder == job.folder
+    with pytest.raises(BusyError):
+        reloaded.require_ready()
+    engine()
+    until(lambda: is_idle(queue, job) and reloaded._followed is None)
+    assert names(bare_webui) == CARD
+
+
 def test_a_result_that_can_not_be_delivered(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
     """Is told, holds up nobody else, and comes home once it can."""
     environment = importlib.import_module("pack.webui.environment")
