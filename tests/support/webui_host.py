@@ -102,6 +102,7 @@ class WebUI:
         """Start it; returns once it answers."""
         address = self.folder / "address.txt"
         address.unlink(missing_ok=True)
+        self._configuration = {}
         command = [str(host_python(self.kind)), str(LAUNCH), "--engine", sys.executable, "--auth", ":".join(USER)]
         environment = {**os.environ, **_ENVIRONMENT, "FAKE_WEBUI": str(self.folder)}
         for name in ("PYTHONPATH", "COVERAGE_PROCESS_START"):

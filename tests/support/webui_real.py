@@ -14,7 +14,7 @@ from typing import Any
 from checkpoints import sd15_checkpoint
 from helpers import HANGS, ROOT
 from raw_http import ask
-from webui_host import WebUI
+from webui_host import OWN, WebUI
 
 _ARGUMENTS = "--skip-prepare-environment --skip-torch-cuda-test --always-cpu"
 _ENVIRONMENT = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
@@ -56,6 +56,7 @@ class RealWebUI(WebUI):
         webui = find_webui()
         assert webui is not None
         python = find_python(webui)
+        self._configuration = {}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -82,13 +83,16 @@ class RealWebUI(WebUI):
         except OSError:
             return False
 
-    def wait_for_resumable(self, run: str) -> None:
-        """Wait until the host has let go of a run that was stopped; until then it refuses."""
+    def resume(self, run: str) -> None:
+        """Press Resume until the host has let go of the run that was stopped."""
         deadline = time.monotonic() + HANGS
-        while self.get(f"/dreambooth{run}")["state"] == "running":
+        while True:
+            reply = self.ask(f"/dreambooth{run}/resume", "POST", b"{}", **OWN)
+            if reply.status == 200:
+                return
+            assert reply.status == 409, reply.content
             assert time.monotonic() < deadline
-            time.sleep(0.1)
-        time.sleep(1.0)
+            time.sleep(0.2)
 
     def draw(self, prompt: str) -> Any:
         """What txt2img makes of a prompt: pixels."""

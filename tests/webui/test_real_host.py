@@ -53,8 +53,7 @@ def test_what_is_trained_is_drawn(real: RealWebUI, picture_folder: Callable[...,
     steps = stopped["step"] + 20
     real.shorten("dög", steps)
     run = "/runs/" + quote(stopped["run"])
-    real.wait_for_resumable(run)
-    real.post(f"{run}/resume")
+    real.resume(run)
     done = real.wait_for_job("done")
     assert (done["step"], done["card"]) == (steps, "dög.safetensors")
     assert (real.loras / "dög.preview.png").read_bytes()[:4] == b"\x89PNG"
