@@ -291,7 +291,7 @@ class Jobs:
         Raises:
             StorageError: Its folder can't be written.
         """
-        _require_file_name(name)
+        require_file_name(name)
         with explained_os_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         for folder in numbered(self.root / name):
@@ -361,7 +361,7 @@ def _alone() -> dict[str, Any]:
     return {"start_new_session": True}
 
 
-def _require_file_name(name: str) -> None:
+def require_file_name(name: str) -> None:
     """Refuse a name that can't be a folder's; the engine checks the rest.
 
     Raises:

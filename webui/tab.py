@@ -19,7 +19,7 @@ from ..pages.thumbnails import as_thumbnail
 from ..trainer.core.errors import PicturesError, TrainerError, worded
 from ..trainer.core.files import require_writable, write_file, write_folder
 from . import host, queue, tools_tab
-from .jobs import TRAIN
+from .jobs import TRAIN, require_file_name
 from .messages import failure, saying_errors
 from .widgets import element_id, given, settings_of, widget
 from .wording import label, wording
@@ -151,6 +151,7 @@ def _pictures(upload: Any, folder: str, name: str) -> Path:
 
     Raises:
         PicturesError: There are none, both were given, or two have the same name.
+        SettingsError: The name can't be a folder's.
     """
     files = [Path(getattr(file, "name", file)) for file in upload or []]
     folder = (folder or "").strip().strip('"')
@@ -160,6 +161,8 @@ def _pictures(upload: Any, folder: str, name: str) -> Path:
         raise PicturesError("There are no pictures.", "Drop some on the field above, or give their folder.")
     if folder:
         return Path(folder).expanduser()
+    if name:
+        require_file_name(name)
     names = Counter(file.name for file in files)
     if names.most_common(1)[0][1] > 1:
         raise PicturesError(f"Two files are called {names.most_common(1)[0][0]}.", "Rename one of them.")

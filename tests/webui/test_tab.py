@@ -219,6 +219,16 @@ def test_what_is_missing_is_said(webui: WebUI, pictures: Path, tmp_path: Path) -
     assert not (webui.data / "jobs").exists()
 
 
+def test_a_name_leads_nowhere(webui: WebUI, pictures: Path) -> None:
+    """Uploaded pictures are kept under the name; nothing is written outside of the pack's folder."""
+    before = {path.name for path in webui.folder.iterdir()}
+    for name in ("../../up", "a/b", "..", "/tmp/x"):
+        message = train(webui, images=webui.upload(pictures / "0.png"), name=name, class_noun="dog")
+        assert message.startswith(f"'{name}' can't be a file name."), message
+    assert {path.name for path in webui.folder.iterdir()} == before
+    assert not (webui.data / "pictures").exists()
+
+
 def test_a_base_that_is_gone_is_said(webui: WebUI, pictures: Path) -> None:
     added = webui.folder / "models" / "Stable-diffusion" / "gone.safetensors"
     added.symlink_to(webui.folder / "models" / "Stable-diffusion" / "tiny.safetensors")
