@@ -21,7 +21,7 @@ from ..pages.urls import PREFIX
 from ..trainer.core.errors import BusyError, SettingsError, TrainerError, worded
 from ..trainer.training.runs.index import RunIndex
 from . import cards, host, queue
-from .jobs import TRAIN, Job
+from .jobs import ENDED, TRAIN, Job
 from .wording import wording
 
 Handler = Callable[[Request], Any]
@@ -106,8 +106,8 @@ def _job(request: Request) -> dict[str, Any]:
     progress = job.progress()
     facts = dict(progress.facts)
     failed = job.record.get("failed")
-    if facts["state"] == "done" and queue.is_at_work(job) and not job.record.get("card"):
-        facts["state"] = "copying the LoRA"
+    if facts["state"] in ENDED and queue.is_at_work(job):  # so that whoever sees the end may begin another one
+        facts["state"] = "copying the LoRA" if facts["state"] == "done" else "ending"
     if failed and facts["state"] in ("waiting", "done"):  # it could not be started, or its result not be delivered
         facts |= {"state": "failed", "problem": failed[0], "remedy": failed[1]}
     for key in ("problem", "remedy"):
