@@ -68,6 +68,7 @@ class Progress:
                 file.seek(self._offset)
                 content = file.read()
         except OSError:
+            self._identity = (0, 0)  # a new file may get the old one's number
             return
         whole, newline, _ = content.rpartition(b"\n")  # a line may be half written
         self._offset += len(whole) + len(newline)
@@ -180,6 +181,7 @@ class Job:
             for name in (_STOP, _EVENTS):
                 (self.folder / name).unlink(missing_ok=True)
         self._process = None
+        self._progress = Progress()
         self.note(pid=None, failed=None, card=None, queued_at=time.time())
 
     def start(self, python: Path) -> None:

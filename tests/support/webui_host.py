@@ -19,8 +19,6 @@ from typing import Any
 
 from helpers import DEMO, HANGS, ROOT
 from make_webui_hosts import FOLDER, host_python, is_made
-from pack.trainer.core.toml import read_toml
-from pack.webui.toml_text import toml_text
 from raw_http import Reply, ask
 
 LAUNCH = ROOT / "tests" / "support" / "fake_webui" / "launch.py"
@@ -173,6 +171,9 @@ class WebUI:
         Returns:
             The file with its settings.
         """
+        from pack.trainer.core.toml import read_toml
+        from pack.webui.toml_text import toml_text
+
         path = self.data / "jobs" / name / "job.toml"
         path.write_text(toml_text(read_toml(path) | {"steps": steps}), encoding="utf-8")
         return path
