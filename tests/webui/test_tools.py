@@ -29,7 +29,7 @@ def loras(webui: WebUI) -> Iterator[Path]:
 
 def change(layer: Any) -> torch.Tensor:
     """What a LoRA adds to a weight."""
-    return layer.alpha / layer.rank * layer.up @ layer.down
+    return layer.alpha / layer.rank * layer.up.float() @ layer.down.float()
 
 
 def said(webui: WebUI, tool: str, **values: Any) -> str:
