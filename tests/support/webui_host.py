@@ -232,10 +232,11 @@ class WebUI:
         while True:
             reply = self.ask("/run/predict", "POST", json.dumps(body).encode(), **{"Content-Type": "application/json"})
             assert reply.status == 200, (reply.status, reply.content, self.log())
-            if shown and not reply.json["is_generating"]:  # which gives nothing new
+            is_last = not reply.json["is_generating"]
+            if shown and is_last and self.kind == "gradio3":  # where that says nothing
                 return shown[-1]
-            shown.append(reply.json["data"])
-            if not reply.json["is_generating"]:
+            shown.append(reply.json["data"])  # of gradio 4 what differs, and at last all of it
+            if is_last:
                 return shown[-1]
 
     def _dependency(self, component: int, event: str) -> tuple[int, Mapping[str, Any]]:
