@@ -284,7 +284,7 @@ def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path)
         assert webui.job()["state"] == "waiting"
         assert "is still at work" in train(webui, folder=str(pictures), name="second", class_noun="dog")
         webui.post("/job/stop")
-        assert webui.job()["state"] == "stopped"
+        assert webui.job()["state"] == "ending"
     assert webui.job()["state"] == "stopped"
     [job] = (webui.data / "jobs").iterdir()
     assert json.loads((job / "job.json").read_text(encoding="utf-8"))["pid"] is None
