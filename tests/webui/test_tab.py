@@ -285,6 +285,7 @@ def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path)
         assert "is still at work" in train(webui, folder=str(pictures), name="second", class_noun="dog")
         webui.post("/job/stop")
         assert webui.job()["state"] == "ending"
+    webui.wait_for_idle()
     assert webui.job()["state"] == "stopped"
     [job] = (webui.data / "jobs").iterdir()
     assert json.loads((job / "job.json").read_text(encoding="utf-8"))["pid"] is None
