@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import subprocess
 import time
@@ -220,7 +221,8 @@ class Job:
         """What is known of it now.
 
         "state" is "waiting" until it is started, "starting" until it says something, what its events say meanwhile, and
-        then "done", "stopped" or "failed"; a process that ended without a word has failed.
+        then "done", "stopped" or "failed"; a process that ended without a word has failed. "at" is later in each of them:
+        pages leave out what is older than what they know.
         """
         alive = self.is_alive()
         self._progress.read(self.folder / _EVENTS)
@@ -229,10 +231,19 @@ class Job:
         record = self.record
         if record.get("pid") is None:
             facts["state"] = "stopped" if self.is_to_stop() else "waiting"
+            facts["at"] = max(facts["at"], self._told_to_stop_at())
         elif not alive and facts["state"] not in ENDED:
             facts |= {"state": "failed", **self._death()}
+            facts["at"] = math.nextafter(facts["at"], math.inf)
         facts["at"] = max(facts["at"], float(record.get("queued_at", 0.0)))
         return Progress(facts, known.measured, list(known.notes))
+
+    def _told_to_stop_at(self) -> float:
+        """When the stop file appeared, as a Unix time; 0.0 if there is none."""
+        try:
+            return (self.folder / _STOP).stat().st_mtime
+        except OSError:
+            return 0.0
 
     def _death(self) -> dict[str, str]:
         """Problem and remedy of a process that ended without saying why."""

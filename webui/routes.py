@@ -7,6 +7,7 @@ an origin that is the web UI's own. No name leads out of the folders that it bel
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -108,8 +109,10 @@ def _job(request: Request) -> dict[str, Any]:
     failed = job.record.get("failed")
     if facts["state"] in ENDED and queue.is_at_work(job):  # so that whoever sees the end may begin another one
         facts["state"] = "copying the LoRA" if facts["state"] == "done" else "ending"
+        facts["at"] = math.nextafter(facts["at"], 0.0)  # older than the end, which comes
     if failed and facts["state"] in ("waiting", "done"):  # it could not be started, or its result not be delivered
         facts |= {"state": "failed", "problem": failed[0], "remedy": failed[1]}
+        facts["at"] = math.nextafter(facts["at"], math.inf)
     for key in ("problem", "remedy"):
         if key in facts:
             facts[key] = worded(facts[key], wording)

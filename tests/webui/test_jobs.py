@@ -298,3 +298,26 @@ def test_texts_that_need_care(text: str, tmp_path: Path) -> None:
     path = tmp_path / "settings.toml"
     path.write_bytes(toml_text({"text": text, "texts": [text, text]}).encode())
     assert read_toml(path) == {"text": text, "texts": [text, text]}
+
+
+# What pages go by
+
+
+def test_each_state_is_later_than_the_one_before(jobs: Jobs) -> None:
+    """Pages leave out facts that are not newer than those they know."""
+    job = jobs.make(TRAIN, "dog", {})
+    seen = [job.progress().facts]
+    time.sleep(0.02)
+    job.stop()
+    seen.append(job.progress().facts)
+    time.sleep(0.02)
+    job.enqueue()
+    seen.append(job.progress().facts)
+    (job.folder / "events.jsonl").write_bytes(line(at=time.time() + 1, **STEP))
+    job.note(pid=os.getpid(), born_at=psutil.Process().create_time())
+    seen.append(job.progress().facts)
+    job.note(pid=2**31 - 1)
+    seen.append(job.progress().facts)
+    assert [facts["state"] for facts in seen] == ["waiting", "stopped", "waiting", "training", "failed"]
+    times = [facts["at"] for facts in seen]
+    assert times == sorted({*times})
