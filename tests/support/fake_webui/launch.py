@@ -75,8 +75,9 @@ def add_to_pages():
 def build():
     with gr.Blocks(analytics_enabled=False, title="Stable Diffusion") as txt2img:
         gr.Textbox(label="Prompt", elem_id="txt2img_prompt", lines=3)
+    interfaces = [(txt2img, "txt2img", "txt2img"), *script_callbacks.ui_tabs_callback()]
     with gr.Blocks(analytics_enabled=False, title="Stable Diffusion") as demo, gr.Tabs(elem_id="tabs"):
-        for blocks, title, id in [(txt2img, "txt2img", "txt2img"), *script_callbacks.ui_tabs_callback()]:
+        for blocks, title, id in interfaces:
             with gr.TabItem(title, id=id, elem_id=f"tab_{id}"):
                 blocks.render()
     return demo
