@@ -221,8 +221,8 @@ class Job:
         """What is known of it now.
 
         "state" is "waiting" until it is started, "starting" until it says something, what its events say meanwhile, and
-        then "done", "stopped" or "failed"; a process that ended without a word has failed. "at" is later in each of them:
-        pages leave out what is older than what they know.
+        then "done", "stopped" or "failed"; a process that ended without a word has failed. "at" is later in each state
+        than in the one before: pages leave out what is not newer than what they know.
         """
         alive = self.is_alive()
         self._progress.read(self.folder / _EVENTS)
