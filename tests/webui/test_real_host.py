@@ -10,6 +10,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 from webui_host import text_of
 from webui_real import RealWebUI, find_python, find_webui, make_real_folder
 
@@ -71,6 +73,8 @@ def test_what_is_trained_is_drawn(real: RealWebUI, picture_folder: Callable[...,
 
     step = real.get(f"/dreambooth{run}")["adapters"][0]["step"]
     early = real.loras / real.post(f"{run}/use", {"step": step})["file"]
+    weights, others = load_file(made), load_file(early)
+    assert any(not torch.equal(weights[name], others[name]) for name in weights)
     made.write_bytes(early.read_bytes())
     real.post(f"{run}/use", {"step": step})
     assert not np.array_equal(real.draw("sks dog <lora:dög:1>"), drawn), "its weights are read anew"
