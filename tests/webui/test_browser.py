@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from browser import QUIET, find_browser
 from comfy_host import PATIENCE_S
@@ -148,3 +150,16 @@ def test_a_message_is_shown_with_its_remedy(webui: WebUI) -> None:
         page.locator("button#dreambooth_start:visible").first.click()
         wait_for_text(page, "#dreambooth_message .dreambooth-error", "There are no pictures. Drop some on the field")
         shot(page, f"message-{webui.kind}")
+
+
+def test_a_process_that_dies_is_shown(webui: WebUI, picture_folder: Callable[..., Path]) -> None:
+    """In a page that was open all the time."""
+    name = f"killed-{webui.kind}"
+    with opened(webui) as page:
+        fill(page, folder=picture_folder(3), class_noun="dog", name=name, steps=1_000_000, resolution=64)
+        page.locator("button#dreambooth_start:visible").first.click()
+        wait_for(page, "panel.state === 'training'")
+        psutil.Process(json.loads((webui.data / "jobs" / name / "job.json").read_text())["pid"]).kill()
+        failed = wait_for(page, "panel.state === 'failed' && panel.buttons.includes('Resume')")
+        assert any("ended without a word" in text for text in failed["trouble"]), failed
+        shot(page, name)
