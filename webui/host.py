@@ -157,3 +157,8 @@ def forget_loras() -> None:
     model = getattr(sd_models.model_data, "sd_model", None)
     if model is not None and hasattr(model, "current_lora_hash"):
         model.current_lora_hash = None
+    parts = getattr(model, "forge_objects", None)  # of Forge, where those that are in the weights are known by path
+    for part in (getattr(parts, "unet", None), getattr(getattr(parts, "clip", None), "patcher", None)):
+        loader = getattr(part, "lora_loader", None)
+        if hasattr(loader, "loaded_hash"):
+            loader.loaded_hash = None
