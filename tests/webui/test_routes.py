@@ -149,6 +149,7 @@ def test_a_checkpoint_is_used_with_a_card_under_a_free_name(webui: WebUI, site: 
         facts = webui.facts()
         assert name in facts["networks"], "the list was read anew"
         assert facts["lora_hash"] is None, "the next picture is drawn with it"
+        assert not any(facts["in_weights"])
     for path in {*site.loras.iterdir()} - before:
         path.unlink()
 

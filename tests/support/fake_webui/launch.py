@@ -115,6 +115,9 @@ def add_own_routes(app):
             "texts": [text for text in shared.state.texts if text],
             "networks": sorted(networks.available_networks),
             "lora_hash": sd_models.model_data.sd_model.current_lora_hash,
+            "in_weights": [
+                part.lora_loader.loaded_hash for part in (sd_models.unet, sd_models.clip.patcher) if not IS_3
+            ],
             "trainer": getattr(trainer, "__file__", None),
             "late": getattr(sys.modules.get("trainer.late"), "WHOSE", None),
             "path": sys.path,

@@ -10,7 +10,11 @@ from modules.shared_cmd_options import IS_FORGE, cmd_opts
 model_path = os.path.join(cmd_opts.data_dir, "models", "Stable-diffusion")
 checkpoints_list = {}
 checkpoint_aliases = {}
+unet = SimpleNamespace(lora_loader=SimpleNamespace(loaded_hash="of the last picture"))
+clip = SimpleNamespace(patcher=SimpleNamespace(lora_loader=SimpleNamespace(loaded_hash="of the last picture")))
 model_data = SimpleNamespace(sd_model=SimpleNamespace(current_lora_hash="of the last picture"))
+if IS_FORGE:
+    model_data.sd_model.forge_objects = SimpleNamespace(unet=unet, clip=clip)
 calls = []
 
 
