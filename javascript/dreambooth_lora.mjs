@@ -65,8 +65,6 @@ class JobPanel {
     if (!("state" in facts)) return;
     const { points, measured, warnings, ...known } = /** @type {JobFacts} */ (facts);
     const isNews = this.facts === null || measured !== this.#measured || (known.run ?? null) !== feed.run;
-    // a process that died says nothing more: its end has the time of its last words
-    if (known.state !== feed.facts.state) known.at = Math.max(known.at ?? 0, (feed.facts.at ?? 0) + 0.001);
     this.facts = /** @type {JobFacts} */ ({ ...known, measured, warnings });
     this.#measured = measured;
     if (isNews) await feed.recover(known);
