@@ -12,6 +12,7 @@ import json
 import math
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ class Job:
         """Take a folder with a job."""
         self.folder = folder
         self._progress = Progress()
+        self._reading = threading.Lock()  # pages and the thread that follows it ask at the same time
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -160,6 +162,11 @@ class Job:
         """
         write_atomic(self.folder / _SETTINGS, toml_text(settings).encode())
 
+    @property
+    def waits_in_vain(self) -> bool:
+        """Whether it waits for a process of the host that is none of this one."""
+        return self.record.get("host") != os.getpid() and self.progress().facts["state"] == "waiting"
+
     def is_alive(self) -> bool:
         """Whether its process runs."""
         if self._process is not None:
@@ -183,7 +190,7 @@ class Job:
                 (self.folder / name).unlink(missing_ok=True)
         self._process = None
         self._progress = Progress()
-        self.note(pid=None, failed=None, card=None, queued_at=time.time())
+        self.note(pid=None, failed=None, card=None, queued_at=time.time(), host=os.getpid())
 
     def start(self, python: Path) -> None:
         """Run it, or run it again, in a process that outlives this one.
@@ -225,8 +232,9 @@ class Job:
         than in the one before: pages leave out what is not newer than what they know.
         """
         alive = self.is_alive()
-        self._progress.read(self.folder / _EVENTS)
-        known = self._progress
+        with self._reading:
+            self._progress.read(self.folder / _EVENTS)
+            known = Progress(dict(self._progress.facts), self._progress.measured, list(self._progress.notes))
         facts = {"node": "webui", "at": 0.0, "state": "starting", "name": self.name, "kind": self.kind} | known.facts
         record = self.record
         if record.get("pid") is None:
@@ -236,7 +244,7 @@ class Job:
             facts |= {"state": "failed", **self._death()}
             facts["at"] = math.nextafter(facts["at"], math.inf)
         facts["at"] = max(facts["at"], float(record.get("queued_at", 0.0)))
-        return Progress(facts, known.measured, list(known.notes))
+        return Progress(facts, known.measured, known.notes)
 
     def _told_to_stop_at(self) -> float:
         """When the stop file appeared, as a Unix time; 0.0 if there is none."""

@@ -20,6 +20,7 @@ _MAKING_LORAS = (TRAIN, "merge", "resize")
 _SECONDS_BETWEEN_LOOKS = 0.5
 _lock = threading.Lock()
 _followed: Job | None = None
+_newest: Job | None = None  # training that was shown while none was at work
 
 
 def jobs() -> Jobs:
@@ -29,9 +30,13 @@ def jobs() -> Jobs:
 
 def shown() -> Job | None:
     """The training that the panel shows: the one at work, or else the newest one."""
+    global _newest
     if _followed is not None and _followed.kind == TRAIN:
         return _followed
-    return next((job for job in jobs().all() if job.kind == TRAIN), None)
+    newest = next((job for job in jobs().all() if job.kind == TRAIN), None)
+    if newest is None or _newest is None or newest.folder != _newest.folder:
+        _newest = newest  # else the one that knows its events already
+    return _newest
 
 
 def is_at_work(job: Job) -> bool:
@@ -68,7 +73,10 @@ def submit(job: Job) -> None:
 
 
 def attach() -> None:
-    """Take up a job that an earlier process of the host began, and bring home what ended meanwhile."""
+    """Take up a job that an earlier process of the host began, and bring home what ended meanwhile.
+
+    A job that waited for that process to draw does not begin any more.
+    """
     global _followed
     with _lock:
         if _followed is not None:
@@ -81,6 +89,8 @@ def attach() -> None:
     for job in jobs().all():
         if job is not running and not job.is_alive():
             try:
+                if job.waits_in_vain:
+                    job.stop()
                 _bring_home(job)
             except TrainerError as error:
                 job.note(card="", failed=list(error.unworded))

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import html
 import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,9 @@ import gradio as gr
 from ..pages.pictures import checked_pictures
 from ..pages.thumbnails import as_thumbnail
 from ..trainer.core.errors import PicturesError, TrainerError, worded
+from ..trainer.core.events import Note
 from ..trainer.core.files import require_writable, write_file, write_folder
+from ..trainer.data.images import Picture
 from . import host, queue, tools_tab
 from .jobs import TRAIN, require_file_name
 from .messages import failure, saying_errors
@@ -124,7 +127,7 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     chosen = dict(zip(names, values))
     changed = given(TRAIN, names, values)
     name = str(chosen.get("name") or "").strip()
-    images = _pictures(upload, folder, name)
+    images = _pictures(upload, folder, name, host.data_folder() / "pictures")
     checked_pictures(images)
     base = host.base_file(str(chosen.get("base") or ""))
     require_writable(host.loras_folder(), 0)
@@ -146,8 +149,14 @@ def _prompts(changed: Mapping[str, Any]) -> dict[str, str]:
     return prompts
 
 
-def _pictures(upload: Any, folder: str, name: str) -> Path:
-    """The folder or zip file with the pictures; those that were uploaded are copied to where they stay.
+def _pictures(upload: Any, folder: str, name: str, root: Path) -> Path:
+    """The folder or zip file with the pictures; those that were uploaded are copied, each set once.
+
+    Args:
+        upload: The files that were uploaded, as gradio gives them.
+        folder: What was given instead.
+        name: Of the training; "": the copy is called "pictures".
+        root: Where copies are made.
 
     Raises:
         PicturesError: There are none, both were given, or two have the same name.
@@ -169,7 +178,7 @@ def _pictures(upload: Any, folder: str, name: str) -> Path:
     digest = hashlib.sha256()
     for file in sorted(files, key=lambda file: file.name):
         digest.update(f"{file.name}\0".encode(errors="surrogateescape") + hashlib.sha256(file.read_bytes()).digest())
-    kept = host.data_folder() / "pictures" / f"{name or 'pictures'}-{digest.hexdigest()[:8]}"
+    kept = root / f"{name or 'pictures'}-{digest.hexdigest()[:8]}"
     if len(files) == 1 and files[0].suffix.lower() == ".zip":
         kept = kept.with_name(f"{kept.name}.zip")
         return kept if kept.is_file() else write_file(kept, lambda temporary: shutil.copyfile(files[0], temporary))
@@ -182,10 +191,16 @@ def _report(upload: Any, folder: str) -> str:
     """What a run would find among the pictures."""
     if not upload and not (folder or "").strip():
         return ""
-    try:
-        pictures, warnings = checked_pictures(_pictures(upload, folder, ""))
-    except TrainerError as error:
-        return failure(error.problem_in(wording), error.remedy_in(wording))
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            pictures, warnings = checked_pictures(_pictures(upload, folder, "", Path(scratch)))
+        except TrainerError as error:
+            return failure(error.problem_in(wording), error.remedy_in(wording))
+        return _shown(pictures, warnings)
+
+
+def _shown(pictures: Sequence[tuple[Picture, tuple[int, int]]], warnings: Sequence[Note]) -> str:
+    """The pictures, small, and what is wrong with them."""
     shown = [
         f"<figure><img alt='{html.escape(picture.name, quote=True)}' src='data:image/jpeg;base64,"
         f"{base64.b64encode(as_thumbnail(picture)).decode()}'><figcaption>{html.escape(picture.caption)}</figcaption></figure>"

@@ -28,7 +28,7 @@ sys.modules["pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 from pack.nodes import NODES, wording
 from pack.nodes.base import NodeError
-from pack.nodes.host_routes import _with_worded_failure
+from pack.nodes.host_routes import _run_pages
 from pack.trainer.core.errors import SettingsError, suggest
 names, asked = json.load(sys.stdin)
 nodes = {node.__name__: node for node in NODES}
@@ -36,8 +36,8 @@ answer = {
     "unworded": [name for name in names if not wording.is_worded(name)],
     "stale": sorted({*wording._IN_THE_GRAPH, *wording._COMMAND_LINE_ONLY} - set(names)),
     "texts": [wording.wording_of(nodes.get(node))(name, value) for node, name, value in asked],
-    "failure": _with_worded_failure(
-        {"state": "failed", "problem": "NaN.", "remedy": f"Start again with {suggest('resume', 'never')}."}
+    "failure": _run_pages()._completed(
+        {"id": "dog", "state": "failed", "problem": "NaN.", "remedy": f"Start again with {suggest('resume', 'never')}."}
     ),
     "error": str(
         NodeError(
@@ -110,4 +110,4 @@ def test_comfyui_s_interface_is_named_in_one_place() -> None:
 def test_a_failed_run_is_worded_when_pages_ask_for_it_later(answer: dict[str, Any]) -> None:
     """Its folder keeps the remedy without any face's words."""
     remedy = "Start again with resume = never (on Training Settings)."
-    assert answer["failure"] == {"state": "failed", "problem": "NaN.", "remedy": remedy}
+    assert answer["failure"] == {"id": "dog", "state": "failed", "problem": "NaN.", "remedy": remedy}

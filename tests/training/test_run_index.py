@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pack.trainer.core.errors import CancelledError, DivergedError, SettingsError, StorageError, TrainerError, suggest
 from pack.trainer.core.events import Preview, RunOpened, Step
 from pack.trainer.dreambooth import TrainResult
+from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.runs.index import RunIndex
 from pack.trainer.training.runs.metrics import RecordedListener, last_lines, read_metrics
 from run_trees import SHOWN, file_size_limit, tree
@@ -306,7 +307,7 @@ def test_a_page_may_look_at_any_moment(copy: RunIndex, runs: Runs) -> None:
             except Exception as error:
                 failures.append(error)
 
-    run = copy.run(runs.done)
+    run = RunFolder(copy.run(runs.done).path)
     state, thread = run.load(3), threading.Thread(target=look)
     thread.start()
     try:

@@ -207,3 +207,27 @@ def test_a_card_says_the_version_as_the_browser_calls_it(architecture: str, vers
     cards.write_card(path)
     assert card_of(path)["sd version"] == version
     assert not path.with_suffix(".preview.png").exists()
+
+
+def test_a_job_that_waited_for_a_host_that_died_does_not_begin(web_ui: WebUi) -> None:
+    """One that waits for this one does: Reload UI attaches, too."""
+    lost, ours = (queue.jobs().make("train", name, {}) for name in ("lost", "ours"))
+    for job in (lost, ours):
+        job.enqueue()
+    lost.note(host=-1)
+    queue.attach()
+    assert [job.progress().facts["state"] for job in (lost, ours)] == ["stopped", "waiting"]
+
+
+def test_the_same_training_is_shown_with_what_is_known_of_it(web_ui: WebUi) -> None:
+    assert queue.shown() is None
+    first = finished(web_ui)
+    shown = queue.shown()
+    assert shown is not None
+    assert shown.folder == first.folder
+    assert queue.shown() is shown
+    second = queue.jobs().make("train", "cat", {})
+    queue.jobs().make("merge", "mixed", {})
+    shown = queue.shown()
+    assert shown is not None
+    assert shown.folder == second.folder

@@ -153,7 +153,7 @@ def _tidy(webui: WebUI) -> Iterator[None]:
     webui.tidy()
 
 
-def test_uploaded_pictures_are_reported_and_kept(webui: WebUI, pictures: Path) -> None:
+def test_uploaded_pictures_are_reported_and_nothing_is_kept(webui: WebUI, pictures: Path) -> None:
     (pictures / "0.txt").write_text("a <b>sks</b> dog", encoding="utf-8")
     shutil.copy(pictures / "1.png", pictures / "twice.png")
     [report] = webui.call("images", "change", images=webui.upload(*sorted(pictures.iterdir())))
@@ -161,12 +161,21 @@ def test_uploaded_pictures_are_reported_and_kept(webui: WebUI, pictures: Path) -
     assert "a &lt;b&gt;sks&lt;/b&gt; dog" in report
     assert "twice.png is the same picture as 1.png" in report
     assert report.count("<img ") == 4
-    [kept] = (webui.data / "pictures").iterdir()
-    assert {path.name: path.read_bytes() for path in kept.iterdir()} == {
-        path.name: path.read_bytes() for path in pictures.iterdir()
-    }
-    webui.call("images", "change", images=webui.upload(*sorted(pictures.iterdir())))
-    assert [*(webui.data / "pictures").iterdir()] == [kept], "the same pictures are kept once"
+    assert not (webui.data / "pictures").exists()
+
+
+def test_uploaded_pictures_are_kept_once_for_training(webui: WebUI, pictures: Path) -> None:
+    for name in ("dog", "dog", "cat"):
+        with drawing(webui):
+            uploaded = webui.upload(*sorted(pictures.iterdir()))
+            assert train(webui, images=uploaded, name=name, class_noun="dog").startswith("Begun.")
+            webui.post("/job/stop")
+    kept = sorted((webui.data / "pictures").iterdir())
+    assert [folder.name.split("-")[0] for folder in kept] == ["cat", "dog"]
+    for folder in kept:
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+            path.name: path.read_bytes() for path in pictures.iterdir()
+        }
 
 
 def test_a_folder_and_a_zip_file_are_reported(webui: WebUI, pictures: Path, tmp_path: Path) -> None:
@@ -177,8 +186,7 @@ def test_a_folder_and_a_zip_file_are_reported(webui: WebUI, pictures: Path, tmp_
         file.write(pictures / "0.png", "0.png")
     [report] = webui.call("images", "change", images=webui.upload(archive))
     assert text_of(report).startswith("1 picture ")
-    [kept] = (webui.data / "pictures").iterdir()
-    assert kept.suffix == ".zip"
+    assert not (webui.data / "pictures").exists()
     [report] = webui.call("folder", "change", folder=str(archive))
     assert text_of(report).startswith("1 picture ")
     [report] = webui.call("folder", "change", folder="")
