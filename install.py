@@ -24,9 +24,12 @@ import sysconfig
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent
+ENVIRONMENT = ROOT / "venv"
 OUR_PACKAGES = ("diffusers", "peft", "accelerate")
 HOST_PACKAGES = ("transformers", "tokenizers", "huggingface-hub", "safetensors", "numpy", "torch")
 _PREFIX = "[DreamBooth LoRA]"
+_STAMP = "dreambooth_lora.json"
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
@@ -107,11 +110,6 @@ def replace_incompatible_packages(requirements: str) -> None:
         print(f"{_PREFIX} That failed. By hand: {sys.executable} -m pip {' '.join(arguments)}")
 
 
-ROOT = Path(__file__).resolve().parent
-ENVIRONMENT = ROOT / "venv"
-_STAMP = "dreambooth_lora.json"
-
-
 def is_in_web_ui(folder: Path) -> bool:
     """Whether a folder is that of Automatic1111, Forge or one of their kin, who run this in their own folder."""
     return (folder / "launch.py").is_file() and (folder / "modules").is_dir()
@@ -124,12 +122,9 @@ def environment_python(folder: Path = ENVIRONMENT) -> Path:
 
 def environment_stamp(requirements: str) -> dict[str, str]:
     """What an environment is made for: another host's Python or PyTorch, or other requirements, need another one."""
-    try:
-        torch = version("torch")
-    except PackageNotFoundError:
-        torch = ""
     digest = hashlib.sha256(requirements.encode()).hexdigest()
-    return {"python": platform.python_version(), "torch": torch, "host": sys.prefix, "requirements": digest}
+    python = platform.python_version()
+    return {"python": python, "torch": _torch_version(), "host": sys.prefix, "requirements": digest}
 
 
 def is_ready(requirements: str, folder: Path = ENVIRONMENT) -> bool:
@@ -151,7 +146,7 @@ def make_environment(requirements: str, folder: Path = ENVIRONMENT) -> str:
     Returns:
         "" or, if it can't be made, one line that says why and what to do.
     """
-    by_hand = "The web UI itself works as before; only training does not."
+    meanwhile = "The web UI itself works as before; only training does not."
     try:
         if folder.exists():
             shutil.rmtree(folder)
@@ -160,21 +155,22 @@ def make_environment(requirements: str, folder: Path = ENVIRONMENT) -> str:
             shutil.rmtree(folder, ignore_errors=True)
             return (
                 f"An environment for the pack can't be made with {sys.executable}: {_last_line(made)} "
-                f"Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart. {by_hand}"
+                f"Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart. {meanwhile}"
             )
         _lend_packages(folder)
         constraint = folder / "host.txt"
-        constraint.write_text(f"torch=={version('torch')}\n" if _has("torch") else "", encoding="utf-8")
+        torch = _torch_version()
+        constraint.write_text(f"torch=={torch}\n" if torch else "", encoding="utf-8")
         bounds = [line for line in requirements.splitlines() if line.strip()]
         python = str(environment_python(folder))
         pip = _run(python, "-m", "pip", "install", "--disable-pip-version-check", "-c", str(constraint), *bounds)
         if pip.returncode:
-            return f"Packages for training can't be installed: {_last_line(pip)} Restart to try again. {by_hand}"
+            return f"Packages for training can't be installed: {_last_line(pip)} Restart to try again. {meanwhile}"
         stamp = json.dumps(environment_stamp(requirements))
         (folder / _STAMP).write_text(stamp, encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
-        return f"An environment for the pack can't be made in {folder}: {reason}. Free space or allow it. {by_hand}"
+        return f"An environment for the pack can't be made in {folder}: {reason}. Free space or allow it. {meanwhile}"
     return ""
 
 
@@ -192,12 +188,12 @@ def _last_line(process: subprocess.CompletedProcess[str]) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def _has(name: str) -> bool:
+def _torch_version() -> str:
+    """The host's PyTorch; "" if it has none."""
     try:
-        version(name)
+        return version("torch")
     except PackageNotFoundError:
-        return False
-    return True
+        return ""
 
 
 def _lend_packages(folder: Path) -> None:
