@@ -14,7 +14,7 @@ import os
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,12 @@ from .toml_text import toml_text
 TRAIN = "train"
 ENDED = ("done", "stopped", "failed")
 _ROOT = Path(__file__).resolve().parents[1]
-_SETTINGS, _RECORD, _EVENTS, _OUTPUT, _LOG, _STOP = (
-    "job.toml",
-    "job.json",
-    "events.jsonl",
-    "output.txt",
-    "log.txt",
-    "stop",
-)
+_SETTINGS = "job.toml"
+_RECORD = "job.json"
+_EVENTS = "events.jsonl"
+_OUTPUT = "output.txt"
+_LOG = "log.txt"
+_STOP = "stop"
 _SAME_PROCESS = 2.0  # seconds by which a process's time of birth may differ between two looks
 _LAST_WORDS = 2000  # characters of the log that are shown of a process that died
 
@@ -310,6 +308,7 @@ class Jobs:
             facts: More for its record.
 
         Raises:
+            SettingsError: The name can't be a folder's.
             StorageError: Its folder can't be written.
         """
         require_file_name(name)
@@ -351,7 +350,7 @@ class Jobs:
             )
 
     @contextlib.contextmanager
-    def alone(self) -> Any:
+    def alone(self) -> Iterator[None]:
         """For this process alone, of several that share the folder.
 
         Raises:

@@ -44,8 +44,11 @@ def is_at_work(job: Job) -> bool:
     return _followed is job
 
 
-def require_ready() -> None:
+def require_ready() -> Path:
     """Refuse while a job is at work or waits, and where none can run.
+
+    Returns:
+        The interpreter that a job would run in.
 
     Raises:
         BusyError: One is.
@@ -54,7 +57,7 @@ def require_ready() -> None:
     if _followed is not None:
         raise BusyError(f"'{_followed.name}' is still at work.", "Wait until it is done, or press Stop.")
     jobs().require_idle()
-    environment.python()
+    return environment.python()
 
 
 def submit(job: Job) -> None:
@@ -62,13 +65,14 @@ def submit(job: Job) -> None:
 
     Raises:
         BusyError: Another one is at work, or waits.
+        SettingsError: Packages are missing.
+        StorageError: The job's folder can't be written.
     """
     global _followed
     with _lock:
-        require_ready()
+        python = require_ready()
         job.enqueue()
         _followed = job
-    python = environment.python()
     _in_thread(lambda: _run(job, python))
 
 

@@ -90,12 +90,9 @@ def _run_index() -> RunIndex:
 
 
 def _run_pages() -> RunPages:
-    return RunPages(_run_index(), wording, _is_training)
-
-
-def _is_training(run: str) -> bool:
-    job = queue.jobs().running()
-    return job is not None and job.run == run
+    job = queue.jobs().running()  # looked for once, however many runs are listed
+    trained = job.run if job is not None else None
+    return RunPages(_run_index(), wording, lambda run: run == trained)
 
 
 def _job(request: Request) -> dict[str, Any]:
