@@ -24,6 +24,7 @@ class JobPanel {
   facts = null;
   #measured = -1;
   #seenState = "";
+  #isLost = false; // whether the web UI does not answer
 
   constructor() {
     this.panel = new TrainingPanel(() => this.facts?.name);
@@ -53,7 +54,10 @@ class JobPanel {
   /** Ask what the job does, now and every second. */
   async follow() {
     for (;;) {
-      await this.look().catch((error) => this.say(`The web UI does not answer: ${error.message}`));
+      await this.look().catch((error) => {
+        this.#isLost = true;
+        this.say(`The web UI does not answer: ${error.message}`);
+      });
       await new Promise((resolve) => setTimeout(resolve, MILLISECONDS_BETWEEN_LOOKS));
     }
   }
@@ -61,7 +65,8 @@ class JobPanel {
   async look() {
     const { feed } = this.panel;
     const facts = await currentJob(this.facts?.run === feed.run ? feed.curve.lastStep : -1);
-    this.say("");
+    if (this.#isLost) this.say(""); // what a button said stays until the next one is pressed
+    this.#isLost = false;
     if (!("state" in facts)) return;
     const { points, measured, warnings, ...known } = /** @type {JobFacts} */ (facts);
     const isNews = this.facts === null || measured !== this.#measured || (known.run ?? null) !== feed.run;
@@ -129,7 +134,10 @@ function sendToPrompt(words, file) {
  */
 function button(text, title, action) {
   const element = make("button", { textContent: text, title, type: "button" });
-  element.onclick = () => action().catch((error) => notify(error.message));
+  element.onclick = () => {
+    notify("");
+    action().catch((error) => notify(error.message));
+  };
   return element;
 }
 
