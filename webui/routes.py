@@ -96,7 +96,7 @@ def _run_pages() -> RunPages:
 
 
 def _job(request: Request) -> dict[str, Any]:
-    """What the job at work does, or how the newest one ended, with the points of its curve after a step."""
+    """What the job at work does, or how the newest one ended, with those points of its curve that the page lacks."""
     after = int(request.query_params.get("after", "-1"))
     job = queue.shown()
     if job is None:
@@ -117,7 +117,10 @@ def _job(request: Request) -> dict[str, Any]:
     known = {"measured": progress.measured, "warnings": warnings, "card": job.record.get("card") or ""}
     known["words"] = job.record.get("words", "")
     run = facts.get("run")
-    points = {"points": _run_index().curve(run, after)} if run else {}
+    is_behind = after < facts.get(
+        "step", 0
+    )  # a page that has seen all has nothing read for it, above all after the end
+    points = {"points": _run_index().curve(run, after)} if run and is_behind else {}
     return facts | known | points
 
 

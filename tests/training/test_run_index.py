@@ -236,6 +236,28 @@ def test_a_curve_goes_on_after_any_step(copy: RunIndex, runs: Runs) -> None:
         assert rest["scores"] == [line for line in whole["scores"] if line["step"] > after]
 
 
+def test_of_a_long_curve_only_the_end_is_read(copy: RunIndex, runs: Runs) -> None:
+    """A page asks every second for what came since. All of it is found, however much was measured meanwhile."""
+    path = copy.run(runs.done).metrics_path
+    recorded = RecordedListener(Recorder(), path, 3)
+    for step in range(4, 1500):
+        recorded.report(Step(step, 1500, 1 / step, 1e-4, 2.0, 1.0, 9))
+        if step % 100 == 0:
+            recorded.report(
+                Preview(step, [], {"CLIP-I": 1 / step, "filler": 1 / 3} | {f"DINO-{n}": 0.5 for n in range(99)})
+            )
+    recorded.close()
+    assert path.stat().st_size > 100_000
+    whole = copy.curve(runs.done)
+    content = path.read_bytes()
+    path.write_bytes(json.dumps({"step": 9999, "scores": {"far away": 1.0}}).encode() + b"\n" + content)
+    for after in (1498, 1400, 1399, 1100):
+        rest = copy.curve(runs.done, after)
+        assert rest["steps"] == [step for step in whole["steps"] if step > after]
+        assert rest["scores"] == [line for line in whole["scores"] if line["step"] > after], "and not what lies before"
+    assert copy.curve(runs.done, 2)["steps"] == whole["steps"][2:]
+
+
 def test_what_is_no_number_is_nothing_to_a_browser(copy: RunIndex, runs: Runs) -> None:
     """JSON has no NaN: a page could read nothing at all."""
     recorded = RecordedListener(Recorder(), copy.run(runs.done).metrics_path, 3)

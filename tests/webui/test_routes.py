@@ -233,6 +233,7 @@ def test_the_job_is_told_with_its_curve(site: WebUISite, job: Path) -> None:
         "points": json.loads(json.dumps(site.shelf.curve(site.run, -1))),
     }
     assert site.get("/job?after=2")["points"]["steps"] == [3]
+    assert "points" not in site.get("/job?after=3"), "nothing is read for a page that has seen all"
     assert site.get(f"/runs/{quote(site.run)}")["resumable"] is True
 
 

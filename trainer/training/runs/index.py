@@ -155,7 +155,7 @@ class RunIndex:
 
     def curve(self, name: str, after: int = -1) -> dict[str, Any]:
         """The metrics of a run after a step, column by column: "steps", "losses", "rates", and "scores" by step."""
-        lines = [line for line in read_metrics(self.run(name).metrics_path) if line["step"] > after]
+        lines = read_metrics(self.run(name).metrics_path, after)
         steps = [line for line in lines if "loss" in line]
         return {
             "steps": [line["step"] for line in steps],

@@ -93,12 +93,17 @@ class RecordedListener:
             ) from error
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: Path, after: int = -1) -> list[dict[str, Any]]:
     """The lines of a metrics file by steps; none if there is none. A line that was not written whole is left out.
 
     Of several lines of a step that hold the same, the last counts: what a run that was shortened measured again.
+
+    Args:
+        path: The file.
+        after: Only what comes after this step; no more of the file's end is read than has to be.
     """
-    newest = {(line["step"], *sorted(_KINDS & set(line))): line for line in _lines(path)}
+    lines = _lines(path) if after < 0 else _lines_since(path, after)
+    newest = {(line["step"], *sorted(_KINDS & set(line))): line for line in lines if line["step"] > after}
     return sorted(newest.values(), key=lambda line: ("state" in line, line["step"]))
 
 
@@ -153,6 +158,23 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     except OSError:
         return
     yield from _parsed(text)
+
+
+def _lines_since(path: Path, step: int) -> list[dict[str, Any]]:
+    """The end of a metrics file, which holds all lines after a step: losses are in the order of their steps."""
+    size = _TAIL
+    try:
+        with open(path, "rb") as file:
+            length = path.stat().st_size
+            while True:
+                start = max(0, length - size)
+                file.seek(start)
+                lines = list(_parsed(file.read().decode("utf-8", "replace")))
+                if start == 0 or any("loss" in line and line["step"] <= step for line in lines):
+                    return lines
+                size *= 4
+    except OSError:
+        return []
 
 
 def _parsed(text: str) -> Iterator[dict[str, Any]]:
