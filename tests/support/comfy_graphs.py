@@ -51,26 +51,23 @@ def graph(**changes: Any) -> Prompt:
     }
 
 
-def drawing(prefix: str, model: list[Any], clip: list[Any]) -> Prompt:
-    """Nodes that draw a picture with `model` and `clip` and save it as node `<prefix>save`."""
+def drawing(prefix: str, model: list[Any], clip: list[Any], *, side: int = 64, **sampling: Any) -> Prompt:
+    """Nodes that draw a picture with `model` and `clip` and save it as node `<prefix>save`; `sampling`: of KSampler."""
+    sampling = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"} | sampling
     text = {
         f"{prefix}{sign}": node("CLIPTextEncode", text=words, clip=clip)
         for sign, words in (("+", "sks dog"), ("-", ""))
     }
     return text | {
-        f"{prefix}latent": node("EmptyLatentImage", width=64, height=64, batch_size=1),
+        f"{prefix}latent": node("EmptyLatentImage", width=side, height=side, batch_size=1),
         f"{prefix}sample": node(
             "KSampler",
             model=model,
             positive=[f"{prefix}+", 0],
             negative=[f"{prefix}-", 0],
             latent_image=[f"{prefix}latent", 0],
-            seed=1,
-            steps=2,
-            cfg=4.0,
-            sampler_name="euler",
-            scheduler="normal",
             denoise=1.0,
+            **sampling,
         ),
         f"{prefix}decode": node("VAEDecode", samples=[f"{prefix}sample", 0], vae=["base", 2]),
         f"{prefix}save": node("SaveImage", images=[f"{prefix}decode", 0], filename_prefix=prefix or "picture"),

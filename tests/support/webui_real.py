@@ -14,11 +14,13 @@ from typing import Any
 from checkpoints import sd15_checkpoint
 from helpers import HANGS, ROOT
 from raw_http import ask
-from webui_host import OWN, WebUI
+from webui_host import OWN, WebUI, text_of
 
 _ARGUMENTS = "--skip-prepare-environment --skip-torch-cuda-test --always-cpu"
 _ENVIRONMENT = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 _ENVIRONMENT |= {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
+DRAWN = {"seed": 1, "steps": 4, "cfg": 3.0}  # with Euler
+SIDE = 128  # pixels
 _NEEDED = ("Lora", "sd_forge_lora")  # of the extensions that come with the host
 
 
@@ -94,16 +96,29 @@ class RealWebUI(WebUI):
             assert time.monotonic() < deadline
             time.sleep(0.2)
 
+    def train(self, **settings: Any) -> Path:
+        """Train a LoRA to its end, once the host has let go of what ran before; the file among its LoRAs."""
+        deadline = time.monotonic() + HANGS
+        while True:
+            [message] = self.call("start", **settings)
+            if text_of(message).startswith("Begun."):
+                break
+            assert "still at work" in text_of(message), text_of(message)
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        return self.loras / self.wait_for_job("done")["card"]
+
     def draw(self, prompt: str) -> Any:
-        """What txt2img makes of a prompt: pixels."""
+        """What txt2img makes of a prompt: pixels of 0 … 255."""
         import base64
         import io
 
         import numpy as np
         from PIL import Image
 
-        wanted = {"prompt": prompt, "seed": 1, "steps": 4, "width": 128, "height": 128}
-        body = json.dumps(wanted | {"sampler_name": "Euler", "cfg_scale": 3}).encode()
+        wanted = {"prompt": prompt, "seed": DRAWN["seed"], "steps": DRAWN["steps"], "cfg_scale": DRAWN["cfg"]}
+        wanted |= {"sampler_name": "Euler", "width": SIDE, "height": SIDE}
+        body = json.dumps(wanted).encode()
         reply = self.ask("/sdapi/v1/txt2img", "POST", body, **{"Content-Type": "application/json"})
         assert reply.status == 200, (reply.content[:2000], self.log())
         picture = Image.open(io.BytesIO(base64.b64decode(reply.json["images"][0])))

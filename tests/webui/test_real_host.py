@@ -1,8 +1,9 @@
-"""The tab in a real Forge, or one of its kin: what is trained there is drawn with there."""
+"""The tab in a real Forge, or one of its kin: what is trained there is drawn with there, and in ComfyUI."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,11 +12,16 @@ from urllib.parse import quote
 import numpy as np
 import pytest
 import torch
+from comfy_graphs import drawing, node, picture
+from comfy_host import CHECKPOINT, ComfyServer
+from helpers import DEMO
+from PIL import Image
 from safetensors.torch import load_file
 from webui_host import text_of
-from webui_real import RealWebUI, find_python, find_webui, make_real_folder
+from webui_real import DRAWN, SIDE, RealWebUI, find_python, find_webui, make_real_folder
 
 LONG = 1_000_000  # steps that no test waits for
+QUICK = {"steps": 10, "resolution": 64, "rank": 4, "learning_rate": 1e-2, "preview_every": 0}
 pytestmark = [
     pytest.mark.webui,
     pytest.mark.skipif(find_webui() is None, reason="no web UI: set WEBUI_PATH to the folder of a Forge"),
@@ -37,6 +43,27 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealWebUI]:
     with RealWebUI("a real one", make_real_folder(tmp_path_factory.mktemp("real ü"), webui)) as running:
         running.kind = "gradio3" if running.configuration["version"].startswith("3.") else "gradio4"
         yield running
+
+
+@pytest.fixture(scope="module")
+def subject(real: RealWebUI) -> Path:
+    """A LoRA of a dog, in the UNet and the text encoder, trained in the tab."""
+    return real.train(name="rex", class_noun="dog", folder=str(DEMO / "subject"), text_encoder_lr=1e-3, **QUICK)
+
+
+@pytest.fixture(scope="module")
+def style(real: RealWebUI, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of pixel art."""
+    folder = tmp_path_factory.mktemp("pixel art")
+    for path in sorted((DEMO / "subject").glob("*.png")):
+        small = Image.open(path).convert("RGB").resize((16, 16)).quantize(8).convert("RGB")
+        small.resize((64, 64), Image.Resampling.NEAREST).save(folder / path.name)
+    return real.train(name="pixels", token="pxl", folder=str(folder), **QUICK)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two pictures: the mean over all values, of 255."""
+    return float(np.abs(one - other).mean())
 
 
 def test_what_is_trained_is_drawn(real: RealWebUI, picture_folder: Callable[..., Path]) -> None:
@@ -69,7 +96,7 @@ def test_what_is_trained_is_drawn(real: RealWebUI, picture_folder: Callable[...,
     assert np.array_equal(plain, real.draw("sks dog")), "the same prompt and seed, the same picture"
     assert np.array_equal(plain, real.draw("sks dog <lora:dög:0>"))
     drawn = real.draw("sks dog <lora:dög:1>")
-    assert np.abs(drawn - plain).mean() > 1
+    assert difference(drawn, plain) > 1
 
     step = real.get(f"/dreambooth{run}")["adapters"][0]["step"]
     early = real.loras / real.post(f"{run}/use", {"step": step})["file"]
@@ -79,3 +106,41 @@ def test_what_is_trained_is_drawn(real: RealWebUI, picture_folder: Callable[...,
     real.post(f"{run}/use", {"step": step})
     assert not np.array_equal(real.draw("sks dog <lora:dög:1>"), drawn), "its weights are read anew"
     assert packages() == before, "not one package of the host's changed"
+
+
+@pytest.mark.comfy
+def test_its_effect_is_that_in_comfyui(real: RealWebUI, subject: Path, server: ComfyServer) -> None:
+    """With the same base, seed, steps and CFG, of Euler. Both draw noise on the CPU, where it is the same; apart from
+    that, each has a sampler and kernels of its own, so a value may be rounded to its neighbour."""
+    shutil.copy(subject, server.base_dir / "models" / "loras")
+    base = node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+    strengths = {"strength_model": 1.0, "strength_clip": 1.0}
+    lora = node("LoraLoader", model=["base", 0], clip=["base", 1], lora_name=subject.name, **strengths)
+    prompt = {"base": base, "lora": lora}
+    for prefix, source in (("plain", "base"), ("drawn", "lora")):
+        prompt |= drawing(prefix, [source, 0], [source, 1], side=SIDE, **DRAWN)
+    entry = server.wait(server.queue(prompt))
+    theirs = {prefix: picture(server, entry, f"{prefix}save").astype(int) for prefix in ("plain", "drawn")}
+    ours = {"plain": real.draw("sks dog"), "drawn": real.draw(f"sks dog <lora:{subject.stem}:1>")}
+    assert difference(ours["plain"], theirs["plain"]) < 0.5
+    assert difference(ours["drawn"], theirs["drawn"]) < 0.5
+    effect, other = ((of["drawn"] - of["plain"]).ravel().astype(float) for of in (ours, theirs))
+    assert np.abs(effect).mean() > 5, "there is something to compare"
+    assert effect @ other / np.linalg.norm(effect) / np.linalg.norm(other) > 0.999
+
+
+def test_a_subject_is_merged_with_a_style(real: RealWebUI, subject: Path, style: Path) -> None:
+    real.call("merge_loras_refresh")
+    chosen = [subject.stem, style.stem]
+    result, picture = real.call(
+        "merge_start", merge_loras=chosen, merge_strengths="1, 0.8", merge_name="rex in pixels", merge_method="sum"
+    )
+    assert "rex in pixels.safetensors" in text_of(result)
+    assert picture, "the picture of the report"
+    assert "rex in pixels" in [one["name"] for one in real.get("/sdapi/v1/loras")], "without a restart"
+    merged = real.draw("sks dog <lora:rex in pixels:1>")
+    alone = real.draw(f"sks dog <lora:{subject.stem}:1>")
+    both = real.draw(f"sks dog <lora:{subject.stem}:1> <lora:{style.stem}:0.8>")
+    assert difference(merged, real.draw("sks dog")) > 2
+    assert difference(merged, alone) > 2
+    assert difference(merged, both) < 0.5, "it does what both do together"
