@@ -30,6 +30,7 @@ OUR_PACKAGES = ("diffusers", "peft", "accelerate")
 HOST_PACKAGES = ("transformers", "tokenizers", "huggingface-hub", "safetensors", "numpy", "torch")
 _PREFIX = "[DreamBooth LoRA]"
 _STAMP = "dreambooth_lora.json"
+_ALLOW = "Give the web UI's user permission to write there, or free space on that disk,"
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
@@ -150,13 +151,15 @@ def make_environment(requirements: str, folder: Path = ENVIRONMENT) -> str:
     try:
         if folder.exists():
             shutil.rmtree(folder)
+        folder.mkdir(parents=True)  # what is wrong with the folder is no fault of Python's
         made = _run(sys.executable, "-m", "venv", str(folder))
         if made.returncode or not environment_python(folder).exists():
             shutil.rmtree(folder, ignore_errors=True)
-            return (
-                f"An environment for the pack can't be made with {sys.executable}: {_last_line(made)} "
-                f"Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart. {meanwhile}"
-            )
+            remedy = f"{_ALLOW} and restart."
+            if re.search("No module named|ensurepip", made.stdout + made.stderr):
+                remedy = "Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart."
+            where = f"in {folder} with {sys.executable}"
+            return f"An environment for the pack can't be made {where}: {_last_line(made)} {remedy} {meanwhile}"
         _lend_packages(folder)
         constraint = folder / "host.txt"
         torch = _torch_version()
@@ -170,7 +173,7 @@ def make_environment(requirements: str, folder: Path = ENVIRONMENT) -> str:
         (folder / _STAMP).write_text(stamp, encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
-        return f"An environment for the pack can't be made in {folder}: {reason}. Free space or allow it. {meanwhile}"
+        return f"An environment for the pack can't be made in {folder}: {reason}. {_ALLOW} and restart. {meanwhile}"
     return ""
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -13,11 +15,30 @@ from ..trainer.core.files import explained_os_errors, write_atomic, write_file
 from ..trainer.training.runs.index import newest_preview
 from ..trainer.training.runs.layout import RunLayout
 from . import host
-from .jobs import Job
+from .jobs import TRAIN, Job
 
 PREFERRED_WEIGHT = 0.9
+_LONGEST_PHRASE = 100  # characters
+_CONFIG_KEY = "dreambooth.config"  # of trainer.settings.sharing, which needs pydantic
 _VERSIONS = {"stable-diffusion-v1": "SD1", "stable-diffusion-v2": "SD2", "stable-diffusion-xl": "SDXL"}
 """Beginning of a file's architecture → what the browser calls it."""
+
+
+def made_by(job: Job) -> Path:
+    """The LoRA file that a job made.
+
+    Raises:
+        StorageError: There is none.
+    """
+    made = [Path(line) for line in job.output() if line.endswith(".safetensors")]
+    if made and made[-1].is_file():
+        return made[-1]
+    if job.kind == TRAIN:
+        raise StorageError(
+            f"The training '{job.name}' is done, but its file is gone.",
+            "Open the run in the list of runs, and use one of its checkpoints.",
+        )
+    raise StorageError(f"'{job.name}' is made, but its file is gone.", f"Make it again: {job.kind} changes no LoRA.")
 
 
 def deliver(job: Job) -> Path:
@@ -26,42 +47,32 @@ def deliver(job: Job) -> Path:
     Raises:
         StorageError: The folder can't be written.
     """
-    made = [Path(line) for line in job.output() if line.endswith(".safetensors")]
-    if not made or not made[-1].is_file():
-        raise StorageError(
-            f"The training '{job.name}' is done, but its file is gone.",
-            "Open the run in the list of runs, and use one of its checkpoints.",
-        )
+    made = made_by(job)
     path = write_file(
-        host.loras_folder() / made[-1].name, lambda temporary: shutil.copyfile(made[-1], temporary), replace=False
+        host.loras_folder() / made.name, lambda temporary: shutil.copyfile(made, temporary), replace=False
     )
     run = job.progress().facts.get("run")
     write_card(path, RunLayout(host.data_folder() / "runs" / str(run)) if run else None)
     return path
 
 
-def write_card(path: Path, run: RunLayout | None = None) -> None:
+def write_card(path: Path, run: RunLayout | None = None, words: str = "") -> None:
     """Write picture and words beside a LoRA file.
 
     Args:
-        path: The file; its metadata has the words and the family.
+        path: The file; its metadata has the family.
         run: Whose newest sample becomes the picture; None: there is no picture.
+        words: That call what it shows; "": they are looked for in the settings of the run, then in the metadata.
 
     Raises:
         StorageError: They can't be written, or the file is damaged.
     """
-    try:
-        with explained_os_errors(path), safe_open(str(path), "pt") as file:
-            metadata = file.metadata() or {}
-    except SafetensorError as error:
-        raise StorageError(
-            f"{path} is no whole LoRA file: {error}.", "Remove it, and use another checkpoint of its run."
-        ) from error
+    metadata = _metadata(path)
     architecture = metadata.get("modelspec.architecture", "")
     card = {
         "description": metadata.get("modelspec.title", ""),
         "sd version": next((name for start, name in _VERSIONS.items() if architecture.startswith(start)), "Unknown"),
-        "activation text": (run and _words(run)) or metadata.get("modelspec.trigger_phrase", ""),
+        "activation text": words or (run and _words_in(run.record.get("settings"))) or _words_of_file(metadata),
         "preferred weight": PREFERRED_WEIGHT,
         "negative text": "",
         "notes": "",
@@ -72,9 +83,58 @@ def write_card(path: Path, run: RunLayout | None = None) -> None:
         write_file(path.with_suffix(".preview.png"), lambda temporary: shutil.copyfile(run.path / preview, temporary))
 
 
-def _words(run: RunLayout) -> str:
-    """The words that call a run's subject, such as "sks dog"; "" if its prompt does not say them by its settings."""
-    settings = run.record.get("settings", {})
-    if "{token}" not in str(settings.get("instance_prompt", "")):
+def joined_words(paths: Iterable[Path]) -> str:
+    """The words of several LoRA files, each once: what their cards say, or else their metadata."""
+    return ", ".join(dict.fromkeys(filter(None, map(_words_for, paths))))
+
+
+def _words_for(path: Path) -> str:
+    try:
+        card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # there is none, or it is damaged
+        card = None
+    said = card.get("activation text") if isinstance(card, dict) else None
+    try:
+        return said.strip() if isinstance(said, str) and said.strip() else _words_of_file(_metadata(path))
+    except StorageError:  # it is gone since
         return ""
-    return f"{settings.get('token', '')} {settings.get('class_noun', '')}".strip()
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    """A LoRA file's metadata.
+
+    Raises:
+        StorageError: It can't be read, or is damaged.
+    """
+    try:
+        with explained_os_errors(path), safe_open(str(path), "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise StorageError(
+            f"{path} is no whole LoRA file: {error}.", "Remove it, and use another checkpoint of its run."
+        ) from error
+
+
+def _words_of_file(metadata: Mapping[str, str]) -> str:
+    """The words that a file says call it; of its trigger phrase, which may be a whole caption, only what is short."""
+    try:
+        settings = json.loads(metadata.get(_CONFIG_KEY, ""))
+    except ValueError:
+        settings = None
+    phrase = metadata.get("modelspec.trigger_phrase", "").strip()
+    return _words_in(settings) or (phrase if len(phrase) <= _LONGEST_PHRASE else "")
+
+
+def _words_in(settings: Any) -> str:
+    """The words that call a run's subject, such as "sks dog"; "" if its prompt does not say them by its settings.
+
+    Of several subjects, the words of each.
+    """
+    if not isinstance(settings, dict):
+        return ""
+    tables = settings.get("subject")
+    if isinstance(tables, list) and tables:
+        return ", ".join(dict.fromkeys(filter(None, map(_words_in, tables))))
+    prompt, noun = (str(settings.get(name, "")) for name in ("instance_prompt", "class_noun"))
+    words = f"{settings.get('token', '')} {noun}".strip()
+    return words if "{token}" in prompt or (noun and words in prompt) else ""

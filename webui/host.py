@@ -103,17 +103,21 @@ def tokenizer() -> Path | None:
 
 
 @contextlib.contextmanager
-def given_back(show: Callable[[], str]) -> Iterator[None]:
+def given_back(show: Callable[[], str], is_wanted: Callable[[], bool]) -> Iterator[None]:
     """Wait until the host generates nothing, free the card, and keep the host waiting for the block.
 
     Forge loads its model again when it next needs it; Automatic1111 gets it back after the block.
 
     Args:
         show: One line on what is being done, for whoever waits.
+        is_wanted: Whether the card still is, once the host generates nothing; if not, the host keeps its model.
     """
     from modules import call_queue, devices, sd_models, shared
 
     with call_queue.queue_lock:
+        if not is_wanted():
+            yield
+            return
         model = getattr(sd_models.model_data, "sd_model", None)
         if model is not None:
             sd_models.unload_model_weights()
@@ -138,7 +142,8 @@ def _tell(state: Any, show: Callable[[], str], ended: threading.Event) -> None:
 
 
 def forget_loras() -> None:
-    """Have the host look for LoRA files again and read each again: it keeps weights by path."""
+    """Have the host look for LoRA files again and read each again: it keeps weights, and prompts encoded with them."""
+    _forget_prompts()
     networks = sys.modules.get("networks")
     if networks is None:
         with contextlib.suppress(ImportError):
@@ -162,3 +167,13 @@ def forget_loras() -> None:
         loader = getattr(part, "lora_loader", None)
         if hasattr(loader, "loaded_hash"):
             loader.loaded_hash = None
+
+
+def _forget_prompts() -> None:
+    """Have the host encode its last prompts again: of a LoRA in them, perhaps a text encoder's, it knows the name."""
+    processing = sys.modules.get("modules.processing")
+    for kind in ("StableDiffusionProcessing", "StableDiffusionProcessingTxt2Img"):
+        for name in ("cached_c", "cached_uc", "cached_hr_c", "cached_hr_uc"):
+            kept = getattr(getattr(processing, kind, None), name, None)
+            if isinstance(kept, list):
+                kept[:] = [None] * len(kept)

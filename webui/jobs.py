@@ -308,10 +308,11 @@ class Jobs:
             facts: More for its record.
 
         Raises:
-            SettingsError: The name can't be a folder's.
+            SettingsError: The name can't be a folder's, or a setting's text is no UTF-8.
             StorageError: Its folder can't be written.
         """
         require_file_name(name)
+        content = toml_text(settings).encode()
         with explained_os_errors(self.root):
             self.root.mkdir(parents=True, exist_ok=True)
         for folder in numbered(self.root / name):
@@ -322,7 +323,7 @@ class Jobs:
                     continue
             break
         job = Job(folder)
-        job.write_settings(settings)
+        write_atomic(job.folder / _SETTINGS, content)
         job.note(kind=kind, name=name, made_at=time.time(), queued_at=time.time(), **facts)
         return job
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -114,8 +115,9 @@ def _run(job: Job, python: Path | None) -> None:
     """
     global _followed
     try:
-        with host.given_back(lambda: _line(job)) if job.kind in _ON_THE_CARD else contextlib.nullcontext():
-            if python is not None and not job.is_to_stop():
+        is_wanted = functools.partial(_is_wanted, job, python)
+        with host.given_back(lambda: _line(job), is_wanted) if job.kind in _ON_THE_CARD else contextlib.nullcontext():
+            if python is not None and is_wanted():
                 jobs().start(job, python)
             while job.is_alive():
                 _keep_run(job)
@@ -131,6 +133,11 @@ def _run(job: Job, python: Path | None) -> None:
     finally:
         with _lock:
             _followed = None
+
+
+def _is_wanted(job: Job, python: Path | None) -> bool:
+    """Whether a job runs already, or still is to."""
+    return python is None or not job.is_to_stop()
 
 
 def _keep_run(job: Job) -> None:
@@ -156,8 +163,8 @@ def _put_into_host(job: Job) -> None:
     if job.kind == TRAIN:
         card = cards.deliver(job)
     else:  # which wrote into the host's folder itself
-        card = Path(job.output()[-1])
-        cards.write_card(card)
+        card = cards.made_by(job)
+        cards.write_card(card, words=cards.joined_words(map(Path, job.record.get("sources", []))))
     job.note(card=card.name)
     host.forget_loras()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.responses import FileResponse, Response
 
 from ..pages.finite import finite
 from ..pages.guard import LARGEST_BODY, is_own_page
@@ -64,23 +64,28 @@ def _guarded(handler: Handler, *, writes: bool) -> Callable[[Request], Any]:
             content = await run_in_threadpool(handler, request)
         except TrainerError as error:
             told = {"problem": error.problem_in(wording), "remedy": error.remedy_in(wording)}
-            return JSONResponse(told, status_code=409 if isinstance(error, BusyError) else 404)
+            return _answer(told, 409 if isinstance(error, BusyError) else 404)
         except (ValueError, LookupError, RecursionError) as error:  # also of a body that is no JSON
-            return JSONResponse({"problem": f"The request is not valid: {error}.", "remedy": ""}, status_code=400)
-        return content if isinstance(content, Response) else JSONResponse(finite(content))
+            return _answer({"problem": f"The request is not valid: {error}.", "remedy": ""}, 400)
+        return content if isinstance(content, Response) else _answer(content)
 
     return guarded
+
+
+def _answer(content: Any, status: int = 200) -> Response:
+    """Content as JSON in ASCII: the bytes of a file's name that are no UTF-8 can be sent, too."""
+    return Response(json.dumps(finite(content), separators=(",", ":")), status, media_type="application/json")
 
 
 async def _refusal(request: Request) -> Response | None:
     """The answer to a write that is not the web UI's own page's, or too large; None if it is allowed."""
     if not is_own_page(request.headers, request.headers.get("host", "")):
-        return JSONResponse({"problem": "Only the web UI's own page may do this.", "remedy": ""}, status_code=403)
+        return _answer({"problem": "Only the web UI's own page may do this.", "remedy": ""}, 403)
     length = request.headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers:
-        return JSONResponse({"problem": "The request is too large.", "remedy": ""}, status_code=413)
+        return _answer({"problem": "The request is too large.", "remedy": ""}, 413)
     if "content-encoding" in request.headers:  # of any length once it is unpacked
-        return JSONResponse({"problem": "The request is packed.", "remedy": ""}, status_code=415)
+        return _answer({"problem": "The request is packed.", "remedy": ""}, 415)
     request.state.body = await request.body()
     return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import html
 import shutil
 import tempfile
 from collections import Counter
@@ -23,7 +22,7 @@ from ..trainer.core.files import require_writable, write_file, write_folder
 from ..trainer.data.images import Picture
 from . import host, queue, tools_tab
 from .jobs import TRAIN, require_file_name
-from .messages import failure, saying_errors
+from .messages import as_html, error_message, saying_errors
 from .widgets import element_id, given, settings_of, widget
 from .wording import label, wording
 
@@ -194,18 +193,18 @@ def _report(upload: Any, folder: str) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             pictures, warnings = checked_pictures(_pictures(upload, folder, "", Path(scratch)))
-        except TrainerError as error:
-            return failure(error.problem_in(wording), error.remedy_in(wording))
+        except (TrainerError, ValueError) as error:
+            return error_message(error)
         return _shown(pictures, warnings)
 
 
 def _shown(pictures: Sequence[tuple[Picture, tuple[int, int]]], warnings: Sequence[Note]) -> str:
     """The pictures, small, and what is wrong with them."""
     shown = [
-        f"<figure><img alt='{html.escape(picture.name, quote=True)}' src='data:image/jpeg;base64,"
-        f"{base64.b64encode(as_thumbnail(picture)).decode()}'><figcaption>{html.escape(picture.caption)}</figcaption></figure>"
+        f"<figure><img alt='{as_html(picture.name)}' src='data:image/jpeg;base64,"
+        f"{base64.b64encode(as_thumbnail(picture)).decode()}'><figcaption>{as_html(picture.caption)}</figcaption></figure>"
         for picture, _ in pictures[:_LARGEST_REPORT]
     ]
-    lines = [f"<li>{html.escape(worded(note.text, wording))}</li>" for note in warnings]
+    lines = [f"<li>{as_html(worded(note.text, wording))}</li>" for note in warnings]
     count = f"{len(pictures)} picture{'s' if len(pictures) != 1 else ''}"
     return f"<div class='dreambooth-report'><p>{count}</p>{''.join(shown)}<ul>{''.join(lines)}</ul></div>"

@@ -6,15 +6,34 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from ..trainer.core.errors import SettingsError
+from .wording import title
+
 
 def toml_text(values: Mapping[str, Any]) -> str:
     """One `key = value` per line.
 
     Args:
         values: Texts, numbers, switches and lists of them; what is None is left out.
+
+    Raises:
+        SettingsError: A text has bytes of a file's name that are no UTF-8.
     """
-    lines = [f"{name} = {_value(value)}" for name, value in values.items() if value is not None]
-    return "".join(line + "\n" for line in lines)
+    lines = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        line = f"{name} = {_value(value)}\n"
+        try:
+            line.encode()
+        except UnicodeEncodeError:
+            shown = str(value).encode(errors="backslashreplace").decode()
+            raise SettingsError(
+                f"{title(name)}: '{shown}' is no UTF-8, so no settings file can hold it.",
+                "Rename the file or folder, or type the text again.",
+            ) from None
+        lines.append(line)
+    return "".join(lines)
 
 
 def _value(value: Any) -> str:

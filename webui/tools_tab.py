@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from ..trainer.core.errors import SettingsError, TrainerError, worded
 from ..trainer.training.runs.index import RunIndex
 from . import environment, host, queue
 from .jobs import ENDED, TRAIN, Job, engine_environment
-from .messages import failure, saying_errors
+from .messages import as_html, error_message, failure, saying_errors
 from .widgets import element_id, given, settings_of, widget
 from .wording import wording
 
@@ -67,7 +66,7 @@ def _build_resize() -> None:
 
 
 def _build_compare() -> None:
-    run = _listed(lambda: _runs().names(), "compare_run", label="Run")
+    run = _listed(lambda: [*filter(_is_text, _runs().names())], "compare_run", label="Run")
     settings = _widgets(COMPARE, _COMPARE_SETTINGS)
     start = _start("Compare", "compare")
     start.click(_compare, inputs=[run, *settings], outputs=[_result_widget("compare")], show_progress="hidden")
@@ -101,7 +100,17 @@ def _listed(choices: Callable[[], list[str]], id: str, **options: Any) -> Any:
 def _loras() -> dict[str, Path]:
     """The host's LoRA files by name, as a prompt names them."""
     files = sorted(host.loras_folder().rglob("*.safetensors"))
-    return {file.relative_to(host.loras_folder()).with_suffix("").as_posix(): file for file in files}
+    named = {file.relative_to(host.loras_folder()).with_suffix("").as_posix(): file for file in files}
+    return {name: file for name, file in named.items() if _is_text(name)}  # gradio can send no others to the page
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name is UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _lora(name: str | None) -> Path:
@@ -125,28 +134,31 @@ def _runs() -> RunIndex:
 def _merge(chosen: Sequence[str] | None, strengths: str, name: str, *values: Any) -> Iterator[tuple[str, str | None]]:
     """Merge LoRAs; what is shown meanwhile and at the end: text, and a picture of the report."""
     try:
-        loras = [f"{_lora(lora)}:{strength}" for lora, strength in zip(chosen or (), _strengths(chosen, strengths))]
-        if len(loras) < 2:
+        numbers = _strengths(chosen, strengths)
+        files = [_lora(lora) for lora in chosen or ()]
+        if len(files) < 2:
             raise SettingsError("Fewer than two LoRAs are chosen.", "Choose two or more.")
+        loras = [f"{file}:{strength}" for file, strength in zip(files, numbers)]
         settings = given(MERGE, _MERGE_SETTINGS, values) | {"loras": loras, "output": str(_output(name))}
-        job = _made(MERGE, name, settings, report="report.png")
+        job = _made(MERGE, name, settings, files, report="report.png")
         for text in _followed(job):
             yield text, None
         picture = job.folder / "report.png"
         yield _result(job), str(picture) if picture.is_file() else None
     except (TrainerError, ValueError) as error:
-        yield _failure(error), None
+        yield error_message(error), None
 
 
 def _resize(lora: str | None, name: str, *values: Any) -> Iterator[str]:
     """Resize a LoRA; what is shown meanwhile and at the end."""
     try:
-        settings = given(RESIZE, _RESIZE_SETTINGS, values) | {"lora": str(_lora(lora)), "output": str(_output(name))}
-        job = _made(RESIZE, name, settings)
+        file = _lora(lora)
+        settings = given(RESIZE, _RESIZE_SETTINGS, values) | {"lora": str(file), "output": str(_output(name))}
+        job = _made(RESIZE, name, settings, [file])
         yield from _followed(job)
         yield _result(job)
     except (TrainerError, ValueError) as error:
-        yield _failure(error)
+        yield error_message(error)
 
 
 def _compare(run: str | None, *values: Any) -> Iterator[str]:
@@ -165,7 +177,7 @@ def _compare(run: str | None, *values: Any) -> Iterator[str]:
         yield from _followed(job)
         yield _result(job)
     except (TrainerError, ValueError) as error:
-        yield _failure(error)
+        yield error_message(error)
 
 
 @saying_errors
@@ -181,7 +193,7 @@ def _inspect(lora: str | None) -> str:
         timeout=_LONGEST_INSPECTION,
         check=False,
     )
-    return f"<pre>{html.escape(done.stdout or done.stderr)}</pre>"
+    return f"<pre>{as_html(done.stdout or done.stderr)}</pre>"
 
 
 def _strengths(chosen: Sequence[str] | None, text: str) -> list[str]:
@@ -218,10 +230,10 @@ def _output(name: str) -> Path:
     return host.loras_folder() / f"{name}.safetensors"
 
 
-def _made(kind: str, name: str, settings: Mapping[str, Any], **files: str) -> Job:
-    """A job whose settings also name files in its own folder."""
+def _made(kind: str, name: str, settings: Mapping[str, Any], sources: Sequence[Path] = (), **files: str) -> Job:
+    """A job whose settings also name files in its own folder, and which makes something of LoRA files."""
     queue.require_ready()
-    job = queue.jobs().make(kind, name.strip(), settings)
+    job = queue.jobs().make(kind, name.strip(), settings, sources=[str(source) for source in sources])
     if files:
         job.write_settings(dict(settings) | {key: str(job.folder / file) for key, file in files.items()})
     return job
@@ -233,7 +245,7 @@ def _followed(job: Job) -> Iterator[str]:
     while queue.is_at_work(job):
         facts = job.progress().facts
         share = f" {facts['done']} of {facts['total']}" if "total" in facts and facts["state"] not in ENDED else ""
-        yield f"<p>{html.escape(str(facts['state']))}{share} …</p>"
+        yield f"<p>{as_html(str(facts['state']))}{share} …</p>"
         time.sleep(_SECONDS_BETWEEN_LOOKS)
 
 
@@ -243,11 +255,5 @@ def _result(job: Job) -> str:
     failed = job.record.get("failed") or [facts.get("problem", "It was stopped."), facts.get("remedy", "")]
     if facts["state"] != "done" or job.record.get("failed"):
         return failure(worded(failed[0], wording), worded(failed[1], wording))
-    notes = "".join(f"<li>{html.escape(worded(text, wording))}</li>" for text, _ in job.progress().notes)
-    return f"<ul>{notes}</ul><pre>{html.escape(job.log() + chr(10).join(job.output()))}</pre>"
-
-
-def _failure(error: Exception) -> str:
-    if isinstance(error, TrainerError):
-        return failure(error.problem_in(wording), error.remedy_in(wording))
-    return failure(f"{error}.", "Give a number.")
+    notes = "".join(f"<li>{as_html(worded(text, wording))}</li>" for text, _ in job.progress().notes)
+    return f"<ul>{notes}</ul><pre>{as_html(job.log() + chr(10).join(job.output()))}</pre>"

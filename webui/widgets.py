@@ -10,7 +10,8 @@ from typing import Any
 
 import gradio as gr
 
-from .wording import label
+from ..trainer.core.errors import SettingsError
+from .wording import title
 
 _SETTINGS = Path(__file__).with_name("settings.json")
 
@@ -37,8 +38,7 @@ def widget(setting: Mapping[str, Any], *, with_help: bool = True, prefix: str = 
         changes: Options that differ, such as `value`.
     """
     name, kind, default = setting["name"], setting["kind"], setting["default"]
-    text = label(name)
-    options: dict[str, Any] = {"label": text[0].upper() + text[1:], "elem_id": element_id(prefix + name)}
+    options: dict[str, Any] = {"label": title(name), "elem_id": element_id(prefix + name)}
     if with_help:
         options["info"] = setting["help"]
     if kind == "choice":
@@ -55,7 +55,7 @@ def given(command: str, names: Sequence[str], values: Sequence[Any]) -> dict[str
     """The settings that the user changed, as a settings file has them; a preset fills in only the others.
 
     Raises:
-        ValueError: A number is not one.
+        SettingsError: A number is not one.
     """
     changed = {}
     for name, value in zip(names, values):
@@ -65,12 +65,23 @@ def given(command: str, names: Sequence[str], values: Sequence[Any]) -> dict[str
             value = value.strip()
         if value in (None, ""):
             continue
-        if kind == "whole":
-            value = int(value)
-        elif kind == "number":
-            value = float(value)
+        if kind in ("whole", "number"):
+            value = _number(name, value, is_whole=kind == "whole")
         elif kind == "list":
             value = [line.strip() for line in value.splitlines() if line.strip()]
         if value != setting["default"]:
             changed[name] = value
     return changed
+
+
+def _number(name: str, value: Any, *, is_whole: bool) -> int | float:
+    """What a widget for numbers holds.
+
+    Raises:
+        SettingsError: It is none.
+    """
+    try:
+        return int(value) if is_whole else float(value)
+    except (ValueError, OverflowError):
+        kind, example = ("whole number", "8") if is_whole else ("number", "0.5")
+        raise SettingsError(f"{title(name)}: '{value}' is no {kind}.", f"Write one such as {example}.") from None

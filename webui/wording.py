@@ -24,6 +24,12 @@ def label(setting: str) -> str:
     return _IN_THE_TAB.get(setting, setting.replace("_", " "))
 
 
+def title(setting: str) -> str:
+    """What stands above a setting's widget."""
+    text = label(setting)
+    return text[0].upper() + text[1:]
+
+
 def wording(setting: str, value: str | None) -> str:
     """A setting in a sentence, as the tab calls it, with the value that would help."""
     return plain(label(setting), value)

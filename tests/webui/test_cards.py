@@ -68,6 +68,60 @@ def test_the_words_are_those_of_the_subject(changes: dict[str, Any], words: str,
     assert path.with_suffix(".preview.png").read_bytes() == b"sample of 100", "the newest sample"
 
 
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"modelspec.trigger_phrase": " ohwx man, studio light "}, "ohwx man, studio light"),
+        ({"modelspec.trigger_phrase": "a dog that " * 10}, ""),  # a caption is no trigger
+        ({"modelspec.trigger_phrase": "a photo of sks dog", "dreambooth.config": json.dumps(SETTINGS)}, "sks dog"),
+        (
+            {"dreambooth.config": json.dumps(SETTINGS | {"instance_prompt": "a photo of sks dog"})},
+            "sks dog",
+        ),
+        ({"modelspec.trigger_phrase": "x", "dreambooth.config": json.dumps({"instance_prompt": "a dog"})}, "x"),
+        (
+            {
+                "dreambooth.config": json.dumps(
+                    {"subject": [SETTINGS, SETTINGS | {"token": "ohwx", "class_noun": "man"}]}
+                )
+            },
+            "sks dog, ohwx man",
+        ),
+        ({"modelspec.trigger_phrase": "x", "dreambooth.config": "{"}, "x"),
+        ({"modelspec.trigger_phrase": "x", "dreambooth.config": "[]"}, "x"),
+    ],
+)
+def test_the_words_of_a_file_of_others(metadata: dict[str, str], words: str, tmp_path: Path) -> None:
+    """Those that its settings call it by; or its trigger phrase, unless that is a whole caption."""
+    path = tmp_path / "dog.safetensors"
+    save_file({"weight": torch.ones(2)}, path, metadata)
+    cards.write_card(path)
+    assert card_of(path)["activation text"] == words
+
+
+def test_the_words_are_where_the_engine_writes_them() -> None:
+    from pack.trainer.settings.sharing import CONFIG_KEY
+
+    assert cards._CONFIG_KEY == CONFIG_KEY
+
+
+def test_what_is_made_of_several_has_the_words_of_each(bare_webui: Path, tmp_path: Path) -> None:
+    """Those of their cards, which their owner may have written; each once."""
+    sources = [
+        lora(tmp_path / "dog.safetensors", trigger_phrase="of the file"),
+        lora(tmp_path / "style.safetensors", trigger_phrase="pixel art"),
+        lora(tmp_path / "again.safetensors", trigger_phrase="pixel art"),
+        lora(tmp_path / "damaged.safetensors", trigger_phrase="1girl"),
+        tmp_path / "gone.safetensors",
+    ]
+    sources[0].with_suffix(".json").write_text(json.dumps({"activation text": "sks dög "}), encoding="utf-8")
+    sources[3].with_suffix(".json").write_text("{")
+    assert cards.joined_words(sources) == "sks dög, pixel art, 1girl"
+    merged = lora(bare_webui / "models" / "Lora" / "both.safetensors", trigger_phrase="a photo of sks dog, pixel art")
+    cards.write_card(merged, words=cards.joined_words(sources))
+    assert card_of(merged)["activation text"] == "sks dög, pixel art, 1girl"
+
+
 def test_a_file_without_metadata(tmp_path: Path) -> None:
     path = lora(tmp_path / "dog.safetensors")
     cards.write_card(path)

@@ -115,6 +115,10 @@ def test_the_host_waits_and_gets_the_result(
     with pytest.raises(BusyError):
         queue.require_ready()
     networks.load_lora_state_dict(str(made))
+    kind = inside("processing").StableDiffusionProcessingTxt2Img
+    encoded = [kind.cached_c, kind.cached_uc, kind.cached_hr_c, kind.cached_hr_uc]
+    for kept in encoded:
+        kept[:] = ["a photo of sks dog", torch.ones(1)]
     engine()
     until(lambda: is_idle(queue, job))
     assert state(job) == "done"
@@ -124,6 +128,7 @@ def test_the_host_waits_and_gets_the_result(
     assert job.record.items() >= {"card": "dög.safetensors", "run": "dög-1"}.items()
     assert "dög" in networks.available_networks
     assert networks.load_lora_state_dict.cache_info().currsize == 0, "its weights are read anew"
+    assert encoded == [[None, None]] * 4, "its prompts are encoded anew, perhaps by another text encoder"
     assert sd_models.model_data.sd_model.current_lora_hash is None
     assert (sd_models.calls, shared.state.job) == (["unload", "load"], "")
     assert call_queue.queue_lock.acquire(blocking=False)
@@ -142,6 +147,32 @@ def test_stopped_and_resumed(queue: ModuleType, bare_webui: Path, engine: Callab
     engine()
     until(lambda: is_idle(queue, job))
     assert (state(job), names(bare_webui)) == ("done", CARD)
+
+
+def test_stopped_while_it_waits(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
+    """It never begins, and the host keeps its model, which would take long to load again."""
+    job = queue.jobs().make(TRAIN, "dög", {})
+    with inside("call_queue").queue_lock:
+        queue.submit(job)
+        job.stop()
+    until(lambda: is_idle(queue, job))
+    assert (state(job), job.log()) == ("stopped", "")
+    assert (inside("sd_models").calls, inside("devices").calls, inside("shared").state.jobs) == ([], [], [])
+
+
+@pytest.mark.parametrize("output", ["", "nothing here\n", "/gone/both.safetensors\n"])
+def test_a_merge_whose_file_is_gone(output: str, queue: ModuleType, bare_webui: Path) -> None:
+    """Is told when the host starts, and holds up no other job."""
+    jobs = [queue.jobs().make(kind, kind, {}) for kind in ("resize", "merge")]
+    for job in jobs:
+        (job.folder / "events.jsonl").write_text(json.dumps({"at": 1.0, "event": "end", "state": "done"}) + "\n")
+        (job.folder / "output.txt").write_text(output)
+        job.note(pid=2**30, born_at=1.0)
+    queue.attach()
+    assert [job.record["failed"] for job in jobs] == [
+        [f"'{kind}' is made, but its file is gone.", f"Make it again: {kind} changes no LoRA."]
+        for kind in ("resize", "merge")
+    ]
 
 
 def restarted(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
@@ -191,7 +222,7 @@ def test_after_reload_ui_two_follow_it_and_one_delivers(
     monkeypatch.setattr(cards, "deliver", slowly)
     job = queue.jobs().make(TRAIN, "dög", {})
     queue.submit(job)
-    until(lambda: job.run)
+    until(lambda: job.run and job.record.get("pid"))
     reloaded = restarted(monkeypatch)
     reloaded.attach()
     assert reloaded.shown().folder == job.folder

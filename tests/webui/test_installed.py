@@ -96,8 +96,8 @@ def test_a_host_without_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "executable", str(python))
     failure = install.make_environment(REQUIREMENTS, tmp_path / "venv")
     assert failure == (
-        f"An environment for the pack can't be made with {python}: {python}: No module named venv. Install Python's "
-        "'venv' (on Debian and Ubuntu: apt install python3-venv) and restart. "
+        f"An environment for the pack can't be made in {tmp_path / 'venv'} with {python}: {python}: No module named "
+        "venv. Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart. "
         "The web UI itself works as before; only training does not."
     )
     assert not (tmp_path / "venv").exists()
@@ -118,7 +118,21 @@ def test_a_folder_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     failure = install.make_environment(REQUIREMENTS, tmp_path / "file" / "venv")
     assert str(tmp_path / "file" / "venv") in failure
+    assert "permission to write there" in failure
+    assert "'venv'" not in failure, "Python is not at fault"
     assert "\n" not in failure
+
+
+@unix
+def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = script(tmp_path / "python", "echo 'Error: [Errno 28] No space left on device' >&2; exit 1")
+    monkeypatch.setattr(sys, "executable", str(python))
+    failure = install.make_environment(REQUIREMENTS, tmp_path / "venv")
+    assert failure == (
+        f"An environment for the pack can't be made in {tmp_path / 'venv'} with {python}: Error: [Errno 28] No space "
+        "left on device. Give the web UI's user permission to write there, or free space on that disk, and restart. "
+        "The web UI itself works as before; only training does not."
+    )
 
 
 def in_web_ui(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_a_loaded_model_leaves_and_automatic1111_gets_it_back(
     monkeypatch.setattr(
         models, "send_model_to_device", lambda model: web_ui.asked.append(f"{model} back"), raising=False
     )
-    with host.given_back(lambda: "one line"):
+    with host.given_back(lambda: "one line", lambda: True):
         assert web_ui.asked == ["model unloaded", "cache freed", "state begins: dreambooth"]
     assert web_ui.asked[3:] == ["state ends", "model back"]
 

@@ -196,6 +196,7 @@ def job(webui: WebUI, site: WebUISite) -> Iterator[Path]:
         {"event": "phase", "name": "encoding pictures", "done": 1, "total": 3},
         {"event": "note", "text": "Fine.", "warning": False},
         {"event": "note", "text": "Give ⟦steps=4⟧.", "warning": True},
+        {"event": "note", "text": "d\udcff.png is small.", "warning": True},
         {"event": "preview", "step": 3, "pictures": [], "scores": {}},
         {"event": "step"} | step,
         {"event": "end", "state": "stopped"},
@@ -214,7 +215,7 @@ def rewrite(job: Path, **facts: Any) -> None:
 def test_the_job_is_told_with_its_curve(site: WebUISite, job: Path) -> None:
     assert site.get("/job") == {
         "node": "webui",
-        "at": 16.0,
+        "at": 17.0,
         "state": "stopped",
         "name": "my dog ü",
         "kind": "train",
@@ -227,7 +228,7 @@ def test_the_job_is_told_with_its_curve(site: WebUISite, job: Path) -> None:
         "seconds_left": 0.0,
         "memory": 4096,
         "measured": 1,
-        "warnings": ["Give Steps = 4."],
+        "warnings": ["Give Steps = 4.", "d\udcff.png is small."],
         "card": "",
         "words": "sks dog",
         "points": json.loads(json.dumps(site.shelf.curve(site.run, -1))),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,14 @@ def change(layer: Any) -> torch.Tensor:
 def said(webui: WebUI, tool: str, **values: Any) -> str:
     result, *_ = webui.call(f"{tool}_start", **values)
     return text_of(result)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are Unicode there")
+def test_a_name_that_is_no_utf8_hides_no_other(webui: WebUI, loras: Path) -> None:
+    odd = loras / os.fsdecode(b"d\xff.safetensors")
+    odd.write_bytes(b"")
+    [update] = webui.call("merge_loras_refresh")
+    assert {choice if isinstance(choice, str) else choice[1] for choice in update["choices"]} == {"boat", "äpple"}
 
 
 def test_what_is_missing_is_said(webui: WebUI, loras: Path) -> None:
