@@ -46,7 +46,8 @@ def make_real_folder(folder: Path, webui: Path) -> Path:
     sd15_checkpoint(folder / "models" / "Stable-diffusion" / "slim-sd15.safetensors")
     (folder / "extensions" / "dreambooth-lora").symlink_to(ROOT, target_is_directory=True)
     others = [path.name for path in (webui / "extensions-builtin").iterdir() if path.name not in _NEEDED]
-    (folder / "config.json").write_text(json.dumps({"disabled_extensions": others}))
+    options = {"disabled_extensions": others, "skip_early_cond": -1}  # at 0, Forge Classic's first step has no CFG
+    (folder / "config.json").write_text(json.dumps(options))
     return folder
 
 
