@@ -7,6 +7,8 @@ READY := $(VENV)/.ready
 .PHONY: demo test test-all coverage fuzz mutants lint bench clean
 # What make starts must not wait by spinning: on a shared machine that slows everything down.
 export OMP_WAIT_POLICY ?= PASSIVE
+# Compiled tests are kept for the next time, wherever Python is told to keep nothing: collecting takes half as long.
+test test-all: export PYTHONDONTWRITEBYTECODE =
 
 demo: $(READY)
 	$(RUN) -m trainer demo --output-dir demo/output

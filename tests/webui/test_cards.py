@@ -128,6 +128,22 @@ def test_a_file_without_metadata(tmp_path: Path) -> None:
     assert (card_of(path)["sd version"], card_of(path)["activation text"]) == ("Unknown", "")
 
 
+@pytest.mark.parametrize(
+    ("architecture", "version"),
+    [
+        ("stable-diffusion-v1/lora", "SD1"),
+        ("stable-diffusion-v2-768-v/lora", "SD2"),
+        ("stable-diffusion-xl-v1-base/lora", "SDXL"),
+        ("flux-1-dev/lora", "Unknown"),
+        ("", "Unknown"),
+    ],
+)
+def test_the_version_is_as_the_browser_calls_it(architecture: str, version: str, tmp_path: Path) -> None:
+    path = lora(tmp_path / "dog.safetensors", architecture=architecture)
+    cards.write_card(path)
+    assert card_of(path)["sd version"] == version
+
+
 def test_a_file_that_is_there_is_not_replaced(bare_webui: Path, tmp_path: Path) -> None:
     """The free name is the card's, too; the user's own card stays."""
     loras = bare_webui / "models" / "Lora"

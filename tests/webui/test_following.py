@@ -16,35 +16,9 @@ import pytest
 import torch
 from helpers import HANGS
 from pack.trainer.core.errors import BusyError
-from pack.trainer.training.runs.layout import RunLayout, preview_name
 from pack.webui.jobs import TRAIN, Job
-from safetensors.torch import save_file
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the engine's place is taken by a script of a shell")
-
-
-@pytest.fixture
-def queue(bare_webui: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The module, as a host that just started has it."""
-    module = importlib.import_module("pack.webui.queue")
-    monkeypatch.setattr(module, "_SECONDS_BETWEEN_LOOKS", 0.01)
-    return module
-
-
-@pytest.fixture
-def made(bare_webui: Path) -> Path:
-    """What a training made: its file, and its run with a sample."""
-    path = bare_webui / "dreambooth" / "dög.safetensors"
-    path.parent.mkdir()
-    metadata = {"modelspec.architecture": "stable-diffusion-v1/lora", "modelspec.trigger_phrase": "a photo of sks dog"}
-    save_file({"weight": torch.ones(2)}, path, metadata)
-    run = RunLayout(bare_webui / "dreambooth" / "runs" / "dög-1")
-    sample = run.preview_path(2) / preview_name("subject", 0, 0)
-    sample.parent.mkdir(parents=True)
-    sample.write_bytes(b"a sample")
-    settings = {"instance_prompt": "a photo of {token} {class}", "token": "sks", "class_noun": "dog"}
-    (run.path / "run.json").write_text(json.dumps({"fingerprint": "5e", "name": "dög", "settings": settings}))
-    return path
 
 
 @pytest.fixture
@@ -55,11 +29,15 @@ def engine(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     ends = {state: json.dumps({"at": 2.0, "event": "end", "state": state}) for state in ("done", "stopped")}
     program.write_text(
         f"""#!/bin/sh
-        echo '{run}' > "$6"
-        until [ -e "$8" ] || [ -e "{go}" ]; do sleep 0.01; done
-        if [ -e "$8" ]; then echo '{ends["stopped"]}' >> "$6"; exit 130; fi
+        while [ $# -gt 1 ]; do
+            case "$1" in --events) events="$2";; --stop-file) stop="$2";; esac
+            shift
+        done
+        echo '{run}' > "$events"
+        until [ -e "$stop" ] || [ -e "{go}" ]; do sleep 0.01; done
+        if [ -e "$stop" ]; then echo '{ends["stopped"]}' >> "$events"; exit 130; fi
         echo "{made}"
-        echo '{ends["done"]}' >> "$6"
+        echo '{ends["done"]}' >> "$events"
         """,
         encoding="utf-8",
     )
@@ -105,9 +83,17 @@ def test_the_host_waits_and_gets_the_result(
     shared = inside("shared")
 
     job = queue.jobs().make(TRAIN, "dög", {})
-    queue.submit(job)
+    with call_queue.queue_lock:  # a picture is drawn
+        queue.submit(job)
+        time.sleep(0.05)
+        assert (state(job), sd_models.calls, devices.calls, shared.state.jobs) == ("waiting", [], [], [])
+        with pytest.raises(BusyError, match="'dög' is still at work"):
+            queue.submit(queue.jobs().make(TRAIN, "first", {}))
+        with pytest.raises(BusyError):
+            queue.require_ready()
     until(lambda: job.run)
     assert queue.shown() is job
+    assert queue.is_at_work(job)
     assert not call_queue.queue_lock.acquire(blocking=False), "the host draws nothing meanwhile"
     assert (sd_models.calls, len(devices.calls), shared.state.job) == (["unload"], 1, "dreambooth")
     with pytest.raises(BusyError, match="'dög' is still at work"):
@@ -132,6 +118,49 @@ def test_the_host_waits_and_gets_the_result(
     assert sd_models.model_data.sd_model.current_lora_hash is None
     assert (sd_models.calls, shared.state.job) == (["unload", "load"], "")
     assert call_queue.queue_lock.acquire(blocking=False)
+
+
+@pytest.mark.parametrize("model", [None, "a model"])
+@pytest.mark.parametrize("gives_back", [True, False], ids=["Automatic1111", "Forge"])
+def test_the_host_s_model_leaves_the_card_and_comes_back(
+    model: str | None, gives_back: bool, queue: ModuleType, engine: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where one is loaded; Forge loads it again by itself."""
+    done: list[str] = []
+    sd_models, shared = inside("sd_models"), inside("shared")
+    sd_models.model_data.sd_model = model
+    monkeypatch.setattr(sd_models, "unload_model_weights", lambda: done.append("unload"))
+    monkeypatch.setattr(inside("devices"), "torch_gc", lambda: done.append("free"))
+    monkeypatch.setattr(shared.state, "begin", lambda job: done.append(job))
+    monkeypatch.setattr(shared.state, "end", lambda: done.append("end"))
+    if gives_back:
+        monkeypatch.setattr(sd_models, "send_model_to_device", lambda model: done.append(f"{model} back"))
+    else:
+        monkeypatch.delattr(sd_models, "send_model_to_device")
+    job = queue.jobs().make("compare", "dög", {})
+    queue.submit(job)
+    until(job.is_alive)
+    engine()
+    until(lambda: is_idle(queue, job))
+    unloaded = ["unload"] if model else []
+    assert done == [*unloaded, "free", "dreambooth", "end", *(["a model back"] if model and gives_back else [])]
+    assert job.record.get("card") is None, "it makes no LoRA"
+
+
+def test_a_merge_leaves_the_host_s_model_alone(
+    queue: ModuleType, bare_webui: Path, made: Path, engine: Callable[[], None]
+) -> None:
+    """And writes its file itself: what is missing is the card."""
+    job = queue.jobs().make("merge", "mixed", {})
+    queue.submit(job)
+    assert queue.is_at_work(job)
+    until(job.is_alive)
+    assert inside("call_queue").queue_lock.acquire(blocking=False), "the host draws meanwhile"
+    engine()
+    until(lambda: is_idle(queue, job))
+    assert (inside("sd_models").calls, inside("devices").calls, inside("shared").state.jobs) == ([], [], [])
+    assert (state(job), job.record["card"], names(bare_webui)) == ("done", made.name, [])
+    assert made.with_suffix(".json").is_file()
 
 
 def test_stopped_and_resumed(queue: ModuleType, bare_webui: Path, engine: Callable[[], None]) -> None:
