@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from helpers import HANGS, ROOT
 from pack.trainer.core.toml import read_toml
 from pack.webui.toml_text import toml_text
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from webui_host import OWN, WebUI, make_folder, text_of
 
 pytestmark = pytest.mark.slow
@@ -152,6 +153,51 @@ def test_a_training_outlives_the_host(own_webui: WebUI, picture_folder: Callable
         if not is_last:
             own_webui.kill()
     assert_same(own_webui.loras / "dog.safetensors", straight(job, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("title", "names"),
+    [
+        ("Flux", ["model.diffusion_model.double_blocks.0.img_mod.lin.weight", "vae.decoder.conv_in.weight"]),
+        ("Stable Diffusion 3", ["model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight"]),
+    ],
+)
+def test_a_base_that_can_not_be_trained(
+    title: str, names: list[str], webui: WebUI, picture_folder: Callable[..., Path]
+) -> None:
+    """The panel names its family, and what can be; another training may begin at once."""
+    path = webui.folder / "models" / "Stable-diffusion" / "foreign.safetensors"
+    save_file({name: torch.zeros(2, 2) for name in names}, path)
+    try:
+        webui.call("refresh")
+        begin(webui, picture_folder(3), name=f"foreign {title}", base=path.name, steps=2)
+        failed = webui.wait_for_job("failed")
+    finally:
+        path.unlink()
+        webui.wait_for_idle()
+        webui.call("refresh")
+    assert failed["problem"] == f"The base model is {title}, which can't be trained here yet."
+    assert failed["remedy"] == "Use a base model of: Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL."
+    assert not [*webui.loras.iterdir()]
+
+
+def test_a_disk_that_is_full(webui: WebUI, picture_folder: Callable[..., Path]) -> None:
+    """The panel says which; once there is room, the same settings train."""
+    runs = webui.data / "runs"
+    runs.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(runs)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only a system's administrator may mount a small disk")
+    try:
+        begin(webui, picture_folder(3), name="full", steps=2)
+        failed = webui.wait_for_job("failed")
+        webui.wait_for_idle()
+    finally:
+        subprocess.run(["umount", str(runs)], check=True)
+    assert failed["problem"].startswith(f"No space left on the disk that holds {runs}")
+    assert failed["remedy"].startswith("Free some space or choose another output folder")
+    begin(webui, picture_folder(3), name="full", steps=2)
+    assert webui.wait_for_job("done")["card"] == "full.safetensors"
 
 
 def wait_for_the_end(pid: int) -> None:
