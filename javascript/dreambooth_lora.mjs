@@ -115,6 +115,20 @@ class JobPanel {
 let runs = null;
 
 /**
+ * Have webui/tab.py fill the fields of Train with the settings of a run, and go there.
+ * @param {string} run
+ */
+function useSettings(run) {
+  const field = document.querySelector("#dreambooth_settings_of textarea, #dreambooth_settings_of input");
+  if (!(field instanceof HTMLTextAreaElement || field instanceof HTMLInputElement))
+    throw new Error("The fields of Train are not in this page: reload it.");
+  field.value = run;
+  field.dispatchEvent(new Event("input", { bubbles: true }));
+  for (const tab of document.querySelectorAll("#tab_dreambooth .tab-nav button"))
+    if (tab instanceof HTMLElement && tab.textContent?.trim() === "Train") tab.click();
+}
+
+/**
  * Put words and a LoRA into the prompt of txt2img, and go there.
  * @param {string} words
  * @param {string} file
@@ -162,6 +176,7 @@ function mountRuns() {
   runs ??= new RunsPanel({
     begins: "Train, in the tab beside this one,",
     loadGraph: null,
+    useSettings: async (run) => useSettings(run.id),
     resume: (run) => resumeRun(run.id),
     confirm: async (message) => window.confirm(message),
     refreshLists: async () => {},

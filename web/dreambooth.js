@@ -209,6 +209,7 @@ function addSidebar() {
   const host = {
     begins: "Train LoRA (DreamBooth)",
     loadGraph: (graph, name) => app.loadGraphData(graph, true, true, name),
+    useSettings: null,
     resume: () => app.queuePrompt(0, 1),
     confirm: async (message) =>
       app.extensionManager.dialog?.confirm

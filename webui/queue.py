@@ -40,6 +40,11 @@ def shown() -> Job | None:
     return _newest
 
 
+def job_of(run: str) -> Job | None:
+    """The newest job that trained a run."""
+    return next((job for job in jobs().all() if job.kind == TRAIN and job.run == run), None)
+
+
 def is_at_work(job: Job) -> bool:
     """Whether a job runs or waits, or its result is being delivered."""
     return _followed is job

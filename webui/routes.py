@@ -22,7 +22,7 @@ from ..pages.urls import PREFIX
 from ..trainer.core.errors import BusyError, SettingsError, TrainerError, worded
 from ..trainer.training.runs.index import RunIndex
 from . import cards, host, queue
-from .jobs import ENDED, TRAIN, Job
+from .jobs import ENDED
 from .wording import wording
 
 Handler = Callable[[Request], Any]
@@ -143,15 +143,7 @@ def _runs(request: Request) -> list[dict[str, Any]]:
 def _details(request: Request) -> dict[str, Any]:
     name = request.path_params["run"]
     details = _run_pages().details(name)
-    return details | {"folder": str(_run_index().run(name).path), "resumable": _job_of(name) is not None}
-
-
-def _job_of(run: str) -> Job | None:
-    """The newest job that trained a run."""
-    for job in queue.jobs().all():
-        if job.kind == TRAIN and job.run == run:
-            return job
-    return None
+    return details | {"folder": str(_run_index().run(name).path), "resumable": queue.job_of(name) is not None}
 
 
 def _curve(request: Request) -> dict[str, Any]:
@@ -178,7 +170,7 @@ def _use(request: Request) -> dict[str, Any]:
 
 def _resume(request: Request) -> dict[str, Any]:
     run = request.path_params["run"]
-    job = _job_of(run)
+    job = queue.job_of(run)
     if job is None:
         raise SettingsError(f"Nothing is known of how '{run}' was begun.", "Train with the same settings: it goes on.")
     queue.submit(job)

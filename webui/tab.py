@@ -8,7 +8,7 @@ import hashlib
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from ..trainer.data.images import Picture
 from . import host, queue, tools_tab
 from .jobs import TRAIN, require_file_name
 from .messages import as_html, error_message, saying_errors
+from .training_settings import GIVEN_OTHERWISE, PREVIEW_EVERY, prompts_of, refill
 from .widgets import element_id, given, settings_of, widget
 from .wording import label, wording
 
 _SHOWN_FIRST = ("class_noun", "token", "base", "preset", "name", "steps", "resolution", "prior_count")
-_GIVEN_OTHERWISE = ("images", "output_dir", "instance_prompt", "class_prompt", "device", "resume")
-_PREVIEW_EVERY = 100  # steps; whoever watches wants to see samples
 _HELP = (Path(__file__).parent / "help.md").read_text(encoding="utf-8")
 _LARGEST_REPORT = 24  # pictures that the report shows
 
@@ -37,9 +36,13 @@ def build() -> gr.Blocks:
     """The tab's blocks."""
     with gr.Blocks(analytics_enabled=False) as blocks, gr.Tabs():
         with gr.Tab("Train", elem_id="dreambooth_train"):
-            _build_training()
+            fields = _build_training()
         with gr.Tab("Runs", elem_id="dreambooth_runs"):
             gr.HTML("<div id='dreambooth-runs-panel'></div>")
+            asked = gr.Textbox(
+                visible=False, elem_id=element_id("settings_of")
+            )  # javascript/ writes a run's id into it
+            asked.input(functools.partial(_refilled, list(fields)), inputs=[asked], outputs=[asked, *fields.values()])
         with gr.Tab("Tools", elem_id="dreambooth_tools"):
             tools_tab.build()
         with gr.Tab("Help", elem_id="dreambooth_help"):
@@ -49,7 +52,8 @@ def build() -> gr.Blocks:
     return blocks
 
 
-def _build_training() -> None:
+def _build_training() -> dict[str, Any]:
+    """The page of a training; its widgets by name, those that settings go into and the message about them."""
     with gr.Row():
         with gr.Column(scale=1):
             upload = gr.File(
@@ -92,13 +96,28 @@ def _build_training() -> None:
         outputs=[message],
         show_progress="hidden",
     )
+    return {"images": upload, "folder": folder, "message": message} | widgets
+
+
+def _refilled(names: Sequence[str], run: str) -> list[Any]:
+    """Put the settings of a run into the fields; an empty text for the one that asked, and a change for each."""
+    if not run:
+        return [gr.update()] * (1 + len(names))
+    try:
+        found = refill(run)
+    except (TrainerError, ValueError) as error:
+        return ["", *(error_message(error) if name == "message" else gr.update() for name in names)]
+    notes = "".join(f"<li>{as_html(note)}</li>" for note in found.notes)
+    message = f"<p>These are the settings of '{as_html(found.values['name'])}'.</p><ul>{notes}</ul>"
+    values = found.values | {"images": None, "folder": found.folder, "message": message}
+    return ["", *(gr.update(value=values[name]) if name in values else gr.update() for name in names)]
 
 
 def _folded() -> dict[str, list[str]]:
     """Group → the settings of it that are not shown at once."""
     groups: dict[str, list[str]] = {}
     for name, setting in settings_of(TRAIN).items():
-        if name not in (*_SHOWN_FIRST, *_GIVEN_OTHERWISE):
+        if name not in (*_SHOWN_FIRST, *GIVEN_OTHERWISE):
             groups.setdefault(setting["group"], []).append(name)
     return groups
 
@@ -111,7 +130,7 @@ def _base_widget() -> Any:
 
 
 def _training_widget(name: str) -> Any:
-    changes = {"value": _PREVIEW_EVERY} if name == "preview_every" else {}
+    changes = {"value": PREVIEW_EVERY} if name == "preview_every" else {}
     return widget(settings_of(TRAIN)[name], with_help=name not in _SHOWN_FIRST, **changes)
 
 
@@ -132,20 +151,11 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     require_writable(host.loras_folder(), 0)
     tokenizer = host.tokenizer()
     command = {"tokenizer": str(tokenizer)} if tokenizer else {}
-    command |= _prompts(changed) | {"preview_every": int(chosen.get("preview_every") or 0)} | changed
+    command |= prompts_of(changed) | {"preview_every": int(chosen.get("preview_every") or 0)} | changed
     command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
     words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
     queue.submit(queue.jobs().make(TRAIN, name, command, words=words))
     return "<p>Begun. It goes on if you close this page.</p>"
-
-
-def _prompts(changed: Mapping[str, Any]) -> dict[str, str]:
-    """The prompts that the tab makes of word and class; those of class pictures only if there are some."""
-    subject = "a photo of {token} {class}" if changed.get("class_noun") else "a photo of {token}"
-    prompts = {"instance_prompt": subject, "preview_prompts": subject}
-    if changed.get("prior_count") or changed.get("class_images"):
-        prompts["class_prompt"] = "a photo of {class}"  # the engine says so if there is no class
-    return prompts
 
 
 def _pictures(upload: Any, folder: str, name: str, root: Path) -> Path:

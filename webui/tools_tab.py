@@ -14,7 +14,7 @@ from ..install import ROOT
 from ..trainer.core.errors import SettingsError, TrainerError, worded
 from ..trainer.training.runs.index import RunIndex
 from . import environment, host, queue
-from .jobs import ENDED, TRAIN, Job, engine_environment
+from .jobs import ENDED, Job, engine_environment
 from .messages import as_html, error_message, failure, saying_errors
 from .widgets import element_id, given, settings_of, widget
 from .wording import wording
@@ -167,7 +167,7 @@ def _compare(run: str | None, *values: Any) -> Iterator[str]:
         if not run:
             raise SettingsError("No run is chosen.", "Choose one; ⟳ reads the list anew.")
         folder = _runs().run(run)
-        begun = next((job for job in queue.jobs().all() if job.kind == TRAIN and job.run == run), None)
+        begun = queue.job_of(run)
         if begun is None:
             raise SettingsError(f"Nothing is known of how '{run}' was begun.", "Choose a run that this tab began.")
         known = begun.settings()

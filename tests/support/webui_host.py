@@ -239,6 +239,12 @@ class WebUI:
             if is_last:
                 return shown[-1]
 
+    def outputs(self, element: str, event: str = "click") -> list[str]:
+        """The ids, without "dreambooth_", of the elements that an event changes, in order."""
+        by_id = {component["id"]: component for component in self.configuration["components"]}
+        _, dependency = self._dependency(self.components()[f"dreambooth_{element}"]["id"], event)
+        return [by_id[id]["props"]["elem_id"].removeprefix("dreambooth_") for id in dependency["outputs"]]
+
     def _dependency(self, component: int, event: str) -> tuple[int, Mapping[str, Any]]:
         for index, dependency in enumerate(self.configuration["dependencies"]):
             targets = dependency["targets"]  # of gradio 3 the components alone

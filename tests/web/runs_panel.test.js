@@ -39,6 +39,7 @@ const tell = (call, ...given) => {
 const host = {
   loadGraph: async (graph, name) => tell("loadGraph", graph, name),
   begins: "Train LoRA (DreamBooth)",
+  useSettings: null,
   resume: async () => tell("queue"),
   confirm: async (message) => {
     tell("confirm", message);
@@ -350,6 +351,22 @@ test("a run's graph is loaded, and queued to resume", async () => {
   assert.deepEqual(told, [load]);
   await press("Resume");
   assert.deepEqual(told, [load, load, ["queue"]]);
+});
+
+test("the settings of a run are used where a host has fields for them", async () => {
+  host.useSettings = async (run) => tell("useSettings", run.id);
+  try {
+    await opened(details("dog-1", { state: "done" }));
+    await click(rowOf("dog-1"));
+    assert.deepEqual(texts(".actions button"), ["Use these settings", "Delete…"]);
+    await press("Use these settings");
+    assert.deepEqual(told, [["useSettings", "dog-1"]]);
+    refused = "useSettings";
+    await press("Use these settings");
+    assert.deepEqual(told.slice(1), [["notify", "useSettings is refused."]]);
+  } finally {
+    host.useSettings = null;
+  }
 });
 
 test("what ComfyUI can't do is told, and nothing follows", async () => {

@@ -138,6 +138,13 @@ def test_from_pictures_to_a_prompt(webui: WebUI, picture_folder: Callable[..., P
         shot(page, f"{name}-runs")
 
         show(page, "Train")
+        fill(page, class_noun="cat", resolution=512)
+        show(page, "Runs")
+        page.locator("#dreambooth-runs-panel button", has_text="Use these settings").click()
+        wait_for_text(page, "#dreambooth_message", f"These are the settings of '{name}'.")
+        page.locator("#dreambooth_resolution input").wait_for(state="visible")
+        values = [page.locator(f"#dreambooth_{field}").first for field in ("class_noun", "resolution")]
+        assert [one.locator("textarea, input").first.input_value() for one in values] == ["dog", "64"]
         press(page, "Send to txt2img")
         assert page.evaluate("globalThis.went_to_txt2img") is True
         prompt = page.locator("#txt2img_prompt textarea").input_value()

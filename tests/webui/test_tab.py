@@ -381,3 +381,95 @@ def test_what_was_changed_is_given(
         "images": str(pictures),
         "output_dir": str(webui.data),
     }
+
+
+# The settings of an earlier run
+
+
+def made_run(webui: WebUI, name: str, **settings: Any) -> str:
+    """The record of a run that something trained; its id."""
+    run = webui.data / "runs" / f"{name}-1234"
+    run.mkdir(parents=True)
+    record = {"fingerprint": "5e", "name": name, "settings": settings}
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    return run.name
+
+
+def refilled(webui: WebUI, run: str) -> dict[str, Any]:
+    """What the fields hold once a run's settings were asked for: those that changed."""
+    names = webui.outputs("settings_of", "input")
+    updates = webui.call("settings_of", "input", settings_of=run)
+    changed = {}
+    for name, update in zip(names, updates):
+        if not isinstance(update, dict):
+            changed[name] = update
+        elif "value" in update:
+            changed[name] = update["value"]
+    assert changed.pop("settings_of") == "", "so that the same run can be asked for again"
+    return changed
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        {},
+        {
+            "class_noun": "cat",
+            "token": "ohwx",
+            "preset": "person",
+            "prior_count": 20,
+            "steps": 7,
+            "alpha": "1.5",
+            "flip": True,
+            "optimizer": "lion",
+            "learning_rate": 0.002,
+            "preview_every": 0,
+            "preview_prompts": "a | b",
+            "base_lora": "x.safetensors\nü.safetensors",
+        },
+    ],
+)
+def test_the_settings_of_a_run_are_trained_again(chosen: dict[str, Any], webui: WebUI, pictures: Path) -> None:
+    """What was given for it is given again, whatever the fields held meanwhile."""
+    with drawing(webui):
+        assert train(webui, folder=str(pictures), name="dög", **chosen).startswith("Begun.")
+        webui.post("/job/stop")
+    run = made_run(webui, "dög")
+    job = webui.data / "jobs" / "dög"
+    (job / "job.json").write_text(json.dumps(json.loads((job / "job.json").read_text()) | {"run": run}))
+    values = refilled(webui, run)
+    assert text_of(values.pop("message")) == "These are the settings of 'dög'."
+    assert values.pop("images") is None
+    with drawing(webui):
+        assert train(webui, **values).startswith("Begun.")
+        webui.post("/job/stop")
+    assert read_toml(webui.data / "jobs" / "dög-2" / "job.toml") == read_toml(job / "job.toml")
+
+
+def test_the_settings_of_a_run_that_was_begun_elsewhere(webui: WebUI, pictures: Path) -> None:
+    """All that its record holds; what the tab makes otherwise is said."""
+    settings = {"preset": "person", "rank": 4, "alpha": 2.0, "flip": True, "loss": "mse", "targets": "of old"}
+    settings |= {"instance_prompt": "my dog", "base": "/gone/base.safetensors", "images": str(pictures), "steps": 900}
+    values = refilled(webui, made_run(webui, "cli", **settings))
+    assert text_of(values["message"]) == (
+        "These are the settings of 'cli'. Targets: 'of old' is no longer known. The base model /gone/base.safetensors "
+        "is none of this web UI's: choose one. Instance prompt was 'my dog'. Here it is 'a photo of {token}', made of "
+        "Word and Class."
+    )
+    assert "base" not in values
+    wanted = {"name": "cli", "preset": "none", "rank": 4, "alpha": "2.0", "flip": True, "steps": 900}
+    wanted |= {"folder": str(pictures), "targets": "attention-mlp", "class_noun": "", "preview_every": 100}
+    assert values.items() >= wanted.items()
+
+
+def test_settings_that_can_not_be_taken_over(webui: WebUI) -> None:
+    """Nothing changes but the message."""
+    several = made_run(webui, "several", subject=[{"token": "sks"}, {"token": "ohwx"}])
+    for run, problem in (
+        ("gone", "There is no run 'gone'."),
+        ("../../x", "There is no run '../../x'."),
+        (several, "'several' has several subjects, which this tab can't train."),
+    ):
+        values = refilled(webui, run)
+        assert values.keys() == {"message"}
+        assert text_of(values["message"]).startswith(problem)

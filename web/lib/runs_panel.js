@@ -14,6 +14,8 @@ import { failureText, possibleActions } from "./progress.js";
  * @typedef {object} RunsHost
  * @property {string} begins What the host calls that which begins a run.
  * @property {((graph: unknown, name: string) => Promise<void>) | null} loadGraph null: runs have no graph there.
+ * @property {((run: RunDetails) => Promise<void>) | null} useSettings Begin another training with the settings of a run;
+ *   null: that is what loading its graph does.
  * @property {(run: RunDetails) => Promise<unknown>} resume Go on with a run, whose graph was loaded if there is one.
  * @property {(message: string) => Promise<boolean | null>} confirm
  * @property {() => Promise<void>} refreshLists
@@ -180,6 +182,12 @@ export class RunsPanel {
     const buttons = [];
     if (possible.load && this.host.loadGraph)
       buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
+    if (this.host.useSettings)
+      buttons.push(
+        this.button("Use these settings", "Fill the fields of Train with them", async () =>
+          this.host.useSettings?.(run),
+        ),
+      );
     if (possible.resume)
       buttons.push(this.button("Resume", "Go on where this run was stopped", () => this.resume(run)));
     if (possible.delete)
