@@ -69,7 +69,8 @@ def _build_compare() -> None:
     run = _listed(lambda: [*filter(_is_text, _runs().names())], "compare_run", label="Run")
     settings = _widgets(COMPARE, _COMPARE_SETTINGS)
     start = _start("Compare", "compare")
-    start.click(_compare, inputs=[run, *settings], outputs=[_result_widget("compare")], show_progress="hidden")
+    outputs = [_result_widget("compare"), gr.Image(label="The best", elem_id=element_id("compare_plot"))]
+    start.click(_compare, inputs=[run, *settings], outputs=outputs, show_progress="hidden")
 
 
 def _start(text: str, id: str) -> Any:
@@ -143,8 +144,7 @@ def _merge(chosen: Sequence[str] | None, strengths: str, name: str, *values: Any
         job = _made(MERGE, name, settings, files, report="report.png")
         for text in _followed(job):
             yield text, None
-        picture = job.folder / "report.png"
-        yield _result(job), str(picture) if picture.is_file() else None
+        yield _result(job), _picture(job, "report.png")
     except (TrainerError, ValueError) as error:
         yield error_message(error), None
 
@@ -161,8 +161,8 @@ def _resize(lora: str | None, name: str, *values: Any) -> Iterator[str]:
         yield error_message(error)
 
 
-def _compare(run: str | None, *values: Any) -> Iterator[str]:
-    """Compare the checkpoints of a run; what is shown meanwhile and at the end."""
+def _compare(run: str | None, *values: Any) -> Iterator[tuple[str, str | None]]:
+    """Compare the checkpoints of a run; what is shown meanwhile and at the end: text, and the plot with the best."""
     try:
         if not run:
             raise SettingsError("No run is chosen.", "Choose one; ⟳ reads the list anew.")
@@ -174,10 +174,11 @@ def _compare(run: str | None, *values: Any) -> Iterator[str]:
         settings = {key: known[key] for key in ("base", "tokenizer", "vae", "token") if key in known}
         settings |= {"runs": [str(folder.path)], "subject": known["images"]}
         job = _made(COMPARE, run, settings | given(COMPARE, _COMPARE_SETTINGS, values), output_dir="comparison")
-        yield from _followed(job)
-        yield _result(job)
+        for text in _followed(job):
+            yield text, None
+        yield _result(job), _picture(job, "comparison/best.png")
     except (TrainerError, ValueError) as error:
-        yield error_message(error)
+        yield error_message(error), None
 
 
 @saying_errors
@@ -247,6 +248,12 @@ def _followed(job: Job) -> Iterator[str]:
         share = f" {facts['done']} of {facts['total']}" if "total" in facts and facts["state"] not in ENDED else ""
         yield f"<p>{as_html(str(facts['state']))}{share} …</p>"
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _picture(job: Job, name: str) -> str | None:
+    """The path of a picture in a job's folder, if it was made."""
+    path = job.folder / name
+    return str(path) if path.is_file() else None
 
 
 def _result(job: Job) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from helpers import HANGS, ROOT
+from helpers import DEMO, HANGS, ROOT
 from pack.trainer.core.toml import read_toml
 from pack.webui.toml_text import toml_text
 from safetensors import safe_open
@@ -198,6 +199,25 @@ def test_a_disk_that_is_full(webui: WebUI, picture_folder: Callable[..., Path]) 
     assert failed["remedy"].startswith("Free some space or choose another output folder")
     begin(webui, picture_folder(3), name="full", steps=2)
     assert webui.wait_for_job("done")["card"] == "full.safetensors"
+
+
+def test_the_best_checkpoint_is_picked(webui: WebUI, picture_folder: Callable[..., Path]) -> None:
+    """It is named, marked in the plot, and can be used from the run's checkpoints."""
+    begin(webui, picture_folder(3), name="picked", steps=4, checkpoint_every=2, preview_every=0)
+    run = webui.wait_for_job("done")["run"]
+    webui.wait_for_idle()
+    calls = webui.facts()["calls"]
+    [update] = webui.call("compare_run_refresh")
+    assert [choice if isinstance(choice, str) else choice[1] for choice in update["choices"]] == [run]
+    scorer = {"compare_clip": str(DEMO / "scorer"), "compare_prompts": "a photo of sks dog", "compare_count": 1}
+    result, plot = webui.call("compare_start", compare_run=run, compare_steps=1, **scorer)
+    [best] = re.findall(r"Best: .*?step (\d+)", text_of(result))
+    assert best in ("2", "4")
+    assert plot, "the plot"
+    assert webui.facts()["calls"][len(calls) :] == ["unload", "load"], "the card was the comparison's meanwhile"
+    assert [path.name for path in (webui.data / "jobs").rglob("best.png")] == ["best.png"]
+    used = webui.post(f"/runs/{run}/use", {"step": int(best)})["file"]
+    assert (webui.loras / used).is_file()
 
 
 def wait_for_the_end(pid: int) -> None:
