@@ -138,3 +138,12 @@ def _one_of_several_processes() -> None:
 
         torch.set_num_threads(1)
         search_no_imports()
+        gc.set_threshold(50_000, 20, 20)  # the recipe collects where there is much
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leave_alone_what_is_older(_one_of_several_processes: None) -> None:
+    """What the modules before imported and made for all need not be searched again, either."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        gc.collect()
+        gc.freeze()

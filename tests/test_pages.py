@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -30,7 +31,8 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_pages(file: Path, node: str) -> None:
-    done = subprocess.run([node, str(file)], capture_output=True, encoding="utf-8", check=False)
+    environment = {**os.environ, "NODE_COMPILE_CACHE": str(ROOT / "node_modules" / ".compiled")}
+    done = subprocess.run([node, str(file)], env=environment, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

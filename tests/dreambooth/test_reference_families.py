@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 pytestmark = pytest.mark.usefixtures("quick")
 
-STEPS = 8
+STEPS = 4  # every day; twice as many in the slow ones
 SIDE = 64
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MLP = [*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
@@ -347,11 +347,16 @@ def plain_losses(
     ),
 )
 def test_recipe_equals_the_plain_loop(
-    name: str, folders: dict[str, Path], subject: list[Picture], priors: list[Picture], tmp_path: Path
+    name: str,
+    folders: dict[str, Path],
+    subject: list[Picture],
+    priors: list[Picture],
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     case = CASES[name]
     settings = TrainSettings(
-        steps=STEPS,
+        steps=2 * STEPS if request.node.get_closest_marker("slow") else STEPS,
         resolution=SIDE,
         learning_rate=3e-3,
         precision="fp32",
