@@ -68,7 +68,9 @@ class RealWebUI(WebUI):
         for name in ("PYTHONPATH", "COVERAGE_PROCESS_START"):
             environment.pop(name, None)
         command = [str(python), "launch.py", *shlex.split(os.environ.get("WEBUI_ARGS", _ARGUMENTS)), "--api"]
-        command += ["--port", str(port), "--data-dir", str(self.folder), "--gradio-allowed-path", str(self.folder)]
+        command += ["--port", str(port), "--data-dir", str(self.folder)]
+        for folder in (self.folder, webui):  # what the page loads from there
+            command += ["--gradio-allowed-path", str(folder)]
         with open(self.folder / "log.txt", "ab") as log:
             installer = [str(python), str(ROOT / "install.py")]
             hosts = environment | {"PYTHONPATH": str(webui)}

@@ -2,101 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-from browser import QUIET, find_browser
-from comfy_host import PATIENCE_S
+from browser import find_browser
 from webui_host import WebUI
+from webui_page import fill, opened, press, shot, show, wait_for, wait_for_text
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.browser,
     pytest.mark.skipif(find_browser() is None, reason="no browser: install Chromium and playwright"),
 ]
-SHOTS = os.environ.get("SCREENSHOTS")  # a folder, to look at what the test saw
-PANEL = """
-() => {
-  const element = document.querySelector("#dreambooth-training-panel .dreambooth-training");
-  const all = (selector) => [...document.querySelectorAll(`#dreambooth-training-panel ${selector}`)];
-  const texts = (selector) => all(selector).filter((one) => one.offsetParent).map((one) => one.textContent);
-  return {
-    state: element?.querySelector(".dreambooth-state").dataset.state,
-    text: element?.querySelector(".dreambooth-head").textContent,
-    legend: element?.querySelector(".dreambooth-legend").textContent,
-    samples: [...(element?.querySelectorAll(".samples img") ?? [])].filter((one) => one.naturalWidth).length,
-    steps: Number(element?.querySelector("input[type=range]").max) + 1,
-    buttons: texts(".dreambooth-head button"),
-    trouble: texts(".dreambooth-error"),
-  };
-}
-"""
 
 
 @pytest.fixture(autouse=True)
 def _tidy(webui: WebUI) -> Iterator[None]:
     yield
     webui.tidy()
-
-
-@contextlib.contextmanager
-def opened(webui: WebUI) -> Iterator[Any]:
-    """The web UI's page with the pack's tab before it; its scripts fail nowhere."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        program = playwright.chromium.launch(executable_path=find_browser(), args=[*QUIET])
-        page = program.new_page(viewport={"width": 1400, "height": 1100})
-        page.set_default_timeout(1000 * PATIENCE_S)
-        errors: list[str] = []
-        page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(webui.url)
-        show(page)
-        yield page
-        program.close()
-    assert [error for error in errors if "dreambooth" in error.lower()] == []
-
-
-def show(page: Any, *tabs: str) -> None:
-    """Open the pack's tab, and one inside it."""
-    for title in ("DreamBooth LoRA", *tabs):
-        page.locator("button", has_text=title).first.click()
-
-
-def fill(page: Any, **values: object) -> None:
-    for name, value in values.items():
-        field = page.locator(f"#dreambooth_{name} textarea, #dreambooth_{name} input").first
-        field.fill(str(value))
-        field.dispatch_event("change")
-        field.blur()
-
-
-def wait_for_text(page: Any, selector: str, text: str) -> None:
-    page.wait_for_function(
-        "([selector, text]) => document.querySelector(selector)?.textContent.includes(text)", arg=[selector, text]
-    )
-
-
-def press(page: Any, text: str) -> None:
-    page.locator("#dreambooth-training-panel button:visible", has_text=text).click()
-
-
-def wait_for(page: Any, condition: str) -> dict[str, Any]:
-    """Wait until the panel is so, and say how it is."""
-    page.wait_for_function(f"() => {{ const panel = ({PANEL})(); return {condition}; }}")
-    return dict(page.evaluate(PANEL))
-
-
-def shot(page: Any, name: str) -> None:
-    if SHOTS:
-        Path(SHOTS).mkdir(parents=True, exist_ok=True)
-        page.screenshot(path=str(Path(SHOTS) / f"{name}.png"), full_page=True)
 
 
 def test_from_pictures_to_a_prompt(webui: WebUI, picture_folder: Callable[..., Path]) -> None:

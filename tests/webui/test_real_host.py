@@ -7,17 +7,20 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 import torch
+from browser import find_browser
 from comfy_graphs import drawing, node, picture
 from comfy_host import CHECKPOINT, ComfyServer
 from helpers import DEMO
 from PIL import Image
 from safetensors.torch import load_file
 from webui_host import text_of
+from webui_page import PANEL, fill, opened, press, shot, show, wait_for, wait_for_text
 from webui_real import DRAWN, SIDE, RealWebUI, find_python, find_webui, make_real_folder
 
 LONG = 1_000_000  # steps that no test waits for
@@ -144,3 +147,60 @@ def test_a_subject_is_merged_with_a_style(real: RealWebUI, subject: Path, style:
     assert difference(merged, real.draw("sks dog")) > 2
     assert difference(merged, alone) > 2
     assert difference(merged, both) < 0.5, "it does what both do together"
+
+
+def begin(page: Any, button: str) -> None:
+    """Press a button until the host has let go of the job before."""
+    is_refused = "document.getElementById('dreambooth_train').textContent.includes('still at work')"
+    has_answer = f"() => {is_refused} || ({PANEL})().buttons.includes('Stop')"
+    while True:
+        page.locator(button).first.click()
+        page.wait_for_function(has_answer)
+        if "Stop" in page.evaluate(PANEL)["buttons"]:
+            return
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(find_browser() is None, reason="no browser: install Chromium and playwright")
+def test_from_pictures_to_a_prompt_in_a_browser(real: RealWebUI, picture_folder: Callable[..., Path]) -> None:
+    with opened(real) as page:
+        page.locator("#dreambooth_images input[type=file]").first.set_input_files([*picture_folder(3).iterdir()])
+        wait_for_text(page, "#dreambooth_report", "3 pictures")
+        fill(page, class_noun="dog", name="seen", steps=LONG, resolution=64)
+        page.locator(".label-wrap:visible", has_text="Previews").click()
+        fill(page, preview_every=5, preview_steps=1, preview_count=1)
+        shot(page, f"{real.kind}-filled")
+        begin(page, "button#dreambooth_start:visible")
+        begun = wait_for(page, "panel.state === 'training' && panel.samples > 0")
+        assert begun["buttons"] == ["Stop"]
+        grown = wait_for(page, f"panel.steps > {begun['steps']} && panel.legend.startsWith('step ')")
+        shot(page, f"{real.kind}-training")
+
+        page.reload()
+        show(page)
+        again = wait_for(page, f"panel.steps >= {grown['steps']} && panel.samples > 0")
+        assert again["legend"].startswith("step "), "the curve is there again"
+        shot(page, f"{real.kind}-reloaded")
+        press(page, "Stop")
+        stopped = wait_for(page, "panel.state === 'stopped' && panel.buttons.includes('Resume')")
+        assert stopped["buttons"] == ["Resume"]
+        shot(page, f"{real.kind}-stopped")
+        real.shorten("seen", real.job()["step"] + 10)
+        begin(page, "#dreambooth-training-panel button:visible:text('Resume')")
+        done = wait_for(page, "panel.state === 'done' && panel.buttons.length")
+        assert (done["buttons"], done["trouble"]) == (["Send to txt2img"], [])
+        shot(page, f"{real.kind}-done")
+
+        press(page, "Send to txt2img")
+        prompt = page.locator("#txt2img_prompt textarea")
+        prompt.wait_for()
+        assert prompt.input_value() == "sks dog <lora:seen:0.9>"
+        page.locator("#txt2img_extra_tabs > .tab-nav > button", has_text="Lora").click()
+        card = page.locator("#txt2img_lora_cards .card", has_text="seen")
+        card.wait_for()
+        card.locator("img.preview").evaluate("image => image.decode()")
+        shot(page, f"{real.kind}-card")
+        prompt.fill("")
+        card.click()
+        page.wait_for_function("() => document.querySelector('#txt2img_prompt textarea').value")
+        assert sorted(prompt.input_value().split()) == ["<lora:seen:0.9>", "dog", "sks"], "its words and weight"
