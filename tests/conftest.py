@@ -138,7 +138,6 @@ def _one_of_several_processes() -> None:
 
         torch.set_num_threads(1)
         search_no_imports()
-        gc.set_threshold(50_000, 20, 20)  # the recipe collects where there is much
 
 
 @pytest.fixture(scope="module", autouse=True)
