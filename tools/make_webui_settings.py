@@ -26,11 +26,19 @@ if "pack" not in sys.modules:  # as tests/conftest.py loads it
 from pack.trainer.cli.flags import is_table  # noqa: E402
 from pack.trainer.settings.base import Settings, field_extra  # noqa: E402
 from pack.trainer.settings.evaluate import CompareCommand  # noqa: E402
-from pack.trainer.settings.merge import MergeCommand, ResizeCommand  # noqa: E402
+from pack.trainer.settings.merge import ExtractCommand, FuseCommand, LearnedMergeCommand, MergeCommand, ResizeCommand  # noqa: E402
 from pack.trainer.settings.train import TrainCommand  # noqa: E402
 
 FILE = ROOT / "webui" / "settings.json"
-COMMANDS = {"train": TrainCommand, "merge": MergeCommand, "resize": ResizeCommand, "compare": CompareCommand}
+COMMANDS = {
+    "train": TrainCommand,
+    "merge": MergeCommand,
+    "learned-merge": LearnedMergeCommand,
+    "resize": ResizeCommand,
+    "extract": ExtractCommand,
+    "fuse": FuseCommand,
+    "compare": CompareCommand,
+}
 
 
 def settings_of(kind: type[Settings]) -> list[dict[str, Any]]:

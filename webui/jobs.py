@@ -27,7 +27,7 @@ from ..trainer.core.locks import FolderLock
 from ..trainer.core.toml import read_toml
 from .toml_text import toml_text
 
-TRAIN = "train"
+TRAIN, FUSE = "train", "fuse"
 ENDED = ("done", "stopped", "failed")
 _ROOT = Path(__file__).resolve().parents[1]
 _SETTINGS = "job.toml"
@@ -36,6 +36,7 @@ _EVENTS = "events.jsonl"
 _OUTPUT = "output.txt"
 _LOG = "log.txt"
 _STOP = "stop"
+_TAKING_A_FILE = (TRAIN, "plan", "priors", "generate", "extract", FUSE)  # others take it by a flag
 _SAME_PROCESS = 2.0  # seconds by which a process's time of birth may differ between two looks
 _LAST_WORDS = 2000  # characters of the log that are shown of a process that died
 
@@ -211,7 +212,7 @@ class Job:
         self.note(pid=self._process.pid, born_at=born_at)
 
     def _settings_words(self, path: Path) -> list[str]:
-        return [str(path)] if self.kind in (TRAIN, "plan", "priors", "generate") else ["--config", str(path)]
+        return [str(path)] if self.kind in _TAKING_A_FILE else ["--config", str(path)]
 
     def stop(self) -> None:
         """Have it stop at the next safe moment; one that was not started yet is not started any more."""

@@ -13,11 +13,11 @@ from pathlib import Path
 from ..trainer.core.errors import BusyError, TrainerError
 from ..trainer.core.locks import FolderLock
 from . import cards, environment, host
-from .jobs import ENDED, TRAIN, Job, Jobs
+from .jobs import ENDED, FUSE, TRAIN, Job, Jobs
 
 logger = logging.getLogger("dreambooth_lora")
-_ON_THE_CARD = (TRAIN, "compare")  # commands for which the host's model has to go
-_MAKING_LORAS = (TRAIN, "merge", "resize")
+_ON_THE_CARD = (TRAIN, "learned-merge", "compare")  # commands for which the host's model has to go
+_MAKING_LORAS = (TRAIN, "merge", "learned-merge", "resize", "extract")
 _SECONDS_BETWEEN_LOOKS = 0.5
 _lock = threading.Lock()
 _followed: Job | None = None
@@ -163,7 +163,11 @@ def _bring_home(job: Job) -> None:
 
 def _put_into_host(job: Job) -> None:
     is_home = job.record.get("card") is not None
-    if is_home or job.kind not in _MAKING_LORAS or job.progress().facts["state"] != "done":
+    if is_home or job.kind not in (*_MAKING_LORAS, FUSE) or job.progress().facts["state"] != "done":
+        return
+    if job.kind == FUSE:  # which wrote a model beside its base
+        host.refresh_bases()
+        job.note(card="")
         return
     if job.kind == TRAIN:
         card = cards.deliver(job)

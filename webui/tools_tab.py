@@ -1,4 +1,4 @@
-"""The tab's tools: merge, resize, inspect, and the best checkpoint of a run. Each runs as a job of the engine."""
+"""The tab's tools: what makes LoRAs and models of others, and the best checkpoint of a run; jobs of the engine."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from ..install import ROOT
 from ..trainer.core.errors import SettingsError, TrainerError, worded
 from ..trainer.training.runs.index import RunIndex
 from . import environment, host, queue
-from .jobs import ENDED, Job, engine_environment
+from .jobs import ENDED, FUSE, Job, engine_environment, require_file_name
 from .messages import as_html, error_message, failure, saying_errors
 from .widgets import element_id, given, settings_of, widget
 from .wording import wording
 
-MERGE, RESIZE, COMPARE = "merge", "resize", "compare"
+MERGE, LEARNED_MERGE, RESIZE, EXTRACT, COMPARE = "merge", "learned-merge", "resize", "extract", "compare"
 _MERGE_SETTINGS = ("method", "rank", "density", "protected")
+_LEARNED_MERGE_SETTINGS = ("subject_prompt", "style_prompt", "steps", "resolution")
 _RESIZE_SETTINGS = ("rank", "ratio")
+_EXTRACT_SETTINGS = ("rank", "conv_rank")
 _COMPARE_SETTINGS = ("prompts", "clip", "dino", "count", "steps")
 _SECONDS_BETWEEN_LOOKS = 0.5
 _LONGEST_INSPECTION = 600  # seconds
@@ -32,8 +34,14 @@ def build() -> None:
     with gr.Tabs():
         with gr.Tab("Merge"):
             _build_merge()
+        with gr.Tab("Learned merge"):
+            _build_learned_merge()
         with gr.Tab("Resize"):
             _build_resize()
+        with gr.Tab("Extract"):
+            _build_extract()
+        with gr.Tab("Fuse"):
+            _build_fuse()
         with gr.Tab("Inspect"):
             lora = _loras_widget("inspect_lora")
             start = _start("Inspect", "inspect")
@@ -43,18 +51,44 @@ def build() -> None:
 
 
 def _build_merge() -> None:
-    loras = _loras_widget("merge_loras", multiselect=True)
-    strengths = gr.Textbox(
-        label="Strengths",
-        info="One for each, separated by commas: 1, 0.8. Two for the UNet and the text encoder: 1:0.5.",
-        max_lines=1,
-        elem_id=element_id("merge_strengths"),
-    )
+    loras = _loras_widget("merge_loras", label="LoRAs", multiselect=True)
+    strengths = _strengths_widget("merge_strengths")
     name = gr.Textbox(label="Name of the merged LoRA", max_lines=1, elem_id=element_id("merge_name"))
     settings = _widgets(MERGE, _MERGE_SETTINGS)
     start = _start("Merge", "merge")
     outputs = [_result_widget("merge"), gr.Image(label="Report", elem_id=element_id("merge_report"))]
     start.click(_merge, inputs=[loras, strengths, name, *settings], outputs=outputs, show_progress="hidden")
+
+
+def _build_learned_merge() -> None:
+    subject = _loras_widget("learned_merge_subject", label="The subject's LoRA")
+    style = _loras_widget("learned_merge_style", label="The style's LoRA")
+    base = _bases_widget("learned_merge_base", "Base model")
+    name = gr.Textbox(label="Name of the merged LoRA", max_lines=1, elem_id=element_id("learned_merge_name"))
+    settings = _widgets(LEARNED_MERGE, _LEARNED_MERGE_SETTINGS)
+    start = _start("Merge", "learned_merge")
+    outputs = [_result_widget("learned_merge"), gr.Image(label="Report", elem_id=element_id("learned_merge_report"))]
+    start.click(_learned_merge, inputs=[subject, style, base, name, *settings], outputs=outputs, show_progress="hidden")
+
+
+def _build_extract() -> None:
+    tuned = _bases_widget("extract_tuned", "Fine-tuned model")
+    base = _bases_widget("extract_base", "Model that it was fine-tuned from")
+    name = gr.Textbox(label="Name of the LoRA", max_lines=1, elem_id=element_id("extract_name"))
+    settings = _widgets(EXTRACT, _EXTRACT_SETTINGS)
+    start = _start("Extract", "extract")
+    outputs = [_result_widget("extract")]
+    start.click(_extract, inputs=[tuned, base, name, *settings], outputs=outputs, show_progress="hidden")
+
+
+def _build_fuse() -> None:
+    base = _bases_widget("fuse_base", "Base model")
+    loras = _loras_widget("fuse_loras", label="LoRAs", multiselect=True)
+    strengths = _strengths_widget("fuse_strengths")
+    name = gr.Textbox(label="Name of the new model", max_lines=1, elem_id=element_id("fuse_name"))
+    start = _start("Fuse", "fuse")
+    outputs = [_result_widget("fuse")]
+    start.click(_fuse, inputs=[base, loras, strengths, name], outputs=outputs, show_progress="hidden")
 
 
 def _build_resize() -> None:
@@ -82,19 +116,34 @@ def _result_widget(id: str) -> Any:
 
 
 def _widgets(command: str, names: Sequence[str]) -> list[Any]:
-    return [widget(settings_of(command)[name], prefix=f"{command}_") for name in names]
+    return [widget(settings_of(command)[name], prefix=f"{command.replace('-', '_')}_") for name in names]
+
+
+def _strengths_widget(id: str) -> Any:
+    return gr.Textbox(
+        label="Strengths",
+        info="One for each, separated by commas: 1, 0.8. Two for the UNet and the text encoder: 1:0.5.",
+        max_lines=1,
+        elem_id=element_id(id),
+    )
 
 
 def _loras_widget(id: str, **options: Any) -> Any:
-    return _listed(lambda: list(_loras()), id, label="LoRAs" if options else "LoRA", **options)
+    return _listed(lambda: list(_loras()), id, **{"label": "LoRA"} | options)
 
 
-def _listed(choices: Callable[[], list[str]], id: str, **options: Any) -> Any:
-    """A list with a button that reads it anew."""
+def _bases_widget(id: str, label: str) -> Any:
+    return _listed(host.bases, id, host.refresh_bases, label=label)
+
+
+def _listed(
+    choices: Callable[[], list[str]], id: str, found: Callable[[], list[str]] | None = None, **options: Any
+) -> Any:
+    """A list with a button that reads it anew, in another way if there is one."""
     with gr.Row():
         listed = gr.Dropdown(choices=choices(), elem_id=element_id(id), scale=4, **options)
         refresh = gr.Button("⟳", elem_id=element_id(f"{id}_refresh"), scale=0, min_width=40)
-    refresh.click(lambda: gr.update(choices=choices()), inputs=[], outputs=[listed])
+    refresh.click(lambda: gr.update(choices=(found or choices)()), inputs=[], outputs=[listed])
     return listed
 
 
@@ -139,7 +188,7 @@ def _merge(chosen: Sequence[str] | None, strengths: str, name: str, *values: Any
         files = [_lora(lora) for lora in chosen or ()]
         if len(files) < 2:
             raise SettingsError("Fewer than two LoRAs are chosen.", "Choose two or more.")
-        loras = [f"{file}:{strength}" for file, strength in zip(files, numbers)]
+        loras = _weighted(files, numbers)
         settings = given(MERGE, _MERGE_SETTINGS, values) | {"loras": loras, "output": str(_output(name))}
         job = _made(MERGE, name, settings, files, report="report.png")
         for text in _followed(job):
@@ -147,6 +196,53 @@ def _merge(chosen: Sequence[str] | None, strengths: str, name: str, *values: Any
         yield _result(job), _picture(job, "report.png")
     except (TrainerError, ValueError) as error:
         yield error_message(error), None
+
+
+def _learned_merge(
+    subject: str | None, style: str | None, base: str | None, name: str, *values: Any
+) -> Iterator[tuple[str, str | None]]:
+    """Merge a subject and a style with learned coefficients; what is shown meanwhile and at the end, as of a merge."""
+    try:
+        files = [_lora(subject), _lora(style)]
+        settings = given(LEARNED_MERGE, _LEARNED_MERGE_SETTINGS, values)
+        settings |= {"loras": _weighted(files, ["1", "1"]), "output": str(_output(name))}
+        settings |= {"base": str(host.base_file(base or ""))}
+        tokenizer = host.tokenizer()
+        settings |= {"tokenizer": str(tokenizer)} if tokenizer else {}
+        job = _made(LEARNED_MERGE, name, settings, files, report="report.png")
+        for text in _followed(job):
+            yield text, None
+        yield _result(job), _picture(job, "report.png")
+    except (TrainerError, ValueError) as error:
+        yield error_message(error), None
+
+
+def _extract(tuned: str | None, base: str | None, name: str, *values: Any) -> Iterator[str]:
+    """Extract a LoRA from a fine-tuned model; what is shown meanwhile and at the end."""
+    try:
+        settings = given(EXTRACT, _EXTRACT_SETTINGS, values) | {"output": str(_output(name))}
+        settings |= {"tuned": str(host.base_file(tuned or "")), "base": str(host.base_file(base or ""))}
+        job = _made(EXTRACT, name, settings)
+        yield from _followed(job)
+        yield _result(job)
+    except (TrainerError, ValueError) as error:
+        yield error_message(error)
+
+
+def _fuse(base: str | None, chosen: Sequence[str] | None, strengths: str, name: str) -> Iterator[str]:
+    """Add LoRAs to a model, and save it beside it as another one; what is shown meanwhile and at the end."""
+    try:
+        if not chosen:
+            raise SettingsError("No LoRA is chosen.", "Choose one or more.")
+        loras = _weighted([_lora(lora) for lora in chosen], _strengths(chosen, strengths))
+        named = _output(name).name
+        file = host.base_file(base or "")
+        output = file.with_name(named)
+        job = _made(FUSE, name, {"base": str(file), "lora": loras, "output": str(output)})
+        yield from _followed(job)
+        yield _result(job)
+    except (TrainerError, ValueError) as error:
+        yield error_message(error)
 
 
 def _resize(lora: str | None, name: str, *values: Any) -> Iterator[str]:
@@ -197,6 +293,11 @@ def _inspect(lora: str | None) -> str:
     return f"<pre>{as_html(done.stdout or done.stderr)}</pre>"
 
 
+def _weighted(files: Sequence[Path], strengths: Sequence[str]) -> list[str]:
+    """LoRA files with their strengths, as the engine reads them."""
+    return [f"{file}:{strength}" for file, strength in zip(files, strengths)]
+
+
 def _strengths(chosen: Sequence[str] | None, text: str) -> list[str]:
     """A strength for each LoRA; 1 if none are given.
 
@@ -227,7 +328,8 @@ def _output(name: str) -> Path:
     """
     name = (name or "").strip()
     if not name:
-        raise SettingsError("The result has no name.", "Give one; it becomes the name of the LoRA file.")
+        raise SettingsError("The result has no name.", "Give one; it becomes the name of the file.")
+    require_file_name(name)
     return host.loras_folder() / f"{name}.safetensors"
 
 

@@ -14,6 +14,7 @@ import pytest
 from helpers import HANGS
 from hypothesis import given
 from hypothesis import strategies as st
+from pack.trainer.__main__ import COMMANDS, Command
 from pack.trainer.core.errors import BusyError, SettingsError, StorageError
 from pack.trainer.core.toml import read_toml
 from pack.webui.jobs import TRAIN, Job, Jobs, Progress
@@ -216,6 +217,14 @@ def test_other_commands_get_their_settings_as_a_configuration(jobs: Jobs, tmp_pa
     jobs.start(job, engine(tmp_path, f'echo "$3 $4 $5" > "{tmp_path}/words"'))
     ended(job)
     assert (tmp_path / "words").read_text(encoding="utf-8").strip() == f"merge --config {job.folder / 'job.toml'}"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.name)
+def test_each_command_gets_its_settings_where_it_takes_them(command: Command, jobs: Jobs) -> None:
+    if command.name == "dreambench":  # which no job runs
+        return
+    words = jobs.make(command.name, "x", {})._settings_words(Path("job.toml"))
+    assert words == (["--config", "job.toml"] if command.positional else ["job.toml"])
 
 
 def test_a_process_that_died_without_a_word(jobs: Jobs, tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 from bare_nodes import adapter_of
+from merge_worlds import random_adapter
 from pack.trainer.adapters.kohya import read_adapter, write_adapter
+from pack.trainer.models.open import open_base
 from webui_host import WebUI, text_of
 
 
@@ -21,7 +23,8 @@ def loras(webui: WebUI) -> Iterator[Path]:
     """The host's folder of LoRAs, with two of them, which the page's lists know."""
     for name, number in (("äpple", 1.0), ("boat", 2.0)):
         write_adapter(webui.loras / f"{name}.safetensors", adapter_of(number), torch.float32)
-    for list_ in ("merge_loras", "resize_lora", "inspect_lora"):
+    lists = ("merge_loras", "learned_merge_subject", "learned_merge_style", "fuse_loras", "resize_lora", "inspect_lora")
+    for list_ in lists:
         [update] = webui.call(f"{list_}_refresh")
         choices = [choice if isinstance(choice, str) else choice[1] for choice in update["choices"]]
         assert choices == ["boat", "äpple"]
@@ -57,6 +60,15 @@ def test_what_is_missing_is_said(webui: WebUI, loras: Path) -> None:
         ("merge", both | {"merge_strengths": "1, x"}, "The strength 'x' is no number."),
         ("merge", both | {"merge_name": " "}, "The result has no name."),
         ("merge", both | {"merge_name": "../both"}, "'../both' can't be a file name."),
+        ("learned_merge", {"learned_merge_subject": "boat", "learned_merge_name": "both"}, "No LoRA is chosen."),
+        (
+            "learned_merge",
+            {"learned_merge_subject": "boat", "learned_merge_style": "äpple"},
+            "The result has no name.",
+        ),
+        ("extract", {"extract_name": "../x"}, "'../x' can't be a file name."),
+        ("fuse", {"fuse_name": "all"}, "No LoRA is chosen."),
+        ("fuse", {"fuse_loras": ["boat"], "fuse_name": "a/b"}, "'a/b' can't be a file name."),
         ("resize", {"resize_name": "small"}, "No LoRA is chosen."),
         ("resize", {"resize_lora": "boat", "resize_name": ""}, "The result has no name."),
         ("inspect", {}, "No LoRA is chosen."),
@@ -103,3 +115,59 @@ def test_a_lora_is_made_smaller_and_inspected(webui: WebUI, loras: Path) -> None
     assert "rank" in message.lower()
     assert not (loras / "other.safetensors").exists()
     assert "still at work" not in said(webui, "resize", resize_lora="äpple", resize_name="other", resize_rank=1)
+
+
+QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+
+
+@pytest.fixture
+def fitting(webui: WebUI, loras: Path, tiny_checkpoint: Path) -> Path:
+    """The folder with LoRAs of the host's model, also under the names of those that fit none."""
+    base = open_base(tiny_checkpoint)
+    for seed, name in enumerate(("äpple", "boat")):
+        adapter = random_adapter(base, pattern=QUERY, seed=seed)
+        write_adapter(loras / f"{name}.safetensors", adapter, torch.float32, replace=True)
+    (loras / "boat.json").write_text(json.dumps({"activation text": "sks boat"}))
+    return loras
+
+
+@pytest.mark.slow
+def test_a_lora_is_fused_into_a_model_and_extracted_again(webui: WebUI, fitting: Path) -> None:
+    models = webui.folder / "models" / "Stable-diffusion"
+    base = webui.components()["dreambooth_base"]["props"]["value"]
+    try:
+        message = said(webui, "fuse", fuse_base=base, fuse_loras=["boat"], fuse_strengths="2", fuse_name="with boat")
+        assert "with boat.safetensors" in message
+        assert (models / "with boat.safetensors").is_file()
+        [update] = webui.call("extract_tuned_refresh")
+        titles = [choice if isinstance(choice, str) else choice[1] for choice in update["choices"]]
+        [tuned] = [title for title in titles if title.startswith("with boat")]
+        message = said(webui, "extract", extract_tuned=tuned, extract_base=base, extract_name="again", extract_rank=4)
+    finally:
+        (models / "with boat.safetensors").unlink(missing_ok=True)
+        webui.call("refresh")
+    assert "again.safetensors" in message
+    [(name, made)] = read_adapter(fitting / "again.safetensors").layers.items()
+    assert name == QUERY
+    wanted = 2 * change(read_adapter(fitting / "boat.safetensors").layers[QUERY])
+    torch.testing.assert_close(change(made), wanted, rtol=1e-3, atol=1e-3)
+    assert "again" in webui.facts()["networks"]
+
+
+@pytest.mark.slow
+def test_a_subject_and_a_style_are_merged_by_learning(webui: WebUI, fitting: Path) -> None:
+    calls = webui.facts()["calls"]
+    chosen: dict[str, Any] = {
+        "learned_merge_subject": "boat",
+        "learned_merge_style": "äpple",
+        "learned_merge_name": "both",
+    }
+    chosen |= {"learned_merge_base": webui.components()["dreambooth_base"]["props"]["value"]}
+    chosen |= {"learned_merge_steps": 1, "learned_merge_resolution": 64}
+    assert "subject prompt" in said(webui, "learned_merge", **chosen), "the engine says what is missing"
+    chosen |= {"learned_merge_subject_prompt": "a photo of sks boat", "learned_merge_style_prompt": "pixel art"}
+    message = said(webui, "learned_merge", **chosen)
+    assert "both.safetensors" in message
+    assert read_adapter(fitting / "both.safetensors").layers.keys() == {QUERY}
+    assert json.loads((fitting / "both.json").read_text(encoding="utf-8"))["activation text"] == "sks boat"
+    assert webui.facts()["calls"][len(calls) :][-2:] == ["unload", "load"], "the card was the merge's meanwhile"
