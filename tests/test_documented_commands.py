@@ -159,6 +159,56 @@ def check_picking_again(ran: Ran) -> None:
     assert picked == {"with priors": [200], "without": [100]}
 
 
+LEARNING = ROOT / "benchmarks" / "results" / "learning"
+
+
+def check_learning(ran: Ran) -> None:
+    names = {name for name in ran.names() if not name.startswith("work/")}
+    assert names == {
+        "judge.json",
+        "base/dog-0.json",
+        "truth/dog-0.json",
+        "none/dog-0.json",
+        "class-pictures/dog-0.json",
+    }
+    # two steps of a forward and a backward each, and the four forwards that look at the prediction type
+    assert ran.json("none/dog-0.json")["passes"] == 2 * 3 + 4
+    # twice as many samples, and two class pictures of one step with guidance
+    assert ran.json("class-pictures/dog-0.json")["passes"] == 2 * 2 * 3 + 4 + 2 * 2
+    assert [point["step"] for point in ran.json("none/dog-0.json")["curve"]] == [2]
+    assert "kohya, its guide: left out. Give --kohya CHECKOUT." not in ran.printed  # it was not asked for
+
+
+def check_learning_search(ran: Ran) -> None:
+    assert sorted(ran.rows("search/table.md")) == ["---", "trial", "trial-000", "trial-001"]
+    assert {"search/trial-000/cat-0.json", "search/trial-000/robot-0.json"} <= ran.names()
+
+
+def write_learning_results(out: Path) -> None:
+    """What is committed, and a page to fill."""
+    shutil.copytree(LEARNING, out, ignore=shutil.ignore_patterns("work"), dirs_exist_ok=True)
+    (out / "page.md").write_text("<!-- results -->\n<!-- /results -->\n", encoding="utf-8")
+
+
+def check_learning_table(ran: Ran) -> None:
+    assert (ran.out / "table.csv").read_text(encoding="utf-8").startswith("way,subject,seed,step,clip_i,")
+    table = (ran.out / "table.md").read_text(encoding="utf-8")
+    assert (ran.out / "page.md").read_text(encoding="utf-8") == f"<!-- results -->\n\n{table}\n<!-- /results -->\n"
+
+
+def write_learning_strips(out: Path) -> None:
+    for way in ("base", "none"):
+        strip = out / "work" / "strips" / way / "dog-0.png"
+        strip.parent.mkdir(parents=True)
+        Image.new("RGB", (9 * 64, 64), "red").save(strip)
+
+
+def check_learning_sheet(ran: Ran) -> None:
+    with Image.open(ran.out / "sheet.png") as sheet:
+        assert sheet.height > 2 * 64
+        assert sheet.width > 9 * 64
+
+
 def check_depth(ran: Ran) -> None:
     parts = ("subjects", "style", "masks", "presets")
     assert ran.names() == {f"depth-{part}.{kind}" for part in parts for kind in ("md", "png")}
@@ -295,6 +345,24 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
         "python benchmarks/picking.py --again --out OUT --sheets OUT", check_picking_again, prepare=write_figures
     ),
     ("python benchmarks/depth.py",): Smoke("python benchmarks/depth.py --smoke --out OUT --sheets OUT", check_depth),
+    ("python benchmarks/learning.py run",): Smoke(
+        "python benchmarks/learning.py run --smoke --ways none class-pictures --subjects dog --seeds 0 --out OUT",
+        check_learning,
+        left_out={flag: PEER for flag in ("--diffusers", "--diffusers-python", "--kohya", "--kohya-python")},
+    ),
+    ("python benchmarks/learning.py table",): Smoke(
+        "python benchmarks/learning.py table --out OUT --page OUT/page.md",
+        check_learning_table,
+        prepare=write_learning_results,
+    ),
+    ("python benchmarks/learning.py sheet",): Smoke(
+        "python benchmarks/learning.py sheet --out OUT --sheet OUT/sheet.png",
+        check_learning_sheet,
+        prepare=write_learning_strips,
+    ),
+    ("python benchmarks/learning.py search",): Smoke(
+        "python benchmarks/learning.py search --smoke --trials 2 --keep 1 --out OUT", check_learning_search
+    ),
     ("python benchmarks/fit.py",): Smoke(
         "python benchmarks/fit.py --plan --size sd15 --resolution 64",
         printed(

@@ -1,0 +1,68 @@
+"""What docs/learning.md says is what the committed results say, and the subjects are what they were."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import random
+from types import ModuleType
+
+import pytest
+from helpers import ROOT
+
+RESULTS = ROOT / "benchmarks" / "results" / "learning"
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("learning_tables")
+
+
+def test_the_page_holds_the_tables_of_the_results(tables: ModuleType) -> None:
+    text = tables.as_page(tables.load_results(RESULTS), RESULTS)
+    page = (ROOT / "docs" / "learning.md").read_text(encoding="utf-8")
+    assert f"{tables.BEGIN}\n\n{text}\n{tables.END}" in page, (
+        "python benchmarks/learning.py table --page docs/learning.md"
+    )
+
+
+def test_every_result_stands_where_its_facts_say() -> None:
+    for path in RESULTS.glob("*/*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if path.parts[-2] != "search":
+            assert path.relative_to(RESULTS).as_posix() == f"{result['way']}/{result['subject']}-{result['seed']}.json"
+
+
+def test_seeds_are_averaged_over_subjects_first(tables: ModuleType) -> None:
+    mean, spread = tables.mean_and_spread([(0, 1.0), (0, 3.0), (1, 4.0), (1, 4.0)])
+    assert mean == 3
+    assert spread == pytest.approx(2**0.5)
+    assert tables.mean_and_spread([(0, 1.0), (0, 3.0)]) == (2, 0)
+
+
+def test_what_is_missing_is_listed(tables: ModuleType) -> None:
+    results = [{"way": "none", "subject": "dog", "seed": 1}]
+    missing = tables.missing_jobs(results, ["none"])
+    assert len(missing) == 4 * 3 - 1
+    assert "none, dog, seed 1" not in missing
+    assert "none, dog, seed 0" in missing
+
+
+def test_the_world_draws_what_it_drew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo's own subject to the pixel (its pictures are drawn with Pillow alone), and four others, each in a coat
+    of its own."""
+    monkeypatch.syspath_prepend(str(ROOT / "demo"))
+    world = importlib.import_module("world")
+    subjects = importlib.import_module("subjects").SUBJECTS
+    drawn = {
+        name: hashlib.sha256(subject.picture("at night", random.Random(3)).tobytes()).hexdigest()
+        for name, subject in subjects.items()
+    }
+    assert set(drawn) == {"dog", "cat", "robot", "mug"}
+    again = subjects["dog"].picture("at night", random.Random(3))
+    assert hashlib.sha256(again.tobytes()).hexdigest() == drawn["dog"]
+    demo_dog = world.subject_picture("at night", random.Random(3))
+    assert demo_dog.tobytes() != again.tobytes()  # the same dog in the same place, in another coat
+    assert [picture.size for picture in subjects["mug"].training_pictures()] == [(64, 64)] * 5
