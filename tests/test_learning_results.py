@@ -6,10 +6,14 @@ import hashlib
 import importlib
 import json
 import random
+from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
 from helpers import ROOT
+from pack.trainer.settings.train import TrainCommand
 
 RESULTS = ROOT / "benchmarks" / "results" / "learning"
 
@@ -33,6 +37,44 @@ def test_every_result_stands_where_its_facts_say() -> None:
         result = json.loads(path.read_text(encoding="utf-8"))
         if path.parts[-2] != "search":
             assert path.relative_to(RESULTS).as_posix() == f"{result['way']}/{result['subject']}-{result['seed']}.json"
+
+
+@pytest.fixture
+def ways(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("learning_ways")
+
+
+def test_every_way_has_settings_that_the_trainer_takes(ways: ModuleType) -> None:
+    for changes in (*ways.WAYS.values(), *(ways.drawn_settings(number) for number in range(20))):
+        values = ways.filled({**ways.RECIPE, **changes}, "dog")
+        settings = TrainCommand.checked({**values, "base": "base", "images": "images"})
+        assert settings.without_effect() == {}
+        assert settings.instance_prompt == "a photo of sks dog"
+
+
+def test_trials_are_drawn_from_their_number(ways: ModuleType) -> None:
+    assert ways.drawn_settings(0) == {}
+    assert ways.drawn_settings(3) == ways.drawn_settings(3)
+    assert len({str(ways.drawn_settings(number)) for number in range(20)}) > 15
+
+
+@pytest.mark.slow
+def test_kohya_gets_the_same_latents(ways: ModuleType, tmp_path: Path) -> None:
+    """Its scripts multiply by 0.18215, whatever the base says."""
+    base = ROOT / "demo" / "base"
+    ways.write_with_usual_scale(base, tmp_path / "base")
+    ours, theirs = (AutoencoderKL.from_pretrained(folder, subfolder="vae") for folder in (base, tmp_path / "base"))
+    pixels = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        expected, given = (vae.float().encode(pixels).latent_dist for vae in (ours, theirs))
+        latents = expected.mean * ours.config.scaling_factor
+        torch.testing.assert_close(given.mean * 0.18215, latents)
+        torch.testing.assert_close(given.std * 0.18215, expected.std * ours.config.scaling_factor)
+        decoded = [
+            vae.decode(latents / scale).sample for vae, scale in ((ours, ours.config.scaling_factor), (theirs, 0.18215))
+        ]
+    torch.testing.assert_close(*decoded, atol=1e-4, rtol=1e-4)
 
 
 def test_seeds_are_averaged_over_subjects_first(tables: ModuleType) -> None:
