@@ -49,6 +49,10 @@ _NEWER = (  # last: saved workflows hold the values of widgets by their place
     "base_quantization",
     "lr_cycles",
     "lr_power",
+    "rank_schedule",
+    "min_rank",
+    "rank_power",
+    "lora_init",
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)

@@ -136,6 +136,10 @@ settings(
 )
 settings("factor 0", TrainCommand, {"adapter": "lokr", "lokr_factor": 0}, {"lokr_factor": -1}, {"lokr_factor": 1})
 settings("factor of a LoRA", TrainCommand, {"lokr_factor": 4}, {"lokr_factor": ABSENT})
+settings("DoRA by timestep", TrainCommand, {"adapter": "dora", "rank_schedule": "timestep"})
+settings("full, orthogonal", TrainCommand, {"adapter": "full", "lora_init": "orthogonal"})
+settings("a limit of an orthogonal LoRA", TrainCommand, {"lora_init": "orthogonal", "max_norm": 1.0})
+settings("an orthogonal LoRA with LoRA+", TrainCommand, {"lora_init": "orthogonal", "lora_plus_ratio": 4.0})
 settings("DoRA combined", TrainCommand, {"adapter": "dora", "combine": True, "base_lora": ["x"]})
 settings("combined with nothing", TrainCommand, {"combine": True}, {"base_lora": ["x"]})
 settings("no layers", TrainCommand, {"targets": "none"}, {"include": "mid"}, {"targets": "attention"})
@@ -328,6 +332,8 @@ model("rescaled schedule of an epsilon model", {"zero_terminal_snr": True})
 for _how, _adapter in {"LoHa": LOHA, "bias": LORA_WITH_BIAS}.items():
     model(f"combined with a {_how}", {"combine": True, "stacked": [_adapter]})
 model("dropout from a LoHa", {"start": LOHA, "dropout": 0.1}, check=targets)
+model("by timestep from a LoHa", {"start": LOHA, "rank_schedule": "timestep"}, check=targets)
+model("more components than there are", {"rank": 2, "rank_schedule": "timestep", "min_rank": 3}, check=targets)
 model("a text encoder that would stand still", {"start": LORA_WITH_TEXT}, {"text_encoder_lr": 5e-5}, check=targets)
 model("a text encoder that the adapter lacks", {"start": LORA, "text_encoder_lr": 1e-5}, {"start": None}, check=targets)
 model("no layer left", {"exclude": "attentions"}, {"exclude": "attn1"}, {"targets": "all"}, check=targets)
@@ -780,7 +786,7 @@ UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/core/errors.py", "of_loss"): _DIVERGED,
     ("trainer/dreambooth.py", "save_checkpoint"): _DIVERGED,
     ("trainer/merging/ziplora.py", "_train"): _DIVERGED,
-    ("trainer/training/adapter.py", "load"): _DAMAGED,
+    ("trainer/training/adapter.py", "_require_same_modules"): _DAMAGED,
     ("trainer/training/trainable.py", "restore"): _DAMAGED,
     ("trainer/core/distributed.py", "make_accelerator"): "needs a device without bf16",
     ("trainer/models/hub.py", "explained_opening"): "needs the network",

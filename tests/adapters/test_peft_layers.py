@@ -84,7 +84,8 @@ def test_a_file_is_the_adapter_that_was_trained(kind: str, family: str, worlds: 
 
     write_adapter(tmp_path / "dog.safetensors", adapter.adapter(), torch.float32)
     read = read_adapter(tmp_path / "dog.safetensors")
-    assert read.kind == {"LoCon": "LoRA", "rsLoRA": "LoRA", "LoKr of 4": "LoKr"}.get(kind, kind)
+    plain_loras = dict.fromkeys(("LoCon", "rsLoRA", "T-LoRA", "Ortho-LoRA"), "LoRA")
+    assert read.kind == {**plain_loras, "LoKr of 4": "LoKr"}.get(kind, kind)
     fresh = base.family.build(base)
     merge_into(fresh, read, 1.0)
     assert max(distances(predicted(fresh), trained).values()) < 1e-4
@@ -117,6 +118,11 @@ PARTS: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
         CONV: {"lora_down.weight": (2, 32, 3, 3), "lora_up.weight": (64, 2, 1, 1), "dora_scale": (64, 1, 1, 1)},
         FC1: {"lora_down.weight": (2, 64), "lora_up.weight": (128, 2), "dora_scale": (128, 1)},
     },
+    "Ortho-LoRA": {
+        Q: {"lora_down.weight": (8, 32), "lora_up.weight": (32, 8)},
+        CONV: {"lora_down.weight": (6, 32, 3, 3), "lora_up.weight": (64, 6, 1, 1)},
+        FC1: {"lora_down.weight": (8, 64), "lora_up.weight": (128, 8)},
+    },
     "LoHa": {
         Q: {"hada_w1_a": (32, 2), "hada_w1_b": (2, 32), "hada_w2_a": (32, 2), "hada_w2_b": (2, 32)},
         CONV: {"hada_w1_a": (64, 2), "hada_w1_b": (2, 288), "hada_w2_a": (64, 2), "hada_w2_b": (2, 288)},
@@ -134,7 +140,7 @@ PARTS: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
     },
 }
 ALPHAS = {"LoCon": {Q: 4.0, CONV: 1.0, FC1: 4.0}, "LoKr": dict.fromkeys((Q, CONV, FC1), 2.0)}
-ALPHAS |= {"LoKr of 4": ALPHAS["LoKr"]}
+ALPHAS |= {"LoKr of 4": ALPHAS["LoKr"], "Ortho-LoRA": {Q: 6.0, CONV: 6.0, FC1: 6.0}}
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -172,7 +178,7 @@ def test_sdxl_has_the_names_of_the_original_code(worlds: Worlds) -> None:
 # Precision and gradients
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["LoCon", "DoRA", "LoHa", "LoKr"], "LoCon"))
+@pytest.mark.parametrize("kind", mostly_slow(["LoCon", "DoRA", "LoHa", "LoKr", "T-LoRA", "Ortho-LoRA"], "LoCon"))
 def test_a_bf16_step_trains_float32_parameters(kind: str, worlds: Worlds, tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
@@ -187,7 +193,12 @@ def test_a_bf16_step_trains_float32_parameters(kind: str, worlds: Worlds, tmp_pa
         unmoved = [torch.equal(*pair) for pair in zip(before, recipe.session.trainable.parameters(), strict=True)]
         assert not any(unmoved)
         networks = (recipe.session.model.unet, *recipe.session.model.text_encoders.values())
-        frozen = {p.dtype for network in networks for p in network.parameters() if not p.requires_grad}
+        frozen = {
+            parameter.dtype
+            for network in networks
+            for name, parameter in network.named_parameters()
+            if not parameter.requires_grad and ".initial_" not in name  # what the adapter itself was at the start
+        }
         assert frozen == {torch.bfloat16 if precision == "bf16" else torch.float32}
         recipe.clean_up()
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)

@@ -212,6 +212,14 @@ UNFIT: dict[str, tuple[str, Unfit]] = {
     "a rate, but no text": ("text_encoder_lr", lambda world, xl, made: (world, made(), TEXT)),
     "a second rate": ("text_encoder_2_lr", lambda world, xl, made: (world, made(**TEXT), BOTH_TEXTS)),
     "dropout for LoHa": ("dropout", lambda world, xl, made: (world, made(**KINDS["LoHa"]), {"dropout": 0.5})),
+    "rank by timestep for LoHa": (
+        "rank_schedule",
+        lambda world, xl, made: (world, made(**KINDS["LoHa"]), {"rank_schedule": "timestep"}),
+    ),
+    "more than its rank": (
+        "min_rank",
+        lambda world, xl, made: (world, made(rank=4), {"rank": 8, "rank_schedule": "timestep", "min_rank": 5}),
+    ),
     "two kinds": (
         "DoRA, LoRA",
         lambda world, xl, made: (

@@ -76,6 +76,10 @@ OTHER: dict[str, Any] = {
     "gradient_checkpointing": True,
     "fit": "off",
     "base_quantization": "nf4",
+    "rank_schedule": "timestep",
+    "min_rank": 3,
+    "rank_power": 0.5,
+    "lora_init": "orthogonal",
     "checkpoint_every": 0,
     "keep_checkpoints": 9,
     "keep_adapters": False,
@@ -155,13 +159,15 @@ COMPANY: dict[str, dict[str, Any]] = {
     "text_encoder_until": {"text_encoder_lr": 5e-5},
     "lr_cycles": {"lr_schedule": "cosine_with_restarts"},
     "lr_power": {"lr_schedule": "polynomial"},
+    "min_rank": {"rank_schedule": "timestep"},
+    "rank_power": {"rank_schedule": "timestep"},
     "huber_c": {"loss": "huber"},
     "min_snr_gamma": {"loss_weighting": "min-snr"},
     "multires_noise_discount": {"multires_noise_iterations": 6},
     "bucket_step": {"aspect_buckets": True},
     "keep_tags": {"shuffle_tags": True},
 }
-APART = {"lokr_factor", "combine"}  # which do not go with DoRA
+APART = {"lokr_factor", "combine", "rank_schedule", "min_rank", "rank_power", "lora_init"}  # which do not go with DoRA
 
 
 def toml(values: dict[str, Any]) -> str:
@@ -382,6 +388,10 @@ BOUNDS = [
     ("conv_alpha", 0.1, 0.0),
     ("lokr_factor", 256, 257),
     ("lokr_factor", -1, -2),
+    ("min_rank", 1024, 1025),
+    ("min_rank", 0, -1),
+    ("rank_power", 0.1, 0.0),
+    ("rank_power", 10.0, 10.1),
     ("dropout", 0.99, 1.0),
     ("dropout", 0.0, -0.1),
     ("max_norm", 0.0, -1.0),
@@ -437,6 +447,7 @@ FOR_ADAPTERS = {
     "rank_stabilized": True,
     "preset": "person",
 }
+FOR_LORA = {"rank_schedule": "timestep", "lora_init": "orthogonal"}
 CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *(({"adapter": "full", name: value}, (name, "'full'", f"unset {name}")) for name, value in FOR_ADAPTERS.items()),
     *(
@@ -456,6 +467,13 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"adapter": "lokr", **values}, ("LoKr", "alpha", "learning_rate"))
         for values in ({"alpha": 4.0}, {"targets": "all", "conv_alpha": 4.0}, {"block_ranks": "mid_block=4:2"})
     ),
+    *(
+        ({"adapter": kind, name: value}, (name, f"'{kind}'", f"set {name} = ", "choose adapter = lora"))
+        for kind in ("dora", "loha", "lokr", "full")
+        for name, value in FOR_LORA.items()
+    ),
+    ({"lora_init": "orthogonal", "max_norm": 1.0}, ("max_norm = 0", "lora_init = default")),
+    ({"lora_init": "orthogonal", "lora_plus_ratio": 16.0}, ("lora_plus_ratio = 0", "lora_init = default")),
     ({"combine": True}, ("combine", "give base_lora", "combine = off")),
     ({"targets": "none"}, ("targets", "give include")),
     ({"targets": "none", "include": " "}, ("targets", "give include")),
@@ -492,6 +510,8 @@ CONSISTENT: list[dict[str, Any]] = [
     {"adapter": "dora", "dropout": 0.1, "rank_stabilized": True},
     {"adapter": "loha", "max_norm": 1.0, "block_ranks": "mid=4"},
     {"adapter": "lokr", "lokr_factor": 4, "targets": "all"},
+    {**FOR_LORA, "dropout": 0.1, "rank_stabilized": True, "ema_decay": 0.9, "combine": True, "base_lora": ["a"]},
+    {"rank_schedule": "timestep", "max_norm": 1.0, "lora_plus_ratio": 16.0},
     {"targets": "none", "include": "conv_in", "conv_rank": 4},
     {"targets": "attention", "include": "conv_in", "conv_alpha": 4.0},
     {"text_encoder_until": 0.5, "text_encoder_2_lr": 1e-5},
@@ -632,6 +652,10 @@ AFFECTING = {
     *DataSettings.model_fields,
     *ObjectiveSettings.model_fields,
     "base_quantization",
+    "rank_schedule",
+    "min_rank",
+    "rank_power",
+    "lora_init",
 }
 
 
@@ -700,11 +724,14 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values["lr_warmup_steps"] %= values.get("steps", 800)
     kind = values.get("adapter", "lora")
     unfit = {
-        "full": [*FOR_ADAPTERS, "lora_plus_ratio"],
-        "dora": ["combine"],
-        "loha": ["combine", "dropout", "rank_stabilized"],
-        "lokr": ["combine", "dropout", "rank_stabilized", "alpha", "conv_alpha", "block_ranks"],
+        "full": [*FOR_ADAPTERS, *FOR_LORA, "lora_plus_ratio"],
+        "dora": ["combine", *FOR_LORA],
+        "loha": ["combine", "dropout", "rank_stabilized", *FOR_LORA],
+        "lokr": ["combine", "dropout", "rank_stabilized", "alpha", "conv_alpha", "block_ranks", *FOR_LORA],
     }
+    if values.get("lora_init") == "orthogonal":
+        values.pop("max_norm", None)
+        values.pop("lora_plus_ratio", None)
     for name in [*unfit.get(kind, []), *([] if kind == "lokr" and values.get("lokr_factor") else ["lokr_factor"])]:
         values.pop(name, None)
     if values.get("targets") == "none" and not values.get("include"):

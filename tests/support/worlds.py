@@ -45,6 +45,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoRA": {"alpha": 1.0},
     "LoCon": {"targets": "all", "rank": 4, "conv_rank": 2, "conv_alpha": 1.0},
     "rsLoRA": {"rank_stabilized": True, "rank": 4, "alpha": 3.0},
+    "T-LoRA": {"rank_schedule": "timestep", "targets": "all", "rank": 4, "conv_rank": 3, "min_rank": 1, "alpha": 3.0},
+    "Ortho-LoRA": {"lora_init": "orthogonal", "targets": "all", "rank": 4, "conv_rank": 3, "alpha": 3.0},
     "DoRA": {"adapter": "dora", "targets": "all", "alpha": 1.0},
     "LoHa": {"adapter": "loha", "targets": "all", "alpha": 1.0},
     "LoKr": {"adapter": "lokr", "targets": "all"},
@@ -224,7 +226,7 @@ def assert_same_end(ours: TrainResult, theirs: TrainResult) -> None:
     step = f"step-{newest_step(theirs.run):08d}"
     files = {path.name for path in (theirs.run / step).glob("*.safetensors")}
     trained = "weights.safetensors" if theirs.checkpoint else "adapter.safetensors"
-    assert files - {"live.safetensors"} == {"optimizer.safetensors", trained}
+    assert files - {"live.safetensors", "factors.safetensors"} == {"optimizer.safetensors", trained}
     assert {path.name for path in (ours.run / step).glob("*.safetensors")} == files
     for file in files:
         assert differing(ours.run / step / file, theirs.run / step / file) == []

@@ -120,6 +120,7 @@ WAYS: dict[str, tuple[dict[str, Any], str, MemorySaving]] = {
     "text encoder, checkpointing": (TEXT, "fp32", MemorySaving(True)),
     "DoRA": ({"adapter": "dora"}, "bf16", MemorySaving(True)),
     "LoHa": ({"adapter": "loha"}, "bf16", MemorySaving(False)),
+    "T-LoRA": ({"rank_schedule": "timestep", "lora_init": "orthogonal"}, "bf16", MemorySaving(True)),
     "LoKr": ({"adapter": "lokr", "targets": "all"}, "bf16", MemorySaving(False)),
     "full": ({"adapter": "full"}, "bf16", MemorySaving(False)),
     "nf4": ({"base_quantization": "nf4"}, "bf16", MemorySaving(True)),

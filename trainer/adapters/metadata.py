@@ -66,7 +66,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "ss_network_module": "networks.lora" if network.kind in ("lora", "full") else "lycoris.kohya",
         "ss_network_dim": network.rank,
         "ss_network_alpha": network.alpha,
-        "ss_network_args": json.dumps(_network_args(settings, network.kind)),
+        "ss_network_args": json.dumps(_network_args(settings, network.kind, facts.start)),
         "ss_training_started_at": facts.started_at,
         "ss_training_finished_at": time.time(),
         "ss_steps": step,
@@ -139,7 +139,13 @@ def _network(settings: TrainSettings, start: Adapter | None) -> _Network:
         [((rank, alpha), _)] = ranks_and_alphas.most_common(1)
         return _Network(start.kind.lower(), rank, alpha)
     alpha = float(settings.rank) if settings.adapter == "full" else settings.scale * settings.rank
-    return _Network(settings.adapter, settings.rank, alpha)
+    factor = _file_rank_factor(settings, start)
+    return _Network(settings.adapter, factor * settings.rank, factor * alpha)
+
+
+def _file_rank_factor(settings: TrainSettings, start: Adapter | None) -> int:
+    """How many times a layer's rank, and its alpha, its file has: what an orthogonal start subtracts is in it."""
+    return 2 if settings.lora_init == "orthogonal" and start is None else 1
 
 
 def _trigger_phrase(captions: Sequence[str]) -> str:
@@ -161,14 +167,16 @@ def _configuration(settings: TrainSettings, facts: RunFacts) -> dict[str, object
     return configuration
 
 
-def _network_args(settings: TrainSettings, kind: str) -> dict[str, object]:
+def _network_args(settings: TrainSettings, kind: str, start: Adapter | None) -> dict[str, object]:
     """Kohya's and LyCORIS's network_args, as far as they are set; the values are strings there."""
+    factor = _file_rank_factor(settings, start)
+    by_timestep = settings.rank_schedule == "timestep"
     arguments = {
         "algo": {"lora": "", "full": "", "dora": "lora"}.get(kind, kind),
         "dora_wd": "True" if kind == "dora" else "",
         "targets": settings.targets,
-        "conv_dim": settings.targets == "all" and str(settings.conv_rank or settings.rank),
-        "conv_alpha": settings.conv_alpha and str(settings.conv_alpha),
+        "conv_dim": settings.targets == "all" and str(factor * (settings.conv_rank or settings.rank)),
+        "conv_alpha": settings.conv_alpha and str(factor * settings.conv_alpha),
         "factor": str(settings.lokr_factor) if kind == "lokr" else "",
         "dropout": settings.dropout and str(settings.dropout),
         "scale_weight_norms": settings.max_norm and str(settings.max_norm),
@@ -177,6 +185,10 @@ def _network_args(settings: TrainSettings, kind: str) -> dict[str, object]:
         "exclude": settings.exclude,
         "loraplus_lr_ratio": settings.lora_plus_ratio and str(settings.lora_plus_ratio),
         "rank_stabilized": "True" if settings.rank_stabilized else "",
+        "rank_schedule": settings.rank_schedule if by_timestep else "",
+        "min_rank": str(settings.min_rank) if by_timestep else "",
+        "rank_power": str(settings.rank_power) if by_timestep else "",
+        "lora_init": settings.lora_init if factor > 1 else "",
     }
     return {name: value for name, value in arguments.items() if value}
 

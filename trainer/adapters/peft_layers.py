@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import DORA_SCALE
+from .orthogonal import OrthogonalProduct, orthogonal_start
 
 PEFT_ADAPTER_NAME = "subject"
 
@@ -35,6 +36,12 @@ class AdapterConfig:
     factor: int = -1
 
 
+def _uniform(suffix: str, shape: torch.Size, module: nn.Module, source: torch.Generator) -> Tensor:
+    """Within ±1/√fan_in, as PEFT does (Kaiming with a = √5)."""
+    bound = 1 / math.sqrt(shape[1:].numel())
+    return torch.empty(shape).uniform_(-bound, bound, generator=source)
+
+
 @dataclass(frozen=True)
 class PeftMethod:
     """One kind of adapter.
@@ -47,6 +54,10 @@ class PeftMethod:
         zero_initialized: Suffixes of the parameters that start at zero, so that the model predicts at first as without
             an adapter.
         delta_norm: Parameters by suffix → Frobenius norm of the unscaled delta, 0-D.
+        prepare: Changes a module that PEFT made before its parameters are looked up.
+        initial: Such a module → what its parameters were at the start, by suffix, where the delta is the difference.
+        draw: Makes the initial value of a parameter that does not start at zero: its suffix, its shape, the module
+            that gets the adapter, and the source of the random numbers → float32 on the CPU.
     """
 
     title: str
@@ -54,6 +65,9 @@ class PeftMethod:
     parameters: Callable[[Any], dict[str, nn.Parameter]]
     zero_initialized: frozenset[str]
     delta_norm: Callable[[Mapping[str, Tensor]], Tensor]
+    prepare: Callable[[Any], None] = lambda module: None
+    initial: Callable[[Any], dict[str, Tensor]] = lambda module: {}
+    draw: Callable[[str, torch.Size, nn.Module, torch.Generator], Tensor] = _uniform
 
 
 def _lora_config(config: AdapterConfig, *, dora: bool = False) -> Any:
@@ -88,6 +102,23 @@ def _lora_norm(parameters: Mapping[str, Tensor]) -> Tensor:
     up = parameters["lora_up.weight"].flatten(1)
     squared: Tensor = ((up.T @ up) * (down @ down.T)).sum()
     return squared.clamp(min=0).sqrt()
+
+
+def _make_orthogonal(module: Any) -> None:
+    """Put the product of both factors, less what it is at the start, where the first factor was."""
+    product = OrthogonalProduct(module.lora_A[PEFT_ADAPTER_NAME], module.lora_B[PEFT_ADAPTER_NAME])
+    module.lora_A[PEFT_ADAPTER_NAME] = product
+    module.lora_B[PEFT_ADAPTER_NAME] = nn.Identity()
+
+
+def _orthogonal_parameters(module: Any) -> dict[str, nn.Parameter]:
+    parameters: dict[str, nn.Parameter] = module.lora_A[PEFT_ADAPTER_NAME].trained()
+    return parameters
+
+
+def _orthogonal_initial(module: Any) -> dict[str, Tensor]:
+    initial: dict[str, Tensor] = module.lora_A[PEFT_ADAPTER_NAME].initial()
+    return initial
 
 
 def _loha_config(config: AdapterConfig) -> Any:
@@ -160,13 +191,31 @@ PEFT_METHODS: Mapping[str, PeftMethod] = {
 }
 
 
+ORTHOGONAL_LORA = PeftMethod(
+    title="LoRA",
+    make_config=_lora_config,
+    parameters=_orthogonal_parameters,
+    zero_initialized=frozenset(),
+    delta_norm=_lora_norm,
+    prepare=_make_orthogonal,
+    initial=_orthogonal_initial,
+    draw=orthogonal_start,
+)
+"""A LoRA with the setting lora_init 'orthogonal'; in its file it is an ordinary one."""
+
+
+def first_factors(module: Any) -> list[nn.Module]:
+    """The layers of a LoRA that compute its components from a module's inputs."""
+    down = module.lora_A[PEFT_ADAPTER_NAME]
+    return [down.down, down.initial_down] if isinstance(down, OrthogonalProduct) else [down]
+
+
 def initial_values(
     method: PeftMethod, suffix: str, shape: torch.Size, module: nn.Module, generator: torch.Generator
 ) -> Tensor:
     """What a parameter is set to before training, float32 on the CPU.
 
-    Zero, or uniform within ±1/√fan_in as PEFT does (Kaiming with a = √5), or for DoRA's magnitudes the norms of the
-    rows of the module's weight.
+    Zero, or what the method draws, or for DoRA's magnitudes the norms of the rows of the module's weight.
 
     Args:
         method: The kind of the adapter.
@@ -181,5 +230,4 @@ def initial_values(
         return norms.cpu().reshape(shape)
     if suffix in method.zero_initialized:
         return torch.zeros(shape)
-    bound = 1 / math.sqrt(shape[1:].numel())
-    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return method.draw(suffix, shape, module, generator)

@@ -11,7 +11,7 @@ from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
 from ..core.errors import suggest
-from .base import Settings, TidyPath, setting
+from .base import Needs, Settings, TidyPath, setting
 
 AdapterKind = Literal["lora", "dora", "loha", "lokr", "full"]
 _ONLY_FOR_ADAPTERS = (
@@ -24,6 +24,7 @@ _ONLY_FOR_ADAPTERS = (
     "rank_stabilized",
     "base_quantization",
 )
+_ONLY_FOR_LORA = ("rank_schedule", "lora_init")
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,39 @@ class AdapterSettings(Settings):
         advanced=True,
         affects_result=False,
     )
+    rank_schedule: Literal["constant", "timestep"] = setting(
+        "constant",
+        "LoRA: how many of its components act. constant: all. timestep: fewer at more noise (T-LoRA), since noisy "
+        "timesteps overfit first; for a subject with one or a few pictures. Files and previews have all at every "
+        "timestep.",
+        group="Adapter",
+        advanced=True,
+    )
+    min_rank: int = setting(
+        0,
+        "T-LoRA: components that act at the noisiest timestep. 0: half of each layer's rank, as its authors have it.",
+        group="Adapter",
+        advanced=True,
+        ge=0,
+        le=1024,
+        needs=Needs("rank_schedule", ("timestep",)),
+    )
+    rank_power: float = setting(
+        1.0,
+        "T-LoRA: exponent of the schedule. 1: the rank grows evenly as the noise falls; above: later; below: sooner.",
+        group="Adapter",
+        advanced=True,
+        gt=0.0,
+        le=10.0,
+        needs=Needs("rank_schedule", ("timestep",)),
+    )
+    lora_init: Literal["default", "orthogonal"] = setting(
+        "default",
+        "LoRA's initial weights. default: random, and zero. orthogonal: orthonormal components whose initial product "
+        "is subtracted (Ortho-LoRA, for T-LoRA); the file has twice the rank.",
+        group="Adapter",
+        advanced=True,
+    )
     base_quantization: Literal["none", "nf4"] = setting(
         "none",
         "Store the linear layers of the frozen UNet in fewer bits. nf4: in four (QLoRA), with bitsandbytes; "
@@ -200,6 +234,7 @@ class AdapterSettings(Settings):
                         f"{suggest(name)} is for adapters, but {suggest('adapter')} is 'full': "
                         f"unset {suggest(name)} or choose {suggest('adapter', 'lora')}"
                     )
+        self._require_lora()
         if kind in ("loha", "lokr") and (self.dropout or self.rank_stabilized):
             raise ValueError(
                 f"{suggest('dropout')} and {suggest('rank_stabilized')} are for lora and dora only, and "
@@ -224,6 +259,22 @@ class AdapterSettings(Settings):
                 f"'{kind}': choose {suggest('adapter', 'lora')}, or set {suggest('combine', False)} and use both files"
             )
         return self
+
+    def _require_lora(self) -> None:
+        """Refuse what only a LoRA can be, and what its orthogonal start can't be with."""
+        for name in _ONLY_FOR_LORA:
+            default = type(self).model_fields[name].default
+            if self.adapter != "lora" and getattr(self, name) != default:
+                raise ValueError(
+                    f"{suggest(name)} is for LoRA, but {suggest('adapter')} is '{self.adapter}': set "
+                    f"{suggest(name, default)} or choose {suggest('adapter', 'lora')}"
+                )
+        if self.lora_init == "orthogonal" and self.max_norm:
+            raise ValueError(
+                f"{suggest('max_norm')} shrinks factors whose product is the change of the weight, but with "
+                f"{suggest('lora_init', 'orthogonal')} the change is a difference of two products: set "
+                f"{suggest('max_norm', 0)} or {suggest('lora_init', 'default')}"
+            )
 
     @model_validator(mode="after")
     def _settings_suit_the_targets(self) -> Self:

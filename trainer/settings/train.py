@@ -21,6 +21,8 @@ from .preview import PreviewSettings
 SchedulerName = Literal["ddim", "pndm", "euler", "dpm++"]
 _SHAPES = {"lr_cycles": ("cosine_with_restarts", 1), "lr_power": ("polynomial", 1.0)}
 """Setting of one learning rate schedule → that schedule, and the value with which it is the one without the setting."""
+_NEWER = ("rank_schedule", "min_rank", "rank_power", "lora_init")
+"""Settings that version 0.4 did not have; with their defaults a run is the one without them."""
 _PRIORS = Needs("prior_count")
 _TEXT_ENCODER = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_until")
 
@@ -269,6 +271,12 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
             adapter=self.adapter,
             max_norm=self.max_norm,
         )
+        if self.lora_plus_ratio and self.lora_init == "orthogonal":
+            raise ValueError(
+                f"{suggest('lora_plus_ratio')} is for the part of an adapter that starts at zero, and with "
+                f"{suggest('lora_init', 'orthogonal')} none does: set {suggest('lora_plus_ratio', 0)} or "
+                f"{suggest('lora_init', 'default')}"
+            )
         return self
 
     @property
@@ -304,6 +312,10 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
         }
         for name, (schedule, plain_value) in _SHAPES.items():  # version 0.4 had neither setting and this value
             if self.lr_schedule != schedule or values[name] == plain_value:
+                del values[name]
+        for name in _NEWER:
+            has_effect = self.rank_schedule == "timestep" or name == "lora_init"
+            if values[name] == fields[name].default or not has_effect:
                 del values[name]
         if not self.depends_on_length:
             del values["steps"]

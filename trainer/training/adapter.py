@@ -5,23 +5,32 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.kohya import Adapter
 from ..adapters.layers import DORA_SCALE, make_layer
 from ..adapters.module_paths import ModulePath, canonical_path
 from ..adapters.names import Adaptable, modules_by_path, networks
-from ..adapters.peft_layers import PEFT_ADAPTER_NAME, PEFT_METHODS, AdapterConfig, initial_values
+from ..adapters.orthogonal import DOWN, plain_factors
+from ..adapters.peft_layers import (
+    ORTHOGONAL_LORA,
+    PEFT_ADAPTER_NAME,
+    PEFT_METHODS,
+    AdapterConfig,
+    first_factors,
+    initial_values,
+)
 from ..adapters.prefixes import UNET
 from ..adapters.targets import Target, choose_targets, fit_start_adapter, targets_of_adapter
 from ..core.errors import AdapterError, SettingsError, suggest
 from ..core.seeding import generator
 from ..models.families.base import DiffusionModel
 from ..settings.train import TrainSettings
+from .rank_schedule import RankSchedule
 from .runs.checkpoint import Saved
 
 
@@ -45,10 +54,12 @@ class TrainedLayer:
     Attributes:
         target: The module.
         parameters: By suffix: what follows the module's name in a key of the file.
+        initial: What they were at the start, of a LoRA that starts orthogonal; its delta is the difference.
     """
 
     target: Target
     parameters: Mapping[str, nn.Parameter]
+    initial: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def factors(self) -> dict[str, nn.Parameter]:
@@ -61,6 +72,12 @@ class TrainedLayer:
         if {"lokr_w1", "lokr_w2"} <= set(self.parameters):
             return 1.0
         return self.target.alpha / self.target.rank
+
+    def saved_tensors(self) -> dict[str, Tensor]:
+        """What stands in the file, by suffix; not detached."""
+        if self.initial:
+            return plain_factors(self.parameters, self.initial)
+        return {suffix: parameter.reshape(self.saved_shape(suffix)) for suffix, parameter in self.parameters.items()}
 
     def saved_shape(self, suffix: str) -> tuple[int, ...]:
         """A parameter's shape in the file, which for DoRA's magnitudes is not PEFT's."""
@@ -94,6 +111,8 @@ class TrainableAdapter:
             AdapterError: `start` does not.
         """
         self._method = PEFT_METHODS[_method_name(start) if start else settings.adapter]
+        if start is None and settings.lora_init == "orthogonal":
+            self._method = ORTHOGONAL_LORA
         self._max_norm = settings.max_norm
         start = fit_start_adapter(model, start) if start else None
         targets = planned_targets(model, settings, start)
@@ -103,12 +122,23 @@ class TrainableAdapter:
         self.layers: dict[str, TrainedLayer] = {}
         for target in targets:
             module = injected_modules[target.module_path]
-            layer = TrainedLayer(target, self._method.parameters(module))
+            self._method.prepare(module)
+            layer = TrainedLayer(target, self._method.parameters(module), self._method.initial(module))
             self._initialize(layer, original_modules[target.module_path], settings.seed)
             module.scaling[PEFT_ADAPTER_NAME] = layer.scale
             self.layers[target.name] = layer
         if start:
             self._load(start)
+        if settings.rank_schedule == "timestep":
+            self._limit_ranks(model, settings)
+
+    def _limit_ranks(self, model: DiffusionModel, settings: TrainSettings) -> None:
+        """Let the components of the denoiser's layers act by timestep; text encoders know none."""
+        schedule = RankSchedule(model.unet, model.objective.timesteps, settings.min_rank, settings.rank_power)
+        for path, module in _injected_modules(model).items():
+            if path.component == UNET:
+                for down in first_factors(module):
+                    schedule.limit(down)
 
     def _inject(self, model: DiffusionModel, targets: Sequence[Target], settings: TrainSettings) -> None:
         """Let PEFT inject its layers, once for each network and rank."""
@@ -131,12 +161,15 @@ class TrainableAdapter:
     def _initialize(self, layer: TrainedLayer, module: Adaptable, seed: int) -> None:
         """Give a layer its initial values, in float32 whatever type PEFT chose, and make it trainable."""
         for suffix, parameter in layer.parameters.items():
-            parameter.data = torch.empty_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+            for tensor in (parameter, layer.initial.get(suffix, parameter)):
+                tensor.data = torch.empty_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
             if not parameter.is_meta:  # as it is while a run's memory is planned
                 source = generator(seed, "start", layer.target.name, suffix)
                 values = initial_values(self._method, suffix, parameter.shape, module, source)
                 with torch.no_grad():
                     parameter.copy_(values)
+                    if layer.initial:
+                        layer.initial[suffix].copy_(values)
             parameter.requires_grad_(True)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
@@ -163,11 +196,13 @@ class TrainableAdapter:
         """A copy of the current state on the CPU, float32."""
         layers = {}
         for name, layer in self.layers.items():
-            tensors = {
-                suffix: parameter.detach().cpu().reshape(layer.saved_shape(suffix)).clone()
-                for suffix, parameter in layer.parameters.items()
-            }
-            layers[name] = make_layer(name, tensors, layer.target.alpha)
+            with torch.no_grad():
+                tensors = {
+                    suffix: tensor.to("cpu", copy=True).contiguous() for suffix, tensor in layer.saved_tensors().items()
+                }
+            # the rank is another one than that of the target if the start is subtracted; the scale stays
+            alpha = layer.target.alpha * (len(tensors[DOWN]) / layer.target.rank if layer.initial else 1)
+            layers[name] = make_layer(name, tensors, alpha)
         return Adapter(layers, metadata or {})
 
     def load(self, adapter: Adapter) -> None:
@@ -176,11 +211,7 @@ class TrainableAdapter:
         Raises:
             AdapterError: Its modules or shapes differ.
         """
-        if set(adapter.layers) != set(self.layers):
-            raise AdapterError(
-                "The checkpoint adapts other modules than this run.",
-                f"Start again with {suggest('resume', 'never')}, or with another {suggest('name')}.",
-            )
+        _require_same_modules(adapter.layers, self.layers)
         self._load(adapter)
 
     def _load(self, adapter: Adapter) -> None:
@@ -199,7 +230,8 @@ class TrainableAdapter:
 
     def saved(self, metadata: Mapping[str, str]) -> Saved:
         """A copy of the current state, as a complete adapter."""
-        return Saved(adapter=self.adapter(metadata))
+        factors = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in self._orthogonal_state().items()}
+        return Saved(adapter=self.adapter(metadata), factors=factors)
 
     def restore(self, saved: Saved) -> None:
         """Set the parameters to a saved state of the same run.
@@ -207,7 +239,22 @@ class TrainableAdapter:
         Raises:
             AdapterError: It is another run's.
         """
-        self.load(saved.adapter or Adapter({}))
+        state = self._orthogonal_state()
+        if not state:
+            self.load(saved.adapter or Adapter({}))
+            return
+        _require_same_modules(state, saved.factors)
+        for name, tensor in state.items():
+            tensor.copy_(saved.factors[name])
+
+    def _orthogonal_state(self) -> dict[str, Tensor]:
+        """Of a LoRA that starts orthogonal, what its file does not tell: "<module>.<suffix>", trained and initial."""
+        state = {}
+        for name, layer in self.layers.items():
+            for suffix, initial in layer.initial.items():
+                state[f"{name}.{suffix}"] = layer.parameters[suffix].detach()
+                state[f"{name}.initial.{suffix}"] = initial
+        return state
 
     def is_finite(self) -> bool:
         """Whether every trained number is finite."""
@@ -232,6 +279,19 @@ class TrainableAdapter:
                 factor.mul_(shrink)
 
 
+def _require_same_modules(saved: Collection[str], own: Collection[str]) -> None:
+    """Check that a checkpoint is of this run.
+
+    Raises:
+        AdapterError: It has other modules.
+    """
+    if set(saved) != set(own):
+        raise AdapterError(
+            "The checkpoint adapts other modules than this run.",
+            f"Start again with {suggest('resume', 'never')}, or with another {suggest('name')}.",
+        )
+
+
 def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapter | None) -> list[Target]:
     """The modules that a run trains.
 
@@ -239,8 +299,27 @@ def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapt
         SettingsError: The settings do not fit the model, or `start`.
         AdapterError: `start` does not fit the model.
     """
+    targets = _targets_of(model, settings, start)
+    largest_rank = max(target.rank for target in targets if target.component == UNET)
+    if settings.rank_schedule == "timestep" and settings.min_rank > largest_rank:
+        raise SettingsError(
+            f"{suggest('min_rank', settings.min_rank)} is above the rank of every layer ({largest_rank} at most).",
+            f"Set {suggest('min_rank', 0)} for half of each layer's rank, or {suggest('rank_schedule', 'constant')} for "
+            "all of it at every timestep.",
+        )
+    return targets
+
+
+def _targets_of(model: DiffusionModel, settings: TrainSettings, start: Adapter | None) -> list[Target]:
+    """See `planned_targets`."""
     if start is None:
         return choose_targets(model, settings)
+    if settings.rank_schedule == "timestep" and _method_name(start) != "lora":
+        raise SettingsError(
+            f"{suggest('rank_schedule', 'timestep')} exists for LoRA only, and the adapter to start from is a "
+            f"{start.kind}.",
+            f"Set {suggest('rank_schedule', 'constant')}.",
+        )
     if settings.dropout and _method_name(start) not in ("lora", "dora"):
         raise SettingsError(
             f"{suggest('dropout')} exists for LoRA and DoRA only, and the adapter to start from is a {start.kind}.",

@@ -34,6 +34,7 @@ _KEPT_OF_START = (  # settings that an adapter to start from replaces by its own
     "conv_rank",
     "exclude",
     "include",
+    "lora_init",
     "rank",
     "rank_stabilized",
     "targets",

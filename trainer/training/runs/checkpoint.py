@@ -2,6 +2,7 @@
 
 adapter.safetensors    a complete adapter file in float32, which every program loads; or, in full fine-tuning,
 weights.safetensors    the trained weights in float32, "<component>.<parameter>"
+factors.safetensors    of a LoRA that starts orthogonal, "<module>.<suffix>": what its adapter file does not tell
 live.safetensors       the weights that are updated, "<parameter>", if those above are an average of them
 optimizer.safetensors  the optimiser's tensors, "<parameter>.<name>" and "group <number>.<name>"
 state.json             step, scores so far, and what of the optimiser is not a tensor
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from ...core.tensor_files import map_tensors, read_tensors, save_tensors
 from .layout import ADAPTER_FILE
 
 WEIGHTS_FILE = "weights.safetensors"
+FACTORS_FILE = "factors.safetensors"
 LIVE_FILE = "live.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -39,11 +41,13 @@ class Saved:
         adapter: The adapter, if one was trained.
         weights: "<component>.<parameter>" → tensor, if the weights were trained.
         metadata: Metadata of a file of the weights; an adapter has its own.
+        factors: Tensors of an adapter's training that its file does not tell; only a checkpoint has them.
     """
 
     adapter: Adapter | None = None
     weights: Mapping[str, Tensor] | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -117,6 +121,8 @@ def write_checkpoint_files(folder: Path, checkpoint: Checkpoint) -> None:
         if trained.weights:
             save_tensors(folder / WEIGHTS_FILE, trained.weights, trained.metadata)
         save_tensors(folder / OPTIMIZER_FILE, tensors, {}, copied=tensors)  # as it is, whatever that is
+        if trained.factors:
+            save_tensors(folder / FACTORS_FILE, trained.factors, {})
         if checkpoint.live:
             save_tensors(folder / LIVE_FILE, checkpoint.live, {})
     except (OSError, StorageError) as error:
@@ -128,6 +134,8 @@ def write_checkpoint_files(folder: Path, checkpoint: Checkpoint) -> None:
     state: dict[str, Any] = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra}
     if checkpoint.live:
         state["live"] = True
+    if trained.factors:
+        state["factors"] = True
     if checkpoint.measurements is not None:
         state["measurements"] = checkpoint.measurements.as_json()
     (folder / STATE_FILE).write_text(json.dumps(state), encoding="utf-8")
@@ -142,9 +150,10 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
     with explained_damage(folder):
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         tensors = read_tensors(folder / OPTIMIZER_FILE)
+        factors = read_tensors(folder / FACTORS_FILE) if state.get("factors") else {}
         return Checkpoint(
             step=step,
-            trained=read_trained(folder),
+            trained=replace(read_trained(folder), factors=factors),
             optimizer=_join_optimizer(tensors, state["optimizer"]),
             extra=state["extra"],
             live=read_tensors(folder / LIVE_FILE) if state.get("live") else {},
