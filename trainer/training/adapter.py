@@ -304,8 +304,8 @@ def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapt
     if settings.rank_schedule == "timestep" and settings.min_rank > largest_rank:
         raise SettingsError(
             f"{suggest('min_rank', settings.min_rank)} is above the rank of every layer ({largest_rank} at most).",
-            f"Set {suggest('min_rank', 0)} for half of each layer's rank, or {suggest('rank_schedule', 'constant')} for "
-            "all of it at every timestep.",
+            f"Set {suggest('min_rank', 0)} for half of each layer's rank, or "
+            f"{suggest('rank_schedule', 'constant')} for all of it at every timestep.",
         )
     return targets
 
