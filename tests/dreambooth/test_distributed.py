@@ -39,7 +39,10 @@ pytestmark = pytest.mark.usefixtures("heard_signals", "quick")
 WITHOUT_END = 1_000_000  # steps, so that a stop is in time on a machine of any speed
 SETTINGS: dict[str, Any] = {
     "name": "dög 1",
-    "rank": 2,
+    "rank": 4,
+    "rank_schedule": "timestep",  # the mask of a sample goes with it to its process
+    "min_rank": 1,
+    "lora_init": "orthogonal",
     "targets": "attention",
     "resolution": 64,
     "learning_rate": 1e-3,
@@ -194,7 +197,7 @@ def test_stop_and_resume_leave_no_trace(course: Course) -> None:
     """The straight run began anew although the resumed one, with more steps, lay beside it: for all processes."""
     old, new = runs_of(course)
     assert new.name == f"{old.name}-2"
-    for file in ("adapter", "optimizer"):
+    for file in ("adapter", "factors", "optimizer"):
         name = f"{course.last}/{file}.safetensors"
         assert differing(old / name, new / name) == []
 

@@ -93,6 +93,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
     "locon": {"targets": "all", "conv_rank": 2, "conv_alpha": 1.0},
     "rslora": {"rank_stabilized": True, "alpha": 2.0},
+    "ortho": {"lora_init": "orthogonal", "targets": "all", "alpha": 2.0},
     "dora": {"adapter": "dora", "targets": "all"},
     "loha": {"adapter": "loha", "targets": "all"},
     "lokr": {"adapter": "lokr", "targets": "all"},
