@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..trainer.core.errors import AdapterError, CancelledError, PicturesError, SettingsError, WeightsError
+from .host_embeddings import embeddings_folder, with_words
 
 if TYPE_CHECKING:
     from ..trainer.training.runs.folder import RunPaths
@@ -136,7 +137,7 @@ def run_paths() -> RunPaths:
     """Where a run writes: ComfyUI's own folders for models, and its output folder for the rest."""
     from ..trainer.training.runs.folder import RunPaths
 
-    return RunPaths(output=loras_folder(), runs=runs_folder(), checkpoints=checkpoints_folder())
+    return RunPaths(loras_folder(), runs_folder(), checkpoints=checkpoints_folder(), embeddings=embeddings_folder())
 
 
 def run_path(run: str) -> Path:
@@ -289,7 +290,8 @@ def apply_adapter(
     """Apply an adapter as ComfyUI's Load LoRA does; `model` or `clip` may be None.
 
     With one correction: ComfyUI 0.28 divides a DoRA by the norms of the weight's rows before the change instead of
-    after it. Here the model computes what was trained.
+    after it. Here the model computes what was trained. And prompts of the CLIP may call the words that the adapter
+    bundles, as embedding:WORD.
 
     Args:
         model: A MODEL.
@@ -311,7 +313,10 @@ def apply_adapter(
     named = replace(adapter, embeddings={}).state_dict()
     kept = {key: tensor for key, tensor in named.items() if key.split(".")[0] not in left_out}
     kept |= _corrected_dora_scales(weights, kept)
-    return comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)  # type: ignore[no-any-return]
+    patched_model, patched_clip = comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)
+    if adapter.embeddings and clip is not None:
+        patched_clip = with_words(patched_clip, adapter.embeddings)
+    return patched_model, patched_clip
 
 
 def lent_weights(model: Any, clip: Any) -> Mapping[str, Any]:
@@ -444,8 +449,9 @@ def _left_out(weights: _Weights, model: Any, clip: Any, adapter: Any) -> set[str
             len(names),
             min(missing),
         )
-    if adapter.embeddings:
+    if adapter.embeddings and clip is None:
         logger.warning(
-            "The adapter bundles embeddings, which are not used: %s", ", ".join(embedding_names(adapter.embeddings))
+            "The adapter bundles embeddings, which prompts can't call without a clip: %s",
+            ", ".join(embedding_names(adapter.embeddings)),
         )
     return missing

@@ -53,6 +53,10 @@ _NEWER = (  # last: saved workflows hold the values of widgets by their place
     "min_rank",
     "rank_power",
     "lora_init",
+    "token_vectors",
+    "token_lr",
+    "token_until",
+    "token_start",
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
@@ -321,6 +325,7 @@ def _train(
     Returns:
         The engine's `TrainResult`.
     """
+    from ..trainer.adapters.apply import with_bundled_words
     from ..trainer.data.image_check import check_pictures
     from ..trainer.data.images import load_pictures
     from ..trainer.dreambooth import train
@@ -342,6 +347,7 @@ def _train(
             class_pictures += load_pictures(list(pictures.class_images), subject.class_prompt, listener)
         with host.training_mode():
             base = host.borrow_base(parts.model, parts.clip, parts.vae)
+            base = with_bundled_words(base, [adapter for adapter, _ in starting_point.stacked])
             settings = apply_preset(settings, base.family, listener, settings.changed())
             check_pictures(subject.pictures, settings, listener)
             report_settings_without_effect(
@@ -361,4 +367,5 @@ def _train(
                 device=host.device_name(),
                 listener=listener,
                 starting_point=starting_point,
+                words=subject.words,
             )

@@ -38,6 +38,7 @@ _COMMAND_LINE_ONLY = frozenset(
         "biases",
         "data",
         "drift",
+        "embedding",
         "format",
         "live",
         "max_tokens",

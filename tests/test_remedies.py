@@ -27,6 +27,7 @@ from pack.trainer.cli.train import _given_class_pictures, _require_picture_path
 from pack.trainer.core.devices import DTYPES, pick_device, pick_precision
 from pack.trainer.core.errors import WeightsError
 from pack.trainer.core.events import Note
+from pack.trainer.core.prompts import PromptWords
 from pack.trainer.data.folder import AnnotationOptions
 from pack.trainer.data.image_check import check_pictures
 from pack.trainer.data.images import Picture, load_pictures, split_validation
@@ -35,7 +36,7 @@ from pack.trainer.evaluation.feature_extractors import FeatureExtractors
 from pack.trainer.merging.merge import WeightedAdapter, merge
 from pack.trainer.merging.ziplora import learned_merge
 from pack.trainer.models import nf4, tokenizer
-from pack.trainer.models.families.base import BaseWeights, DiffusionModel
+from pack.trainer.models.families.base import BaseWeights, DiffusionModel, LearnedWord
 from pack.trainer.models.families.sdxl import StableDiffusionXL
 from pack.trainer.models.nf4 import require_quantizable
 from pack.trainer.models.tokenizer import find_tokenizer
@@ -60,6 +61,7 @@ from pack.trainer.training.presets import load_preset
 from pack.trainer.training.runs import trackers
 from pack.trainer.training.runs.folder import RunFolder
 from pack.trainer.training.trainable import make_trainable
+from pack.trainer.training.words import TrainedWords
 from PIL import Image
 from remedies import ABSENT, Bench, Call, Case, Check, Values, recorded_calls, sites, suggested
 from setting_values import KINDS, REQUIRED
@@ -116,6 +118,7 @@ for _name, _value in {
     "dropout": 0.1,
     "rank_stabilized": True,
     "base_quantization": "nf4",
+    "token_vectors": 2,
 }.items():
     settings(f"full with {_name}", TrainCommand, {"adapter": "full", _name: _value}, {_name: ABSENT})
 settings("full with a preset", TrainCommand, {"adapter": "full", "preset": "animal"}, {"preset": ABSENT})
@@ -160,6 +163,12 @@ for _rate in (1.0, 0.12345678):
         {"optimizer": "prodigy", "learning_rate": _rate, "text_encoder_lr": 1e-5},
         {"learning_rate": 0.5, "text_encoder_lr": 0.5},
     )
+settings(
+    "prodigy's rate of a word",
+    TrainCommand,
+    {"optimizer": "prodigy", "learning_rate": 1, "token_vectors": 2},
+    {"learning_rate": 0.5, "token_lr": 0.5},
+)
 settings("prodigy with LoRA+", TrainCommand, {"optimizer": "prodigy", "learning_rate": 1, "lora_plus_ratio": 4.0})
 settings(
     "a schedule of schedule-free",
@@ -390,6 +399,32 @@ model(
     {"adapter": "lokr"},
     check=lambda bench, values: require_family_fits(StableDiffusionXL(), TrainSettings(**values)),
 )
+
+
+SKS_OF_3 = replace(LORA, embeddings={"bundle_emb.sks.string_to_param.*": torch.ones(3, 64)})
+
+
+def learnable(bench: Bench, values: Values) -> None:
+    """What of that concerns words that are learned; `known` is one that the base model knows already."""
+    values = {"caption": "a photo of sks dog", "known": "", "start": None, "nouns": ["dog"], **values}
+    caption, known, start, nouns = (values.pop(name) for name in ("caption", "known", "start", "nouns"))
+    if not values["token_vectors"]:
+        return
+    network = bench.world.base.family.build(bench.world.base)
+    network.learn([LearnedWord(known, {})] if known else [])
+    words = [PromptWords(values.get("token", "sks"), noun) for noun in nouns]
+    TrainedWords(network, TrainSettings(**{**COMMON, **values}), words, start).require_captioned(network, [caption])
+
+
+for _label, _values, *_tries in (
+    ("no word to learn", {"token": " "}, {"token": "sks"}),
+    ("a word with a dot", {"token": "s.k"}, {"token": "sks"}),
+    ("a word that is in no caption", {"caption": "a cat"}, {"caption": "sks"}, {"token": "cat"}, {"token_vectors": 0}),
+    ("a word that is known", {"known": "SKS"}, {"token": "rraj", "caption": "rraj"}),
+    ("a word of two subjects", {"nouns": ["dog", "cat"]}, {"token_start": "pet"}, {"nouns": ["dog", "dog"]}),
+    ("a word of other vectors", {"start": SKS_OF_3}, {"token_vectors": 3}),
+):
+    model(_label, {"token_vectors": 2, **_values}, *_tries, check=learnable)
 
 
 def with_other_heads(bench: Bench, values: Values) -> None:
@@ -788,6 +823,7 @@ UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/merging/ziplora.py", "_train"): _DIVERGED,
     ("trainer/training/adapter.py", "_require_same_modules"): _DAMAGED,
     ("trainer/training/trainable.py", "restore"): _DAMAGED,
+    ("trainer/training/words.py", "load"): _DAMAGED,
     ("trainer/core/distributed.py", "make_accelerator"): "needs a device without bf16",
     ("trainer/models/hub.py", "explained_opening"): "needs the network",
     ("trainer/training/preflight.py", "require_prediction_type"): "tried in tests/training/test_prediction_type.py",

@@ -62,7 +62,17 @@ _SUBJECT_INPUTS = {  # input of the node → setting
     "caption": "instance_prompt",
     "folder": "images",
 }
-_GROUP_ORDER = ("Base model", "Subject", "Class pictures", "Training", "Adapter", "Text encoders", "Previews", "Saving")
+_GROUP_ORDER = (
+    "Base model",
+    "Subject",
+    "Class pictures",
+    "Training",
+    "Adapter",
+    "Text encoders",
+    "Pivotal tuning",
+    "Previews",
+    "Saving",
+)
 _TYPE_NAMES = {int: "whole number", float: "number", bool: "on or off", str: "text", Path: "path"}
 _HEAD = """# Settings
 

@@ -10,8 +10,8 @@ import logging
 import math
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from .core.devices import (
 from .core.distributed import ProcessGroup, accelerate_state_kept, make_accelerator
 from .core.errors import CancelledError, DivergedError, suggest
 from .core.events import Listener, Note, RunOpened, SilentListener, Validation
+from .core.prompts import PromptWords
 from .core.seeding import seeded
 from .core.throughput import Throughput
 from .data.batches import Batch, draw_batches
@@ -47,6 +48,7 @@ from .training.averaging import WeightAveraging
 from .training.export import export
 from .training.memory.fit import MemoryBudget
 from .training.optimizers import (
+    WORDS,
     enable_gradient_checkpointing,
     learning_rate_factor,
     make_optimizer,
@@ -62,6 +64,7 @@ from .training.state import TrainingState
 from .training.text_conditioning import TextConditioning
 from .training.trainable import Trainable, make_trainable
 from .training.validation import validation_loss
+from .training.words import TrainedWords
 
 logger = logging.getLogger("dreambooth_lora")
 
@@ -77,6 +80,7 @@ class TrainResult:
         step: Step whose weights the files hold: the last, unless the run stopped early.
         started_from: Step from which this call went on; equal to `step` if the run was finished.
         checkpoint: The checkpoint file of full fine-tuning; None otherwise.
+        embeddings: Word whose vectors were learned → its embedding file.
     """
 
     adapter: Adapter
@@ -85,6 +89,7 @@ class TrainResult:
     step: int
     started_from: int
     checkpoint: Path | None
+    embeddings: Mapping[str, Path] = field(default_factory=dict)
 
 
 def train(
@@ -97,6 +102,7 @@ def train(
     listener: Listener | None = None,
     *,
     starting_point: StartingPoint | None = None,
+    words: Sequence[PromptWords] = (),
 ) -> TrainResult:
     """Train an adapter on a subject, or go on with a run that was interrupted, or return one that is finished.
 
@@ -109,6 +115,7 @@ def train(
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         listener: Gets every event; may stop the run after any step.
         starting_point: What is built upon beside the base.
+        words: Rare word and class noun of each subject, for `token_vectors`; empty: the settings' `token`.
 
     Raises:
         BusyError: Another process is training this run.
@@ -134,6 +141,7 @@ def train(
             listener=listener,
             starting_point=starting_point,
             budget=budget,
+            words=words,
         )
 
     with accelerate_state_kept():
@@ -155,6 +163,7 @@ class Session:
         accelerator: accelerate's, for precision, gradient accumulation and clipping.
         text: Conditioning on the captions and on the previews' prompts.
         dtype: Type of the frozen weights and of the denoiser's input.
+        ended: Parts of what is trained that stay as they are from now on.
     """
 
     model: DiffusionModel
@@ -167,6 +176,7 @@ class Session:
     accelerator: Any
     text: TextConditioning
     dtype: torch.dtype
+    ended: set[str] = field(default_factory=set)
 
     @property
     def state(self) -> TrainingState:
@@ -200,6 +210,7 @@ class DreamBooth:
         listener: Listener | None = None,
         starting_point: StartingPoint | None = None,
         budget: MemoryBudget | None = None,
+        words: Sequence[PromptWords] = (),
     ) -> None:
         """Take the inputs, with the fingerprint of what the result depends on; nothing is built yet.
 
@@ -213,6 +224,7 @@ class DreamBooth:
             listener: See `train`.
             starting_point: See `train`.
             budget: How the run is computed so that it fits, and its processes; None: one process, as requested.
+            words: See `train`.
 
         Raises:
             SettingsError: The device can't train at that precision.
@@ -227,6 +239,7 @@ class DreamBooth:
         self.device = device
         self.listener: Listener = listener or SilentListener()
         self.starting_point = starting_point or StartingPoint()
+        self.words = list(words) or [PromptWords(settings.token)]
         self.budget = budget or MemoryBudget(settings, device)
         self.processes = self.budget.processes
         self.precision = pick_precision(settings.precision, device)
@@ -250,6 +263,7 @@ class DreamBooth:
             precision=self.precision,
             start=self.starting_point.start,
             processes=self.processes.count,
+            words=self.words,
             as_given=as_given,
         )
 
@@ -294,7 +308,15 @@ class DreamBooth:
         """Check the folders; find this run's folder by its fingerprint, or make one. Returns its newest step, or 0."""
         settings = self.settings
         require_quantizable(settings.base_quantization, self.device)
-        require_trainable(self.base, settings, self.paths, self.starting_point, self.device)
+        require_trainable(
+            self.base,
+            settings,
+            self.paths,
+            self.starting_point,
+            self.device,
+            words=self.words,
+            captions=[caption for picture in self.subject for caption in picture.captions],
+        )
         if self.budget.folder is None:
             record = {"base": self.base.title} | settings.model_dump(mode="json")
             self.budget.folder = self.processes.broadcast_from_main(
@@ -358,11 +380,14 @@ class DreamBooth:
         training_objective = model.objective.with_settings(settings).to(self.device)
         # for sampling: the same schedule, without the weights of the loss
         model.objective = training_objective.with_prediction_type(training_objective.prediction_type)
+        words = None
+        if settings.token_vectors:
+            words = TrainedWords(model, settings, self.words, self.starting_point.start)
         with self.processes.main_process_first():
             cache = self._encode(model)
 
         dtype = DTYPES[self.precision]
-        trainable = make_trainable(model, settings, self.device, dtype, self.starting_point.start)
+        trainable = make_trainable(model, settings, self.device, dtype, self.starting_point.start, words)
         if settings.gradient_checkpointing:
             for network in networks(model).values():
                 enable_gradient_checkpointing(network)
@@ -375,7 +400,7 @@ class DreamBooth:
         text = TextConditioning(
             model,
             encoded=self.previews.joined(cache.text),
-            trained=list(settings.text_encoder_rates),
+            trained=list(model.text_encoders),
             device=self.device,
             dtype=dtype,
             autocast=accelerator.autocast,
@@ -395,15 +420,15 @@ class DreamBooth:
 
     def _encode(self, model: DiffusionModel) -> LatentCache:
         """Encode pictures and captions, or read what this run encoded before; drop the networks that are done."""
-        trained_encoders = self.settings.text_encoder_rates
+        in_steps = self.settings.text_encoders_in_steps(model.text_encoders)
         if self.processes.is_main_process:  # before the encoders leave
-            self.previews.encode(model, trained_encoders, self.listener)
+            self.previews.encode(model, in_steps, self.listener)
         cache = LatentCache.load(self.run_folder.cache_path)
         if cache is None:
             pictures = {"instance": self.training_pictures, "prior": self.priors, "validation": self.held_out}
             cache = build_cache(model, pictures, self.settings, self.device, self.listener)
             cache.save(self.run_folder.cache_path)
-        drop_frozen_text_encoders(model, trained_encoders)
+        drop_frozen_text_encoders(model, in_steps)
         del model.vae
         release(self.device)
         return cache
@@ -442,8 +467,8 @@ class DreamBooth:
         with self._saved_on_exit():
             stop_at = self.evaluate()  # the base itself, or the step at which the run was interrupted
             while self.step < settings.steps and stop_at is None:
-                if session.text.trained and self.step >= settings.text_encoder_steps:
-                    self.freeze_text_encoders()
+                if session.text.trained:
+                    self.freeze_text()
                 factor = session.learning_rate_factor(self.step)
                 loss = self.train_step(factor)
                 self._report_pending()  # one step late, so that one process alone never waits for its device
@@ -491,7 +516,7 @@ class DreamBooth:
                     self._mid_update = True
                     session.optimizer.step()
                     session.optimizer.zero_grad(set_to_none=True)
-                    session.trainable.after_update((UNET, *session.text.trained))
+                    session.trainable.after_update({UNET, *session.text.trained} - session.ended)
                     session.averaging.update()
 
         self.step += 1
@@ -535,17 +560,33 @@ class DreamBooth:
             key.append(process)
         return seeded(self.device, self.settings.seed, *key)
 
-    def freeze_text_encoders(self) -> None:
-        """Train the text encoders no further: their captions are encoded one last time, and they leave."""
+    def freeze_text(self) -> None:
+        """Train text encoders and rare words no further that are at their end.
+
+        A text encoder in which nothing is trained any more encodes the captions one last time, and leaves.
+        """
         session = self.session
+        settings = self.settings
         groups = session.trainable.groups()
-        parameters = [parameter for name in session.text.trained for parameter in groups.get(name, ())]
+        ends = {**dict.fromkeys(settings.text_encoder_rates, settings.text_encoder_steps), WORDS: settings.token_steps}
+        trained = (ends.keys() & groups.keys()) - session.ended
+        ended = {part for part in trained if self.step >= ends[part]}
+        if not ended:
+            return
+        parameters = [parameter for part in ends if part in ended for parameter in groups[part]]
         self._mid_update = True
         session.averaging.freeze(parameters)
         self._mid_update = False
-        session.text.freeze()
-        release(self.device)
-        self.listener.report(Note(f"The text encoders stay as they are after step {self.step}."))
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        session.ended |= ended
+        if WORDS not in trained - ended:
+            session.text.freeze([name for name in session.text.trained if name not in trained - ended])
+            release(self.device)
+        if ended - {WORDS}:
+            self.listener.report(Note(f"The text encoders stay as they are after step {self.step}."))
+        if WORDS in ended:
+            self.listener.report(Note(f"The rare word's vectors stay as they are after step {self.step}."))
 
     def evaluate(self) -> int | None:
         """Generate and score previews and compute the loss on held-out pictures, as far as they are due at this step.
@@ -690,6 +731,8 @@ class DreamBooth:
         if files.checkpoint is not None:
             self.listener.report(Note(f"Checkpoint: {files.checkpoint}"))
         self.listener.report(Note(f"Adapter: {files.path}"))
+        for word, path in files.embeddings.items():
+            self.listener.report(Note(f"Embedding of '{word}' (in ComfyUI embedding:{path.stem}): {path}"))
         return TrainResult(
             adapter=files.adapter,
             path=files.path,
@@ -697,6 +740,7 @@ class DreamBooth:
             step=step,
             started_from=started_from,
             checkpoint=files.checkpoint,
+            embeddings=files.embeddings,
         )
 
     def _metadata(self, step: int) -> dict[str, str]:

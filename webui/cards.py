@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import shutil
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from .jobs import TRAIN, Job
 PREFERRED_WEIGHT = 0.9
 _LONGEST_PHRASE = 100  # characters
 _CONFIG_KEY = "dreambooth.config"  # of trainer.settings.sharing, which needs pydantic
+_WORD_KEY = "dreambooth.word"  # of trainer.adapters.metadata, likewise
+_OF_ONE_RUN = ("dreambooth.fingerprint", "dreambooth.form", "ss_steps")
+_EMBEDDINGS = "embeddings"  # the folder of embedding files beside LoRA files
 _VERSIONS = {"stable-diffusion-v1": "SD1", "stable-diffusion-v2": "SD2", "stable-diffusion-xl": "SDXL"}
 """Beginning of a file's architecture → what the browser calls it."""
 
@@ -52,27 +57,58 @@ def deliver(job: Job) -> Path:
         host.loras_folder() / made.name, lambda temporary: shutil.copyfile(made, temporary), replace=False
     )
     run = job.progress().facts.get("run")
-    write_card(path, RunLayout(host.data_folder() / "runs" / str(run)) if run else None)
+    write_card(
+        path, RunLayout(host.data_folder() / "runs" / str(run)) if run else None, names=_deliver_embeddings(made)
+    )
     return path
 
 
-def write_card(path: Path, run: RunLayout | None = None, words: str = "") -> None:
+def _deliver_embeddings(made: Path) -> dict[str, str]:
+    """Copy the embedding files of a run into the host's folder for them; Forge reads none in a LoRA file.
+
+    Args:
+        made: The run's LoRA file, beside which they lie.
+
+    Returns:
+        The word that each was learned for → the name by which the host's prompts call it.
+
+    Raises:
+        StorageError: The folder can't be written.
+    """
+    run = _metadata(made)
+    names: dict[str, str] = {}
+    for file in sorted((made.parent / _EMBEDDINGS).glob(f"{glob.escape(made.stem)}-*.safetensors")):
+        metadata = _metadata(file)
+        if _WORD_KEY in metadata and all(metadata.get(key) == run.get(key) for key in _OF_ONE_RUN):
+            wanted = host.embeddings_folder() / file.name
+            copied = write_file(wanted, partial(shutil.copyfile, file), replace=False)
+            names[metadata[_WORD_KEY]] = copied.stem
+    return names
+
+
+def write_card(
+    path: Path, run: RunLayout | None = None, words: str = "", names: Mapping[str, str] | None = None
+) -> None:
     """Write picture and words beside a LoRA file.
 
     Args:
         path: The file; its metadata has the family.
         run: Whose newest sample becomes the picture; None: there is no picture.
         words: That call what it shows; "": they are looked for in the settings of the run, then in the metadata.
+        names: Word that the run has learned → the name of its embedding, which takes its place.
 
     Raises:
         StorageError: They can't be written, or the file is damaged.
     """
     metadata = _metadata(path)
+    words = words or (run and _words_in(run.record.get("settings"))) or _words_of_file(metadata)
+    for word, name in (names or {}).items():
+        words = words.replace(word, name)
     architecture = metadata.get("modelspec.architecture", "")
     card = {
         "description": metadata.get("modelspec.title", ""),
         "sd version": next((name for start, name in _VERSIONS.items() if architecture.startswith(start)), "Unknown"),
-        "activation text": words or (run and _words_in(run.record.get("settings"))) or _words_of_file(metadata),
+        "activation text": words,
         "preferred weight": PREFERRED_WEIGHT,
         "negative text": "",
         "notes": "",

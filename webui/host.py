@@ -49,6 +49,13 @@ def loras_folder() -> Path:
     return Path(shared.cmd_opts.lora_dir)
 
 
+def embeddings_folder() -> Path:
+    """Where the host looks for embedding files."""
+    from modules import shared
+
+    return Path(shared.cmd_opts.embeddings_dir)
+
+
 def bases() -> list[str]:
     """The titles of the host's checkpoints, the loaded one first."""
     from modules import sd_models, shared

@@ -577,7 +577,7 @@ def test_bundled_embeddings_that_can_not_be_kept_are_told(caplog: pytest.LogCapt
     layer = LoraLayer(torch.ones(1, inputs), torch.ones(outputs, 1), 1.0)
     with caplog.at_level(logging.WARNING):
         merge_into(model, Adapter({name: layer}, embeddings=EMBEDDING), 1.0)
-    assert "sks" in caplog.text
+    assert "A bundled embedding is not used. The embedding 'sks' has the parts clip_g, clip_l" in caplog.text
 
 
 def test_a_bundled_embedding_is_inspected() -> None:

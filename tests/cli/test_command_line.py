@@ -145,6 +145,31 @@ def test_train_generate_inspect(run: Shell, train_words: list[str], tiny_checkpo
 
 
 @pytest.mark.slow
+def test_a_learned_word_is_drawn_from_either_file(
+    run: Shell, train_words: list[str], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    more = ["--token-vectors", "2", "--token-lr", "0.1", "--learning-rate", "1e-9", "--class-noun", "dog"]
+    assert run(*train_words, *more) == 0, run.errors
+    embedding = tmp_path / "out" / "embeddings" / "dog-sks.safetensors"
+    assert f"Embedding of 'sks' (in ComfyUI embedding:dog-sks): {embedding}" in run.errors
+    drawn: dict[str, bytes] = {}
+    words = {
+        "plain": [],
+        "adapter": ["--lora", tmp_path / "out" / "dog.safetensors"],
+        "embedding": ["--embedding", embedding, "--prompt", "a photo of dog-sks dog"],
+    }
+    for name, more in words.items():
+        output = tmp_path / f"{name}.png"
+        assert run(*draw_words(tiny_checkpoint, output), *more) == 0, run.errors
+        drawn[name] = Image.open(output).tobytes()
+    assert drawn["plain"] != drawn["adapter"]
+    differences = [abs(a - b) for a, b in zip(drawn["adapter"], drawn["embedding"], strict=True)]
+    assert max(differences) <= 1
+    assert run("inspect", tmp_path / "out" / "dog.safetensors") == 0
+    assert "sks" in run.output
+
+
+@pytest.mark.slow
 def test_full_fine_tuning_writes_a_checkpoint_and_an_adapter(
     run: Shell, train_words: list[str], tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

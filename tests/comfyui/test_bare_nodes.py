@@ -132,7 +132,9 @@ def test_training_gets_what_is_connected(host: Host, trained: list[SimpleNamespa
         host.folder / "models" / "loras",
         host.folder / "output" / "dreambooth" / "runs",
         host.folder / "models" / "checkpoints",
+        host.folder / "models" / "embeddings",
     )
+    assert [(each.token, each.class_noun) for each in call.words] == [("sks", "dog")]
     assert (call.starting_point.start, call.starting_point.stacked) == (None, [])
     assert host.applied == [("model", "clip", output.args[2], 1.0, 1.0)]
     assert output.args[:2] == ("model + 1", "clip + 1")

@@ -143,7 +143,7 @@ def test_the_pack_s_folders_are_comfyui_s(bridge: Any, tmp_path: Path) -> None:
     assert bridge.checkpoints_folder() == checkpoints
     assert bridge.work_folder() == tmp_path / "output" / "dreambooth"
     assert bridge.runs_folder() == runs
-    assert bridge.run_paths() == RunPaths(loras, runs, checkpoints)
+    assert bridge.run_paths() == RunPaths(loras, runs, checkpoints, tmp_path / "models" / "embeddings")
     assert bridge.shown_folder(runs / "dog") == "output/dreambooth/runs/dog"
     (loras / "b.safetensors").write_bytes(b"")
     assert bridge.lora_names() == ["b.safetensors"]
@@ -457,7 +457,7 @@ def test_what_the_model_predicts_is_read_from_its_sampling(
     assert prediction.source == "the model's sampling in the graph"
 
 
-def test_bundled_embeddings_are_told_and_left_out(
+def test_bundled_embeddings_are_told_where_no_prompt_can_call_them(
     bridge: Any, comfy_stand_in: Comfy, caplog: pytest.LogCaptureFixture
 ) -> None:
     tensors = adapter_of(2.0, UNET_OF_BASE).state_dict()
@@ -465,4 +465,4 @@ def test_bundled_embeddings_are_told_and_left_out(
     model = Weights(UNET_OF_BASE, "unet.weight", torch.eye(4))
     bridge.apply_adapter(model, None, bundled.state_dict(), 1.0, 1.0)
     assert comfy_stand_in.asked[0][3].keys() == tensors.keys()
-    assert "bundles embeddings, which are not used: sks" in caplog.text
+    assert "bundles embeddings, which prompts can't call without a clip: sks" in caplog.text

@@ -51,6 +51,8 @@ SETTINGS: dict[str, Any] = {
     "gradient_accumulation": 2,
     "max_grad_norm": 0.01,  # below the gradients' norm, so that it counts
     "text_encoder_lr": 1e-3,
+    "token_vectors": 2,
+    "token_lr": 1e-3,
     "flip": True,
     "prior_weight": 0.5,
     "class_prompt": "a photo of a dog",
@@ -204,11 +206,12 @@ def test_stop_and_resume_leave_no_trace(course: Course) -> None:
 
 @pytest.mark.slow
 def test_two_learn_what_one_would(course: Course, alone: TrainResult) -> None:
-    """With the same samples in a step: class pictures, accumulation, clipping, a trained text encoder, flips."""
+    """With the same samples in a step: class pictures, accumulation, clipping, a text encoder, a word, flips."""
     _, run = runs_of(course)
     ours, theirs = load_file(run / course.last / "adapter.safetensors"), load_file(alone.path)
     assert set(ours) == set(theirs)
     assert any(name.startswith("lora_te") for name in ours)
+    assert "bundle_emb.sks.string_to_param.*" in ours
     for name, tensor in theirs.items():
         distance = torch.linalg.vector_norm(ours[name] - tensor) / torch.linalg.vector_norm(tensor)
         # gradients are summed in another order, and Adam divides by small ones: 4e-6 to 1.5e-5 from CPU to CPU

@@ -19,6 +19,7 @@ from checkpoints_folders import diffusers_folder
 from diffusers import DDPMScheduler, DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from helpers import DEMO, Recorder
+from pack.trainer.adapters.embeddings import words_of
 from pack.trainer.adapters.module_paths import canonical_path
 from pack.trainer.core.seeding import Draw, draw_sample
 from pack.trainer.data.images import Picture, load_pictures
@@ -180,6 +181,45 @@ CASES = {
         },
         within=1e-5,
     ),
+    "sd1, a word of two vectors, prior, until a half": Case(
+        "sd1",
+        {"targets": "attention", "rank": 4, "token_vectors": 2, "token_lr": 3e-3, "token_start": "red dog"},
+        prior=True,
+    ),
+    "sd1, a word of three vectors, trained text encoder, clip skip 2, tight clip": Case(
+        "sd1",
+        {
+            "targets": "attention",
+            "rank": 4,
+            "token_vectors": 3,
+            "token_lr": 2e-3,
+            "token_until": 0.75,
+            "text_encoder_lr": 1e-3,
+            "text_encoder_until": 0.5,
+            "max_grad_norm": 0.01,
+        },
+        clip_skip=2,
+    ),
+    "sd2, a word of one vector": Case(
+        "sd2", {"targets": "attention", "rank": 4, "token_vectors": 1, "token_lr": 3e-3, "token_until": 1.0}
+    ),
+    "sdxl, a word of two vectors, prior, accumulation 2, weight decay": Case(
+        "sdxl",
+        {
+            "targets": "attention",
+            "rank": 4,
+            "token_vectors": 2,
+            "token_lr": 3e-3,
+            "token_until": 1.0,
+            "gradient_accumulation": 2,
+            "weight_decay": 0.5,
+        },
+        prior=True,
+    ),
+    "sdxl, a word, the second text encoder trained longer": Case(
+        "sdxl",
+        {"targets": "attention", "rank": 4, "token_vectors": 1, "token_lr": 3e-3, "text_encoder_2_lr": 1e-3},
+    ),
     "sdxl, the second text encoder alone": Case(
         "sdxl", {"targets": "attention", "rank": 4, "text_encoder_2_lr": 1e-3, "flip": True}
     ),
@@ -276,6 +316,30 @@ class PlainTrainer:
             }
         self.latent_shape = next(iter(self.posteriors.values()))[0].shape[1:]
         self.rates = {"unet": settings.learning_rate, **settings.text_encoder_rates}
+        self.learned: dict[str, nn.Parameter] = {}
+
+    def add_words(self) -> None:
+        """New tokens at the end of the vocabulary, of which the word consists; as textual inversion adds them."""
+        settings = self.settings
+        names = [f"<s{number}>" for number in range(settings.token_vectors)]
+        for component, network in self.networks.items():
+            if component == "unet" or not names:
+                continue
+            tokenizer = getattr(self.pipe, component.replace("text_encoder", "tokenizer"))
+            ids = tokenizer(settings.token_start or "sks", add_special_tokens=False).input_ids
+            assert tokenizer.add_tokens(names) == len(names)
+            text_model: Any = getattr(network, "text_model", network)
+            text_model.eos_token_id = tokenizer.eos_token_id  # else the last of the vocabulary is taken for the end
+            embedding = text_model.embeddings.token_embedding
+            old = embedding.weight.detach().clone()
+            rows = nn.Parameter(old[[ids[number % len(ids)] for number in range(len(names))]].clone())
+            embedding.forward = lambda ids, old=old, rows=rows: F.embedding(ids, torch.cat([old, rows]))
+            self.learned[component] = rows
+
+    def caption(self, picture: Picture) -> str:
+        """What a text encoder reads in place of the picture's caption."""
+        new = "".join(f"<s{number}>" for number in range(self.settings.token_vectors))
+        return picture.caption.replace("sks", new) if new else picture.caption
 
     def _posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(np.array(centre(picture.open()))).permute(2, 0, 1)[None] / 127.5 - 1
@@ -335,11 +399,11 @@ class PlainTrainer:
         return [
             {"params": [p for p in self.networks[component].parameters() if p.requires_grad], "lr": rate}
             for component, rate in self.rates.items()
-        ]
+        ] + [{"params": list(self.learned.values()), "lr": self.settings.token_lr}] * bool(self.learned)
 
     def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Text, and for SDXL pooled text and time ids, as `train_dreambooth_lora_sdxl.py` makes them."""
-        captions = [picture.caption for picture in pictures]
+        captions = [self.caption(picture) for picture in pictures]
         options: dict[str, Any] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": "cpu"}
         if not self.is_xl:
             if self.clip_skip:
@@ -422,7 +486,10 @@ def plain_losses(
     settings = trainer.settings
     groups = trainer.groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
-    assert len(parameters) == (3 if settings.lora_init == "orthogonal" else 2) * len(trainer.lora)
+    assert len(parameters) == (3 if settings.lora_init == "orthogonal" else 2) * len(trainer.lora) + len(
+        trainer.learned
+    )
+    of_words = groups[-1:] if trainer.learned else []
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     schedule = get_scheduler(
         settings.lr_schedule,
@@ -433,7 +500,11 @@ def plain_losses(
     losses, rates = [], []
     for step in range(settings.steps):
         if settings.text_encoder_rates and step == settings.steps * settings.text_encoder_until:
-            for group in groups[1:]:
+            for group in groups[1 : 1 + len(settings.text_encoder_rates)]:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(False)
+        if step == settings.steps * settings.token_until:
+            for group in of_words:
                 for parameter in group["params"]:
                     parameter.requires_grad_(False)
         values = []
@@ -491,6 +562,7 @@ def test_recipe_equals_the_plain_loop(
     )
 
     trainer = PlainTrainer(folders[case.base], settings, case.clip_skip, [*subject, *class_pictures])
+    trainer.add_words()
     trainer.add_lora(TrainableAdapter(base.family.build(base), settings))
     losses, rates = plain_losses(trainer, subject, class_pictures)
     # sums in another order: 1e-6 in the first steps, up to 2e-5 after eight, since Adam divides by small gradients
@@ -509,5 +581,14 @@ def test_recipe_equals_the_plain_loop(
         for learned, plain in ((ours.down, module.lora_A), (ours.up, module.lora_B)):
             weight = plain["default"].weight.detach()
             assert (learned - weight).norm() <= 1e-3 * weight.norm()
+    words = words_of(result.adapter.embeddings, base.family)
+    assert [word.word for word in words] == ["sks"] * bool(trainer.learned)
+    for word in words:
+        assert word.vectors.keys() == trainer.learned.keys()
+        for component, vectors in word.vectors.items():
+            plain = trainer.learned[component].detach()
+            torch.testing.assert_close(vectors, plain, rtol=0, atol=1e-5)
+            start = base.family.build(base).token_embeddings(component, settings.token_start or "sks")
+            assert (vectors - start[torch.arange(len(vectors)) % len(start)]).abs().max() > 3e-3
     moved = {layer.rsplit("_text_model")[0] for layer, one in result.adapter.layers.items() if one.up.abs().max() > 0}
     assert len([name for name in moved if name.startswith("lora_te")]) == len(settings.text_encoder_rates)

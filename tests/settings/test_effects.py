@@ -25,6 +25,7 @@ OTHERS: dict[str, Any] = {  # a value other than the default, where the type doe
     "negative_prompt": "blurry",
     "prompt": "a dog",
     "class_noun": "cat",
+    "token_start": "red dog",
 }
 
 

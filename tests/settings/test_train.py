@@ -56,6 +56,10 @@ OTHER: dict[str, Any] = {
     "text_encoder_lr": 2.5e-05,
     "text_encoder_2_lr": 1.5e-05,
     "text_encoder_until": 0.75,
+    "token_vectors": 3,
+    "token_lr": 2e-3,
+    "token_until": 0.25,
+    "token_start": "roter Hund",
     "resolution": 320,
     "seed": 2**64 - 1,
     "batch_size": 3,
@@ -137,6 +141,7 @@ OTHER: dict[str, Any] = {
     "prior_batch_size": 2,
     "output_dir": "somewhere else",
     "lora": ("a.safetensors", "C:\\b.safetensors:0.5"),
+    "embedding": ("dog-sks.safetensors", "C:\\b.safetensors"),
     "prompt": "sks dog\nin the snow",
     "negative_prompt": "blurry",
     "scheduler": "pndm",
@@ -157,6 +162,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "lokr_factor": {"adapter": "lokr"},
     "combine": {"base_lora": ("style.safetensors",)},
     "text_encoder_until": {"text_encoder_lr": 5e-5},
+    **{name: {"token_vectors": 2} for name in ("token_lr", "token_until", "token_start")},
     "lr_cycles": {"lr_schedule": "cosine_with_restarts"},
     "lr_power": {"lr_schedule": "polynomial"},
     "min_rank": {"rank_schedule": "timestep"},
@@ -401,6 +407,10 @@ BOUNDS = [
     ("text_encoder_2_lr", 1.0, 1.01),
     ("text_encoder_until", 0.01, 0.0),
     ("text_encoder_until", 1.0, 1.01),
+    ("token_vectors", 64, 65),
+    ("token_vectors", 0, -1),
+    ("token_lr", 1.0, 0.0),
+    ("token_until", 1.0, 0.0),
     ("include", r"a\.b", "("),
     ("exclude", "a|b [cd]", "[a"),
     ("block_ranks", "", "4"),
@@ -445,6 +455,7 @@ FOR_ADAPTERS = {
     "start_from": "dog.safetensors",
     "dropout": 0.1,
     "rank_stabilized": True,
+    "token_vectors": 2,
     "preset": "person",
 }
 FOR_LORA = {"rank_schedule": "timestep", "lora_init": "orthogonal"}
@@ -632,6 +643,10 @@ AFFECTING = {
     "text_encoder_lr",
     "text_encoder_2_lr",
     "text_encoder_until",
+    "token_vectors",
+    "token_lr",
+    "token_until",
+    "token_start",
     "resolution",
     "seed",
     "batch_size",
@@ -691,6 +706,18 @@ def test_text_encoders_that_stop_depend_on_the_length() -> None:
     assert result_of(**half, steps=10) != result_of(**half, steps=11)
 
 
+def test_vectors_that_stop_depend_on_the_length() -> None:
+    whole, half = ({"token_vectors": 1, "token_until": until} for until in (1.0, 0.5))
+    assert result_of(**whole, steps=10) == result_of(**whole, steps=11)
+    assert result_of(**half, steps=10) != result_of(**half, steps=11)
+
+
+def test_without_vectors_nothing_of_them_is_in_the_result() -> None:
+    """So that runs of earlier versions are found."""
+    assert not [name for name in result_of() if name.startswith("token")]
+    assert result_of(token_lr=1e-3, token_until=0.1, token_start="dog") == result_of()
+
+
 def test_the_demo_is_parsed() -> None:
     values = read_toml(DEMO / "demo.toml")
     command = TrainCommand.checked({**values, "base": DEMO / "base", "images": DEMO / "subject"})
@@ -711,7 +738,7 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
     """Settings of which each is good, without those that contradict others."""
     values = dict(values)
     alone = {
-        "prodigy": ["text_encoder_lr", "text_encoder_2_lr", "lora_plus_ratio"],
+        "prodigy": ["token_vectors", "text_encoder_lr", "text_encoder_2_lr", "lora_plus_ratio"],
         "adamw-schedule-free": ["lr_schedule", "ema_decay", "max_norm"],
     }
     for name in alone.get(values.get("optimizer", "adamw"), []):

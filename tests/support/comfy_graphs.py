@@ -51,14 +51,15 @@ def graph(**changes: Any) -> Prompt:
     }
 
 
-def drawing(prefix: str, model: list[Any], clip: list[Any], *, side: int = 64, **sampling: Any) -> Prompt:
+def drawing(
+    prefix: str, model: list[Any], clip: list[Any], *, side: int = 64, text: str = "sks dog", **sampling: Any
+) -> Prompt:
     """Nodes that draw a picture with `model` and `clip` and save it as node `<prefix>save`; `sampling`: of KSampler."""
     sampling = {"seed": 1, "steps": 2, "cfg": 4.0, "sampler_name": "euler", "scheduler": "normal"} | sampling
-    text = {
-        f"{prefix}{sign}": node("CLIPTextEncode", text=words, clip=clip)
-        for sign, words in (("+", "sks dog"), ("-", ""))
+    texts = {
+        f"{prefix}{sign}": node("CLIPTextEncode", text=words, clip=clip) for sign, words in (("+", text), ("-", ""))
     }
-    return text | {
+    return texts | {
         f"{prefix}latent": node("EmptyLatentImage", width=side, height=side, batch_size=1),
         f"{prefix}sample": node(
             "KSampler",

@@ -118,6 +118,7 @@ WAYS: dict[str, tuple[dict[str, Any], str, MemorySaving]] = {
     "batch in parts": ({"batch_size": 4}, "bf16", MemorySaving(True, 2)),
     "text encoder": (TEXT, "bf16", MemorySaving(False)),
     "text encoder, checkpointing": (TEXT, "fp32", MemorySaving(True)),
+    "a word": ({"token_vectors": 2}, "bf16", MemorySaving(False)),
     "DoRA": ({"adapter": "dora"}, "bf16", MemorySaving(True)),
     "LoHa": ({"adapter": "loha"}, "bf16", MemorySaving(False)),
     "T-LoRA": ({"rank_schedule": "timestep", "lora_init": "orthogonal"}, "bf16", MemorySaving(True)),
@@ -174,6 +175,19 @@ def test_every_part_is_what_it_says(world: World) -> None:
 
 
 @pytest.mark.slow
+def test_a_word_keeps_the_text_encoder_on_the_device(world: World) -> None:
+    """Frozen, in the base's precision; the vectors, with gradient and Adam's two moments, are what is trained more."""
+    plain, words = (
+        Planner(world.base, settings_of(**changes), "bf16", None, False).need(MemorySaving(False))
+        for changes in ({}, {"token_vectors": 2})
+    )
+    [text_encoder] = world.base.text_encoders
+    weights = sum(2 * tensor.numel() for tensor in text_encoder.tensors.values())
+    assert words.base - plain.base == weights + 8 * text_encoder.config["max_position_embeddings"]
+    assert words.trained - plain.trained == 4 * FLOAT * 2 * text_encoder.config["hidden_size"]
+    assert words.activations > plain.activations
+
+
 def test_activations_grow_with_the_batch_and_the_class_pictures(world: World) -> None:
     def activations(batch: int, priors: bool) -> int:
         settings = settings_of(batch_size=batch, resolution=128)

@@ -12,7 +12,7 @@ from pack.trainer.core.errors import StorageError
 from pack.trainer.training.runs.layout import RunLayout, preview_name
 from pack.webui import cards
 from pack.webui.jobs import TRAIN, Jobs
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 SETTINGS = {"instance_prompt": "a photo of {token} {class}", "token": "sks", "class_noun": "dog"}
 
@@ -157,6 +157,28 @@ def test_a_file_that_is_there_is_not_replaced(bare_webui: Path, tmp_path: Path) 
     assert path.read_bytes() == made.read_bytes()
     assert card_of(path)["sd version"] == "SD1"
     assert (loras / "dog.safetensors").read_text() == (loras / "dog.json").read_text() == "the user's"
+
+
+def test_learned_words_are_delivered_as_embeddings(bare_webui: Path, tmp_path: Path) -> None:
+    """Those of this very run, under free names, by which the card calls them."""
+    embeddings = bare_webui / "embeddings"
+    embeddings.mkdir(exist_ok=True)
+    (embeddings / "dog-sks.safetensors").write_text("the user's")
+    job = Jobs(tmp_path / "jobs").make(TRAIN, "dog", {})
+    run = {"dreambooth.fingerprint": "f", "dreambooth.form": "fp16", "ss_steps": "9"}
+    config = json.dumps({"token": "sks", "class_noun": "dog", "instance_prompt": "a {token} {class}"})
+    made = tmp_path / "dog.safetensors"
+    save_file({"a": torch.ones(1)}, made, run | {"dreambooth.config": config})
+    (tmp_path / "embeddings").mkdir()
+    for name, changes in {"dog-sks": {}, "dog-sks-2": {"ss_steps": "5"}, "dogs-sks": {}}.items():
+        file = tmp_path / "embeddings" / f"{name}.safetensors"
+        save_file({"emb_params": torch.ones(2, 8)}, file, run | {"dreambooth.word": "sks"} | changes)
+    (job.folder / "output.txt").write_text(f"{made}\n", encoding="utf-8")
+    path = cards.deliver(job)
+    assert {file.name for file in embeddings.iterdir()} == {"dog-sks.safetensors", "dog-sks-2.safetensors"}
+    assert (embeddings / "dog-sks.safetensors").read_text() == "the user's"
+    assert load_file(embeddings / "dog-sks-2.safetensors")["emb_params"].shape == (2, 8)
+    assert card_of(path)["activation text"] == "dog-sks-2 dog"
 
 
 def test_a_file_that_is_no_lora(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from ..core.errors import AdapterError, NotFiniteError
 from ..core.tensor_files import is_finite
 from ..models.families.base import BaseWeights, Component, DiffusionModel, Family
 from ..models.open import checked
-from .keys import embedding_names
+from .embeddings import learn_bundled
 from .kohya import Adapter
 from .layers import fits
 from .module_paths import canonical_path, layers_per_block, module_path
@@ -26,8 +26,9 @@ logger = logging.getLogger("dreambooth_lora")
 def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None:
     """Add an adapter to a model's weights; the touched weights become private copies, all others stay as they are.
 
-    What the model lacks because it is smaller than the published models of its family is left out with a warning, as
-    are bundled embeddings; anything else that can't be added is refused.
+    What the model lacks because it is smaller than the published models of its family is left out with a warning;
+    anything else that can't be added is refused. The model learns the words that are bundled, but for those
+    that it can't read, of which there is a warning.
 
     Args:
         model: A built model; its UNet and text encoders are changed.
@@ -35,14 +36,12 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
         strength: Factor; 1 is as trained. 0 changes nothing.
 
     Raises:
-        AdapterError: A module of it is not in models of this family or of another shape, or nothing of it fits.
+        AdapterError: A module of it is not in models of this family or of another shape, or nothing of it fits; or it
+            bundles another embedding of a word that the model has learned.
         NotFiniteError: The strength makes weights that are not finite.
     """
     additions = _additions(model, adapter)  # all are checked before the first is added
-    if adapter.embeddings:
-        logger.warning(
-            "The adapter bundles embeddings, which are not used: %s", ", ".join(embedding_names(adapter.embeddings))
-        )
+    learn_bundled(model, adapter.embeddings)
     if strength == 0:
         logger.warning("An adapter has the strength 0: it adds nothing.")
         return
@@ -208,7 +207,23 @@ def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) 
         _with_tensors(component, merged[kind.name])
         for kind, component in zip(base.family.text_encoders, base.text_encoders, strict=True)
     ]
-    return checked(replace(base, unet=_with_tensors(base.unet, merged[UNET]), text_encoders=text_encoders))
+    unet = _with_tensors(base.unet, merged[UNET])
+    return checked(replace(base, unet=unet, text_encoders=text_encoders, words=model.words))
+
+
+def with_bundled_words(base: BaseWeights, adapters: Iterable[Adapter]) -> BaseWeights:
+    """A base model, to which adapters were added elsewhere, with the words that they bundle.
+
+    Raises:
+        AdapterError: Two of them bundle different embeddings of one word.
+    """
+    embeddings = [adapter.embeddings for adapter in adapters if adapter.embeddings]
+    if not embeddings:
+        return base
+    model = base.family.build(base)
+    for bundled in embeddings:
+        learn_bundled(model, bundled)
+    return checked(replace(base, words=model.words))
 
 
 def _with_tensors(component: Component, tensors: Mapping[str, torch.Tensor]) -> Component:

@@ -103,6 +103,11 @@ def is_embedding(key: str) -> bool:
     return key.startswith(_EMBEDDING)
 
 
+def embedding_key(name: str, part: str) -> str:
+    """The key of a part of a bundled embedding; with no part, what all of its keys begin with."""
+    return f"{_EMBEDDING}{name}.{part}"
+
+
 def embedding_names(keys: Iterable[str]) -> list[str]:
     """The names of the embeddings that tensors of these keys are parts of, each once."""
     return sorted({key.removeprefix(_EMBEDDING).partition(".")[0] for key in keys if is_embedding(key)})

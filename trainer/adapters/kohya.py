@@ -299,7 +299,9 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: 
 def _tell_of_float32(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     """Say which tensors are of float32 since the type that was asked for would lose their numbers."""
     kept = [
-        name for name, tensor in tensors.items() if tensor.dtype != dtype and not name.endswith((".alpha", DORA_SCALE))
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype != dtype and not name.endswith((".alpha", DORA_SCALE)) and not is_embedding(name)
     ]
     if kept:
         logger.warning(

@@ -17,6 +17,7 @@ from .layers import Layer
 
 FINGERPRINT_KEY = "dreambooth.fingerprint"
 MERGE_KEY = "dreambooth.merge"
+WORD_KEY = "dreambooth.word"  # of an embedding file: the word in the captions that it was learned for
 FORM_KEY = "dreambooth.form"  # how a run's result is written: precision, alone or combined
 
 

@@ -203,10 +203,10 @@ def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:
             f"The adapter to start from also changes biases or norms ({next(iter(adapter.vectors))}).",
             "Start from one that does not; such changes can't be trained on.",
         )
-    if adapter.embeddings:
+    lost = [name for name in embedding_names(adapter.embeddings) if name not in {word.word for word in model.words}]
+    if lost:
         logger.warning(
-            "The adapter to start from bundles embeddings, which the new file won't have: %s",
-            ", ".join(embedding_names(adapter.embeddings)),
+            "The adapter to start from bundles embeddings, which the new file won't have: %s", ", ".join(lost)
         )
     modules = modules_by_name(model)
     names = canonical_names(model)

@@ -19,7 +19,7 @@ from ..core.devices import pick_device, pick_precision
 from ..core.errors import SettingsError
 from ..core.events import Listener, Note, SilentListener
 from ..core.files import explained_os_errors, write_atomic
-from ..core.prompts import without_token
+from ..core.prompts import PromptWords, without_token
 from ..data.class_images import generate_class_images
 from ..data.images import Picture, load_pictures
 from ..dreambooth import train
@@ -126,7 +126,14 @@ def dreambench(
     """
     subjects = read_subjects(settings.data, settings.live.split(), settings.subjects.split())
     start = read_adapter(settings.start_from) if settings.start_from else None
-    require_trainable(base, _train_settings(settings), _run_paths(settings), StartingPoint(start))
+    require_trainable(
+        base,
+        _train_settings(settings),
+        _run_paths(settings),
+        StartingPoint(start),
+        words=[PromptWords(settings.token)],
+        captions=[_caption(settings, "subject")],
+    )
     for subject in subjects:
         _evaluator(subject, settings, extractors, SilentListener())  # fails before the first training
     scores: dict[str, Metrics] = {}
@@ -141,6 +148,10 @@ def dreambench(
     return files
 
 
+def _caption(settings: DreamBenchCommand, noun: str) -> str:
+    return f"a photo of {settings.token} {noun}"
+
+
 def _train_settings(settings: DreamBenchCommand, **changes: str) -> TrainSettings:
     return TrainSettings.checked({name: getattr(settings, name) for name in TrainSettings.model_fields} | changes)
 
@@ -153,7 +164,7 @@ def _evaluator(
     subject: BenchSubject, settings: DreamBenchCommand, extractors: FeatureExtractors, listener: Listener
 ) -> Evaluator:
     """The evaluator of a subject; its references are the training pictures."""
-    pictures = load_pictures(settings.data / subject.name, f"a photo of {settings.token} {subject.noun}", listener)
+    pictures = load_pictures(settings.data / subject.name, _caption(settings, subject.noun), listener)
     return Evaluator(extractors, pictures, subject.prompts_with(settings.token), settings.token, listener)
 
 
@@ -177,6 +188,7 @@ def _train_and_score(
         device=settings.device,
         listener=listener,
         starting_point=StartingPoint(start),
+        words=[PromptWords(settings.token, subject.noun)],
     )
     config = SampleConfig(
         width=settings.resolution,
@@ -201,7 +213,7 @@ def _class_pictures(
     device = pick_device(settings.device)
     priors = PriorSettings.checked(
         {
-            "class_prompt": without_token(f"a photo of {settings.token} {subject.noun}", settings.token),
+            "class_prompt": without_token(_caption(settings, subject.noun), settings.token),
             "prior_count": settings.prior_count,
             "prior_scheduler": settings.prior_scheduler,
             "prior_steps": settings.prior_steps,

@@ -12,12 +12,14 @@ from pathlib import Path
 from PIL import Image
 
 from ..adapters.apply import apply_to_base, merge_into
+from ..adapters.embeddings import learn, read_embedding
 from ..adapters.kohya import Adapter, read_adapter
 from ..core.devices import explained_memory_errors, pick_device, pick_precision
 from ..core.distributed import ProcessGroup
 from ..core.errors import PicturesError, SettingsError, suggest
 from ..core.events import Listener, Phase
 from ..core.files import require_writable_file, write_file
+from ..core.prompts import PromptWords
 from ..data.class_images import by_prompt, class_images_folders, generate_class_images
 from ..data.folder import AnnotationOptions
 from ..data.image_check import check_pictures
@@ -49,7 +51,9 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
     settings = apply_preset(settings, base.family, listener).with_filled_previews()
     paths = RunPaths(output=settings.output_dir, runs=settings.output_dir / "runs")
     starting_point = StartingPoint(start, stacked)
-    require_trainable(base, settings, paths, starting_point)
+    words = [PromptWords(subject.token, subject.class_noun) for subject in settings.subjects]
+    captions = [caption for picture in pictures for caption in picture.captions]
+    require_trainable(base, settings, paths, starting_point, words=words, captions=captions)
     check_pictures(pictures, settings, listener)
     report_settings_without_effect(
         settings,
@@ -71,6 +75,7 @@ def run_train(settings: TrainCommand, listener: Listener) -> TrainResult:
         device=settings.device,
         listener=listener,
         starting_point=starting_point,
+        words=words,
     )
 
 
@@ -159,9 +164,13 @@ def run_generate(settings: GenerateCommand, listener: Listener) -> list[Path]:
     adapters = read_adapters(settings.lora)
     _require_picture_path(settings.output)
     device = pick_device(settings.device)
-    model = build_on_device(open_base_model(settings), device, pick_precision(settings.precision, device))
+    base = open_base_model(settings)
+    embeddings = [read_embedding(Path(path), base.family) for path in settings.embedding]
+    model = build_on_device(base, device, pick_precision(settings.precision, device))
     for adapter, strength in adapters:
         merge_into(model, adapter, strength)
+    for word in embeddings:
+        learn(model, word)
     width, height = settings.width_height
     config = GenerationConfig(
         width=width,

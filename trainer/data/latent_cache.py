@@ -118,7 +118,8 @@ class LatentCache:
         instance: The subject's pictures.
         prior: The class pictures; None without.
         validation: Pictures of the subject that are held out; None without.
-        text: Tokens of the distinct captions, and encodings of those text encoders that are not trained; one row each.
+        text: Tokens of the distinct captions, and encodings of those text encoders that don't run in every step; one
+            row each.
         empty: Row of the empty caption; None if it is not needed.
     """
 
@@ -186,10 +187,10 @@ def build_cache(
 
     Args:
         model: Its autoencoder and text encoders compute in float32 on `device`, whatever their weights' type: SDXL's
-            autoencoder overflows in half precision. The text encoders that are not trained are dropped.
+            autoencoder overflows in half precision. The text encoders that don't run in every step are dropped.
         sets: "instance", "prior" and "validation" → pictures; all but the first may be missing or empty.
-        settings: Resolution, buckets, flip, shuffling and dropout of captions, and which text encoders are trained:
-            these are not encoded here, since their outputs change.
+        settings: Resolution, buckets, flip, shuffling and dropout of captions, and which text encoders run in every
+            step: these don't encode here, since their outputs change.
         device: Where to compute.
         listener: Gets the progress; may stop the work.
 
@@ -209,8 +210,9 @@ def build_cache(
     if settings.caption_dropout:
         rows.setdefault("", len(rows))
     _warn_of_long_captions(model, [picture for pictures in sets.values() for picture in pictures], listener)
-    text = encode_captions(model, list(rows), device, settings.text_encoder_rates)
-    drop_frozen_text_encoders(model, settings.text_encoder_rates)  # before the autoencoder comes
+    in_steps = settings.text_encoders_in_steps(model.text_encoders)
+    text = encode_captions(model, list(rows), device, in_steps)
+    drop_frozen_text_encoders(model, in_steps)  # before the autoencoder comes
     release(device)
     datasets: dict[str, LatentDataset | None] = {}
     with torch.no_grad():
@@ -267,19 +269,19 @@ def _warn_of_long_captions(model: DiffusionModel, pictures: Sequence[Picture], l
             listener.report(Note(text, warning=True, picture=captioned[0].name if len(captioned) == 1 else ""))
 
 
-def drop_frozen_text_encoders(model: DiffusionModel, trained: Collection[str]) -> None:
-    """Remove the text encoders that are not trained from the model; their outputs are cached."""
-    for name in [name for name in model.text_encoders if name not in trained]:
+def drop_frozen_text_encoders(model: DiffusionModel, in_steps: Collection[str]) -> None:
+    """Remove the text encoders that don't run in every step from the model; their outputs are cached."""
+    for name in [name for name in model.text_encoders if name not in in_steps]:
         del model.text_encoders[name]
 
 
 def encode_captions(
-    model: DiffusionModel, captions: Sequence[str], device: torch.device, trained: Collection[str] = ()
+    model: DiffusionModel, captions: Sequence[str], device: torch.device, in_steps: Collection[str] = ()
 ) -> Conditioning:
-    """Tokens of captions, and their encodings by those text encoders that are not trained: a row each, on the CPU."""
+    """Tokens of captions, and their encodings by the text encoders but those in every step: a row each, on the CPU."""
     text = model.tokenize(captions)
     for name, text_encoder in model.text_encoders.items():
-        if name not in trained:
+        if name not in in_steps:
             to_device(text_encoder, device, torch.float32)
             encoded = encode_tokens_in_batches(model, name, text[token_ids_key(name)])
             text |= {part: rows.cpu() for part, rows in encoded.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..adapters.apply import apply_to_base
+from ..adapters.keys import embedding_names
 from ..adapters.kohya import Adapter
 from ..adapters.prefixes import UNET
 from ..core.errors import AdapterError
@@ -22,6 +24,8 @@ from ..models.families.ldm import UNET_PREFIX
 from ..models.open import open_base, open_tensors
 from ..models.single_file import write_tensors
 from ..models.state_dicts import is_pickled, read_component, read_single_file
+
+logger = logging.getLogger("dreambooth_lora")
 
 
 def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) -> Path:
@@ -41,6 +45,9 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
         NotFiniteError: The strengths make weights that are not finite.
         StorageError: The result can't be written.
     """
+    embeddings = [name for adapter, _ in adapters for name in embedding_names(adapter.embeddings)]
+    if embeddings:
+        logger.warning("A model holds no embeddings; these are left out: %s", ", ".join(sorted({*embeddings})))
     if not any(strength for _, strength in adapters):
         raise AdapterError("Every adapter has the strength 0: nothing would be added.", "Give a strength such as 1.")
     if os.path.isdir(source):

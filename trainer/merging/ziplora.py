@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters.apply import apply_to_base
+from ..adapters.embeddings import learn_bundled
 from ..adapters.kohya import Adapter
 from ..adapters.module_paths import module_path
 from ..adapters.names import Adaptable, modules_by_name, named_weights
@@ -226,6 +227,8 @@ class _ZipLoraTrainer:
             if text_part.adapter.layers or text_part.adapter.vectors:
                 scaled.append((merge([text_part], _SUM, self.weights).adapter, 1.0))
         model = self.base.family.build(apply_to_base(self.base, scaled))
+        for weighted in adapters:
+            learn_bundled(model, weighted.adapter.embeddings)
         for encoder in model.text_encoders.values():
             to_device(encoder, self.device, torch.float32)
         return model

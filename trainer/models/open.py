@@ -254,7 +254,8 @@ def checked(weights: BaseWeights) -> BaseWeights:
     """
     model = weights.family.build(weights)
     parts = [weights.unet, weights.vae, *weights.text_encoders]
-    digest = fingerprint(_computing_facts(weights, model), *(part.tensors for part in parts))
+    words = [{f"{word.word}.{encoder}": vectors for encoder, vectors in word.vectors.items()} for word in weights.words]
+    digest = fingerprint(_computing_facts(weights, model), *(part.tensors for part in parts), *words)
     return replace(weights, fingerprint=digest)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from typing_extensions import Self
 from ..core.errors import suggest
 from .base import Needs, Settings, TidyPath, setting
 
+_PIVOTAL = "Pivotal tuning"
 AdapterKind = Literal["lora", "dora", "loha", "lokr", "full"]
 _ONLY_FOR_ADAPTERS = (
     "include",
@@ -23,6 +25,7 @@ _ONLY_FOR_ADAPTERS = (
     "dropout",
     "rank_stabilized",
     "base_quantization",
+    "token_vectors",
 )
 _ONLY_FOR_LORA = ("rank_schedule", "lora_init")
 
@@ -211,6 +214,46 @@ class AdapterSettings(Settings):
         le=1.0,
     )
 
+    token_vectors: int = setting(
+        0,
+        "Pivotal tuning: also learn this many vectors for the subject's rare word (textual inversion), for which it "
+        "stands in every prompt. 0: off; 1 to 4 are typical. They are in the adapter's file and in an embedding file "
+        "of their own: of the run dog and the word sks, prompts in ComfyUI call it embedding:dog-sks.",
+        unit="vectors",
+        group=_PIVOTAL,
+        ge=0,
+        le=64,
+    )
+    token_lr: float = setting(
+        5e-4,
+        "Learning rate of the rare word's vectors.",
+        group=_PIVOTAL,
+        advanced=True,
+        step=0.0001,
+        gt=0.0,
+        le=1.0,
+        needs=Needs("token_vectors"),
+    )
+    token_until: float = setting(
+        0.5,
+        "The pivot: the fraction of the steps after which the rare word's vectors stay as they are and the adapter "
+        "alone is trained. Until then the text encoders run in every step.",
+        group=_PIVOTAL,
+        advanced=True,
+        step=0.05,
+        gt=0.0,
+        le=1.0,
+        needs=Needs("token_vectors"),
+    )
+    token_start: str = setting(
+        "",
+        "Words whose embeddings the rare word's vectors start from. Empty: the class noun; without one, the rare word "
+        "itself.",
+        group=_PIVOTAL,
+        advanced=True,
+        needs=Needs("token_vectors"),
+    )
+
     @field_validator("include", "exclude")
     @classmethod
     def _patterns_compile(cls, text: str) -> str:
@@ -306,6 +349,14 @@ class AdapterSettings(Settings):
         """Component name of each text encoder that is trained → its learning rate."""
         rates = {"text_encoder": self.text_encoder_lr, "text_encoder_2": self.text_encoder_2_lr}
         return {component: rate for component, rate in rates.items() if rate}
+
+    def text_encoders_in_steps(self, encoders: Iterable[str]) -> list[str]:
+        """Those of a model's text encoders that run in every step: they are trained, or the rare word's vectors are.
+
+        Args:
+            encoders: Component names of all.
+        """
+        return [name for name in encoders if self.token_vectors or name in self.text_encoder_rates]
 
     @property
     def include_patterns(self) -> list[re.Pattern[str]]:

@@ -129,6 +129,7 @@ class OptimizerSettings(Settings):
         *,
         learning_rate: float,
         text_encoder_rates: Mapping[str, float],
+        token_rate: float | None = None,
         lr_schedule: str,
         adapter: str,
         max_norm: float,
@@ -138,6 +139,7 @@ class OptimizerSettings(Settings):
         Args:
             learning_rate: Learning rate of the UNet.
             text_encoder_rates: Text encoder → its learning rate.
+            token_rate: Learning rate of the rare word's vectors, if they are trained.
             lr_schedule: Name of the learning rate schedule.
             adapter: Kind of adapter.
             max_norm: Maximum norm of a layer; 0: no limit.
@@ -152,6 +154,11 @@ class OptimizerSettings(Settings):
             )
         if self.optimizer == "prodigy":
             self._require_one_rate(learning_rate, text_encoder_rates)
+            if token_rate is not None and token_rate != learning_rate:
+                raise ValueError(
+                    f"prodigy has one learning rate for all parameters: set {suggest('token_lr', learning_rate)}, like "
+                    f"{suggest('learning_rate')}, or {suggest('token_vectors', 0)}"
+                )
         if self.optimizer == "adamw-schedule-free":
             self._require_no_schedule(lr_schedule, max_norm)
 

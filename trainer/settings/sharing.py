@@ -32,6 +32,7 @@ SHARED_TEXT = frozenset(
         "style_prompt",
         "subject_prompt",
         "token",
+        "token_start",
     }
 )
 _PLAIN = (bool, int, float, type(None))

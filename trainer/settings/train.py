@@ -23,6 +23,7 @@ _SHAPES = {"lr_cycles": ("cosine_with_restarts", 1), "lr_power": ("polynomial", 
 """Setting of one learning rate schedule → that schedule, and the value with which it is the one without the setting."""
 _NEWER = ("rank_schedule", "min_rank", "rank_power", "lora_init")
 """Settings that version 0.4 did not have; with their defaults a run is the one without them."""
+_WORDS = ("token_vectors", "token_lr", "token_until", "token_start")
 _PRIORS = Needs("prior_count")
 _TEXT_ENCODER = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_until")
 
@@ -267,6 +268,7 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
         self.require_suitable(
             learning_rate=self.learning_rate,
             text_encoder_rates=self.text_encoder_rates,
+            token_rate=self.token_lr if self.token_vectors else None,
             lr_schedule=self.lr_schedule,
             adapter=self.adapter,
             max_norm=self.max_norm,
@@ -285,9 +287,16 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
         return max(1, round(self.steps * self.text_encoder_until))
 
     @property
+    def token_steps(self) -> int:
+        """Step after which the rare word's vectors stay as they are."""
+        return max(1, round(self.steps * self.token_until))
+
+    @property
     def depends_on_length(self) -> bool:
         """Whether a longer run differs from its first step on, because a learning rate depends on the length."""
-        return self.lr_schedule not in ("constant", "constant_with_warmup") or self.text_encoder_until < 1
+        has_pivot = self.token_vectors > 0 and self.token_until < 1
+        has_end = self.text_encoder_until < 1 or has_pivot
+        return self.lr_schedule not in ("constant", "constant_with_warmup") or has_end
 
     def effect_notes(self) -> list[str]:
         """See `Settings.effect_notes`; also of a schedule that does not do what its name says."""
@@ -316,6 +325,9 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
         for name in _NEWER:
             has_effect = self.rank_schedule == "timestep" or name == "lora_init"
             if values[name] == fields[name].default or not has_effect:
+                del values[name]
+        if not self.token_vectors:  # up to version 0.5 there were none
+            for name in _WORDS:
                 del values[name]
         if not self.depends_on_length:
             del values["steps"]
@@ -512,6 +524,13 @@ class GenerateCommand(BaseModelSettings, SizeSettings):
     lora: tuple[str, ...] = setting(
         (),
         "Adapter file, with an optional strength: FILE or FILE:0.8. May be given several times.",
+        group="Picture",
+        path=True,
+    )
+    embedding: tuple[str, ...] = setting(
+        (),
+        "Embedding file (textual inversion): its name stands for its vectors in the prompts. May be given several "
+        "times. Those in an adapter's file need not be given.",
         group="Picture",
         path=True,
     )

@@ -5,14 +5,16 @@ from __future__ import annotations
 import glob
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ..adapters.embeddings import file_stem, words_of, write_embedding
 from ..adapters.kohya import Adapter, read_adapter, read_header, write_adapter
 from ..adapters.layers import Layer, LoraLayer
-from ..adapters.metadata import FINGERPRINT_KEY, FORM_KEY
+from ..adapters.metadata import FINGERPRINT_KEY, FORM_KEY, WORD_KEY
 from ..adapters.names import canonical_names
 from ..adapters.targets import choose_targets
 from ..core.devices import DTYPES
@@ -37,11 +39,13 @@ class Exported:
         adapter: The adapter as it stands in its file.
         path: The adapter file.
         checkpoint: The checkpoint file of full fine-tuning; None otherwise.
+        embeddings: Word whose vectors were learned → its embedding file.
     """
 
     adapter: Adapter
     path: Path
     checkpoint: Path | None
+    embeddings: Mapping[str, Path]
 
 
 def export(
@@ -85,7 +89,21 @@ def export(
     suffix = "-lora" if is_beside_checkpoint else ""
     wanted = paths.output / f"{settings.name}{suffix}.safetensors"
     path = _written(wanted, metadata, lambda: write_adapter(wanted, adapter, dtype, replace=False))
-    return Exported(read_adapter(path), path, checkpoint)
+    embeddings = _export_embeddings(base, adapter, path.stem, paths) if settings.token_vectors else {}
+    return Exported(read_adapter(path), path, checkpoint, embeddings)
+
+
+def _export_embeddings(base: BaseWeights, adapter: Adapter, stem: str, paths: RunPaths) -> dict[str, Path]:
+    """Write each word that an adapter bundles as a file of its own, for programs that don't look into adapters."""
+    files = {}
+    for word in words_of(adapter.embeddings, base.family):
+        facts = {key: adapter.metadata[key] for key in _IDENTIFYING if key in adapter.metadata}
+        metadata = {**facts, WORD_KEY: word.word}
+        wanted = paths.embedding_output / f"{file_stem(stem, word.word)}.safetensors"
+        files[word.word] = _written(
+            wanted, metadata, partial(write_embedding, wanted, word, base.family, metadata), (*_IDENTIFYING, WORD_KEY)
+        )
+    return files
 
 
 def _export_checkpoint(
@@ -153,17 +171,19 @@ def _sum(layers: Sequence[tuple[LoraLayer, float]]) -> Layer:
     return to_layer(sum_deltas([to_delta(layer, shape).times(strength) for layer, strength in layers]))
 
 
-def _written(wanted: Path, metadata: Mapping[str, str], write: Callable[[], Path]) -> Path:
+def _written(
+    wanted: Path, metadata: Mapping[str, str], write: Callable[[], Path], identifying: Sequence[str] = _IDENTIFYING
+) -> Path:
     """The file of this run, length and precision if it exists, else the first free name, written."""
     for path in [wanted, *sorted(wanted.parent.glob(f"{glob.escape(wanted.stem)}-*{wanted.suffix}"))]:
-        if path.is_file() and _is_same(path, metadata):
+        if path.is_file() and _is_same(path, metadata, identifying):
             return path
     return write()
 
 
-def _is_same(path: Path, metadata: Mapping[str, str]) -> bool:
+def _is_same(path: Path, metadata: Mapping[str, str], identifying: Sequence[str]) -> bool:
     try:
         _, existing = read_header(path)
     except (OSError, ValueError):
         return False
-    return all(existing.get(key) == metadata.get(key) for key in _IDENTIFYING)
+    return all(existing.get(key) == metadata.get(key) for key in identifying)

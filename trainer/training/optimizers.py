@@ -18,6 +18,7 @@ from ..adapters.prefixes import UNET
 from ..core.errors import SettingsError, suggest
 from ..settings.train import TrainSettings
 
+WORDS = "token"  # the group of the rare words' vectors, as their learning rate is called
 _POLYNOMIAL_END = 1e-7  # where diffusers lets the polynomial schedule end; it refuses rates that begin lower
 _RESERVED_ARGUMENTS = {  # of constructors: settings of their own give these, or they don't go with this recipe
     "args",
@@ -52,7 +53,7 @@ def make_optimizer(
     Raises:
         SettingsError: The optimiser's package is missing, or refuses its options.
     """
-    rates = {UNET: settings.learning_rate, **settings.text_encoder_rates}
+    rates = {UNET: settings.learning_rate, **settings.text_encoder_rates, WORDS: settings.token_lr}
     fast_ids = {id(parameter) for parameter in faster} if settings.lora_plus_ratio else set()
     param_groups = []
     for component, parameters in groups.items():

@@ -10,7 +10,7 @@ from ..core.devices import DTYPES
 from ..core.errors import SettingsError, WeightsError, suggest
 from ..core.events import Listener, Note
 from ..core.files import require_writable
-from ..core.prompts import split_prompts
+from ..core.prompts import PromptWords, split_prompts
 from ..core.seeding import generator
 from ..core.tensor_files import cast_finite
 from ..data.images import Picture
@@ -25,6 +25,7 @@ from .runs.folder import RunPaths
 from .runs.trackers import require_tracker
 from .text_conditioning import TextConditioning
 from .trainable import evaluating
+from .words import TrainedWords
 
 _KEPT_OF_START = (  # settings that an adapter to start from replaces by its own
     "adapter",
@@ -40,6 +41,7 @@ _KEPT_OF_START = (  # settings that an adapter to start from replaces by its own
     "targets",
 )
 _ADAPTER_BYTES = 50_000_000  # that an adapter and its checkpoints take at the least
+_EMBEDDING_BYTES = 1_000_000
 _BYTES_PER_WEIGHT = 4  # of a trained number in a checkpoint file, at the most
 _EPSILON_FRACTIONS = (0.9, 0.9)  # of the timesteps, at which a model's output is compared with the noise
 _VELOCITY_FRACTIONS = (0.3, 0.5)  # and with the velocity
@@ -52,6 +54,9 @@ def require_trainable(
     paths: RunPaths,
     starting_point: StartingPoint,
     device: torch.device | None = None,
+    *,
+    words: Sequence[PromptWords] = (),
+    captions: Sequence[str] = (),
 ) -> None:
     """Check what can be checked at once, so that a mistake is reported before class pictures are made, not after.
 
@@ -61,9 +66,11 @@ def require_trainable(
         paths: Where it writes.
         starting_point: What it builds upon.
         device: Where it trains; None: not known yet.
+        words: Rare word and class noun of each subject.
+        captions: Of the subjects' pictures.
 
     Raises:
-        SettingsError: A setting does not fit the model, or the optimiser can't be used.
+        SettingsError: A setting does not fit the model, the optimiser can't be used, or a rare word can't be learned.
         AdapterError: The adapter to start from does not.
         StorageError: A folder can't be written, or its disk is full.
     """
@@ -80,8 +87,13 @@ def require_trainable(
             require_combinable(adapter)
         if starting_point.start:
             require_combinable(starting_point.start)
-    planned_targets(base.family.build(base), settings, starting_point.start)
+    model = base.family.build(base)
+    if settings.token_vectors:
+        TrainedWords(model, settings, words, starting_point.start).require_captioned(model, captions)
+    planned_targets(model, settings, starting_point.start)
     require_writable(paths.output, _ADAPTER_BYTES)
+    if settings.token_vectors:
+        require_writable(paths.embedding_output, _EMBEDDING_BYTES)
     if settings.adapter == "full":
         _require_room_for_full_finetuning(base, settings, paths)
     else:

@@ -72,8 +72,8 @@ class Previews:
         self._encoded: Conditioning = {}
         self._first_row = 0  # of the previews' prompts among the run's captions; it is the empty prompt
 
-    def encode(self, model: DiffusionModel, trained: Collection[str], listener: Listener) -> None:
-        """Encode the prompts by the text encoders that are not trained, while they are there; open what scores.
+    def encode(self, model: DiffusionModel, in_steps: Collection[str], listener: Listener) -> None:
+        """Encode the prompts by the text encoders but those in every step, while they are there; open what scores.
 
         Raises:
             WeightsError: A model that scores can't be opened.
@@ -87,7 +87,7 @@ class Previews:
             self._evaluation = Evaluator(extractors, self._subject, self._prompts, settings.token, listener)
             self._class_prompts = list(self._evaluation.class_prompts)
         texts = ["", *self._prompts, *self._class_prompts]
-        self._encoded = encode_captions(model, texts, self._device, trained)
+        self._encoded = encode_captions(model, texts, self._device, in_steps)
 
     def joined(self, text: Conditioning) -> Conditioning:
         """The run's captions, and after them the prompts of the previews; a row each."""

@@ -1,9 +1,12 @@
-"""The text conditioning of a run: captions encoded once by frozen text encoders, in every step by trained ones."""
+"""The text conditioning of a run: captions encoded once by frozen text encoders, in every step by the others.
+
+Those are trained themselves, or read the vectors of a word that is trained.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +31,12 @@ class TextConditioning:
         """Bring the encodings to the device.
 
         Args:
-            model: Its trained text encoders are on `device`.
-            encoded: The cache's text: token ids, and the embeddings by the text encoders that are not trained.
-            trained: Component names of those that are.
+            model: Its text encoders that run in every step are on `device`.
+            encoded: The cache's text: token ids, and the embeddings by the other text encoders.
+            trained: Component names of those that run in every step.
             device: Where training runs.
             dtype: Type of the embeddings.
-            autocast: Precision in which the trained encoders compute.
+            autocast: Precision in which these compute.
         """
         self._model = model
         self._dtype = dtype
@@ -45,7 +48,7 @@ class TextConditioning:
 
     @property
     def trained(self) -> list[str]:
-        """The text encoders that are still trained."""
+        """The text encoders that still run in every step."""
         return list(self._trained)
 
     def rows(self, rows: Tensor) -> Conditioning:
@@ -56,14 +59,15 @@ class TextConditioning:
                 conditioning |= self._model.encode_tokens(encoder, conditioning[token_ids_key(encoder)])
         return conditioning
 
-    def freeze(self) -> None:
-        """Encode all captions one last time; the text encoders leave the device and the model."""
-        for encoder in self._trained:
-            self._model.text_encoders[encoder].eval()
+    def freeze(self, encoders: Collection[str] | None = None) -> None:
+        """Encode all captions one last time by these text encoders, all by default; they leave device and model."""
+        leaving = [encoder for encoder in self._trained if encoders is None or encoder in encoders]
+        for encoder in leaving:
+            network = self._model.text_encoders[encoder]
+            network.eval()
             with self._autocast():
                 embeddings = encode_tokens_in_batches(self._model, encoder, self._rows[token_ids_key(encoder)])
             self._rows |= {name: rows.to(self._dtype) for name, rows in embeddings.items()}
-        self._trained = []
-        for network in self._model.text_encoders.values():
             to_device(network, torch.device("cpu"), next(network.parameters()).dtype)  # until it is saved
-        self._model.text_encoders.clear()
+            del self._model.text_encoders[encoder]
+            self._trained.remove(encoder)

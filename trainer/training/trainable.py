@@ -19,6 +19,7 @@ from ..models.nf4 import quantize
 from ..settings.train import TrainSettings
 from .adapter import TrainableAdapter
 from .runs.checkpoint import Saved
+from .words import TrainedWords, WithWords
 
 
 class Trainable(Protocol):
@@ -47,16 +48,22 @@ class Trainable(Protocol):
 
 
 def make_trainable(
-    model: DiffusionModel, settings: TrainSettings, device: torch.device, dtype: torch.dtype, start: Adapter | None
+    model: DiffusionModel,
+    settings: TrainSettings,
+    device: torch.device,
+    dtype: torch.dtype,
+    start: Adapter | None,
+    words: TrainedWords | None = None,
 ) -> Trainable:
     """Bring the networks to the device and make what the settings name trainable.
 
     Args:
-        model: A built model; of its text encoders only those that are trained.
+        model: A built model; of its text encoders only those that run in every step.
         settings: What is trained.
         device: Where training runs.
         dtype: Type of the weights that are not trained.
         start: An adapter to go on from.
+        words: Words that are trained along, which the model has learned.
 
     Raises:
         SettingsError: The settings do not fit the model.
@@ -64,11 +71,17 @@ def make_trainable(
     """
     full = settings.adapter == "full"
     for component, network in networks(model).items():
-        if component == UNET or component in settings.text_encoder_rates:
+        if component == UNET or settings.text_encoders_in_steps([component]):
             if component == UNET and settings.base_quantization == "nf4":
                 quantize(network, device, dtype)
             to_device(network, device, torch.float32 if full else dtype)
-    return FullFinetune(model, settings) if full else TrainableAdapter(model, settings, start)
+    if full:
+        return FullFinetune(model, settings)
+    adapter = TrainableAdapter(model, settings, start)
+    if words is None:
+        return adapter
+    words.to_device(device)
+    return WithWords(adapter, words)
 
 
 @contextlib.contextmanager

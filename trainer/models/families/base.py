@@ -82,6 +82,19 @@ def token_ids_key(text_encoder: str) -> str:
 
 
 @dataclass(frozen=True)
+class LearnedWord:
+    """A word that stands for vectors of its own instead of its tokens' embeddings: textual inversion (Gal et al. 2022).
+
+    Attributes:
+        word: As it stands in prompts; may be several tokens, or several words.
+        vectors: Text encoder's component → what it reads in the word's place, (vectors, width), on any device.
+    """
+
+    word: str
+    vectors: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
 class AdapterMarks:
     """What shows that an adapter file was made for a family.
 
@@ -129,6 +142,7 @@ class BaseWeights:
         clip_skip: Layer of the text encoders that is read, counted from the end; 0: the family's.
         title: Name for people, e.g. the file's.
         fingerprint: Hexadecimal digest of the weights.
+        words: Words that stand for vectors of their own, of adapters that were added to it.
     """
 
     family: Family
@@ -141,6 +155,7 @@ class BaseWeights:
     clip_skip: int
     title: str
     fingerprint: str
+    words: Sequence[LearnedWord] = ()
 
 
 class DiffusionModel(Protocol):
@@ -156,6 +171,7 @@ class DiffusionModel(Protocol):
         vae: The autoencoder, a diffusers `AutoencoderKL`.
         text_encoders: Component name ("text_encoder") → text encoder.
         objective: Noise schedule and prediction type.
+        words: The words that stand for vectors of their own.
     """
 
     family: Family
@@ -163,9 +179,20 @@ class DiffusionModel(Protocol):
     vae: Any
     text_encoders: dict[str, nn.Module]
     objective: Objective
+    words: Sequence[LearnedWord]
+
+    def learn(self, words: Sequence[LearnedWord]) -> None:
+        """Let these words, and no others, stand for their vectors from now on.
+
+        Their tokens in a prompt become a token for each vector, numbered from -1 downwards. The vectors are read anew
+        whenever tokens are encoded, and get gradients.
+        """
 
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
         """Tokens of the prompts for every text encoder, truncated or padded: (prompts, tokens) each, on the CPU."""
+
+    def token_embeddings(self, encoder: str, text: str) -> Tensor:
+        """What a text encoder, given by its component's name, reads for a text's own tokens: (tokens, width)."""
 
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
         """Embeddings of tokens by one text encoder, given by its component's name; on the encoder's device."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ class ClipTextEncoder:
         """
         self.spec = spec
         self._tokenizer = tokenizer
+        self._words: list[_Word] = []  # those of most tokens first
+        self._vectors: list[Tensor] = []
         self._max_tokens: int = component.config["max_position_embeddings"]
         self.network = _build(spec, component, tokenizer)
         layers = int(component.config["num_hidden_layers"])
@@ -93,9 +96,37 @@ class ClipTextEncoder:
                 f"{layers + spec.unused_layers}, counted from the last.",
             )
 
-    def tokens(self, prompt: str) -> list[int]:
-        """All tokens of a prompt, with the start and end token."""
+    def learn(self, words: Mapping[str, Tensor]) -> None:
+        """Let these words stand for vectors, (vectors, width) each, and no others; see `DiffusionModel.learn`."""
+        self._words = []
+        self._vectors = list(words.values())
+        row = 0
+        for word, vectors in words.items():
+            places = [-1 - place for place in range(row, row + len(vectors))]
+            self._words.append(_Word(self._own_tokens(word)[1:-1], places))
+            row += len(vectors)
+        self._words.sort(key=lambda word: -len(word.tokens))
+
+    def _own_tokens(self, prompt: str) -> list[int]:
         return list(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
+
+    def tokens(self, prompt: str) -> list[int]:
+        """All tokens of a prompt, with the start and end token; negative where a learned word stands."""
+        tokens = self._own_tokens(prompt)
+        if not self._words:
+            return tokens
+        replaced: list[int] = []
+        place = 0
+        while place < len(tokens):
+            word = next((word for word in self._words if word.stands_at(tokens, place)), None)
+            replaced += word.places if word else [tokens[place]]
+            place += len(word.tokens) if word else 1
+        return replaced
+
+    def token_embeddings(self, network: nn.Module, text: str) -> Tensor:
+        """The network's embeddings of a text's own tokens, without the start and end token: (tokens, width)."""
+        weight: Tensor = _token_embedding(network).weight
+        return weight[self._own_tokens(text)[1:-1]].detach()
 
     def overlong(self, prompt: str) -> bool:
         """Whether the prompt has more tokens than the encoder reads."""
@@ -116,7 +147,9 @@ class ClipTextEncoder:
     def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:
         """Hidden states (prompts, tokens, width), and the projected embedding (prompts, width) where it is read."""
         clip: Any = network
-        output = clip(ids.to(next(network.parameters()).device), output_hidden_states=True)
+        ids = ids.to(next(network.parameters()).device)
+        with self._vectors_for(network, ids):
+            output = clip(ids.clamp(min=0) if self._words else ids, output_hidden_states=True)
         hidden = output.hidden_states[-self._layer]
         if self.spec.normed:
             hidden = getattr(clip, "text_model", clip).final_layer_norm(hidden)
@@ -124,6 +157,40 @@ class ClipTextEncoder:
         if self.spec.pooled:
             encoded[f"pooled{self.spec.number}"] = output.text_embeds
         return encoded
+
+    @contextlib.contextmanager
+    def _vectors_for(self, network: nn.Module, ids: Tensor) -> Iterator[None]:
+        """Inside the block the network's embedding gives the learned vectors where tokens (prompts, …) are negative."""
+        if not self._words:
+            yield
+            return
+
+        def with_vectors(module: nn.Module, inputs: object, embedded: Tensor) -> Tensor:
+            vectors = torch.cat([vectors.to(embedded.device, embedded.dtype) for vectors in self._vectors])
+            return torch.where((ids < 0)[..., None], vectors[(-1 - ids).clamp(min=0)], embedded)
+
+        hook = _token_embedding(network).register_forward_hook(with_vectors)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _Word:
+    """A learned word: its own tokens, and those that stand for its vectors."""
+
+    tokens: Sequence[int]
+    places: Sequence[int]
+
+    def stands_at(self, tokens: Sequence[int], place: int) -> bool:
+        """Whether a prompt's own tokens are the word's from that place on."""
+        return bool(self.tokens) and list(tokens[place : place + len(self.tokens)]) == list(self.tokens)
+
+
+def _token_embedding(network: nn.Module) -> Any:
+    clip: Any = network
+    return getattr(clip, "text_model", clip).embeddings.token_embedding
 
 
 def _build(spec: TextEncoderSpec, component: Component, tokenizer: Any) -> nn.Module:

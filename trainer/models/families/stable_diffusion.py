@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..objective import make_objective
-from .base import BaseWeights, Conditioning, Family, build_around, on_meta, token_ids_key
+from .base import BaseWeights, Conditioning, Family, LearnedWord, build_around, on_meta, token_ids_key
 from .clip import ClipTextEncoder
 
 # The presets of modules: diffusers trains the attention's projections, kohya every layer of the transformers, and LoCon
@@ -65,6 +65,19 @@ class StableDiffusionModel:
         self.objective = make_objective(
             weights.prediction.type, weights.scheduler, zero_terminal_snr=weights.prediction.zero_terminal_snr
         )
+
+        self.words: Sequence[LearnedWord] = ()
+        self.learn(weights.words)
+
+    def learn(self, words: Sequence[LearnedWord]) -> None:
+        """Let these words, and no others, stand for their vectors from now on."""
+        self.words = tuple(words)
+        for name, encoder in self._encoders.items():
+            encoder.learn({word.word: word.vectors[name] for word in words if name in word.vectors})
+
+    def token_embeddings(self, encoder: str, text: str) -> Tensor:
+        """What a text encoder, given by its component's name, reads for a text's own tokens: (tokens, width)."""
+        return self._encoders[encoder].token_embeddings(self.text_encoders[encoder], text)
 
     def overlong(self, prompt: str) -> bool:
         """Whether a text encoder would truncate the prompt."""

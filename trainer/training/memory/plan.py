@@ -18,12 +18,14 @@ from ...adapters.kohya import Adapter
 from ...adapters.names import networks
 from ...core.devices import DTYPES, to_device
 from ...core.errors import suggest
+from ...core.prompts import PromptWords
 from ...models.families.base import BaseWeights, Component, Conditioning, DiffusionModel, token_ids_key
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
 from ..optimizers import disable_gradient_checkpointing, enable_gradient_checkpointing, usual_rate
 from ..trainable import Trainable, make_trainable
+from ..words import TrainedWords
 from .meter import CudaEmulation, LiveBytes
 
 GB = 2**30
@@ -89,7 +91,7 @@ class MemoryNeed:
     """Memory of the device in bytes.
 
     Attributes:
-        base: The frozen weights of the UNet and of the text encoders that are trained.
+        base: The frozen weights of the UNet and of the text encoders that run in every step.
         trained: The trained weights, their gradients and averages, and the optimiser's state.
         activations: The most that a step holds beside these.
         encoding: The most that is held while captions, and then pictures, are encoded, before the first step.
@@ -169,9 +171,11 @@ class Planner:
 
         if (quantization, saving) not in self._step_peaks:
             self._step_peaks[quantization, saving] = self._measure_step(prepared, saving)
+        inside = {id(parameter) for network in networks(prepared.model).values() for parameter in network.parameters()}
+        trained_inside = sum(parameter.nbytes for parameter in parameters if id(parameter) in inside)
         step_peak = max(self._step_peaks[quantization, saving], gradients + update_temporaries)
         return MemoryNeed(
-            base=_weight_bytes(networks(prepared.model).values()) - weights,
+            base=_weight_bytes(networks(prepared.model).values()) - trained_inside,
             trained=weights + gradients + states + averages,
             activations=step_peak - gradients,
             encoding=prepared.encoding,
@@ -215,14 +219,14 @@ class Planner:
         weights = [tensor for network in networks(model).values() for tensor in _stored_tensors(network)]
         live = LiveBytes(
             self._device.type,
-            exclude=[*weights, *gradients],
+            exclude=[*weights, *parameters, *gradients],
             block_size=_ALLOCATOR_BLOCK,
             result_cache=self._result_cache,
         )
         cuda = CudaEmulation(autocast=None if self._dtype == torch.float32 else self._dtype)
         with live:
             with cuda:
-                for encoder in settings.text_encoder_rates:
+                for encoder in model.text_encoders:
                     text |= model.encode_tokens(encoder, text[token_ids_key(encoder)])
                 prediction = model.predict(noisy, timesteps, text)
                 loss = (prediction.float() - torch.zeros_like(prediction, dtype=torch.float32)).pow(2).mean()
@@ -239,7 +243,7 @@ class _PreparedModel:
     """A model as the recipe prepares it for training, on the planner's device.
 
     Attributes:
-        model: Without autoencoder, and without the text encoders that are not trained.
+        model: Without autoencoder, and of the text encoders with those alone that run in every step.
         trainable: What is trained in it.
         text: The conditioning on the caption of one sample.
         vae_scale_factor: Side of a picture / side of its latents.
@@ -260,13 +264,18 @@ def _prepare_model(
 ) -> _PreparedModel:
     """Build a model, measure what encoding and previews need, and put in what is trained."""
     model = base.family.build(base)
+    words = None
+    if settings.token_vectors:  # which word it is makes no difference
+        learned = PromptWords(f"{settings.token} to plan".replace(".", " "))
+        words = TrainedWords(model, settings, [learned], None)
+    in_steps = settings.text_encoders_in_steps(model.text_encoders)
     text: Conditioning = {}
     frozen_encoders: list[nn.Module] = []
     for name, encoder in list(model.text_encoders.items()):
         any_encoder: Any = encoder
         ids = torch.zeros((1, any_encoder.config.max_position_embeddings), dtype=torch.int64)
         text[token_ids_key(name)] = ids
-        if name not in settings.text_encoder_rates:
+        if name not in in_steps:
             frozen_encoders.append(to_device(encoder, device, torch.float32))
             with torch.no_grad():
                 text |= {part: tensor.to(dtype) for part, tensor in model.encode_tokens(name, ids).items()}
@@ -285,7 +294,7 @@ def _prepare_model(
         previews = vae_bytes + _forward_peak(vae, vae.decode, latents_shape)
     return _PreparedModel(
         model=model,
-        trainable=make_trainable(model, settings, device, dtype, start),
+        trainable=make_trainable(model, settings, device, dtype, start, words),
         text=text,
         vae_scale_factor=vae_scale_factor,
         encoding=encoding,

@@ -26,6 +26,7 @@ from ...core.files import (
     write_folder,
 )
 from ...core.locks import LOCK_FILE
+from ...core.prompts import PromptWords
 from ...data.images import Picture
 from ...models.families.base import BaseWeights
 from ...settings.train import TrainSettings
@@ -53,16 +54,23 @@ class RunPaths:
         output: Folder of the adapter file.
         runs: Folder of all runs' state.
         checkpoints: Folder of the checkpoint file of full fine-tuning; None: the adapter's.
+        embeddings: Folder of the embedding files of pivotal tuning; None: embeddings/ in the adapter's.
     """
 
     output: Path
     runs: Path
     checkpoints: Path | None = None
+    embeddings: Path | None = None
 
     @property
     def checkpoint_output(self) -> Path:
         """Folder of the checkpoint file of full fine-tuning."""
         return self.checkpoints or self.output
+
+    @property
+    def embedding_output(self) -> Path:
+        """Folder of the embedding files of pivotal tuning."""
+        return self.embeddings or self.output / "embeddings"
 
 
 class RunFolder(RunLayout):
@@ -258,6 +266,7 @@ def run_fingerprint(
     precision: str,
     start: Adapter | None = None,
     processes: int = 1,
+    words: Sequence[PromptWords] = (),
     *,
     as_given: bool = False,
 ) -> str:
@@ -271,13 +280,14 @@ def run_fingerprint(
         precision: In which it computes.
         start: An adapter that it goes on from.
         processes: How many share its samples.
+        words: Rare word and class noun of each subject; they count if vectors are learned for them.
         as_given: Whether settings without effect count, as they did up to version 0.4.
     """
     several = {"processes": processes} if processes > 1 else {}
     values = settings.result_settings(as_given=as_given)
     if not priors and not as_given:
         values["prior_weight"] = TrainSettings.model_fields["prior_weight"].default
-    facts = {
+    facts: dict[str, Any] = {
         "recipe": 3,
         "start": file_hashes(start.state_dict(), {})[0] if start else "",
         "base": base.fingerprint,
@@ -285,6 +295,8 @@ def run_fingerprint(
         "priors": [picture.fingerprint_values for picture in priors],
         "settings": values | {"precision": precision} | several,
     }
+    if settings.token_vectors:
+        facts["words"] = [[subject.token, subject.class_noun] for subject in words]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
