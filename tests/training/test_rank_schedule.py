@@ -85,7 +85,7 @@ def test_each_sample_has_the_components_of_its_own_timestep(kind: str, base: Bas
     values = {**KINDS[kind], **BY_TIMESTEP, "conv_rank": 0}
     model, adapter = injected(base, **values)
     perturb(adapter)
-    timesteps = [0, 300, 700, 999]
+    timesteps = [300, 999]
     model.unet.train()
     with torch.no_grad():
         together = noisy_prediction(model, timesteps)
@@ -103,7 +103,7 @@ def test_each_sample_has_the_components_of_its_own_timestep(kind: str, base: Bas
                         initial[:, active:] = 0
             alone = noisy_prediction(cut_model, timesteps, rows=[row])
             torch.testing.assert_close(together[row : row + 1], alone, rtol=0, atol=1e-5)
-    assert [int(active_ranks(TIMESTEPS, 4, 1, 1.0)[timestep]) for timestep in timesteps] == [4, 3, 1, 1]
+    assert [int(active_ranks(TIMESTEPS, 4, 1, 1.0)[timestep]) for timestep in timesteps] == [3, 1]
 
 
 def test_outside_of_training_every_component_acts(base: BaseWeights) -> None:
@@ -255,6 +255,7 @@ def test_checkpointing_and_parts_of_a_batch_change_nothing(world: World, tmp_pat
     assert apart.losses == pytest.approx(told.losses, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_file_says_what_it_holds(world: World, tmp_path: Path) -> None:
     changes: dict[str, Any] = {**BOTH, "targets": "all", "rank": 4, "conv_rank": 3, "conv_alpha": 1.0, "alpha": 2.0}
     metadata = world.train(tmp_path, **changes, steps=1).adapter.metadata
