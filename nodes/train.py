@@ -13,6 +13,7 @@ from ..trainer.settings.base import filled_prompts
 from ..trainer.settings.data import DataSettings
 from ..trainer.settings.objective import ObjectiveSettings
 from ..trainer.settings.optimizer import OptimizerSettings
+from ..trainer.settings.preservation import PreservationSettings
 from ..trainer.settings.preview import PreviewSettings
 from ..trainer.settings.train import TrainSettings
 from . import host, host_models
@@ -57,6 +58,7 @@ _NEWER = (  # last: saved workflows hold the values of widgets by their place
     "token_lr",
     "token_until",
     "token_start",
+    *PreservationSettings.model_fields,
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)
@@ -81,6 +83,7 @@ _COMMON = frozenset(  # not folded away
         "optimizer",
         "precision",
         "preview_prompts",
+        "prior",
         "prior_weight",
         "score_clip",
         "score_dino",

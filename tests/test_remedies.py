@@ -56,7 +56,7 @@ from pack.trainer.training import optimizers
 from pack.trainer.training.adapter import StartingPoint, planned_targets
 from pack.trainer.training.memory.plan import remedies
 from pack.trainer.training.optimizers import require_optimizer
-from pack.trainer.training.preflight import report_settings_without_effect, require_trainable
+from pack.trainer.training.preflight import report_settings_without_effect, require_preservable, require_trainable
 from pack.trainer.training.presets import load_preset
 from pack.trainer.training.runs import trackers
 from pack.trainer.training.runs.folder import RunFolder
@@ -216,6 +216,15 @@ settings(
 )
 settings("class pictures without a prompt", TrainCommand, {"prior_count": 5})
 settings("class pictures to make without a prompt", PriorsCommand, {"class_prompt": ""})
+settings(
+    "class pictures that are not there",
+    TrainCommand,
+    {"prior": "class-pictures"},
+    {"prior_count": 100, "class_prompt": "a photo of a dog"},
+    {"class_prompt": "a photo of a dog", "prior_count": 1},
+    {"class_images": "x"},
+)
+settings("a penalty on what can't be measured", TrainCommand, {"adapter": "dora", "weight_penalty": 0.1})
 settings("no class pictures to make", PriorsCommand, {"prior_count": 0})
 settings(
     "class pictures of tables without a prompt",
@@ -701,7 +710,7 @@ model("class pictures without captions", {"class_prompt": ""}, check=class_pictu
 def useful(bench: Bench, values: Values) -> list[str]:
     values = dict(values)
     starts = values.get("start_from") is not None
-    has_priors = values.pop("has_priors", False)
+    has_priors = values.pop("has_priors", False) or values.get("class_images") is not None
     caption = values.pop("files", PROMPT)
     pictures = [replace(each, caption=caption) for each in bench.world.subject]
     listener = Recorder()
@@ -720,7 +729,38 @@ def useless(label: str, values: Values, *tries: Values) -> None:
     add(label, TrainCommand, useful, values, *tries)
 
 
-useless("weight of no class pictures", {"prior_weight": 0.5}, {"prior_weight": 1.0}, {"has_priors": True})
+useless("weight of no class pictures", {"prior_weight": 0.5}, {"prior_weight": 1.0}, {"class_images": "x"})
+useless("class pictures for nothing", {"class_images": "x", "prior": "model"}, {"class_images": ABSENT})
+useless("class pictures on a wire for nothing", {"has_priors": True, "prior": "none"}, {"prior": "auto"})
+
+
+def preservable(bench: Bench, values: Values) -> None:
+    """What a run with that preservation needs to know of its pictures."""
+    settings = TrainCommand.checked({**REQUIRED["train"], "prior_count": 0, **values, "prior": "auto"})
+    options = AnnotationOptions(token=settings.token, class_prompt=settings.class_prompt)
+    pictures = [
+        replace(each, class_captions=options.class_captions([settings.instance_prompt])) for each in bench.world.subject
+    ]
+    class_pictures = pictures if settings.prior_count or settings.class_images else []
+    require_preservable(settings.model_copy(update={"prior": values["prior"]}), pictures, class_pictures)
+
+
+add(
+    "a picture of nothing that the base knows",
+    TrainCommand,
+    preservable,
+    {"prior": "model", "instance_prompt": "rex on a chair"},
+    {"instance_prompt": "a photo of sks dog"},
+    {"token": "rex"},
+    {"class_prompt": "a photo of a dog"},
+)
+add(
+    "class pictures that no node gives",
+    TrainCommand,
+    preservable,
+    {"prior": "class-pictures", "class_prompt": "a photo of a dog"},
+    {"class_images": "x"},
+)
 useless(
     "background of no mask",
     {"mask_background": 0.5},

@@ -41,7 +41,7 @@ from .data.images import Picture, split_validation
 from .data.latent_cache import LatentCache, build_cache, drop_frozen_text_encoders
 from .models.families.base import BaseWeights, DiffusionModel
 from .models.nf4 import require_quantizable
-from .models.objective import Objective
+from .models.objective import Objective, consistency_loss
 from .settings.train import TrainSettings
 from .training.adapter import StartingPoint
 from .training.averaging import WeightAveraging
@@ -54,7 +54,7 @@ from .training.optimizers import (
     make_optimizer,
     set_learning_rates,
 )
-from .training.preflight import require_prediction_type, require_trainable
+from .training.preflight import require_prediction_type, require_preservable, require_trainable
 from .training.previews import Previews
 from .training.runs.checkpoint import Measurements
 from .training.runs.folder import RunFolder, RunPaths, run_fingerprint
@@ -232,7 +232,7 @@ class DreamBooth:
         """
         self.base = base
         self.subject = list(subject)
-        self.priors = list(priors)
+        self.priors = list(priors) if settings.prior in ("auto", "class-pictures") else []
         self.requested = settings
         self.settings = settings
         self.paths = paths
@@ -308,6 +308,7 @@ class DreamBooth:
         """Check the folders; find this run's folder by its fingerprint, or make one. Returns its newest step, or 0."""
         settings = self.settings
         require_quantizable(settings.base_quantization, self.device)
+        require_preservable(settings, self.subject, self.priors)
         require_trainable(
             self.base,
             settings,
@@ -372,7 +373,11 @@ class DreamBooth:
     def prepare(self) -> None:
         """Build the model around the borrowed weights, encode once, inject what is trained: the session."""
         self.settings = self.budget.effective_settings(
-            self.base, self.starting_point.start, bool(self.priors), self.precision, self.listener
+            self.base,
+            self.starting_point.start,
+            priors=bool(self.priors),
+            precision=self.precision,
+            listener=self.listener,
         )
         settings = self.settings
         reset_peak_memory(self.device)
@@ -404,6 +409,7 @@ class DreamBooth:
             device=self.device,
             dtype=dtype,
             autocast=accelerator.autocast,
+            base=cache.base_text,
         )
         self._session = Session(
             model=model,
@@ -504,8 +510,7 @@ class DreamBooth:
 
         for micro_step in range(settings.gradient_accumulation):
             with accelerator.accumulate(session.model.unet):
-                for batch in self.batches(micro_step):
-                    loss = self.batch_loss(batch, micro_step)
+                for loss in self.losses(micro_step):
                     accelerator.backward(loss)  # divides by gradient_accumulation
                     step_loss = step_loss + loss.detach() / settings.gradient_accumulation
                 if accelerator.sync_gradients:  # after the last micro-batch
@@ -522,6 +527,14 @@ class DreamBooth:
         self.step += 1
         self._mid_update = False
         return step_loss
+
+    def losses(self, micro_step: int) -> Iterator[Tensor]:
+        """The parts that a micro-batch's loss is the sum of, 0-D each: one of each batch, and the weights' penalty."""
+        for batch in self.batches(micro_step):
+            yield self.batch_loss(batch, micro_step)
+        if self.settings.weight_penalty:
+            trained = (UNET, *self.session.text.trained)
+            yield self.settings.weight_penalty * self.session.trainable.squared_change(trained)
 
     def batches(self, micro_step: int) -> Iterator[Batch]:
         """The samples of a micro-batch of this step, a batch for each shape of their latents."""
@@ -543,12 +556,30 @@ class DreamBooth:
         the parts add up to instance + λ · prior.
         """
         session = self.session
-        noisy = session.objective.add_noise(batch.latents, batch.added_noise, batch.timesteps)
+        objective = session.objective
+        noisy = objective.add_noise(batch.latents, batch.added_noise, batch.timesteps).to(session.dtype)
+        target = objective.target(objective.alphas_cumprod, batch.latents, batch.noise, batch.timesteps)
+        if batch.preserved:
+            target = self._base_prediction(batch, noisy, slice(None))
+        compared = slice(batch.subject if self.settings.dco_beta else 0)
+        base_prediction = self._base_prediction(batch, noisy, compared) if compared.stop else None
         with self._reproducible_dropout(micro_step):
             conditioning = session.text.rows(batch.captions) | {"size": batch.sizes}
-            prediction = session.model.predict(noisy.to(session.dtype), batch.timesteps, conditioning)
-            losses = session.objective.loss(prediction, batch.latents, batch.noise, batch.timesteps, batch.masks)
+            prediction = session.model.predict(noisy, batch.timesteps, conditioning)
+            losses = objective.loss_against(target, prediction, batch.timesteps, batch.masks)
+        if base_prediction is not None:
+            masks = None if batch.masks is None else batch.masks[compared]
+            base_losses = objective.loss_against(target[compared], base_prediction, batch.timesteps[compared], masks)
+            consistent = consistency_loss(losses[compared], base_losses, self.settings.dco_beta)
+            losses = torch.cat([consistent, losses[compared.stop :]])
         return (losses * batch.weights).sum()
+
+    def _base_prediction(self, batch: Batch, noisy: Tensor, samples: slice) -> Tensor:
+        """What the base model predicts for samples of a batch: (samples, channels, height, width), float32."""
+        session = self.session
+        conditioning = session.text.base_rows(batch.captions[samples]) | {"size": batch.sizes[samples]}
+        with session.trainable.untrained():
+            return session.model.predict(noisy[samples], batch.timesteps[samples], conditioning).float()
 
     def _reproducible_dropout(self, micro_step: int) -> contextlib.AbstractContextManager[None]:
         """Let dropout depend on seed, step, micro-step and process alone, so that resuming stays exact."""

@@ -100,7 +100,9 @@ def class_pictures(world: World, xl: World, folder: Path) -> tuple[World, dict[s
 def dora_of_ranks(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
     layers = {"targets": "all", "exclude": "up_blocks", "block_ranks": "mid_block=1 self_attn=3:1.5"}
     limits = {"dropout": 0.25, "max_norm": 0.5, "ema_decay": 0.7}
-    return world, {"adapter": "dora", **layers, **limits, **TEXT, **HALF}
+    teacher = {"prior": "model", "prior_every": 2, "prior_empty": 0.5}
+    shown = [replace(picture, class_captions=("a photo of a dog",)) for picture in world.subject]
+    return replace(world, subject=shown), {"adapter": "dora", **layers, **limits, **TEXT, **HALF, **teacher}
 
 
 def all_weights_of_a_half_precision_base(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
@@ -124,7 +126,8 @@ def sdxl_on_top_of_adapters(world: World, xl: World, folder: Path) -> tuple[Worl
 def in_four_and_eight_bits(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
     optimizer = {"optimizer": "adamw-8bit", "optimizer_options": "min_8bit_size=1", "lora_plus_ratio": 8.0}
     memory = {"base_quantization": "nf4", "precision": "bf16", "gradient_checkpointing": True}
-    return world, {"adapter": "lokr", "lokr_factor": 4, "targets": "all", **optimizer, **memory, **TEXT}
+    bounds = {"dco_beta": 100.0, "weight_penalty": 0.01}
+    return world, {"adapter": "lokr", "lokr_factor": 4, "targets": "all", **optimizer, **memory, **TEXT, **bounds}
 
 
 @pytest.mark.slow
@@ -466,6 +469,12 @@ OTHER_VALUES: dict[str, Any] = {
     "lr_warmup_steps": 5,
     "lr_cycles": 5,
     "lr_power": 3.0,
+    "prior": "model",
+    "prior_every": 4,
+    "prior_prompts": "a cat",
+    "prior_empty": 0.1,
+    "dco_beta": 1000.0,
+    "weight_penalty": 0.01,
     "max_grad_norm": 0.5,
     "weight_decay": 0.1,
     "optimizer": "adamw-8bit",
@@ -545,6 +554,9 @@ COMPANY: dict[str, dict[str, Any]] = {
     "lr_power": {"lr_schedule": "polynomial"},
     "min_rank": {"rank_schedule": "timestep"},
     "rank_power": {"rank_schedule": "timestep"},
+    "prior_every": {"prior": "model"},
+    "prior_prompts": {"prior": "model"},
+    "prior_empty": {"prior": "model"},
     "huber_c": {"loss": "huber"},
     "min_snr_gamma": {"loss_weighting": "min-snr"},
     "multires_noise_discount": {"multires_noise_iterations": 6},

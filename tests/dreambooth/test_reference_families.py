@@ -5,6 +5,7 @@ T-LoRA and its orthogonal start are against the formulas that their authors publ
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,7 @@ from helpers import DEMO, Recorder
 from pack.trainer.adapters.embeddings import words_of
 from pack.trainer.adapters.module_paths import canonical_path
 from pack.trainer.core.seeding import Draw, draw_sample
+from pack.trainer.data.folder import AnnotationOptions
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.open import open_base
@@ -220,6 +222,40 @@ CASES = {
         "sdxl",
         {"targets": "attention", "rank": 4, "token_vectors": 1, "token_lr": 3e-3, "text_encoder_2_lr": 1e-3},
     ),
+    "sd1, the base's predictions, with further prompts": Case(
+        "sd1",
+        {
+            "targets": "attention",
+            "rank": 4,
+            "prior": "model",
+            "prior_weight": 2.0,
+            "prior_prompts": "a cat | a house",
+            "prior_empty": 0.3,
+            "batch_size": 2,
+            "flip": True,
+        },
+    ),
+    "sd2-v, the base's predictions every third step": Case(
+        "sd2-v",
+        {"targets": "attention-mlp", "rank": 4, "prior": "model", "prior_every": 3, "gradient_accumulation": 2},
+    ),
+    "sdxl, the base's predictions, both text encoders until a half": Case(
+        "sdxl",
+        {
+            "targets": "attention",
+            "rank": 4,
+            "prior": "model",
+            "text_encoder_lr": 4e-4,
+            "text_encoder_2_lr": 1e-3,
+            "text_encoder_until": 0.5,
+        },
+    ),
+    "sd1, direct consistency, text encoder, prior": Case(
+        "sd1", {"targets": "attention", "rank": 4, "dco_beta": 100.0, "text_encoder_lr": 1e-3}, prior=True
+    ),
+    "sd1, penalty on the weights, convolutions": Case(
+        "sd1", {"targets": "all", "rank": 4, "alpha": 2.0, "weight_penalty": 0.1, "gradient_accumulation": 2}
+    ),
     "sdxl, the second text encoder alone": Case(
         "sdxl", {"targets": "attention", "rank": 4, "text_encoder_2_lr": 1e-3, "flip": True}
     ),
@@ -246,7 +282,7 @@ def pictures_in(folder: Path, sizes: Sequence[tuple[int, int]], captions: Sequen
         noise = Image.fromarray(source.integers(0, 256, (12, 12, 3), dtype=np.uint8))
         noise.resize(size, Image.Resampling.BILINEAR).save(folder / f"{number}.png")
         (folder / f"{number}.txt").write_text(caption)
-    return load_pictures(folder, "unused", Recorder())
+    return load_pictures(folder, "unused", Recorder(), AnnotationOptions(token="sks"))
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +350,7 @@ class PlainTrainer:
             self.posteriors = {
                 (picture.digest, flip): self._posterior(picture, flip) for picture in pictures for flip in (False, True)
             }
+        self.base = copy.deepcopy(self.pipe)
         self.latent_shape = next(iter(self.posteriors.values()))[0].shape[1:]
         self.rates = {"unet": settings.learning_rate, **settings.text_encoder_rates}
         self.learned: dict[str, nn.Parameter] = {}
@@ -401,17 +438,18 @@ class PlainTrainer:
             for component, rate in self.rates.items()
         ] + [{"params": list(self.learned.values()), "lr": self.settings.token_lr}] * bool(self.learned)
 
-    def conditions(self, pictures: Sequence[Picture]) -> tuple[Tensor, dict[str, Tensor] | None]:
+    def conditions(
+        self, pipe: Any, pictures: Sequence[Picture], captions: list[str]
+    ) -> tuple[Tensor, dict[str, Tensor] | None]:
         """Text, and for SDXL pooled text and time ids, as `train_dreambooth_lora_sdxl.py` makes them."""
-        captions = [self.caption(picture) for picture in pictures]
         options: dict[str, Any] = {"num_images_per_prompt": 1, "do_classifier_free_guidance": False, "device": "cpu"}
         if not self.is_xl:
             if self.clip_skip:
                 return self._skipped(captions), None
-            return self.pipe.encode_prompt(captions, **options)[0], None
+            return pipe.encode_prompt(captions, **options)[0], None
         if self.clip_skip:  # diffusers counts the layers to leave out beyond the one that it always leaves out
             options["clip_skip"] = self.clip_skip - 2
-        text, _, pooled, _ = self.pipe.encode_prompt(captions, **options)
+        text, _, pooled, _ = pipe.encode_prompt(captions, **options)
         sizes = torch.tensor([time_ids(picture.open().size) for picture in pictures])
         return text, {"text_embeds": pooled, "time_ids": sizes}
 
@@ -423,27 +461,58 @@ class PlainTrainer:
         skipped: Tensor = getattr(encoder, "text_model", encoder).final_layer_norm(states[-self.clip_skip])
         return skipped
 
-    def loss(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> Tensor:
-        """The mean squared error of one set's samples."""
-        chosen = [pictures[drawn.item] for drawn in draws]
+    def predicted(self, pipe: Any, noisy: Tensor, timesteps: Tensor, *prompts: Any) -> Tensor:
+        text, added = self.conditions(pipe, *prompts)
+        if pipe is self.pipe and self.settings.rank_schedule == "timestep":
+            rows = range(len(noisy))
+            return torch.cat([self._masked_prediction(noisy[[row]], int(timesteps[row]), text[[row]]) for row in rows])
+        prediction: Tensor = pipe.unet(noisy, timesteps, text, added_cond_kwargs=added).sample
+        return prediction
+
+    def samples(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> tuple[Tensor, Tensor, Tensor]:
+        """Noisy latents, timesteps, and what the denoiser should predict."""
         rows = []
-        for drawn, picture in zip(draws, chosen, strict=True):
-            mean, std = self.posteriors[picture.digest, drawn.flip]
+        for drawn in draws:
+            mean, std = self.posteriors[pictures[drawn.item].digest, drawn.flip]
             rows.append(mean + std * drawn.posterior_noise)
         latents = torch.cat(rows)
         noise = torch.stack([drawn.noise for drawn in draws])
         timesteps = torch.tensor([drawn.timestep for drawn in draws])
         noisy = self.noise_scheduler.add_noise(latents, noise, timesteps)
-        text, added = self.conditions(chosen)
-        if self.settings.rank_schedule == "timestep":
-            predicted = torch.cat(
-                [self._masked_prediction(noisy[[row]], int(timesteps[row]), text[[row]]) for row in range(len(draws))]
-            )
-        else:
-            predicted = self.pipe.unet(noisy, timesteps, text, added_cond_kwargs=added).sample
         if self.noise_scheduler.config.prediction_type == "v_prediction":
-            return F.mse_loss(predicted, self.noise_scheduler.get_velocity(latents, noise, timesteps))
-        return F.mse_loss(predicted, noise)
+            return noisy, timesteps, self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        return noisy, timesteps, noise
+
+    def loss(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> Tensor:
+        """The mean squared error of one set's samples."""
+        noisy, timesteps, target = self.samples(draws, pictures)
+        chosen = [pictures[drawn.item] for drawn in draws]
+        return F.mse_loss(self.predicted(self.pipe, noisy, timesteps, chosen, self.captions(chosen)), target)
+
+    def consistency_loss(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> Tensor:
+        """Direct consistency optimisation as the authors' code has it, of one sample; scaled, and moved, as ours is."""
+        [drawn] = draws
+        noisy, timesteps, target = self.samples(draws, pictures)
+        chosen = [pictures[drawn.item]]
+        loss_model = F.mse_loss(self.predicted(self.pipe, noisy, timesteps, chosen, self.captions(chosen)), target)
+        with torch.no_grad():
+            loss_refer = F.mse_loss(self.predicted(self.base, noisy, timesteps, chosen, self.captions(chosen)), target)
+        beta = self.settings.dco_beta
+        loss = -1 * torch.nn.functional.logsigmoid(-1 * beta * (loss_model - loss_refer))
+        return (loss - np.log(2)) * 2 / beta + loss_refer
+
+    def preservation_loss(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> Tensor:
+        """Noisy pictures of the subject with prompts of the class: the base's prediction is the target."""
+        noisy, timesteps, _ = self.samples(draws, pictures)
+        chosen = [pictures[drawn.item] for drawn in draws]
+        prompts = []
+        for drawn in draws:
+            words = [pictures[drawn.item].caption.replace("of sks", "of a").replace("sks ", ""), "a cat", "a house"]
+            known = words if self.settings.prior_prompts else words[:1]
+            prompts.append("" if drawn.drop < self.settings.prior_empty else known[int(drawn.caption * len(known))])
+        with torch.no_grad():
+            target = self.predicted(self.base, noisy, timesteps, chosen, prompts)
+        return F.mse_loss(self.predicted(self.pipe, noisy, timesteps, chosen, prompts), target)
 
     def _masked_prediction(self, noisy: Tensor, timestep: int, text: Tensor) -> Tensor:
         for module in self.pipe.unet.modules():
@@ -451,6 +520,17 @@ class PlainTrainer:
                 module.mask = mask_by_timestep(timestep, self.settings)
         predicted: Tensor = self.pipe.unet(noisy, torch.tensor([timestep]), text).sample
         return predicted
+
+    def captions(self, pictures: Sequence[Picture]) -> list[str]:
+        return [self.caption(picture) for picture in pictures]
+
+    def squared_change(self) -> Tensor:
+        """Of all weights, by the products that LoRA stands for."""
+        squares = []
+        for module in self.lora.values():
+            down, up = module.lora_A["default"].weight.flatten(1), module.lora_B["default"].weight.flatten(1)
+            squares.append((up @ down * module.scaling["default"]).square().sum())
+        return torch.stack(squares).sum()
 
 
 def centre(image: Image.Image) -> Image.Image:
@@ -472,7 +552,7 @@ def draws_of(trainer: PlainTrainer, kind: str, step: int, micro: int, count: int
     settings = trainer.settings
     slots = settings.batch_size * settings.gradient_accumulation
     first = micro * settings.batch_size
-    flip = settings.flip and kind == "instance"
+    flip = settings.flip and kind != "class"
     return [
         draw_sample(settings.seed, kind, step, slot, slots, [trainer.latent_shape] * count, 1000, flip)
         for slot in range(first, first + settings.batch_size)
@@ -509,7 +589,14 @@ def plain_losses(
                     parameter.requires_grad_(False)
         values = []
         for micro in range(settings.gradient_accumulation):
-            loss = trainer.loss(draws_of(trainer, "instance", step, micro, len(subject)), subject)
+            drawn = draws_of(trainer, "instance", step, micro, len(subject))
+            loss = (trainer.consistency_loss if settings.dco_beta else trainer.loss)(drawn, subject)
+            if settings.prior == "model" and step % settings.prior_every == 0:
+                drawn = draws_of(trainer, "preserved", step, micro, len(subject))
+                weight = settings.prior_weight * settings.prior_every
+                loss = loss + weight * trainer.preservation_loss(drawn, subject)
+            if settings.weight_penalty:
+                loss = loss + settings.weight_penalty * trainer.squared_change()
             if priors:
                 drawn = draws_of(trainer, "class", step, micro, len(priors))
                 loss = loss + settings.prior_weight * trainer.loss(drawn, priors)
@@ -532,6 +619,8 @@ def plain_losses(
         "sd1, prior, accumulation 2, tight clip",
         "sd2-v, prior, accumulation 2, flip",
         "sdxl, both text encoders, prior, batch 2, tight clip",
+        "sd1, the base's predictions, with further prompts",
+        "sd1, penalty on the weights, convolutions",
     ),
 )
 def test_recipe_equals_the_plain_loop(

@@ -26,6 +26,9 @@ OTHERS: dict[str, Any] = {  # a value other than the default, where the type doe
     "prompt": "a dog",
     "class_noun": "cat",
     "token_start": "red dog",
+    "class_images": "x",
+    "prior_prompts": "a cat",
+    "prior_empty": 0.5,
 }
 
 
@@ -71,6 +74,8 @@ def unmet(kind: type[Settings], needs: Needs) -> Any:
         return needs.other_than
     if needs.setting == "masks":
         return "off"
+    if needs.setting == "prior":
+        return "none"
     return kind.model_fields[needs.setting].default
 
 
@@ -79,7 +84,10 @@ def alone(command: str, name: str) -> dict[str, Any]:
     kind = KINDS[command]
     needs = {each.setting: unmet(kind, each) for each in known_needs(command, name)}
     method = {"method": "svd"} if command == "merge" else {}
-    return {**REQUIRED[command], **needs, **method, name: other_value(kind, name)}
+    company = (
+        {"class_prompt": "a photo of a dog"} if name == "prior_count" and "class_prompt" in kind.model_fields else {}
+    )
+    return {**REQUIRED[command], **needs, **method, **company, name: other_value(kind, name)}
 
 
 def notes(settings: Settings) -> list[str]:
@@ -111,7 +119,7 @@ def test_with_what_it_needs_nothing_is_reported(command: str, name: str) -> None
         values = {**REQUIRED[command], name: other_value(kind, name)}
         if needs.other_than is None:
             values[needs.setting] = met(needs)
-        if needs.setting == "prior_count" and "class_prompt" in kind.model_fields:
+        if "prior_count" in (needs.setting, name) and "class_prompt" in kind.model_fields:
             values["class_prompt"] = "a photo of a dog"
         assert notes(kind.checked(values)) == [], values
 
@@ -192,7 +200,7 @@ class TestWithPictures:
         [
             ({"token": "ohwx"}, "token 'ohwx' has no effect: no caption or prompt holds {token} or the word itself."),
             ({"class_noun": "cat"}, "class_noun 'cat' has no effect: no caption or prompt holds {class} or the word"),
-            ({"prior_weight": 0.5}, "prior_weight has no effect without class pictures."),
+            ({"prior_weight": 0.5}, "prior_weight has no effect without class pictures or prior = model."),
             ({"mask_background": 0.5}, "mask_background has no effect: no picture has a mask."),
             (
                 {"shuffle_tags": True},

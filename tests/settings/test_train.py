@@ -20,6 +20,7 @@ from pack.trainer.core.toml import read_toml
 from pack.trainer.settings.base import Settings, field_extra
 from pack.trainer.settings.data import DataSettings
 from pack.trainer.settings.objective import ObjectiveSettings
+from pack.trainer.settings.preservation import PreservationSettings
 from pack.trainer.settings.train import GenerateCommand, PriorsCommand, TrainCommand, TrainSettings
 from pydantic.fields import FieldInfo
 
@@ -70,6 +71,12 @@ OTHER: dict[str, Any] = {
     "lr_warmup_steps": 7,
     "lr_cycles": 5,
     "lr_power": 0.5,
+    "prior": "model",
+    "prior_every": 4,
+    "prior_prompts": "eine Katze | ein Haus",
+    "prior_empty": 0.25,
+    "dco_beta": 1000.0,
+    "weight_penalty": 0.001,
     "max_grad_norm": 0.0,
     "weight_decay": 0.0,
     "optimizer": "lion",
@@ -167,13 +174,24 @@ COMPANY: dict[str, dict[str, Any]] = {
     "lr_power": {"lr_schedule": "polynomial"},
     "min_rank": {"rank_schedule": "timestep"},
     "rank_power": {"rank_schedule": "timestep"},
+    "prior_every": {"prior": "model"},
+    "prior_prompts": {"prior": "model"},
+    "prior_empty": {"prior": "model"},
     "huber_c": {"loss": "huber"},
     "min_snr_gamma": {"loss_weighting": "min-snr"},
     "multires_noise_discount": {"multires_noise_iterations": 6},
     "bucket_step": {"aspect_buckets": True},
     "keep_tags": {"shuffle_tags": True},
 }
-APART = {"lokr_factor", "combine", "rank_schedule", "min_rank", "rank_power", "lora_init"}  # which do not go with DoRA
+APART = {  # which do not go with DoRA
+    "lokr_factor",
+    "combine",
+    "rank_schedule",
+    "min_rank",
+    "rank_power",
+    "lora_init",
+    "weight_penalty",
+}
 
 
 def toml(values: dict[str, Any]) -> str:
@@ -671,6 +689,7 @@ AFFECTING = {
     "min_rank",
     "rank_power",
     "lora_init",
+    *PreservationSettings.model_fields,
 }
 
 
@@ -779,6 +798,8 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("aspect_buckets", None)
     if kind == "full":
         values.pop("base_quantization", None)
+    if kind == "dora":
+        values.pop("weight_penalty", None)
     most_cycles = max(1, (values.get("steps", 800) - values.get("lr_warmup_steps", 0)) // 2)
     values["lr_cycles"] = min(values.get("lr_cycles", 3), most_cycles)
     return values

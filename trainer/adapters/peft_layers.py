@@ -5,8 +5,9 @@ A kind is one entry of `PEFT_METHODS`; nothing else in the engine tells kinds ap
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ class PeftMethod:
             name.
         zero_initialized: Suffixes of the parameters that start at zero, so that the model predicts at first as without
             an adapter.
-        delta_norm: Parameters by suffix → Frobenius norm of the unscaled delta, 0-D.
+        squared_norm: Parameters by suffix → squared Frobenius norm of the unscaled delta, 0-D.
         prepare: Changes a module that PEFT made before its parameters are looked up.
         initial: Such a module → what its parameters were at the start, by suffix, where the delta is the difference.
         draw: Makes the initial value of a parameter that does not start at zero: its suffix, its shape, the module
@@ -64,7 +65,7 @@ class PeftMethod:
     make_config: Callable[[AdapterConfig], Any]
     parameters: Callable[[Any], dict[str, nn.Parameter]]
     zero_initialized: frozenset[str]
-    delta_norm: Callable[[Mapping[str, Tensor]], Tensor]
+    squared_norm: Callable[[Mapping[str, Tensor]], Tensor]
     prepare: Callable[[Any], None] = lambda module: None
     initial: Callable[[Any], dict[str, Tensor]] = lambda module: {}
     draw: Callable[[str, torch.Size, nn.Module, torch.Generator], Tensor] = _uniform
@@ -96,12 +97,12 @@ def _lora_parameters(module: Any) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _lora_norm(parameters: Mapping[str, Tensor]) -> Tensor:
-    """‖up · down‖ from the two Gram matrices, without the product."""
+def _lora_squared_norm(parameters: Mapping[str, Tensor]) -> Tensor:
+    """‖up · down‖² from the two Gram matrices, without the product."""
     down = parameters["lora_down.weight"].flatten(1)
     up = parameters["lora_up.weight"].flatten(1)
     squared: Tensor = ((up.T @ up) * (down @ down.T)).sum()
-    return squared.clamp(min=0).sqrt()
+    return squared.clamp(min=0)
 
 
 def _make_orthogonal(module: Any) -> None:
@@ -143,20 +144,20 @@ def _lycoris_parameters(module: Any) -> dict[str, nn.Parameter]:
     }
 
 
-def _loha_norm(parameters: Mapping[str, Tensor]) -> Tensor:
+def _loha_squared_norm(parameters: Mapping[str, Tensor]) -> Tensor:
     first = parameters["hada_w1_a"] @ parameters["hada_w1_b"]
     second = parameters["hada_w2_a"] @ parameters["hada_w2_b"]
-    norm: Tensor = torch.linalg.vector_norm(first * second)
-    return norm
+    squared: Tensor = (first * second).square().sum()
+    return squared
 
 
-def _lokr_norm(parameters: Mapping[str, Tensor]) -> Tensor:
+def _lokr_squared_norm(parameters: Mapping[str, Tensor]) -> Tensor:
     """A Kronecker product's norm is the product of the norms."""
-    norms: list[Tensor] = []
+    squares: list[Tensor] = []
     for side in ("lokr_w1", "lokr_w2"):
         factor = parameters[side] if side in parameters else parameters[f"{side}_a"] @ parameters[f"{side}_b"]
-        norms.append(torch.linalg.vector_norm(factor))
-    return norms[0] * norms[1]
+        squares.append(factor.square().sum())
+    return squares[0] * squares[1]
 
 
 PEFT_METHODS: Mapping[str, PeftMethod] = {
@@ -165,28 +166,28 @@ PEFT_METHODS: Mapping[str, PeftMethod] = {
         make_config=_lora_config,
         parameters=_lora_parameters,
         zero_initialized=frozenset({"lora_up.weight"}),
-        delta_norm=_lora_norm,
+        squared_norm=_lora_squared_norm,
     ),
     "dora": PeftMethod(
         title="DoRA",
         make_config=_dora_config,
         parameters=_lora_parameters,
         zero_initialized=frozenset({"lora_up.weight"}),
-        delta_norm=_lora_norm,
+        squared_norm=_lora_squared_norm,
     ),
     "loha": PeftMethod(
         title="LoHa",
         make_config=_loha_config,
         parameters=_lycoris_parameters,
         zero_initialized=frozenset({"hada_w2_b"}),
-        delta_norm=_loha_norm,
+        squared_norm=_loha_squared_norm,
     ),
     "lokr": PeftMethod(
         title="LoKr",
         make_config=_lokr_config,
         parameters=_lycoris_parameters,
         zero_initialized=frozenset({"lokr_w1", "lokr_w1_a"}),
-        delta_norm=_lokr_norm,
+        squared_norm=_lokr_squared_norm,
     ),
 }
 
@@ -196,7 +197,7 @@ ORTHOGONAL_LORA = PeftMethod(
     make_config=_lora_config,
     parameters=_orthogonal_parameters,
     zero_initialized=frozenset(),
-    delta_norm=_lora_norm,
+    squared_norm=_lora_squared_norm,
     prepare=_make_orthogonal,
     initial=_orthogonal_initial,
     draw=orthogonal_start,
@@ -208,6 +209,22 @@ def first_factors(module: Any) -> list[nn.Module]:
     """The layers of a LoRA that compute its components from a module's inputs."""
     down = module.lora_A[PEFT_ADAPTER_NAME]
     return [down.down, down.initial_down] if isinstance(down, OrthogonalProduct) else [down]
+
+
+@contextlib.contextmanager
+def adapters_off(modules: Iterable[Any]) -> Iterator[None]:
+    """Let PEFT's layers compute what the modules that they wrap compute alone.
+
+    PEFT's own `enable_adapters` would also turn the gradients of the parameters off and on.
+    """
+    changed = [module for module in modules if not module._disable_adapters]
+    for module in changed:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in changed:
+            module._disable_adapters = False
 
 
 def initial_values(

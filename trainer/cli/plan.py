@@ -58,7 +58,7 @@ def run_plan(settings: PlanCommand) -> str:
     start = read_adapter(settings.start_from) if settings.start_from else None
     base = open_base_model(settings)
     memory = _planned_memory(settings, base, precision, device)
-    planner = Planner(base, settings, precision, start, bool(settings.prior_count))
+    planner = Planner(base, settings, precision, start, priors=_trains_class_pictures(settings))
     savings = memory_savings(settings)
     rows = [_Row(saving.described(settings) or "as set", planner.need(saving)) for saving in savings]
     lossy = _lossy_rows(rows[-1].title, savings[-1], settings, planner)
@@ -72,6 +72,11 @@ def run_plan(settings: PlanCommand) -> str:
         _verdict(rows, settings, memory),
     ]
     return "\n".join(lines)
+
+
+def _trains_class_pictures(settings: PlanCommand) -> bool:
+    """Whether a pass has samples of the class, too."""
+    return bool(settings.prior_count and settings.trains_class_pictures)
 
 
 def _planned_precision(settings: PlanCommand, device: torch.device) -> str:
@@ -92,7 +97,7 @@ def _headline(settings: PlanCommand, base: BaseWeights, precision: str) -> str:
     return (
         f"{base.family.title}, {precision}, {settings.resolution}², {settings.adapter} of rank {settings.rank}, "
         f"{settings.batch_size} × {settings.gradient_accumulation} pictures a step"
-        f"{' and as many of the class' if settings.prior_count else ''}; in GB"
+        f"{' and as many of the class' if _trains_class_pictures(settings) else ''}; in GB"
     )
 
 

@@ -89,6 +89,7 @@ def _subject_pictures(settings: TrainCommand, listener: Listener) -> list[Pictur
             repeats=subject.repeats,
             token=subject.token,
             class_noun=subject.class_noun,
+            class_prompt=subject.class_prompt,
         )
         pictures += load_pictures(subject.images, subject.instance_prompt, listener, options)
     return pictures
@@ -102,7 +103,7 @@ def _given_class_pictures(settings: TrainCommand, listener: Listener) -> list[Pi
     """
     pictures = []
     for subject in settings.subjects:
-        if subject.class_images is None:
+        if subject.class_images is None or not settings.trains_class_pictures:
             continue
         options = AnnotationOptions(token=subject.token, class_noun=subject.class_noun)
         of_subject = load_pictures(subject.class_images, subject.class_prompt, listener, options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ class Batch:
         sizes: Size and crop of each sample's picture, (batch, 6), float32.
         weights: Weight of each sample's loss in the loss of the micro-batch, (batch,), float32.
         masks: Weight of each latent pixel, (batch, 1, height, width), float32; None: all the same.
+        subject: How many of the samples, the first ones, are the subject's.
+        preserved: Whether the base model's own prediction is the target of all of them.
     """
 
     latents: Tensor
@@ -40,13 +42,15 @@ class Batch:
     sizes: Tensor
     weights: Tensor
     masks: Tensor | None
+    subject: int = 0
+    preserved: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
         moved: dict[str, Any] = {}
         for field in fields(self):
-            tensor = getattr(self, field.name)
-            moved[field.name] = None if tensor is None else tensor.to(device)
+            value = getattr(self, field.name)
+            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
         return Batch(**moved)
 
 
@@ -60,6 +64,9 @@ def draw_batches(
     share: tuple[int, int] = SINGLE_PROCESS,
 ) -> Iterator[Batch]:
     """The samples of one micro-batch: `batch_size` of the subject and as many of the class, a batch for each shape.
+
+    Samples whose target is the base model's prediction are noisy pictures of the subject with prompts of the class.
+    They have batches of their own, so that a step takes no more memory than without them.
 
     Args:
         cache: Encoded pictures.
@@ -78,9 +85,15 @@ def draw_batches(
         empty_caption = cache.empty if kind == "instance" else None
         for draw in _draw_slots(kind, dataset, settings, step, micro_batch, timesteps, share):
             sample = _sample(dataset, draw, settings, timesteps, empty_caption, weight / settings.batch_size)
+            sample = replace(sample, subject=int(kind == "instance"))
             by_shape.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
     for samples in by_shape.values():
         yield collate(samples).to(device)
+    by_shape = {}
+    for sample in _preserved_samples(cache, settings, step, micro_batch, timesteps, share):
+        by_shape.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
+    for samples in by_shape.values():
+        yield replace(collate(samples), preserved=True).to(device)
 
 
 def _draw_slots(
@@ -96,7 +109,7 @@ def _draw_slots(
     process, processes = share
     slots = settings.batch_size * settings.gradient_accumulation * processes
     first = (micro_batch * processes + process) * settings.batch_size
-    flip = settings.flip and kind == "instance"
+    flip = settings.flip and kind != "class"
     return [
         draw_sample(settings.seed, kind, step, slot, slots, dataset.shapes, timesteps, flip)
         for slot in range(first, first + settings.batch_size)
@@ -132,6 +145,29 @@ def _sample(
     )
 
 
+def _preserved_samples(
+    cache: LatentCache,
+    settings: TrainSettings,
+    step: int,
+    micro_batch: int,
+    timesteps: int,
+    share: tuple[int, int],
+) -> list[Batch]:
+    """The samples for which the base model's prediction is learned, each as a batch on the CPU; none in most steps."""
+    if not cache.preserved or step % settings.prior_every:
+        return []
+    weight = settings.prior_weight * settings.prior_every / settings.batch_size
+    samples = []
+    for draw in _draw_slots("preserved", cache.instance, settings, step, micro_batch, timesteps, share):
+        sample = _sample(cache.instance, draw, settings, timesteps, None, weight)
+        prompts = cache.preserved[cache.instance.order[draw.item]]
+        prompt = int(prompts[int(draw.caption * len(prompts))])
+        if cache.empty is not None and draw.drop < settings.prior_empty:
+            prompt = cache.empty
+        samples.append(replace(sample, captions=torch.tensor([prompt]), masks=None))
+    return samples
+
+
 def collate(samples: Sequence[Batch]) -> Batch:
     """Samples of one shape in one batch; those without a mask get one of ones if others have one."""
     mask = next((sample.masks for sample in samples if sample.masks is not None), None)
@@ -139,6 +175,6 @@ def collate(samples: Sequence[Batch]) -> Batch:
     if mask is not None:
         ones = torch.ones_like(mask)
         masks = torch.cat([ones if sample.masks is None else sample.masks for sample in samples])
-    names = [field.name for field in fields(Batch) if field.name != "masks"]
-    tensors = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in names}
-    return Batch(**tensors, masks=masks)
+    names = [field.name for field in fields(Batch) if field.name not in ("masks", "subject", "preserved")]
+    tensors: dict[str, Any] = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in names}
+    return Batch(**tensors, masks=masks, subject=sum(sample.subject for sample in samples))

@@ -20,7 +20,7 @@ from PIL import Image
 
 from ..core.errors import PicturesError, suggest
 from ..core.events import Listener, Note, SilentListener
-from ..core.prompts import PromptError, PromptWords, parse_prompts, split_prompts
+from ..core.prompts import PromptError, PromptWords, parse_prompts, split_prompts, without_token
 from ..core.text import listed
 from .captions import Captions, NameIndex, is_metadata, read_captions, stem_of, words_of_name
 from .tree import FileTree, TreeFile, UnreadableFileError, opened_tree, shown_name
@@ -48,6 +48,7 @@ class AnnotationOptions:
         token: What {token} in captions stands for; None: nothing, there is no such setting.
         class_noun: What {class} stands for, likewise.
         keep_templates: Whether {token} and {class} stay as they are, for captions that are only shown.
+        class_prompt: What the pictures show, without the rare word; empty: the captions without {token}.
     """
 
     captions: CaptionSource = "files"
@@ -56,6 +57,7 @@ class AnnotationOptions:
     token: str | None = None
     class_noun: str | None = None
     keep_templates: bool = False
+    class_prompt: str = ""
 
     def prompts(self, text: str, subject: str) -> list[str]:
         """The captions that a text means, each in one line.
@@ -76,6 +78,14 @@ class AnnotationOptions:
         except PromptError as error:
             raise PicturesError(f"{subject} {error.problem}.", error.remedy) from error
         return prompts
+
+    def class_captions(self, captions: Sequence[str]) -> tuple[str, ...]:
+        """What a picture with those captions shows to a model that doesn't know the subject; empty if unknown."""
+        if self.class_prompt.strip():
+            return tuple(split_prompts(self.class_prompt))
+        token = (self.token or "").strip()
+        shown = dict.fromkeys(without_token(caption, token) for caption in captions)
+        return () if any(caption in shown for caption in captions) else tuple(shown)
 
 
 @dataclass(frozen=True)

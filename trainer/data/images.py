@@ -39,6 +39,7 @@ class Picture:
         repeats: How often it is taken in an epoch.
         mask: Decodes its mask, a grey image of any size: white where the subject is. None: no mask.
         mask_digest: Hexadecimal digest of the mask's content.
+        class_captions: What it shows to a model that doesn't know the subject; empty: unknown.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Picture:
     repeats: int = 1
     mask: Callable[[], Image.Image] | None = None
     mask_digest: str = ""
+    class_captions: tuple[str, ...] = ()
 
     @property
     def captions(self) -> tuple[str, ...]:
@@ -271,6 +273,7 @@ def _from_file(file: PictureFile, prompts: Sequence[str], options: AnnotationOpt
         repeats=file.repeats,
         mask=mask,
         mask_digest=mask_digest,
+        class_captions=options.class_captions(captions),
     )
     return picture, lambda notes: decode(file.read(), notes)
 
@@ -314,6 +317,7 @@ def _from_tensors(
             repeats=options.repeats,
             mask=mask,
             mask_digest=mask_digest,
+            class_captions=options.class_captions(all_captions),
         )
         yield picture, partial(decode, content)
 

@@ -6,8 +6,9 @@ every training step still draws its own sample.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..core.devices import release, to_device
 from ..core.errors import WeightsError
 from ..core.events import Listener, Note, Phase, stop_if_asked
 from ..core.files import write_atomic
-from ..core.prompts import shuffled_tags
+from ..core.prompts import shuffled_tags, split_prompts
 from ..core.seeding import Draw, generator
 from ..core.tensor_files import read_tensors
 from ..models.families.base import Conditioning, DiffusionModel, token_ids_key
@@ -121,6 +122,10 @@ class LatentCache:
         text: Tokens of the distinct captions, and encodings of those text encoders that don't run in every step; one
             row each.
         empty: Row of the empty caption; None if it is not needed.
+        preserved: For each of the subject's pictures, the rows of the prompts for which the base model's prediction is
+            preserved, (prompts,), int64; empty if there is no such preservation.
+        base_text: Encodings of all captions by the text encoders that are trained, as they are before that; empty if
+            they are not needed.
     """
 
     instance: LatentDataset
@@ -128,6 +133,8 @@ class LatentCache:
     validation: LatentDataset | None
     text: Conditioning
     empty: int | None
+    preserved: Sequence[Tensor] = ()
+    base_text: Conditioning = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
         """Write to a safetensors file, atomically.
@@ -138,6 +145,8 @@ class LatentCache:
         from safetensors.torch import save
 
         tensors = {f"text.{name}": rows.contiguous() for name, rows in self.text.items()}
+        tensors |= {f"base_text.{name}": rows.contiguous() for name, rows in self.base_text.items()}
+        tensors |= {f"preserved.{index}": rows for index, rows in enumerate(self.preserved)}
         for kind in _KINDS:
             latents: LatentDataset | None = getattr(self, kind)
             if latents is not None:
@@ -161,8 +170,11 @@ class LatentCache:
         instance = datasets["instance"]
         if instance is None or not text:
             return None
+        preserved = _with_prefix(tensors, "preserved")
         return cls(
             instance=instance,
+            preserved=[preserved[str(index)] for index in range(len(preserved))],
+            base_text=_with_prefix(tensors, "base_text"),
             prior=datasets["prior"],
             validation=datasets["validation"],
             text=text,
@@ -207,11 +219,18 @@ def build_cache(
     }
     distinct = dict.fromkeys(caption for of_set in captions.values() for of_picture in of_set for caption in of_picture)
     rows = {caption: row for row, caption in enumerate(distinct)}
-    if settings.caption_dropout:
+    if settings.caption_dropout or settings.prior_empty:
         rows.setdefault("", len(rows))
+    preserved = _preserved_prompts(sets["instance"], settings) if settings.prior == "model" else []
+    for prompt in itertools.chain(*preserved):
+        rows.setdefault(prompt, len(rows))
     _warn_of_long_captions(model, [picture for pictures in sets.values() for picture in pictures], listener)
     in_steps = settings.text_encoders_in_steps(model.text_encoders)
     text = encode_captions(model, list(rows), device, in_steps)
+    base_text: Conditioning = {}
+    if settings.needs_base_predictions and in_steps:
+        everything = encode_captions(model, list(rows), device)
+        base_text = {name: encoded for name, encoded in everything.items() if name not in text}
     drop_frozen_text_encoders(model, in_steps)  # before the autoencoder comes
     release(device)
     datasets: dict[str, LatentDataset | None] = {}
@@ -243,7 +262,15 @@ def build_cache(
         validation=datasets.get("validation"),
         text=text,
         empty=rows.get(""),
+        preserved=[torch.tensor([rows[prompt] for prompt in of_picture]) for of_picture in preserved],
+        base_text=base_text,
     )
+
+
+def _preserved_prompts(pictures: Sequence[Picture], settings: TrainSettings) -> list[list[str]]:
+    """For each picture, the prompts for which the base model's prediction is preserved."""
+    further = split_prompts(settings.prior_prompts)
+    return [[*picture.class_captions, *further] for picture in pictures]
 
 
 def _training_captions(picture: Picture, settings: TrainSettings | None) -> list[str]:

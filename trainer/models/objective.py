@@ -6,6 +6,7 @@ branches on them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -174,7 +175,19 @@ class Objective:
             timesteps: (batch,), int64.
             mask: Weight of each position, (batch, 1, height, width), with a sum above 0; None: all equal.
         """
-        target = self.target(self.alphas_cumprod, latents, noise, timesteps)
+        return self.loss_against(
+            self.target(self.alphas_cumprod, latents, noise, timesteps), prediction, timesteps, mask
+        )
+
+    def loss_against(self, target: Tensor, prediction: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of each sample for a given target, shape (batch,), float32.
+
+        Args:
+            target: What the denoiser should predict, (batch, channels, height, width).
+            prediction: As `target`.
+            timesteps: (batch,), int64.
+            mask: See `loss`.
+        """
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         snr = alpha / (1.0 - alpha)
         elements = self.elementwise_loss(prediction.float() - target.float(), snr, self.huber_c)
@@ -183,6 +196,22 @@ class Objective:
         else:
             losses = (elements.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
         return losses if self.timestep_weights is None else losses * self.timestep_weights[timesteps]
+
+
+def consistency_loss(losses: Tensor, base_losses: Tensor, beta: float) -> Tensor:
+    """Direct consistency optimisation (Lee et al. 2024, arXiv 2402.12004): -log σ(-β(loss - base loss)), per sample.
+
+    It is divided by β/2 and moved by a constant, so that learning rate, clipping and the weights of other samples mean
+    what they mean otherwise: at loss = base loss it has the value and the gradient of the loss, and it becomes the loss
+    as β goes to 0.
+
+    Args:
+        losses: Of the model, (batch,).
+        base_losses: Of the base model, for the same samples and noise, (batch,).
+        beta: β, above 0.
+    """
+    softplus = functional.softplus(beta * (losses - base_losses))
+    return base_losses + 2 / beta * (softplus - math.log(2))
 
 
 def _rescaled(alphas_cumprod: Tensor) -> Tensor:

@@ -102,6 +102,7 @@ class SubjectSettings(PictureSettings):
         group="Class pictures",
         advanced=True,
         path=True,
+        needs=Needs("prior", ("auto", "class-pictures")),
     )
     subject: tuple[SubjectTable, ...] = setting(
         (),

@@ -29,6 +29,7 @@ SHARED_TEXT = frozenset(
         "name",
         "optimizer_options",
         "preview_prompts",
+        "prior_prompts",
         "style_prompt",
         "subject_prompt",
         "token",

@@ -16,6 +16,7 @@ from .data import DataSettings, SubjectSettings, SubjectTable
 from .model import BaseModelSettings, Precision, SavePrecision
 from .objective import ObjectiveSettings
 from .optimizer import OptimizerSettings
+from .preservation import PreservationSettings
 from .preview import PreviewSettings
 
 SchedulerName = Literal["ddim", "pndm", "euler", "dpm++"]
@@ -25,6 +26,7 @@ _NEWER = ("rank_schedule", "min_rank", "rank_power", "lora_init")
 """Settings that version 0.4 did not have; with their defaults a run is the one without them."""
 _WORDS = ("token_vectors", "token_lr", "token_until", "token_start")
 _PRIORS = Needs("prior_count")
+_CLASS_PICTURES = Needs("prior", ("auto", "class-pictures"))
 _TEXT_ENCODER = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_until")
 
 
@@ -36,7 +38,7 @@ class PriorSettings(Settings):
         "Prompt of the class pictures, without the rare word: a photo of a dog. If there are several, separated by "
         "'|', each has its share of the pictures.",
         group="Class pictures",
-        needs=(Needs("prior_count"), Needs("class_images")),
+        needs=(Needs("prior_count"), Needs("class_images"), Needs("prior", ("model",))),
     )
     prior_count: int = setting(
         0,
@@ -45,6 +47,7 @@ class PriorSettings(Settings):
         group="Class pictures",
         ge=0,
         le=10_000,
+        needs=_CLASS_PICTURES,
     )
     prior_scheduler: SchedulerName = setting(
         "ddim", "Sampler of the class pictures.", group="Class pictures", needs=_PRIORS
@@ -90,7 +93,9 @@ def _require_class_prompt(settings: PriorSettings, otherwise: str = "") -> None:
         )
 
 
-class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSettings, ObjectiveSettings):
+class TrainSettings(
+    AdapterSettings, OptimizerSettings, PreviewSettings, DataSettings, ObjectiveSettings, PreservationSettings
+):
     """What to learn and how: the recipe's own settings."""
 
     preset: Literal["none", "object", "animal", "person", "style"] = setting(
@@ -120,7 +125,7 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
         1, "Forward passes per optimiser step.", unit="passes", ge=1, le=1024, advanced=True
     )
     prior_weight: float = setting(
-        1.0, "Weight λ of the class pictures' loss (prior preservation).", ge=0.0, le=100.0, advanced=True
+        1.0, "Weight λ of the loss that preserves the class (prior preservation).", ge=0.0, le=100.0, advanced=True
     )
     flip: bool = setting(
         False, "Mirror half of the samples. Not for faces, text or anything asymmetric.", advanced=True
@@ -237,6 +242,15 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
         return self
 
     @model_validator(mode="after")
+    def _changes_can_be_measured(self) -> Self:
+        if self.weight_penalty and self.adapter == "dora":
+            raise ValueError(
+                f"{suggest('weight_penalty')} needs the change of each weight, which DoRA's factors alone don't give: "
+                f"set {suggest('weight_penalty', 0)} or choose {suggest('adapter', 'lora')}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> Self:
         if self.lr_warmup_steps >= self.steps:
             raise ValueError(
@@ -292,6 +306,21 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
         return max(1, round(self.steps * self.token_until))
 
     @property
+    def trains_class_pictures(self) -> bool:
+        """Whether class pictures are trained beside the subject's, if there are any."""
+        return self.prior in ("auto", "class-pictures")
+
+    @property
+    def needs_base_predictions(self) -> bool:
+        """Whether steps need what the base model predicts without what is trained."""
+        return self.prior == "model" or bool(self.dco_beta)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether steps need the base model's own weights beside those that are trained."""
+        return self.needs_base_predictions or bool(self.weight_penalty)
+
+    @property
     def depends_on_length(self) -> bool:
         """Whether a longer run differs from its first step on, because a learning rate depends on the length."""
         has_pivot = self.token_vectors > 0 and self.token_until < 1
@@ -321,6 +350,12 @@ class TrainSettings(AdapterSettings, OptimizerSettings, PreviewSettings, DataSet
         }
         for name, (schedule, plain_value) in _SHAPES.items():  # version 0.4 had neither setting and this value
             if self.lr_schedule != schedule or values[name] == plain_value:
+                del values[name]
+        if self.prior != "model":  # which kinds of pictures there are is in the fingerprint already
+            for name in PreservationSettings.of_the_model:
+                del values[name]
+        for name in ("dco_beta", "weight_penalty"):
+            if not values[name]:
                 del values[name]
         for name in _NEWER:
             has_effect = self.rank_schedule == "timestep" or name == "lora_init"
@@ -374,6 +409,17 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
         if self.prior_count and not any(table.class_prompt.strip() or table.class_images for table in self.subject):
             raise ValueError(
                 f"{suggest('prior_count')} asks for class pictures: give tables [[subject]] a class_prompt"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _class_pictures_are_given(self) -> Self:
+        subjects = self.subjects
+        if self.prior == "class-pictures" and not any(each.prior_count or each.class_images for each in subjects):
+            raise ValueError(
+                f"{suggest('prior')} is 'class-pictures' but there are none: give {suggest('prior_count', 100)} and "
+                f"{suggest('class_prompt', 'a photo of a dog')}, or {suggest('class_images')}, or choose "
+                f"{suggest('prior', 'model')}, which needs none"
             )
         return self
 
@@ -448,7 +494,7 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
         instance_prompt = filled_prompts("instance_prompt", table.instance_prompt, words)
         class_prompt = filled_prompts("class_prompt", table.class_prompt, words)
         prior_count = self.prior_count if table.prior_count is None else table.prior_count
-        if not class_prompt or table.class_images:
+        if not class_prompt or table.class_images or not self.trains_class_pictures:
             prior_count = 0
         changes = {"instance_prompt": instance_prompt, "class_prompt": class_prompt, "prior_count": prior_count}
         return table.model_copy(update=changes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..adapters.peft_layers import (
     PEFT_ADAPTER_NAME,
     PEFT_METHODS,
     AdapterConfig,
+    adapters_off,
     first_factors,
     initial_values,
 )
@@ -119,6 +121,7 @@ class TrainableAdapter:
         original_modules = modules_by_path(model)  # those that PEFT's layers will wrap
         self._inject(model, targets, settings)
         injected_modules = _injected_modules(model)
+        self._modules = list(injected_modules.values())
         self.layers: dict[str, TrainedLayer] = {}
         for target in targets:
             module = injected_modules[target.module_path]
@@ -256,6 +259,21 @@ class TrainableAdapter:
                 state[f"{name}.initial.{suffix}"] = initial
         return state
 
+    def squared_change(self, trained: Collection[str]) -> Tensor:
+        """See `Trainable.squared_change`; computed from the factors, without the deltas."""
+        squares = [
+            self._method.squared_norm(layer.saved_tensors() if layer.initial else layer.factors) * layer.scale**2
+            for layer in self.layers.values()
+            if layer.target.component in trained
+        ]
+        return torch.stack(squares).sum()
+
+    @contextlib.contextmanager
+    def untrained(self) -> Iterator[None]:
+        """See `Trainable.untrained`; the adapter is turned off."""
+        with adapters_off(self._modules), torch.no_grad():
+            yield
+
     def is_finite(self) -> bool:
         """Whether every trained number is finite."""
         return all(bool(torch.isfinite(parameter.detach().cpu()).all()) for parameter in self.parameters())
@@ -273,7 +291,7 @@ class TrainableAdapter:
             if layer.target.component not in trained:
                 continue
             factors = layer.factors
-            norm = self._method.delta_norm(factors) * layer.scale
+            norm = self._method.squared_norm(factors).sqrt() * layer.scale
             shrink = (self._max_norm / norm.clamp(min=self._max_norm)) ** (1 / len(factors))
             for factor in factors.values():
                 factor.mul_(shrink)

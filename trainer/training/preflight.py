@@ -100,6 +100,37 @@ def require_trainable(
         require_writable(paths.runs, _ADAPTER_BYTES)
 
 
+def require_preservable(
+    settings: TrainSettings, pictures: Sequence[Picture], class_pictures: Sequence[Picture]
+) -> None:
+    """Check that there is what the setting `prior` needs.
+
+    Args:
+        settings: Of the run.
+        pictures: The subject's.
+        class_pictures: Those of the class.
+
+    Raises:
+        SettingsError: There are no class pictures, or nothing tells what a picture shows to the base model.
+    """
+    if settings.prior == "class-pictures" and not class_pictures:
+        raise SettingsError(
+            f"{suggest('prior', 'class-pictures')} is chosen, but there are no class pictures.",
+            f"Give {suggest('prior_count', 100)} or {suggest('class_images')}, or choose {suggest('prior', 'model')}, "
+            "which needs none.",
+        )
+    if settings.prior != "model":
+        return
+    for picture in pictures:
+        if not picture.class_captions:
+            raise SettingsError(
+                f"The caption of {picture.name}, '{picture.caption[:80]}', does not hold the rare word, so it is not "
+                "known what the picture shows to the base model.",
+                f"Put {suggest('token')} into every caption, give {suggest('class_prompt', 'a photo of a dog')}, or "
+                f"choose {suggest('prior', 'none')}.",
+            )
+
+
 def _require_room_for_full_finetuning(base: BaseWeights, settings: TrainSettings, paths: RunPaths) -> None:
     """Check the room for checkpoints of all weights, and that a checkpoint file can hold and describe the model.
 
@@ -161,8 +192,12 @@ def report_settings_without_effect(
     notes = settings.effect_notes()
     given = settings.changed()
     idle = settings.without_effect().keys()
-    if "prior_weight" in given and not has_class_pictures:
-        notes.append(f"{suggest('prior_weight')} has no effect without class pictures.")
+    if has_class_pictures and not settings.trains_class_pictures and not idle & {"class_images", "prior_count"}:
+        notes.append(f"Class pictures have no effect without {suggest('prior', 'auto')}.")
+    preserves = settings.prior == "model" or (has_class_pictures and settings.prior != "none")
+    if "prior_weight" in given and not preserves:
+        model = suggest("prior", "model")
+        notes.append(f"{suggest('prior_weight')} has no effect without class pictures or {model}.")
     if "mask_background" in given - idle and not any(picture.mask for picture in pictures):
         notes.append(f"{suggest('mask_background')} has no effect: no picture has a mask.")
     if settings.shuffle_tags and not any(

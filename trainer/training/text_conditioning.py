@@ -27,6 +27,7 @@ class TextConditioning:
         device: torch.device,
         dtype: torch.dtype,
         autocast: Callable[[], contextlib.AbstractContextManager[None]],
+        base: Conditioning | None = None,
     ) -> None:
         """Bring the encodings to the device.
 
@@ -37,6 +38,7 @@ class TextConditioning:
             device: Where training runs.
             dtype: Type of the embeddings.
             autocast: Precision in which these compute.
+            base: The embeddings by these as they were before the training; None: those are not needed.
         """
         self._model = model
         self._dtype = dtype
@@ -45,6 +47,7 @@ class TextConditioning:
         self._rows = {
             name: rows.to(device, dtype if rows.is_floating_point() else rows.dtype) for name, rows in encoded.items()
         }
+        self._base_rows = {name: rows.to(device, dtype) for name, rows in (base or {}).items()}
 
     @property
     def trained(self) -> list[str]:
@@ -58,6 +61,10 @@ class TextConditioning:
             for encoder in self._trained:
                 conditioning |= self._model.encode_tokens(encoder, conditioning[token_ids_key(encoder)])
         return conditioning
+
+    def base_rows(self, rows: Tensor) -> Conditioning:
+        """The conditioning on the captions of these rows by the text encoders as they were before the training."""
+        return {name: encoded[rows] for name, encoded in (self._rows | self._base_rows).items()}
 
     def freeze(self, encoders: Collection[str] | None = None) -> None:
         """Encode all captions one last time by these text encoders, all by default; they leave device and model."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..adapters.kohya import Adapter
 from ..adapters.names import networks
@@ -45,6 +45,12 @@ class Trainable(Protocol):
 
     def after_update(self, trained: Collection[str]) -> None:
         """Keep what must hold after every step, in the components that are still trained."""
+
+    def squared_change(self, trained: Collection[str]) -> Tensor:
+        """‖W - W₀‖² of the base's weights in the components that are still trained, 0-D, with gradients."""
+
+    def untrained(self) -> contextlib.AbstractContextManager[None]:
+        """Inside the block the denoiser predicts as it did before anything was trained; without gradients."""
 
 
 def make_trainable(
@@ -107,9 +113,11 @@ class FullFinetune:
             for name, network in networks(model).items()
             if name == UNET or name in settings.text_encoder_rates
         }
+        originals = {parameter: parameter.data for parameter in self.parameters()}
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(True)
+        self._untrained = originals if settings.needs_base else {}
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
         """Component → its parameters, in the networks' order."""
@@ -161,3 +169,26 @@ class FullFinetune:
 
     def after_update(self, trained: Collection[str]) -> None:
         """Nothing has to hold."""
+
+    def squared_change(self, trained: Collection[str]) -> Tensor:
+        """See `Trainable.squared_change`."""
+        groups = self.groups()
+        squares = [
+            (parameter - self._untrained[parameter]).square().sum()
+            for component in trained
+            for parameter in groups.get(component, ())
+        ]
+        return torch.stack(squares).sum()
+
+    @contextlib.contextmanager
+    def untrained(self) -> Iterator[None]:
+        """See `Trainable.untrained`; the weights as they were are kept where the settings need them."""
+        trained = {parameter: parameter.data for parameter in self._untrained}
+        for parameter, original in self._untrained.items():
+            parameter.data = original
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for parameter, data in trained.items():
+                parameter.data = data

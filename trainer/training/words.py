@@ -7,6 +7,7 @@ examples/advanced_diffusion_training of diffusers.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
@@ -163,6 +164,14 @@ class WithWords:
     def after_update(self, trained: Collection[str]) -> None:
         """Keep what must hold of the adapter."""
         self._adapter.after_update(trained)
+
+    def squared_change(self, trained: Collection[str]) -> torch.Tensor:
+        """That of the adapter."""
+        return self._adapter.squared_change(trained)
+
+    def untrained(self) -> contextlib.AbstractContextManager[None]:
+        """The adapter is turned off; the denoiser holds no words."""
+        return self._adapter.untrained()
 
 
 def _initial_texts(words: Sequence[PromptWords], settings: TrainSettings) -> dict[str, str]:

@@ -165,6 +165,7 @@ class Planner:
 
         weights = _FLOAT32_BYTES * sum(parameter.numel() for parameter in parameters)
         gradients = weights
+        untrained = weights if self._settings.adapter == "full" and self._settings.needs_base else 0
         averages = weights if self._settings.ema_decay else 0
         states = sum(state_bytes(optimizer, parameter.shape) for parameter in parameters)
         update_temporaries = 0 if optimizer in _UPDATES_TENSOR_BY_TENSOR else weights
@@ -175,7 +176,7 @@ class Planner:
         trained_inside = sum(parameter.nbytes for parameter in parameters if id(parameter) in inside)
         step_peak = max(self._step_peaks[quantization, saving], gradients + update_temporaries)
         return MemoryNeed(
-            base=_weight_bytes(networks(prepared.model).values()) - trained_inside,
+            base=_weight_bytes(networks(prepared.model).values()) - trained_inside + untrained,
             trained=weights + gradients + states + averages,
             activations=step_peak - gradients,
             encoding=prepared.encoding,

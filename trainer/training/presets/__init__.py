@@ -122,7 +122,8 @@ def apply_preset(
         return settings
     given = settings.model_fields_set if given is None else given
     subjects = (settings, *getattr(settings, "subject", ()))
-    priors = any(getattr(subject, "class_prompt", "").strip() for subject in subjects)
+    prompts = [getattr(subject, "class_prompt", "").strip() for subject in subjects]
+    priors = any(prompts) and settings.trains_class_pictures
     all_values = preset_values(settings.preset, family, (), priors=priors)
     taken = preset_values(settings.preset, family, given, priors=priors)
     kept = [name for name in all_values if name not in taken]

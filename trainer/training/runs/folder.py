@@ -285,19 +285,26 @@ def run_fingerprint(
     """
     several = {"processes": processes} if processes > 1 else {}
     values = settings.result_settings(as_given=as_given)
-    if not priors and not as_given:
+    if not priors and settings.prior != "model" and not as_given:
         values["prior_weight"] = TrainSettings.model_fields["prior_weight"].default
     facts: dict[str, Any] = {
         "recipe": 3,
         "start": file_hashes(start.state_dict(), {})[0] if start else "",
         "base": base.fingerprint,
-        "subject": [picture.fingerprint_values for picture in subject],
+        "subject": [_subject_values(picture, settings) for picture in subject],
         "priors": [picture.fingerprint_values for picture in priors],
         "settings": values | {"precision": precision} | several,
     }
     if settings.token_vectors:
         facts["words"] = [[subject.token, subject.class_noun] for subject in words]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _subject_values(picture: Picture, settings: TrainSettings) -> list[Any]:
+    """Everything of a picture of the subject that training depends on."""
+    if settings.prior != "model":
+        return picture.fingerprint_values
+    return [*picture.fingerprint_values, {"class": picture.class_captions}]
 
 
 def _is_unused(path: Path) -> bool:
