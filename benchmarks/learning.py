@@ -3,7 +3,7 @@
     python benchmarks/learning.py run [--ways none class-pictures] [--subjects dog mug] [--seeds 0 1 2]
     python benchmarks/learning.py run --diffusers FOLDER --diffusers-python FILE --kohya FOLDER --kohya-python FILE
     python benchmarks/learning.py table [--page docs/learning.md]    # from what has run, as Markdown and CSV
-    python benchmarks/learning.py sheet [--sheet docs/learning.png]    # pictures of what has run
+    python benchmarks/learning.py sheet [--sheet docs/learning.jpg]    # pictures of what has run
     python benchmarks/learning.py search [--trials 12] [--keep 3]    # random search over the recipe
     python benchmarks/learning.py run --smoke --out FOLDER    # only tries it out
 
@@ -379,7 +379,7 @@ def table(arguments: argparse.Namespace) -> None:
 def sheet(arguments: argparse.Namespace) -> None:
     """A contact sheet of each subject, beneath one another."""
     arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-    contact_sheet_of(arguments.out, arguments.ways or [*WAYS, *PEERS]).save(arguments.sheet, optimize=True)
+    contact_sheet_of(arguments.out, arguments.ways or [*WAYS, *PEERS]).save(arguments.sheet, quality=85)
 
 
 def report(line: str) -> None:
@@ -409,7 +409,7 @@ def main() -> None:
         if name == "table":
             of_command.add_argument("--page", type=Path, help="page with the markers between which the tables go")
         if name == "sheet":
-            of_command.add_argument("--sheet", type=Path, default=ROOT / "docs" / "learning.png")
+            of_command.add_argument("--sheet", type=Path, default=ROOT / "docs" / "learning.jpg")
         if name == "search":
             of_command.add_argument("--trials", type=int, default=12)
             of_command.add_argument("--keep", type=int, default=3, help="trials that are tried on the other subjects")

@@ -29,18 +29,23 @@ RECIPE: dict[str, Any] = {
     "batch_size": 1,
     "learning_rate": 8e-4,
     "rank": 16,
-    "targets": "attention",
+    "targets": "attention-mlp",
     "resolution": 64,
     "checkpoint_every": 50,
 }
 """What all of our ways have in common; `{thing}` is the noun of the subject's class.
 
-Twice demo.toml's rate at half its steps and batch: as much fidelity and no more drift, for a quarter of the work.
+Twice demo.toml's rate at half its steps and batch: as much fidelity and no more drift, for a quarter of the work. The
+layers are the pack's default.
 """
 
 WAYS: dict[str, dict[str, Any]] = {
     "none": {},
     "class-pictures": CLASS_PICTURES,
+    "T-LoRA": {"rank_schedule": "timestep", "lora_init": "orthogonal"},
+    "pivotal": {"token": TOKEN, "class_noun": "{thing}", "token_vectors": 2},
+    "none, attention alone": {"targets": "attention"},
+    "class-pictures, attention alone": {**CLASS_PICTURES, "targets": "attention"},
 }
 """Way → its settings over `RECIPE`."""
 
