@@ -20,6 +20,7 @@ KINDS: dict[str, type[Settings]] = {**COMMANDS, "subject": SubjectTable}
 FIELDS = [(command, name) for command, kind in KINDS.items() for name in kind.model_fields]
 TEXTS = {
     "base_lora",
+    "embedding",
     "clip",
     "dino",
     "lora",
