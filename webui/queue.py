@@ -19,6 +19,7 @@ logger = logging.getLogger("dreambooth_lora")
 _ON_THE_CARD = (TRAIN, "learned-merge", "compare")  # commands for which the host's model has to go
 _MAKING_LORAS = (TRAIN, "merge", "learned-merge", "resize", "extract")
 _SECONDS_BETWEEN_LOOKS = 0.5
+_LONGEST_ENDING = 10.0  # seconds that a new job waits for the process of one that has said its last word
 _lock = threading.Lock()
 _followed: Job | None = None
 _newest: Job | None = None  # training that was shown while none was at work
@@ -51,7 +52,7 @@ def is_at_work(job: Job) -> bool:
 
 
 def require_ready() -> Path:
-    """Refuse while a job is at work or waits, and where none can run.
+    """Refuse while a job is at work or waits, and where none can run; one that is just ending is waited for.
 
     Returns:
         The interpreter that a job would run in.
@@ -60,6 +61,23 @@ def require_ready() -> Path:
         BusyError: One is.
         SettingsError: Packages are missing.
     """
+    _await_end()
+    return _require_idle()
+
+
+def _await_end() -> None:
+    deadline = time.monotonic() + _LONGEST_ENDING
+    while _is_ending() and time.monotonic() < deadline:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _is_ending() -> bool:
+    """Whether the job at work has said how it ended, and its process or its delivery still takes a moment."""
+    job = _followed or jobs().running()
+    return job is not None and job.progress().facts["state"] in ENDED
+
+
+def _require_idle() -> Path:
     if _followed is not None:
         raise BusyError(f"'{_followed.name}' is still at work.", "Wait until it is done, or press Stop.")
     jobs().require_idle()
@@ -75,8 +93,9 @@ def submit(job: Job) -> None:
         StorageError: The job's folder can't be written.
     """
     global _followed
+    _await_end()  # before the lock, which the thread that follows the other job needs for its end
     with _lock:
-        python = require_ready()
+        python = _require_idle()
         job.enqueue()
         _followed = job
     _in_thread(lambda: _run(job, python))

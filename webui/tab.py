@@ -151,7 +151,8 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     require_writable(host.loras_folder(), 0)
     tokenizer = host.tokenizer()
     command = {"tokenizer": str(tokenizer)} if tokenizer else {}
-    command |= prompts_of(changed) | {"preview_every": int(chosen.get("preview_every") or 0)} | changed
+    shown = {"preview_every": int(chosen.get("preview_every") or 0)} | changed
+    command |= prompts_of(shown) | shown
     command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
     words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
     queue.submit(queue.jobs().make(TRAIN, name, command, words=words))

@@ -35,9 +35,11 @@ class Refill:
 
 
 def prompts_of(settings: Mapping[str, Any]) -> dict[str, str]:
-    """The prompts that the tab makes of word and class; those of class pictures only if there are some."""
+    """The prompts that the tab makes of word and class; those of samples or class pictures only if there are some."""
     subject = "a photo of {token} {class}" if settings.get("class_noun") else "a photo of {token}"
-    prompts = {"instance_prompt": subject, "preview_prompts": subject}
+    prompts = {"instance_prompt": subject}
+    if settings.get("preview_every"):
+        prompts["preview_prompts"] = subject
     if settings.get("prior_count") or settings.get("class_images"):
         prompts["class_prompt"] = "a photo of {class}"  # the engine says so if there is no class
     return prompts
@@ -95,7 +97,9 @@ def _shown(setting: Mapping[str, Any], value: Any) -> Any:
 def _left_to_the_tab(settings: Mapping[str, Any]) -> dict[str, str]:
     """Widgets that stay empty, since the tab would give what they hold by itself."""
     tokenizer = host.tokenizer()
-    given = prompts_of(settings) | {"tokenizer": str(tokenizer) if tokenizer else None}
+    given = prompts_of({**settings, "preview_every": PREVIEW_EVERY}) | {
+        "tokenizer": str(tokenizer) if tokenizer else None
+    }
     return {name: "" for name in ("preview_prompts", "tokenizer") if settings.get(name) == given[name]}
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from helpers import HANGS
@@ -21,10 +25,31 @@ from pack.webui.jobs import TRAIN, Job
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the engine's place is taken by a script of a shell")
 
 
+def processes_of(program: Path) -> list[psutil.Process]:
+    """The processes of a program that this one began."""
+    found = []
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.Error):
+            if str(program) in process.cmdline():
+                found.append(process)
+    return found
+
+
+def end_all(program: Path) -> None:
+    """Kill the processes of a program; returns once they are gone."""
+    for process in processes_of(program):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    until(lambda: not processes_of(program))
+
+
 @pytest.fixture
-def engine(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """In the engine's place: it trains until it is told to stop, or until this function is called."""
-    program, go = tmp_path / "engine", tmp_path / "go"
+def engine(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """In the engine's place: it trains until it is told to stop, or until this function is called.
+
+    While there is a file "lingers", its process does not end after its last word. None outlives the test.
+    """
+    program, go, lingers = tmp_path / "engine", tmp_path / "go", tmp_path / "lingers"
     run = json.dumps({"at": 1.0, "event": "run", "path": str(made.parent / "runs" / "dög-1"), "step": 0, "steps": 9})
     ends = {state: json.dumps({"at": 2.0, "event": "end", "state": state}) for state in ("done", "stopped")}
     program.write_text(
@@ -34,8 +59,12 @@ def engine(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
             shift
         done
         echo '{run}' > "$events"
-        until [ -e "$stop" ] || [ -e "{go}" ]; do sleep 0.01; done
-        if [ -e "$stop" ]; then echo '{ends["stopped"]}' >> "$events"; exit 130; fi
+        until [ -e "$stop" ] || [ -e "{go}" ]; do sleep 0.01; kill -0 {os.getpid()} || exit; done
+        if [ -e "$stop" ]; then
+            echo '{ends["stopped"]}' >> "$events"
+            while [ -e "{lingers}" ]; do sleep 0.01; done
+            exit 130
+        fi
         echo "{made}"
         echo '{ends["done"]}' >> "$events"
         """,
@@ -43,7 +72,8 @@ def engine(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     )
     program.chmod(0o755)
     monkeypatch.setattr("pack.webui.environment.python", lambda: program)
-    return go.touch
+    yield go.touch
+    end_all(program)
 
 
 def inside(name: str) -> Any:
@@ -68,6 +98,16 @@ def is_idle(queue: ModuleType, job: Job) -> bool:
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "models" / "Lora").iterdir())
+
+
+def test_no_engine_outlives_its_test(engine: Callable[[], None], tmp_path: Path) -> None:
+    program = tmp_path / "engine"
+    left = subprocess.Popen([program, "--events", str(tmp_path / "events"), "--stop-file", str(tmp_path / "stop")])
+    until(lambda: (tmp_path / "events").exists())
+    assert [process.pid for process in processes_of(program)] == [left.pid]
+    end_all(program)
+    assert left.wait() != 0
+    assert not processes_of(program)
 
 
 CARD = ["dög.json", "dög.preview.png", "dög.safetensors"]
@@ -172,6 +212,32 @@ def test_stopped_and_resumed(queue: ModuleType, bare_webui: Path, engine: Callab
     assert (state(job), names(bare_webui)) == ("stopped", [])
     queue.submit(job)
     assert state(job) in ("waiting", "starting")
+    until(job.is_alive)
+    engine()
+    until(lambda: is_idle(queue, job))
+    assert (state(job), names(bare_webui)) == ("done", CARD)
+
+
+def test_resumed_while_its_process_ends(
+    queue: ModuleType, bare_webui: Path, tmp_path: Path, engine: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads that it stopped may press Resume at once; a process that does not end is told."""
+    lingers = tmp_path / "lingers"
+    lingers.touch()
+    job = queue.jobs().make(TRAIN, "dög", {})
+    queue.submit(job)
+    until(lambda: job.run and job.record.get("pid"))
+    with pytest.raises(BusyError):  # at once
+        queue.require_ready()
+    job.stop()
+    until(lambda: state(job) == "stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(queue, "_LONGEST_ENDING", 0.02)
+        with pytest.raises(BusyError, match="'dög' is still at work"):
+            queue.submit(job)
+    threading.Timer(0.05, lingers.unlink).start()
+    monkeypatch.setattr(queue, "_LONGEST_ENDING", HANGS)
+    queue.submit(job)
     until(job.is_alive)
     engine()
     until(lambda: is_idle(queue, job))

@@ -331,7 +331,6 @@ def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path)
             {
                 "token": "ohwx",
                 "instance_prompt": "a photo of {token}",
-                "preview_prompts": "a photo of {token}",
                 "preview_every": 0,
             },
         ),
