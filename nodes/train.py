@@ -93,7 +93,7 @@ _COMMON = frozenset(  # not folded away
     }
 )
 _LORA_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "adapter": {"options": ["lora", "dora", "loha", "lokr"]},  # "full" is Fine-tune Checkpoint's
+    "adapter": {"options": ["lora", "dora", "loha", "lokr", "oft", "boft"]},  # "full" is Fine-tune Checkpoint's
 }
 _FINE_TUNING_OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "learning_rate": {"default": 2e-6},

@@ -137,6 +137,18 @@ settings(
     {"adapter": "lokr", "alpha": 1.0, "conv_alpha": 2.0, "targets": "all", "block_ranks": "mid=4:2"},
     {"alpha": ABSENT, "conv_alpha": ABSENT, "block_ranks": "mid=4", "learning_rate": 2e-4},
 )
+settings(
+    "OFT with alphas",
+    TrainCommand,
+    {"adapter": "oft", "alpha": 1.0, "conv_alpha": 2.0, "targets": "all", "block_ranks": "mid=4:2"},
+    {"alpha": ABSENT, "conv_alpha": ABSENT, "block_ranks": "mid=4", "max_norm": 0.5},
+)
+settings(
+    "BOFT with LoRA+",
+    TrainCommand,
+    {"adapter": "boft", "lora_plus_ratio": 4.0},
+    {"lora_plus_ratio": 0.0, "learning_rate": 4e-4},
+)
 settings("factor 0", TrainCommand, {"adapter": "lokr", "lokr_factor": 0}, {"lokr_factor": -1}, {"lokr_factor": 1})
 settings("factor of a LoRA", TrainCommand, {"lokr_factor": 4}, {"lokr_factor": ABSENT})
 settings("DoRA by timestep", TrainCommand, {"adapter": "dora", "rank_schedule": "timestep"})
@@ -345,6 +357,7 @@ _HADA = {
 LOHA = Adapter({TO_Q: make_layer(TO_Q, _HADA, 2.0)})
 DORA = Adapter({TO_Q: replace(LORA.layers[TO_Q], dora_scale=torch.ones(32, 1))})
 LOKR = Adapter({TO_Q: make_layer(TO_Q, {"lokr_w1": torch.ones(2, 2), "lokr_w2": torch.ones(16, 16)}, 2.0)})
+OFT = Adapter({TO_Q: make_layer(TO_Q, {"oft_blocks": torch.ones(8, 4, 4)}, None)})
 
 model("rescaled schedule of an epsilon model", {"zero_terminal_snr": True})
 for _how, _adapter in {"LoHa": LOHA, "bias": LORA_WITH_BIAS}.items():
@@ -352,6 +365,8 @@ for _how, _adapter in {"LoHa": LOHA, "bias": LORA_WITH_BIAS}.items():
 model("dropout from a LoHa", {"start": LOHA, "dropout": 0.1}, check=targets)
 model("by timestep from a LoHa", {"start": LOHA, "rank_schedule": "timestep"}, check=targets)
 model("more components than there are", {"rank": 2, "rank_schedule": "timestep", "min_rank": 3}, check=targets)
+model("a penalty on an OFT", {"start": OFT, "weight_penalty": 0.1}, {"weight_penalty": 0.0}, check=targets)
+model("LoRA+ from an OFT", {"start": OFT, "lora_plus_ratio": 4.0}, {"lora_plus_ratio": 0.0}, check=targets)
 model("a text encoder that would stand still", {"start": LORA_WITH_TEXT}, {"text_encoder_lr": 5e-5}, check=targets)
 model("a text encoder that the adapter lacks", {"start": LORA, "text_encoder_lr": 1e-5}, {"start": None}, check=targets)
 model("no layer left", {"exclude": "attentions"}, {"exclude": "attn1"}, {"targets": "all"}, check=targets)
@@ -388,6 +403,8 @@ model(
 model(
     "a rank of a block above a layer", {"block_ranks": "mid_block=65"}, {"block_ranks": "mid_block=64"}, check=targets
 )
+model("blocks of 1", {"adapter": "oft", "rank": 1}, {"rank": 2}, check=targets)
+model("blocks of 1 in a part", {"adapter": "boft", "block_ranks": "mid=1"}, {"block_ranks": "mid=2"}, check=targets)
 model(
     "an unknown option",
     {"optimizer_options": "beta=1"},

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.layers import FullLayer, LokrLayer, fits, make_layer
 from pack.trainer.adapters.layers.base import balanced
+from pack.trainer.adapters.layers.oft import block_size, butterfly_factors, rotation_delta, rotations_less_identity
 from pack.trainer.adapters.module_paths import module_name
 from pack.trainer.cli.inspect import inspect
 from pack.trainer.core.errors import AdapterError
@@ -320,6 +321,34 @@ def test_rotations_may_have_any_number_of_butterfly_factors(blocks: tuple[int, .
     weight = random_weight((outputs, 5))
     assert (layer.kind, layer.rank, layer.shape) == ("BOFT", blocks[2], (outputs,))
     assert_close(layer.delta(weight), added(layer, (outputs, 5), weight))
+
+
+@pytest.mark.parametrize(
+    ("outputs", "largest", "oft", "boft"),
+    [
+        (320, 16, 16, 10),
+        (640, 24, 20, 20),
+        (768, 16, 16, 12),
+        (1280, 9, 8, 0),
+        (320, 1024, 320, 320),
+        (4, 16, 4, 4),
+        (15, 14, 5, 0),
+        (7, 6, 0, 0),
+        (320, 1, 0, 0),
+    ],
+)
+def test_the_largest_block_that_outputs_can_be_divided_into(outputs: int, largest: int, oft: int, boft: int) -> None:
+    """Blocks of a BOFT are even and as many as a power of two."""
+    assert [block_size(outputs, largest, butterfly=butterfly) for butterfly in (False, True)] == [oft, boft]
+
+
+@pytest.mark.parametrize(("outputs", "size", "factors"), [(320, 10, 6), (1280, 20, 7), (32, 32, 1), (64, 32, 2)])
+def test_a_boft_has_factors_until_every_output_met_every_other(outputs: int, size: int, factors: int) -> None:
+    assert butterfly_factors(outputs, size) == factors
+    generator = torch.Generator().manual_seed(4)
+    blocks = torch.randn(factors, outputs // size, size, size, generator=generator)
+    assert rotation_delta(rotations_less_identity(blocks), torch.eye(outputs)).all()
+    assert factors == 1 or not rotation_delta(rotations_less_identity(blocks[:-1]), torch.eye(outputs)).all()
 
 
 CONV = "lora_unet_mid_block_resnets_0_conv1"

@@ -118,6 +118,8 @@ def test_the_trigger_phrase_is_what_pictures_share(captions: list[str], phrase: 
         ({"save_precision": "bf16"}, {"dreambooth.form": "bf16"}),
         ({"adapter": "full"}, {"ss_network_module": "networks.lora"}),
         ({"adapter": "lokr"}, {"ss_network_module": "lycoris.kohya"}),
+        ({"adapter": "oft", "rank": 8}, {"ss_network_module": "lycoris.kohya", "ss_network_dim": "8"}),
+        ({"adapter": "boft"}, {"ss_network_module": "lycoris.kohya", "ss_network_alpha": "0.0"}),
     ],
     ids=str,
 )
@@ -140,6 +142,11 @@ def test_settings_in_other_programs_words(values: dict[str, Any], told: dict[str
         (
             {"targets": "attention", "adapter": "lokr", "lokr_factor": 8},
             {"targets": "attention", "algo": "lokr", "factor": "8"},
+        ),
+        ({"targets": "attention", "adapter": "oft"}, {"targets": "attention", "algo": "diag-oft"}),
+        (
+            {"targets": "attention", "adapter": "boft", "max_norm": 0.5},
+            {"targets": "attention", "algo": "boft", "scale_weight_norms": "0.5"},
         ),
         (
             {"targets": "attention", "dropout": 0.25, "max_norm": 1.5, "rank_stabilized": True},

@@ -14,7 +14,7 @@ from helpers import remembered
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import read_adapter, write_adapter
 from pack.trainer.adapters.layers import LokrLayer, LoraLayer
-from pack.trainer.adapters.names import UNET, adaptable_modules
+from pack.trainer.adapters.names import UNET, adaptable_modules, modules_by_name
 from pack.trainer.adapters.targets import choose_targets
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
@@ -138,9 +138,12 @@ PARTS: dict[str, dict[str, dict[str, tuple[int, ...]]]] = {
         CONV: {"lokr_w1": (4, 4), "lokr_w2_a": (16, 2), "lokr_w2_b": (2, 72)},
         FC1: {"lokr_w1": (4, 4), "lokr_w2_a": (32, 2), "lokr_w2_b": (2, 16)},
     },
+    "OFT": {Q: {"oft_blocks": (8, 4, 4)}, CONV: {"oft_blocks": (8, 8, 8)}, FC1: {"oft_blocks": (32, 4, 4)}},
+    "BOFT": {Q: {"oft_blocks": (4, 8, 4, 4)}, CONV: {"oft_blocks": (4, 8, 8, 8)}, FC1: {"oft_blocks": (6, 32, 4, 4)}},
 }
 ALPHAS = {"LoCon": {Q: 4.0, CONV: 1.0, FC1: 4.0}, "LoKr": dict.fromkeys((Q, CONV, FC1), 2.0)}
 ALPHAS |= {"LoKr of 4": ALPHAS["LoKr"], "Ortho-LoRA": {Q: 6.0, CONV: 6.0, FC1: 6.0}}
+ALPHAS |= dict.fromkeys(("OFT", "BOFT"), dict.fromkeys((Q, CONV, FC1), 0.0))  # no limit
 
 
 @pytest.mark.parametrize("kind", PARTS)
@@ -178,7 +181,10 @@ def test_sdxl_has_the_names_of_the_original_code(worlds: Worlds) -> None:
 # Precision and gradients
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["LoCon", "DoRA", "LoHa", "LoKr", "T-LoRA", "Ortho-LoRA"], "LoCon"))
+STEPPED = ["LoCon", "DoRA", "LoHa", "LoKr", "OFT", "BOFT", "T-LoRA", "Ortho-LoRA"]
+
+
+@pytest.mark.parametrize("kind", mostly_slow(STEPPED, "LoCon"))
 def test_a_bf16_step_trains_float32_parameters(kind: str, worlds: Worlds, tmp_path: Path) -> None:
     losses = {}
     for precision in ("fp32", "bf16"):
@@ -204,7 +210,7 @@ def test_a_bf16_step_trains_float32_parameters(kind: str, worlds: Worlds, tmp_pa
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
 
 
-READ = [("LoRA", "SD 1"), ("DoRA", "SD 1"), ("LoHa", "SD 1"), ("LoKr", "SD 1"), ("LoCon", "SDXL")]
+READ = [("LoRA", "SD 1"), ("DoRA", "SD 1"), ("LoHa", "SD 1"), ("LoKr", "SD 1"), ("LoCon", "SDXL"), ("BOFT", "SD 1")]
 
 
 @pytest.mark.parametrize(("kind", "family"), mostly_slow(CASES, *READ))
@@ -267,6 +273,41 @@ def test_no_change_is_ever_longer_than_its_limit(kind: str, worlds: Worlds, tmp_
             reached += norm > limit * (1 - 1e-3)
     assert reached > 0
     recipe.clean_up()
+
+
+@pytest.mark.parametrize("kind", ["OFT", "BOFT"])
+def test_no_rotation_is_ever_wider_than_its_limit(kind: str, worlds: Worlds) -> None:
+    """The norm of Q over all blocks, which is LyCORIS's; a rotation within it stays as it is."""
+    _, adapter = injected(worlds["SD 1"].base, settings_of(kind, max_norm=0.5))
+    perturb(adapter, 0.02)
+    before = {name: layer.parameters["oft_blocks"].detach().clone() for name, layer in adapter.layers.items()}
+    adapter.after_update([UNET])
+    reached = 0
+    for name, layer in adapter.layers.items():
+        blocks = layer.parameters["oft_blocks"].detach()
+        if layer.target.component != UNET:
+            assert torch.equal(blocks, before[name])
+            continue
+        norm = float((before[name] - before[name].mT).norm())
+        torch.testing.assert_close(blocks, before[name] * min(1, 0.5 / norm))
+        reached += norm > 0.5
+    assert 0 < reached < len(adapter.layers)
+
+
+@pytest.mark.parametrize("kind", ["OFT", "BOFT"])
+def test_a_rotation_changes_nothing_at_first_and_no_length_later(kind: str, worlds: Worlds) -> None:
+    """To the bit at first; each column of a weight keeps its length, whatever is learned."""
+    base = worlds["SD 1"].base
+    model, adapter = injected(base, settings_of(kind))
+    plain = predicted(built(base))
+    assert all(torch.equal(value, plain[name]) for name, value in predicted(model).items())
+    perturb(adapter, 0.3)
+    modules = modules_by_name(built(base))
+    for name, layer in adapter.adapter().layers.items():
+        weight = modules[name].weight.detach()
+        turned = weight + layer.delta(weight)
+        torch.testing.assert_close(turned.norm(dim=0), weight.norm(dim=0))
+        assert layer.delta(weight).norm() > 0.3 * weight.norm()
 
 
 # Which layers
@@ -347,6 +388,23 @@ def test_a_rank_stabilised_layer_has_the_root_of_its_own_rank(worlds: Worlds) ->
     }
 
 
+@pytest.mark.parametrize(
+    ("kind", "rank", "sizes"),
+    [
+        ("oft", 4, {4}),
+        ("oft", 24, {16}),
+        ("oft", 1024, {32, 64, 128, 256, 512}),  # the outputs
+        ("boft", 15, {8}),
+    ],
+)
+def test_the_rank_of_a_rotation_is_the_size_of_its_blocks_at_most(
+    kind: str, rank: int, sizes: set[int], worlds: Worlds
+) -> None:
+    found = chosen(worlds["SD 1"].base, adapter=kind, rank=rank, targets="all", include="^conv_in$", **TEXT)
+    assert {rank for rank, _ in found.values()} == sizes
+    assert {alpha for _, alpha in found.values()} == {0.0}
+
+
 def test_ranks_of_blocks(worlds: Worlds) -> None:
     """The last pattern counts; 0 leaves a layer out; a rank alone has an alpha of its own."""
     base = worlds["SD 1"].base
@@ -378,6 +436,8 @@ def test_ranks_of_blocks(worlds: Worlds) -> None:
         ("SD 1", {"rank": 33}, "33", "32"),
         ("SD 1", {"include": "^conv_out$", "rank": 8}, "conv_out", "block_ranks"),
         ("SD 1", {"adapter": "loha", "rank": 33}, "33", "32"),
+        ("SD 1", {"adapter": "oft", "rank": 1}, "rank 1", "at least 2"),
+        ("SD 1", {"adapter": "boft", "block_ranks": "mid_block=1"}, "mid_block", "block_ranks"),
         ("SD 1", {"text_encoder_2_lr": 1e-4}, "text_encoder_2_lr", "text_encoder_lr"),
         ("SD 1", {"exclude": "attn"}, "No layer", "shorten exclude"),
         ("SD 1", {**TEXT, "exclude": "self_attn"}, "text_encoder", "shorten exclude"),
@@ -413,6 +473,10 @@ def test_a_lokr_may_have_any_rank(worlds: Worlds) -> None:
         ({"conv_rank": 4}, "all"),
         ({"adapter": "loha", "dropout": 0.1}, "dropout"),
         ({"adapter": "lokr", "rank_stabilized": True}, "rank_stabilized"),
+        ({"adapter": "oft", "dropout": 0.1}, "dropout"),
+        ({"adapter": "boft", "conv_alpha": 1.0, "targets": "all"}, "conv_alpha"),
+        ({"adapter": "oft", "lora_plus_ratio": 4.0}, "lora_plus_ratio"),
+        ({"adapter": "oft", "combine": True}, "combine"),
         ({"adapter": "lokr", "alpha": 1.0}, "alpha"),
         ({"adapter": "lokr", "block_ranks": "mid_block=4:2"}, "block_ranks"),
         ({"lokr_factor": 4}, "lokr"),

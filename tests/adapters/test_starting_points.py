@@ -59,6 +59,34 @@ def test_the_scale_of_a_lokr_goes_into_its_smaller_factor(small_is_whole: bool, 
     assert torch.equal(fitted.tensors()["lokr_w2_a"], large["lokr_w2_a"])
 
 
+@pytest.mark.parametrize("limit", [0.0, 0.01, 1.0])
+def test_the_limit_of_a_rotation_goes_into_its_blocks(limit: float, model: DiffusionModel) -> None:
+    size = width(model)
+    blocks = torch.randn(size // 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    layer = make_layer(NAME, {"oft_blocks": 0.1 * blocks}, limit)
+    fitted = fit_start_adapter(model, Adapter({NAME: layer})).layers[NAME]
+    assert (fitted.alpha, fitted.rank) == (0.0, 4)
+    torch.testing.assert_close(fitted.delta(weight := torch.randn(size, size)), layer.delta(weight))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"oft_blocks": torch.zeros(8, 4, 4), "rescale": torch.ones(32, 1)}, "rescale"),
+        ({"oft_blocks": torch.zeros(2, 8, 4, 4)}, "2 butterfly factors"),
+    ],
+    ids=["rescale", "few factors"],
+)
+def test_rotations_of_other_forms_can_not_be_gone_on_from(
+    tensors: dict[str, torch.Tensor], told: str, model: DiffusionModel
+) -> None:
+    name = NAME.replace("mid_block", "down_blocks_0")
+    with pytest.raises(AdapterError) as refused:
+        fit_start_adapter(model, Adapter({name: make_layer(name, tensors, None)}))
+    assert told in refused.value.problem
+    assert name in refused.value.problem
+
+
 def test_every_layer_keeps_its_rank_and_alpha(model: DiffusionModel) -> None:
     """The UNet's come first, then those of the text encoders, by name."""
     layers: dict[str, Layer] = {}

@@ -686,7 +686,7 @@ WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
     "rank above a layer": ({"rank": 33}, ("rank 33", "32")),
     "rank of a part above a layer": ({"block_ranks": "mid_block=65"}, ("rank 65", "mid_block", "64")),
     "rank of convolutions above a layer": ({"conv_rank": 33, "targets": "all"}, ("rank 33", "conv", "32")),
-    "an unknown kind": ({"adapter": "oft"}, ("adapter", "oft", "lokr")),
+    "an unknown kind": ({"adapter": "ia3"}, ("adapter", "ia3", "boft")),
     "full fine-tuning with dropout": ({"adapter": "full", "dropout": 0.1}, ("dropout", "'full'", "unset dropout")),
     "full fine-tuning of some layers": (
         {"adapter": "full", "include": "mid"},
@@ -705,6 +705,9 @@ WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
         {"adapter": "lokr", "rank_stabilized": True},
         ("rank_stabilized", "lora and dora", "'lokr'", "unset"),
     ),
+    "OFT with an alpha": ({"adapter": "oft", "alpha": 1e-3}, ("OFT", "alpha", "max_norm")),
+    "BOFT with LoRA+": ({"adapter": "boft", "lora_plus_ratio": 16.0}, ("lora_plus_ratio", "boft", "learning_rate")),
+    "BOFT of blocks that are too small": ({"adapter": "boft", "rank": 1}, ("rank 1", "BOFT", "outputs (2)")),
     "a factor without LoKr": ({"lokr_factor": 4}, ("lokr_factor", "'lora'", "choose adapter = lokr")),
     "DoRA combined": (
         {"adapter": "dora", "combine": True, "base_lora": ["x"]},

@@ -130,11 +130,17 @@ def in_four_and_eight_bits(world: World, xl: World, folder: Path) -> tuple[World
     return world, {"adapter": "lokr", "lokr_factor": 4, "targets": "all", **optimizer, **memory, **TEXT, **bounds}
 
 
+def limited_rotations(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    layers = {"adapter": "boft", "targets": "all", "block_ranks": "mid_block=8", "max_norm": 0.05}
+    return world, {**layers, "ema_decay": 0.7, "optimizer": "prodigy", "learning_rate": 1.0}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [
         plain,
+        limited_rotations,
         class_pictures,
         dora_of_ranks,
         all_weights_of_a_half_precision_base,

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_maths import rotated
 from cases import mostly_slow
 from checkpoints_folders import diffusers_folder
 from diffusers import DDPMScheduler, DiffusionPipeline
@@ -33,6 +34,7 @@ from pack.trainer.training.runs.folder import RunPaths
 from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -89,6 +91,15 @@ CASES = {
             "max_grad_norm": 0.0,
         },
         prior=True,
+    ),
+    "sd1, OFT of convolutions and text encoder, limited": Case(
+        "sd1",
+        {"adapter": "oft", "targets": "all", "rank": 8, "text_encoder_lr": 1e-3, "max_norm": 0.05},
+    ),
+    "sd1, BOFT, prior": Case("sd1", {"adapter": "boft", "targets": "attention-mlp", "rank": 8}, prior=True),
+    "sdxl, BOFT of convolutions": Case(
+        "sdxl",
+        {"adapter": "boft", "targets": "all", "exclude": "time_emb_proj", "rank": 8, "text_encoder_2_lr": 1e-3},
     ),
     "sd2": Case("sd2", {"targets": "attention-mlp", "rank": 2}),
     "sd2-v, prior, accumulation 2, flip": Case(
@@ -333,8 +344,24 @@ def mask_by_timestep(timestep: int, settings: TrainSettings) -> Tensor:
     return mask
 
 
+class PlainRotation(nn.Module):
+    """A weight whose rows are turned by matrices; see `adapter_maths.rotated`."""
+
+    def __init__(self, blocks: Tensor) -> None:
+        super().__init__()
+        self.blocks = nn.Parameter(torch.zeros_like(blocks))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return rotated({"oft_blocks": self.blocks.double()}, 0.0, weight.double()).float()
+
+    @torch.no_grad()
+    def limit(self, norm: float) -> None:
+        skew = self.blocks - self.blocks.mT
+        self.blocks.mul_(norm / max(norm, float(skew.norm())))
+
+
 class PlainTrainer:
-    """The networks as diffusers loads them, with LoRA by PEFT; steps as diffusers' example scripts write them."""
+    """The networks as diffusers loads them, with LoRA by PEFT or rotated weights; steps as in diffusers' examples."""
 
     def __init__(self, folder: Path, settings: TrainSettings, clip_skip: int, pictures: Sequence[Picture]) -> None:
         self.pipe = DiffusionPipeline.from_pretrained(folder, local_files_only=True).to(torch.float32)
@@ -354,6 +381,8 @@ class PlainTrainer:
         self.latent_shape = next(iter(self.posteriors.values()))[0].shape[1:]
         self.rates = {"unet": settings.learning_rate, **settings.text_encoder_rates}
         self.learned: dict[str, nn.Parameter] = {}
+        self.lora: dict[str, Any] = {}
+        self.rotations: dict[str, PlainRotation] = {}
 
     def add_words(self) -> None:
         """New tokens at the end of the vocabulary, of which the word consists; as textual inversion adds them."""
@@ -402,9 +431,7 @@ class PlainTrainer:
                 if hasattr(module, "lora_A")
             }
         layers = start.adapter().layers
-        self.lora: dict[str, Any] = {
-            name: wanted.pop((one.target.component, one.target.path)) for name, one in start.layers.items()
-        }
+        self.lora = {name: wanted.pop((one.target.component, one.target.path)) for name, one in start.layers.items()}
         assert not wanted
         if settings.rank_schedule != "constant" or settings.lora_init != "default":
             self._as_authors(start)
@@ -430,6 +457,20 @@ class PlainTrainer:
             parent, _, own_name = path.rpartition(".")
             self.lora[name] = AuthorsLayer(module.base_layer, parts, scale, orthogonal)
             setattr(self.networks[component].get_submodule(parent), own_name, self.lora[name])
+
+    def add_rotations(self, start: TrainableAdapter) -> None:
+        """Turned weights of the same modules."""
+        layers = start.adapter().layers
+        names = {(one.target.component, one.target.path): name for name, one in start.layers.items()}
+        for component in self.rates:
+            targets = set((TARGETS if component == "unet" else TEXT_TARGETS)[self.settings.targets])
+            targets.discard(self.settings.exclude)
+            for path, module in list(self.networks[component].named_modules()):
+                if any(f".{path}".endswith(f".{target}") for target in targets):
+                    name = names.pop((component, canonical_path(component, path)))
+                    self.rotations[name] = PlainRotation(layers[name].tensors()["oft_blocks"])
+                    parametrize.register_parametrization(module, "weight", self.rotations[name])
+        assert not names
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimiser's groups, each network's own rate."""
@@ -566,9 +607,6 @@ def plain_losses(
     settings = trainer.settings
     groups = trainer.groups()
     parameters = [parameter for group in groups for parameter in group["params"]]
-    assert len(parameters) == (3 if settings.lora_init == "orthogonal" else 2) * len(trainer.lora) + len(
-        trainer.learned
-    )
     of_words = groups[-1:] if trainer.learned else []
     optimizer = torch.optim.AdamW(groups, weight_decay=settings.weight_decay)
     schedule = get_scheduler(
@@ -606,6 +644,9 @@ def plain_losses(
             torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
+        for rotation in trainer.rotations.values():
+            if settings.max_norm:
+                rotation.limit(settings.max_norm)
         schedule.step()
         optimizer.zero_grad()
         losses.append(sum(values) / len(values))
@@ -652,7 +693,13 @@ def test_recipe_equals_the_plain_loop(
 
     trainer = PlainTrainer(folders[case.base], settings, case.clip_skip, [*subject, *class_pictures])
     trainer.add_words()
-    trainer.add_lora(TrainableAdapter(base.family.build(base), settings))
+    start = TrainableAdapter(base.family.build(base), settings)
+    if settings.adapter == "lora":
+        trainer.add_lora(start)
+    else:
+        trainer.add_rotations(start)
+    trained = sum(len(group["params"]) for group in trainer.groups())
+    assert trained == len(start.parameters()) + len(trainer.learned)
     losses, rates = plain_losses(trainer, subject, class_pictures)
     # sums in another order: 1e-6 in the first steps, up to 2e-5 after eight, since Adam divides by small gradients
     assert listener.losses == pytest.approx(losses, rel=0, abs=case.within)
@@ -670,6 +717,9 @@ def test_recipe_equals_the_plain_loop(
         for learned, plain in ((ours.down, module.lora_A), (ours.up, module.lora_B)):
             weight = plain["default"].weight.detach()
             assert (learned - weight).norm() <= 1e-3 * weight.norm()
+    for layer, rotation in trainer.rotations.items():
+        learned, weight = result.adapter.layers[layer].tensors()["oft_blocks"], rotation.blocks.detach()
+        assert (learned - weight).norm() <= 1e-3 * weight.norm()
     words = words_of(result.adapter.embeddings, base.family)
     assert [word.word for word in words] == ["sks"] * bool(trainer.learned)
     for word in words:
@@ -677,7 +727,8 @@ def test_recipe_equals_the_plain_loop(
         for component, vectors in word.vectors.items():
             plain = trainer.learned[component].detach()
             torch.testing.assert_close(vectors, plain, rtol=0, atol=1e-5)
-            start = base.family.build(base).token_embeddings(component, settings.token_start or "sks")
-            assert (vectors - start[torch.arange(len(vectors)) % len(start)]).abs().max() > 3e-3
-    moved = {layer.rsplit("_text_model")[0] for layer, one in result.adapter.layers.items() if one.up.abs().max() > 0}
+            first = base.family.build(base).token_embeddings(component, settings.token_start or "sks")
+            assert (vectors - first[torch.arange(len(vectors)) % len(first)]).abs().max() > 3e-3
+    last = "up" if settings.adapter == "lora" else "blocks"
+    moved = {layer.rsplit("_text_model")[0] for layer, one in result.adapter.layers.items() if getattr(one, last).any()}
     assert len([name for name in moved if name.startswith("lora_te")]) == len(settings.text_encoder_rates)

@@ -49,6 +49,8 @@ FIRST: dict[str, dict[str, Any]] = {
     "LoHa": {**KINDS["LoHa"], **TEXT},
     "LoKr": KINDS["LoKr"],
     "LoKr, whole": {**KINDS["LoKr"], "rank": 4},
+    "OFT": {**KINDS["OFT"], **TEXT},
+    "BOFT": KINDS["BOFT"],
 }
 OTHERWISE = {"rank": 7, "alpha": 3.0, "targets": "attention-mlp", "seed": 9}
 """What a run that goes on from a file would be without it."""
@@ -115,7 +117,7 @@ def test_going_on_takes_over_all_that_the_file_is(kind: str, world: World, made:
     assert distances(further, expected)["prediction"] > 1e-3
 
 
-@pytest.mark.parametrize("kind", mostly_slow(["LoRA", "LoHa"], "LoRA"))
+@pytest.mark.parametrize("kind", mostly_slow(["LoRA", "LoHa", "BOFT"], "LoRA"))
 def test_the_file_tells_the_kind_and_rank_that_were_trained(kind: str, world: World, tmp_path: Path) -> None:
     first = world.train(tmp_path / "first", **KINDS[kind], steps=1).adapter
     told = world.train(tmp_path, starting_point=StartingPoint(first), steps=1, **OTHERWISE).adapter.metadata

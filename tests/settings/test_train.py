@@ -481,24 +481,33 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     *(({"adapter": "full", name: value}, (name, "'full'", f"unset {name}")) for name, value in FOR_ADAPTERS.items()),
     *(
         ({"adapter": kind, name: FOR_ADAPTERS[name]}, (name, f"'{kind}'", "lora and dora", "unset"))
-        for kind in ("loha", "lokr")
+        for kind in ("loha", "lokr", "oft", "boft")
         for name in ("dropout", "rank_stabilized")
     ),
     *(
         ({"adapter": kind, "lokr_factor": 4}, ("lokr_factor", f"'{kind}'", "choose adapter = lokr"))
-        for kind in ("lora", "dora", "loha", "full")
+        for kind in ("lora", "dora", "loha", "oft", "boft", "full")
     ),
     *(
         ({"adapter": kind, "combine": True, "base_lora": ["a"]}, ("combine", f"'{kind}'", "combine = off"))
-        for kind in ("dora", "loha", "lokr")
+        for kind in ("dora", "loha", "lokr", "oft", "boft")
     ),
     *(
         ({"adapter": "lokr", **values}, ("LoKr", "alpha", "learning_rate"))
         for values in ({"alpha": 4.0}, {"targets": "all", "conv_alpha": 4.0}, {"block_ranks": "mid_block=4:2"})
     ),
     *(
+        ({"adapter": kind, **values}, (kind.upper(), "alpha", "max_norm"))
+        for kind in ("oft", "boft")
+        for values in ({"alpha": 4.0}, {"targets": "all", "conv_alpha": 4.0}, {"block_ranks": "mid_block=4:2"})
+    ),
+    *(
+        ({"adapter": kind, "lora_plus_ratio": 16.0}, (kind, "lora_plus_ratio = 0", "learning_rate"))
+        for kind in ("oft", "boft")
+    ),
+    *(
         ({"adapter": kind, name: value}, (name, f"'{kind}'", f"set {name} = ", "choose adapter = lora"))
-        for kind in ("dora", "loha", "lokr", "full")
+        for kind in ("dora", "loha", "lokr", "oft", "boft", "full")
         for name, value in FOR_LORA.items()
     ),
     ({"lora_init": "orthogonal", "max_norm": 1.0}, ("max_norm = 0", "lora_init = default")),
@@ -775,6 +784,7 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         "loha": ["combine", "dropout", "rank_stabilized", *FOR_LORA],
         "lokr": ["combine", "dropout", "rank_stabilized", "alpha", "conv_alpha", "block_ranks", *FOR_LORA],
     }
+    unfit |= {rotation: [*unfit["lokr"], "lora_plus_ratio"] for rotation in ("oft", "boft")}
     if values.get("lora_init") == "orthogonal":
         values.pop("max_norm", None)
         values.pop("lora_plus_ratio", None)
@@ -798,7 +808,7 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("aspect_buckets", None)
     if kind == "full":
         values.pop("base_quantization", None)
-    if kind == "dora":
+    if kind in ("dora", "oft", "boft"):
         values.pop("weight_penalty", None)
     most_cycles = max(1, (values.get("steps", 800) - values.get("lr_warmup_steps", 0)) // 2)
     values["lr_cycles"] = min(values.get("lr_cycles", 3), most_cycles)

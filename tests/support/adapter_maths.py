@@ -146,7 +146,7 @@ def added(layer: Layer, shape: Shape, weight: Tensor | None = None) -> Tensor:
         return parts["diff"].reshape(shape).flatten(1)
     if "oft_blocks" in parts:
         assert base is not None
-        return (_rotated(parts, layer.alpha, base) - base).flatten(1)
+        return (rotated(parts, layer.alpha, base) - base).flatten(1)
     plain = _plain(parts, layer.alpha, shape)
     if "dora_scale" in parts:
         assert base is not None
@@ -181,7 +181,7 @@ def _plain(parts: Mapping[str, Tensor], alpha: float, shape: Shape) -> Tensor:
     return (1.0 if rank is None else alpha / rank) * torch.einsum("ac,bdk->abcdk", small, blocks).reshape(shape)
 
 
-def _rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tensor:
+def rotated(parts: Mapping[str, Tensor], alpha: float, weight: Tensor) -> Tensor:
     """Rows turned by Cayley transforms of skew-symmetric blocks; of BOFT by butterfly factors after one another."""
     blocks = parts["oft_blocks"]
     skew = blocks - blocks.mT

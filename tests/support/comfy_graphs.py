@@ -99,6 +99,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "loha": {"adapter": "loha", "targets": "all"},
     "lokr": {"adapter": "lokr", "targets": "all"},
     "lokr-factor": {"adapter": "lokr", "lokr_factor": 4, "block_ranks": "mid_block=128"},
+    "oft": {"adapter": "oft", "targets": "all", "conv_rank": 8},
+    "boft": {"adapter": "boft", "targets": "all", "rank": 16},
 }
 
 

@@ -51,6 +51,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "LoHa": {"adapter": "loha", "targets": "all", "alpha": 1.0},
     "LoKr": {"adapter": "lokr", "targets": "all"},
     "LoKr of 4": {"adapter": "lokr", "targets": "all", "lokr_factor": 4},
+    "OFT": {"adapter": "oft", "targets": "all", "rank": 4, "conv_rank": 8},
+    "BOFT": {"adapter": "boft", "targets": "all", "rank": 4, "conv_rank": 8},
 }
 TEXT = {"text_encoder_lr": 1e-2}
 BOTH_TEXTS = {"text_encoder_lr": 1e-2, "text_encoder_2_lr": 1e-2}

@@ -164,7 +164,7 @@ def test_dropout_is_in_every_layer(share: float, base: BaseWeights) -> None:
         ("Stable Diffusion 2.x", {"text_encoder_2_lr": 1e-5}, "text_encoder_2_lr", "Set text_encoder_2_lr = 0"),
         ("Stable Diffusion 1.x", {"targets": "b-lora-style"}, "b-lora-style", "attention, attention-mlp, all"),
         ("Stable Diffusion 2.x", {"targets": "b-lora-content"}, "b-lora-content", "Stable Diffusion XL"),
-        ("Stable Diffusion 2.x", {"adapter": "full"}, "adapter = full", "lora, dora, loha or lokr"),
+        ("Stable Diffusion 2.x", {"adapter": "full"}, "adapter = full", "lora, dora, loha, lokr, oft or boft"),
         ("Stable Diffusion XL", {"adapter": "full"}, "adapter = full", "Stable Diffusion 1.x"),
     ],
 )

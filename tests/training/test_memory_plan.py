@@ -123,6 +123,8 @@ WAYS: dict[str, tuple[dict[str, Any], str, MemorySaving]] = {
     "LoHa": ({"adapter": "loha"}, "bf16", MemorySaving(False)),
     "T-LoRA": ({"rank_schedule": "timestep", "lora_init": "orthogonal"}, "bf16", MemorySaving(True)),
     "LoKr": ({"adapter": "lokr", "targets": "all"}, "bf16", MemorySaving(False)),
+    "OFT": ({"adapter": "oft"}, "bf16", MemorySaving(False)),
+    "BOFT": ({"adapter": "boft", "targets": "all"}, "bf16", MemorySaving(True)),
     "full": ({"adapter": "full"}, "bf16", MemorySaving(False)),
     "nf4": ({"base_quantization": "nf4"}, "bf16", MemorySaving(True)),
     "previews": ({"preview_every": 1}, "fp32", MemorySaving(False)),

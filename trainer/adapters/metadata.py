@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 
 from ..models.families.base import Family, Prediction
+from ..settings.adapter import ROTATIONS
 from ..settings.sharing import CONFIG_KEY, shareable
 from ..settings.train import TrainSettings
 from .kohya import Adapter
@@ -140,6 +141,8 @@ def _network(settings: TrainSettings, start: Adapter | None) -> _Network:
         [((rank, alpha), _)] = ranks_and_alphas.most_common(1)
         return _Network(start.kind.lower(), rank, alpha)
     alpha = float(settings.rank) if settings.adapter == "full" else settings.scale * settings.rank
+    if settings.adapter in ROTATIONS:
+        alpha = 0.0
     factor = _file_rank_factor(settings, start)
     return _Network(settings.adapter, factor * settings.rank, factor * alpha)
 
@@ -173,7 +176,7 @@ def _network_args(settings: TrainSettings, kind: str, start: Adapter | None) -> 
     factor = _file_rank_factor(settings, start)
     by_timestep = settings.rank_schedule == "timestep"
     arguments = {
-        "algo": {"lora": "", "full": "", "dora": "lora"}.get(kind, kind),
+        "algo": {"lora": "", "full": "", "dora": "lora", "oft": "diag-oft"}.get(kind, kind),
         "dora_wd": "True" if kind == "dora" else "",
         "targets": settings.targets,
         "conv_dim": settings.targets == "all" and str(factor * (settings.conv_rank or settings.rank)),

@@ -1,4 +1,4 @@
-"""How PEFT holds each kind of adapter that can be trained: its configuration, and its parameters as a file names them.
+"""How PEFT's layers hold each kind of adapter that can be trained, and their parameters as a file names them.
 
 A kind is one entry of `PEFT_METHODS`; nothing else in the engine tells kinds apart while training.
 """
@@ -22,11 +22,11 @@ PEFT_ADAPTER_NAME = "subject"
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What a configuration of PEFT is made from.
+    """What PEFT's layers are made from.
 
     Attributes:
         targets: Regular expression that matches the modules' whole paths.
-        rank: Rank of all of them.
+        rank: Rank of all of them; of OFT and BOFT the size of a block.
         dropout: Share of the inputs that is dropped; LoRA and DoRA only.
         factor: LoKr's smaller factor; -1: as even as possible.
     """
@@ -49,20 +49,21 @@ class PeftMethod:
 
     Attributes:
         title: Its name in `Layer.kind`.
-        make_config: Makes PEFT's configuration.
-        parameters: A module that PEFT made → its parameters by suffix, the part of a file's key after the module's
+        inject: Puts the layers into a network.
+        parameters: A layer of PEFT's kind → its parameters by suffix, the part of a file's key after the module's
             name.
         zero_initialized: Suffixes of the parameters that start at zero, so that the model predicts at first as without
             an adapter.
-        squared_norm: Parameters by suffix → squared Frobenius norm of the unscaled delta, 0-D.
-        prepare: Changes a module that PEFT made before its parameters are looked up.
-        initial: Such a module → what its parameters were at the start, by suffix, where the delta is the difference.
+        squared_norm: Parameters by suffix → squared Frobenius norm of the unscaled delta, 0-D; of a rotation of the
+            weight, whose delta depends on the weight, that of the generator Q.
+        prepare: Changes a layer that was injected before its parameters are looked up.
+        initial: Such a layer → what its parameters were at the start, by suffix, where the delta is the difference.
         draw: Makes the initial value of a parameter that does not start at zero: its suffix, its shape, the module
             that gets the adapter, and the source of the random numbers → float32 on the CPU.
     """
 
     title: str
-    make_config: Callable[[AdapterConfig], Any]
+    inject: Callable[[nn.Module, AdapterConfig], None]
     parameters: Callable[[Any], dict[str, nn.Parameter]]
     zero_initialized: frozenset[str]
     squared_norm: Callable[[Mapping[str, Tensor]], Tensor]
@@ -71,20 +72,28 @@ class PeftMethod:
     draw: Callable[[str, torch.Size, nn.Module, torch.Generator], Tensor] = _uniform
 
 
-def _lora_config(config: AdapterConfig, *, dora: bool = False) -> Any:
+def _inject(network: nn.Module, config: Any) -> None:
+    """Let PEFT put the layers of its configuration into a network."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(config, network, adapter_name=PEFT_ADAPTER_NAME)
+
+
+def _inject_lora(network: nn.Module, config: AdapterConfig, *, dora: bool = False) -> None:
     from peft import LoraConfig
 
-    return LoraConfig(
+    peft_config = LoraConfig(
         r=config.rank,
         lora_alpha=config.rank,
         target_modules=config.targets,
         lora_dropout=config.dropout,
         use_dora=dora,
     )
+    _inject(network, peft_config)
 
 
-def _dora_config(config: AdapterConfig) -> Any:
-    return _lora_config(config, dora=True)
+def _inject_dora(network: nn.Module, config: AdapterConfig) -> None:
+    _inject_lora(network, config, dora=True)
 
 
 def _lora_parameters(module: Any) -> dict[str, nn.Parameter]:
@@ -122,20 +131,33 @@ def _orthogonal_initial(module: Any) -> dict[str, Tensor]:
     return initial
 
 
-def _loha_config(config: AdapterConfig) -> Any:
+def _inject_loha(network: nn.Module, config: AdapterConfig) -> None:
     from peft import LoHaConfig
 
-    return LoHaConfig(r=config.rank, alpha=config.rank, target_modules=config.targets)
+    _inject(network, LoHaConfig(r=config.rank, alpha=config.rank, target_modules=config.targets))
 
 
-def _lokr_config(config: AdapterConfig) -> Any:
+def _inject_lokr(network: nn.Module, config: AdapterConfig) -> None:
     from peft import LoKrConfig
 
-    return LoKrConfig(r=config.rank, alpha=config.rank, target_modules=config.targets, decompose_factor=config.factor)
+    peft_config = LoKrConfig(
+        r=config.rank, alpha=config.rank, target_modules=config.targets, decompose_factor=config.factor
+    )
+    _inject(network, peft_config)
+
+
+def _inject_oft(network: nn.Module, config: AdapterConfig, *, butterfly: bool = False) -> None:
+    from .peft_oft import inject_oft
+
+    inject_oft(network, PEFT_ADAPTER_NAME, config.targets, config.rank, butterfly=butterfly)
+
+
+def _inject_boft(network: nn.Module, config: AdapterConfig) -> None:
+    _inject_oft(network, config, butterfly=True)
 
 
 def _lycoris_parameters(module: Any) -> dict[str, nn.Parameter]:
-    """PEFT's names are LyCORIS's."""
+    """PEFT's names, and those of OFT's layers, are LyCORIS's."""
     by_adapter = {suffix: getattr(module, suffix) for suffix in module.adapter_layer_names}
     return {
         suffix: parameters[PEFT_ADAPTER_NAME]
@@ -160,41 +182,62 @@ def _lokr_squared_norm(parameters: Mapping[str, Tensor]) -> Tensor:
     return squares[0] * squares[1]
 
 
+def _generator_squared_norm(parameters: Mapping[str, Tensor]) -> Tensor:
+    """‖Q‖² over all blocks, which LyCORIS's constraint limits; ‖R − 1‖ is at most 2 ‖Q‖."""
+    blocks = parameters["oft_blocks"]
+    squared: Tensor = (blocks - blocks.transpose(-1, -2)).square().sum()
+    return squared
+
+
 PEFT_METHODS: Mapping[str, PeftMethod] = {
     "lora": PeftMethod(
         title="LoRA",
-        make_config=_lora_config,
+        inject=_inject_lora,
         parameters=_lora_parameters,
         zero_initialized=frozenset({"lora_up.weight"}),
         squared_norm=_lora_squared_norm,
     ),
     "dora": PeftMethod(
         title="DoRA",
-        make_config=_dora_config,
+        inject=_inject_dora,
         parameters=_lora_parameters,
         zero_initialized=frozenset({"lora_up.weight"}),
         squared_norm=_lora_squared_norm,
     ),
     "loha": PeftMethod(
         title="LoHa",
-        make_config=_loha_config,
+        inject=_inject_loha,
         parameters=_lycoris_parameters,
         zero_initialized=frozenset({"hada_w2_b"}),
         squared_norm=_loha_squared_norm,
     ),
     "lokr": PeftMethod(
         title="LoKr",
-        make_config=_lokr_config,
+        inject=_inject_lokr,
         parameters=_lycoris_parameters,
         zero_initialized=frozenset({"lokr_w1", "lokr_w1_a"}),
         squared_norm=_lokr_squared_norm,
+    ),
+    "oft": PeftMethod(
+        title="OFT",
+        inject=_inject_oft,
+        parameters=_lycoris_parameters,
+        zero_initialized=frozenset({"oft_blocks"}),
+        squared_norm=_generator_squared_norm,
+    ),
+    "boft": PeftMethod(
+        title="BOFT",
+        inject=_inject_boft,
+        parameters=_lycoris_parameters,
+        zero_initialized=frozenset({"oft_blocks"}),
+        squared_norm=_generator_squared_norm,
     ),
 }
 
 
 ORTHOGONAL_LORA = PeftMethod(
     title="LoRA",
-    make_config=_lora_config,
+    inject=_inject_lora,
     parameters=_orthogonal_parameters,
     zero_initialized=frozenset(),
     squared_norm=_lora_squared_norm,

@@ -13,10 +13,11 @@ from ..core.errors import AdapterError, SettingsError, suggest
 from ..models import families
 from ..models.families import joined_titles
 from ..models.families.base import DiffusionModel, Family
-from ..settings.adapter import AdapterSettings
+from ..settings.adapter import ROTATIONS, AdapterSettings
 from .keys import embedding_names
 from .kohya import Adapter
-from .layers import Layer, LokrLayer, fits
+from .layers import Layer, LokrLayer, OftLayer, fits
+from .layers.oft import block_size, butterfly_factors
 from .module_paths import ModulePath
 from .names import Adaptable, adapter_names, canonical_names, modules_by_name, modules_by_path, networks
 from .prefixes import UNET
@@ -116,7 +117,8 @@ def require_family_fits(family: Family, settings: AdapterSettings) -> None:
         fitting = [other for other in families.FAMILIES if other.trains_fully]
         raise SettingsError(
             f"{suggest('adapter', 'full')} (fine-tuning all weights) does not exist for {family.title}.",
-            f"Choose lora, dora, loha or lokr for {suggest('adapter')}, or a base model of {joined_titles(fitting)}.",
+            f"Choose lora, dora, loha, lokr, oft or boft for {suggest('adapter')}, or a base model of "
+            f"{joined_titles(fitting)}.",
         )
 
 
@@ -156,8 +158,12 @@ def _require_patterns_match(model: DiffusionModel, settings: AdapterSettings) ->
             )
 
 
-def _target(path: ModulePath, name: str, module: nn.Module, settings: AdapterSettings) -> Target:
+def _target(path: ModulePath, name: str, module: Adaptable, settings: AdapterSettings) -> Target:
     _, rank, alpha = _rank_of(path.path, module, settings)
+    if settings.adapter in ROTATIONS:
+        alpha = 0.0  # no limit
+        if rank:
+            rank = block_size(len(module.weight), rank, butterfly=settings.adapter == "boft") or 1
     file_alpha = float(rank if alpha is None else alpha)
     if settings.rank_stabilized:
         file_alpha *= rank**0.5
@@ -178,7 +184,14 @@ def _rank_of(path: str, module: nn.Module, settings: AdapterSettings) -> tuple[s
 
 
 def _require_rank_fits(target: Target, module: Adaptable, settings: AdapterSettings) -> None:
-    """Refuse a rank above the size of a layer; LoKr needs none, it takes whole factors then."""
+    """Refuse a rank above the size of a layer, or one below the smallest block of a rotation.
+
+    LoKr takes whole factors for a higher rank, and a rotation the largest block.
+    """
+    if settings.adapter in ROTATIONS:
+        if target.rank < 2:
+            raise _small_blocks(target, module, settings)
+        return
     smallest = min(len(module.weight), module.weight[0].numel())
     if target.rank > smallest and settings.adapter != "lokr":
         setting, _, _ = _rank_of(target.path, module, settings)
@@ -192,8 +205,25 @@ def _require_rank_fits(target: Target, module: Adaptable, settings: AdapterSetti
         raise SettingsError(f"rank {target.rank} is above the size of the layer {target.path} ({smallest}).", remedy)
 
 
+def _small_blocks(target: Target, module: Adaptable, settings: AdapterSettings) -> SettingsError:
+    """The error for a rank with which a layer would have no block to rotate."""
+    setting, rank, _ = _rank_of(target.path, module, settings)
+    outputs, butterfly = len(module.weight), settings.adapter == "boft"
+    sizes = (size for size in range(2, outputs + 1) if block_size(outputs, size, butterfly=butterfly))
+    smallest = next(sizes)  # every layer has an even number of outputs, which is a block itself
+    return SettingsError(
+        f"rank {rank} is below the smallest block of {settings.adapter.upper()} for the layer {target.path} with "
+        f"{outputs} outputs ({smallest}).",
+        f"Give it a rank of at least {smallest} in {suggest('block_ranks')}."
+        if setting == "block_ranks"
+        else f"Set {suggest(setting)} to at least {smallest}.",
+    )
+
+
 def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:
-    """An adapter to train on, under the names that this model's files have; a LoKr's scale goes into its factors.
+    """An adapter to train on, under the names that this model's files have.
+
+    A LoKr's scale goes into its factors, and a rotation's limit into its blocks.
 
     Raises:
         AdapterError: A module of it does not exist in the model, or is of another shape.
@@ -219,7 +249,11 @@ def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:
                 "in another shape.",
                 "Start from an adapter that was trained on a model of this shape.",
             )
-        layers[names[name]] = _with_unit_scale(layer) if isinstance(layer, LokrLayer) else layer
+        if isinstance(layer, LokrLayer):
+            layer = _with_unit_scale(layer)
+        if isinstance(layer, OftLayer):
+            layer = _without_limit(name, layer)
+        layers[names[name]] = layer
     return replace(adapter, layers=layers, embeddings={})
 
 
@@ -232,6 +266,27 @@ def _with_unit_scale(layer: LokrLayer) -> LokrLayer:
         return replace(layer, w1=layer.w1 * scale, alpha=float(layer.rank))
     assert layer.w1_a is not None
     return replace(layer, w1_a=layer.w1_a * scale, alpha=float(layer.rank))
+
+
+def _without_limit(name: str, layer: OftLayer) -> OftLayer:
+    """The same rotation without a limit of its own.
+
+    Raises:
+        AdapterError: It is of a form that is not trained here.
+    """
+    if layer.rescale is not None:
+        raise AdapterError(
+            f"The adapter to start from also scales the outputs of the module {name} (rescale), which can't be trained "
+            "on.",
+            "Start from one without rescale.",
+        )
+    if layer.kind == "BOFT" and len(layer.blocks) != butterfly_factors(layer.shape[0], layer.rank):
+        raise AdapterError(
+            f"The adapter to start from has {len(layer.blocks)} butterfly factors for the module {name}, and "
+            f"{butterfly_factors(layer.shape[0], layer.rank)} are trained here.",
+            "Start from one with as many as LyCORIS makes.",
+        )
+    return layer.without_limit()
 
 
 def targets_of_adapter(model: DiffusionModel, start: Adapter) -> list[Target]:

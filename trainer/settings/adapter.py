@@ -15,7 +15,8 @@ from ..core.errors import suggest
 from .base import Needs, Settings, TidyPath, setting
 
 _PIVOTAL = "Pivotal tuning"
-AdapterKind = Literal["lora", "dora", "loha", "lokr", "full"]
+AdapterKind = Literal["lora", "dora", "loha", "lokr", "oft", "boft", "full"]
+ROTATIONS = ("oft", "boft")
 _ONLY_FOR_ADAPTERS = (
     "include",
     "exclude",
@@ -51,11 +52,19 @@ class AdapterSettings(Settings):
     adapter: AdapterKind = setting(
         "lora",
         "Kind of adapter. lora: low rank (LoCon with targets 'all'). dora: LoRA with trained magnitudes. loha: "
-        "Hadamard product of two low-rank matrices. lokr: Kronecker product, the smallest file. full: no adapter; all "
-        "weights are trained (Stable Diffusion 1.x) and saved as a checkpoint and as a LoRA extracted from it.",
+        "Hadamard product of two low-rank matrices. lokr: Kronecker product, the smallest file. oft: rotates "
+        "the outputs of each layer, in blocks. boft: the same with blocks that overlap (butterfly). full: no adapter; "
+        "all weights are trained (Stable Diffusion 1.x) and saved as a checkpoint and as a LoRA extracted from it.",
         group="Adapter",
     )
-    rank: int = setting(16, "Rank of the adapter: its capacity.", group="Adapter", ge=1, le=1024)
+    rank: int = setting(
+        16,
+        "Rank of the adapter: its capacity. Of oft and boft: the size of a block, at most; a layer has the largest "
+        "that its outputs can be divided into.",
+        group="Adapter",
+        ge=1,
+        le=1024,
+    )
     alpha: float | None = setting(
         None, "LoRA alpha; the adapter is scaled by alpha / rank. Not set: equal to the rank.", group="Adapter", gt=0.0
     )
@@ -127,7 +136,8 @@ class AdapterSettings(Settings):
     )
     max_norm: float = setting(
         0.0,
-        "Maximum norm of each layer's weight delta (kohya's scale_weight_norms); 0: no limit. 1 is typical.",
+        "Maximum norm of each layer's weight delta (kohya's scale_weight_norms), of oft and boft of each "
+        "rotation's generator Q; 0: no limit. 1 is typical.",
         group="Adapter",
         advanced=True,
         ge=0.0,
@@ -278,12 +288,17 @@ class AdapterSettings(Settings):
                         f"unset {suggest(name)} or choose {suggest('adapter', 'lora')}"
                     )
         self._require_lora()
-        if kind in ("loha", "lokr") and (self.dropout or self.rank_stabilized):
+        if kind in ("loha", "lokr", *ROTATIONS) and (self.dropout or self.rank_stabilized):
             raise ValueError(
                 f"{suggest('dropout')} and {suggest('rank_stabilized')} are for lora and dora only, and "
                 f"{suggest('adapter')} is '{kind}': unset them"
             )
         alphas = [self.alpha, self.conv_alpha, *(block.alpha for block in self.ranks_by_block)]
+        if kind in ROTATIONS and any(alpha is not None for alpha in alphas):
+            raise ValueError(
+                f"{kind.upper()} is not scaled by an alpha: unset {suggest('alpha')}, {suggest('conv_alpha')} and the "
+                f"alphas in {suggest('block_ranks')}, and limit the rotations with {suggest('max_norm')}"
+            )
         if kind == "lokr" and any(alpha is not None for alpha in alphas):
             raise ValueError(
                 f"LoKr is not scaled by an alpha: unset {suggest('alpha')}, {suggest('conv_alpha')} and the alphas in "

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from pydantic import field_validator
 
 from ..core.errors import suggest
+from .adapter import ROTATIONS
 from .base import Settings, setting
 
 OptimizerName = Literal[
@@ -80,7 +81,7 @@ class OptimizerSettings(Settings):
     lora_plus_ratio: float = setting(
         0.0,
         "LoRA+: multiplies the learning rate of those parts of an adapter that start at zero (of LoRA and DoRA "
-        "lora_up, of LoHa hada_w2_b, of LoKr lokr_w1); 16 is typical. 0: off.",
+        "lora_up, of LoHa hada_w2_b, of LoKr lokr_w1; oft and boft have no such parts); 16 is typical. 0: off.",
         group=_GROUP,
         advanced=True,
         ge=0.0,
@@ -151,6 +152,11 @@ class OptimizerSettings(Settings):
             raise ValueError(
                 f"{suggest('lora_plus_ratio')} is for adapters, but {suggest('adapter')} is 'full': set "
                 f"{suggest('lora_plus_ratio', 0)} or choose another {suggest('adapter')}"
+            )
+        if self.lora_plus_ratio and adapter in ROTATIONS:
+            raise ValueError(
+                f"{suggest('lora_plus_ratio')} tells an adapter's factors apart, and {adapter} has none: set "
+                f"{suggest('lora_plus_ratio', 0)}, and choose {suggest('learning_rate')}"
             )
         if self.optimizer == "prodigy":
             self._require_one_rate(learning_rate, text_encoder_rates)

@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from ..core.errors import suggest
 from ..core.prompts import PromptWords, common_words, split_prompts
-from .adapter import AdapterSettings
+from .adapter import ROTATIONS, AdapterSettings
 from .base import MAX_SEED, Needs, Settings, TidyPath, field_extra, filled_prompts, same_setting, setting
 from .data import DataSettings, SubjectSettings, SubjectTable
 from .model import BaseModelSettings, Precision, SavePrecision
@@ -243,10 +243,10 @@ class TrainSettings(
 
     @model_validator(mode="after")
     def _changes_can_be_measured(self) -> Self:
-        if self.weight_penalty and self.adapter == "dora":
+        if self.weight_penalty and self.adapter in ("dora", *ROTATIONS):
             raise ValueError(
-                f"{suggest('weight_penalty')} needs the change of each weight, which DoRA's factors alone don't give: "
-                f"set {suggest('weight_penalty', 0)} or choose {suggest('adapter', 'lora')}"
+                f"{suggest('weight_penalty')} needs the change of each weight, which the parameters of {self.adapter} "
+                f"alone don't give: set {suggest('weight_penalty', 0)} or choose {suggest('adapter', 'lora')}"
             )
         return self
 

@@ -31,6 +31,7 @@ from ..adapters.targets import Target, choose_targets, fit_start_adapter, target
 from ..core.errors import AdapterError, SettingsError, suggest
 from ..core.seeding import generator
 from ..models.families.base import DiffusionModel
+from ..settings.adapter import ROTATIONS
 from ..settings.train import TrainSettings
 from .rank_schedule import RankSchedule
 from .runs.checkpoint import Saved
@@ -70,8 +71,8 @@ class TrainedLayer:
 
     @property
     def scale(self) -> float:
-        """What the delta is multiplied by: alpha / rank; a LoKr of two whole factors has no rank to scale by."""
-        if {"lokr_w1", "lokr_w2"} <= set(self.parameters):
+        """What the delta is multiplied by: alpha / rank; rotations and a LoKr of two whole factors are not scaled."""
+        if {"lokr_w1", "lokr_w2"} <= set(self.parameters) or "oft_blocks" in self.parameters:
             return 1.0
         return self.target.alpha / self.target.rank
 
@@ -144,9 +145,7 @@ class TrainableAdapter:
                     schedule.limit(down)
 
     def _inject(self, model: DiffusionModel, targets: Sequence[Target], settings: TrainSettings) -> None:
-        """Let PEFT inject its layers, once for each network and rank."""
-        from peft import inject_adapter_in_model
-
+        """Inject PEFT's layers, once for each network and rank."""
         paths_by_rank: dict[tuple[str, int], list[str]] = {}
         for target in targets:
             paths_by_rank.setdefault((target.component, target.rank), []).append(target.path)
@@ -159,7 +158,7 @@ class TrainableAdapter:
                 config = AdapterConfig(
                     targets=f"({pattern})", rank=rank, dropout=settings.dropout, factor=settings.lokr_factor
                 )
-                inject_adapter_in_model(self._method.make_config(config), network, adapter_name=PEFT_ADAPTER_NAME)
+                self._method.inject(network, config)
 
     def _initialize(self, layer: TrainedLayer, module: Adaptable, seed: int) -> None:
         """Give a layer its initial values, in float32 whatever type PEFT chose, and make it trainable."""
@@ -282,6 +281,8 @@ class TrainableAdapter:
     def after_update(self, trained: Collection[str]) -> None:
         """Shrink every layer's delta to a norm of at most `max_norm`, if that is set: all factors alike, as kohya does.
 
+        A rotation's generator is limited instead, see `PeftMethod.squared_norm`.
+
         Args:
             trained: Components that are still trained.
         """
@@ -342,6 +343,18 @@ def _targets_of(model: DiffusionModel, settings: TrainSettings, start: Adapter |
         raise SettingsError(
             f"{suggest('dropout')} exists for LoRA and DoRA only, and the adapter to start from is a {start.kind}.",
             f"Set {suggest('dropout', 0)}.",
+        )
+    if settings.weight_penalty and _method_name(start) in ("dora", *ROTATIONS):
+        raise SettingsError(
+            f"{suggest('weight_penalty')} needs the change of each weight, and the adapter to start from is a "
+            f"{start.kind}, whose parameters alone don't give it.",
+            f"Set {suggest('weight_penalty', 0)}.",
+        )
+    if settings.lora_plus_ratio and _method_name(start) in ROTATIONS:
+        raise SettingsError(
+            f"{suggest('lora_plus_ratio')} tells an adapter's factors apart, and the adapter to start from is a "
+            f"{start.kind}, which has none.",
+            f"Set {suggest('lora_plus_ratio', 0)}.",
         )
     targets = targets_of_adapter(model, fit_start_adapter(model, start))
     components = {target.component for target in targets}

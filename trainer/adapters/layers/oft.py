@@ -5,7 +5,7 @@ A weight's rows are rotated in blocks: Δ = rescale · R W − W, R from skew-sy
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -58,6 +58,13 @@ class OftLayer:
     def factors(self) -> None:
         """See `Layer.factors`; a rotation is not low-rank."""
 
+    def without_limit(self) -> OftLayer:
+        """The same rotation with blocks that keep to the limit by themselves, and no limit."""
+        blocks = self.blocks.float()
+        norm = float(torch.linalg.vector_norm(blocks - blocks.transpose(-1, -2)))
+        limit = self.alpha * self.shape[0]
+        return replace(self, blocks=blocks * limit / norm if 0 < limit < norm else blocks, alpha=0.0)
+
     @torch.no_grad()
     def delta(self, weight: Tensor | None = None) -> Tensor:
         """See `Layer.delta`."""
@@ -68,45 +75,86 @@ class OftLayer:
                 "Use an adapter that was made for a model of this shape.",
             )
         original = weight.to(self.blocks.device, torch.float32)
-        rotations = self._rotations_less_identity()
-        if rotations.ndim == 3:
-            delta = _rotated(rotations.transpose(1, 2), original)
-        else:
-            delta = torch.zeros_like(original)
-            for level, rotation in enumerate(rotations):
-                group = 2**level * (self.rank // 2)
-                shuffled = _swapped(original + delta, 2, group)
-                delta = delta + _swapped(_rotated(rotation, shuffled), group, 2)
+        delta = rotation_delta(rotations_less_identity(self.blocks.float(), self.alpha * self.shape[0]), original)
         if self.rescale is None:
             return delta
         rescale = self.rescale.float().reshape(-1, *[1] * (weight.ndim - 1))
         return rescale * delta + (rescale - 1) * original
 
-    def _rotations_less_identity(self) -> Tensor:
-        """The Cayley transforms of all blocks less the identity, R − 1 = 2 Q (1 − Q)⁻¹, of the shape of `blocks`.
 
-        So a small rotation, as limits of 1e-3 and less allow, is not lost in rounding.
-        """
-        blocks = self.blocks.float()
-        skew = blocks - blocks.transpose(-1, -2)
-        limit = self.alpha * self.shape[0]
+def rotations_less_identity(blocks: Tensor, limit: float = 0.0) -> Tensor:
+    """The Cayley transforms of all blocks less the identity, R − 1 = 2 Q (1 − Q)⁻¹ with Q = blocks − blocksᵀ.
+
+    So a small rotation, as limits of 1e-3 and less allow, is not lost in rounding.
+
+    Args:
+        blocks: (…, size, size), float32.
+        limit: The largest norm of Q, over all blocks; 0: none.
+
+    Returns:
+        Of the shape of `blocks`.
+    """
+    skew = blocks - blocks.transpose(-1, -2)
+    if limit > 0:
         norm = torch.linalg.vector_norm(skew) + _TINY
-        if 0 < limit < norm:
+        if norm > limit:
             skew = skew * limit / norm
-        identity = torch.eye(self.rank, device=blocks.device)
-        rotations: Tensor = torch.linalg.solve(identity - skew, 2 * skew, left=False)
-        return rotations
+    identity = torch.eye(skew.shape[-1], device=skew.device)
+    # 1 − Q can always be inverted, so CUDA need not be waited for to hear it
+    rotations: Tensor = torch.linalg.solve_ex(identity - skew, 2 * skew, left=False)[0]
+    return rotations
 
 
-def _rotated(rotation: Tensor, weight: Tensor) -> Tensor:
+def rotation_delta(rotations: Tensor, rows: Tensor) -> Tensor:
+    """What rotations add to the rows of a weight, or to the outputs of the module that has it: R y − y.
+
+    Args:
+        rotations: From `rotations_less_identity`: (blocks, size, size), or of BOFT (factors, blocks, size, size).
+        rows: (blocks · size, …), of the type of `rotations`.
+    """
+    if rotations.ndim == 3:
+        return _rotated(rotations.transpose(1, 2), rows)
+    delta = torch.zeros_like(rows)
+    for level, rotation in enumerate(rotations):
+        group = 2**level * (rotations.shape[-1] // 2)
+        shuffled = _swapped(rows + delta, 2, group)
+        delta = delta + _swapped(_rotated(rotation, shuffled), group, 2)
+    return delta
+
+
+def block_size(outputs: int, largest: int, *, butterfly: bool) -> int:
+    """The largest block into whose size a number of outputs can be divided, as LyCORIS's `lora_dim` has it.
+
+    Args:
+        outputs: Of the module.
+        largest: The block has at most this size.
+        butterfly: Whether it is for BOFT, whose blocks are even and as many as a power of two.
+
+    Returns:
+        From 2; 0 if there is no such block.
+    """
+    sizes = (size for size in range(min(largest, outputs), 1, -1) if outputs % size == 0)
+    return next((size for size in sizes if not butterfly or _is_butterfly(outputs, size)), 0)
+
+
+def butterfly_factors(outputs: int, size: int) -> int:
+    """How many factors a BOFT has in which every output meets every other, log₂(blocks) + 1, as in LyCORIS."""
+    return (outputs // size).bit_length()
+
+
+def _is_butterfly(outputs: int, size: int) -> bool:
+    return size % 2 == 0 and (outputs // size).bit_count() == 1
+
+
+def _rotated(rotation: Tensor, rows: Tensor) -> Tensor:
     """Blocks of rows (blocks · size, …), each multiplied by its own matrix (blocks, size, size) from the left."""
-    rows = weight.reshape(*rotation.shape[:2], *weight.shape[1:])
-    return torch.einsum("kmn,kn...->km...", rotation, rows).flatten(0, 1)
+    blocks = rows.reshape(*rotation.shape[:2], *rows.shape[1:])
+    return torch.einsum("kmn,kn...->km...", rotation, blocks).flatten(0, 1)
 
 
-def _swapped(weight: Tensor, first: int, second: int) -> Tensor:
+def _swapped(rows: Tensor, first: int, second: int) -> Tensor:
     """Rows numbered (…, first, second) renumbered (…, second, first)."""
-    return weight.reshape(-1, first, second, *weight.shape[1:]).transpose(1, 2).flatten(0, 2)
+    return rows.reshape(-1, first, second, *rows.shape[1:]).transpose(1, 2).flatten(0, 2)
 
 
 def make_oft(tensors: LayerTensors, alpha: float | None) -> OftLayer:

@@ -87,7 +87,8 @@ def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
         UnsupportedModelError: It is a known model of another kind.
         WeightsError: It is an adapter.
     """
-    if any(".lora_" in name or name.startswith("lora_") or ".hada_w" in name or ".lokr_w" in name for name in tensors):
+    parts = (".lora_", ".hada_w", ".lokr_w", ".oft_blocks")
+    if any(name.startswith("lora_") or any(part in name for part in parts) for name in tensors):
         raise WeightsError(
             "This file is an adapter (LoRA), not a base model.",
             "Give the checkpoint that the adapter was made for; adapters are given by a setting of their own.",
