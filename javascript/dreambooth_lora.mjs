@@ -99,16 +99,18 @@ class JobPanel {
 
   /** @param {string} state */
   ended(state) {
-    if (state === "done")
-      document
-        .querySelector("#txt2img_lora_extra_refresh, #txt2img_extra_refresh")
-        ?.dispatchEvent(new MouseEvent("click"));
+    if (state === "done") refreshCards();
     runs?.refresh();
   }
 
   send() {
     if (this.facts?.card) sendToPrompt(this.facts.words, this.facts.card);
   }
+}
+
+/** Have the Extra Networks browser show the LoRA files that there are now. */
+function refreshCards() {
+  document.querySelector("#txt2img_lora_extra_refresh, #txt2img_extra_refresh")?.dispatchEvent(new MouseEvent("click"));
 }
 
 /** @type {RunsPanel | null} */
@@ -138,7 +140,9 @@ function sendToPrompt(words, file) {
   if (!(field instanceof HTMLTextAreaElement)) throw new Error("There is no txt2img prompt in this page.");
   field.value = `${words} <lora:${file.replace(/\.safetensors$/, "")}:${WEIGHT}>`;
   field.dispatchEvent(new Event("input", { bubbles: true }));
-  /** @type {any} */ (globalThis).switch_to_txt2img?.();
+  const go = /** @type {any} */ (globalThis).switch_to_txt2img;
+  if (go) go();
+  else notify("The prompt of txt2img is filled; this web UI does not go there by itself.");
 }
 
 /**
@@ -179,7 +183,7 @@ function mountRuns() {
     useSettings: async (run) => useSettings(run.id),
     resume: (run) => resumeRun(run.id),
     confirm: async (message) => window.confirm(message),
-    refreshLists: async () => {},
+    refreshLists: async () => refreshCards(),
     notify: (text) => window.alert(text),
   });
   container.replaceChildren(runs.element);
@@ -190,6 +194,9 @@ function mountRuns() {
 function mount() {
   mountJob();
   mountRuns();
+  const made = document.querySelectorAll(".dreambooth-made:not([data-seen])"); // by a tool, see webui/tools_tab.py
+  for (const result of made) result.setAttribute("data-seen", "");
+  if (made.length) refreshCards();
 }
 
 /** The panels' colours are ComfyUI's; here they are those of the web UI's theme. */

@@ -43,8 +43,8 @@ def build() -> gr.Blocks:
                 visible=False, elem_id=element_id("settings_of")
             )  # javascript/ writes a run's id into it
             asked.input(functools.partial(_refilled, list(fields)), inputs=[asked], outputs=[asked, *fields.values()])
-        with gr.Tab("Tools", elem_id="dreambooth_tools"):
-            tools_tab.build()
+        with gr.Tab("Tools", elem_id="dreambooth_tools") as tools:
+            tools_tab.build(tools)
         with gr.Tab("Help", elem_id="dreambooth_help"):
             gr.Markdown(_HELP)
     for block in blocks.blocks.values():

@@ -27,31 +27,37 @@ _EXTRACT_SETTINGS = ("rank", "conv_rank")
 _COMPARE_SETTINGS = ("prompts", "clip", "dino", "count", "steps")
 _SECONDS_BETWEEN_LOOKS = 0.5
 _LONGEST_INSPECTION = 600  # seconds
+_Lists = list[tuple[Any, Callable[[], list[str]]]]  # widgets, each with what reads its choices
 
 
-def build() -> None:
-    """The tools' widgets, in the tab that is being built."""
-    with gr.Tabs():
+def build(page: Any) -> None:
+    """The tools' widgets, in the tab that is being built, `page`; whoever comes to it finds lists of what there is."""
+    lists: _Lists = []
+    with gr.Tabs(elem_id=element_id("tool")) as tools:
         with gr.Tab("Merge"):
-            _build_merge()
+            _build_merge(lists)
         with gr.Tab("Learned merge"):
-            _build_learned_merge()
+            _build_learned_merge(lists)
         with gr.Tab("Resize"):
-            _build_resize()
+            _build_resize(lists)
         with gr.Tab("Extract"):
-            _build_extract()
+            _build_extract(lists)
         with gr.Tab("Fuse"):
-            _build_fuse()
+            _build_fuse(lists)
         with gr.Tab("Inspect"):
-            lora = _loras_widget("inspect_lora")
+            lora = _loras_widget(lists, "inspect_lora")
             start = _start("Inspect", "inspect")
             start.click(_inspect, inputs=[lora], outputs=[_result_widget("inspect")], show_progress="hidden")
         with gr.Tab("Pick the best checkpoint"):
-            _build_compare()
+            _build_compare(lists)
+    for tabs in (page, tools):
+        tabs.select(
+            lambda: _read_anew(lists), inputs=[], outputs=[listed for listed, _ in lists], show_progress="hidden"
+        )
 
 
-def _build_merge() -> None:
-    loras = _loras_widget("merge_loras", label="LoRAs", multiselect=True)
+def _build_merge(lists: _Lists) -> None:
+    loras = _loras_widget(lists, "merge_loras", label="LoRAs", multiselect=True)
     strengths = _strengths_widget("merge_strengths")
     name = gr.Textbox(label="Name of the merged LoRA", max_lines=1, elem_id=element_id("merge_name"))
     settings = _widgets(MERGE, _MERGE_SETTINGS)
@@ -60,10 +66,10 @@ def _build_merge() -> None:
     start.click(_merge, inputs=[loras, strengths, name, *settings], outputs=outputs, show_progress="hidden")
 
 
-def _build_learned_merge() -> None:
-    subject = _loras_widget("learned_merge_subject", label="The subject's LoRA")
-    style = _loras_widget("learned_merge_style", label="The style's LoRA")
-    base = _bases_widget("learned_merge_base", "Base model")
+def _build_learned_merge(lists: _Lists) -> None:
+    subject = _loras_widget(lists, "learned_merge_subject", label="The subject's LoRA")
+    style = _loras_widget(lists, "learned_merge_style", label="The style's LoRA")
+    base = _bases_widget(lists, "learned_merge_base", "Base model")
     name = gr.Textbox(label="Name of the merged LoRA", max_lines=1, elem_id=element_id("learned_merge_name"))
     settings = _widgets(LEARNED_MERGE, _LEARNED_MERGE_SETTINGS)
     start = _start("Merge", "learned_merge")
@@ -71,9 +77,9 @@ def _build_learned_merge() -> None:
     start.click(_learned_merge, inputs=[subject, style, base, name, *settings], outputs=outputs, show_progress="hidden")
 
 
-def _build_extract() -> None:
-    tuned = _bases_widget("extract_tuned", "Fine-tuned model")
-    base = _bases_widget("extract_base", "Model that it was fine-tuned from")
+def _build_extract(lists: _Lists) -> None:
+    tuned = _bases_widget(lists, "extract_tuned", "Fine-tuned model")
+    base = _bases_widget(lists, "extract_base", "Model that it was fine-tuned from")
     name = gr.Textbox(label="Name of the LoRA", max_lines=1, elem_id=element_id("extract_name"))
     settings = _widgets(EXTRACT, _EXTRACT_SETTINGS)
     start = _start("Extract", "extract")
@@ -81,9 +87,9 @@ def _build_extract() -> None:
     start.click(_extract, inputs=[tuned, base, name, *settings], outputs=outputs, show_progress="hidden")
 
 
-def _build_fuse() -> None:
-    base = _bases_widget("fuse_base", "Base model")
-    loras = _loras_widget("fuse_loras", label="LoRAs", multiselect=True)
+def _build_fuse(lists: _Lists) -> None:
+    base = _bases_widget(lists, "fuse_base", "Base model")
+    loras = _loras_widget(lists, "fuse_loras", label="LoRAs", multiselect=True)
     strengths = _strengths_widget("fuse_strengths")
     name = gr.Textbox(label="Name of the new model", max_lines=1, elem_id=element_id("fuse_name"))
     start = _start("Fuse", "fuse")
@@ -91,16 +97,16 @@ def _build_fuse() -> None:
     start.click(_fuse, inputs=[base, loras, strengths, name], outputs=outputs, show_progress="hidden")
 
 
-def _build_resize() -> None:
-    lora = _loras_widget("resize_lora")
+def _build_resize(lists: _Lists) -> None:
+    lora = _loras_widget(lists, "resize_lora")
     name = gr.Textbox(label="Name of the resized LoRA", max_lines=1, elem_id=element_id("resize_name"))
     settings = _widgets(RESIZE, _RESIZE_SETTINGS)
     start = _start("Resize", "resize")
     start.click(_resize, inputs=[lora, name, *settings], outputs=[_result_widget("resize")], show_progress="hidden")
 
 
-def _build_compare() -> None:
-    run = _listed(lambda: [*filter(_is_text, _runs().names())], "compare_run", label="Run")
+def _build_compare(lists: _Lists) -> None:
+    run = _listed(lists, _run_names, "compare_run", label="Run")
     settings = _widgets(COMPARE, _COMPARE_SETTINGS)
     start = _start("Compare", "compare")
     outputs = [_result_widget("compare"), gr.Image(label="The best", elem_id=element_id("compare_plot"))]
@@ -128,23 +134,42 @@ def _strengths_widget(id: str) -> Any:
     )
 
 
-def _loras_widget(id: str, **options: Any) -> Any:
-    return _listed(lambda: list(_loras()), id, **{"label": "LoRA"} | options)
+def _loras_widget(lists: _Lists, id: str, **options: Any) -> Any:
+    return _listed(lists, _lora_names, id, **{"label": "LoRA"} | options)
 
 
-def _bases_widget(id: str, label: str) -> Any:
-    return _listed(host.bases, id, host.refresh_bases, label=label)
+def _bases_widget(lists: _Lists, id: str, label: str) -> Any:
+    return _listed(lists, host.bases, id, host.refresh_bases, label=label)
 
 
 def _listed(
-    choices: Callable[[], list[str]], id: str, found: Callable[[], list[str]] | None = None, **options: Any
+    lists: _Lists,
+    choices: Callable[[], list[str]],
+    id: str,
+    found: Callable[[], list[str]] | None = None,
+    **options: Any,
 ) -> Any:
-    """A list with a button that reads it anew, in another way if there is one."""
+    """A list, which is added to `lists`, with a button that reads it anew, in another way if there is one."""
     with gr.Row():
         listed = gr.Dropdown(choices=choices(), elem_id=element_id(id), scale=4, **options)
         refresh = gr.Button("⟳", elem_id=element_id(f"{id}_refresh"), scale=0, min_width=40)
     refresh.click(lambda: gr.update(choices=(found or choices)()), inputs=[], outputs=[listed])
+    lists.append((listed, choices))
     return listed
+
+
+def _read_anew(lists: _Lists) -> list[Any]:
+    """A change for each list; what several of them show is looked for once."""
+    found = {choices: choices() for choices in {choices for _, choices in lists}}
+    return [gr.update(choices=found[choices]) for _, choices in lists]
+
+
+def _lora_names() -> list[str]:
+    return [*_loras()]
+
+
+def _run_names() -> list[str]:
+    return [*filter(_is_text, _runs().names())]
 
 
 def _loras() -> dict[str, Path]:
@@ -365,4 +390,5 @@ def _result(job: Job) -> str:
     if facts["state"] != "done" or job.record.get("failed"):
         return failure(worded(failed[0], wording), worded(failed[1], wording))
     notes = "".join(f"<li>{as_html(worded(text, wording))}</li>" for text, _ in job.progress().notes)
-    return f"<ul>{notes}</ul><pre>{as_html(job.log() + chr(10).join(job.output()))}</pre>"
+    made = "<div class='dreambooth-made'></div>" if job.record.get("card") else ""  # javascript/ looks for it
+    return f"{made}<ul>{notes}</ul><pre>{as_html(job.log() + chr(10).join(job.output()))}</pre>"

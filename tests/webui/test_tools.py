@@ -50,6 +50,20 @@ def test_a_name_that_is_no_utf8_hides_no_other(webui: WebUI, loras: Path) -> Non
     assert {choice if isinstance(choice, str) else choice[1] for choice in update["choices"]} == {"boat", "äpple"}
 
 
+@pytest.mark.parametrize("tabs", ["tools", "tool"])
+def test_whoever_comes_to_the_tools_finds_lists_of_what_there_is(tabs: str, webui: WebUI, loras: Path) -> None:
+    write_adapter(loras / "new.safetensors", adapter_of(3.0), torch.float32)
+    found = {}
+    for list_, update in zip(webui.outputs(tabs, "select"), webui.call(tabs, "select"), strict=True):
+        found[list_] = [choice if isinstance(choice, str) else choice[1] for choice in update["choices"]]
+    loras_of = ("merge_loras", "learned_merge_subject", "learned_merge_style", "fuse_loras", "resize_lora")
+    for list_ in (*loras_of, "inspect_lora"):
+        assert found.pop(list_) == ["boat", "new", "äpple"]
+    assert found.pop("compare_run") == []
+    base = webui.components()["dreambooth_base"]["props"]["value"]
+    assert found == {key: [base] for key in ("learned_merge_base", "extract_tuned", "extract_base", "fuse_base")}
+
+
 def test_what_is_missing_is_said(webui: WebUI, loras: Path) -> None:
     both = {"merge_loras": ["äpple", "boat"], "merge_name": "both"}
     before = sorted(loras.iterdir())
@@ -90,6 +104,7 @@ def test_two_loras_are_merged(webui: WebUI, loras: Path) -> None:
         "merge_start", merge_loras=["äpple", "boat"], merge_strengths="1, 0.5", merge_name="both", merge_method="sum"
     )
     assert "both.safetensors" in text_of(result)
+    assert "class='dreambooth-made'" in result, "by which the page knows that there is another LoRA"
     assert picture, "the picture of the report"
     wanted = {name: change(layer) for name, layer in read_adapter(loras / "äpple.safetensors").layers.items()}
     made = read_adapter(loras / "both.safetensors")
