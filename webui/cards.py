@@ -80,8 +80,7 @@ def _deliver_embeddings(made: Path) -> dict[str, str]:
     for file in sorted((made.parent / _EMBEDDINGS).glob(f"{glob.escape(made.stem)}-*.safetensors")):
         metadata = _metadata(file)
         if _WORD_KEY in metadata and all(metadata.get(key) == run.get(key) for key in _OF_ONE_RUN):
-            wanted = host.embeddings_folder() / file.name
-            copied = write_file(wanted, partial(shutil.copyfile, file), replace=False)
+            copied = write_file(host.embeddings_folder() / file.name, partial(shutil.copyfile, file), replace=False)
             names[metadata[_WORD_KEY]] = copied.stem
     return names
 

@@ -53,6 +53,7 @@ SETTINGS: dict[str, Any] = {
     "text_encoder_lr": 1e-3,
     "token_vectors": 2,
     "token_lr": 1e-3,
+    "token_until": 1.0,  # so that a longer run goes on from a shorter one
     "flip": True,
     "prior_weight": 0.5,
     "class_prompt": "a photo of a dog",

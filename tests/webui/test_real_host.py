@@ -132,6 +132,31 @@ def test_its_effect_is_that_in_comfyui(real: RealWebUI, subject: Path, server: C
     assert effect @ other / np.linalg.norm(effect) / np.linalg.norm(other) > 0.999
 
 
+@pytest.mark.comfy
+def test_a_learned_word_is_that_in_comfyui(real: RealWebUI, server: ComfyServer) -> None:
+    """Pivotal tuning: the card calls the embedding, which lies among the host's; ComfyUI draws alike with the files."""
+    learned = {"token_vectors": 2, "token_lr": 0.5, "text_encoder_lr": 1e-3}
+    made = real.train(name="word", class_noun="dog", folder=str(DEMO / "subject"), **learned, **QUICK)
+    card = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
+    assert card["activation text"] == "word-sks dog"
+    (server.base_dir / "models" / "embeddings").mkdir(exist_ok=True)
+    shutil.copy(made, server.base_dir / "models" / "loras")
+    shutil.copy(real.folder / "embeddings" / "word-sks.safetensors", server.base_dir / "models" / "embeddings")
+    strengths = {"strength_model": 1.0, "strength_clip": 1.0}
+    lora = node("LoraLoader", model=["base", 0], clip=["base", 1], lora_name=made.name, **strengths)
+    prompt = {"base": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT), "lora": lora}
+    words = {"learned": "embedding:word-sks dog", "other": "sks dog"}
+    for prefix, text in words.items():
+        prompt |= drawing(prefix, ["lora", 0], ["lora", 1], side=SIDE, text=text, **DRAWN)
+    entry = server.wait(server.queue(prompt))
+    theirs = {prefix: picture(server, entry, f"{prefix}save").astype(int) for prefix in words}
+    ours = {"learned": real.draw("word-sks dog <lora:word:1>"), "other": real.draw("sks dog <lora:word:1>")}
+    assert difference(theirs["learned"], theirs["other"]) > 2, "there is something to compare"
+    assert difference(ours["learned"], theirs["learned"]) < 0.5
+    if difference(ours["other"], theirs["other"]) > 0.5:  # the first web UI reads what the LoRA file bundles
+        assert np.array_equal(ours["other"], ours["learned"])
+
+
 def test_a_subject_is_merged_with_a_style(real: RealWebUI, subject: Path, style: Path) -> None:
     real.call("merge_loras_refresh")
     chosen = [subject.stem, style.stem]
