@@ -476,7 +476,7 @@ OTHER_VALUES: dict[str, Any] = {
     "lr_cycles": 5,
     "lr_power": 3.0,
     "prior": "model",
-    "prior_every": 4,
+    "prior_every": 2,
     "prior_prompts": "a cat",
     "prior_empty": 0.1,
     "dco_beta": 1000.0,

@@ -72,7 +72,7 @@ OTHER: dict[str, Any] = {
     "lr_cycles": 5,
     "lr_power": 0.5,
     "prior": "model",
-    "prior_every": 4,
+    "prior_every": 2,
     "prior_prompts": "eine Katze | ein Haus",
     "prior_empty": 0.25,
     "dco_beta": 1000.0,
@@ -239,7 +239,8 @@ def test_every_setting_is_described(command: str, name: str) -> None:
     field = kind.model_fields[name]
     assert field.description
     assert len(field.description) > 5
-    assert set(field_extra(kind, name)) == {"unit", "group", "advanced", "affects_result", "path", "step", "needs"}
+    facts = {"unit", "group", "advanced", "affects_result", "path", "step", "needs", "neutral"}
+    assert set(field_extra(kind, name)) == facts
     if field.annotation is int and not any(word in name for word in ("seed", "rank", "keep", "factor")):
         assert field_extra(kind, name)["unit"], "a whole number needs a unit"
 

@@ -164,6 +164,7 @@ class AdapterSettings(Settings):
         "timestep.",
         group="Adapter",
         advanced=True,
+        neutral=("constant",),
     )
     min_rank: int = setting(
         0,
@@ -173,6 +174,7 @@ class AdapterSettings(Settings):
         ge=0,
         le=1024,
         needs=Needs("rank_schedule", ("timestep",)),
+        neutral=(),
     )
     rank_power: float = setting(
         1.0,
@@ -182,6 +184,7 @@ class AdapterSettings(Settings):
         gt=0.0,
         le=10.0,
         needs=Needs("rank_schedule", ("timestep",)),
+        neutral=(),
     )
     lora_init: Literal["default", "orthogonal"] = setting(
         "default",
@@ -189,6 +192,7 @@ class AdapterSettings(Settings):
         "is subtracted (Ortho-LoRA, for T-LoRA); the file has twice the rank.",
         group="Adapter",
         advanced=True,
+        neutral=("default",),
     )
     base_quantization: Literal["none", "nf4"] = setting(
         "none",
@@ -233,6 +237,7 @@ class AdapterSettings(Settings):
         group=_PIVOTAL,
         ge=0,
         le=64,
+        neutral=(0,),
     )
     token_lr: float = setting(
         5e-4,
@@ -243,6 +248,7 @@ class AdapterSettings(Settings):
         gt=0.0,
         le=1.0,
         needs=Needs("token_vectors"),
+        neutral=(),
     )
     token_until: float = setting(
         0.5,
@@ -254,6 +260,7 @@ class AdapterSettings(Settings):
         gt=0.0,
         le=1.0,
         needs=Needs("token_vectors"),
+        neutral=(),
     )
     token_start: str = setting(
         "",
@@ -262,6 +269,7 @@ class AdapterSettings(Settings):
         group=_PIVOTAL,
         advanced=True,
         needs=Needs("token_vectors"),
+        neutral=(),
     )
 
     @field_validator("include", "exclude")

@@ -75,6 +75,7 @@ def setting(
     path: bool = False,
     step: float = 0.1,
     needs: Needs | tuple[Needs, ...] = (),
+    neutral: tuple[Any, ...] | None = None,
     **constraints: Any,
 ) -> Any:
     """Define a setting.
@@ -90,6 +91,8 @@ def setting(
             name. In a tuple, each entry. Tables mark their own fields.
         step: By how much a real number changes on a slider or with an arrow key.
         needs: Without what other setting it has no effect; of several, one suffices.
+        neutral: Of a setting that version 0.4 did not have: the values with which a run is the one without it. With
+            these, or without effect, it stays out of the fingerprint, so that older runs are found.
         constraints: pydantic's, such as `ge` and `le`.
     """
     extra: Any = {
@@ -100,6 +103,7 @@ def setting(
         "path": path,
         "step": step,
         "needs": (needs,) if isinstance(needs, Needs) else needs,
+        "neutral": neutral,
     }
     return Field(default, description=help, json_schema_extra=extra, **constraints)
 
@@ -154,12 +158,16 @@ class Settings(BaseModel):
 
     def without_effect(self) -> dict[str, tuple[Needs, ...]]:
         """The settings that are not their default and change nothing, with what they would need."""
-        idle = {}
-        for name in sorted(self.changed()):
-            needs = tuple(each for each in field_extra(type(self), name)["needs"] if hasattr(self, each.setting))
-            if needs and not any(each.met_by(getattr(self, each.setting)) for each in needs):
-                idle[name] = needs
-        return idle
+        return {
+            name: tuple(each for each in field_extra(type(self), name)["needs"] if hasattr(self, each.setting))
+            for name in sorted(self.changed())
+            if not self.has_effect(name)
+        }
+
+    def has_effect(self, name: str) -> bool:
+        """Whether what a setting needs is there; it may be at its default."""
+        needs = [each for each in field_extra(type(self), name)["needs"] if hasattr(self, each.setting)]
+        return not needs or any(each.met_by(getattr(self, each.setting)) for each in needs)
 
     def effect_notes(self) -> list[str]:
         """A sentence on each setting that changes nothing, for the user, before anything is done."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from .base import Needs, Settings, setting
 
@@ -13,25 +13,25 @@ _TEACHER = Needs("prior", ("model",))
 class PreservationSettings(Settings):
     """What stays as the base model has it."""
 
-    of_the_model: ClassVar[tuple[str, ...]] = ("prior", "prior_every", "prior_prompts", "prior_empty")
-
     prior: Literal["auto", "none", "class-pictures", "model"] = setting(
         "auto",
         "What keeps the class as it is. class-pictures: pictures of the class, trained beside the subject's (Ruiz et "
         "al. 2023). model: for prompts without the rare word, the target is what the base model itself predicts; it "
         "needs no pictures. none: nothing. auto: class pictures if there are any, else nothing.",
         group=_GROUP,
+        neutral=("auto", "none", "class-pictures"),  # which pictures there are is in the fingerprint already
     )
     prior_every: int = setting(
-        1,
+        4,
         "Every how many steps the base model's predictions are learned; those samples count as many times as much. "
-        "Above 1: faster steps.",
+        "1: in every step, which takes more than twice as long as without.",
         unit="steps",
         group=_GROUP,
         ge=1,
         le=1000,
         advanced=True,
         needs=_TEACHER,
+        neutral=(),
     )
     prior_prompts: str = setting(
         "",
@@ -39,6 +39,7 @@ class PreservationSettings(Settings):
         group=_GROUP,
         advanced=True,
         needs=_TEACHER,
+        neutral=(),
     )
     prior_empty: float = setting(
         0.0,
@@ -49,6 +50,7 @@ class PreservationSettings(Settings):
         step=0.05,
         advanced=True,
         needs=_TEACHER,
+        neutral=(),
     )
     dco_beta: float = setting(
         0.0,
@@ -59,6 +61,7 @@ class PreservationSettings(Settings):
         le=1_000_000.0,
         step=100,
         advanced=True,
+        neutral=(0.0,),
     )
     weight_penalty: float = setting(
         0.0,
@@ -69,4 +72,5 @@ class PreservationSettings(Settings):
         le=1000.0,
         step=0.0001,
         advanced=True,
+        neutral=(0.0,),
     )

@@ -20,11 +20,6 @@ from .preservation import PreservationSettings
 from .preview import PreviewSettings
 
 SchedulerName = Literal["ddim", "pndm", "euler", "dpm++"]
-_SHAPES = {"lr_cycles": ("cosine_with_restarts", 1), "lr_power": ("polynomial", 1.0)}
-"""Setting of one learning rate schedule → that schedule, and the value with which it is the one without the setting."""
-_NEWER = ("rank_schedule", "min_rank", "rank_power", "lora_init")
-"""Settings that version 0.4 did not have; with their defaults a run is the one without them."""
-_WORDS = ("token_vectors", "token_lr", "token_until", "token_start")
 _PRIORS = Needs("prior_count")
 _CLASS_PICTURES = Needs("prior", ("auto", "class-pictures"))
 _TEXT_ENCODER = ("text_encoder_lr", "text_encoder_2_lr", "text_encoder_until")
@@ -212,6 +207,7 @@ class TrainSettings(
         le=1000,
         advanced=True,
         needs=Needs("lr_schedule", ("cosine_with_restarts",)),
+        neutral=(1,),
     )
     lr_power: float = setting(
         2.0,
@@ -220,6 +216,7 @@ class TrainSettings(
         le=10.0,
         advanced=True,
         needs=Needs("lr_schedule", ("polynomial",)),
+        neutral=(1.0,),
     )
 
     @field_validator("name")
@@ -348,21 +345,9 @@ class TrainSettings(
             for name in fields
             if field_extra(TrainSettings, name)["affects_result"] and name != "start_from"  # its content counts
         }
-        for name, (schedule, plain_value) in _SHAPES.items():  # version 0.4 had neither setting and this value
-            if self.lr_schedule != schedule or values[name] == plain_value:
-                del values[name]
-        if self.prior != "model":  # which kinds of pictures there are is in the fingerprint already
-            for name in PreservationSettings.of_the_model:
-                del values[name]
-        for name in ("dco_beta", "weight_penalty"):
-            if not values[name]:
-                del values[name]
-        for name in _NEWER:
-            has_effect = self.rank_schedule == "timestep" or name == "lora_init"
-            if values[name] == fields[name].default or not has_effect:
-                del values[name]
-        if not self.token_vectors:  # up to version 0.5 there were none
-            for name in _WORDS:
+        for name in list(values):
+            neutral = field_extra(TrainSettings, name)["neutral"]
+            if neutral is not None and (values[name] in neutral or not self.has_effect(name)):
                 del values[name]
         if not self.depends_on_length:
             del values["steps"]
