@@ -68,7 +68,7 @@ def test_values_are_possible_for_the_family(subject: str, family: Family) -> Non
     settings = load_preset(subject, family).settings
     existing = {f"{kind.name}_lr" for kind in family.text_encoders}
     assert {name for name in settings if name.startswith("text_encoder")} <= existing
-    for adapter in ("lora", "dora", "loha", "lokr"):
+    for adapter in ("lora", "dora", "loha", "lokr", "oft", "boft"):
         assert TrainSettings.checked({**settings, "adapter": adapter, "preset": subject})
 
 

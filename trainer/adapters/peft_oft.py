@@ -19,8 +19,7 @@ from .layers.oft import butterfly_factors, rotation_delta, rotations_less_identi
 class OftModule(nn.Module, BaseTunerLayer):  # type: ignore[misc]
     """A linear layer or convolution whose outputs, less their bias, are rotated.
 
-    That is the layer with rotated rows of its weight, whatever the weight is stored as; and a small rotation is added
-    to outputs of half precision instead of being lost in a weight of half precision.
+    That is the layer with rotated rows of its weight, in whatever form it holds the weight.
     """
 
     adapter_layer_names = ("oft_blocks",)
