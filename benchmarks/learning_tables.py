@@ -80,9 +80,9 @@ def as_page(results: Sequence[Result], folder: Path) -> str:
     parts = [as_table(results), as_curves(results), judge_lines(folder)]
     of_each = len(SUBJECT_NAMES) * len(SEEDS)
     done = {way: sum(result["way"] == way for result in results) for way in ways_in(results) if way not in _REFERENCES}
-    partial = [f"{way} {count}" for way, count in done.items() if count < of_each]
+    partial = [f"{way}: {count}" for way, count in done.items() if count < of_each]
     if partial:
-        parts.insert(1, f"Of {of_each} jobs (4 subjects, 3 seeds) some ways have run fewer: {', '.join(partial)}.")
+        parts.insert(1, f"Of {of_each} jobs (4 subjects, 3 seeds) some ways have run fewer. {'; '.join(partial)}.")
     return "\n\n".join(parts) + "\n"
 
 

@@ -23,6 +23,8 @@ CLASS_PICTURES: dict[str, Any] = {  # as demo.toml
     "prior_guidance": 4.0,
     "prior_batch_size": 16,
 }
+PRIOR_MODEL: dict[str, Any] = {"prior": "model", "class_prompt": CLASS_PROMPT}
+PIVOTAL: dict[str, Any] = {"token": TOKEN, "class_noun": "{thing}", "token_vectors": 2}
 RECIPE: dict[str, Any] = {
     "instance_prompt": INSTANCE_PROMPT,
     "steps": 200,
@@ -42,8 +44,18 @@ layers are the pack's default.
 WAYS: dict[str, dict[str, Any]] = {
     "none": {},
     "class-pictures": CLASS_PICTURES,
+    "prior model": PRIOR_MODEL,
+    "prior model, other prompts": {
+        **PRIOR_MODEL,
+        "prior_prompts": "a photo of a house | a photo of a tree | a photo of a boat",  # none that drift is measured by
+    },
+    "prior model, pivotal": {**PRIOR_MODEL, **PIVOTAL},
+    "prior model, DCO": {**PRIOR_MODEL, "dco_beta": 1000.0},
+    "DCO": {"dco_beta": 1000.0},
+    "weight penalty": {"weight_penalty": 1e-3},
+    "OFT": {"adapter": "oft"},
     "T-LoRA": {"rank_schedule": "timestep", "lora_init": "orthogonal"},
-    "pivotal": {"token": TOKEN, "class_noun": "{thing}", "token_vectors": 2},
+    "pivotal": PIVOTAL,
     "none, attention alone": {"targets": "attention"},
     "class-pictures, attention alone": {**CLASS_PICTURES, "targets": "attention"},
 }
