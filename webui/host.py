@@ -149,8 +149,12 @@ def _tell(state: Any, show: Callable[[], str], ended: threading.Event) -> None:
 
 
 def forget_loras() -> None:
-    """Have the host look for LoRA files again and read each again: it keeps weights, and prompts encoded with them."""
+    """Have the host look for LoRA files again and read each again: it keeps weights, and prompts encoded with them.
+
+    And for embedding files, which Forge looks for only while it loads a model.
+    """
     _forget_prompts()
+    _read_embeddings_anew()
     networks = sys.modules.get("networks")
     if networks is None:
         with contextlib.suppress(ImportError):
@@ -174,6 +178,16 @@ def forget_loras() -> None:
         loader = getattr(part, "lora_loader", None)
         if hasattr(loader, "loaded_hash"):
             loader.loaded_hash = None
+
+
+def _read_embeddings_anew() -> None:
+    from modules import sd_models
+
+    model = getattr(sd_models.model_data, "sd_model", None)
+    for engine in list(getattr(model, "__dict__", {}).values()):  # of Forge, one for each text encoder
+        database = getattr(engine, "embeddings", None)
+        if hasattr(database, "embedding_dirs") and hasattr(database, "load_textual_inversion_embeddings"):
+            database.load_textual_inversion_embeddings()
 
 
 def _forget_prompts() -> None:

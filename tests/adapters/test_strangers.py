@@ -30,11 +30,11 @@ from pack.trainer.adapters.module_paths import dotted, module_path, underscored
 from pack.trainer.adapters.names import name_in_family, named_weights
 from pack.trainer.cli.inspect import describe_adapter, inspect
 from pack.trainer.core.errors import AdapterError, SettingsError
-from pack.trainer.merging.merge import WeightedAdapter, merge
+from pack.trainer.merging.merge import WeightedAdapter, merge, resize
 from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.families.base import DiffusionModel, Family
 from pack.trainer.models.open import open_base
-from pack.trainer.settings.merge import MergeSettings
+from pack.trainer.settings.merge import MergeSettings, TruncationSettings
 from pack.trainer.training.export import combined
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -549,7 +549,8 @@ def test_bundled_embeddings_are_kept(tmp_path: Path) -> None:
     assert list(adapter.layers) == [kohya(TO_Q)]
     other = WeightedAdapter(parse_adapter(lora(kohya(TO_Q), 2)), "style")
     merged = merge([WeightedAdapter(adapter, "dog", 0.5), other], MergeSettings()).adapter
-    for one in (adapter, merged):
+    smaller = resize(WeightedAdapter(adapter, "dog"), TruncationSettings(rank=1)).adapter
+    for one in (adapter, merged, smaller):
         write_adapter(tmp_path / "dog.safetensors", one, torch.float16)
         back = read_adapter(tmp_path / "dog.safetensors").embeddings
         assert back.keys() == EMBEDDING.keys()

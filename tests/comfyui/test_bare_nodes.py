@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -169,6 +170,16 @@ def test_training_begins_where_it_is_told(host: Host, trained: list[SimpleNamesp
     assert host.applied[3][:2] == ("model", "clip"), "a combined file holds the one below"
     with pytest.raises(Exception, match="Connect base_lora"):
         host.run("train", "TrainLora", subject=host.subject(), settings={"combine": True}, **BASE)
+
+
+def test_training_reads_the_words_that_the_adapter_below_bundles(host: Host, trained: list[SimpleNamespace]) -> None:
+    vectors = torch.ones(2, 64)
+    below = wire_of(replace(adapter_of(3.0), embeddings={"bundle_emb.sks.string_to_param.*": vectors}))
+    host.run("train", "TrainLora", subject=host.subject(), base_lora=below, **BASE)
+    [word] = trained[0].base.words
+    assert word.word == "sks"
+    assert torch.equal(word.vectors["text_encoder"], vectors)
+    assert trained[0].base.fingerprint != host.base.fingerprint
 
 
 def test_training_is_told_what_has_no_effect_and_which_models_score(

@@ -413,6 +413,16 @@ def test_an_old_checkpoint_is_fused_too(family: str, wrapped: bool, tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_embeddings_that_a_model_can_not_hold_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file(state_dict("sd15"), path)
+    adapter = random_adapter(open_base(path, TOKENIZER), pattern=r"mid_block.*attn1_to_q$")
+    adapter = replace(adapter, embeddings={"bundle_emb.sks.string_to_param.*": torch.ones(1, 768)})
+    fuse(path, [(adapter, 1.0)], tmp_path / "fused.safetensors")
+    assert "A model holds no embeddings; these are left out: sks" in caplog.text
+
+
+@pytest.mark.slow
 def test_tensors_that_share_memory_in_an_old_checkpoint(tmp_path: Path) -> None:
     """A copy by another name that comes first in the file stays as it is."""
     tensors = state_dict("sd15")

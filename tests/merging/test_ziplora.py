@@ -31,7 +31,7 @@ from pack.trainer.core.errors import AdapterError, CancelledError, SettingsError
 from pack.trainer.core.events import Phase, Step
 from pack.trainer.core.seeding import generator
 from pack.trainer.merging.merge import MergeResult, WeightedAdapter
-from pack.trainer.merging.ziplora import learned_merge
+from pack.trainer.merging.ziplora import _ZipLoraTrainer, learned_merge
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.models.sampling import GenerationConfig, denoise, starting_noise
@@ -90,6 +90,18 @@ def learned(
 ) -> MergeResult:
     settings = LearnedMergeSettings.checked({**QUICK, **changes})
     return learned_merge(base, *pair, settings, CPU, listener or Recorder())
+
+
+def test_the_words_of_an_adapter_are_read_in_its_prompts(
+    base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]
+) -> None:
+    vectors = torch.ones(2, base.text_encoders[0].config["hidden_size"])
+    embeddings = {"bundle_emb.sks.string_to_param.*": vectors}
+    subject = replace(pair[0], adapter=replace(pair[0].adapter, embeddings=embeddings))
+    trainer = _ZipLoraTrainer(base, [subject, pair[1]], LearnedMergeSettings.checked(QUICK), CPU, Recorder())
+    trainer.weights = weights_of(base)
+    models = [trainer._model_with_text_adapters(adapters) for adapters in ([subject], [pair[1]], [subject, pair[1]])]
+    assert [[word.word for word in model.words] for model in models] == [["sks"], [], ["sks"]]
 
 
 def plain_sum(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import psutil
@@ -158,6 +158,16 @@ def test_the_host_waits_and_gets_the_result(
     assert sd_models.model_data.sd_model.current_lora_hash is None
     assert (sd_models.calls, shared.state.job) == (["unload", "load"], "")
     assert call_queue.queue_lock.acquire(blocking=False)
+
+
+def test_a_loaded_model_finds_new_embeddings(queue: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forge looks for them only while it loads a model."""
+    looked: list[str] = []
+    database = SimpleNamespace(embedding_dirs={}, load_textual_inversion_embeddings=lambda: looked.append("again"))
+    engine = SimpleNamespace(embeddings=database)
+    monkeypatch.setattr(inside("sd_models").model_data.sd_model, "text_processing_engine", engine, raising=False)
+    queue.host.forget_loras()
+    assert looked == ["again"]
 
 
 @pytest.mark.parametrize("model", [None, "a model"])

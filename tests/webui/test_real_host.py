@@ -135,6 +135,7 @@ def test_its_effect_is_that_in_comfyui(real: RealWebUI, subject: Path, server: C
 @pytest.mark.comfy
 def test_a_learned_word_is_that_in_comfyui(real: RealWebUI, server: ComfyServer) -> None:
     """Pivotal tuning: the card calls the embedding, which lies among the host's; ComfyUI draws alike with the files."""
+    real.draw("word-sks dog")  # so that the model is loaded before there is such an embedding
     learned = {"token_vectors": 2, "token_lr": 0.5, "text_encoder_lr": 1e-3}
     made = real.train(name="word", class_noun="dog", folder=str(DEMO / "subject"), **learned, **QUICK)
     card = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))

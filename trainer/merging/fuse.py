@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
     embeddings = [name for adapter, _ in adapters for name in embedding_names(adapter.embeddings)]
     if embeddings:
         logger.warning("A model holds no embeddings; these are left out: %s", ", ".join(sorted({*embeddings})))
+        adapters = [(replace(adapter, embeddings={}), strength) for adapter, strength in adapters]
     if not any(strength for _, strength in adapters):
         raise AdapterError("Every adapter has the strength 0: nothing would be added.", "Give a strength such as 1.")
     if os.path.isdir(source):
