@@ -132,6 +132,25 @@ def test_class_pictures_are_taught_as_ever(tiny_world: World, tmp_path: Path) ->
     recipe.clean_up()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {**TEXT, "dropout": 0.3}], ids=["alone", "with the text encoder"])
+def test_gradient_checkpointing_changes_nothing(changes: dict[str, Any], tiny_world: World, tmp_path: Path) -> None:
+    plain = tiny_world.train(tmp_path / "plain", first := Recorder(), **WORD, **changes)
+    saving = tiny_world.train(tmp_path / "saving", second := Recorder(), **WORD, **changes, gradient_checkpointing=True)
+    assert first.losses == second.losses
+    assert_same_end(saving, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["dora", "loha", "lokr", "oft", "boft"])
+def test_with_adapters_of_every_kind(adapter: str, tiny_world: World, tmp_path: Path) -> None:
+    result = tiny_world.train(tmp_path, **WORD, adapter=adapter, learning_rate=1e-3, checkpoint_every=1, steps=2)
+    [before, after] = [vectors_at(result.run, step) for step in (1, 2)]
+    assert before.keys() == {"bundle_emb.sks.string_to_param.*"}
+    assert same(before, after)
+    assert same(after, dict(read_adapter(result.path).embeddings))
+
+
 # The files
 
 
