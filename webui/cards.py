@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from ..trainer.core.errors import StorageError
 from ..trainer.core.files import explained_os_errors, write_atomic, write_file
@@ -22,9 +23,9 @@ from .jobs import TRAIN, Job
 PREFERRED_WEIGHT = 0.9
 _LONGEST_PHRASE = 100  # characters
 _CONFIG_KEY = "dreambooth.config"  # of trainer.settings.sharing, which needs pydantic
-_WORD_KEY = "dreambooth.word"  # of trainer.adapters.metadata, likewise
-_OF_ONE_RUN = ("dreambooth.fingerprint", "dreambooth.form", "ss_steps")
-_EMBEDDINGS = "embeddings"  # the folder of embedding files beside LoRA files
+_BUNDLED = "bundle_emb."  # of trainer.adapters.keys and embeddings, likewise
+_BUNDLED_ALONE = "string_to_param.*"
+_ALONE = "emb_params"
 _VERSIONS = {"stable-diffusion-v1": "SD1", "stable-diffusion-v2": "SD2", "stable-diffusion-xl": "SDXL"}
 """Beginning of a file's architecture → what the browser calls it."""
 
@@ -57,52 +58,27 @@ def deliver(job: Job) -> Path:
         host.loras_folder() / made.name, lambda temporary: shutil.copyfile(made, temporary), replace=False
     )
     run = job.progress().facts.get("run")
-    write_card(
-        path, RunLayout(host.data_folder() / "runs" / str(run)) if run else None, names=_deliver_embeddings(made)
-    )
+    write_card(path, RunLayout(host.data_folder() / "runs" / str(run)) if run else None)
     return path
 
 
-def _deliver_embeddings(made: Path) -> dict[str, str]:
-    """Copy the embedding files of a run into the host's folder for them; Forge reads none in a LoRA file.
+def write_card(path: Path, run: RunLayout | None = None, words: str = "") -> None:
+    """Write picture and words beside a LoRA file, and the embeddings that it bundles among the host's.
 
-    Args:
-        made: The run's LoRA file, beside which they lie.
-
-    Returns:
-        The word that each was learned for → the name by which the host's prompts call it.
-
-    Raises:
-        StorageError: The folder can't be written.
-    """
-    run = _metadata(made)
-    names: dict[str, str] = {}
-    for file in sorted((made.parent / _EMBEDDINGS).glob(f"{glob.escape(made.stem)}-*.safetensors")):
-        metadata = _metadata(file)
-        if _WORD_KEY in metadata and all(metadata.get(key) == run.get(key) for key in _OF_ONE_RUN):
-            copied = write_file(host.embeddings_folder() / file.name, partial(shutil.copyfile, file), replace=False)
-            names[metadata[_WORD_KEY]] = copied.stem
-    return names
-
-
-def write_card(
-    path: Path, run: RunLayout | None = None, words: str = "", names: Mapping[str, str] | None = None
-) -> None:
-    """Write picture and words beside a LoRA file.
+    The words call these embeddings, since Forge reads none in a LoRA file.
 
     Args:
         path: The file; its metadata has the family.
         run: Whose newest sample becomes the picture; None: there is no picture.
         words: That call what it shows; "": they are looked for in the settings of the run, then in the metadata.
-        names: Word that the run has learned → the name of its embedding, which takes its place.
 
     Raises:
         StorageError: They can't be written, or the file is damaged.
     """
     metadata = _metadata(path)
     words = words or (run and _words_in(run.record.get("settings"))) or _words_of_file(metadata)
-    for word, name in (names or {}).items():
-        words = words.replace(word, name)
+    for word, name in _unbundled(path).items():
+        words = re.sub(rf"(?<![\w-]){re.escape(word)}(?![\w-])", name, words)
     architecture = metadata.get("modelspec.architecture", "")
     card = {
         "description": metadata.get("modelspec.title", ""),
@@ -116,6 +92,37 @@ def write_card(
     preview = newest_preview(run) if run else None
     if run and preview:
         write_file(path.with_suffix(".preview.png"), lambda temporary: shutil.copyfile(run.path / preview, temporary))
+
+
+def _unbundled(path: Path) -> dict[str, str]:
+    """Put the embeddings that a LoRA file bundles among the host's, unless they are there.
+
+    Args:
+        path: The file, by whose name and the word each is called.
+
+    Returns:
+        The word that each was learned for → its name.
+
+    Raises:
+        StorageError: The host's folder can't be written.
+    """
+    bundled: dict[str, dict[str, Any]] = {}
+    with safe_open(str(path), "pt") as file:
+        for key in file.keys():  # noqa: SIM118
+            if key.startswith(_BUNDLED):
+                word, _, part = key.removeprefix(_BUNDLED).partition(".")
+                bundled.setdefault(word, {})[_ALONE if part == _BUNDLED_ALONE else part] = file.get_tensor(key)
+    return {word: _embedding_of(path, word, save(tensors)) for word, tensors in sorted(bundled.items())}
+
+
+def _embedding_of(path: Path, word: str, content: bytes) -> str:
+    """The name of an embedding file of the host's with that content, which is written if it is not there."""
+    safe_word = re.sub(r"[^\w-]+", "-", word).strip("-") or "word"
+    wanted = host.embeddings_folder() / f"{path.stem}-{safe_word}.safetensors"
+    for file in [wanted, *sorted(wanted.parent.glob(f"{glob.escape(wanted.stem)}-*.safetensors"))]:
+        if file.is_file() and file.read_bytes() == content:
+            return file.stem
+    return write_atomic(wanted, content, replace=False).stem
 
 
 def joined_words(paths: Iterable[Path]) -> str:

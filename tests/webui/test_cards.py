@@ -159,26 +159,27 @@ def test_a_file_that_is_there_is_not_replaced(bare_webui: Path, tmp_path: Path) 
     assert (loras / "dog.safetensors").read_text() == (loras / "dog.json").read_text() == "the user's"
 
 
-def test_learned_words_are_delivered_as_embeddings(bare_webui: Path, tmp_path: Path) -> None:
-    """Those of this very run, under free names, by which the card calls them."""
+def test_learned_words_lie_among_the_host_s_embeddings(bare_webui: Path, tmp_path: Path) -> None:
+    """Under free names, by which the card calls them; what is there already, with the same numbers, is used again."""
     embeddings = bare_webui / "embeddings"
     embeddings.mkdir(exist_ok=True)
     (embeddings / "dog-sks.safetensors").write_text("the user's")
     job = Jobs(tmp_path / "jobs").make(TRAIN, "dog", {})
-    run = {"dreambooth.fingerprint": "f", "dreambooth.form": "fp16", "ss_steps": "9"}
     config = json.dumps({"token": "sks", "class_noun": "dog", "instance_prompt": "a {token} {class}"})
     made = tmp_path / "dog.safetensors"
-    save_file({"a": torch.ones(1)}, made, run | {"dreambooth.config": config})
-    (tmp_path / "embeddings").mkdir()
-    for name, changes in {"dog-sks": {}, "dog-sks-2": {"ss_steps": "5"}, "dogs-sks": {}}.items():
-        file = tmp_path / "embeddings" / f"{name}.safetensors"
-        save_file({"emb_params": torch.ones(2, 8)}, file, run | {"dreambooth.word": "sks"} | changes)
+    vectors = {"bundle_emb.sks.string_to_param.*": torch.ones(2, 8), "bundle_emb.my toy.clip_l": torch.zeros(1, 8)}
+    save_file({"a": torch.ones(1), **vectors}, made, {"dreambooth.config": config})
     (job.folder / "output.txt").write_text(f"{made}\n", encoding="utf-8")
     path = cards.deliver(job)
-    assert {file.name for file in embeddings.iterdir()} == {"dog-sks.safetensors", "dog-sks-2.safetensors"}
+    names = {"dog-sks", "dog-sks-2", "dog-my-toy"}
+    assert {file.stem for file in embeddings.iterdir()} == names
     assert (embeddings / "dog-sks.safetensors").read_text() == "the user's"
     assert load_file(embeddings / "dog-sks-2.safetensors")["emb_params"].shape == (2, 8)
+    assert load_file(embeddings / "dog-my-toy.safetensors").keys() == {"clip_l"}
     assert card_of(path)["activation text"] == "dog-sks-2 dog"
+    cards.write_card(path, words="a skse, dog-sks-2 dog, sks")
+    assert card_of(path)["activation text"] == "a skse, dog-sks-2 dog, dog-sks-2"
+    assert {file.stem for file in embeddings.iterdir()} == names
 
 
 def test_a_file_that_is_no_lora(tmp_path: Path) -> None:
