@@ -17,13 +17,14 @@ TOKEN = "sks"
 INSTANCE_PROMPT = f"a photo of {TOKEN} {{thing}}"
 CLASS_PROMPT = "a photo of a {thing}"
 CLASS_PICTURES: dict[str, Any] = {  # as demo.toml
+    "prior": "class-pictures",
     "class_prompt": CLASS_PROMPT,
     "prior_count": 32,
     "prior_steps": 25,
     "prior_guidance": 4.0,
     "prior_batch_size": 16,
 }
-PRIOR_MODEL: dict[str, Any] = {"prior": "model", "class_prompt": CLASS_PROMPT}
+PRIOR_MODEL: dict[str, Any] = {"prior": "model", "prior_every": 1, "class_prompt": CLASS_PROMPT}
 PIVOTAL: dict[str, Any] = {"token": TOKEN, "class_noun": "{thing}", "token_vectors": 2}
 RECIPE: dict[str, Any] = {
     "instance_prompt": INSTANCE_PROMPT,
@@ -34,6 +35,7 @@ RECIPE: dict[str, Any] = {
     "targets": "attention-mlp",
     "resolution": 64,
     "checkpoint_every": 50,
+    "prior": "none",
 }
 """What all of our ways have in common; `{thing}` is the noun of the subject's class.
 
@@ -45,6 +47,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "none": {},
     "class-pictures": CLASS_PICTURES,
     "prior model": PRIOR_MODEL,
+    "prior model, every fourth step": {**PRIOR_MODEL, "prior_every": 4},
     "prior model, other prompts": {
         **PRIOR_MODEL,
         "prior_prompts": "a photo of a house | a photo of a tree | a photo of a boat",  # none that drift is measured by

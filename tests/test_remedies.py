@@ -867,6 +867,7 @@ _DAMAGED = "a checkpoint has to be exchanged for another run's"
 UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/__main__.py", "advice"): _HINT,
     ("trainer/dreambooth.py", "_save_interrupted"): _HINT,
+    ("trainer/dreambooth.py", "_go_on_without_preservation"): _HINT,
     ("trainer/data/folder.py", "_chosen_folders"): _HINT,
     ("trainer/evaluation/comparison.py", "checkpoint_candidates"): _HINT,
     ("trainer/cli/train.py", "run_generate"): _MEMORY,

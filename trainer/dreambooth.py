@@ -55,6 +55,7 @@ from .training.optimizers import (
     set_learning_rates,
 )
 from .training.preflight import require_prediction_type, require_preservable, require_trainable
+from .training.preservation import chosen_prior
 from .training.previews import Previews
 from .training.runs.checkpoint import Measurements
 from .training.runs.folder import RunFolder, RunPaths, run_fingerprint
@@ -232,7 +233,10 @@ class DreamBooth:
         """
         self.base = base
         self.subject = list(subject)
-        self.priors = list(priors) if settings.prior in ("auto", "class-pictures") else []
+        self.priors = list(priors) if settings.trains_class_pictures else []
+        prior = chosen_prior(settings, self.subject, has_class_pictures=bool(priors))
+        self._prior_was_open = prior != settings.prior
+        settings = settings.model_copy(update={"prior": prior})
         self.requested = settings
         self.settings = settings
         self.paths = paths
@@ -254,12 +258,12 @@ class DreamBooth:
         self._pending: tuple[int, float, Tensor] | None = None  # step, learning rate and loss that are not reported yet
         self._mid_update = False  # whether weights, optimiser and step don't belong together at the moment
 
-    def _fingerprint(self, *, as_given: bool = False) -> str:
+    def _fingerprint(self, settings: TrainSettings | None = None, *, as_given: bool = False) -> str:
         return run_fingerprint(
             self.base,
             self.subject,
             self.priors,
-            self.requested,
+            settings or self.requested,
             precision=self.precision,
             start=self.starting_point.start,
             processes=self.processes.count,
@@ -327,12 +331,15 @@ class DreamBooth:
                     fingerprint=self.fingerprint,
                     settings=record,
                     new=settings.resume == "never",
-                    earlier=self._fingerprint(as_given=True),
+                    earlier={self._fingerprint(as_given=True), *self._unpreserved()},
                 )
             )
         elif self.processes.is_main_process:
             self.budget.folder.reserve()
         self.run_folder = self.budget.folder
+        if self.run_folder.record.get("fingerprint") in self._unpreserved():
+            self._go_on_without_preservation()
+            settings = self.settings
         self.fingerprint = self.run_folder.record.get("fingerprint", self.fingerprint)
         newest_step = self.run_folder.newest(settings.steps)
         self.listener.report(RunOpened(self.run_folder.path, newest_step, settings.steps))
@@ -346,6 +353,20 @@ class DreamBooth:
             starts_as_base=self.starting_point.start is None,
         )
         return newest_step
+
+    def _unpreserved(self) -> set[str]:
+        """The fingerprints of the same run without preservation, as earlier versions began it if it was left open."""
+        if not self._prior_was_open or self.settings.prior != "model":
+            return set()
+        without = self.requested.model_copy(update={"prior": "none"})
+        return {self._fingerprint(without), self._fingerprint(without, as_given=True)}
+
+    def _go_on_without_preservation(self) -> None:
+        self.requested = self.requested.model_copy(update={"prior": "none"})
+        self.settings = self.requested
+        new = f"With {suggest('prior', 'model')} a new one begins, which preserves it."
+        note = f"This run was begun without preservation of the class, and goes on without. {new}"
+        self.listener.report(Note(note))
 
     @contextlib.contextmanager
     def _logged(self, after: int) -> Iterator[None]:
@@ -373,6 +394,7 @@ class DreamBooth:
     def prepare(self) -> None:
         """Build the model around the borrowed weights, encode once, inject what is trained: the session."""
         self.settings = self.budget.effective_settings(
+            self.settings,
             self.base,
             self.starting_point.start,
             priors=bool(self.priors),

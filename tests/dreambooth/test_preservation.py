@@ -16,8 +16,10 @@ from pack.trainer.core.errors import SettingsError
 from pack.trainer.data.folder import AnnotationOptions
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.models.objective import consistency_loss
+from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
-from worlds import KINDS, PROMPT, World, noisy_pictures, perturb, predicted
+from pack.trainer.training.preservation import chosen_prior
+from worlds import KINDS, PROMPT, World, assert_same_end, noisy_pictures, perturb, predicted
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -196,17 +198,43 @@ def test_a_penalty_keeps_the_weights_nearer(world: World, tmp_path: Path) -> Non
 def test_class_pictures_are_left_alone_if_they_are_not_wanted(known: World, tmp_path: Path) -> None:
     """The run is the one without them, and is found by the same fingerprint."""
     with_pictures = known.with_priors(tmp_path / "class")
+
+    def fingerprint(world: World, prior: str) -> str:
+        return world.recipe(tmp_path, prior=prior).fingerprint
+
     for prior in ("none", "model"):
-        assert (
-            with_pictures.recipe(tmp_path, prior=prior).fingerprint == known.recipe(tmp_path, prior=prior).fingerprint
-        )
-    assert known.recipe(tmp_path, prior="none").fingerprint == known.recipe(tmp_path).fingerprint
-    assert (
-        with_pictures.recipe(tmp_path, prior="class-pictures").fingerprint == with_pictures.recipe(tmp_path).fingerprint
-    )
-    assert known.recipe(tmp_path, prior="model").fingerprint != known.recipe(tmp_path).fingerprint
+        assert fingerprint(with_pictures, prior) == fingerprint(known, prior)
+    assert fingerprint(with_pictures, "class-pictures") == fingerprint(with_pictures, "auto")
+    assert fingerprint(known, "auto") == fingerprint(known, "model")
+    assert fingerprint(known, "model") != fingerprint(known, "none")
     recipe = with_pictures.prepared(tmp_path, **TEACHER)
     assert recipe.session.cache.prior is None
+
+
+@pytest.mark.parametrize(
+    ("is_known", "has_class_pictures", "chosen"),
+    [(True, False, "model"), (True, True, "class-pictures"), (False, False, "none"), (False, True, "class-pictures")],
+)
+def test_what_is_chosen_if_it_is_left_open(
+    is_known: bool, has_class_pictures: bool, chosen: str, known: World, world: World
+) -> None:
+    pictures = known.subject if is_known else [*known.subject, *world.subject]
+    assert chosen_prior(TrainSettings(), pictures, has_class_pictures=has_class_pictures) == chosen
+    for prior in ("none", "class-pictures", "model"):
+        assert chosen_prior(TrainSettings(prior=prior), pictures, has_class_pictures=has_class_pictures) == prior
+
+
+def test_a_run_that_was_begun_without_preservation_goes_on_without(known: World, tmp_path: Path) -> None:
+    """As versions did that knew no other; whoever asks for the base as the teacher gets a new run."""
+    straight = known.train(tmp_path / "straight", prior="none")
+    known.stop_after(2, tmp_path / "begun", prior="none")
+    listener = Recorder()
+    result = known.train(tmp_path / "begun", listener)
+    assert result.started_from == 2
+    assert any("begun without preservation" in note for note in listener.notes)
+    assert_same_end(result, straight)
+    other = known.train(tmp_path / "begun", prior="model")
+    assert (other.started_from, other.run != result.run) == (0, True)
 
 
 def as_other(picture: Picture) -> Picture:
@@ -216,7 +244,7 @@ def as_other(picture: Picture) -> Picture:
 def test_what_the_pictures_show_is_part_of_the_run(known: World, tmp_path: Path) -> None:
     other = replace(known, subject=[as_other(picture) for picture in known.subject])
     assert other.recipe(tmp_path, prior="model").fingerprint != known.recipe(tmp_path, prior="model").fingerprint
-    assert other.recipe(tmp_path).fingerprint == known.recipe(tmp_path).fingerprint
+    assert other.recipe(tmp_path, prior="none").fingerprint == known.recipe(tmp_path, prior="none").fingerprint
 
 
 def test_what_is_not_known_is_told_before_any_work(world: World, known: World, tmp_path: Path) -> None:

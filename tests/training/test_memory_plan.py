@@ -378,7 +378,7 @@ def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: l
         small_card[0] = planner.need(lean).total
         listener = Recorder()
         chosen = MemoryBudget(settings, torch.device("cuda")).effective_settings(
-            world.base, None, False, "bf16", listener
+            settings, world.base, None, False, "bf16", listener
         )
         assert chosen == lean.applied(settings)
         assert len(listener.notes) == 1
@@ -388,7 +388,8 @@ def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: l
     listener = Recorder()
     least = settings_of(gradient_checkpointing=True)
     assert (
-        MemoryBudget(least, torch.device("cuda")).effective_settings(world.base, None, False, "bf16", listener) == least
+        MemoryBudget(least, torch.device("cuda")).effective_settings(least, world.base, None, False, "bf16", listener)
+        == least
     )
     assert len(listener.warnings) == 1
 
@@ -397,7 +398,9 @@ def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: l
 def test_nothing_is_planned_unasked(device: str, fit: str, world: World) -> None:
     settings, listener = settings_of(fit=fit), Recorder()
     assert (
-        MemoryBudget(settings, torch.device(device)).effective_settings(world.base, None, False, "fp32", listener)
+        MemoryBudget(settings, torch.device(device)).effective_settings(
+            settings, world.base, None, False, "fp32", listener
+        )
         == settings
     )
     assert listener.events == []
@@ -410,7 +413,9 @@ def test_a_plan_that_fails_stops_no_run(world: World, small_card: list[int], mon
     monkeypatch.setattr(fitting, "make_plan", fails)
     settings, listener = settings_of(), Recorder()
     assert (
-        MemoryBudget(settings, torch.device("cuda")).effective_settings(world.base, None, False, "bf16", listener)
+        MemoryBudget(settings, torch.device("cuda")).effective_settings(
+            settings, world.base, None, False, "bf16", listener
+        )
         == settings
     )
     assert "could not be planned" in listener.warnings[0]
@@ -429,7 +434,7 @@ def test_a_mistake_in_the_planner_is_not_hidden(
     monkeypatch.setattr(fitting, "make_plan", fails)
     budget, listener = MemoryBudget(settings_of(), torch.device("cuda")), Recorder()
     with pytest.raises(mistake):
-        budget.effective_settings(world.base, None, False, "bf16", listener)
+        budget.effective_settings(settings_of(), world.base, None, False, "bf16", listener)
     assert listener.events == []
 
 

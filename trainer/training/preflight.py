@@ -21,6 +21,7 @@ from ..settings.train import TrainSettings
 from .adapter import StartingPoint, planned_targets
 from .export import require_combinable
 from .optimizers import require_optimizer
+from .preservation import chosen_prior
 from .runs.folder import RunPaths
 from .runs.trackers import require_tracker
 from .text_conditioning import TextConditioning
@@ -194,7 +195,7 @@ def report_settings_without_effect(
     idle = settings.without_effect().keys()
     if has_class_pictures and not settings.trains_class_pictures and not idle & {"class_images", "prior_count"}:
         notes.append(f"Class pictures have no effect without {suggest('prior', 'auto')}.")
-    preserves = settings.prior == "model" or (has_class_pictures and settings.prior != "none")
+    preserves = chosen_prior(settings, pictures, has_class_pictures=has_class_pictures) != "none"
     if "prior_weight" in given and not preserves:
         model = suggest("prior", "model")
         notes.append(f"{suggest('prior_weight')} has no effect without class pictures or {model}.")

@@ -55,11 +55,18 @@ class MemoryBudget:
         self._is_second_try = False
 
     def effective_settings(
-        self, base: BaseWeights, start: Adapter | None, priors: bool, precision: str, listener: Listener
+        self,
+        settings: TrainSettings,
+        base: BaseWeights,
+        start: Adapter | None,
+        priors: bool,
+        precision: str,
+        listener: Listener,
     ) -> TrainSettings:
         """The settings to compute with; planned on a CUDA device, unless the setting `fit` is off.
 
         Args:
+            settings: The run's, as this object got them but for what takes no memory.
             base: The base model.
             start: An adapter to go on from.
             priors: Whether there are class pictures.
@@ -69,7 +76,7 @@ class MemoryBudget:
         if self._requested.fit == "auto" and self.device.type == "cuda" and not self._is_second_try:
             self._plan(base, start, priors, precision, listener)
         self._chosen = self.processes.largest(self._chosen, self.device)  # all must share the samples alike
-        return self._options[self._chosen].applied(self._requested)
+        return self._options[self._chosen].applied(settings)
 
     def _plan(self, base: BaseWeights, start: Adapter | None, priors: bool, precision: str, listener: Listener) -> None:
         """Choose the fastest option that fits into the memory that is free."""

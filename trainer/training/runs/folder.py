@@ -85,7 +85,7 @@ class RunFolder(RunLayout):
         settings: Mapping[str, Any],
         *,
         new: bool = False,
-        earlier: str = "",
+        earlier: Collection[str] = (),
     ) -> RunFolder:
         """Find the run with this fingerprint below `root`, or make a folder for it; for this process alone.
 
@@ -98,7 +98,7 @@ class RunFolder(RunLayout):
             fingerprint: Digest of everything on which the result depends.
             settings: Written into a new folder for people to read.
             new: Make a new folder even if there is one.
-            earlier: The fingerprint that an earlier version gave the same run, if another.
+            earlier: The fingerprints that earlier versions gave the same run.
 
         Raises:
             BusyError: Another process is training the run.
@@ -107,7 +107,7 @@ class RunFolder(RunLayout):
         with explained_os_errors(root):
             root.mkdir(parents=True, exist_ok=True)
         remove_leftovers(root)  # of runs that were being deleted
-        known = {fingerprint, earlier or fingerprint}
+        known = {fingerprint, *earlier}
         while True:
             runs = [] if new else [cls(path) for path in _paths_with(root, known)]
             if runs:
