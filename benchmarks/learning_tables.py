@@ -67,12 +67,15 @@ def mean_and_spread(values: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Mean and standard deviation over seeds of the means over subjects.
 
     Args:
-        values: (seed, value) of each subject and seed.
+        values: (seed, value) of each subject and seed. A seed with fewer subjects than another is left out, since
+            subjects differ more than seeds do.
     """
-    by_seed = [
-        statistics.mean(value for other, value in values if other == seed) for seed in {seed for seed, _ in values}
-    ]
-    return statistics.mean(by_seed), statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0
+    by_seed: dict[int, list[float]] = {}
+    for seed, value in values:
+        by_seed.setdefault(seed, []).append(value)
+    most = max(len(of_seed) for of_seed in by_seed.values())
+    means = [statistics.mean(of_seed) for of_seed in by_seed.values() if len(of_seed) == most]
+    return statistics.mean(means), statistics.stdev(means) if len(means) > 1 else 0.0
 
 
 def as_page(results: Sequence[Result], folder: Path) -> str:
@@ -224,6 +227,4 @@ def _cell(values: Sequence[tuple[int, float]], digits: int, *, spread: bool) -> 
     if not values:
         return "–"
     mean, deviation = mean_and_spread(values)
-    text = f"{mean:.{digits}f}"
-    has_spread = spread and len({seed for seed, _ in values}) > 1
-    return f"{text} ± {deviation:.{digits}f}" if has_spread else text
+    return f"{mean:.{digits}f} ± {deviation:.{digits}f}" if spread and deviation else f"{mean:.{digits}f}"

@@ -84,6 +84,10 @@ def test_seeds_are_averaged_over_subjects_first(tables: ModuleType) -> None:
     assert tables.mean_and_spread([(0, 1.0), (0, 3.0)]) == (2, 0)
 
 
+def test_a_seed_that_lacks_subjects_does_not_count(tables: ModuleType) -> None:
+    assert tables.mean_and_spread([(0, 1.0), (0, 3.0), (1, 9.0)]) == (2, 0)
+
+
 def test_what_is_missing_is_listed(tables: ModuleType) -> None:
     results = [{"way": "none", "subject": "dog", "seed": 1}]
     missing = tables.missing_jobs(results, ["none"])
