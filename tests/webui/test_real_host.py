@@ -142,7 +142,9 @@ def test_a_learned_word_is_that_in_comfyui(real: RealWebUI, server: ComfyServer)
     assert card["activation text"] == "word-sks dog"
     (server.base_dir / "models" / "embeddings").mkdir(exist_ok=True)
     shutil.copy(made, server.base_dir / "models" / "loras")
-    shutil.copy(real.folder / "embeddings" / "word-sks.safetensors", server.base_dir / "models" / "embeddings")
+    folders = [real.folder / "embeddings", real.folder / "models" / "embeddings"]  # of Forge, of Forge Classic
+    [embedding] = [path for folder in folders for path in folder.glob("word-sks.safetensors")]
+    shutil.copy(embedding, server.base_dir / "models" / "embeddings")
     strengths = {"strength_model": 1.0, "strength_clip": 1.0}
     lora = node("LoraLoader", model=["base", 0], clip=["base", 1], lora_name=made.name, **strengths)
     prompt = {"base": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT), "lora": lora}
