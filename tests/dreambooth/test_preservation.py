@@ -224,6 +224,13 @@ def test_what_is_chosen_if_it_is_left_open(
         assert chosen_prior(TrainSettings(prior=prior), pictures, has_class_pictures=has_class_pictures) == prior
 
 
+def test_all_weights_have_no_teacher_unless_it_is_asked_for(known: World) -> None:
+    """Beside them it takes as much memory as they do."""
+    for prior, chosen in (("auto", "none"), ("model", "model")):
+        settings = TrainSettings(adapter="full", prior=prior)
+        assert chosen_prior(settings, known.subject, has_class_pictures=False) == chosen
+
+
 def test_a_run_that_was_begun_without_preservation_goes_on_without(known: World, tmp_path: Path) -> None:
     """As versions did that knew no other; whoever asks for the base as the teacher gets a new run."""
     straight = known.train(tmp_path / "straight", prior="none")

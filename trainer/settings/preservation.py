@@ -17,8 +17,8 @@ class PreservationSettings(Settings):
         "auto",
         "What keeps the class as it is. class-pictures: pictures of the class, trained beside the subject's (Ruiz et "
         "al. 2023). model: for prompts without the rare word, the target is what the base model itself predicts; it "
-        "needs no pictures. none: nothing. auto: class pictures if there are any; without any, model if every caption "
-        "holds the rare word, else none.",
+        "needs no pictures. none: nothing. auto: class pictures if there are any; without any, model if an adapter is "
+        "trained and every caption holds the rare word, else none.",
         group=_GROUP,
         neutral=("auto", "none", "class-pictures"),  # which pictures there are is in the fingerprint already
     )

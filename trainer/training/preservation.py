@@ -12,7 +12,7 @@ def chosen_prior(settings: TrainSettings, pictures: Sequence[Picture], *, has_cl
     """What the setting `prior` stands for in a run; "auto" is the first of these that the pictures allow.
 
     Class pictures that were given are wanted. Without any, the base model is the teacher if it is known what each
-    picture shows without the rare word.
+    picture shows without the rare word; but not where all weights are trained, beside which it would take memory.
 
     Args:
         settings: Of the run.
@@ -23,4 +23,5 @@ def chosen_prior(settings: TrainSettings, pictures: Sequence[Picture], *, has_cl
         return settings.prior
     if has_class_pictures:
         return "class-pictures"
-    return "model" if all(picture.class_captions for picture in pictures) else "none"
+    is_known = all(picture.class_captions for picture in pictures)
+    return "model" if is_known and settings.adapter != "full" else "none"
