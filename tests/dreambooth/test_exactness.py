@@ -204,7 +204,7 @@ def test_kill_leaves_no_trace(tiny_checkpoint: Path, world: World, tmp_path: Pat
     schedule = {"lr_schedule": "constant_with_warmup", "lr_warmup_steps": 2, "gradient_accumulation": 2, "flip": True}
     kinds: dict[str, dict[str, Any]] = {
         "LoRA": {**schedule, "class_prompt": "a photo of a dog"},
-        "LoHa": {"adapter": "loha", **TEXT},
+        "LoHa": {"adapter": "loha", **TEXT, "prior": "none"},
         "full": {**FULL, **TEXT},
     }
     images, priors = noisy_pictures(tmp_path / "images", 3, 0), noisy_pictures(tmp_path / "class", 2, 50)

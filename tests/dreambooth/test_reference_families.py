@@ -682,7 +682,7 @@ def test_recipe_equals_the_plain_loop(
         seed=7,
         lr_schedule="cosine",
         lr_warmup_steps=2,
-        **case.settings,
+        **{"prior": "auto" if case.prior else "none", **case.settings},
     )
     base = open_base(folders[case.base], clip_skip=case.clip_skip)
     class_pictures = priors if case.prior else []

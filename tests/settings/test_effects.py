@@ -269,7 +269,7 @@ def test_the_command_line_says_it_once_and_finds_the_same_run(
 ) -> None:
     run = Shell(capsys)
     words = ["train", "--device", "cpu", "--resolution", "64", "--rank", "2", "--steps", "1", "--base", tiny_checkpoint]
-    words += ["--images", noisy_pictures(tmp_path / "dog", 3, 0), "--output-dir", tmp_path / "out"]
+    words += ["--images", noisy_pictures(tmp_path / "dog", 3, 0), "--output-dir", tmp_path / "out", "--prior", "none"]
     given = {
         "class_prompt": ["--class-prompt", "a photo of a dog"],
         "token": ["--token", "ohwx"],
