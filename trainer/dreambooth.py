@@ -555,8 +555,9 @@ class DreamBooth:
         for batch in self.batches(micro_step):
             yield self.batch_loss(batch, micro_step)
         if self.settings.weight_penalty:
-            trained = (UNET, *self.session.text.trained)
-            yield self.settings.weight_penalty * self.session.trainable.squared_change(trained)
+            session = self.session
+            trained = [part for part in (UNET, *session.text.trained) if part not in session.ended]
+            yield self.settings.weight_penalty * session.trainable.squared_change(trained)
 
     def batches(self, micro_step: int) -> Iterator[Batch]:
         """The samples of a micro-batch of this step, a batch for each shape of their latents."""
