@@ -45,6 +45,7 @@ import torch  # noqa: E402
 from learning_score import DEMO, SMOKE, Effort, Scorer, objective  # noqa: E402
 from learning_tables import (  # noqa: E402
     JUDGE_FILE,
+    JUDGE_WEIGHTS,
     SUBJECT_NAMES,
     as_csv,
     as_page,
@@ -129,7 +130,7 @@ class Bench:
     """Runs jobs and keeps their results.
 
     Attributes:
-        out: Folder of the results.
+        out: Folder of the results, and of the judge that all of them share.
         work: Folder for adapters, class pictures and generated pictures; can be deleted.
     """
 
@@ -143,8 +144,9 @@ class Bench:
         from diffusers import UNet2DConditionModel
 
         self._counter.watch(UNet2DConditionModel)
-        self._scorer = Scorer(self._base, self.work, effort)
-        write_json(out / JUDGE_FILE, {name: round(share, 4) for name, share in self._scorer.judge.accuracy.items()})
+        self._scorer = Scorer(self._base, self.work, out / JUDGE_WEIGHTS, effort)
+        accuracy = self._scorer.judge.accuracy
+        write_json(out / JUDGE_FILE, {name: round(accuracy[name], 4) for name in sorted(accuracy)})
 
     def run_all(self, jobs: Sequence[Job], folder: Path, report: Callable[[str], None]) -> None:
         """Run the jobs that have no result with the same settings; one that can't run is reported and left out."""

@@ -75,12 +75,20 @@ class Scorer:
         effort: How much is done.
     """
 
-    def __init__(self, base: BaseWeights, work: Path, effort: Effort) -> None:
+    def __init__(self, base: BaseWeights, work: Path, judge: Path, effort: Effort) -> None:
+        """Open the scorer and the judge.
+
+        Args:
+            base: That adapters are for.
+            work: Folder for pictures; can be deleted.
+            judge: File of the judge; it is trained and written if it isn't there.
+            effort: How much is done.
+        """
         self.effort = effort
         self._work = work
         self._listener = SilentListener()
         self._vae = build_on_device(base, _CPU, "fp32").vae
-        self.judge: Judge = load_or_train(work / "judge.safetensors", self._vae, effort.judge)
+        self.judge: Judge = load_or_train(judge, self._vae, effort.judge)
         self._extractors = FeatureExtractors.open(str(DEMO / "scorer"), "", _CPU)
         self._generator = CachedGenerator(base, work / "pictures", _CPU, "fp32", self._listener)
 

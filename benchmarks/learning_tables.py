@@ -15,7 +15,7 @@ from PIL import Image
 
 SUBJECT_NAMES = ("dog", "cat", "robot", "mug")
 SEEDS = (0, 1, 2)
-JUDGE_FILE = "judge.json"
+JUDGE_FILE, JUDGE_WEIGHTS = "judge.json", "judge.safetensors"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 _LAST = {
     "clip_i": "CLIP-I",

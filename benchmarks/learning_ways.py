@@ -59,8 +59,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "OFT": {"adapter": "oft"},
     "T-LoRA": {"rank_schedule": "timestep", "lora_init": "orthogonal"},
     "pivotal": PIVOTAL,
-    "none, attention alone": {"targets": "attention"},
-    "class-pictures, attention alone": {**CLASS_PICTURES, "targets": "attention"},
 }
 """Way → its settings over `RECIPE`."""
 

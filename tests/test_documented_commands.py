@@ -166,6 +166,7 @@ def check_learning(ran: Ran) -> None:
     names = {name for name in ran.names() if not name.startswith("work/")}
     assert names == {
         "judge.json",
+        "judge.safetensors",
         "base/dog-0.json",
         "truth/dog-0.json",
         "none/dog-0.json",
