@@ -406,7 +406,7 @@ class DreamBooth:
         model = self.base.family.build(self.base)
         training_objective = model.objective.with_settings(settings).to(self.device)
         # for sampling: the same schedule, without the weights of the loss
-        model.objective = training_objective.with_prediction_type(training_objective.prediction_type)
+        model.objective = training_objective.plain()
         words = None
         if settings.token_vectors:
             words = TrainedWords(model, settings, self.words, self.starting_point.start)
@@ -567,7 +567,7 @@ class DreamBooth:
             self.settings,
             step=self.step,
             micro_batch=micro_step,
-            timesteps=session.objective.timesteps,
+            objective=session.objective,
             device=self.device,
             share=self.processes.share,
         )
@@ -581,7 +581,7 @@ class DreamBooth:
         session = self.session
         objective = session.objective
         noisy = objective.add_noise(batch.latents, batch.added_noise, batch.timesteps).to(session.dtype)
-        target = objective.target(objective.alphas_cumprod, batch.latents, batch.noise, batch.timesteps)
+        target = objective.target(batch.latents, batch.noise, batch.timesteps)
         if batch.preserved:
             target = self._base_prediction(batch, noisy, slice(None))
         compared = slice(batch.subject if self.settings.dco_beta else 0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pack.trainer.data.batches import Batch, draw_batches
 from pack.trainer.data.latent_cache import LatentCache, LatentDataset
+from pack.trainer.models.objective import make_objective
 from pack.trainer.settings.train import TrainSettings
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def drawn(step: int = 0, share: tuple[int, int] = (0, 1), **values: Any) -> Batc
     batches = [
         batch
         for micro_batch in range(settings.gradient_accumulation)
-        for batch in draw_batches(cache, settings, step, micro_batch, 1000, CPU, share)
+        for batch in draw_batches(cache, settings, step, micro_batch, make_objective(), CPU, share)
     ]
     names = ("latents", "noise", "added_noise", "timesteps", "captions", "sizes", "weights")
     tensors = {name: torch.cat([getattr(batch, name) for batch in batches]) for name in names}

@@ -21,6 +21,7 @@ from pack.trainer.data.buckets import bucket_shapes, kept_share, nearest_shape
 from pack.trainer.data.images import crop, size_conditioning
 from pack.trainer.data.latent_cache import LatentCache, LatentDataset
 from pack.trainer.dreambooth import DreamBooth
+from pack.trainer.models.objective import make_objective
 from pack.trainer.settings.train import TrainSettings
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -154,7 +155,7 @@ def test_every_picture_of_every_shape_is_used_equally_often(batch_size: int, acc
     seen: Counter[int] = Counter()
     steps = sum(repeats)  # so many steps are a whole number of epochs
     for step, micro, index in itertools.product(range(steps), range(accumulation), range(processes)):
-        batches = list(draw_batches(cache, settings, step, micro, 1000, CPU, (index, processes)))
+        batches = list(draw_batches(cache, settings, step, micro, make_objective(), CPU, (index, processes)))
         shapes = [tuple(batch.latents.shape[1:]) for batch in batches]
         assert len(set(shapes)) == len(shapes)
         assert sum(len(batch.latents) for batch in batches) == batch_size
@@ -242,7 +243,7 @@ def test_the_loss_of_a_mixed_batch_is_that_of_its_samples(world: World, tmp_path
     settings, kinds = recipe.settings, Counter[float]()
     with torch.no_grad():
         for step in range(3):
-            batches = list(draw_batches(recipe.session.cache, settings, step, 0, 1000, CPU))
+            batches = list(draw_batches(recipe.session.cache, settings, step, 0, make_objective(), CPU))
             assert len(batches) > 2
             together = torch.stack(losses(recipe, step))
             assert len(together) == len(batches)

@@ -212,7 +212,7 @@ def test_a_sample_gets_its_mask(world: World, tmp_path: Path) -> None:
     latents, seen = recipe.session.cache.instance, set()
     rows = [tuple(size.tolist()) for size in latents.size]
     for step in range(12):
-        [batch] = draw_batches(recipe.session.cache, recipe.settings, step, 0, 1000, CPU)
+        [batch] = draw_batches(recipe.session.cache, recipe.settings, step, 0, make_objective(), CPU)
         for row in range(4 if batch.masks is not None else 0):
             assert batch.masks is not None
             number = rows.index(tuple(batch.sizes[row].tolist()))
@@ -230,7 +230,7 @@ def test_a_sample_gets_its_mask(world: World, tmp_path: Path) -> None:
 
 def test_a_batch_without_masks_has_none(world: World, tmp_path: Path) -> None:
     recipe = world.prepared(tmp_path, mask_background=1.0, batch_size=2)
-    [batch] = draw_batches(recipe.session.cache, recipe.settings, 0, 0, 1000, CPU)
+    [batch] = draw_batches(recipe.session.cache, recipe.settings, 0, 0, make_objective(), CPU)
     assert batch.masks is None
     assert collate([batch, batch]).masks is None
 

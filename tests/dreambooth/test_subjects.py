@@ -30,6 +30,7 @@ from pack.trainer.core.seeding import generator
 from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.images import Picture
 from pack.trainer.data.latent_cache import LatentCache
+from pack.trainer.models.objective import make_objective
 from pack.trainer.settings.train import TrainCommand, TrainSettings
 from pack.trainer.training.runs.folder import run_fingerprint
 from PIL import Image
@@ -291,7 +292,7 @@ def cache_of(world: World, folder: Path, **changes: Any) -> tuple[LatentCache, T
 def samples(cache: LatentCache, settings: TrainSettings, steps: int) -> Iterator[tuple[float, int]]:
     """Weight and caption of each sample, in the order of the steps."""
     for step, micro in itertools.product(range(steps), range(settings.gradient_accumulation)):
-        for batch in draw_batches(cache, settings, step, micro, 1000, CPU):
+        for batch in draw_batches(cache, settings, step, micro, make_objective(), CPU):
             yield from zip(batch.weights.tolist(), batch.captions.tolist(), strict=True)
 
 
@@ -340,7 +341,9 @@ def test_leaving_captions_out_changes_nothing_else(world: World, tmp_path: Path)
     dropped, dropping = cache_of(world, tmp_path / "dropped", batch_size=3, caption_dropout=0.5)
     assert plain.empty is None
     for step in range(5):
-        [one], [other] = (draw_batches(*both, step, 0, 1000, CPU) for both in ((plain, settings), (dropped, dropping)))
+        [one], [other] = (
+            draw_batches(*both, step, 0, make_objective(), CPU) for both in ((plain, settings), (dropped, dropping))
+        )
         for part in ("latents", "noise", "added_noise", "timesteps", "sizes", "weights"):
             assert torch.equal(getattr(one, part), getattr(other, part))
 

@@ -25,7 +25,7 @@ from pack.trainer.core.seeding import draw_sample, generator
 from pack.trainer.data.batches import Batch, draw_batches
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.models.objective import (
-    Objective,
+    DiffusionObjective,
     make_objective,
     perturbed_noise,
     pyramid_noise,
@@ -78,11 +78,11 @@ KOHYAS_HUBER: dict[tuple[str, float, int], list[float]] = {
 }
 
 
-def shaped(kind: str = "epsilon", **settings: Any) -> Objective:
+def shaped(kind: str = "epsilon", **settings: Any) -> DiffusionObjective:
     return make_objective(kind).with_settings(ObjectiveSettings(**settings))
 
 
-def loss_of(objective: Objective, error: Tensor, timesteps: Tensor) -> Tensor:
+def loss_of(objective: DiffusionObjective, error: Tensor, timesteps: Tensor) -> Tensor:
     """The loss of a prediction that is wrong by `error`, (batch, channels, height, width)."""
     zeros = torch.zeros_like(error)  # so that the target is zero, too, and the error keeps its digits
     return objective.loss(error, zeros, zeros, timesteps)
@@ -126,9 +126,9 @@ def test_without_a_limit_min_snr_weighs_all_alike() -> None:
     assert torch.equal(plain[2:], weighed[2:])
 
 
-def replaced_weights(weights: Tensor) -> Objective:
+def replaced_weights(weights: Tensor) -> DiffusionObjective:
     plain = make_objective()
-    return Objective(plain.prediction_type, plain.alphas_cumprod, plain.target, weights)
+    return DiffusionObjective(plain.prediction_type, plain.alphas_cumprod, weights)
 
 
 def test_a_velocitys_weights_are_those_of_its_epsilon() -> None:
@@ -443,7 +443,7 @@ def prepared(world: World, folder: Path, **changes: Any) -> DreamBooth:
 
 
 def batches_of(recipe: DreamBooth, step: int = 0) -> list[Batch]:
-    return list(draw_batches(recipe.session.cache, recipe.settings, step, 0, 1000, recipe.device))
+    return list(draw_batches(recipe.session.cache, recipe.settings, step, 0, make_objective(), recipe.device))
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -614,7 +614,7 @@ def test_pure_noise_asks_for_the_picture(velocity: World, tmp_path: Path) -> Non
     assert batch.timesteps.tolist() == [999, 999]
     objective = recipe.session.objective
     assert torch.equal(objective.add_noise(batch.latents, batch.added_noise, batch.timesteps), batch.added_noise)
-    target = objective.target(objective.alphas_cumprod, batch.latents, batch.noise, batch.timesteps)
+    target = objective.target(batch.latents, batch.noise, batch.timesteps)
     assert torch.equal(target, -batch.latents)
 
 
@@ -631,8 +631,8 @@ def test_defaults_are_the_plain_objective() -> None:
     """The settings of a run that asks for nothing of all this."""
     shaped, plain = make_objective().with_settings(TrainSettings()), make_objective()
     assert torch.equal(shaped.alphas_cumprod, plain.alphas_cumprod)
-    assert (shaped.target, shaped.elementwise_loss, shaped.timestep_weights) == (
-        plain.target,
+    assert (shaped.prediction_type, shaped.elementwise_loss, shaped.timestep_weights) == (
+        plain.prediction_type,
         plain.elementwise_loss,
         None,
     )

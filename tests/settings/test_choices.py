@@ -25,7 +25,6 @@ from pack.trainer.models.families import FAMILIES
 from pack.trainer.models.nf4 import quantize
 from pack.trainer.models.objective import make_objective
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import make_scheduler
 from pack.trainer.settings.merge import MergeSettings
 from pack.trainer.settings.objective import ObjectiveSettings
 from pack.trainer.settings.train import TrainSettings
@@ -64,8 +63,7 @@ def rates(schedule: str, **values: Any) -> list[float]:
 
 def sampled(scheduler: Any) -> Hashable:
     """Latents after six steps along predictions that depend on the timestep and the latents."""
-    made = make_scheduler(scheduler, make_objective())
-    made.set_timesteps(6)
+    made = make_objective().make_scheduler(scheduler, 6, (1, 2, 2), torch.device("cpu"))
     latents = random(1, 1, 2, 2) * made.init_noise_sigma
     for timestep in made.timesteps:
         prediction = torch.sin(made.scale_model_input(latents, timestep) + float(timestep) / 300)
@@ -171,7 +169,7 @@ def gives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[str],
 def sampled_target(prediction_type: str) -> Hashable:
     objective = make_objective(prediction_type)
     latents, noise = random(1, 1, 2, 2), random(1, 1, 2, 2, seed=1)
-    return numbers(objective.target(objective.alphas_cumprod, latents, noise, torch.tensor([500])))
+    return numbers(objective.target(latents, noise, torch.tensor([500])))
 
 
 def names_as(layout: str) -> list[str]:

@@ -14,6 +14,7 @@ from pack.trainer.__main__ import main
 from pack.trainer.core.errors import plain, worded
 from pack.trainer.data.batches import draw_batches
 from pack.trainer.data.latent_cache import LatentCache, LatentDataset
+from pack.trainer.models.objective import make_objective
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.memory import fit as fitting
 from pack.trainer.training.memory.fit import MemoryBudget, plan_note
@@ -287,7 +288,7 @@ def test_a_batch_in_parts_has_the_same_samples(split: int) -> None:
         found = [
             batch
             for micro in range(settings.gradient_accumulation)
-            for batch in draw_batches(cache, settings, 3, micro, 1000, torch.device("cpu"))
+            for batch in draw_batches(cache, settings, 3, micro, make_objective(), torch.device("cpu"))
         ]
         return [torch.cat([getattr(one, part) for one in found]) for part in ("latents", "noise", "timesteps")]
 

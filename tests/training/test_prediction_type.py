@@ -22,7 +22,7 @@ from pack.trainer.dreambooth import train
 from pack.trainer.models.families.base import CHOSEN, BaseWeights, Conditioning
 from pack.trainer.models.families.stable_diffusion import StableDiffusionModel
 from pack.trainer.models.open import open_base
-from pack.trainer.models.sampling import GenerationConfig, generate, make_scheduler
+from pack.trainer.models.sampling import GenerationConfig, generate
 from pack.trainer.settings.train import SchedulerName, TrainSettings
 from pack.trainer.training.runs.folder import RunPaths
 from safetensors.torch import load_file, save_file
@@ -224,8 +224,7 @@ def test_every_sampler_draws_finite_pictures_from_pure_noise(
     assert all(torch.isfinite(latents).all() and latents.abs().max() < 1000 for latents in seen)
     low, high = min(low for low, _ in picture.getextrema()), max(high for _, high in picture.getextrema())
     assert high - low > 20
-    kind = make_scheduler(scheduler, rescaled.objective)
-    kind.set_timesteps(steps)
+    kind = rescaled.objective.make_scheduler(scheduler, steps, (4, 8, 8), torch.device("cpu"))
     assert int(kind.timesteps[0]) == 999  # the first step sees pure noise, as in training
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core.seeding import Draw, draw_sample
-from ..models.objective import perturbed_noise, shaped_noise, timestep_at
+from ..models.objective import Objective, perturbed_noise, shaped_noise
 from ..settings.train import TrainSettings
 from .latent_cache import LatentCache, LatentDataset
 
@@ -25,7 +25,7 @@ class Batch:
         latents: (batch, channels, height, width), float32.
         noise: As `latents`: the noise that the loss compares with.
         added_noise: As `latents`: the noise that is added; another than `noise` if that is perturbed.
-        timesteps: (batch,), int64.
+        timesteps: (batch,); int64 of a discrete schedule, float32 of a continuous one.
         captions: Row of each sample's caption, (batch,), int64.
         sizes: Size and crop of each sample's picture, (batch, 6), float32.
         weights: Weight of each sample's loss in the loss of the micro-batch, (batch,), float32.
@@ -59,7 +59,7 @@ def draw_batches(
     settings: TrainSettings,
     step: int,
     micro_batch: int,
-    timesteps: int,
+    objective: Objective,
     device: torch.device,
     share: tuple[int, int] = SINGLE_PROCESS,
 ) -> Iterator[Batch]:
@@ -73,7 +73,7 @@ def draw_batches(
         settings: Seed, batch size, flip, noise, captions, weight of the class pictures.
         step: Optimiser step, from 0.
         micro_batch: Of the step, from 0.
-        timesteps: Number of diffusion timesteps.
+        objective: Which timesteps there are, and how they are distributed.
         device: Where the samples go.
         share: Index of this process and number of processes; together they take batch_size times as many samples.
     """
@@ -83,14 +83,14 @@ def draw_batches(
     by_shape: dict[tuple[int, ...], list[Batch]] = {}
     for kind, dataset, weight in datasets:
         empty_caption = cache.empty if kind == "instance" else None
-        for draw in _draw_slots(kind, dataset, settings, step, micro_batch, timesteps, share):
-            sample = _sample(dataset, draw, settings, timesteps, empty_caption, weight / settings.batch_size)
+        for draw in _draw_slots(kind, dataset, settings, step, micro_batch, objective, share):
+            sample = _sample(dataset, draw, settings, objective, empty_caption, weight / settings.batch_size)
             sample = replace(sample, subject=int(kind == "instance"))
             by_shape.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
     for samples in by_shape.values():
         yield collate(samples).to(device)
     by_shape = {}
-    for sample in _preserved_samples(cache, settings, step, micro_batch, timesteps, share):
+    for sample in _preserved_samples(cache, settings, step, micro_batch, objective, share):
         by_shape.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
     for samples in by_shape.values():
         yield replace(collate(samples), preserved=True).to(device)
@@ -102,7 +102,7 @@ def _draw_slots(
     settings: TrainSettings,
     step: int,
     micro_batch: int,
-    timesteps: int,
+    objective: Objective,
     share: tuple[int, int],
 ) -> list[Draw]:
     """The draws of this process's sample slots in one micro-batch."""
@@ -111,7 +111,7 @@ def _draw_slots(
     first = (micro_batch * processes + process) * settings.batch_size
     flip = settings.flip and kind != "class"
     return [
-        draw_sample(settings.seed, kind, step, slot, slots, dataset.shapes, timesteps, flip)
+        draw_sample(settings.seed, kind, step, slot, slots, dataset.shapes, objective.timesteps, flip)
         for slot in range(first, first + settings.batch_size)
     ]
 
@@ -120,7 +120,7 @@ def _sample(
     dataset: LatentDataset,
     draw: Draw,
     settings: TrainSettings,
-    timesteps: int,
+    objective: Objective,
     empty_caption: int | None,
     weight: float,
 ) -> Batch:
@@ -128,7 +128,8 @@ def _sample(
     picture = dataset.order[draw.item]
     noise = shaped_noise(draw.noise, settings, draw.source)
     added_noise = perturbed_noise(noise, settings, draw.source)
-    timestep = timestep_at((draw.timestep + draw.timestep_fraction) / timesteps, timesteps, settings)
+    fraction = (draw.timestep + draw.timestep_fraction) / objective.timesteps
+    timestep = objective.timestep_at(fraction, settings, dataset.shapes[draw.item])
     rows = dataset.captions[picture]
     caption = int(rows[int(draw.caption * len(rows))])
     if empty_caption is not None and draw.drop < settings.caption_dropout:
@@ -150,7 +151,7 @@ def _preserved_samples(
     settings: TrainSettings,
     step: int,
     micro_batch: int,
-    timesteps: int,
+    objective: Objective,
     share: tuple[int, int],
 ) -> list[Batch]:
     """The samples for which the base model's prediction is learned, each as a batch on the CPU; none in most steps."""
@@ -158,8 +159,8 @@ def _preserved_samples(
         return []
     weight = settings.prior_weight * settings.prior_every / settings.batch_size
     samples = []
-    for draw in _draw_slots("preserved", cache.instance, settings, step, micro_batch, timesteps, share):
-        sample = _sample(cache.instance, draw, settings, timesteps, None, weight)
+    for draw in _draw_slots("preserved", cache.instance, settings, step, micro_batch, objective, share):
+        sample = _sample(cache.instance, draw, settings, objective, None, weight)
         prompts = cache.preserved[cache.instance.order[draw.item]]
         prompt = int(prompts[int(draw.caption * len(prompts))])
         if cache.empty is not None and draw.drop < settings.prior_empty:

@@ -11,7 +11,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,8 +36,8 @@ class LatentDataset:
     """The pictures of one kind, ready for training.
 
     Attributes:
-        mean: Posterior mean of each picture, (versions, channels, height, width), float32, already multiplied by the
-            autoencoder's scaling factor. Version 1, if there is one, is the mirrored picture.
+        mean: Posterior mean of each picture, (versions, channels, height, width), float32, as the denoiser reads
+            it. Version 1, if there is one, is the mirrored picture.
         std: Posterior standard deviation, likewise.
         captions: Rows of each picture's captions in `LatentCache.text`, (captions,), int64.
         size: Original height and width, top and left of the crop, target height and width: (pictures, 6), float32.
@@ -244,7 +243,7 @@ def build_cache(
             for picture in pictures:
                 listener.report(Phase("encoding pictures", done, total))
                 stop_if_asked(listener)
-                latents = _encode_picture(model.vae, picture, settings, flip, device)
+                latents = _encode_picture(model, picture, settings, flip, device)
                 if picture.mask and latents.mask is None:
                     message = f"The mask of {picture.name} is cut away with the picture's edges."
                     listener.report(Note(message, warning=True, picture=picture.name))
@@ -333,11 +332,11 @@ class _EncodedPicture:
 
 
 def _encode_picture(
-    vae: Any, picture: Picture, settings: TrainSettings, flip: bool, device: torch.device
+    model: DiffusionModel, picture: Picture, settings: TrainSettings, flip: bool, device: torch.device
 ) -> _EncodedPicture:
     image = picture.open()
     shape = nearest_shape(image.size, training_shapes(settings, settings.resolution))
-    mean, std = _encode_pixels(vae, picture.name, to_pixels(crop(image, *shape)), flip, device)
+    mean, std = _encode_pixels(model, picture.name, to_pixels(crop(image, *shape)), flip, device)
     mask = None
     if picture.mask is not None:
         cropped = crop(picture.mask().resize(image.size), *shape)
@@ -346,7 +345,9 @@ def _encode_picture(
     return _EncodedPicture(mean, std, size, mask)
 
 
-def _encode_pixels(vae: Any, name: str, pixels: Tensor, flip: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+def _encode_pixels(
+    model: DiffusionModel, name: str, pixels: Tensor, flip: bool, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Scaled mean and standard deviation of one picture: (versions, channels, height, width) each, on the CPU.
 
     Raises:
@@ -355,13 +356,13 @@ def _encode_pixels(vae: Any, name: str, pixels: Tensor, flip: bool, device: torc
     means = []
     stds = []
     for version in [pixels, pixels.flip(-1)] if flip else [pixels]:
-        posterior = vae.encode(version[None].to(device)).latent_dist
-        if not torch.isfinite(posterior.mean).all():
+        mean, std = model.family.latents.encode(model.vae, version[None].to(device))
+        if not torch.isfinite(mean).all():
             raise WeightsError(
                 f"The VAE turns {name} into numbers that are not finite.", "Choose another VAE or checkpoint."
             )
-        means.append(posterior.mean[0] * vae.config.scaling_factor)
-        stds.append(posterior.std[0] * vae.config.scaling_factor)
+        means.append(mean[0])
+        stds.append(std[0])
     return torch.stack(means).cpu(), torch.stack(stds).cpu()
 
 

@@ -1,22 +1,26 @@
 """What the denoiser predicts, and the loss of that prediction.
 
+An `Objective` is how noise is added, at which timesteps, what is predicted there, and how a sampler goes back.
 Prediction types differ in `target` and in the weights of timesteps, losses in `elementwise_loss`, so that no caller
-branches on them.
+branches on them. `flow` has the objective of flow matching.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from typing_extensions import Self
 
 from ..core.errors import WeightsError
 from ..settings.objective import ObjectiveSettings
+from ..settings.train import SchedulerName
+from .schedulers import discrete_scheduler
 
 _SCHEDULER_REMEDY = "Copy scheduler/scheduler_config.json of the model's source again."
 _MAX_SNR = 1000.0  # limits of debiasing: above as kohya has it; below, since pure noise has a ratio of 0
@@ -77,7 +81,7 @@ def _pseudo_huber(error: Tensor, c: float | Tensor) -> Tensor:
     return 2 * c * squares / ((squares + c**2).sqrt() + c)  # the same, without a difference of large numbers
 
 
-_ELEMENTWISE_LOSSES: dict[str, ElementwiseLoss] = {
+ELEMENTWISE_LOSSES: dict[str, ElementwiseLoss] = {
     "mse": squared_error,
     "huber": pseudo_huber,
     "huber-snr": pseudo_huber_snr,
@@ -104,14 +108,98 @@ def debiased_weight(snr: Tensor, gamma: float, velocity: bool) -> Tensor:
 _WEIGHTS = {"min-snr": min_snr_weight, "debiased": debiased_weight}
 
 
+class Objective(Protocol):
+    """How noise is added to latents, what the denoiser predicts of it, and how a sampler goes back.
+
+    Latents, noise, predictions and targets are (batch, channels, height, width); timesteps (batch,), of the kind that
+    `timestep_at` returns.
+
+    Attributes:
+        prediction_type: "epsilon", "v_prediction" or "flow".
+        timesteps: Number of steps in which timesteps are counted; they are in [0, timesteps).
+        device: Where timesteps and latents have to be.
+    """
+
+    @property
+    def prediction_type(self) -> str: ...  # noqa: D102
+    @property
+    def timesteps(self) -> int: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+
+    def with_settings(self, settings: ObjectiveSettings) -> Self:
+        """The same prediction type with the schedule, loss and weights that the settings name."""
+
+    def plain(self) -> Self:
+        """The same prediction type and schedule with the plain squared error and equal weights."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same objective on `device`."""
+
+    def timestep_at(self, fraction: float, settings: ObjectiveSettings, latents_shape: Sequence[int]) -> float:
+        """The timestep at a quantile of the run's distribution of timesteps.
+
+        Args:
+            fraction: Which quantile; uniformly distributed in [0, 1).
+            settings: Range, bias and distribution.
+            latents_shape: (channels, height, width) of the sample.
+        """
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The noisy latents of these timesteps."""
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict."""
+
+    def loss(
+        self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
+    ) -> Tensor:
+        """The loss of each sample, shape (batch,), float32.
+
+        Args:
+            prediction: The denoiser's.
+            latents: Without noise.
+            noise: What was added.
+            timesteps: Of each sample.
+            mask: Weight of each position, (batch, 1, height, width), with a sum above 0; None: all equal.
+        """
+
+    def loss_against(self, target: Tensor, prediction: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The loss of each sample for a given target, shape (batch,), float32; see `loss`."""
+
+    def make_scheduler(
+        self, name: SchedulerName, steps: int, latents_shape: Sequence[int], device: torch.device
+    ) -> Any:
+        """A sampler with diffusers' interface, and its timesteps set.
+
+        Args:
+            name: See `schedulers`.
+            steps: Denoising steps.
+            latents_shape: (channels, height, width) of each sample.
+            device: Of its timesteps.
+
+        Raises:
+            SettingsError: There is no such sampler for the objective.
+        """
+
+    def facts(self) -> dict[str, Any]:
+        """What of it decides a model's output, for a fingerprint: JSON values by name."""
+
+
+def masked_mean(elements: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of each sample's elements, (batch, channels, height, width), weighted as by `Objective.loss`."""
+    if mask is None:
+        return elements.mean(dim=(1, 2, 3))
+    return (elements.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+
+
 @dataclass(frozen=True)
-class Objective:
-    """A noise schedule and a prediction type.
+class DiffusionObjective:
+    """A discrete noise schedule and a prediction type; see `Objective`.
 
     Attributes:
         prediction_type: diffusers' name, "epsilon" or "v_prediction".
         alphas_cumprod: Shape (timesteps,), float32.
-        target: (alphas_cumprod, latents, noise, timesteps) → what the denoiser should predict.
         timestep_weights: Of each timestep's loss, shape (timesteps,), float32; None: all equal.
         elementwise_loss: Loss of an element of the prediction, by its error.
         huber_c: Its parameter c.
@@ -119,7 +207,6 @@ class Objective:
 
     prediction_type: str
     alphas_cumprod: Tensor
-    target: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     timestep_weights: Tensor | None = None
     elementwise_loss: ElementwiseLoss = squared_error
     huber_c: float = 0.1
@@ -130,21 +217,30 @@ class Objective:
         return len(self.alphas_cumprod)
 
     @property
+    def device(self) -> torch.device:
+        """Where the schedule is."""
+        return self.alphas_cumprod.device
+
+    @property
     def snr(self) -> Tensor:
         """Signal-to-noise ratio of each timestep, ᾱ / (1 - ᾱ), shape (timesteps,)."""
         return self.alphas_cumprod / (1.0 - self.alphas_cumprod)
 
-    def with_prediction_type(self, prediction_type: str) -> Objective:
+    def with_prediction_type(self, prediction_type: str) -> DiffusionObjective:
         """The same schedule with another prediction type, the plain squared error, and equal weights."""
-        return Objective(prediction_type, self.alphas_cumprod, _TARGETS[prediction_type])
+        return DiffusionObjective(prediction_type, self.alphas_cumprod)
 
-    def with_settings(self, settings: ObjectiveSettings) -> Objective:
+    def plain(self) -> DiffusionObjective:
+        """The same schedule and prediction type with the plain squared error and equal weights."""
+        return self.with_prediction_type(self.prediction_type)
+
+    def with_settings(self, settings: ObjectiveSettings) -> DiffusionObjective:
         """The same prediction type with the schedule, loss and weights that the settings name."""
         schedule = _rescaled(self.alphas_cumprod) if settings.zero_terminal_snr else self.alphas_cumprod
         unweighted = replace(
             self,
             alphas_cumprod=schedule,
-            elementwise_loss=_ELEMENTWISE_LOSSES[settings.loss],
+            elementwise_loss=ELEMENTWISE_LOSSES[settings.loss],
             huber_c=settings.huber_c,
         )
         if settings.loss_weighting == "constant":
@@ -153,49 +249,51 @@ class Objective:
         weights = _WEIGHTS[settings.loss_weighting](unweighted.snr, settings.min_snr_gamma, velocity)
         return replace(unweighted, timestep_weights=weights)
 
-    def to(self, device: torch.device) -> Objective:
+    def to(self, device: torch.device) -> DiffusionObjective:
         """The same objective with its schedule on `device`."""
         weights = None if self.timestep_weights is None else self.timestep_weights.to(device)
         return replace(self, alphas_cumprod=self.alphas_cumprod.to(device), timestep_weights=weights)
+
+    def timestep_at(self, fraction: float, settings: ObjectiveSettings, latents_shape: Sequence[int]) -> int:
+        """The timestep at a quantile of the run's distribution, whatever the latents' shape; see `timestep_at`."""
+        return timestep_at(fraction, self.timesteps, settings)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """√ᾱ·latents + √(1-ᾱ)·noise, all (batch, channels, height, width); timesteps (batch,), int64."""
         signal, sigma = _coefficients(self.alphas_cumprod, timesteps)
         return signal * latents + sigma * noise
 
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the denoiser should predict: noise or velocity."""
+        return _TARGETS[self.prediction_type](self.alphas_cumprod, latents, noise, timesteps)
+
     def loss(
         self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
     ) -> Tensor:
-        """The loss of each sample, shape (batch,), float32.
-
-        Args:
-            prediction: The denoiser's, (batch, channels, height, width).
-            latents: As `prediction`.
-            noise: As `prediction`.
-            timesteps: (batch,), int64.
-            mask: Weight of each position, (batch, 1, height, width), with a sum above 0; None: all equal.
-        """
-        return self.loss_against(
-            self.target(self.alphas_cumprod, latents, noise, timesteps), prediction, timesteps, mask
-        )
+        """The loss of each sample, shape (batch,), float32; see `Objective.loss`."""
+        return self.loss_against(self.target(latents, noise, timesteps), prediction, timesteps, mask)
 
     def loss_against(self, target: Tensor, prediction: Tensor, timesteps: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss of each sample for a given target, shape (batch,), float32.
-
-        Args:
-            target: What the denoiser should predict, (batch, channels, height, width).
-            prediction: As `target`.
-            timesteps: (batch,), int64.
-            mask: See `loss`.
-        """
+        """The loss of each sample for a given target, shape (batch,), float32; see `Objective.loss`."""
         alpha = self.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
         snr = alpha / (1.0 - alpha)
-        elements = self.elementwise_loss(prediction.float() - target.float(), snr, self.huber_c)
-        if mask is None:
-            losses = elements.mean(dim=(1, 2, 3))
-        else:
-            losses = (elements.mean(dim=1, keepdim=True) * mask).sum(dim=(1, 2, 3)) / mask.sum(dim=(1, 2, 3))
+        losses = masked_mean(self.elementwise_loss(prediction.float() - target.float(), snr, self.huber_c), mask)
         return losses if self.timestep_weights is None else losses * self.timestep_weights[timesteps]
+
+    def make_scheduler(
+        self, name: SchedulerName, steps: int, latents_shape: Sequence[int], device: torch.device
+    ) -> Any:
+        """A diffusers scheduler on the model's own noise schedule, whatever the latents' shape."""
+        scheduler = discrete_scheduler(name, self.alphas_cumprod, self.prediction_type)
+        scheduler.set_timesteps(steps, device=device)
+        return scheduler
+
+    def facts(self) -> dict[str, Any]:
+        """Prediction type, and some values of the schedule."""
+        return {
+            "prediction": self.prediction_type,
+            "schedule": [f"{value:.5e}" for value in self.alphas_cumprod[::37].tolist()],
+        }
 
 
 def consistency_loss(losses: Tensor, base_losses: Tensor, beta: float) -> Tensor:
@@ -225,7 +323,7 @@ def _rescaled(alphas_cumprod: Tensor) -> Tensor:
 
 def make_objective(
     prediction_type: str = "epsilon", scheduler: Mapping[str, Any] | None = None, *, zero_terminal_snr: bool = False
-) -> Objective:
+) -> DiffusionObjective:
     """The objective of a model.
 
     Args:
@@ -250,7 +348,7 @@ def make_objective(
         schedule = scaled_linear_alphas_cumprod()
     if zero_terminal_snr:
         schedule = _rescaled(schedule)
-    return Objective(prediction_type, schedule, _TARGETS[prediction_type])
+    return DiffusionObjective(prediction_type, schedule)
 
 
 def shaped_noise(noise: Tensor, settings: ObjectiveSettings, source: torch.Generator) -> Tensor:

@@ -265,8 +265,7 @@ def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
     vae = model.vae.config
     text = [getattr(encoder, "config") for encoder in model.text_encoders.values()]  # noqa: B009
     facts = {
-        "prediction": model.objective.prediction_type,
-        "schedule": [f"{value:.5e}" for value in model.objective.alphas_cumprod[::37].tolist()],
+        **model.objective.facts(),
         "unet": [unet[name] for name in ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "freq_shift")],
         "vae": [vae[name] for name in ("scaling_factor", "norm_num_groups", "act_fn")],
         "text": [[config.num_attention_heads, config.hidden_act, config.layer_norm_eps] for config in text],

@@ -14,9 +14,6 @@ from ..core.devices import DTYPES, to_device
 from ..core.events import Listener, SilentListener, stop_if_asked
 from ..settings.train import SchedulerName
 from .families.base import BaseWeights, Conditioning, DiffusionModel
-from .objective import Objective
-
-_MIN_ALPHA = 4.9e-8  # remaining signal at a zero terminal SNR, so that no scheduler divides by zero
 
 
 @dataclass(frozen=True)
@@ -27,7 +24,7 @@ class GenerationConfig:
         width: Pixels; a multiple of 8.
         height: Pixels; a multiple of 8.
         negative_prompt: What the images should not show.
-        scheduler: See `make_scheduler`.
+        scheduler: See `schedulers`.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 1 follows the prompt alone, which halves the work.
     """
@@ -47,36 +44,6 @@ def build_on_device(base: BaseWeights, device: torch.device, precision: str) -> 
     for network in (model.vae, *model.text_encoders.values()):
         to_device(network, device, torch.float32)
     return model
-
-
-def make_scheduler(name: SchedulerName, objective: Objective) -> Any:
-    """A diffusers scheduler on the model's own noise schedule, configured as Stable Diffusion's pipelines are.
-
-    Args:
-        name: "ddim" (Song et al. 2021), "pndm" (Liu et al. 2022), "euler" (Karras et al. 2022, algorithm 2
-            without churn) or "dpm++" (Lu et al. 2022, DPM-Solver++(2M)).
-        objective: Noise schedule and prediction type.
-    """
-    import diffusers
-
-    alphas = objective.alphas_cumprod.double().cpu()
-    zero_snr = bool(alphas[-1] < _MIN_ALPHA)
-    alphas = alphas.clamp(min=_MIN_ALPHA)
-    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
-    common = {
-        "num_train_timesteps": objective.timesteps,
-        "trained_betas": betas.numpy(),
-        "prediction_type": objective.prediction_type,
-        "timestep_spacing": "trailing" if zero_snr else "leading",  # the first step must see pure noise
-        "steps_offset": 1,
-    }
-    if name == "ddim":
-        return diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=False)
-    if name == "pndm":
-        return diffusers.PNDMScheduler(**common, skip_prk_steps=True, set_alpha_to_one=False)
-    if name == "euler":
-        return diffusers.EulerDiscreteScheduler(**common)
-    return diffusers.DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++")
 
 
 def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
@@ -113,8 +80,7 @@ def denoise(
     parameter = next(model.unet.parameters())
     device = parameter.device
     dtype = parameter.dtype
-    scheduler = make_scheduler(config.scheduler, model.objective)
-    scheduler.set_timesteps(config.steps, device=device)
+    scheduler = model.objective.make_scheduler(config.scheduler, config.steps, noise.shape[1:], device)
     latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
     guided = config.guidance != 1
     rows = [negative, prompt] if guided else [prompt]
@@ -131,12 +97,12 @@ def denoise(
 
 
 @torch.no_grad()
-def decode_latents(vae: Any, latents: Tensor) -> list[Image.Image]:
-    """Decode latents to RGB images by an `AutoencoderKL`, one at a time to save memory."""
-    parameter = next(vae.parameters())
+def decode_latents(model: DiffusionModel, latents: Tensor) -> list[Image.Image]:
+    """Decode latents to RGB images by a model's autoencoder, one at a time to save memory."""
+    parameter = next(model.vae.parameters())
     images = []
     for row in latents.to(parameter.device, parameter.dtype):
-        pixels = vae.decode(row[None] / vae.config.scaling_factor, return_dict=False)[0][0].float()
+        pixels = model.family.latents.decode(model.vae, row[None])[0].float()
         values = ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().to("cpu", torch.uint8)
         images.append(Image.fromarray(values.permute(1, 2, 0).numpy()))
     return images
@@ -166,7 +132,7 @@ def generate(
     negative = {name: rows[:1] for name, rows in encoded.items()}
     positive = {name: rows[1:] for name, rows in encoded.items()}
     latents = generate_latents(model, model.vae, positive, negative, seeds, config, listener)
-    return decode_latents(model.vae, latents)
+    return decode_latents(model, latents)
 
 
 def generate_latents(
@@ -195,8 +161,7 @@ def generate_latents(
     Raises:
         CancelledError: The listener asked to stop.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    noise = starting_noise(seeds, (vae.config.latent_channels, config.height // factor, config.width // factor))
+    noise = starting_noise(seeds, model.family.latents.shape(vae, config.height, config.width))
     size = torch.tensor([[config.height, config.width, 0, 0, config.height, config.width]], dtype=torch.float32)
     repeated_prompt = _repeated({**prompt, "size": size}, len(seeds))
     repeated_negative = _repeated({**negative, "size": size}, len(seeds))

@@ -17,6 +17,7 @@ from ..data.images import Picture
 from ..data.latent_cache import LatentDataset
 from ..models.families.base import CHOSEN, BaseWeights, DiffusionModel, Prediction
 from ..models.families.clip import HEAD
+from ..models.objective import DiffusionObjective
 from ..settings.train import TrainSettings
 from .adapter import StartingPoint, planned_targets
 from .export import require_combinable
@@ -276,12 +277,15 @@ def require_prediction_type(
     Raises:
         WeightsError: The model predicts the other type, and the user did not choose this one.
     """
+    if not isinstance(model.objective, DiffusionObjective):
+        return  # the others have one prediction type
+    velocity = model.objective.with_prediction_type("v_prediction")
     likeness: dict[str, list[float]] = {"epsilon": [], "v_prediction": []}
     fractions = [("epsilon", fraction) for fraction in _EPSILON_FRACTIONS]
     fractions += [("v_prediction", fraction) for fraction in _VELOCITY_FRACTIONS]
     with evaluating(model):  # no dropout
         for number, (prediction_type, fraction) in enumerate(fractions):
-            cosine = _likeness(model, latents, text, dtype, number, prediction_type, fraction)
+            cosine = _likeness(model, velocity, latents, text, dtype, number, prediction_type, fraction)
             likeness[prediction_type].append(cosine)
     noise_like, velocity_like = (sum(cosines) / len(cosines) for cosines in likeness.values())
     if prediction.type == "v_prediction":
@@ -304,6 +308,7 @@ def require_prediction_type(
 
 def _likeness(
     model: DiffusionModel,
+    velocity: DiffusionObjective,
     latents: LatentDataset,
     text: TextConditioning,
     dtype: torch.dtype,
@@ -312,8 +317,7 @@ def _likeness(
     timestep_fraction: float,
 ) -> float:
     """Cosine of the model's output, at a fraction of the timesteps, with what that prediction type would be."""
-    velocity = model.objective.with_prediction_type("v_prediction")
-    device = velocity.alphas_cumprod.device
+    device = velocity.device
     picture = number % len(latents)
     clean = latents.mean[picture][:1].to(device)
     noise = torch.randn(clean.shape, generator=generator("prediction type", number)).to(device)
@@ -324,5 +328,5 @@ def _likeness(
     output = model.predict(noisy.to(dtype), timesteps, conditioning).float()
     target = noise
     if prediction_type == "v_prediction":
-        target = velocity.target(velocity.alphas_cumprod, clean, noise, timesteps)
+        target = velocity.target(clean, noise, timesteps)
     return float(torch.cosine_similarity(output.flatten(), target.flatten(), dim=0))

@@ -194,7 +194,7 @@ class Previews:
                     config=self._config,
                     listener=listener,
                 )
-                [image] = decode_latents(base.vae, latents)
+                [image] = decode_latents(base, latents)
             name = preview_name(kind, number_of_kind, index)
             write_atomic(self._run.preview_path(step) / name, as_png(image))
             pictures.append(generated_picture(name, prompt, image))

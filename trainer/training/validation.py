@@ -9,6 +9,7 @@ from ..core.seeding import generator
 from ..data.latent_cache import LatentDataset
 from ..models.families.base import DiffusionModel
 from ..models.objective import Objective
+from ..settings.objective import ObjectiveSettings
 from .text_conditioning import TextConditioning
 from .trainable import evaluating
 
@@ -32,7 +33,7 @@ def validation_loss(
         held_out: The encoded pictures, one at least.
         dtype: Type of the denoiser's input.
     """
-    plain = objective.with_prediction_type(objective.prediction_type)
+    plain = objective.plain()
     losses: list[float] = []
     with evaluating(model):
         for picture in range(len(held_out)):
@@ -54,10 +55,11 @@ def _loss_at(
     dtype: torch.dtype,
 ) -> Tensor:
     """The loss of one picture at one timestep, (1,)."""
-    device = objective.alphas_cumprod.device
+    device = objective.device
     latents = held_out.mean[picture][:1].to(device)
     noise = torch.randn(latents.shape, generator=noise_source).to(device)
-    timesteps = torch.tensor([int(timestep_fraction * objective.timesteps)], device=device)
+    timestep = objective.timestep_at(timestep_fraction, ObjectiveSettings(), latents.shape[1:])
+    timesteps = torch.tensor([timestep], device=device)
     noisy = objective.add_noise(latents, noise, timesteps).to(dtype)
     conditioning = text.rows(held_out.captions[picture][:1].to(device))
     conditioning["size"] = held_out.size[picture][None].to(device)

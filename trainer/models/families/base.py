@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import WeightsError
+from ..latents import LatentFormat
 from ..objective import Objective
 
 _INCOMPLETE = "Use a complete, unchanged checkpoint of this family; if it was downloaded, download it again."
@@ -216,7 +217,8 @@ class Family(Protocol):
         short_title: Name for people in messages about adapters: "SD 1".
         targets: Preset name → regular expression of the denoiser's modules that get an adapter.
         text_targets: Preset name → regular expression of the text encoders' modules, if they are trained.
-        scaling_factor: What the autoencoder's latents are multiplied with.
+        scaling_factor: What the autoencoder's latents are multiplied with; 1 where another format decides.
+        latents: How the denoiser's latents are made of the autoencoder's.
         text_encoders: Its text encoders.
         adapter_marks: What shows that an adapter file was made for it.
         original_names: Whether adapter files name the denoiser's modules as the original code does.
@@ -238,6 +240,8 @@ class Family(Protocol):
     def text_targets(self) -> Mapping[str, str]: ...  # noqa: D102
     @property
     def scaling_factor(self) -> float: ...  # noqa: D102
+    @property
+    def latents(self) -> LatentFormat: ...  # noqa: D102
     @property
     def text_encoders(self) -> Sequence[TextEncoderSpec]: ...  # noqa: D102
     @property

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..latents import LatentFormat, ScaledLatents
 from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderSpec
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads_text_alone
 
@@ -18,6 +19,7 @@ class StableDiffusion1:
     title = "Stable Diffusion 1.x"
     short_title = "SD 1"
     scaling_factor = 0.18215
+    latents: LatentFormat = ScaledLatents()
     targets: Mapping[str, str] = TARGETS
     text_targets: Mapping[str, str] = TEXT_TARGETS
     adapter_marks = AdapterMarks(

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..latents import LatentFormat, ScaledLatents
 from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderSpec
 from .sd2 import heads
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel
@@ -25,6 +26,7 @@ class StableDiffusionXL:
     title = "Stable Diffusion XL"
     short_title = "SDXL"
     scaling_factor = 0.13025
+    latents: LatentFormat = ScaledLatents()
     targets: Mapping[str, str] = {
         **TARGETS,
         "b-lora-content": _B_LORA.format("0"),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..objective import make_objective
+from ..objective import Objective, make_objective
 from .base import BaseWeights, Conditioning, Family, LearnedWord, build_around, on_meta, token_ids_key
 from .clip import ClipTextEncoder
 
@@ -62,7 +62,7 @@ class StableDiffusionModel:
         for name, encoder in self._encoders.items():
             self.text_encoders[name] = encoder.network
             del encoder.network  # only the dictionary holds it, so that its memory can be freed
-        self.objective = make_objective(
+        self.objective: Objective = make_objective(
             weights.prediction.type, weights.scheduler, zero_terminal_snr=weights.prediction.zero_terminal_snr
         )
 

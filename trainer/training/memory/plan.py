@@ -6,6 +6,7 @@ run's own networks, with its own adapter, go through a step on the meta device, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -208,14 +209,14 @@ class Planner:
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
 
         samples = settings.batch_size * (2 if self._priors else 1)
-        side = settings.resolution // prepared.vae_scale_factor
         with self._device:
             text = {
                 name: tensor.expand(samples, *tensor.shape[1:]).contiguous() for name, tensor in prepared.text.items()
             }
             text["size"] = torch.zeros(samples, 6)
-            noisy = torch.zeros((samples, model.unet.config.in_channels, side, side), dtype=self._dtype)
-            timesteps = torch.zeros(samples, dtype=torch.int64)
+            noisy = torch.zeros((samples, *prepared.latents_shape), dtype=self._dtype)
+            timestep = model.objective.timestep_at(0.5, settings, prepared.latents_shape)
+            timesteps = torch.full((samples,), timestep)
 
         weights = [tensor for network in networks(model).values() for tensor in _stored_tensors(network)]
         live = LiveBytes(
@@ -247,7 +248,7 @@ class _PreparedModel:
         model: Without autoencoder, and of the text encoders with those alone that run in every step.
         trainable: What is trained in it.
         text: The conditioning on the caption of one sample.
-        vae_scale_factor: Side of a picture / side of its latents.
+        latents_shape: Of one sample, (channels, height, width).
         encoding: See `MemoryNeed`.
         previews: See `MemoryNeed`.
     """
@@ -255,7 +256,7 @@ class _PreparedModel:
     model: DiffusionModel
     trainable: Trainable
     text: Conditioning
-    vae_scale_factor: int
+    latents_shape: tuple[int, int, int]
     encoding: int
     previews: int
 
@@ -285,19 +286,19 @@ def _prepare_model(
     vae: Any = to_device(model.vae, device, torch.float32)
     del model.vae
     vae_bytes = _weight_bytes([vae])
-    vae_scale_factor = 2 ** (len(vae.config.block_out_channels) - 1)
     side = settings.resolution
-    encoding = max(_weight_bytes(frozen_encoders), vae_bytes + _forward_peak(vae, vae.encode, (1, 3, side, side)))
+    latents_shape = base.family.latents.shape(vae, side, side)
+    encode = functools.partial(base.family.latents.encode, vae)
+    encoding = max(_weight_bytes(frozen_encoders), vae_bytes + _forward_peak(vae, encode, (1, 3, side, side)))
     previews = 0
     if settings.preview_every:
-        latent_side = side // vae_scale_factor
-        latents_shape = (1, vae.config.latent_channels, latent_side, latent_side)
-        previews = vae_bytes + _forward_peak(vae, vae.decode, latents_shape)
+        decode = functools.partial(base.family.latents.decode, vae)
+        previews = vae_bytes + _forward_peak(vae, decode, (1, *latents_shape))
     return _PreparedModel(
         model=model,
         trainable=make_trainable(model, settings, device, dtype, start, words),
         text=text,
-        vae_scale_factor=vae_scale_factor,
+        latents_shape=latents_shape,
         encoding=encoding,
         previews=previews,
     )

@@ -1,0 +1,87 @@
+"""What lies between an autoencoder's numbers and the latents that a denoiser reads: scaling, patches, statistics.
+
+`Family.latents` says which of these a family has.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class LatentFormat(Protocol):
+    """How a family's latents are made of an autoencoder's, and back.
+
+    The autoencoder is diffusers' network, on any device; pixels are in [-1, 1].
+    """
+
+    def shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
+        """Shape of the latents, (channels, height, width), of a picture of that many pixels."""
+
+    def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior of pictures (batch, 3, height, width), as latents."""
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """Pictures (batch, 3, height, width) of latents (batch, channels, height, width)."""
+
+
+def pixels_per_number(vae: Any) -> int:
+    """Side of the square of pixels that is one number of an autoencoder's output."""
+    return int(2 ** (len(vae.config.block_out_channels) - 1))
+
+
+class ScaledLatents:
+    """Latents of one scale for all: Stable Diffusion's."""
+
+    def shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
+        """See `LatentFormat.shape`."""
+        factor = pixels_per_number(vae)
+        return int(vae.config.latent_channels), height // factor, width // factor
+
+    def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LatentFormat.encode`."""
+        posterior = vae.encode(pixels).latent_dist
+        return posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """See `LatentFormat.decode`."""
+        pixels: Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        return pixels
+
+
+class PatchedLatents:
+    """FLUX.2's: squares of 2×2 numbers become channels, which are normalised by the autoencoder's batch statistics.
+
+    Source: black-forest-labs/flux2, autoencoder.py; diffusers' `AutoencoderKLFlux2` and Flux2Pipeline.
+    """
+
+    patch = 2
+
+    def shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
+        """See `LatentFormat.shape`."""
+        factor = pixels_per_number(vae) * self.patch
+        return int(vae.config.latent_channels) * self.patch**2, height // factor, width // factor
+
+    def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LatentFormat.encode`."""
+        posterior = vae.encode(pixels).latent_dist
+        mean, deviation = self._statistics(vae)
+        return (self._patched(posterior.mean) - mean) / deviation, self._patched(posterior.std) / deviation
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """See `LatentFormat.decode`."""
+        mean, deviation = self._statistics(vae)
+        numbers = torch.nn.functional.pixel_shuffle(latents * deviation + mean, self.patch)
+        pixels: Tensor = vae.decode(numbers, return_dict=False)[0]
+        return pixels
+
+    def _patched(self, numbers: Tensor) -> Tensor:
+        """(batch, channels, height, width) → (batch, 4·channels, height / 2, width / 2): by row, then by column."""
+        return torch.nn.functional.pixel_unshuffle(numbers, self.patch)
+
+    def _statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, (1, 4·channels, 1, 1)."""
+        mean = vae.bn.running_mean.view(1, -1, 1, 1)
+        return mean, torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
