@@ -301,7 +301,7 @@ def as_diffusers_folder(arguments: argparse.Namespace) -> Path:
         vae=model.vae,
         text_encoder=model.text_encoders["text_encoder"],
         tokenizer=base.tokenizers[0],
-        unet=model.unet,
+        unet=model.denoiser,
         scheduler=schedule,
         safety_checker=None,
         feature_extractor=None,

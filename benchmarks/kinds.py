@@ -176,7 +176,7 @@ class Bench:
     def model(self, base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> DiffusionModel:
         """A model in float32 with adapters merged into it."""
         built = base.family.build(base)
-        for network in (built.unet, built.vae, *built.text_encoders.values()):
+        for network in (built.denoiser, built.vae, *built.text_encoders.values()):
             torch.nn.Module.float(network)
         for adapter, strength in adapters:
             merge_into(built, adapter, strength)

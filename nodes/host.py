@@ -217,7 +217,7 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
     modules = vars(clip.cond_stage_model)["_modules"]
     encoders = {name: modules[name] for name in modules if name in known}
     tensors = HostTensors(
-        unet=_patched_tensors(model.model.diffusion_model, model.patches, "diffusion_model."),
+        denoiser=_patched_tensors(model.model.diffusion_model, model.patches, "diffusion_model."),
         vae=dict(vae.first_stage_model.state_dict()),
         text_encoders={
             name: _patched_tensors(encoder.transformer, clip.patcher.patches, f"{name}.transformer.")

@@ -454,9 +454,9 @@ for _label, _values, *_tries in (
 
 
 def with_other_heads(bench: Bench, values: Values) -> None:
-    unet = bench.world.base.unet
+    unet = bench.world.base.denoiser
     heads = {**unet.config, "attention_head_dim": 2 * unet.config["attention_head_dim"]}
-    trainable(bench, {**values, "base": replace(bench.world.base, unet=replace(unet, config=heads))})
+    trainable(bench, {**values, "base": replace(bench.world.base, denoiser=replace(unet, config=heads))})
 
 
 def with_large_weights(bench: Bench, values: Values) -> None:

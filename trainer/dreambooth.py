@@ -423,7 +423,7 @@ class DreamBooth:
         factor = learning_rate_factor(optimizer, settings)
         accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         # autocast, but no DistributedDataParallel: train_step averages the gradients itself
-        model.unet = accelerator.prepare_model(model.unet, evaluation_mode=True)
+        model.denoiser = accelerator.prepare_model(model.denoiser, evaluation_mode=True)
         text = TextConditioning(
             model,
             encoded=self.previews.joined(cache.text),
@@ -531,7 +531,7 @@ class DreamBooth:
         step_loss = torch.zeros((), device=self.device)
 
         for micro_step in range(settings.gradient_accumulation):
-            with accelerator.accumulate(session.model.unet):
+            with accelerator.accumulate(session.model.denoiser):
                 for loss in self.losses(micro_step):
                     accelerator.backward(loss)  # divides by gradient_accumulation
                     step_loss = step_loss + loss.detach() / settings.gradient_accumulation

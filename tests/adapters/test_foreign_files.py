@@ -180,7 +180,7 @@ def sdxl() -> tuple[BaseWeights, Tensors]:
 
 def named_weights(model: DiffusionModel) -> Tensors:
     """Every weight, by its network and the name that the network's library gives it."""
-    networks = {"unet": model.unet, **model.text_encoders}
+    networks = {"unet": model.denoiser, **model.text_encoders}
     return {f"{part}.{name}": weight for part, one in networks.items() for name, weight in one.named_parameters()}
 
 

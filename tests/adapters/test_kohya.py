@@ -379,7 +379,7 @@ def demo_base() -> BaseWeights:
 def built(base: BaseWeights) -> DiffusionModel:
     """A model in float32."""
     model = base.family.build(base)
-    for network in (model.unet, model.vae, *model.text_encoders.values()):
+    for network in (model.denoiser, model.vae, *model.text_encoders.values()):
         nn.Module.float(network)
     return model
 
@@ -583,7 +583,7 @@ def tiny_base(tiny_checkpoint: Path) -> BaseWeights:
 
 
 def weights_of(model: DiffusionModel) -> dict[str, Tensor]:
-    found = {name.removesuffix(".weight"): tensor for name, tensor in model.unet.state_dict().items()}
+    found = {name.removesuffix(".weight"): tensor for name, tensor in model.denoiser.state_dict().items()}
     for name, tensor in model.text_encoders["text_encoder"].state_dict().items():
         found[name.removeprefix("text_model.").removesuffix(".weight")] = tensor
     return found
@@ -639,7 +639,7 @@ def test_folders_of_peft_are_read_with_their_scale(
     """Written by PEFT, and compared with what PEFT adds to the weights."""
     model = tiny_base.family.build(tiny_base)
     network, targets = (
-        (model.unet, ["attn1.to_q", "to_out.0", "proj_in"])
+        (model.denoiser, ["attn1.to_q", "to_out.0", "proj_in"])
         if component == "unet"
         else (model.text_encoders["text_encoder"], ["q_proj", "fc1"])
     )

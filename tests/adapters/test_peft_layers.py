@@ -198,7 +198,7 @@ def test_a_bf16_step_trains_float32_parameters(kind: str, worlds: Worlds, tmp_pa
         assert {parameter.dtype for parameter in recipe.session.trainable.parameters()} == {torch.float32}
         unmoved = [torch.equal(*pair) for pair in zip(before, recipe.session.trainable.parameters(), strict=True)]
         assert not any(unmoved)
-        networks = (recipe.session.model.unet, *recipe.session.model.text_encoders.values())
+        networks = (recipe.session.model.denoiser, *recipe.session.model.text_encoders.values())
         frozen = {
             parameter.dtype
             for network in networks
@@ -235,7 +235,7 @@ def test_gradients_reach_all_that_is_read(kind: str, family: str, worlds: Worlds
                 assert parameter.grad.isfinite().all(), (name, part)
                 assert parameter.grad.any(), (name, part)
     trained = {id(parameter) for parameter in adapter.parameters()}
-    for network in (model.unet, *model.text_encoders.values()):
+    for network in (model.denoiser, *model.text_encoders.values()):
         assert all(id(p) in trained or (p.grad is None and not p.requires_grad) for p in network.parameters())
 
 

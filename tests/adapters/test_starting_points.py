@@ -38,7 +38,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> DiffusionModel:
 
 def width(model: DiffusionModel) -> int:
     """Inputs and outputs of the module `NAME`."""
-    weight = dict(model.unet.named_modules())["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].weight
+    weight = dict(model.denoiser.named_modules())["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"].weight
     return int(weight.shape[0])
 
 

@@ -409,10 +409,10 @@ def test_the_base_is_borrowed_with_its_patches(
     sampling = type("Sampling", (samplings.ModelSamplingDiscrete, samplings.EPS), {})()
     model, clip, vae = parts_of(sampling, name)
     lent = bridge.borrow_base(model, clip, vae)
-    assert {key: float(tensor[0]) for key, tensor in lent.unet.items()} == {"weight": 11.0, "other": 1.0}
-    assert lent.unet["weight"].dtype == torch.float16
+    assert {key: float(tensor[0]) for key, tensor in lent.denoiser.items()} == {"weight": 11.0, "other": 1.0}
+    assert lent.denoiser["weight"].dtype == torch.float16
     assert model.model.diffusion_model.weight[0].item() == 1.0, "the model's own stays"
-    assert lent.unet["other"].data_ptr() == model.model.diffusion_model.other.data_ptr(), "no copy"
+    assert lent.denoiser["other"].data_ptr() == model.model.diffusion_model.other.data_ptr(), "no copy"
     assert {key: float(tensor[0]) for key, tensor in lent.vae.items()} == {"weight": 3.0, "other": 3.0}
     assert list(lent.text_encoders) == [name]
     encoder = {key: float(tensor[0]) for key, tensor in lent.text_encoders[name].items()}

@@ -261,9 +261,9 @@ def test_out_of_memory_says_what_to_lower(base: BaseWeights, tmp_path: Path, mon
 
 def test_the_base_is_untouched(tiny_checkpoint: Path, tmp_path: Path) -> None:
     base = open_base(tiny_checkpoint)
-    before = {name: tensor.clone() for name, tensor in base.unet.tensors.items()}
+    before = {name: tensor.clone() for name, tensor in base.denoiser.tensors.items()}
     make(base, tmp_path)
-    assert all(torch.equal(base.unet.tensors[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(base.denoiser.tensors[name], tensor) for name, tensor in before.items())
 
 
 def test_pictures_open_from_disk(base: BaseWeights, tmp_path: Path) -> None:

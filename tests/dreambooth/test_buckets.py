@@ -265,7 +265,7 @@ def test_sdxl_is_told_the_size_of_the_bucket(world: World, xl: World, tmp_path: 
         sample = inputs[0] if inputs else named["sample"]
         told.append((tuple(sample.shape), named["added_cond_kwargs"]["time_ids"]))
 
-    handle = recipe.session.model.unet.register_forward_pre_hook(watch, with_kwargs=True)
+    handle = recipe.session.model.denoiser.register_forward_pre_hook(watch, with_kwargs=True)
     expected = {size: size_conditioning(size, *nearest_shape(size, bucket_shapes(64, 16))) for size in SHAPES}
     seen = set()
     with torch.no_grad():

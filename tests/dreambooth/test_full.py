@@ -87,9 +87,9 @@ def test_all_weights_that_are_asked_for_are_trained(trained: Trained, world: Wor
     recipe, result, _ = trained
     weights = load_file(result.run / "step-00000002" / "weights.safetensors")
     texts = dict(world.base.text_encoders[0].tensors) if trains_text(recipe) else {}
-    assert len(weights) == len(world.base.unet.tensors) + len(texts)
+    assert len(weights) == len(world.base.denoiser.tensors) + len(texts)
     base = world.base.family.build(world.base)
-    networks = {UNET: base.unet, **base.text_encoders}
+    networks = {UNET: base.denoiser, **base.text_encoders}
     for name, tensor in weights.items():
         component, _, inner = name.partition(".")
         moved = not torch.equal(tensor, networks[component].get_parameter(inner))
@@ -171,7 +171,7 @@ def test_the_demos_base_model_has_the_layout_of_a_single_file(tmp_path: Path) ->
     assert {f"{UNET_PREFIX}input_blocks.0.0.weight", f"{VAE_PREFIX}decoder.up.0.block.0.conv1.weight"} < names
     assert all(name.startswith((UNET_PREFIX, VAE_PREFIX, f"{TEXT_PREFIX}transformer.text_model.")) for name in names)
     again = open_base(tmp_path / "demo.safetensors", TOKENIZER)
-    pairs = [(again.unet, base.unet), (again.vae, base.vae), (again.text_encoders[0], base.text_encoders[0])]
+    pairs = [(again.denoiser, base.denoiser), (again.vae, base.vae), (again.text_encoders[0], base.text_encoders[0])]
     for ours, theirs in pairs:
         assert set(ours.tensors) == set(theirs.tensors)
         assert all(torch.equal(ours.tensors[name], tensor.float()) for name, tensor in theirs.tensors.items())

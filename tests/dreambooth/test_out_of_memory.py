@@ -37,7 +37,7 @@ class Hungry:
         real = StableDiffusionModel.predict
 
         def predict(model: StableDiffusionModel, *arguments: Any) -> Tensor:
-            self.networks.append(weakref.ref(model.unet))
+            self.networks.append(weakref.ref(model.denoiser))
             if calls(len(self.networks)):
                 torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
             return real(model, *arguments)

@@ -60,7 +60,7 @@ def test_class_captions(captions: list[str], options: dict[str, Any], shown: tup
 def test_without_what_is_trained_the_base_predicts(kind: str, world: World, tmp_path: Path) -> None:
     settings = {**KINDS[kind], "text_encoder_lr": 1e-2}
     session = world.prepared(tmp_path, **settings).session
-    conditioning = {"text": torch.randn((1, 32, session.model.unet.config.cross_attention_dim))}
+    conditioning = {"text": torch.randn((1, 32, session.model.denoiser.config.cross_attention_dim))}
     base = predicted(world.base.family.build(world.base), conditioning)["prediction"]
     assert isinstance(session.trainable, TrainableAdapter)
     perturb(session.trainable)
@@ -74,7 +74,7 @@ def test_without_what_is_trained_the_base_predicts(kind: str, world: World, tmp_
 
 def test_without_what_is_trained_a_tuned_model_is_the_base(known: World, tmp_path: Path) -> None:
     session = known.prepared(tmp_path, **TEACHER, adapter="full", targets="all").session
-    conditioning = {"text": torch.randn((1, 32, session.model.unet.config.cross_attention_dim))}
+    conditioning = {"text": torch.randn((1, 32, session.model.denoiser.config.cross_attention_dim))}
     base = predicted(known.base.family.build(known.base), conditioning)["prediction"]
     with torch.no_grad():
         for parameter in session.trainable.parameters():

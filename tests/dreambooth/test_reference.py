@@ -40,7 +40,7 @@ def test_training_learns_the_subject(world: World, tmp_path: Path) -> None:
     changes = {"steps": 60, "learning_rate": 1e-3, "rank": 8, "precision": "fp32"}
     result = replace(world, base=base, subject=pictures).train(tmp_path, **changes)
     model = base.family.build(base)
-    for network in (model.unet, model.vae, *model.text_encoders.values()):
+    for network in (model.denoiser, model.vae, *model.text_encoders.values()):
         torch.nn.Module.float(network)
     generator = torch.Generator().manual_seed(123)
     with torch.no_grad():

@@ -214,7 +214,7 @@ def test_diffusers_reads_the_file(name: str, folders: dict[str, Path], tiny_worl
     changes = {**SETTINGS, **rates, "learning_rate": 0.03, "targets": "attention-mlp"}
     result = replace(tiny_world, base=base).train(tmp_path, **changes)
     model = base.family.build(base)
-    for network in (model.unet, model.vae, *model.text_encoders.values()):
+    for network in (model.denoiser, model.vae, *model.text_encoders.values()):
         nn.Module.float(network)
     before = computed(model)
     merge_into(model, read_adapter(result.path), 1.0)

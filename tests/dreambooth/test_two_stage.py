@@ -103,7 +103,7 @@ def test_going_on_takes_over_all_that_the_file_is(kind: str, world: World, made:
     stage, texts = StartingPoint(first), texts_of(first)
     changes = {**OTHERWISE, **texts, "steps": 1, **({"adapter": "lokr", "alpha": None} if kind == "LoKr" else {})}
     recipe = world.prepared(tmp_path / "prepared", starting_point=stage, **changes)
-    for network in (recipe.session.model.unet, *recipe.session.model.text_encoders.values()):
+    for network in (recipe.session.model.denoiser, *recipe.session.model.text_encoders.values()):
         network.eval()
     expected = merged(world.base, (first, 1.0))
     said = None if texts else conditioned(world.base.family.build(world.base))
@@ -131,7 +131,7 @@ def test_going_on_from_a_scaled_lokr(factor: dict[str, Any], world: World, made:
     first = made(**KINDS["LoKr"], **factor)
     first = Adapter({name: replace(layer, alpha=0.7) for name, layer in first.layers.items()})  # type: ignore[type-var]
     recipe = world.prepared(tmp_path, starting_point=StartingPoint(first), adapter="lokr", **factor)
-    recipe.session.model.unet.eval()
+    recipe.session.model.denoiser.eval()
     expected = merged(world.base, (first, 1.0))
     said = {name: value for name, value in expected.items() if name != "prediction"}
     assert max(distances(predicted(recipe.session.model, said), expected).values()) < 1e-4
@@ -357,7 +357,7 @@ def test_a_base_of_half_precision_holds_the_rounded_sum(made: Made, tmp_path: Pa
         sd15_checkpoint(tmp_path / "half.safetensors", size=TINY, dtype=torch.float16), tmp_path / "subject"
     )
     upper = stacked_world(half, (made(), 1.0))
-    assert {tensor.dtype for tensor in upper.base.unet.tensors.values()} == {torch.float16}
+    assert {tensor.dtype for tensor in upper.base.denoiser.tensors.values()} == {torch.float16}
     assert upper.base.fingerprint != half.base.fingerprint
     listener = Recorder()
     upper.train(tmp_path, listener, steps=1)

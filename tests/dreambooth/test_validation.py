@@ -102,7 +102,7 @@ def plain_loss(recipe: DreamBooth) -> float:
     assert latents is not None
     schedule = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     losses = []
-    recipe.session.model.unet.eval()
+    recipe.session.model.denoiser.eval()
     for picture in range(2):
         clean = latents.mean[picture][:1]
         for number, timestep in enumerate((100, 300, 500, 700, 900)):
@@ -132,7 +132,7 @@ def test_the_same_weights_have_the_same_loss_whenever_it_is_asked(world: World, 
     state = torch.random.get_rng_state()
     assert [held_out_loss(recipe) for _ in range(3)] == [before] * 3
     assert torch.equal(torch.random.get_rng_state(), state)
-    for network in (recipe.session.model.unet, *recipe.session.model.text_encoders.values()):
+    for network in (recipe.session.model.denoiser, *recipe.session.model.text_encoders.values()):
         network.train()
     torch.manual_seed(1)
     assert held_out_loss(recipe) == before
@@ -149,7 +149,10 @@ def test_training_goes_on_in_training_mode(world: World, tmp_path: Path) -> None
             super().report(event)
             if isinstance(event, Step):
                 modes.append(
-                    [one.training for one in (recipe.session.model.unet, *recipe.session.model.text_encoders.values())]
+                    [
+                        one.training
+                        for one in (recipe.session.model.denoiser, *recipe.session.model.text_encoders.values())
+                    ]
                 )
 
     modes: list[list[bool]] = []

@@ -288,7 +288,7 @@ def test_a_stop_keeps_what_is_drawn(base: BaseWeights, passes: list[int], tmp_pa
 
 
 def test_the_base_is_untouched(base: BaseWeights, style: Adapter, tmp_path: Path) -> None:
-    parts = (base.unet, *base.text_encoders)
+    parts = (base.denoiser, *base.text_encoders)
     before = [{name: tensor.clone() for name, tensor in part.tensors.items()} for part in parts]
     studio(base, tmp_path).generate([(style, 1.0)], [DOG], replace(SMALL, count=1), "pictures")
     for part, tensors in zip(parts, before, strict=True):

@@ -147,7 +147,7 @@ def replace_dtype(base: BaseWeights) -> BaseWeights:
     def single(part: Any) -> Any:
         return replace(part, tensors={name: tensor.float() for name, tensor in part.tensors.items()})
 
-    return replace(base, unet=single(base.unet), text_encoders=[single(one) for one in base.text_encoders])
+    return replace(base, denoiser=single(base.denoiser), text_encoders=[single(one) for one in base.text_encoders])
 
 
 @pytest.mark.parametrize("family", mostly_slow(FAMILIES, "sd2"))
@@ -214,7 +214,7 @@ def test_names_of_diffusers_are_those_of_the_modules(family: str, bases: Mapping
     base = bases[family]
     found = diffusers_state_dict(sample(base, "LoRA of all"), torch.float32)
     model = base.family.build(base)
-    networks = {"unet": model.unet, **model.text_encoders}
+    networks = {"unet": model.denoiser, **model.text_encoders}
     for name, tensor in found.items():
         component, _, path = name.rpartition(".lora_")[0].partition(".")
         network = networks[component]
@@ -480,7 +480,7 @@ def test_a_fused_folder_is_the_base_with_the_adapter(family: str, folders: Mappi
     }
     pipeline = DiffusionPipeline.from_pretrained(output)
     fresh = merged_model(base, (adapter, 0.8))
-    for component, network in {"unet": fresh.unet, **fresh.text_encoders}.items():
+    for component, network in {"unet": fresh.denoiser, **fresh.text_encoders}.items():
         theirs = dict(getattr(pipeline, component).named_parameters())
         assert same(theirs, dict(network.named_parameters())) == 0
     for component in ("unet", "text_encoder", "text_encoder_2"):
@@ -866,7 +866,7 @@ def test_names_of_diffusers_of_smaller_sdxls(size: str, pattern: str, tmp_path: 
     path = tmp_path / "base.safetensors"
     save_file(sdxl_state_dict(SDXL_SHAPES[size]), path)
     base = open_base(path, TOKENIZER)
-    unet = base.family.build(base).unet
+    unet = base.family.build(base).denoiser
     for name, tensor in diffusers_state_dict(random_adapter(base, pattern=pattern), torch.float32).items():
         weight = unet.get_submodule(name.removeprefix("unet.").partition(".lora_")[0]).weight
         side = 1 if ".lora_A." in name else 0

@@ -243,7 +243,7 @@ class Reference:
             for one in self.deltas
         ]
         self.model = base.family.build(base)
-        places = {id(module): path for path, module in self.model.unet.named_modules()}
+        places = {id(module): path for path, module in self.model.denoiser.named_modules()}
         by_name = modules_by_name(self.model)
         self.paths = {name: f"{places[id(by_name[name])]}.weight" for name in self.weights}
         self.prompts = [["a photo of sks dog", "sks dog"], ["pixel art, a house"]]
@@ -295,7 +295,7 @@ class Reference:
         added = self.model.family.added_conditions(said)
         hidden = [said[f"text{kind.number}"] for kind in self.model.family.text_encoders]
         arguments = (noisy, t, torch.cat(hidden, dim=-1))
-        return functional_call(self.model.unet, tensors, arguments, {"added_cond_kwargs": added}).sample
+        return functional_call(self.model.denoiser, tensors, arguments, {"added_cond_kwargs": added}).sample
 
     def loss(self, step: int) -> Tensor:
         settings, total = self.settings, torch.zeros(())

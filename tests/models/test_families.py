@@ -134,7 +134,7 @@ def test_the_attention_preset_is_diffusers(
     model = models[family]
     chosen = choose_targets(model, everything_trained(model, targets="attention"))
     ending = ("to_q", "to_k", "to_v", "to_out.0", "q_proj", "k_proj", "v_proj", "out_proj")
-    paths = [path for network in (model.unet, *model.text_encoders.values()) for path, _ in network.named_modules()]
+    paths = [path for network in (model.denoiser, *model.text_encoders.values()) for path, _ in network.named_modules()]
     assert len({(target.component, target.path) for target in chosen}) == unet + text
     assert sum(target.component == "unet" for target in chosen) == unet
     assert sum(path.endswith(ending) for path in paths) == len(chosen)

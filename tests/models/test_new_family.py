@@ -112,9 +112,9 @@ def test_an_adapter_is_named_stated_and_recognized_as_the_familys(
     assert inspect(checkpoint)["family"] == "Made-Up Diffusion"
     assert set(inspect(trained)["modules"]) == {"unet", "text_encoder"}
 
-    weight = model.unet.mid_block.resnets[0].conv1.weight
+    weight = model.denoiser.mid_block.resnets[0].conv1.weight
     merge_into(model, adapter, 1.0)
-    assert not torch.equal(model.unet.mid_block.resnets[0].conv1.weight, weight)
+    assert not torch.equal(model.denoiser.mid_block.resnets[0].conv1.weight, weight)
     other = open_base(tiny_checkpoint)
     with pytest.raises(AdapterError, match=r"made-up-diffusion-v3, but the base model is Stable Diffusion 1\.x"):
         merge_into(other.family.build(other), adapter, 1.0)

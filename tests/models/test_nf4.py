@@ -97,12 +97,12 @@ def test_a_move_to_another_type_keeps_the_four_bits() -> None:
 
 def test_all_linear_layers_and_nothing_else(world: World) -> None:
     model = world.base.family.build(world.base)
-    plain = [path for path, module in model.unet.named_modules() if type(module) is nn.Linear]
-    convolutions = {path: module for path, module in model.unet.named_modules() if isinstance(module, nn.Conv2d)}
-    quantize(model.unet, CPU, torch.float32)
-    assert [path for path, module in model.unet.named_modules() if isinstance(module, Nf4Linear)] == plain
-    assert not any(type(module) is nn.Linear for module in model.unet.modules())
-    now = dict(model.unet.named_modules())
+    plain = [path for path, module in model.denoiser.named_modules() if type(module) is nn.Linear]
+    convolutions = {path: module for path, module in model.denoiser.named_modules() if isinstance(module, nn.Conv2d)}
+    quantize(model.denoiser, CPU, torch.float32)
+    assert [path for path, module in model.denoiser.named_modules() if isinstance(module, Nf4Linear)] == plain
+    assert not any(type(module) is nn.Linear for module in model.denoiser.modules())
+    now = dict(model.denoiser.named_modules())
     assert all(now[path] is module for path, module in convolutions.items())
 
 
@@ -173,7 +173,7 @@ def test_doras_magnitudes_are_those_of_the_four_bits(world: World) -> None:
     model = world.base.family.build(world.base)
     trainee: Any = make_trainable(model, settings, CPU, torch.float32, None)
     layer = next(iter(trainee.layers.values()))
-    modules = dict(model.unet.named_modules())
+    modules = dict(model.denoiser.named_modules())
     base = modules[layer.target.path].base_layer
     assert isinstance(base, Nf4Linear)
     lengths = torch.linalg.vector_norm(base.weight, dim=1)

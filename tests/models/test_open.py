@@ -95,7 +95,7 @@ def on_meta(entries: Any) -> dict[str, Tensor]:
 def host_tensors(weights: Mapping[str, Tensor]) -> HostTensors:
     """A checkpoint's tensors as a host lends them."""
     return HostTensors(
-        unet=with_prefix(weights, UNET_PREFIX),
+        denoiser=with_prefix(weights, UNET_PREFIX),
         vae=with_prefix(weights, VAE_PREFIX),
         text_encoders={"clip_l": with_prefix(weights, CLIP_PREFIX)},
         tokenizers={"clip_l": load_tokenizer(DEMO / "base" / "tokenizer")},
@@ -108,7 +108,7 @@ def digest(weights: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def networks(model: DiffusionModel) -> dict[str, nn.Module]:
-    return {"unet": model.unet, "vae": model.vae, **model.text_encoders}
+    return {"unet": model.denoiser, "vae": model.vae, **model.text_encoders}
 
 
 def built(source: Path | HostTensors) -> DiffusionModel:
@@ -190,7 +190,7 @@ def diffusers_folder(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPa
         vae=vae,
         text_encoder=text,
         tokenizer=CLIPTokenizer.from_pretrained(DEMO / "base" / "tokenizer", local_files_only=True),
-        unet=unet,
+        denoiser=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -316,8 +316,8 @@ def test_built_networks_share_the_lent_storage(weights: dict[str, Tensor]) -> No
 def test_a_second_model_of_the_same_base_is_independent(weights: dict[str, Tensor]) -> None:
     base = open_base(host_tensors(weights))
     first, second = base.family.build(base), base.family.build(base)
-    nn.Module.half(first.unet)
-    assert {p.dtype for p in second.unet.parameters()} == {torch.float32}
+    nn.Module.half(first.denoiser)
+    assert {p.dtype for p in second.denoiser.parameters()} == {torch.float32}
     assert {t.dtype for n, t in weights.items() if not n.endswith("position_ids")} == {torch.float32}
 
 
@@ -648,15 +648,15 @@ def test_networks_of_the_inferred_configuration_are_filled(size: str) -> None:
     model = family.build(base)
     for part, network in zip(parts, networks(model).values(), strict=True):
         assert len(part.tensors) == len(list(network.parameters()))
-    count = sum(parameter.numel() for parameter in model.unet.parameters())
+    count = sum(parameter.numel() for parameter in model.denoiser.parameters())
     assert count == sum(math.prod(dims) for _, dims in unet_shapes(shape))
     assert count == 859_520_964 or size != "full"
-    assert model.unet.down_blocks[0].attentions[0].transformer_blocks[0].attn1.heads == 8
-    assert model.unet.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 8
+    assert model.denoiser.down_blocks[0].attentions[0].transformer_blocks[0].attn1.heads == 8
+    assert model.denoiser.mid_block.attentions[0].transformer_blocks[0].attn1.heads == 8
 
 
 def test_opened_single_file_has_eight_heads(weights: dict[str, Tensor]) -> None:
-    assert open_base(host_tensors(weights)).unet.config["attention_head_dim"] == 8
+    assert open_base(host_tensors(weights)).denoiser.config["attention_head_dim"] == 8
 
 
 # Tokenizers
@@ -725,6 +725,6 @@ def test_an_adapter_is_no_base_model(tmp_path: Path) -> None:
 def test_quantised_weights_are_refused(weights: dict[str, Tensor]) -> None:
     name = "middle_block.1.transformer_blocks.0.attn1.to_q.weight"
     lent = host_tensors(weights)
-    coarse = {**lent.unet, name: lent.unet[name].to(torch.int8)}
+    coarse = {**lent.denoiser, name: lent.denoiser[name].to(torch.int8)}
     with pytest.raises(WeightsError, match="quantised"):
-        open_base(replace(lent, unet=coarse))
+        open_base(replace(lent, denoiser=coarse))

@@ -43,7 +43,7 @@ SCHEDULERS: dict[SchedulerName, Any] = {
 def model() -> DiffusionModel:
     base = open_base(DEMO / "base")
     built = base.family.build(base)
-    for network in (built.unet, built.vae, *built.text_encoders.values()):
+    for network in (built.denoiser, built.vae, *built.text_encoders.values()):
         nn.Module.float(network)
     return built
 
@@ -157,7 +157,7 @@ def test_generate_gives_one_picture_a_seed(model: DiffusionModel) -> None:
 def batches(model: DiffusionModel) -> Iterator[list[int]]:
     """Sizes of the batches that run through the UNet."""
     seen: list[int] = []
-    handle = model.unet.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    handle = model.denoiser.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
     yield seen
     handle.remove()
 

@@ -173,7 +173,7 @@ def same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> float:
 
 def predicts(model: DiffusionModel) -> Tensor:
     """What a model predicts from some noise with the embeddings of its own text encoders."""
-    for network in (model.unet, *model.text_encoders.values()):
+    for network in (model.denoiser, *model.text_encoders.values()):
         network.float().eval()
     noise = torch.randn((1, 4, 8, 8), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -182,7 +182,7 @@ def predicts(model: DiffusionModel) -> Tensor:
 
 def parameters(model: DiffusionModel) -> dict[str, Tensor]:
     """All tensors of the UNet and the text encoders."""
-    networks = {"unet": model.unet, **model.text_encoders}
+    networks = {"unet": model.denoiser, **model.text_encoders}
     return {
         f"{title}.{name}": tensor.detach()
         for title, network in networks.items()

@@ -92,7 +92,7 @@ class SmallRecipe(DreamBooth):
         optimizer = make_optimizer(trainable.groups(), self.settings, trainable.starting_at_zero())
         accelerator = make_accelerator(self.device, self.precision, self.settings.gradient_accumulation)
         parts: dict[str, Any] = {
-            "model": SimpleNamespace(unet=nn.Identity(), text_encoders={}),
+            "model": SimpleNamespace(denoiser=nn.Identity(), text_encoders={}),
             "objective": None,
             "cache": SimpleNamespace(validation=self.held_out),
             "text": SimpleNamespace(trained=[]),
@@ -140,7 +140,7 @@ class BuiltOnce:
         return self._base.family.build(self._base)
 
     def build(self, base: BaseWeights) -> DiffusionModel:
-        assert base.unet is self._base.unet
+        assert base.denoiser is self._base.denoiser
         return self._model
 
     def __getattr__(self, name: str) -> Any:

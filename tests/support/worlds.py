@@ -268,7 +268,7 @@ def perturb(adapter: TrainableAdapter, by: float = 0.05) -> None:
 
 def lent_tensors(base: BaseWeights) -> dict[str, Tensor]:
     """Every tensor of a base model."""
-    parts = {"unet": base.unet, "vae": base.vae, "text": base.text_encoders[0], "text_2": base.text_encoders[-1]}
+    parts = {"unet": base.denoiser, "vae": base.vae, "text": base.text_encoders[0], "text_2": base.text_encoders[-1]}
     return {f"{part}.{name}": tensor for part, one in parts.items() for name, tensor in one.tensors.items()}
 
 

@@ -41,7 +41,7 @@ def layer(in_features: int, out_features: int, *, rank: int = 3, alpha: float = 
 
 
 def weights_of(model: DiffusionModel) -> dict[str, Tensor]:
-    networks = {"unet": model.unet, "vae": model.vae, **model.text_encoders}
+    networks = {"unet": model.denoiser, "vae": model.vae, **model.text_encoders}
     return {f"{part}.{name}": p for part, network in networks.items() for name, p in network.named_parameters()}
 
 
@@ -90,7 +90,7 @@ def test_only_the_adapter_is_trained(base: BaseWeights) -> None:
     model = base.family.build(base)
     lora = TrainableAdapter(model, TrainSettings(rank=4))
     trained = {id(p) for p in lora.parameters()}
-    assert {id(p) for p in model.unet.parameters() if p.requires_grad} == trained
+    assert {id(p) for p in model.denoiser.parameters() if p.requires_grad} == trained
     assert len(trained) == 2 * len(lora.layers)
     assert list(lora.layers) == sorted(lora.layers)
     first = next(iter(lora.layers.values()))
@@ -144,7 +144,7 @@ def test_lokr_takes_any_rank(base: BaseWeights) -> None:
 def test_dropout_is_in_every_layer(share: float, base: BaseWeights) -> None:
     model = base.family.build(base)
     lora = TrainableAdapter(model, TrainSettings(rank=4, dropout=share, text_encoder_lr=1e-4))
-    networks = (model.unet, *model.text_encoders.values())
+    networks = (model.denoiser, *model.text_encoders.values())
     shares = [
         module.p
         for network in networks
@@ -247,10 +247,10 @@ def test_text_encoders_follow_the_preset(base: BaseWeights) -> None:
 @pytest.mark.parametrize("targets", ["attention", "attention-mlp"])
 def test_bf16_keeps_the_adapter_in_float32(targets: Any, base: BaseWeights) -> None:
     model = base.family.build(base)
-    nn.Module.to(model.unet, torch.bfloat16)
+    nn.Module.to(model.denoiser, torch.bfloat16)
     lora = TrainableAdapter(model, TrainSettings(rank=4, targets=targets))
     assert {p.dtype for p in lora.parameters()} == {torch.float32}
-    assert {p.dtype for p in model.unet.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in model.denoiser.parameters() if not p.requires_grad} == {torch.bfloat16}
     exact = TrainableAdapter(base.family.build(base), TrainSettings(rank=4, targets=targets))
     assert all(
         torch.equal(exact.layers[name].parameters[DOWN], part.parameters[DOWN]) for name, part in lora.layers.items()
@@ -259,7 +259,7 @@ def test_bf16_keeps_the_adapter_in_float32(targets: Any, base: BaseWeights) -> N
 
 @pytest.mark.slow
 def test_a_bf16_run_trains_on_a_private_copy(world: World, tmp_path: Path) -> None:
-    before = {name: (p.data_ptr(), p.clone()) for name, p in world.base.unet.tensors.items()}
+    before = {name: (p.data_ptr(), p.clone()) for name, p in world.base.denoiser.tensors.items()}
     results, losses = {}, {}
     for precision in ("fp32", "bf16"):
         listener = Recorder()
@@ -273,9 +273,9 @@ def test_a_bf16_run_trains_on_a_private_copy(world: World, tmp_path: Path) -> No
     assert losses["bf16"] != losses["fp32"]
     assert results["bf16"].run != results["fp32"].run
     for name, (place, value) in before.items():
-        assert world.base.unet.tensors[name].data_ptr() == place
-        assert world.base.unet.tensors[name].dtype == torch.float32
-        assert torch.equal(world.base.unet.tensors[name], value)
+        assert world.base.denoiser.tensors[name].data_ptr() == place
+        assert world.base.denoiser.tensors[name].dtype == torch.float32
+        assert torch.equal(world.base.denoiser.tensors[name], value)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
@@ -283,8 +283,8 @@ def test_what_is_private_and_what_is_borrowed_in_training(
     precision: Any, dtype: torch.dtype, world: World, tmp_path: Path
 ) -> None:
     recipe = world.prepared(tmp_path, precision=precision)
-    frozen = [p for p in recipe.session.model.unet.parameters() if not p.requires_grad]
-    lent = {p.untyped_storage().data_ptr() for p in world.base.unet.tensors.values()}
+    frozen = [p for p in recipe.session.model.denoiser.parameters() if not p.requires_grad]
+    lent = {p.untyped_storage().data_ptr() for p in world.base.denoiser.tensors.values()}
     borrowed = [p.untyped_storage().data_ptr() in lent for p in frozen]
     assert {p.dtype for p in frozen} == {dtype}
     assert all(borrowed) if precision == "fp32" else not any(borrowed)
@@ -354,22 +354,22 @@ def test_only_touched_weights_are_copied(base: BaseWeights) -> None:
     model = base.family.build(base)
     places = {name: weight.data_ptr() for name, weight in weights_of(model).items()}
     lent = {
-        name: tensor.clone() for part in (base.unet, base.text_encoders[0]) for name, tensor in part.tensors.items()
+        name: tensor.clone() for part in (base.denoiser, base.text_encoders[0]) for name, tensor in part.tensors.items()
     }
     merge_into(model, Adapter({UNET_MODULE: layer(64, 32), TEXT_MODULE: layer(64, 128)}), 1.0)
     moved = {name for name, weight in weights_of(model).items() if weight.data_ptr() != places[name]}
     assert len(moved) == 2
     assert "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight" in moved
-    for part in (base.unet, base.text_encoders[0]):
+    for part in (base.denoiser, base.text_encoders[0]):
         assert all(torch.equal(tensor, lent[name]) for name, tensor in part.tensors.items())
 
 
 def test_merged_weights_keep_their_dtype(base: BaseWeights) -> None:
     model = base.family.build(base)
-    nn.Module.to(model.unet, torch.bfloat16)
+    nn.Module.to(model.denoiser, torch.bfloat16)
     merge_into(model, Adapter({UNET_MODULE: layer(64, 32)}), 1.0)
-    assert {p.dtype for p in model.unet.parameters()} == {torch.bfloat16}
-    assert not any(p.requires_grad for p in model.unet.parameters())
+    assert {p.dtype for p in model.denoiser.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in model.denoiser.parameters())
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_changes_of_norms_and_biases_are_read_and_applied(base: BaseWeights) -> 
     }
     plain, changed = base.family.build(base), base.family.build(base)
     merge_into(changed, parse_adapter(tensors), 2.0)
-    before, after = dict(plain.unet.named_parameters()), dict(changed.unet.named_parameters())
+    before, after = dict(plain.denoiser.named_parameters()), dict(changed.denoiser.named_parameters())
     expected = {
         "conv_norm_out.weight": 0.5,
         "conv_norm_out.bias": 4.0,

@@ -163,7 +163,7 @@ def test_every_part_is_what_it_says(world: World) -> None:
     plain, lean, parts = (
         planner.need(lean) for lean in (MemorySaving(False), MemorySaving(True), MemorySaving(True, 4))
     )
-    assert plain.base == sum(2 * tensor.numel() for tensor in world.base.unet.tensors.values())
+    assert plain.base == sum(2 * tensor.numel() for tensor in world.base.denoiser.tensors.values())
     recipe = world.recipe(Path("unused"), targets="all")
     model = recipe.base.family.build(recipe.base)
     from pack.trainer.training.adapter import TrainableAdapter
@@ -205,7 +205,7 @@ def test_quantised_weights_take_a_quarter(world: World) -> None:
     planner = Planner(world.base, settings_of(), "bf16", None, False)
     plain, packed = planner.need(MemorySaving(False)), planner.need(MemorySaving(False), quantization="nf4")
     model = world.base.family.build(world.base)
-    linear = [module.weight.numel() for module in model.unet.modules() if isinstance(module, nn.Linear)]
+    linear = [module.weight.numel() for module in model.denoiser.modules() if isinstance(module, nn.Linear)]
     saved = plain.base - packed.base
     codes = 1100 * len(linear)  # the tables of the codes, for each layer
     assert 2 * sum(linear) - saved == pytest.approx(sum(linear) * 4.127 / 8 + codes, rel=0.02)
@@ -440,7 +440,7 @@ def test_a_mistake_in_the_planner_is_not_hidden(
 
 
 def test_weights_that_lie_there_need_no_more_room(world: World) -> None:
-    size = sum(tensor.nbytes for tensor in world.base.unet.tensors.values())
+    size = sum(tensor.nbytes for tensor in world.base.denoiser.tensors.values())
     cpu = torch.device("cpu")
     assert resident_bytes(world.base, settings_of(), "fp32", cpu) == size
     assert resident_bytes(world.base, settings_of(), "bf16", cpu) == 0
@@ -484,8 +484,8 @@ def test_a_mistake_in_the_settings_is_told(tiny_checkpoint: Path, capsys: pytest
 
 
 def test_planning_writes_nothing_to_the_base(world: World) -> None:
-    before = {name: tensor.clone() for name, tensor in world.base.unet.tensors.items()}
+    before = {name: tensor.clone() for name, tensor in world.base.denoiser.tensors.items()}
     Planner(replace(world.base), settings_of(targets="all"), "bf16", None, True).need(
         MemorySaving(True), quantization="nf4"
     )
-    assert all(torch.equal(before[name], tensor) for name, tensor in world.base.unet.tensors.items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in world.base.denoiser.tensors.items())

@@ -56,10 +56,12 @@ def test_weights_that_are_not_finite_are_named(base: BaseWeights, tmp_path: Path
 
 def test_heads_may_be_listed_by_level(base: BaseWeights, tmp_path: Path) -> None:
     """As a folder's configuration may have them."""
-    heads = base.unet.config["attention_head_dim"]
+    heads = base.denoiser.config["attention_head_dim"]
 
     def with_heads(value: Any) -> BaseWeights:
-        return replace(base, unet=replace(base.unet, config={**base.unet.config, "attention_head_dim": value}))
+        return replace(
+            base, denoiser=replace(base.denoiser, config={**base.denoiser.config, "attention_head_dim": value})
+        )
 
     check(with_heads([heads, heads]), tmp_path)
     for other in ([heads, 2 * heads], 2 * heads):

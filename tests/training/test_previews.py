@@ -416,7 +416,7 @@ def test_class_pictures_of_the_base_are_drawn_by_the_base_and_the_runs_schedule(
         previews.encode(model, (), Recorder())
         text = previews.joined(encode_captions(model, ["first"], cpu, ()))
         with torch.no_grad():
-            for parameter in model.unet.conv_out.parameters():
+            for parameter in model.denoiser.conv_out.parameters():
                 parameter.data = parameter * (1 - change)
         scores = previews.generate(
             step, model, lambda rows: {name: encoded[rows] for name, encoded in text.items()}, Recorder()
@@ -559,7 +559,7 @@ def test_all_weights_stop_early_too(world: World, tmp_path: Path) -> None:
     assert result.checkpoint is not None
     weights = load_file(result.run / "step-00000001" / "weights.safetensors")
     base = open_base(result.checkpoint, TOKENIZER)
-    for name, parameter in base.family.build(base).unet.named_parameters():
+    for name, parameter in base.family.build(base).denoiser.named_parameters():
         assert torch.equal(parameter, weights[f"unet.{name}"])
     again = world.train(tmp_path, **SHOWN | FALLING | full | {"steps": 2})
     assert (again.step, again.path, again.checkpoint) == (1, result.path, result.checkpoint)

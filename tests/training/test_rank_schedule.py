@@ -86,10 +86,10 @@ def test_each_sample_has_the_components_of_its_own_timestep(kind: str, base: Bas
     model, adapter = injected(base, **values)
     perturb(adapter)
     timesteps = [300, 999]
-    model.unet.train()
+    model.denoiser.train()
     with torch.no_grad():
         together = noisy_prediction(model, timesteps)
-        model.unet.eval()
+        model.denoiser.eval()
         for row, timestep in enumerate(timesteps):
             cut_model, cut = injected(base, **{**values, "rank_schedule": "constant"})
             active = int(active_ranks(TIMESTEPS, 4, 1, 1.0)[timestep])
@@ -113,7 +113,7 @@ def test_outside_of_training_every_component_acts(base: BaseWeights) -> None:
     plain.load(adapter.adapter())
     with torch.no_grad():
         assert torch.equal(noisy_prediction(model, [999]), noisy_prediction(plain_model, [999]))
-        model.unet.train()
+        model.denoiser.train()
         masked = noisy_prediction(model, [999])
         assert not torch.allclose(masked, noisy_prediction(plain_model, [999]), atol=1e-3)
         with evaluating(model):
@@ -128,9 +128,9 @@ def test_checkpointed_layers_are_masked_alike_in_the_backward_pass(values: dict[
     for checkpointing in (False, True):
         model, adapter = injected(base, **{**values, "targets": "all", "rank": 4})
         perturb(adapter)
-        model.unet.train()
+        model.denoiser.train()
         if checkpointing:
-            enable_gradient_checkpointing(model.unet)
+            enable_gradient_checkpointing(model.denoiser)
         loss = noisy_prediction(model, [999, 700]).square().mean()
         with evaluating(model), torch.no_grad():
             noisy_prediction(model, [0])
@@ -150,7 +150,7 @@ def test_text_encoders_know_no_timestep(base: BaseWeights) -> None:
     model, adapter = injected(base, **BY_TIMESTEP, **TEXT)
     perturb(adapter)
     model.text_encoders["text_encoder"].train()
-    model.unet.train()
+    model.denoiser.train()
     noisy_prediction(model, [999])
     ids = model.tokenize(["a photo of sks dog"])["ids"]
     states = model.encode_tokens("text_encoder", ids)["text"]
@@ -164,7 +164,7 @@ def test_a_layer_of_another_rank_has_its_own_schedule(min_rank: int, base: BaseW
     """0 is half of each rank; a layer of no more than min_rank is always whole."""
     model, adapter = injected(base, **{**BY_TIMESTEP, "rank": 4, "block_ranks": "mid_block=2", "min_rank": min_rank})
     perturb(adapter)
-    model.unet.train()
+    model.denoiser.train()
     noisy_prediction(model, [999]).square().mean().backward()
     for layer in adapter.layers.values():
         gradient = layer.parameters[DOWN].grad
@@ -190,7 +190,7 @@ def test_a_mask_of_the_whole_rank_changes_no_bit(base: BaseWeights) -> None:
     for schedule in ("constant", "timestep"):
         model, adapter = injected(base, rank=4, rank_schedule=schedule, min_rank=4)
         perturb(adapter)
-        model.unet.train()
+        model.denoiser.train()
         prediction = noisy_prediction(model, [999, 0])
         prediction.square().mean().backward()
         passes.append([prediction, *(parameter.grad for parameter in adapter.parameters())])
@@ -369,7 +369,7 @@ def test_the_adapter_can_be_taken_off(base: BaseWeights) -> None:
     plain = predicted(base.family.build(base))
     model, adapter = injected(base, **BOTH, targets="all", rank=4)
     perturb(adapter)
-    modules: list[Any] = [module for module in model.unet.modules() if hasattr(module, "base_layer")]
+    modules: list[Any] = [module for module in model.denoiser.modules() if hasattr(module, "base_layer")]
     for module in modules:
         module._disable_adapters = True
     assert torch.equal(predicted(model)["prediction"], plain["prediction"])

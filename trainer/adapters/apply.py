@@ -207,8 +207,8 @@ def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) 
         _with_tensors(component, merged[kind.name])
         for kind, component in zip(base.family.text_encoders, base.text_encoders, strict=True)
     ]
-    unet = _with_tensors(base.unet, merged[UNET])
-    return checked(replace(base, unet=unet, text_encoders=text_encoders, words=model.words))
+    unet = _with_tensors(base.denoiser, merged[UNET])
+    return checked(replace(base, denoiser=unet, text_encoders=text_encoders, words=model.words))
 
 
 def with_bundled_words(base: BaseWeights, adapters: Iterable[Adapter]) -> BaseWeights:

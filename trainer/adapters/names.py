@@ -192,7 +192,7 @@ def _unet_prefixes(family: Family) -> set[str]:
 
 def networks(model: DiffusionModel) -> dict[str, nn.Module]:
     """The networks that adapters change, by their component's name."""
-    return {UNET: model.unet, **model.text_encoders}
+    return {UNET: model.denoiser, **model.text_encoders}
 
 
 def adaptable_modules(model: DiffusionModel) -> dict[str, dict[str, Adaptable]]:
@@ -293,7 +293,7 @@ def _by_possible_names(model: DiffusionModel, modules: Mapping[str, Mapping[str,
 
 def _original_paths(model: DiffusionModel, paths: Collection[str]) -> dict[str, str]:
     """Path in diffusers → path in the original code, for modules of the model's UNet."""
-    return original_names(paths, int(model.unet.config.layers_per_block))
+    return original_names(paths, int(model.denoiser.config.layers_per_block))
 
 
 def is_3x3_convolution(name: str) -> bool:

@@ -62,7 +62,7 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
     fused = dict(tensors)
     prefixes = (UNET_PREFIX, *(prefix for kind in base.family.text_encoders for prefix in kind.file_prefixes))
     views = _FileViews({name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
-    components = {UNET: base.unet}
+    components = {UNET: base.denoiser}
     components |= {kind.name: part for kind, part in zip(base.family.text_encoders, base.text_encoders, strict=True)}
     for component, changed in _changed_by_component(base, apply_to_base(base, adapters)).items():
         for name, tensor in changed.items():
@@ -83,7 +83,7 @@ def _changed_by_component(before: BaseWeights, after: BaseWeights) -> dict[str, 
         AdapterError: There are none.
     """
     names = [UNET, *(kind.name for kind in after.family.text_encoders)]
-    pairs = zip([before.unet, *before.text_encoders], [after.unet, *after.text_encoders], strict=True)
+    pairs = zip([before.denoiser, *before.text_encoders], [after.denoiser, *after.text_encoders], strict=True)
     changed = {}
     for name, (component_before, component_after) in zip(names, pairs, strict=True):
         tensors = {

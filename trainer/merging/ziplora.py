@@ -193,7 +193,7 @@ class _ZipLoraTrainer:
         embeddings = self._encode_all_prompts()
         model.text_encoders.clear()
         del model.vae
-        to_device(model.unet, self.device, DTYPES[self.precision])
+        to_device(model.denoiser, self.device, DTYPES[self.precision])
         self.layers = self._insert_layers(model)
         latents = self._generate_latents(model, embeddings)
         self._train(model, embeddings, latents)
@@ -253,7 +253,7 @@ class _ZipLoraTrainer:
     def _insert_layers(self, model: DiffusionModel) -> dict[str, ZipLoraLayer]:
         """Replace the UNet's layers that an adapter changes; their names in the file → the new ones."""
         modules = modules_by_name(model)
-        paths = {id(module): path for path, module in model.unet.named_modules()}
+        paths = {id(module): path for path, module in model.denoiser.named_modules()}
         names = {name for weighted in self.adapters for name in weighted.adapter.layers if component_of(name) == UNET}
         layers = {}
         for name in sorted(names):
@@ -268,7 +268,7 @@ class _ZipLoraTrainer:
             }
             layers[name] = ZipLoraLayer(module, deltas)
             parent, _, child = paths[id(module)].rpartition(".")
-            setattr(model.unet.get_submodule(parent), child, layers[name])
+            setattr(model.denoiser.get_submodule(parent), child, layers[name])
         if not any(len(layer.coefficients) > 1 for layer in layers.values()):
             raise AdapterError(
                 "The adapters have no layer of the UNet in common, so there is nothing to learn.",
@@ -291,7 +291,7 @@ class _ZipLoraTrainer:
             guidance=settings.guidance,
         )
         side = settings.resolution // _pixels_per_latent(self.base)
-        shape = (int(model.unet.config.in_channels), side, side)
+        shape = (int(model.denoiser.config.in_channels), side, side)
         total = len(embeddings) * settings.pictures
         by_adapter = []
         for index, adapter_embeddings in enumerate(embeddings):
@@ -318,12 +318,12 @@ class _ZipLoraTrainer:
     def _train(self, model: DiffusionModel, embeddings: Sequence[_PromptEmbeddings], latents: Sequence[Tensor]) -> None:
         settings = self.settings
         if settings.gradient_checkpointing:
-            model.unet.enable_gradient_checkpointing()
+            model.denoiser.enable_gradient_checkpointing()
         coefficients = [parameter for layer in self.layers.values() for parameter in layer.coefficients.values()]
         accelerator = make_accelerator(self.device, self.precision, 1)
         model.objective = model.objective.to(self.device)
         optimizer = torch.optim.AdamW(coefficients, lr=settings.learning_rate, weight_decay=0.0)
-        model.unet, optimizer = accelerator.prepare(model.unet.train(), optimizer)
+        model.denoiser, optimizer = accelerator.prepare(model.denoiser.train(), optimizer)
         throughput = Throughput(settings.steps, 0, self.device)
         for step in range(settings.steps):
             losses = [

@@ -84,7 +84,7 @@ class HostTensors:
     """Networks that a host has loaded, in the original layout, lent without a copy.
 
     Attributes:
-        unet: Original names without prefix.
+        denoiser: Original names without prefix.
         vae: Original names without prefix.
         text_encoders: Short name ("clip_l", "clip_h", "clip_g") → tensors, in Hugging Face's or OpenCLIP's layout.
         tokenizers: Short name → Hugging Face tokenizer.
@@ -93,7 +93,7 @@ class HostTensors:
         clip_skip: Layer of the text encoders that the host reads, counted from the end; 0: as usual.
     """
 
-    unet: Mapping[str, Tensor]
+    denoiser: Mapping[str, Tensor]
     vae: Mapping[str, Tensor]
     text_encoders: Mapping[str, Mapping[str, Tensor]]
     tokenizers: Mapping[str, Any]
@@ -201,7 +201,7 @@ def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
             )
         text_encoders[spec.short_name] = text_encoder
     return HostTensors(
-        unet=unet,
+        denoiser=unet,
         vae=with_prefix(tensors, VAE_PREFIX),
         text_encoders=text_encoders,
         tokenizers=dict.fromkeys(text_encoders),
@@ -223,23 +223,23 @@ def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:
 
 
 def _from_original(source: HostTensors) -> BaseWeights:
-    refuse_foreign_keys(source.unet)
-    if "input_blocks.0.0.weight" not in source.unet:
+    refuse_foreign_keys(source.denoiser)
+    if "input_blocks.0.0.weight" not in source.denoiser:
         raise WeightsError("The model holds no Stable Diffusion UNet.", "Connect a Stable Diffusion checkpoint.")
-    config = unet_config(source.unet)
+    config = unet_config(source.denoiser)
     family = identify(config)
-    for part in (source.unet, source.vae, *source.text_encoders.values()):
+    for part in (source.denoiser, source.vae, *source.text_encoders.values()):
         _require_plain_floats(part)
     return BaseWeights(
         family=family,
-        unet=unet_component(source.unet, family.complete(config)),
+        denoiser=unet_component(source.denoiser, family.complete(config)),
         vae=vae_component(source.vae, family.scaling_factor),
         text_encoders=[
             text_component(source.text_encoders.get(spec.short_name, {}), spec) for spec in family.text_encoders
         ],
         tokenizers=[source.tokenizers[spec.short_name] for spec in family.text_encoders],
         scheduler={},
-        prediction=source.prediction or family.detect(source.unet),
+        prediction=source.prediction or family.detect(source.denoiser),
         clip_skip=source.clip_skip,
         title=source.title,
         fingerprint="",
@@ -253,7 +253,7 @@ def checked(weights: BaseWeights) -> BaseWeights:
         WeightsError: A tensor is missing, unknown or of another shape.
     """
     model = weights.family.build(weights)
-    parts = [weights.unet, weights.vae, *weights.text_encoders]
+    parts = [weights.denoiser, weights.vae, *weights.text_encoders]
     words = [{f"{word.word}.{encoder}": vectors for encoder, vectors in word.vectors.items()} for word in weights.words]
     digest = fingerprint(_computing_facts(weights, model), *(part.tensors for part in parts), *words)
     return replace(weights, fingerprint=digest)
@@ -261,7 +261,7 @@ def checked(weights: BaseWeights) -> BaseWeights:
 
 def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
     """Everything but the tensors that decides what the model computes; the same however the model was opened."""
-    unet = model.unet.config
+    unet = model.denoiser.config
     vae = model.vae.config
     text = [getattr(encoder, "config") for encoder in model.text_encoders.values()]  # noqa: B009
     facts = {
@@ -297,7 +297,7 @@ def _from_folder(folder: Path) -> BaseWeights:
     scheduler = network_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     return BaseWeights(
         family=family,
-        unet=Component(_read_plain(folder / "unet", "diffusion_pytorch_model"), unet_settings),
+        denoiser=Component(_read_plain(folder / "unet", "diffusion_pytorch_model"), unet_settings),
         vae=_vae_folder(folder / "vae"),
         text_encoders=[
             text_component(

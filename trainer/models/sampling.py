@@ -40,7 +40,7 @@ class GenerationConfig:
 def build_on_device(base: BaseWeights, device: torch.device, precision: str) -> DiffusionModel:
     """Build a model on a device: its UNet in "fp32", "bf16" or "fp16", the other networks in float32."""
     model = base.family.build(base)
-    to_device(model.unet, device, DTYPES[precision])
+    to_device(model.denoiser, device, DTYPES[precision])
     for network in (model.vae, *model.text_encoders.values()):
         to_device(network, device, torch.float32)
     return model
@@ -77,7 +77,7 @@ def denoise(
     Raises:
         CancelledError: The listener asked to stop.
     """
-    parameter = next(model.unet.parameters())
+    parameter = next(model.denoiser.parameters())
     device = parameter.device
     dtype = parameter.dtype
     scheduler = model.objective.make_scheduler(config.scheduler, config.steps, noise.shape[1:], device)

@@ -38,9 +38,9 @@ def original_state_dict(base: BaseWeights, changed: Mapping[str, Tensor]) -> dic
         changed: "<component>.<parameter>" → tensor that replaces the base's.
     """
     state_dict: dict[str, Tensor] = {}
-    unet = {**base.unet.tensors, **_of_component(changed, "unet")}
+    unet = {**base.denoiser.tensors, **_of_component(changed, "unet")}
     modules = {name.rpartition(".")[0] for name in unet}
-    names = original_names(modules, int(base.unet.config["layers_per_block"]))
+    names = original_names(modules, int(base.denoiser.config["layers_per_block"]))
     for name, tensor in unet.items():
         module, _, kind = name.rpartition(".")
         state_dict[f"{UNET_PREFIX}{names[module]}.{kind}"] = tensor

@@ -138,7 +138,7 @@ class TrainableAdapter:
 
     def _limit_ranks(self, model: DiffusionModel, settings: TrainSettings) -> None:
         """Let the components of the denoiser's layers act by timestep; text encoders know none."""
-        schedule = RankSchedule(model.unet, model.objective.timesteps, settings.min_rank, settings.rank_power)
+        schedule = RankSchedule(model.denoiser, model.objective.timesteps, settings.min_rank, settings.rank_power)
         for path, module in _injected_modules(model).items():
             if path.component == UNET:
                 for down in first_factors(module):

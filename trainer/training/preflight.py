@@ -143,7 +143,7 @@ def _require_room_for_full_finetuning(base: BaseWeights, settings: TrainSettings
     """
     _require_usual_heads(base)
     _require_holdable(base, DTYPES[settings.save_precision])
-    weights = sum(tensor.numel() for part in (base.unet, *base.text_encoders) for tensor in part.tensors.values())
+    weights = sum(tensor.numel() for part in (base.denoiser, *base.text_encoders) for tensor in part.tensors.values())
     checkpoints = settings.steps // settings.checkpoint_every + 1 if settings.checkpoint_every else 1
     copies = 2 if settings.averages else 1
     bytes_per_weight = _BYTES_PER_WEIGHT * copies + settings.optimizer_class.bytes_per_number
@@ -157,9 +157,9 @@ def _require_usual_heads(base: BaseWeights) -> None:
     Raises:
         SettingsError: The UNet or a text encoder has another number than every model of the family.
     """
-    levels = len(base.unet.config["block_out_channels"])
-    usual = base.family.complete(base.unet.config)["attention_head_dim"]
-    is_unet_unusual = _by_level(base.unet.config.get("attention_head_dim"), levels) != _by_level(usual, levels)
+    levels = len(base.denoiser.config["block_out_channels"])
+    usual = base.family.complete(base.denoiser.config)["attention_head_dim"]
+    is_unet_unusual = _by_level(base.denoiser.config.get("attention_head_dim"), levels) != _by_level(usual, levels)
     is_encoder_unusual = any(
         encoder.config["num_attention_heads"] != max(1, encoder.config["hidden_size"] // HEAD)
         for encoder in base.text_encoders
@@ -243,7 +243,7 @@ def _require_holdable(base: BaseWeights, dtype: torch.dtype) -> None:
     Raises:
         NotFiniteError: A number is not finite, or too large; names the tensor.
     """
-    for part in (base.unet, base.vae, *base.text_encoders):
+    for part in (base.denoiser, base.vae, *base.text_encoders):
         for name, tensor in part.tensors.items():
             if tensor.is_floating_point():
                 cast_finite(part.file_names.get(name, name), tensor, dtype)

@@ -145,7 +145,7 @@ class Previews:
                 of_subject = number < len(self._prompts)
                 generated = self._generate_prompt(step, number, model, base, conditioning, listener)
                 (pictures if of_subject else class_pictures).extend(generated)
-            dtype = next(model.unet.parameters()).dtype
+            dtype = next(model.denoiser.parameters()).dtype
             base_class_pictures = self._class_pictures_of_base(step, class_pictures, base, dtype, listener)
             del base
         release(self._device)
@@ -221,7 +221,7 @@ class Previews:
             if step == 0 and self._starts_as_base:
                 cache.save(name, picture.open())
             elif not cache.has(name):
-                to_device(base.unet, self._device, dtype)
+                to_device(base.denoiser, self._device, dtype)
                 for encoder in base.text_encoders.values():
                     to_device(encoder, self._device, torch.float32)
                 [image] = generate(

@@ -134,7 +134,7 @@ class BaseWeights:
 
     Attributes:
         family: The family it belongs to.
-        unet: The denoiser.
+        denoiser: The UNet or transformer.
         vae: The autoencoder.
         text_encoders: Text encoders in the family's order.
         tokenizers: Hugging Face tokenizers, one for each text encoder.
@@ -147,7 +147,7 @@ class BaseWeights:
     """
 
     family: Family
-    unet: Component
+    denoiser: Component
     vae: Component
     text_encoders: Sequence[Component]
     tokenizers: Sequence[Any]
@@ -168,7 +168,7 @@ class DiffusionModel(Protocol):
 
     Attributes:
         family: Its family.
-        unet: The denoiser, a diffusers `UNet2DConditionModel`.
+        denoiser: The network that predicts, of diffusers.
         vae: The autoencoder, a diffusers `AutoencoderKL`.
         text_encoders: Component name ("text_encoder") → text encoder.
         objective: Noise schedule and prediction type.
@@ -176,7 +176,7 @@ class DiffusionModel(Protocol):
     """
 
     family: Family
-    unet: Any
+    denoiser: Any
     vae: Any
     text_encoders: dict[str, nn.Module]
     objective: Objective

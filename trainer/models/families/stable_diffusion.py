@@ -50,7 +50,7 @@ class StableDiffusionModel:
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
         self.family = family
-        self.unet = build_around(on_meta(UNet2DConditionModel, weights.unet.config), weights.unet)
+        self.denoiser = build_around(on_meta(UNet2DConditionModel, weights.denoiser.config), weights.denoiser)
         self.vae = build_around(on_meta(AutoencoderKL, weights.vae.config), weights.vae)
         self._encoders = {
             spec.name: ClipTextEncoder(spec, component, tokenizer, weights.clip_skip)
@@ -104,5 +104,5 @@ class StableDiffusionModel:
         hidden = [conditioning[f"text{spec.number}"] for spec in self.family.text_encoders]
         text = torch.cat(hidden, dim=-1).to(latents.dtype) if len(hidden) > 1 else hidden[0].to(latents.dtype)
         added = self.family.added_conditions(conditioning)
-        output: Tensor = self.unet(latents, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
+        output: Tensor = self.denoiser(latents, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
         return output

@@ -326,7 +326,7 @@ def _on_meta(base: BaseWeights) -> BaseWeights:
 
     return replace(
         base,
-        unet=without_memory(base.unet),
+        denoiser=without_memory(base.denoiser),
         vae=without_memory(base.vae),
         text_encoders=[without_memory(encoder) for encoder in base.text_encoders],
     )
@@ -378,7 +378,7 @@ def resident_bytes(base: BaseWeights, settings: TrainSettings, precision: str, d
     same_devices = (device, torch.device(device.type, device.index or 0))
     return sum(
         tensor.nbytes
-        for tensor in base.unet.tensors.values()
+        for tensor in base.denoiser.tensors.values()
         if tensor.device in same_devices and tensor.dtype == DTYPES[precision]
     )
 
