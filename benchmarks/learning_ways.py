@@ -24,7 +24,7 @@ CLASS_PICTURES: dict[str, Any] = {  # as demo.toml
     "prior_guidance": 4.0,
     "prior_batch_size": 16,
 }
-PRIOR_MODEL: dict[str, Any] = {"prior": "model", "prior_every": 1, "class_prompt": CLASS_PROMPT}
+PRIOR_MODEL: dict[str, Any] = {"prior": "model", "prior_every": 2, "class_prompt": CLASS_PROMPT}
 PIVOTAL: dict[str, Any] = {"token": TOKEN, "class_noun": "{thing}", "token_vectors": 2}
 RECIPE: dict[str, Any] = {
     "instance_prompt": INSTANCE_PROMPT,
@@ -47,13 +47,14 @@ WAYS: dict[str, dict[str, Any]] = {
     "none": {},
     "class-pictures": CLASS_PICTURES,
     "prior model": PRIOR_MODEL,
+    "prior model, every step": {**PRIOR_MODEL, "prior_every": 1},
     "prior model, every fourth step": {**PRIOR_MODEL, "prior_every": 4},
+    "prior model, empty prompts": {**PRIOR_MODEL, "prior_empty": 0.25},
     "prior model, other prompts": {
         **PRIOR_MODEL,
         "prior_prompts": "a photo of a house | a photo of a tree | a photo of a boat",  # none that drift is measured by
     },
     "prior model, pivotal": {**PRIOR_MODEL, **PIVOTAL},
-    "prior model, DCO": {**PRIOR_MODEL, "dco_beta": 1000.0},
     "DCO": {"dco_beta": 1000.0},
     "weight penalty": {"weight_penalty": 1e-3},
     "OFT": {"adapter": "oft"},

@@ -55,7 +55,7 @@ from .training.optimizers import (
     set_learning_rates,
 )
 from .training.preflight import require_prediction_type, require_preservable, require_trainable
-from .training.preservation import chosen_prior
+from .training.preservation import BaseTeacher, TaughtBatch, chosen_prior
 from .training.previews import Previews
 from .training.runs.checkpoint import Measurements
 from .training.runs.folder import RunFolder, RunPaths, run_fingerprint
@@ -163,6 +163,7 @@ class Session:
         averaging: The evaluation weights, where they are an average of those that are updated.
         accelerator: accelerate's, for precision, gradient accumulation and clipping.
         text: Conditioning on the captions and on the previews' prompts.
+        teacher: Gives the samples for which the base model's prediction is learned.
         dtype: Type of the frozen weights and of the denoiser's input.
         ended: Parts of what is trained that stay as they are from now on.
     """
@@ -176,6 +177,7 @@ class Session:
     averaging: WeightAveraging
     accelerator: Any
     text: TextConditioning
+    teacher: BaseTeacher
     dtype: torch.dtype
     ended: set[str] = field(default_factory=set)
 
@@ -443,6 +445,9 @@ class DreamBooth:
             averaging=averaging,
             accelerator=accelerator,
             text=text,
+            teacher=BaseTeacher(
+                cache, settings, training_objective, self.base_prediction, self.device, self.processes.share
+            ),
             dtype=dtype,
         )
 
@@ -554,6 +559,8 @@ class DreamBooth:
         """The parts that a micro-batch's loss is the sum of, 0-D each: one of each batch, and the weights' penalty."""
         for batch in self.batches(micro_step):
             yield self.batch_loss(batch, micro_step)
+        for taught in self.session.teacher.batches(self.step, micro_step):
+            yield self.preservation_loss(taught, micro_step)
         if self.settings.weight_penalty:
             session = self.session
             trained = [part for part in (UNET, *session.text.trained) if part not in session.ended]
@@ -582,10 +589,12 @@ class DreamBooth:
         objective = session.objective
         noisy = objective.add_noise(batch.latents, batch.added_noise, batch.timesteps).to(session.dtype)
         target = objective.target(batch.latents, batch.noise, batch.timesteps)
-        if batch.preserved:
-            target = self._base_prediction(batch, noisy, slice(None))
         compared = slice(batch.subject if self.settings.dco_beta else 0)
-        base_prediction = self._base_prediction(batch, noisy, compared) if compared.stop else None
+        base_prediction = None
+        if compared.stop:
+            base_prediction = self.base_prediction(
+                noisy[compared], batch.timesteps[compared], batch.captions[compared], batch.sizes[compared]
+            )
         with self._reproducible_dropout(micro_step):
             conditioning = session.text.rows(batch.captions) | {"size": batch.sizes}
             prediction = session.model.predict(noisy, batch.timesteps, conditioning)
@@ -597,12 +606,20 @@ class DreamBooth:
             losses = torch.cat([consistent, losses[compared.stop :]])
         return (losses * batch.weights).sum()
 
-    def _base_prediction(self, batch: Batch, noisy: Tensor, samples: slice) -> Tensor:
-        """What the base model predicts for samples of a batch: (samples, channels, height, width), float32."""
+    def preservation_loss(self, batch: TaughtBatch, micro_step: int) -> Tensor:
+        """The part of a micro-batch's loss that keeps the model where the base is its teacher, 0-D."""
         session = self.session
-        conditioning = session.text.base_rows(batch.captions[samples]) | {"size": batch.sizes[samples]}
+        with self._reproducible_dropout(micro_step):
+            conditioning = session.text.rows(batch.captions) | {"size": batch.sizes}
+            prediction = session.model.predict(batch.noisy.to(session.dtype), batch.timesteps, conditioning)
+        return batch.weight * session.objective.loss_against(batch.target, prediction, batch.timesteps).sum()
+
+    def base_prediction(self, noisy: Tensor, timesteps: Tensor, captions: Tensor, sizes: Tensor) -> Tensor:
+        """What the base model predicts; see `preservation.Prediction`."""
+        session = self.session
+        conditioning = session.text.base_rows(captions) | {"size": sizes}
         with session.trainable.untrained():
-            return session.model.predict(noisy[samples], batch.timesteps[samples], conditioning).float()
+            return session.model.predict(noisy.to(session.dtype), timesteps, conditioning).float()
 
     def _reproducible_dropout(self, micro_step: int) -> contextlib.AbstractContextManager[None]:
         """Let dropout depend on seed, step, micro-step and process alone, so that resuming stays exact."""

@@ -5,12 +5,14 @@ Each equals a plain loop in test_reference_families, and resumes exactly in test
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from helpers import Recorder
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.data.folder import AnnotationOptions
@@ -18,7 +20,7 @@ from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.models.objective import consistency_loss
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
-from pack.trainer.training.preservation import chosen_prior
+from pack.trainer.training.preservation import TRAJECTORY_LENGTH, chosen_prior
 from worlds import KINDS, PROMPT, World, assert_same_end, noisy_pictures, perturb, predicted
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -90,26 +92,63 @@ def test_without_what_is_trained_a_tuned_model_is_the_base(known: World, tmp_pat
 def test_what_has_not_learned_has_nothing_to_preserve(changes: dict[str, Any], known: World, tmp_path: Path) -> None:
     """At the first step the model is its own teacher: that part of the loss is 0."""
     recipe = known.prepared(tmp_path, **TEACHER, **changes, batch_size=2)
-    subject, preserved = recipe.batches(0)
-    assert [(one.subject, one.preserved, len(one.latents)) for one in (subject, preserved)] == [
-        (2, False, 2),
-        (0, True, 2),
-    ]
+    [subject] = recipe.batches(0)
+    [preserved] = recipe.session.teacher.batches(0, 0)
+    assert [subject.subject, len(subject.latents), len(preserved.noisy)] == [2, 2, 2]
     # text encoders that are trained encode the prompts of a batch, others all prompts together: summed in another order
-    assert float(recipe.batch_loss(preserved, 0).detach()) == pytest.approx(0, abs=1e-9)
+    assert float(recipe.preservation_loss(preserved, 0).detach()) == pytest.approx(0, abs=1e-9)
     trainable = recipe.session.trainable
     assert isinstance(trainable, TrainableAdapter)
     perturb(trainable)
-    assert float(recipe.batch_loss(preserved, 0).detach()) > 1e-6
+    assert float(recipe.preservation_loss(preserved, 0).detach()) > 1e-6
 
 
 def test_the_base_is_asked_every_few_steps(known: World, tmp_path: Path) -> None:
     recipe = known.prepared(tmp_path, **TEACHER, prior_every=3, prior_weight=0.5)
-    weights = []
-    for step in range(5):
-        recipe.step = step
-        weights.append([batch.weights.tolist() for batch in recipe.batches(0)])
-    assert weights == [[[1.0], [1.5]], [[1.0]], [[1.0]], [[1.0], [1.5]], [[1.0]]]
+    weights = [[batch.weight for batch in recipe.session.teacher.batches(step, 0)] for step in range(5)]
+    assert weights == [[1.5], [], [], [1.5], []]
+
+
+def test_what_is_preserved_lies_where_the_base_samples(known: World, tmp_path: Path) -> None:
+    """From noise to what diffusers' DDIM gives for the class's prompt, whatever has been trained meanwhile."""
+    recipe = known.prepared(tmp_path, **TEACHER, prior_every=1, batch_size=2)
+    session = recipe.session
+    way = [session.teacher.batches(step, 0)[0] for step in range(TRAJECTORY_LENGTH + 1)]
+    first, last = way[0], way[-2]
+    assert torch.all(first.timesteps >= 875)
+    assert torch.all(last.timesteps < 125)
+    alphas = session.objective.alphas_cumprod  # type: ignore[attr-defined]
+    betas = 1 - alphas / torch.cat([torch.ones(1), alphas[:-1]])
+    scheduler = DDIMScheduler(trained_betas=betas.numpy(), clip_sample=False)
+    scheduler.num_inference_steps = TRAJECTORY_LENGTH
+    for here, following in itertools.pairwise(way[:-1]):
+        assert torch.equal(here.captions, first.captions)
+        for row in range(2):
+            sample = scheduler.step(here.target[[row]], int(here.timesteps[row]), here.noisy[[row]]).prev_sample
+            assert torch.allclose(following.noisy[[row]], sample, rtol=1e-4, atol=1e-4)
+    again = way[-1]  # another way begins at other noise
+    assert torch.all(again.timesteps >= 875)
+    assert not torch.allclose(again.noisy, first.noisy)
+
+
+def test_a_way_that_was_left_is_gone_again(known: World, tmp_path: Path) -> None:
+    """A run that is resumed amid one is taught what it would have been taught."""
+    settings = {**TEACHER, "prior_every": 2, "gradient_accumulation": 2, "batch_size": 2}
+    recipe = known.prepared(tmp_path, **settings)
+    straight = [recipe.session.teacher.batches(step, 1) for step in range(22)]
+    recipe.clean_up()
+    recipe.prepare()
+    for step in (12, 6, 20):
+        [again] = recipe.session.teacher.batches(step, 1)
+        [expected] = straight[step]
+        assert torch.equal(again.noisy, expected.noisy)
+        assert torch.equal(again.target, expected.target)
+
+
+def test_micro_batches_are_at_different_noise(known: World, tmp_path: Path) -> None:
+    recipe = known.prepared(tmp_path, **TEACHER, prior_every=1, gradient_accumulation=2)
+    timesteps = [int(recipe.session.teacher.batches(0, micro)[0].timesteps) for micro in range(2)]
+    assert [timestep // 500 for timestep in timesteps] == [1, 0]
 
 
 def test_the_prompts_of_the_class_are_encoded_by_the_untrained_text_encoder(known: World, tmp_path: Path) -> None:

@@ -542,18 +542,35 @@ class PlainTrainer:
         loss = -1 * torch.nn.functional.logsigmoid(-1 * beta * (loss_model - loss_refer))
         return (loss - np.log(2)) * 2 / beta + loss_refer
 
-    def preservation_loss(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> Tensor:
-        """Noisy pictures of the subject with prompts of the class: the base's prediction is the target."""
-        noisy, timesteps, _ = self.samples(draws, pictures)
+    def preservation_loss(self, step: int, micro: int, pictures: Sequence[Picture]) -> Tensor:
+        """Where eight steps of DDIM by the base lead from noise, with prompts of the class: its predictions are kept."""
+        settings = self.settings
+        number, position = divmod(step // settings.prior_every + micro * 8 // settings.gradient_accumulation, 8)
+        draws = draws_of(self, "preserved", number, micro, len(pictures))
         chosen = [pictures[drawn.item] for drawn in draws]
         prompts = []
         for drawn in draws:
             words = [pictures[drawn.item].caption.replace("of sks", "of a").replace("sks ", ""), "a cat", "a house"]
-            known = words if self.settings.prior_prompts else words[:1]
-            prompts.append("" if drawn.drop < self.settings.prior_empty else known[int(drawn.caption * len(known))])
+            known = words if settings.prior_prompts else words[:1]
+            prompts.append("" if drawn.drop < settings.prior_empty else known[int(drawn.caption * len(known))])
+        noisy = torch.stack([drawn.noise for drawn in draws])
+        steps = [
+            torch.tensor([int(125 * (7 - place + drawn.timestep_fraction)) for drawn in draws]) for place in range(8)
+        ]
+        alphas = self.noise_scheduler.alphas_cumprod
         with torch.no_grad():
-            target = self.predicted(self.base, noisy, timesteps, chosen, prompts)
-        return F.mse_loss(self.predicted(self.pipe, noisy, timesteps, chosen, prompts), target)
+            for place in range(position):
+                prediction = self.predicted(self.base, noisy, steps[place], chosen, prompts)
+                alpha, following = (alphas[steps[at]].view(-1, 1, 1, 1) for at in (place, place + 1))
+                if self.noise_scheduler.config.prediction_type == "v_prediction":
+                    latents = alpha.sqrt() * noisy - (1 - alpha).sqrt() * prediction
+                    noise = alpha.sqrt() * prediction + (1 - alpha).sqrt() * noisy
+                else:
+                    latents = (noisy - (1 - alpha).sqrt() * prediction) / alpha.sqrt()
+                    noise = prediction
+                noisy = following.sqrt() * latents + (1 - following).sqrt() * noise
+            target = self.predicted(self.base, noisy, steps[position], chosen, prompts)
+        return F.mse_loss(self.predicted(self.pipe, noisy, steps[position], chosen, prompts), target)
 
     def _masked_prediction(self, noisy: Tensor, timestep: int, text: Tensor) -> Tensor:
         for module in self.pipe.unet.modules():
@@ -630,9 +647,8 @@ def plain_losses(
             drawn = draws_of(trainer, "instance", step, micro, len(subject))
             loss = (trainer.consistency_loss if settings.dco_beta else trainer.loss)(drawn, subject)
             if settings.prior == "model" and step % settings.prior_every == 0:
-                drawn = draws_of(trainer, "preserved", step, micro, len(subject))
                 weight = settings.prior_weight * settings.prior_every
-                loss = loss + weight * trainer.preservation_loss(drawn, subject)
+                loss = loss + weight * trainer.preservation_loss(step, micro, subject)
             if settings.weight_penalty:
                 loss = loss + settings.weight_penalty * trainer.squared_change()
             if priors:

@@ -31,7 +31,6 @@ class Batch:
         weights: Weight of each sample's loss in the loss of the micro-batch, (batch,), float32.
         masks: Weight of each latent pixel, (batch, 1, height, width), float32; None: all the same.
         subject: How many of the samples, the first ones, are the subject's.
-        preserved: Whether the base model's own prediction is the target of all of them.
     """
 
     latents: Tensor
@@ -43,7 +42,6 @@ class Batch:
     weights: Tensor
     masks: Tensor | None
     subject: int = 0
-    preserved: bool = False
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device."""
@@ -65,9 +63,6 @@ def draw_batches(
 ) -> Iterator[Batch]:
     """The samples of one micro-batch: `batch_size` of the subject and as many of the class, a batch for each shape.
 
-    Samples whose target is the base model's prediction are noisy pictures of the subject with prompts of the class.
-    They have batches of their own, so that a step takes no more memory than without them.
-
     Args:
         cache: Encoded pictures.
         settings: Seed, batch size, flip, noise, captions, weight of the class pictures.
@@ -83,20 +78,15 @@ def draw_batches(
     by_shape: dict[tuple[int, ...], list[Batch]] = {}
     for kind, dataset, weight in datasets:
         empty_caption = cache.empty if kind == "instance" else None
-        for draw in _draw_slots(kind, dataset, settings, step, micro_batch, objective, share):
+        for draw in draw_slots(kind, dataset, settings, step, micro_batch, objective, share):
             sample = _sample(dataset, draw, settings, objective, empty_caption, weight / settings.batch_size)
             sample = replace(sample, subject=int(kind == "instance"))
             by_shape.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
     for samples in by_shape.values():
         yield collate(samples).to(device)
-    by_shape = {}
-    for sample in _preserved_samples(cache, settings, step, micro_batch, objective, share):
-        by_shape.setdefault(tuple(sample.latents.shape[1:]), []).append(sample)
-    for samples in by_shape.values():
-        yield replace(collate(samples), preserved=True).to(device)
 
 
-def _draw_slots(
+def draw_slots(
     kind: str,
     dataset: LatentDataset,
     settings: TrainSettings,
@@ -105,7 +95,17 @@ def _draw_slots(
     objective: Objective,
     share: tuple[int, int],
 ) -> list[Draw]:
-    """The draws of this process's sample slots in one micro-batch."""
+    """The draws of this process's sample slots in one micro-batch; see `draw_batches`.
+
+    Args:
+        kind: Which set of pictures, "instance", "class" or "preserved"; sets draw independently.
+        dataset: The pictures.
+        settings: See `draw_batches`.
+        step: Optimiser step, or another number that counts up.
+        micro_batch: See `draw_batches`.
+        objective: See `draw_batches`.
+        share: See `draw_batches`.
+    """
     process, processes = share
     slots = settings.batch_size * settings.gradient_accumulation * processes
     first = (micro_batch * processes + process) * settings.batch_size
@@ -146,29 +146,6 @@ def _sample(
     )
 
 
-def _preserved_samples(
-    cache: LatentCache,
-    settings: TrainSettings,
-    step: int,
-    micro_batch: int,
-    objective: Objective,
-    share: tuple[int, int],
-) -> list[Batch]:
-    """The samples for which the base model's prediction is learned, each as a batch on the CPU; none in most steps."""
-    if not cache.preserved or step % settings.prior_every:
-        return []
-    weight = settings.prior_weight * settings.prior_every / settings.batch_size
-    samples = []
-    for draw in _draw_slots("preserved", cache.instance, settings, step, micro_batch, objective, share):
-        sample = _sample(cache.instance, draw, settings, objective, None, weight)
-        prompts = cache.preserved[cache.instance.order[draw.item]]
-        prompt = int(prompts[int(draw.caption * len(prompts))])
-        if cache.empty is not None and draw.drop < settings.prior_empty:
-            prompt = cache.empty
-        samples.append(replace(sample, captions=torch.tensor([prompt]), masks=None))
-    return samples
-
-
 def collate(samples: Sequence[Batch]) -> Batch:
     """Samples of one shape in one batch; those without a mask get one of ones if others have one."""
     mask = next((sample.masks for sample in samples if sample.masks is not None), None)
@@ -176,6 +153,6 @@ def collate(samples: Sequence[Batch]) -> Batch:
     if mask is not None:
         ones = torch.ones_like(mask)
         masks = torch.cat([ones if sample.masks is None else sample.masks for sample in samples])
-    names = [field.name for field in fields(Batch) if field.name not in ("masks", "subject", "preserved")]
+    names = [field.name for field in fields(Batch) if field.name not in ("masks", "subject")]
     tensors: dict[str, Any] = {name: torch.cat([getattr(sample, name) for sample in samples]) for name in names}
     return Batch(**tensors, masks=masks, subject=sum(sample.subject for sample in samples))

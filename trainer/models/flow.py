@@ -155,6 +155,10 @@ class FlowObjective:
         """Noise - latents, whatever the timestep."""
         return noise - latents
 
+    def advance(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor, following: Tensor) -> Tensor:
+        """The noisy latents further along the line (Euler's method)."""
+        return noisy + (self._sigmas(following) - self._sigmas(timesteps)) * prediction
+
     def loss(
         self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
     ) -> Tensor:

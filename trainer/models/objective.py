@@ -20,7 +20,7 @@ from typing_extensions import Self
 from ..core.errors import WeightsError
 from ..settings.objective import ObjectiveSettings
 from ..settings.train import SchedulerName
-from .schedulers import discrete_scheduler
+from .schedulers import MIN_ALPHA, discrete_scheduler
 
 _SCHEDULER_REMEDY = "Copy scheduler/scheduler_config.json of the model's source again."
 _MAX_SNR = 1000.0  # limits of debiasing: above as kohya has it; below, since pure noise has a ratio of 0
@@ -54,6 +54,19 @@ def velocity_target(alphas_cumprod: Tensor, latents: Tensor, noise: Tensor, time
 
 
 _TARGETS = {"epsilon": epsilon_target, "v_prediction": velocity_target}
+
+
+def _estimates_by_epsilon(noisy: Tensor, prediction: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and noise of which noisy latents consist, by the noise that is predicted; signal √ᾱ, sigma √(1-ᾱ)."""
+    return (noisy - sigma * prediction) / signal.clamp(min=MIN_ALPHA**0.5), prediction
+
+
+def _estimates_by_velocity(noisy: Tensor, prediction: Tensor, signal: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by the velocity that is predicted."""
+    return signal * noisy - sigma * prediction, signal * prediction + sigma * noisy
+
+
+_ESTIMATES = {"epsilon": _estimates_by_epsilon, "v_prediction": _estimates_by_velocity}
 
 ElementwiseLoss = Callable[[Tensor, Tensor, float], Tensor]
 """(error, signal-to-noise ratio of shape (batch, 1, 1, 1), c) → the loss of each element, of the error's shape."""
@@ -150,6 +163,16 @@ class Objective(Protocol):
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser should predict."""
+
+    def advance(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor, following: Tensor) -> Tensor:
+        """The noisy latents one step of sampling further, without new noise.
+
+        Args:
+            noisy: Latents at `timesteps`.
+            prediction: The denoiser's, of these.
+            timesteps: Of each sample.
+            following: Of each sample, less noisy.
+        """
 
     def loss(
         self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None
@@ -266,6 +289,12 @@ class DiffusionObjective:
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """What the denoiser should predict: noise or velocity."""
         return _TARGETS[self.prediction_type](self.alphas_cumprod, latents, noise, timesteps)
+
+    def advance(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor, following: Tensor) -> Tensor:
+        """The noisy latents one step of DDIM further (Song et al. 2021, equation 12 with σ = 0)."""
+        signal, sigma = _coefficients(self.alphas_cumprod, timesteps)
+        latents, noise = _ESTIMATES[self.prediction_type](noisy, prediction, signal, sigma)
+        return self.add_noise(latents, noise, following)
 
     def loss(
         self, prediction: Tensor, latents: Tensor, noise: Tensor, timesteps: Tensor, mask: Tensor | None = None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..settings.train import SchedulerName
 
-_MIN_ALPHA = 4.9e-8  # remaining signal at a zero terminal SNR, so that no scheduler divides by zero
+MIN_ALPHA = 4.9e-8  # remaining signal at a zero terminal SNR, so that no scheduler divides by zero
 
 
 def discrete_scheduler(name: SchedulerName, alphas_cumprod: Tensor, prediction_type: str) -> Any:
@@ -24,8 +24,8 @@ def discrete_scheduler(name: SchedulerName, alphas_cumprod: Tensor, prediction_t
     import diffusers
 
     alphas = alphas_cumprod.double().cpu()
-    zero_snr = bool(alphas[-1] < _MIN_ALPHA)
-    alphas = alphas.clamp(min=_MIN_ALPHA)
+    zero_snr = bool(alphas[-1] < MIN_ALPHA)
+    alphas = alphas.clamp(min=MIN_ALPHA)
     betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
     common = {
         "num_train_timesteps": len(alphas_cumprod),

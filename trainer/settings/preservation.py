@@ -23,7 +23,7 @@ class PreservationSettings(Settings):
         neutral=("auto", "none", "class-pictures"),  # which pictures there are is in the fingerprint already
     )
     prior_every: int = setting(
-        4,
+        2,
         "Every how many steps the base model's predictions are learned; those samples count as many times as much. "
         "1: in every step, which takes more than twice as long as without.",
         unit="steps",

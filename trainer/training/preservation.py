@@ -1,11 +1,29 @@
-"""What keeps the class as it is in a run, where the user left that open."""
+"""What keeps the class as it is: what the setting `prior` stands for, and where the base model's predictions are kept.
+
+The base model is its own teacher where its own sampling leads: on the way from noise to pictures of the class. That way
+needs the base's predictions, which are the targets anyway, so that it costs nothing more; and what is kept there is
+what the base draws, not what it says of the subject's pictures.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+import torch
+from torch import Tensor
+
+from ..core.seeding import Draw
+from ..data.batches import SINGLE_PROCESS, draw_slots
 from ..data.images import Picture
+from ..data.latent_cache import LatentCache
+from ..models.objective import Objective
+from ..settings.objective import ObjectiveSettings
 from ..settings.train import TrainSettings
+
+TRAJECTORY_LENGTH = 8
+"""Steps of sampling from noise to a picture."""
 
 
 def chosen_prior(settings: TrainSettings, pictures: Sequence[Picture], *, has_class_pictures: bool) -> str:
@@ -25,3 +43,186 @@ def chosen_prior(settings: TrainSettings, pictures: Sequence[Picture], *, has_cl
         return "class-pictures"
     is_known = all(picture.class_captions for picture in pictures)
     return "model" if is_known and settings.adapter != "full" else "none"
+
+
+class Prediction(Protocol):
+    """What the base model predicts."""
+
+    def __call__(self, noisy: Tensor, timesteps: Tensor, captions: Tensor, sizes: Tensor) -> Tensor:
+        """The prediction, as `noisy`, float32, without gradients.
+
+        Args:
+            noisy: (batch, channels, height, width), float32.
+            timesteps: (batch,).
+            captions: Row of each sample's prompt, (batch,), int64.
+            sizes: Size and crop of each sample's picture, (batch, 6), float32.
+        """
+
+
+@dataclass(frozen=True)
+class TaughtBatch:
+    """Samples of one shape whose target is the base model's prediction, on the device; see `Prediction`.
+
+    Attributes:
+        noisy: Noisy latents.
+        timesteps: Of each sample.
+        captions: Rows of the prompts.
+        sizes: Size and crop.
+        target: As `noisy`: what the base predicts.
+        weight: Of each sample's loss in the loss of the micro-batch.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    captions: Tensor
+    sizes: Tensor
+    target: Tensor
+    weight: float
+
+
+class _Trajectories:
+    """Some ways of the base model from noise to pictures of one shape, all at the same step.
+
+    Attributes:
+        position: Steps taken.
+    """
+
+    def __init__(
+        self, noise: Tensor, timesteps: Sequence[Tensor], captions: Tensor, sizes: Tensor, objective: Objective
+    ) -> None:
+        """Begin at noise.
+
+        Args:
+            noise: (batch, channels, height, width).
+            timesteps: Of each step, (batch,).
+            captions: See `Prediction`.
+            sizes: See `Prediction`.
+            objective: Of the model.
+        """
+        self.position = 0
+        self._noisy = noise
+        self._timesteps = timesteps
+        self._captions = captions
+        self._sizes = sizes
+        self._objective = objective
+        self._prediction: Tensor | None = None
+
+    def taught(self, predict: Prediction, weight: float) -> TaughtBatch:
+        """The samples here."""
+        timesteps = self._timesteps[self.position]
+        if self._prediction is None:
+            self._prediction = predict(self._noisy, timesteps, self._captions, self._sizes)
+        return TaughtBatch(self._noisy, timesteps, self._captions, self._sizes, self._prediction, weight)
+
+    def advance(self, predict: Prediction) -> None:
+        """Go one step."""
+        here = self.taught(predict, 0.0)
+        following = self._timesteps[self.position + 1]
+        self._noisy = self._objective.advance(here.noisy, here.target, here.timesteps, following)
+        self._prediction = None
+        self.position += 1
+
+
+class BaseTeacher:
+    """The samples for which the base model's prediction is learned.
+
+    Each of the places of a micro-batch follows a way from noise of its own to a picture, with a prompt of the class;
+    after its last step another one begins. A way is a function of seed and step: a run that is resumed amid one goes it
+    again from its beginning, and predicts what the uninterrupted run would have. The ways of micro-batches and
+    processes are begun at different steps.
+    """
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        settings: TrainSettings,
+        objective: Objective,
+        predict: Prediction,
+        device: torch.device,
+        share: tuple[int, int] = SINGLE_PROCESS,
+    ) -> None:
+        """Take what the samples depend on.
+
+        Args:
+            cache: Prompts to preserve, and shapes and sizes of the subject's pictures.
+            settings: Seed, batch size, how often and with which weight; the range of timesteps in which the subject is
+                learned does not matter, since all of them are preserved.
+            objective: Of the model.
+            predict: By the base model.
+            device: Where the samples go.
+            share: Index of this process and number of processes.
+        """
+        self._cache = cache
+        self._settings = settings
+        self._objective = objective
+        self._predict = predict
+        self._device = device
+        self._share = share
+        self._begun: dict[int, tuple[int, list[_Trajectories]]] = {}  # micro-batch → number of its ways, these by shape
+
+    def batches(self, step: int, micro_batch: int) -> list[TaughtBatch]:
+        """The samples of a micro-batch, a batch for each shape; none in most steps.
+
+        They have batches of their own, so that a step takes no more memory than without them.
+
+        Args:
+            step: Optimiser step, from 0.
+            micro_batch: Of the step, from 0.
+        """
+        settings = self._settings
+        turn, rest = divmod(step, settings.prior_every)
+        if rest or not self._cache.preserved:
+            return []
+        process, processes = self._share
+        place = micro_batch * processes + process
+        offset = place * TRAJECTORY_LENGTH // (settings.gradient_accumulation * processes)
+        number, position = divmod(turn + offset, TRAJECTORY_LENGTH)
+        begun, trajectories = self._begun.get(micro_batch, (None, []))
+        if begun != number or trajectories[0].position > position:
+            trajectories = self._begin(number, micro_batch)
+            self._begun[micro_batch] = number, trajectories
+        for of_shape in trajectories:
+            while of_shape.position < position:
+                of_shape.advance(self._predict)
+        weight = settings.prior_weight * settings.prior_every / settings.batch_size
+        return [of_shape.taught(self._predict, weight) for of_shape in trajectories]
+
+    def _begin(self, number: int, micro_batch: int) -> list[_Trajectories]:
+        cache = self._cache
+        drawn = draw_slots(
+            "preserved", cache.instance, self._settings, number, micro_batch, self._objective, self._share
+        )
+        by_shape: dict[tuple[int, ...], list[Draw]] = {}
+        for draw in drawn:
+            by_shape.setdefault(tuple(draw.noise.shape), []).append(draw)
+        device = self._device
+        trajectories = []
+        for shape, draws in by_shape.items():
+            pictures = [cache.instance.order[draw.item] for draw in draws]
+            prompts = [self._prompt(picture, draw) for picture, draw in zip(pictures, draws, strict=True)]
+            timesteps = [
+                torch.tensor([self._timestep(position, draw, shape) for draw in draws], device=device)
+                for position in range(TRAJECTORY_LENGTH)
+            ]
+            trajectories.append(
+                _Trajectories(
+                    torch.stack([draw.noise for draw in draws]).to(device),
+                    timesteps,
+                    torch.tensor(prompts, device=device),
+                    torch.stack([cache.instance.size[picture] for picture in pictures]).to(device),
+                    self._objective,
+                )
+            )
+        return trajectories
+
+    def _prompt(self, picture: int, draw: Draw) -> int:
+        """The row of a prompt that is preserved beside a picture."""
+        if self._cache.empty is not None and draw.drop < self._settings.prior_empty:
+            return self._cache.empty
+        prompts = self._cache.preserved[picture]
+        return int(prompts[int(draw.caption * len(prompts))])
+
+    def _timestep(self, position: int, draw: Draw, shape: Sequence[int]) -> float:
+        """Evenly spaced from noise to none, moved by less than a step."""
+        quantile = (TRAJECTORY_LENGTH - 1 - position + draw.timestep_fraction) / TRAJECTORY_LENGTH
+        return self._objective.timestep_at(quantile, ObjectiveSettings(), shape)
