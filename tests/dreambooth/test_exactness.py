@@ -100,7 +100,7 @@ def class_pictures(world: World, xl: World, folder: Path) -> tuple[World, dict[s
 def dora_of_ranks(world: World, xl: World, folder: Path) -> tuple[World, dict[str, Any]]:
     layers = {"targets": "all", "exclude": "up_blocks", "block_ranks": "mid_block=1 self_attn=3:1.5"}
     limits = {"dropout": 0.25, "max_norm": 0.5, "ema_decay": 0.7}
-    teacher = {"prior": "model", "prior_every": 2, "prior_empty": 0.5}
+    teacher = {"prior": "model", "prior_every": 3, "prior_empty": 0.5}
     shown = [replace(picture, class_captions=("a photo of a dog",)) for picture in world.subject]
     return replace(world, subject=shown), {"adapter": "dora", **layers, **limits, **TEXT, **HALF, **teacher}
 
@@ -476,7 +476,7 @@ OTHER_VALUES: dict[str, Any] = {
     "lr_cycles": 5,
     "lr_power": 3.0,
     "prior": "model",
-    "prior_every": 2,
+    "prior_every": 3,
     "prior_prompts": "a cat",
     "prior_empty": 0.1,
     "dco_beta": 1000.0,

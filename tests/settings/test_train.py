@@ -72,7 +72,7 @@ OTHER: dict[str, Any] = {
     "lr_cycles": 5,
     "lr_power": 0.5,
     "prior": "model",
-    "prior_every": 2,
+    "prior_every": 3,
     "prior_prompts": "eine Katze | ein Haus",
     "prior_empty": 0.25,
     "dco_beta": 1000.0,
