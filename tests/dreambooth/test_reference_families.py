@@ -543,7 +543,7 @@ class PlainTrainer:
         return (loss - np.log(2)) * 2 / beta + loss_refer
 
     def preservation_loss(self, step: int, micro: int, pictures: Sequence[Picture]) -> Tensor:
-        """Where eight steps of DDIM by the base lead from noise, with prompts of the class: its predictions are kept."""
+        """Where eight steps of DDIM by the base lead from noise, with prompts of the class, it is the teacher."""
         settings = self.settings
         number, position = divmod(step // settings.prior_every + micro * 8 // settings.gradient_accumulation, 8)
         draws = draws_of(self, "preserved", number, micro, len(pictures))
