@@ -55,7 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "prior_prompts": "a photo of a house | a photo of a tree | a photo of a boat",  # none that drift is measured by
     },
     "prior model, pivotal": {**PRIOR_MODEL, **PIVOTAL},
-    "DCO": {"dco_beta": 1000.0},
+    "DCO": {"dco_beta": 100.0},
     "weight penalty": {"weight_penalty": 1e-3},
     "OFT": {"adapter": "oft"},
     "T-LoRA": {"rank_schedule": "timestep", "lora_init": "orthogonal"},
