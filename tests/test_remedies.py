@@ -868,6 +868,7 @@ UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/__main__.py", "advice"): _HINT,
     ("trainer/dreambooth.py", "_save_interrupted"): _HINT,
     ("trainer/dreambooth.py", "_go_on_without_preservation"): _HINT,
+    ("trainer/training/preservation.py", "unpreserved_note"): _HINT,
     ("trainer/data/folder.py", "_chosen_folders"): _HINT,
     ("trainer/evaluation/comparison.py", "checkpoint_candidates"): _HINT,
     ("trainer/cli/train.py", "run_generate"): _MEMORY,

@@ -55,7 +55,7 @@ from .training.optimizers import (
     set_learning_rates,
 )
 from .training.preflight import require_prediction_type, require_preservable, require_trainable
-from .training.preservation import BaseTeacher, TaughtBatch, chosen_prior
+from .training.preservation import BaseTeacher, TaughtBatch, chosen_prior, unpreserved_note
 from .training.previews import Previews
 from .training.runs.checkpoint import Measurements
 from .training.runs.folder import RunFolder, RunPaths, run_fingerprint
@@ -345,6 +345,8 @@ class DreamBooth:
         self.fingerprint = self.run_folder.record.get("fingerprint", self.fingerprint)
         newest_step = self.run_folder.newest(settings.steps)
         self.listener.report(RunOpened(self.run_folder.path, newest_step, settings.steps))
+        if self._prior_was_open and settings.prior == "none":
+            self.listener.report(Note(unpreserved_note(settings)))
         self.measurements = self.run_folder.measurements(newest_step)
         self.previews = Previews(
             self.base,

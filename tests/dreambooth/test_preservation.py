@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from helpers import Recorder
-from pack.trainer.core.errors import SettingsError
+from pack.trainer.core.errors import SettingsError, suggest
 from pack.trainer.data.folder import AnnotationOptions
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.models.objective import consistency_loss
@@ -268,6 +268,24 @@ def test_all_weights_have_no_teacher_unless_it_is_asked_for(known: World) -> Non
     for prior, chosen in (("auto", "none"), ("model", "model")):
         settings = TrainSettings(adapter="full", prior=prior)
         assert chosen_prior(settings, known.subject, has_class_pictures=False) == chosen
+
+
+def test_a_run_that_preserves_nothing_says_so_unless_it_is_meant(world: World, known: World, tmp_path: Path) -> None:
+    told = []
+    for number, (one, changes) in enumerate(
+        [
+            (world, {}),
+            (world, {"prior": "none"}),
+            (known, {}),
+            (known, {"adapter": "full", "targets": "all"}),
+        ]
+    ):
+        listener = Recorder()
+        one.train(tmp_path / str(number), listener, steps=1, **changes)
+        told.append([note for note in listener.notes if "Nothing keeps the class" in note])
+    assert [len(notes) for notes in told] == [1, 0, 0, 1]
+    assert suggest("class_prompt", "a photo of a dog") in told[0][0]
+    assert "rare word" not in told[3][0]
 
 
 def test_a_run_that_was_begun_without_preservation_goes_on_without(known: World, tmp_path: Path) -> None:

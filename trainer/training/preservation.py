@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..core.errors import suggest
 from ..core.seeding import Draw
 from ..data.batches import SINGLE_PROCESS, draw_slots
 from ..data.images import Picture
@@ -43,6 +44,19 @@ def chosen_prior(settings: TrainSettings, pictures: Sequence[Picture], *, has_cl
         return "class-pictures"
     is_known = all(picture.class_captions for picture in pictures)
     return "model" if is_known and settings.adapter != "full" else "none"
+
+
+def unpreserved_note(settings: TrainSettings) -> str:
+    """Why nothing keeps the class in a run where `prior` was left open, and what would."""
+    ways = [suggest("class_images"), suggest("prior_count", 100)]
+    if settings.adapter == "full":
+        reason = "there are no class pictures"
+        ways.append(suggest("prior", "model"))
+    else:
+        reason = "there are no class pictures, and not every caption holds the rare word"
+        ways += [suggest("token"), suggest("class_prompt", "a photo of a dog")]
+    meant = f"{suggest('prior', 'none')} says that it is meant so."
+    return f"Nothing keeps the class as it is: {reason}. Give {', '.join(ways[:-1])} or {ways[-1]}; {meant}"
 
 
 class Prediction(Protocol):
