@@ -4,7 +4,7 @@
     python benchmarks/learning.py run --diffusers FOLDER --diffusers-python FILE --kohya FOLDER --kohya-python FILE
     python benchmarks/learning.py table [--page docs/learning.md]    # from what has run, as Markdown and CSV
     python benchmarks/learning.py sheet [--sheet docs/learning.jpg]    # pictures of what has run
-    python benchmarks/learning.py search [--trials 12] [--keep 3]    # random search over the recipe
+    python benchmarks/learning.py search [--seeds 0 1] [--keep 3]    # for a better recipe
     python benchmarks/learning.py run --smoke --out FOLDER    # only tries it out
 
 Every way, subject and seed is a job of one core with a result of its own in --out; those that are there, made with the
@@ -20,7 +20,8 @@ the word is "sks". Reported, as mean and spread over the seeds of the means over
     diversity    1 - CLIP-I among the pictures of a prompt
     passes       of the UNet in all: a forward of one latent is 1, with its backward 3, class pictures included
     seconds      of one core (CPU time), class pictures included, without imports
-The search draws settings, judges them on the dog and the mug, and tries the best on the cat and the robot.
+The search changes one setting of the default recipe at a time, judges it on the dog and the mug, joins the best
+changes, and tries those and the recipe on the cat and the robot.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ from learning_score import DEMO, SMOKE, Effort, Scorer, objective  # noqa: E402
 from learning_tables import (  # noqa: E402
     JUDGE_FILE,
     JUDGE_WEIGHTS,
+    RECIPE_TITLE,
+    SEARCH_TABLE,
     SUBJECT_NAMES,
     as_csv,
     as_page,
@@ -59,13 +62,15 @@ from learning_ways import (  # noqa: E402
     CLASS_PICTURES,
     PEERS,
     RECIPE,
+    SEARCHED_FROM,
     WAYS,
     PeerJob,
     checkpoints_of,
     diffusers_command,
-    drawn_settings,
     filled,
+    joint_changes,
     kohya_command,
+    single_changes,
 )
 from peer_runner import PassCounter  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -342,18 +347,29 @@ def peers_in(arguments: argparse.Namespace) -> dict[str, Peer]:
 
 
 def search(arguments: argparse.Namespace) -> None:
-    """Try drawn settings on two subjects, and the best of them on two others."""
+    """Try changes of the recipe on two subjects, and the best of them, alone and together, on two others."""
     bench = Bench(arguments.out, arguments.effort, {})
     folder = arguments.out / "search"
-    settings = {f"trial-{number:03d}": {**RECIPE, **drawn_settings(number)} for number in range(arguments.trials)}
-    for way, values in settings.items():
-        bench.run_all([Job(way, subject, 0, values) for subject in TUNED_ON], folder, report)
-    results = load_results(folder)
-    best = sorted(settings, key=lambda way: -mean_objective(results, way, TUNED_ON))[: arguments.keep]
-    for way in dict.fromkeys([*best, "trial-000"]):
-        bench.run_all([Job(way, subject, 0, settings[way]) for subject in JUDGED_ON], folder, report)
+    singles = dict(list(single_changes().items())[: arguments.trials])
+
+    def try_all(trials: dict[str, dict[str, Any]], subjects: Sequence[str]) -> None:
+        for seed in arguments.seeds:
+            for way, changes in trials.items():
+                settings = {**SEARCHED_FROM, **changes}
+                bench.run_all([Job(way, subject, seed, settings) for subject in subjects], folder, report)
+
+    def best_of(trials: dict[str, dict[str, Any]]) -> list[str]:
+        results = load_results(folder)
+        return sorted(trials, key=lambda way: -mean_objective(results, way, TUNED_ON))
+
+    try_all({RECIPE_TITLE: {}, **singles}, TUNED_ON)
+    joint = joint_changes(best_of(singles))
+    try_all(joint, TUNED_ON)
+    trials = {**singles, **joint}
+    kept = {way: trials[way] for way in best_of(trials)[: arguments.keep]}
+    try_all({RECIPE_TITLE: {}, **kept}, JUDGED_ON)
     text = search_table(load_results(folder), TUNED_ON, JUDGED_ON, objective)
-    (folder / "table.md").write_text(text, encoding="utf-8")
+    (folder / SEARCH_TABLE).write_text(text, encoding="utf-8")
     print(text)
 
 
@@ -413,8 +429,9 @@ def main() -> None:
         if name == "sheet":
             of_command.add_argument("--sheet", type=Path, default=ROOT / "docs" / "learning.jpg")
         if name == "search":
-            of_command.add_argument("--trials", type=int, default=12)
+            of_command.add_argument("--trials", type=int, help="try only the first of the single changes")
             of_command.add_argument("--keep", type=int, default=3, help="trials that are tried on the other subjects")
+            of_command.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.command(arguments)

@@ -16,6 +16,8 @@ from PIL import Image
 SUBJECT_NAMES = ("dog", "cat", "robot", "mug")
 SEEDS = (0, 1, 2)
 JUDGE_FILE, JUDGE_WEIGHTS = "judge.json", "judge.safetensors"
+RECIPE_TITLE = "the recipe"
+SEARCH_TABLE = "table.md"
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 _LAST = {
     "clip_i": "CLIP-I",
@@ -86,6 +88,9 @@ def as_page(results: Sequence[Result], folder: Path) -> str:
     partial = [f"{way}: {count}" for way, count in done.items() if count < of_each]
     if partial:
         parts.insert(1, f"Of {of_each} jobs (4 subjects, 3 seeds) some ways have run fewer. {'; '.join(partial)}.")
+    searched = folder / "search" / SEARCH_TABLE
+    if searched.is_file():
+        parts.append(searched.read_text(encoding="utf-8").strip())
     return "\n\n".join(parts) + "\n"
 
 
@@ -162,24 +167,44 @@ def search_table(
     judged_on: Sequence[str],
     objective: Callable[[dict[str, float]], float],
 ) -> str:
-    """A row for each trial, the best first; what differs from trial 0 is named."""
-    by_way: dict[str, list[Result]] = {}
-    for result in results:
-        by_way.setdefault(result["way"], []).append(result)
-    recipe = by_way["trial-000"][0]["settings"]
+    """A row for each trial, the best first: its objective, and what it gains over the recipe.
+
+    A gain is the mean over subjects and seeds of the differences from the recipe with the same subject and seed, with
+    its standard error.
+    """
+    scores = {(result["way"], result["subject"], result["seed"]): objective(result["curve"][-1]) for result in results}
+    ways = list(dict.fromkeys(result["way"] for result in results))
     rows = []
-    for way, of_way in by_way.items():
-        scores = {}
-        for title, subjects in (("tuned", tuned_on), ("judged", judged_on)):
-            values = [objective(result["curve"][-1]) for result in of_way if result["subject"] in subjects]
-            scores[title] = statistics.mean(values) if values else None
-        settings = of_way[0]["settings"]
-        changes = ", ".join(f"{name} {value}" for name, value in settings.items() if recipe.get(name) != value)
-        rows.append((scores["tuned"] or 0.0, scores["judged"], way, changes or "the recipe"))
-    lines = [_row(["trial", " + ".join(tuned_on), " + ".join(judged_on), "settings"]), _row(["---"] * 4)]
-    for tuned, judged, way, changes in sorted(rows, key=lambda row: -row[0]):
-        lines.append(_row([way, f"{tuned:.3f}", "–" if judged is None else f"{judged:.3f}", changes]))
+    for way in ways:
+        cells = []
+        means = []
+        for subjects in (tuned_on, judged_on):
+            of_way = {
+                (subject, seed): score
+                for (trial, subject, seed), score in scores.items()
+                if trial == way and subject in subjects
+            }
+            means.append(statistics.mean(of_way.values()) if of_way else None)
+            differences = [
+                score - scores[RECIPE_TITLE, subject, seed]
+                for (subject, seed), score in of_way.items()
+                if (RECIPE_TITLE, subject, seed) in scores
+            ]
+            cells += [f"{means[-1]:.3f}" if of_way else "–", _gain(differences) if way != RECIPE_TITLE else "–"]
+        rows.append((means[0] or 0.0, [way, *cells]))
+    titles = [" + ".join(subjects) for subjects in (tuned_on, judged_on)]
+    lines = [_row(["trial", titles[0], "gain", titles[1], "gain"]), _row(["---"] * 5)]
+    lines += [_row(cells) for _, cells in sorted(rows, key=lambda row: -row[0])]
     return "\n".join(lines) + "\n"
+
+
+def _gain(differences: Sequence[float]) -> str:
+    if not differences:
+        return "–"
+    if len(differences) == 1:
+        return f"{differences[0]:+.3f}"
+    error = statistics.stdev(differences) / len(differences) ** 0.5
+    return f"{statistics.mean(differences):+.3f} ± {error:.3f}"
 
 
 def put_into_page(page: Path, text: str) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,25 +62,45 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """Way → its settings over `RECIPE`."""
 
-SPACE: dict[str, tuple[Any, ...]] = {
-    "learning_rate": (2e-4, 4e-4, 8e-4, 1.6e-3),
-    "rank": (4, 8, 16, 32),
-    "targets": ("attention", "attention-mlp"),
-    "timestep_bias": (-1.0, -0.5, 0.0, 0.5, 1.0),
-    "loss_weighting": ("constant", "min-snr", "debiased"),
-    "ema_decay": (0.0, 0.98),
-    "lora_plus_ratio": (0.0, 4.0, 16.0),
-    "lr_schedule": ("constant", "cosine"),
+SEARCHED_FROM: dict[str, Any] = {**RECIPE, **PRIOR_MODEL}
+"""The recipe that `search` tries to better: what the pack does by default."""
+
+ALTERNATIVES: dict[str, tuple[Any, ...]] = {
+    "learning_rate": (4e-4, 1.6e-3),
+    "rank": (4, 32),
+    "targets": ("attention",),
+    "timestep_bias": (-1.0, 1.0),
+    "loss_weighting": ("min-snr", "debiased"),
+    "ema_decay": (0.98,),
+    "lora_plus_ratio": (16.0,),
+    "lr_schedule": ("cosine",),
+    "rank_schedule": ("timestep",),
+    "prior_weight": (0.5, 2.0),
 }
-"""Setting → values that `search` draws from."""
+"""Setting → values that `search` tries in the place of the recipe's."""
 
 
-def drawn_settings(number: int) -> dict[str, Any]:
-    """The settings of a trial of the search; trial 0 is the recipe itself."""
-    if number == 0:
-        return {}
-    rng = random.Random(f"trial {number}")
-    return {name: rng.choice(values) for name, values in SPACE.items()}
+def single_changes() -> dict[str, dict[str, Any]]:
+    """Title → a change of one setting."""
+    return {f"{name} {value}": {name: value} for name, values in ALTERNATIVES.items() for value in values}
+
+
+def joint_changes(titles: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Title → the first two and the first three of some single changes together.
+
+    Args:
+        titles: Of single changes, the best first; of those of one setting only the first is taken.
+    """
+    changes = single_changes()
+    chosen: dict[str, str] = {}  # setting → title
+    for title in titles:
+        chosen.setdefault(next(iter(changes[title])), title)
+    joint = {}
+    for count in (2, 3):
+        parts = list(chosen.values())[:count]
+        if len(parts) == count:
+            joint[", ".join(parts)] = {name: value for part in parts for name, value in changes[part].items()}
+    return joint
 
 
 def filled(settings: Mapping[str, Any], thing: str) -> dict[str, Any]:

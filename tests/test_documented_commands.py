@@ -181,8 +181,8 @@ def check_learning(ran: Ran) -> None:
 
 
 def check_learning_search(ran: Ran) -> None:
-    assert sorted(ran.rows("search/table.md")) == ["---", "trial", "trial-000", "trial-001"]
-    assert {"search/trial-000/cat-0.json", "search/trial-000/robot-0.json"} <= ran.names()
+    assert sorted(ran.rows("search/table.md")) == ["---", "learning_rate 0.0004", "the recipe", "trial"]
+    assert {"search/the recipe/cat-0.json", "search/learning_rate 0.0004/robot-0.json"} <= ran.names()
 
 
 def write_learning_results(out: Path) -> None:
@@ -362,7 +362,7 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
         prepare=write_learning_strips,
     ),
     ("python benchmarks/learning.py search",): Smoke(
-        "python benchmarks/learning.py search --smoke --trials 2 --keep 1 --out OUT", check_learning_search
+        "python benchmarks/learning.py search --smoke --trials 1 --keep 1 --seeds 0 --out OUT", check_learning_search
     ),
     ("python benchmarks/fit.py",): Smoke(
         "python benchmarks/fit.py --plan --size sd15 --resolution 64",

@@ -46,17 +46,21 @@ def ways(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 def test_every_way_has_settings_that_the_trainer_takes(ways: ModuleType) -> None:
-    for changes in (*ways.WAYS.values(), *(ways.drawn_settings(number) for number in range(20))):
+    trials = ({**ways.PRIOR_MODEL, **changes} for changes in ways.single_changes().values())
+    for changes in (*ways.WAYS.values(), *trials):
         values = ways.filled({**ways.RECIPE, **changes}, "dog")
         settings = TrainCommand.checked({**values, "base": "base", "images": "images"})
         assert settings.without_effect() == {}
         assert settings.instance_prompt == "a photo of sks dog"
 
 
-def test_trials_are_drawn_from_their_number(ways: ModuleType) -> None:
-    assert ways.drawn_settings(0) == {}
-    assert ways.drawn_settings(3) == ways.drawn_settings(3)
-    assert len({str(ways.drawn_settings(number)) for number in range(20)}) > 15
+def test_the_best_changes_are_joined(ways: ModuleType) -> None:
+    titles = ["rank 4", "rank 32", "targets attention", "learning_rate 0.0004"]
+    assert ways.joint_changes(titles) == {
+        "rank 4, targets attention": {"rank": 4, "targets": "attention"},
+        "rank 4, targets attention, learning_rate 0.0004": {"rank": 4, "targets": "attention", "learning_rate": 4e-4},
+    }
+    assert ways.joint_changes(["rank 4", "rank 32"]) == {}
 
 
 @pytest.mark.slow
