@@ -232,6 +232,7 @@ def kohya_command(job: PeerJob, folder: Path) -> list[str]:
         "save_every_n_steps": job.every,
         "seed": job.seed,
         "mixed_precision": "no",
+        "max_data_loader_n_workers": 0,  # else every epoch of five steps starts processes of its own
         **job.way.options,
     }
     if job.class_images is not None:
