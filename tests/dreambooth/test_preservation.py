@@ -20,7 +20,7 @@ from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.models.objective import consistency_loss
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
-from pack.trainer.training.preservation import TRAJECTORY_LENGTH, chosen_prior
+from pack.trainer.training.preservation import TRAJECTORY_LENGTH, BaseTeacher, chosen_prior
 from worlds import KINDS, PROMPT, World, assert_same_end, noisy_pictures, perturb, predicted
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -143,6 +143,26 @@ def test_a_way_that_was_left_is_gone_again(known: World, tmp_path: Path) -> None
         [expected] = straight[step]
         assert torch.equal(again.noisy, expected.noisy)
         assert torch.equal(again.target, expected.target)
+
+
+def test_processes_share_the_samples_of_one(known: World, tmp_path: Path) -> None:
+    settings = {**TEACHER, "prior_every": 1, "gradient_accumulation": 2}
+    alone = known.prepared(tmp_path / "alone", **settings, batch_size=2)
+    recipe = known.prepared(tmp_path / "two", **settings)
+    session = recipe.session
+    teachers = [
+        BaseTeacher(
+            session.cache, recipe.settings, session.objective, recipe.base_prediction, recipe.device, (process, 2)
+        )
+        for process in range(2)
+    ]
+    for step in (0, 3, 9):
+        [expected] = alone.session.teacher.batches(step, 1)
+        shares = [teacher.batches(step, 1)[0] for teacher in teachers]
+        for name in ("noisy", "timesteps", "captions", "target"):
+            together = torch.cat([getattr(share, name) for share in shares])
+            # a batch of two is summed in another order than two of one
+            torch.testing.assert_close(together, getattr(expected, name), rtol=1e-3, atol=1e-4)
 
 
 def test_micro_batches_are_at_different_noise(known: World, tmp_path: Path) -> None:

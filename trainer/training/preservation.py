@@ -142,8 +142,8 @@ class BaseTeacher:
 
     Each of the places of a micro-batch follows a way from noise of its own to a picture, with a prompt of the class;
     after its last step another one begins. A way is a function of seed and step: a run that is resumed amid one goes it
-    again from its beginning, and predicts what the uninterrupted run would have. The ways of micro-batches and
-    processes are begun at different steps.
+    again from its beginning, and predicts what the uninterrupted run would have. The ways of a
+    step's micro-batches are begun at different steps.
     """
 
     def __init__(
@@ -187,9 +187,7 @@ class BaseTeacher:
         turn, rest = divmod(step, settings.prior_every)
         if rest or not self._cache.preserved:
             return []
-        process, processes = self._share
-        place = micro_batch * processes + process
-        offset = place * TRAJECTORY_LENGTH // (settings.gradient_accumulation * processes)
+        offset = micro_batch * TRAJECTORY_LENGTH // settings.gradient_accumulation
         number, position = divmod(turn + offset, TRAJECTORY_LENGTH)
         begun, trajectories = self._begun.get(micro_batch, (None, []))
         if begun != number or trajectories[0].position > position:
