@@ -166,8 +166,11 @@ class Bench:
         settings = PriorSettings(
             class_prompt=prompt,
             prior_count=min(count, self.effort.class_pictures),
+            prior_scheduler="ddim",
             prior_steps=self.effort.sampling_steps,
             prior_guidance=4.0,
+            prior_guidance_start=0.0,
+            prior_guidance_end=1.0,
         )
         folder = self.folder / "priors"
         cpu = torch.device("cpu")

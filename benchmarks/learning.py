@@ -63,6 +63,7 @@ from learning_ways import (  # noqa: E402
     PEERS,
     RECIPE,
     SEARCHED_FROM,
+    UNNAMED,
     WAYS,
     PeerJob,
     checkpoints_of,
@@ -218,7 +219,7 @@ class Bench:
 
     def _train(self, job: Job, scratch: Path) -> tuple[dict[int, Path | None], Cost, Cost]:
         thing = SUBJECTS[job.subject].thing
-        values = filled({**RECIPE, **job.settings}, thing)
+        values = filled({**UNNAMED, **RECIPE, **job.settings}, thing)
         values["steps"] = min(values["steps"], self.effort.steps)
         values["checkpoint_every"] = min(values["checkpoint_every"], self.effort.steps)
         if values.get("prior_count"):
@@ -257,7 +258,7 @@ class Bench:
         class_images = None
         prior_cost = Cost()
         if way.class_pictures:
-            values = filled(CLASS_PICTURES, thing)
+            values = filled({**UNNAMED, **CLASS_PICTURES}, thing)
             values["prior_count"] = min(values["prior_count"], self.effort.class_pictures)
             values["prior_steps"] = min(values["prior_steps"], self.effort.prior_steps)
             folder, prior_cost = self._class_pictures(values)

@@ -23,6 +23,15 @@ CLASS_PICTURES: dict[str, Any] = {  # as demo.toml
     "prior_guidance": 4.0,
     "prior_batch_size": 16,
 }
+UNNAMED: dict[str, Any] = {"prior_scheduler": "ddim", "prior_guidance_start": 0.0, "prior_guidance_end": 1.0}
+"""What the pack's defaults for class pictures were when the first ways ran; their results don't name them."""
+HALF_PRICE: dict[str, Any] = {
+    **CLASS_PICTURES,
+    "prior_scheduler": "dpm++",
+    "prior_steps": 15,
+    "prior_guidance_start": 0.2,
+    "prior_guidance_end": 0.8,
+}
 PRIOR_MODEL: dict[str, Any] = {"prior": "model", "prior_every": 2, "class_prompt": CLASS_PROMPT}
 PIVOTAL: dict[str, Any] = {"token": TOKEN, "class_noun": "{thing}", "token_vectors": 2}
 RECIPE: dict[str, Any] = {
@@ -45,6 +54,7 @@ layers are the pack's default.
 WAYS: dict[str, dict[str, Any]] = {
     "none": {},
     "class-pictures": CLASS_PICTURES,
+    "class-pictures, half price": HALF_PRICE,
     "prior model": PRIOR_MODEL,
     "prior model, every step": {**PRIOR_MODEL, "prior_every": 1},
     "prior model, every fourth step": {**PRIOR_MODEL, "prior_every": 4},

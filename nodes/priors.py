@@ -16,6 +16,7 @@ from .subject import SubjectValue
 from .widgets import CATEGORY, PRIORS, SUBJECT, widget
 
 _SHOWN = 16  # pictures of the output `images`
+_NEWER = ("guidance_start", "guidance_end")  # last: saved workflows hold the values of widgets by their place
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class ClassPriors(Node):
                 widget(PriorSettings, "prior_seed", id="seed"),
                 widget(PriorSettings, "prior_batch_size", id="batch_size"),
                 widget(TrainSettings, "precision"),
+                *(widget(PriorSettings, f"prior_{name}", id=name, optional=True) for name in _NEWER),
             ],
             outputs=[
                 PRIORS.Output(display_name="priors"),
@@ -86,7 +88,7 @@ class ClassPriors(Node):
         prompts = list(subject.class_prompts if subject else [""])
         if prompt.strip():
             prompts = [filled_prompts("class_prompt", prompt, common_words(subject.words if subject else ()))]
-        common = {f"prior_{name}": value for name, value in values.items()}
+        common = {f"prior_{name}": value for name, value in values.items() if not _is_left_open(name, value)}
         settings = by_prompt([PriorSettings.checked(common | {"class_prompt": prompt}) for prompt in prompts])
         device = pick_device(host.device_name())
         listener = NodeListener(cls)
@@ -105,3 +107,8 @@ class ClassPriors(Node):
                 )
         shown = torch.stack([to_pixels(picture.open()) for picture in pictures[:_SHOWN]])
         return io.NodeOutput(PriorsValue(tuple(pictures)), (shown.permute(0, 2, 3, 1) + 1) / 2)
+
+
+def _is_left_open(name: str, value: Any) -> bool:
+    """Whether a widget is one that graphs of earlier versions lack, which the page then fills with its default."""
+    return name in _NEWER and bool(value == PriorSettings.model_fields[f"prior_{name}"].default)

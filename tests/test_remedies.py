@@ -226,6 +226,13 @@ settings(
     {"score_clip": "x"},
     {"score_dino": "x"},
 )
+settings(
+    "guidance that ends before it begins",
+    PriorsCommand,
+    {"prior_guidance_start": 0.9},
+    {"prior_guidance_start": 0.7},
+    {"prior_guidance_end": 1.0},
+)
 settings("class pictures without a prompt", TrainCommand, {"prior_count": 5})
 settings("class pictures to make without a prompt", PriorsCommand, {"class_prompt": ""})
 settings(
@@ -302,6 +309,12 @@ notes("needs a choice", TrainCommand, {"lr_cycles": 5})
 notes("needs one of two choices", TrainCommand, {"masks": "off", "mask_background": 0.5}, {"mask_background": 0.1})
 notes("needs another than none", GenerateCommand, {"negative_prompt": "x", "guidance": 1.0}, {"guidance": 2.0})
 notes("needs a switch", TrainCommand, {"keep_tags": 2})
+notes(
+    "an interval of no guidance",
+    PriorsCommand,
+    {"prior_guidance": 1.0, "prior_guidance_end": 0.5},
+    {"prior_guidance": 2.0},
+)
 notes("needs a number", TrainCommand, {"prior_steps": 5}, {"prior_count": 5, "class_prompt": "a dog"})
 notes("warm-up of no steps", TrainCommand, {"lr_schedule": "constant_with_warmup"}, {"lr_warmup_steps": 5})
 notes(

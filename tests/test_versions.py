@@ -88,6 +88,7 @@ def test_a_half_trained_run_is_found_and_goes_on(folder: Path, tmp_path: Path) -
     expected, found = load_file(folder / "finished.safetensors"), load_file(result.path)
     assert set(found) == set(expected)
 
+    shutil.copytree(folder / "class-pictures", tmp_path / "straight" / "class-pictures")
     straight = train_in(tmp_path / "straight", Recorder())
     [run] = (folder / "runs").iterdir()
     first_half = load_file(run / "step-00000004" / "live.safetensors")

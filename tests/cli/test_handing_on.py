@@ -110,6 +110,9 @@ def test_every_subject_has_class_pictures_of_its_own_number(subjects: dict[str, 
     assert (dog.class_prompt, dog.prior_count, dog.prior_seed, dog.prior_guidance) == ("a dog", 4, 3, 2.5)
     assert (cat.class_prompt, cat.prior_count) == ("a cat", 0)
     assert [(one.class_prompt, one.prior_count) for one in by_prompt([dog])] == [("a dog", 4)]
+    [of_prompt] = by_prompt([dog])
+    given = {"class_prompt", "prior_count", "prior_seed", "prior_guidance"}
+    assert of_prompt.model_fields_set == given  # the rest may be what an earlier version generated
 
 
 def test_a_base_is_opened_as_the_settings_say(tiny_checkpoint: Path) -> None:

@@ -96,6 +96,26 @@ def test_class_priors_of_chained_subjects(host: Host, monkeypatch: pytest.Monkey
     assert host.borrowed == [("model", "clip", "vae")] * 2
 
 
+def test_graphs_of_earlier_versions_leave_the_interval_of_guidance_open(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lack its widgets, which the page fills with their defaults: class pictures that are there are found."""
+    intervals: list[dict[str, float]] = []
+
+    def generate(base: Any, settings: Any, **_: Any) -> list[Picture]:
+        names = ("prior_guidance_start", "prior_guidance_end")
+        intervals.append({name: getattr(settings, name) for name in names if name in settings.model_fields_set})
+        return load_pictures(host.folder / "input" / "cat", settings.class_prompt, Recorder())[:1]
+
+    monkeypatch.setattr("pack.trainer.data.class_images.generate_class_images", generate)
+    values = {"prompt": "a dog", "count": 1, "scheduler": "ddim", "steps": 30, "guidance": 7.5, "seed": 0}
+    values |= {"batch_size": 1, "resolution": 64, "precision": "fp32", **BASE}
+    widgets: dict[str, float]
+    for widgets in ({}, {"guidance_start": 0.2, "guidance_end": 0.8}, {"guidance_start": 0.0, "guidance_end": 0.8}):
+        host.run("priors", "ClassPriors", **values, **widgets)
+    assert intervals == [{}, {}, {"prior_guidance_start": 0.0}]
+
+
 # Training
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import os
 from pathlib import Path
 from typing import Any, get_args
@@ -15,7 +16,7 @@ from checkpoints import sd15_checkpoint
 from helpers import TINY, Recorder
 from pack.trainer.core.errors import CancelledError, OutOfMemoryError, StorageError, TrainerError
 from pack.trainer.core.events import Phase
-from pack.trainer.data.class_images import by_prompt, generate_class_images
+from pack.trainer.data.class_images import by_prompt, class_images_folders, generate_class_images
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.models.families.base import BaseWeights
@@ -123,6 +124,8 @@ def test_a_gap_is_filled_with_the_same_picture(base: BaseWeights, tmp_path: Path
         {"prior_scheduler": "euler"},
         {"prior_steps": 3},
         {"prior_guidance": 3.0},
+        {"prior_guidance_start": 0.5},
+        {"prior_guidance_end": 0.5},
         {"prior_seed": 100},
         {"resolution": 72},
         {"base": "another"},
@@ -151,11 +154,88 @@ def _other_checkpoint(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("change", [{"prior_batch_size": 1}, {"prior_count": 1}], ids=lambda change: next(iter(change)))
+@pytest.mark.parametrize(
+    "change",
+    [{"prior_batch_size": 1}, {"prior_count": 1}, {"prior_guidance_end": 0.8}],  # its default
+    ids=lambda change: next(iter(change)),
+)
 def test_what_changes_no_picture_changes_no_folder(base: BaseWeights, made: Path, change: dict[str, Any]) -> None:
     files = drawn(made)
     make(base, made, changed(**change))
     assert drawn(made) == files
+
+
+def test_an_interval_changes_nothing_without_guidance(base: BaseWeights, tmp_path: Path) -> None:
+    make(base, tmp_path, changed(prior_guidance=1.0))
+    files = drawn(tmp_path)
+    make(base, tmp_path, changed(prior_guidance=1.0, prior_guidance_start=0.5))
+    assert drawn(tmp_path) == files
+
+
+EARLIER: dict[str, Any] = {  # the defaults of version 0.4
+    "prior_scheduler": "ddim",
+    "prior_steps": 30,
+    "prior_guidance": 7.5,
+    "prior_guidance_start": 0.0,
+    "prior_guidance_end": 1.0,
+}
+
+
+def test_the_defaults_take_at_most_half_of_the_passes(
+    base: BaseWeights, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+
+    def predict(self: StableDiffusionModel, latents: torch.Tensor, *_: Any) -> torch.Tensor:
+        passes.append(len(latents))
+        return 0.1 * latents
+
+    monkeypatch.setattr(StableDiffusionModel, "predict", predict)
+    asked = {"class_prompt": "a dog", "prior_count": 1}
+    make(base, tmp_path, PriorSettings.checked(asked))
+    of_defaults = sum(passes)
+    passes.clear()
+    make(base, tmp_path, PriorSettings.checked({**asked, **EARLIER}))
+    assert (of_defaults, sum(passes)) == (24, 60)
+
+
+@pytest.mark.parametrize("given", [{}, {"prior_steps": 2}, {"prior_scheduler": "pndm", "prior_steps": 3}], ids=str)
+def test_what_an_earlier_version_generated_for_the_same_input_is_used(
+    given: dict[str, Any], base: BaseWeights, tmp_path: Path
+) -> None:
+    """So that a run that was begun with those goes on; their folder is the one of that version."""
+    asked = {"class_prompt": "a dog", "prior_count": 2, **given}
+    earlier = make(base, tmp_path, PriorSettings.checked({**asked, **EARLIER, **given}))
+    files = drawn(tmp_path)
+    [folder] = tmp_path.iterdir()
+    assert "guidance_interval" not in json.loads((folder / "settings.json").read_text())
+    settings, listener = PriorSettings.checked(asked), Recorder()
+    assert class_images_folders(tmp_path, base, settings, 64, "fp32") == [folder]
+    pictures = make(base, tmp_path, settings, listener=listener)
+    assert [picture.digest for picture in pictures] == [picture.digest for picture in earlier]
+    assert drawn(tmp_path) == files
+    [note] = listener.notes
+    assert str(folder) in note
+    assert "earlier version" in note
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"prior_count": 3}, {"prior_scheduler": "dpm++"}, {"prior_guidance_start": 0.2}, {"prior_seed": 5}],
+    ids=lambda change: next(iter(change)),
+)
+def test_what_an_earlier_version_did_not_generate_is_generated_anew(
+    change: dict[str, Any], base: BaseWeights, tmp_path: Path
+) -> None:
+    """More than there are, or otherwise: also where the given value is the default of today."""
+    asked = {"class_prompt": "a dog", "prior_count": 2, "prior_steps": 2}
+    earlier = make(base, tmp_path, PriorSettings.checked({**EARLIER, **asked}))
+    settings, listener = PriorSettings.checked({**asked, **change}), Recorder()
+    pictures = make(base, tmp_path, settings, listener=listener)
+    assert len(pictures) == settings.prior_count
+    assert not {picture.digest for picture in pictures} & {picture.digest for picture in earlier}
+    assert make(base, tmp_path, settings, listener=listener)[0].digest == pictures[0].digest
+    assert not any("earlier version" in note for note in listener.notes)
 
 
 def test_seeds_count_up(base: BaseWeights, tmp_path: Path) -> None:

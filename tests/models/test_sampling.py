@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -63,13 +63,23 @@ def latents_of(
     steps: int = 6,
     guidance: float = 4.0,
     negative: str = "",
+    interval: tuple[float, float] = (0.0, 1.0),
     listener: Any = None,
 ) -> Tensor:
     with torch.no_grad():
         rows = model.encode_prompts([PROMPT, negative])["text"]
     prompt, without = ({"text": row.expand(len(seeds), -1, -1)} for row in rows)
     noise = starting_noise(seeds, (4, 16, 16))
-    config = GenerationConfig(width=128, height=128, scheduler=scheduler, steps=steps, guidance=guidance)
+    start, end = interval
+    config = GenerationConfig(
+        width=128,
+        height=128,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        guidance_start=start,
+        guidance_end=end,
+    )
     return denoise(model, noise, prompt, without, config, listener)
 
 
@@ -166,6 +176,73 @@ def batches(model: DiffusionModel) -> Iterator[list[int]]:
 def test_guidance_one_needs_one_pass(guidance: float, rows: int, model: DiffusionModel, batches: list[int]) -> None:
     latents_of(model, [1, 2], steps=3, guidance=guidance)
     assert batches == [rows] * 3
+
+
+def plain_loop(
+    model: DiffusionModel, scheduler: SchedulerName, steps: int, guidance: float, guided: Callable[[float], bool]
+) -> Tensor:
+    """Seed 5 as Kynkäänniemi et al. (2024) write it: two predictions where `guided` says so of a noise level, else one.
+
+    The noise level is the standard deviation of the noise beside a signal of size 1, as in their equation 5.
+    """
+    with torch.no_grad():
+        rows = model.encode_prompts([PROMPT, ""])["text"]
+        sampler = model.objective.make_scheduler(scheduler, steps, (4, 16, 16), torch.device("cpu"))
+        latents = starting_noise([5], (4, 16, 16)) * sampler.init_noise_sigma
+        for timestep in sampler.timesteps:
+            signal = model.objective.alphas_cumprod[int(timestep)]
+            scaled = sampler.scale_model_input(latents, timestep)
+            if guided(float(((1 - signal) / signal).sqrt())):
+                both = {"text": torch.cat([rows[1:], rows[:1]])}
+                without, having = model.predict(torch.cat([scaled] * 2), timestep.expand(2), both).chunk(2)
+                prediction = without + guidance * (having - without)
+            else:
+                prediction = model.predict(scaled, timestep.expand(1), {"text": rows[:1]})
+            latents = sampler.step(prediction, timestep, latents, return_dict=False)[0]
+    return latents
+
+
+@pytest.mark.parametrize("name", mostly_slow(SCHEDULERS, "dpm++"))
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.25, 0.75)])
+def test_guidance_in_an_interval_is_the_papers(
+    name: SchedulerName, interval: tuple[float, float], model: DiffusionModel
+) -> None:
+    """Bit for bit; the whole interval is guidance in every step."""
+    start, end = interval
+    alphas = model.objective.alphas_cumprod
+    sigmas = ((1 - alphas) / alphas).sqrt()
+    last, first = (len(sigmas) - 1 - round(part * len(sigmas)) for part in (start, end))
+
+    def guided(sigma: float) -> bool:
+        return bool((first < 0 or sigma > sigmas[first]) and sigma <= sigmas[last])
+
+    ours = latents_of(model, [5], name, steps=7, interval=interval)
+    assert torch.equal(ours, plain_loop(model, name, 7, 4.0, guided))
+    assert torch.equal(ours, latents_of(model, [5], name, steps=7)) == (interval == (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("interval", "rows"),
+    [
+        ((0.0, 1.0), [4, 4, 4, 4, 4]),
+        ((0.3, 1.0), [2, 4, 4, 4, 4]),  # timesteps 831, 665, 499, 333 and 167
+        ((0.0, 0.6), [4, 4, 4, 2, 2]),
+        ((0.3, 0.6), [2, 4, 4, 2, 2]),
+        ((0.0, 0.1), [2, 2, 2, 2, 2]),
+    ],
+)
+def test_outside_of_the_interval_there_is_one_pass(
+    interval: tuple[float, float], rows: list[int], model: DiffusionModel, batches: list[int]
+) -> None:
+    latents_of(model, [1, 2], "dpm++", steps=5, interval=interval)
+    assert batches == rows
+
+
+def test_the_whole_interval_holds_every_timestep() -> None:
+    whole = GenerationConfig(width=64, height=64)
+    assert all(whole.guides(timestep, 1000) for timestep in (0, 1, 999, 1000))
+    empty = GenerationConfig(width=64, height=64, guidance_start=1.0)
+    assert not any(empty.guides(timestep, 1000) for timestep in (0, 1, 999, 1000))
 
 
 def test_guidance_steers(model: DiffusionModel) -> None:

@@ -46,8 +46,11 @@ def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
     config = GenerationConfig(  # as the class pictures are
         width=settings.resolution,
         height=settings.resolution,
+        scheduler=settings.prior_scheduler,
         steps=settings.prior_steps,
         guidance=settings.prior_guidance,
+        guidance_start=settings.prior_guidance_start,
+        guidance_end=settings.prior_guidance_end,
     )
     rows = []
     for index, scene in enumerate(_SCENES):

@@ -211,16 +211,9 @@ def _class_pictures(
     base: BaseWeights, subject: BenchSubject, settings: DreamBenchCommand, listener: Listener
 ) -> Sequence[Picture]:
     device = pick_device(settings.device)
-    priors = PriorSettings.checked(
-        {
-            "class_prompt": without_token(_caption(settings, subject.noun), settings.token),
-            "prior_count": settings.prior_count,
-            "prior_scheduler": settings.prior_scheduler,
-            "prior_steps": settings.prior_steps,
-            "prior_guidance": settings.prior_guidance,
-            "prior_batch_size": settings.prior_batch_size,
-        }
-    )
+    class_prompt = without_token(_caption(settings, subject.noun), settings.token)
+    given = settings.model_dump(include=set(PriorSettings.model_fields), exclude_unset=True)
+    priors = PriorSettings.checked({**given, "class_prompt": class_prompt})
     return generate_class_images(
         base,
         priors,

@@ -117,8 +117,8 @@ def _given_class_pictures(settings: TrainCommand, listener: Listener) -> list[Pi
 
 
 def _prior_settings(settings: TrainCommand, subject: SubjectTable) -> PriorSettings:
-    """How the class pictures of one subject are generated."""
-    values = settings.model_dump(include=set(PriorSettings.model_fields))
+    """How the class pictures of one subject are generated; what was not given stays so."""
+    values = settings.model_dump(include=set(PriorSettings.model_fields), exclude_unset=True)
     return PriorSettings(**values | {"class_prompt": subject.class_prompt, "prior_count": subject.prior_count})
 
 

@@ -27,6 +27,8 @@ class GenerationConfig:
         scheduler: See `schedulers`.
         steps: Denoising steps.
         guidance: Scale of classifier-free guidance; 1 follows the prompt alone, which halves the work.
+        guidance_start: Part of the noise schedule from which on there is guidance, in [0, 1]: 0 is pure noise.
+        guidance_end: Part of the noise schedule up to which there is guidance; 1 is the finished image.
     """
 
     width: int
@@ -35,6 +37,18 @@ class GenerationConfig:
     scheduler: SchedulerName = "ddim"
     steps: int = 30
     guidance: float = 7.5
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+
+    def guides(self, timestep: float, timesteps: int) -> bool:
+        """Whether a denoising step is guided (the interval of Kynkäänniemi et al. 2024).
+
+        Args:
+            timestep: Of the latents that the step begins with, in [0, timesteps]; only flow matching has the last.
+            timesteps: Of the noise schedule.
+        """
+        part = max(0.0, 1 - (timestep + 1) / timesteps)
+        return self.guidance != 1 and self.guidance_start <= part < self.guidance_end
 
 
 def build_on_device(base: BaseWeights, device: torch.device, precision: str) -> DiffusionModel:
@@ -61,7 +75,7 @@ def denoise(
     config: GenerationConfig,
     listener: Listener | None = None,
 ) -> Tensor:
-    """Denoise latents with classifier-free guidance (Ho & Salimans 2022).
+    """Denoise latents with classifier-free guidance (Ho & Salimans 2022), where it applies: see `GenerationConfig`.
 
     Args:
         model: Its UNet's device and dtype are used.
@@ -82,12 +96,13 @@ def denoise(
     dtype = parameter.dtype
     scheduler = model.objective.make_scheduler(config.scheduler, config.steps, noise.shape[1:], device)
     latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
-    guided = config.guidance != 1
-    rows = [negative, prompt] if guided else [prompt]
-    conditioning = {name: torch.cat([row[name] for row in rows]).to(device) for name in prompt}
+    alone = {name: rows.to(device) for name, rows in prompt.items()}
+    both = {name: torch.cat([negative[name], prompt[name]]).to(device) for name in prompt}
     for timestep in scheduler.timesteps:
         stop_if_asked(listener or SilentListener())
-        scaled = scheduler.scale_model_input(torch.cat([latents] * len(rows)), timestep)
+        guided = config.guides(timestep.item(), model.objective.timesteps)
+        scaled = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, timestep)
+        conditioning = both if guided else alone
         prediction = model.predict(scaled.to(dtype), timestep.expand(len(scaled)), conditioning).float()
         if guided:
             without_prompt, with_prompt = prediction.chunk(2)

@@ -12,7 +12,15 @@ from ..core.errors import suggest
 from ..core.prompts import PromptWords, split_prompts
 from .base import MAX_SEED, Needs, Settings, TidyPath, filled_prompts, same_setting, setting
 from .model import BaseModelSettings, Precision
-from .train import OutputSettings, PriorSettings, SchedulerName, SizeSettings, TrainSettings
+from .train import (
+    OutputSettings,
+    PriorSettings,
+    SchedulerName,
+    SizeSettings,
+    TrainSettings,
+    idle_guidance_interval,
+    require_guidance_interval,
+)
 
 _PICTURES = "Pictures"
 
@@ -236,6 +244,17 @@ class DreamBenchCommand(TrainSettings, EvaluationSettings, FeatureExtractorSetti
     prior_steps: int = same_setting(PriorSettings, "prior_steps")
     prior_guidance: float = same_setting(PriorSettings, "prior_guidance")
     prior_batch_size: int = same_setting(PriorSettings, "prior_batch_size")
+    prior_guidance_start: float = same_setting(PriorSettings, "prior_guidance_start")
+    prior_guidance_end: float = same_setting(PriorSettings, "prior_guidance_end")
+
+    @model_validator(mode="after")
+    def _guidance_ends_after_it_starts(self) -> Self:
+        require_guidance_interval(self)
+        return self
+
+    def effect_notes(self) -> list[str]:
+        """See `Settings.effect_notes`; also of an interval of guidance without guidance."""
+        return [*super().effect_notes(), *idle_guidance_interval(self)]
 
     @model_validator(mode="after")
     def _every_subject_has_its_own_prompts(self) -> Self:
