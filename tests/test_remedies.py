@@ -877,6 +877,7 @@ _MEMORY = "how much memory there is decides"
 _HINT = "says where something else is given or what goes on; nothing is wrong"
 _DIVERGED = "a run has to diverge"
 _DAMAGED = "a checkpoint has to be exchanged for another run's"
+_FLOW = "needs a model of flow matching; tried in tests/models/test_flow.py"
 UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/__main__.py", "advice"): _HINT,
     ("trainer/dreambooth.py", "_save_interrupted"): _HINT,
@@ -899,6 +900,8 @@ UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/core/distributed.py", "make_accelerator"): "needs a device without bf16",
     ("trainer/models/hub.py", "explained_opening"): "needs the network",
     ("trainer/training/preflight.py", "require_prediction_type"): "tried in tests/training/test_prediction_type.py",
+    ("trainer/models/flow.py", "with_settings"): _FLOW,
+    ("trainer/models/flow.py", "make_scheduler"): _FLOW,
 }
 """File and function of the calls of `suggest` that the table leaves out, and why."""
 if sys.platform != "linux":

@@ -154,6 +154,14 @@ def test_range_and_bias_of_timesteps() -> None:
     assert flow().timestep_at(0.25, noisier, (4, 8, 8)) == pytest.approx(500)
 
 
+def test_with_a_right_prediction_the_line_is_followed() -> None:
+    latents, noise = torch.randn((2, 2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    here, following = torch.tensor([900.0, 500.0]), torch.tensor([750.0, 0.0])
+    noisy = flow().add_noise(latents, noise, here)
+    advanced = flow().advance(noisy, flow().target(latents, noise, here), here, following)
+    torch.testing.assert_close(advanced, flow().add_noise(latents, noise, following))
+
+
 def test_settings_of_discrete_schedules_are_refused() -> None:
     for values in ({"loss_weighting": "min-snr"}, {"zero_terminal_snr": True}):
         [name] = values

@@ -241,6 +241,19 @@ def test_a_rescaled_schedule_is_weighed_by_its_own_noise(kind: str, weighting: s
     assert not torch.allclose(together.timestep_weights, before)
 
 
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+def test_a_right_prediction_leads_from_noise_to_less(zero_terminal_snr: bool) -> None:
+    """For both prediction types, from pure noise as well: only the velocity tells what noise alone hides."""
+    latents, noise = torch.randn((2, 3, 4, 8, 8), generator=torch.Generator().manual_seed(0))
+    following = torch.tensor([700, 300, 0])
+    for kind in ("epsilon", "v_prediction"):
+        objective = make_objective(kind, zero_terminal_snr=zero_terminal_snr)
+        here = torch.tensor([999 if kind == "v_prediction" else 900, 500, 120])
+        noisy = objective.add_noise(latents, noise, here)
+        advanced = objective.advance(noisy, objective.target(latents, noise, here), here, following)
+        torch.testing.assert_close(advanced, objective.add_noise(latents, noise, following), rtol=1e-4, atol=1e-4)
+
+
 def test_the_other_settings_leave_the_schedule() -> None:
     other = ObjectiveSettings(loss="huber", loss_weighting="debiased", noise_offset=0.1, timestep_bias=1.0)
     assert torch.equal(make_objective().with_settings(other).alphas_cumprod, make_objective().alphas_cumprod)
