@@ -57,12 +57,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "class-pictures, half price": HALF_PRICE,
     "prior model": PRIOR_MODEL,
     "prior model, every step": {**PRIOR_MODEL, "prior_every": 1},
-    "prior model, every fourth step": {**PRIOR_MODEL, "prior_every": 4},
-    "prior model, empty prompts": {**PRIOR_MODEL, "prior_empty": 0.25},
-    "prior model, other prompts": {
-        **PRIOR_MODEL,
-        "prior_prompts": "a photo of a house | a photo of a tree | a photo of a boat",  # none that drift is measured by
-    },
     "prior model, pivotal": {**PRIOR_MODEL, **PIVOTAL},
     "DCO": {"dco_beta": 100.0},
     "weight penalty": {"weight_penalty": 1e-3},
