@@ -56,8 +56,9 @@ WAYS: dict[str, dict[str, Any]] = {
     "class-pictures": CLASS_PICTURES,
     "class-pictures, half price": HALF_PRICE,
     "prior model": PRIOR_MODEL,
-    "prior model, every step": {**PRIOR_MODEL, "prior_every": 1},
-    "prior model, pivotal": {**PRIOR_MODEL, **PIVOTAL},
+    "prior model, half the weight": {**PRIOR_MODEL, "prior_weight": 0.5},
+    "prior model, every step, half the weight": {**PRIOR_MODEL, "prior_every": 1, "prior_weight": 0.5},
+    "prior model, half the weight, pivotal": {**PRIOR_MODEL, **PIVOTAL, "prior_weight": 0.5},
     "DCO": {"dco_beta": 100.0},
     "weight penalty": {"weight_penalty": 1e-3},
     "OFT": {"adapter": "oft"},
@@ -66,8 +67,8 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 """Way → its settings over `RECIPE`."""
 
-SEARCHED_FROM: dict[str, Any] = {**RECIPE, **PRIOR_MODEL}
-"""The recipe that `search` tries to better: what the pack does by default."""
+SEARCHED_FROM: dict[str, Any] = {**RECIPE, **PRIOR_MODEL, "prior_weight": 0.5}
+"""The recipe that `search` tries to better. The weight that the pack takes by default was found by it."""
 
 ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "learning_rate": (4e-4, 1.6e-3),
@@ -79,7 +80,7 @@ ALTERNATIVES: dict[str, tuple[Any, ...]] = {
     "lora_plus_ratio": (16.0,),
     "lr_schedule": ("cosine",),
     "rank_schedule": ("timestep",),
-    "prior_weight": (0.5, 2.0),
+    "prior_weight": (0.25, 1.0),
 }
 """Setting → values that `search` tries in the place of the recipe's."""
 

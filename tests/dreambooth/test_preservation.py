@@ -106,7 +106,7 @@ def test_what_has_not_learned_has_nothing_to_preserve(changes: dict[str, Any], k
 def test_the_base_is_asked_every_few_steps(known: World, tmp_path: Path) -> None:
     recipe = known.prepared(tmp_path, **TEACHER, prior_every=3, prior_weight=0.5)
     weights = [[batch.weight for batch in recipe.session.teacher.batches(step, 0)] for step in range(5)]
-    assert weights == [[1.5], [], [], [1.5], []]
+    assert weights == [[3.0], [], [], [3.0], []]  # twice λ, for three steps
 
 
 def test_what_is_preserved_lies_where_the_base_samples(known: World, tmp_path: Path) -> None:

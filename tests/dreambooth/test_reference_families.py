@@ -647,7 +647,7 @@ def plain_losses(
             drawn = draws_of(trainer, "instance", step, micro, len(subject))
             loss = (trainer.consistency_loss if settings.dco_beta else trainer.loss)(drawn, subject)
             if settings.prior == "model" and step % settings.prior_every == 0:
-                weight = settings.prior_weight * settings.prior_every
+                weight = 2 * settings.prior_weight * settings.prior_every
                 loss = loss + weight * trainer.preservation_loss(step, micro, subject)
             if settings.weight_penalty:
                 loss = loss + settings.weight_penalty * trainer.squared_change()

@@ -25,6 +25,9 @@ from ..settings.train import TrainSettings
 
 TRAJECTORY_LENGTH = 8
 """Steps of sampling from noise to a picture."""
+_WEIGHT = 2.0
+"""How much more a sample counts than a class picture does for the same λ: class and others drift less, and the subject
+is learned as well (docs/learning.md)."""
 
 
 def chosen_prior(settings: TrainSettings, pictures: Sequence[Picture], *, has_class_pictures: bool) -> str:
@@ -196,7 +199,7 @@ class BaseTeacher:
         for of_shape in trajectories:
             while of_shape.position < position:
                 of_shape.advance(self._predict)
-        weight = settings.prior_weight * settings.prior_every / settings.batch_size
+        weight = _WEIGHT * settings.prior_weight * settings.prior_every / settings.batch_size
         return [of_shape.taught(self._predict, weight) for of_shape in trajectories]
 
     def _begin(self, number: int, micro_batch: int) -> list[_Trajectories]:
