@@ -345,7 +345,7 @@ class DreamBooth:
         self.fingerprint = self.run_folder.record.get("fingerprint", self.fingerprint)
         newest_step = self.run_folder.newest(settings.steps)
         self.listener.report(RunOpened(self.run_folder.path, newest_step, settings.steps))
-        if self._prior_was_open and settings.prior == "none":
+        if self._prior_was_open and settings.prior == "none" and not newest_step:
             self.listener.report(Note(unpreserved_note(settings)))
         self.measurements = self.run_folder.measurements(newest_step)
         self.previews = Previews(

@@ -142,8 +142,8 @@ def folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model in diffusers' layout."""
     folder = tmp_path_factory.mktemp("folder")
     model: Any = world.base.family.build(world.base)
-    for name in ("unet", "vae"):
-        getattr(model, name).save_pretrained(folder / name)
+    model.denoiser.save_pretrained(folder / "unet")
+    model.vae.save_pretrained(folder / "vae")
     model.text_encoders["text_encoder"].save_pretrained(folder / "text_encoder")
     for name in ("model_index.json", "scheduler", "tokenizer"):
         (shutil.copytree if (DEMO / "base" / name).is_dir() else shutil.copy)(DEMO / "base" / name, folder / name)

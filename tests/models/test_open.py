@@ -190,7 +190,7 @@ def diffusers_folder(weights: dict[str, Tensor], tmp_path_factory: pytest.TempPa
         vae=vae,
         text_encoder=text,
         tokenizer=CLIPTokenizer.from_pretrained(DEMO / "base" / "tokenizer", local_files_only=True),
-        denoiser=unet,
+        unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,

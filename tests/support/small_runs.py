@@ -96,6 +96,7 @@ class SmallRecipe(DreamBooth):
             "objective": None,
             "cache": SimpleNamespace(validation=self.held_out),
             "text": SimpleNamespace(trained=[]),
+            "teacher": SimpleNamespace(batches=lambda step, micro_batch: []),
         }
         self._session = Session(
             **parts,
