@@ -178,7 +178,9 @@ def module_names(family: str) -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family", [family for family in FAMILIES if family.name in GOLDEN], ids=lambda family: family.name
+)
 def test_kohyas_name_leads_to_diffusers_and_back(family: Family) -> None:
     """For every module, norms and projections included: one rule, in one place."""
     names = module_names(family.name)
@@ -264,7 +266,6 @@ FOREIGN = {
     "lora_unet_single_blocks_0_modulation_lin": "Flux",
     "lycoris_single_transformer_blocks_0_attn_to_k": "Flux",
     "transformer.double_blocks.0.img_attn.qkv.0": "Flux",
-    "transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj": "Flux 2",
     "diffusion_model.distilled_guidance_layer.layers.0.in_layer": "Chroma",
     "lora_unet_joint_blocks_0_x_block_attn_proj": "Stable Diffusion 3",
     "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "Stable Diffusion 3",

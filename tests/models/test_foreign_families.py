@@ -56,7 +56,6 @@ def named(*keys: str) -> str:
     [
         (["double_blocks.0.img_attn.qkv.weight"], "Flux"),
         (["double_blocks.0.img_attn.qkv.weight", "distilled_guidance_layer.norms.0.scale"], "Chroma"),
-        (["double_blocks.0.img_attn.qkv.weight", "double_stream_modulation_img.lin.weight"], "Flux 2"),
         (
             ["double_blocks.0.img_mod.linear.weight", "txt_in.individual_token_refiner.blocks.0.norm1.weight"],
             "HunyuanVideo",

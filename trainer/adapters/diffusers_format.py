@@ -15,6 +15,7 @@ from ..core.errors import AdapterError, suggest
 from ..core.files import write_file
 from ..core.tensor_files import save_tensors
 from ..models.clip_names import without_text_tower
+from ..models.flux2_names import is_flux2_module
 from ..settings.sharing import shareable_metadata
 from .casting import cast_layer
 from .keys import PEFT_MAGNITUDE, embedding_names
@@ -22,9 +23,10 @@ from .kohya import Adapter
 from .layers import Layer, LoraLayer
 from .layers.base import balanced
 from .metadata import without_run_keys
-from .module_paths import layers_per_block, module_path
+from .module_paths import ModulePath, layers_per_block, module_path
 from .names import weight_shape, with_kohya_names
 from .prefixes import UNET
+from .projections import in_diffusers_layout
 
 logger = logging.getLogger("dreambooth_lora")
 
@@ -77,16 +79,39 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
             kind = f"{layer.kind}, with a core" if isinstance(layer, LoraLayer) else layer.kind
             raise AdapterError(f"{name} is of the kind {kind}, which diffusers' format does not have.", _RESIZE_REMEDY)
         path = module_path(name, per_block)
-        scaled_up = layer.up.double().flatten(1) * (layer.alpha / layer.rank)
-        up, down = balanced(scaled_up, layer.down.double().flatten(1))
-        scaled = replace(layer, up=up.reshape(layer.up.shape), down=down.reshape(layer.down.shape), alpha=layer.rank)
-        cast = cast_layer(name, scaled, dtype, fixed_alpha=True)
-        tensors[f"{path}.lora_A.weight"] = cast.down.contiguous()
-        tensors[f"{path}.lora_B.weight"] = cast.up.contiguous()
-        if layer.dora_scale is not None:
-            ending = "" if path.component == UNET else ".weight"  # transformers 5 completes no short names
-            tensors[f"{path}.{PEFT_MAGNITUDE}{ending}"] = _peft_magnitude(layer.dora_scale, name)
+        for part, part_layer in in_diffusers_layout(layer, path.path).items():
+            tensors |= _lora_tensors(name, part_layer, f"{_diffusers_folder(path)}.{part}", dtype)
     _require_uniform_dora(layers)
+    return tensors
+
+
+def _diffusers_folder(path: ModulePath) -> str:
+    """What the names of a network's modules begin with in diffusers' files."""
+    is_transformer = path.component == UNET and is_flux2_module(path.path)
+    return "transformer" if is_transformer else path.component
+
+
+def _lora_tensors(name: str, layer: LoraLayer, path: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of one module.
+
+    Args:
+        name: Of the module, for messages.
+        layer: Its layer.
+        path: The module's in diffusers' files.
+        dtype: Of the tensors.
+
+    Raises:
+        AdapterError: diffusers' format does not have such a DoRA.
+        NotFiniteError: A number is not finite, or too large for the dtype.
+    """
+    scaled_up = layer.up.double().flatten(1) * (layer.alpha / layer.rank)
+    up, down = balanced(scaled_up, layer.down.double().flatten(1))
+    scaled = replace(layer, up=up.reshape(layer.up.shape), down=down.reshape(layer.down.shape), alpha=layer.rank)
+    cast = cast_layer(name, scaled, dtype, fixed_alpha=True)
+    tensors = {f"{path}.lora_A.weight": cast.down.contiguous(), f"{path}.lora_B.weight": cast.up.contiguous()}
+    if layer.dora_scale is not None:
+        ending = ".weight" if path.startswith("text_encoder") else ""  # transformers 5 completes no short names
+        tensors[f"{path}.{PEFT_MAGNITUDE}{ending}"] = _peft_magnitude(layer.dora_scale, name)
     return tensors
 
 

@@ -54,8 +54,6 @@ _FAMILIES = (  # the first that fits counts: names that only one family has stan
     _Marks("HunyuanVideo", "individual_token_refiner|context_embedder~token_refiner"),
     _Marks("HunyuanVideo", r"double_blocks\.#\.(?:(?:img|txt)_attn_(?:qkv|proj)|.*mlp\.fc[12]|.*mod\.linear)"),
     _Marks("HunyuanDiT", "mlp_t5|default_modulation|blocks~#~attn[12]~(?:Wqkv|kv_proj|q_proj|out_proj)"),
-    _Marks("Flux 2", "attn~to_qkv_mlp_proj|(?:double|single)_stream_modulation(?:_img|_txt)?"),
-    _Marks("Flux 2", "transformer_blocks~#~ff(?:_context)?~linear_(?:in|out)"),
     _Marks("AuraFlow", "(?:joint_transformer_blocks|double_layers|single_layers)~#"),
     _Marks("AuraFlow", "single_transformer_blocks~#~ff~(?:linear_[12]|out_projection)"),
     _Marks("Flux, Chroma or HunyuanVideo", "(?:double_blocks|single_blocks|single_transformer_blocks)~#"),

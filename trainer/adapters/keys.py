@@ -12,7 +12,9 @@ key. A path of known words that no model has is read; `warn_of_strange_modules` 
 | diffusers up to 0.15, up to 0.19 | down_blocks.0.….processor.to_q_lora…, text_encoder.….self_attn.to_q_lora… |
 | PEFT | base_model.model.down_blocks.0.…, of a text encoder base_model.model.text_model.… |
 | OneTrainer (OMI) | unet.input_blocks.1.…, clip_l.text_model.…, clip_g.text_model.… |
-| ComfyUI | diffusion_model.input_blocks.1.…, text_encoders.clip_l.transformer.text_model.… |
+| ComfyUI, ai-toolkit | diffusion_model.input_blocks.1.…, text_encoders.clip_l.transformer.text_model.… |
+| diffusers, for transformers | transformer.transformer_blocks.0.… |
+| OneTrainer, for transformers | lora_transformer_transformer_blocks_0_… |
 
 Each with the levels that torch.compile (`_orig_mod`) and data-parallel training (`module`) put in between. An
 embedding that was trained along (OneTrainer's and Automatic1111's `bundle_emb.`) is no module; it is kept as it is.
@@ -31,6 +33,7 @@ from torch import Tensor
 from ..core.errors import AdapterError
 from ..models import families
 from ..models.clip_names import with_text_tower
+from ..models.flux2_names import fits_flux2, is_flux2_module
 from .foreign import foreign_family, foreign_kind
 from .layers import DORA_SCALE
 from .module_paths import (
@@ -140,6 +143,7 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
             parsed[key] = known
         else:
             (parts_of_unknown if parts else unknown).append(key)
+    parts_of_unknown += _keys_of_like_families(parsed, shapes or {})
     if parts_of_unknown or unknown:
         _refuse(parts_of_unknown, unknown, shapes or {}, has_layers=bool(parsed))
     if not parsed:
@@ -150,6 +154,23 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
             f"The file holds several adapters: {', '.join(names)}.", "Save each in a file of its own and choose one."
         )
     return parsed
+
+
+def _keys_of_like_families(parsed: Mapping[str, TensorKey], shapes: Mapping[str, Sequence[int]]) -> list[str]:
+    """Keys of modules that are called as those of FLUX.2, but have the shapes of another family."""
+    sides: dict[str, dict[str, int]] = {}  # path → "outputs" and "inputs"
+    keys: dict[str, str] = {}
+    for key, tensor in parsed.items():
+        path = module_path(tensor.module)
+        shape = shapes.get(key, ())
+        if path.component != UNET or not is_flux2_module(path.path) or len(shape) < 2:
+            continue
+        keys.setdefault(path.path, key)
+        if tensor.part == "lora_up.weight":
+            sides.setdefault(path.path, {})["outputs"] = shape[0]
+        elif tensor.part == "lora_down.weight":
+            sides.setdefault(path.path, {})["inputs"] = shape[1]
+    return [keys[path] for path, found in sides.items() if len(found) == 2 and not fits_flux2(path, **found)]
 
 
 def _readable_families() -> str:
@@ -225,8 +246,8 @@ class _Prefixes:
     @classmethod
     def of_all_families(cls) -> _Prefixes:
         """Those of the networks of all families, longer ones first."""
-        of_names = {KOHYA_UNET_PREFIX: UNET, "oft_unet_": UNET, "lycoris_": ""}
-        of_paths = {"unet.": UNET, "diffusion_model.": UNET, "model.diffusion_model.": UNET}
+        of_names = {KOHYA_UNET_PREFIX: UNET, "lora_transformer_": UNET, "oft_unet_": UNET, "lycoris_": ""}
+        of_paths = {"unet.": UNET, "transformer.": UNET, "diffusion_model.": UNET, "model.diffusion_model.": UNET}
         for family in families.FAMILIES:
             for encoder in family.text_encoders:
                 of_names |= dict.fromkeys(possible_prefixes(family, encoder.name), encoder.name)
@@ -244,7 +265,7 @@ class _Prefixes:
                 place = _known(component, dotted(rest))
                 if place is None:
                     return None
-                keeps_prefix = component and prefix != "oft_unet_"
+                keeps_prefix = component and prefix not in ("oft_unet_", "lora_transformer_")
                 name = prefix + underscored(place[1]) if keeps_prefix else module_name(*place)
                 return TensorKey(name, part, name, stem, adapter_name, is_known_module(*place))
         component, path = self._split_dotted(stem)
@@ -291,7 +312,7 @@ def _known(component: str, path: str) -> tuple[str, str] | None:
 def _as_known(component: str, path: str) -> str:
     """A path without what diffusers put into it up to version 0.19."""
     if component == UNET:
-        return re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
+        return path if is_flux2_module(path) else re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
     return re.sub(r"\.self_attn\.(?:processor\.)?to_(q|k|v|out)$", r".self_attn.\1_proj", path)
 
 

@@ -48,6 +48,7 @@ from .peft_config import (
     configs_in_metadata,
 )
 from .prefixes import component_of
+from .projections import in_network_layout
 
 __all__ = [
     "PEFT_MAGNITUDE",
@@ -158,6 +159,7 @@ def parse_adapter(
     }
     for name, bias in scaled_biases.items():
         vectors[f"{name}.diff_b"] = bias.float() * (layers[name].alpha / layers[name].rank)
+    layers = in_network_layout(layers)
     metadata = {key: value for key, value in metadata.items() if key not in CONFIG_KEYS}  # the layers have it now
     embeddings = {key: _require_finite(tensors[key], key) for key in sorted(tensors) if is_embedding(key)}
     return Adapter(layers, metadata, vectors, embeddings)

@@ -12,19 +12,28 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..models.clip_names import has_words_of_text_encoder, is_text_module, with_text_tower
+from ..models.flux2_names import (
+    DOUBLE,
+    SINGLE,
+    UNDERSCORED_WORDS,
+    is_flux2_module,
+    network_path,
+)
 from ..models.ldm_names import diffusers_name, has_words_of_unet, is_unet_module
 from .prefixes import UNET, neutral_prefix, split_prefix
 
-_WORDS = (  # parts of paths that hold underscores themselves, longer ones first
+_UNET_WORDS = (  # parts of paths that hold underscores themselves, longer ones first
     "transformer_blocks|final_layer_norm|skip_connection|text_projection|time_embedding|"
     "output_blocks|add_embedding|conv_norm_out|conv_shortcut|time_emb_proj|input_blocks|"
     "middle_block|down_blocks|layer_norm1|layer_norm2|out_layers|emb_layers|time_embed|"
     "text_model|up_blocks|mid_block|in_layers|label_emb|self_attn|linear_1|linear_2|conv_out|"
     "proj_out|out_proj|conv_in|proj_in|to_out|q_proj|k_proj|v_proj|to_q|to_k|to_v"
 )
+_WORDS = "|".join(sorted({*_UNET_WORDS.split("|"), *UNDERSCORED_WORDS}, key=lambda word: (-len(word), word)))
 _WORD = re.compile(rf"(?<![a-z0-9])({_WORDS})(?![a-z0-9])")
 _ONE_LAYER_PER_BLOCK = re.compile(r"^lora_unet_(input_blocks_(3_1|2_0_op|4_0_op)(_|$)|output_blocks_(1|3)_[12]_conv$)")
-_BLOCK_KINDS = ("text", "down", "mid", "up", "other")
+_BLOCK_KINDS = ("text", "down", "mid", "up", "double", "single", "other")
+_TRANSFORMER_BLOCKS = {DOUBLE.path: "double", SINGLE.path: "single"}
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,8 @@ class ModulePath:
 
     Attributes:
         component: "unet", "text_encoder" or "text_encoder_2".
-        path: Dotted path in diffusers or transformers; in text encoders with "text_model.".
+        path: Dotted path in the network, which is diffusers' (but see `flux2_names`) or transformers'; in text encoders
+            with "text_model.".
     """
 
     component: str
@@ -44,9 +54,12 @@ class ModulePath:
 
     @property
     def block(self) -> str:
-        """The block it belongs to: "down 0", "mid", "up 3", "text", "text 2"; "other" outside of blocks."""
+        """The block: "down 0", "mid", "up 3", "double 0", "single 12", "text", "text 2"; "other" outside of blocks."""
         if self.component != UNET:
             return self.component.replace("_encoder", "").replace("_", " ")
+        first, _, rest = self.path.partition(".")
+        if first in _TRANSFORMER_BLOCKS:
+            return f"{_TRANSFORMER_BLOCKS[first]} {rest.partition('.')[0]}"
         level = re.search(r"(?:(down|up)_blocks|mid_block)(?:\.(\d+))?", self.path)
         if level is None:
             return "other"
@@ -55,7 +68,8 @@ class ModulePath:
 
 def block_order(block: str) -> tuple[int, str]:
     """A key that sorts blocks in the order of the forward pass."""
-    return _BLOCK_KINDS.index(block.split()[0]), block
+    kind, _, number = block.partition(" ")
+    return _BLOCK_KINDS.index(kind), number.zfill(2)
 
 
 def has_known_words(component: str, path: str) -> bool:
@@ -65,12 +79,16 @@ def has_known_words(component: str, path: str) -> bool:
         component: "unet", or a text encoder's name.
         path: Dotted path in diffusers, the original code or transformers, the latter with the text tower.
     """
-    return has_words_of_unet(path) if component == UNET else has_words_of_text_encoder(path)
+    if component != UNET:
+        return has_words_of_text_encoder(path)
+    return has_words_of_unet(path) or is_flux2_module(path)
 
 
 def is_known_module(component: str, path: str) -> bool:
     """Whether models of the families that can be trained have such a module; arguments as of `has_known_words`."""
-    return is_unet_module(path) if component == UNET else is_text_module(path)
+    if component != UNET:
+        return is_text_module(path)
+    return is_unet_module(path) or is_flux2_module(path)
 
 
 def canonical_path(component: str, path: str) -> str:
@@ -98,7 +116,7 @@ def module_path(name: str, layers_per_block: int = 2) -> ModulePath:
     component, rest = split_prefix(name)
     path = dotted(rest)
     if component == UNET:
-        path = diffusers_name(path, layers_per_block) or path
+        path = diffusers_name(path, layers_per_block) or network_path(path) or path
     return ModulePath(component, path)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.errors import AdapterError
 from ..models import families
 from ..models.families.base import DiffusionModel, Family
-from ..models.ldm_names import DIFFUSERS_BLOCKS, ORIGINAL_BLOCKS, original_names
+from ..models.ldm_names import DIFFUSERS_BLOCKS
 from .foreign import foreign_family_in_words
 from .kohya import Adapter
 from .layers import Layer, OftLayer, fits
@@ -36,9 +36,7 @@ def kohya_name(path: ModulePath, family: Family) -> str:
     """The name that kohya's files give a module of a published model of a family."""
     dotted = path.path
     if path.component == UNET and family.original_names:
-        depths = reversed(family.transformer_depths)
-        attentions = [f"up_blocks.{level}.attentions.0" for level, depth in enumerate(depths) if depth]
-        dotted = original_names([dotted, *attentions], layers_per_block=2).get(dotted, dotted)
+        dotted = family.layout.published_name(dotted, family.transformer_depths) or dotted
     return family_prefix(family, path.component) + underscored(dotted)
 
 
@@ -114,22 +112,7 @@ def is_published(path: ModulePath, family: Family) -> bool:
     """
     if path.component != UNET:
         return True
-    block = re.match(
-        r"(?:(down|up)_blocks\.(\d+)|mid_block)\.([a-z]+)\.(\d+)(?:\.transformer_blocks\.(\d+))?", path.path
-    )
-    if block is None:
-        return False
-    direction, level, kind, layer, depth = block.groups()
-    if direction is None:
-        depths: Sequence[int] = [max(family.transformer_depths)]
-        layers = {"resnets": 2}.get(kind, 1)
-    else:
-        depths = family.transformer_depths if direction == "down" else family.transformer_depths[::-1]
-        layers = {"down": 2, "up": 3}[direction]
-    own_depth = depths[int(level or 0)] if int(level or 0) < len(depths) else 0
-    if kind == "attentions" and int(depth or 0) >= own_depth:
-        return False
-    return int(level or 0) < len(depths) and int(layer) < layers
+    return family.layout.is_published(path.path, family.transformer_depths)
 
 
 def with_kohya_names(adapters: Sequence[Adapter]) -> list[Adapter]:
@@ -186,7 +169,7 @@ def _name_prefixes(family: Family) -> set[str]:
 
 
 def _unet_prefixes(family: Family) -> set[str]:
-    blocks = ORIGINAL_BLOCKS if family.original_names else DIFFUSERS_BLOCKS
+    blocks = family.layout.block_names if family.original_names else DIFFUSERS_BLOCKS
     return {f"{KOHYA_UNET_PREFIX}{block}_" for block in blocks}
 
 
@@ -293,7 +276,7 @@ def _by_possible_names(model: DiffusionModel, modules: Mapping[str, Mapping[str,
 
 def _original_paths(model: DiffusionModel, paths: Collection[str]) -> dict[str, str]:
     """Path in diffusers → path in the original code, for modules of the model's UNet."""
-    return original_names(paths, int(model.denoiser.config.layers_per_block))
+    return model.family.layout.original_names(paths, model.denoiser.config)
 
 
 def is_3x3_convolution(name: str) -> bool:

@@ -106,6 +106,13 @@ def require_family_fits(family: Family, settings: AdapterSettings) -> None:
                 f"Set {suggest(f'{component}_lr', 0)}; the text encoder of {family.title} is trained by "
                 f"{suggest('text_encoder_lr')}.",
             )
+    if settings.text_encoder_rates and not family.text_targets:
+        rate = f"{min(settings.text_encoder_rates)}_lr"
+        raise SettingsError(
+            f"{suggest(rate)} trains a text encoder, but that of {family.title} is a language model, which stays as "
+            "it is.",
+            f"Set {suggest(rate, 0)}.",
+        )
     if settings.targets != "none" and settings.targets not in family.targets:
         fitting = [other for other in families.FAMILIES if settings.targets in other.targets]
         raise SettingsError(

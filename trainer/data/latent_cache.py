@@ -304,8 +304,13 @@ def drop_frozen_text_encoders(model: DiffusionModel, in_steps: Collection[str]) 
 def encode_captions(
     model: DiffusionModel, captions: Sequence[str], device: torch.device, in_steps: Collection[str] = ()
 ) -> Conditioning:
-    """Tokens of captions, and their encodings by the text encoders but those in every step: a row each, on the CPU."""
+    """Tokens of captions, and their encodings by the text encoders but those in every step: a row each, on the CPU.
+
+    Without tokens where a host encodes.
+    """
     text = model.tokenize(captions)
+    if not text:
+        return model.encode_prompts(captions)
     for name, text_encoder in model.text_encoders.items():
         if name not in in_steps:
             to_device(text_encoder, device, torch.float32)

@@ -192,10 +192,12 @@ class _ZipLoraTrainer:
         require_layers_fit(self.adapters, self.weights)
         embeddings = self._encode_all_prompts()
         model.text_encoders.clear()
+        side = self.settings.resolution
+        latents_shape = self.base.family.latents.shape(model.vae, side, side)
         del model.vae
         to_device(model.denoiser, self.device, DTYPES[self.precision])
         self.layers = self._insert_layers(model)
-        latents = self._generate_latents(model, embeddings)
+        latents = self._generate_latents(model, embeddings, latents_shape)
         self._train(model, embeddings, latents)
         columns = {
             name: [coefficients.detach().cpu() for coefficients in layer.coefficients.values()]
@@ -281,8 +283,10 @@ class _ZipLoraTrainer:
         for layer in self.layers.values():
             layer.applied_alone = index
 
-    def _generate_latents(self, model: DiffusionModel, embeddings: Sequence[_PromptEmbeddings]) -> list[Tensor]:
-        """Latents from each adapter alone, on its prompts in turn: (pictures, channels, height, width) each."""
+    def _generate_latents(
+        self, model: DiffusionModel, embeddings: Sequence[_PromptEmbeddings], shape: tuple[int, int, int]
+    ) -> list[Tensor]:
+        """Latents of that shape from each adapter alone, on its prompts in turn: (pictures, *shape) each."""
         settings = self.settings
         config = GenerationConfig(
             width=settings.resolution,
@@ -290,8 +294,6 @@ class _ZipLoraTrainer:
             steps=settings.sampling_steps,
             guidance=settings.guidance,
         )
-        side = settings.resolution // _pixels_per_latent(self.base)
-        shape = (int(model.denoiser.config.in_channels), side, side)
         total = len(embeddings) * settings.pictures
         by_adapter = []
         for index, adapter_embeddings in enumerate(embeddings):
@@ -369,8 +371,3 @@ class _ZipLoraTrainer:
         if not split:
             return 0, timesteps
         return (split, timesteps) if index == 0 else (0, split)
-
-
-def _pixels_per_latent(base: BaseWeights) -> int:
-    """Pixels of a picture's side per latent."""
-    return int(2 ** (len(base.vae.config["block_out_channels"]) - 1))

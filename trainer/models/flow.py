@@ -20,6 +20,7 @@ from ..core.errors import SettingsError, suggest
 from ..settings.objective import ObjectiveSettings
 from ..settings.train import SchedulerName
 from .objective import ELEMENTWISE_LOSSES, ElementwiseLoss, masked_mean, squared_error
+from .schedulers import flow_dpm_solver
 
 TIMESTEPS = 1000  # per unit of σ
 _SMALLEST = 1e-6  # quantile; at 0 a logit-normal distribution has none
@@ -173,18 +174,20 @@ class FlowObjective:
 
     def make_scheduler(
         self, name: SchedulerName, steps: int, latents_shape: Sequence[int], device: torch.device
-    ) -> FlowEuler:
-        """Euler's method at noise levels that are evenly spaced and then shifted.
+    ) -> Any:
+        """Euler's method, or DPM-Solver++(2M), at noise levels that are evenly spaced and then shifted.
 
         Raises:
             SettingsError: Another sampler is named.
         """
-        if name not in _EULER_NAMES:
+        if name not in (*_EULER_NAMES, "dpm++"):
             raise SettingsError(
                 f"The sampler {name} can't be used with a model that was trained by flow matching.",
                 f"Use {suggest('scheduler', 'euler')}.",
             )
         mu = self.sampling_mu(self._tokens(latents_shape), steps)
+        if name == "dpm++":
+            return flow_dpm_solver(mu, steps, device)
         return FlowEuler([shifted(1 - step / steps, mu) for step in range(steps)], device)
 
     def facts(self) -> dict[str, Any]:

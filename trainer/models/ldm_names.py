@@ -7,7 +7,7 @@ has, norms included, whatever its numbers of levels, layers and blocks; `has_wor
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 ORIGINAL_BLOCKS = ("input_blocks", "middle_block", "output_blocks")
 DIFFUSERS_BLOCKS = ("down_blocks", "mid_block", "up_blocks")
@@ -111,6 +111,35 @@ def _original_name(path: str, blocks_per_level: int, attention_levels: Collectio
     if side == "down_blocks":
         return f"input_blocks.{blocks_per_level * int(level) + int(number) + 1}.{index}.{inner}"
     return f"output_blocks.{blocks_per_level * int(level) + int(number)}.{index}.{inner}"
+
+
+def published_name(path: str, depths: Sequence[int]) -> str | None:
+    """The original code's name of a module of a published UNet, by its path in diffusers.
+
+    Args:
+        path: Dotted path in diffusers.
+        depths: For each level on the way down, the number of transformer blocks in its attention layers.
+    """
+    attentions = [f"up_blocks.{level}.attentions.0" for level, depth in enumerate(reversed(depths)) if depth]
+    return original_names([path, *attentions], layers_per_block=2).get(path)
+
+
+def is_in_published(path: str, depths: Sequence[int]) -> bool:
+    """Whether published UNets have a module of that path in a block; arguments as of `published_name`."""
+    block = re.match(r"(?:(down|up)_blocks\.(\d+)|mid_block)\.([a-z]+)\.(\d+)(?:\.transformer_blocks\.(\d+))?", path)
+    if block is None:
+        return False
+    direction, level, kind, layer, depth = block.groups()
+    if direction is None:
+        in_direction: Sequence[int] = [max(depths)]
+        layers = {"resnets": 2}.get(kind, 1)
+    else:
+        in_direction = depths if direction == "down" else depths[::-1]
+        layers = {"down": 2, "up": 3}[direction]
+    own_depth = in_direction[int(level or 0)] if int(level or 0) < len(in_direction) else 0
+    if kind == "attentions" and int(depth or 0) >= own_depth:
+        return False
+    return int(level or 0) < len(in_direction) and int(layer) < layers
 
 
 _ORIGINAL = re.compile(r"^(?:(input|output)_blocks\.(\d+)|middle_block)\.(\d+)(?:\.(.+))?$")

@@ -16,23 +16,20 @@ import torch
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import Tensor
 
-from ..core.errors import UnsupportedModelError, WeightsError
+from ..core.errors import SettingsError, UnsupportedModelError, WeightsError, suggest
 from ..core.tensor_files import is_quantization_name
 from ..settings.model import PredictionType
-from .families import identify, refuse_foreign_class, refuse_foreign_keys
-from .families.base import CHOSEN, BaseWeights, Component, DiffusionModel, Family, Prediction
-from .families.clip import text_component
-from .families.ldm import (
-    UNET_PREFIX,
-    VAE_PREFIX,
-    diffusers_vae_component,
-    unet_component,
-    unet_config,
-    vae_component,
-    with_prefix,
-)
+from .families import FAMILIES, identify, joined_titles, layout_of, layouts, refuse_foreign_class, refuse_foreign_keys
+from .families.base import CHOSEN, BaseWeights, Component, Family, Layout, Prediction, PromptEncoder
+from .families.ldm import UNET_PREFIX, VAE_PREFIX, UnetLayout, with_prefix
 from .nf4 import load_bitsandbytes_if_installed
-from .state_dicts import network_config, read_component, read_json, read_single_file, with_current_attention_names
+from .state_dicts import (
+    network_config,
+    read_component,
+    read_json,
+    read_single_file,
+    with_current_attention_names,
+)
 from .tokenizer import find_tokenizer, load_tokenizer
 
 logger = logging.getLogger("dreambooth_lora")
@@ -56,6 +53,15 @@ class _UnetConfig(_Config):
     use_linear_projection: bool = False
 
 
+class _TransformerConfig(_Config):
+    in_channels: int
+    num_layers: int
+    num_single_layers: int
+    num_attention_heads: int
+    joint_attention_dim: int
+    guidance_embeds: bool = True
+
+
 class _VaeConfig(_Config):
     block_out_channels: list[int]
     scaling_factor: float = 0.18215
@@ -73,7 +79,10 @@ class _SchedulerConfig(_Config):
     rescale_betas_zero_snr: bool | None = False
 
 
-_UNET_CONFIG = TypeAdapter(_UnetConfig)
+_DENOISER_CONFIGS: Mapping[str, TypeAdapter[Any]] = {
+    "unet": TypeAdapter(_UnetConfig),
+    "transformer": TypeAdapter(_TransformerConfig),
+}
 _VAE_CONFIG = TypeAdapter(_VaeConfig)
 _TEXT_CONFIG = TypeAdapter(_TextConfig)
 _SCHEDULER_CONFIG = TypeAdapter(_SchedulerConfig)
@@ -91,6 +100,7 @@ class HostTensors:
         title: Name for people.
         prediction: What the model predicts according to the host; None: to be detected.
         clip_skip: Layer of the text encoders that the host reads, counted from the end; 0: as usual.
+        prompt_encoder: Encodes prompts in the host where its text encoders are not borrowed; None: they are.
     """
 
     denoiser: Mapping[str, Tensor]
@@ -100,6 +110,7 @@ class HostTensors:
     title: str
     prediction: Prediction | None = None
     clip_skip: int = 0
+    prompt_encoder: PromptEncoder | None = None
 
 
 def open_base(
@@ -130,9 +141,20 @@ def open_base(
         if vae is not None:
             with _explained_damage(vae):
                 weights = replace(weights, vae=_open_vae(vae, weights.family))
+        if prediction_type != "auto" and weights.prediction.type == "flow":
+            raise SettingsError(
+                f"{suggest('prediction_type')} is for models with a discrete noise schedule; "
+                f"{weights.family.title} was trained by flow matching.",
+                f"Set {suggest('prediction_type', 'auto')}.",
+            )
         if prediction_type != "auto":
             rescaled = weights.prediction.zero_terminal_snr and prediction_type == "v_prediction"
             weights = replace(weights, prediction=Prediction(prediction_type, rescaled, CHOSEN))
+        if clip_skip and not weights.family.text_targets:
+            raise SettingsError(
+                f"{suggest('clip_skip')} chooses a layer of CLIP, which {weights.family.title} does not have.",
+                f"Set {suggest('clip_skip', 0)}.",
+            )
         skip = clip_skip or weights.clip_skip
         is_usual = all(skip == spec.layer + spec.unused_layers for spec in weights.family.text_encoders)
         return checked(replace(weights, clip_skip=0 if is_usual else skip))
@@ -183,13 +205,21 @@ def _from_file(path: Path, tokenizer: Path | None) -> HostTensors:
 def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
     """The networks of a single file, without tokenizers."""
     refuse_foreign_keys(tensors)
-    unet = with_prefix(tensors, UNET_PREFIX)
-    if not unet:
+    alone = layout_of(tensors)
+    if alone is not None:
+        raise WeightsError(
+            f"{path.name} holds the denoiser of a model alone ({alone.network_class}).",
+            "Give a full checkpoint (denoiser, VAE and text encoder in one file) or a folder in diffusers' layout; in "
+            "ComfyUI, connect Load Diffusion Model, Load CLIP and Load VAE.",
+        )
+    denoiser = with_prefix(tensors, UNET_PREFIX)
+    if not denoiser:
         raise WeightsError(
             f"{path.name} holds no Stable Diffusion UNet.",
             "Give a full checkpoint (UNet, VAE and text encoder in one file).",
         )
-    family = identify(unet_config(unet))  # a wrong family is reported before a missing tokenizer or text encoder
+    layout = _layout(denoiser)
+    family = identify(layout.denoiser_config(denoiser))  # it is reported before a missing tokenizer or text encoder
     text_encoders: dict[str, dict[str, Tensor]] = {}
     for spec in family.text_encoders:
         candidates = (with_prefix(tensors, prefix) for prefix in spec.file_prefixes)
@@ -201,8 +231,8 @@ def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
             )
         text_encoders[spec.short_name] = text_encoder
     return HostTensors(
-        denoiser=unet,
-        vae=with_prefix(tensors, VAE_PREFIX),
+        denoiser=denoiser,
+        vae=with_prefix(tensors, VAE_PREFIX) or with_prefix(tensors, "vae."),
         text_encoders=text_encoders,
         tokenizers=dict.fromkeys(text_encoders),
         title=path.stem,
@@ -222,27 +252,38 @@ def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:
     return Prediction("v_prediction", "ztsnr" in tensors, "the checkpoint's key v_pred")
 
 
+def _layout(denoiser: Mapping[str, Tensor]) -> Layout:
+    """The layout of a denoiser; a UNet's if it is none that is known, for a message that names what is missing."""
+    return layout_of(denoiser) or UnetLayout()
+
+
 def _from_original(source: HostTensors) -> BaseWeights:
     refuse_foreign_keys(source.denoiser)
-    if "input_blocks.0.0.weight" not in source.denoiser:
-        raise WeightsError("The model holds no Stable Diffusion UNet.", "Connect a Stable Diffusion checkpoint.")
-    config = unet_config(source.denoiser)
+    layout = layout_of(source.denoiser)
+    if layout is None:
+        raise WeightsError(
+            "The model holds no Stable Diffusion UNet.",
+            f"Connect a complete model of: {joined_titles(FAMILIES)}.",
+        )
+    config = layout.denoiser_config(source.denoiser)
     family = identify(config)
     for part in (source.denoiser, source.vae, *source.text_encoders.values()):
         _require_plain_floats(part)
+    own_encoders = () if source.prompt_encoder else family.text_encoders
     return BaseWeights(
         family=family,
-        denoiser=unet_component(source.denoiser, family.complete(config)),
-        vae=vae_component(source.vae, family.scaling_factor),
+        denoiser=layout.denoiser(source.denoiser, family.complete(config)),
+        vae=layout.vae(source.vae, family.scaling_factor),
         text_encoders=[
-            text_component(source.text_encoders.get(spec.short_name, {}), spec) for spec in family.text_encoders
+            layout.text_encoder(source.text_encoders.get(spec.short_name, {}), spec) for spec in own_encoders
         ],
-        tokenizers=[source.tokenizers[spec.short_name] for spec in family.text_encoders],
+        tokenizers=[source.tokenizers[spec.short_name] for spec in own_encoders],
         scheduler={},
         prediction=source.prediction or family.detect(source.denoiser),
         clip_skip=source.clip_skip,
         title=source.title,
         fingerprint="",
+        prompt_encoder=source.prompt_encoder,
     )
 
 
@@ -255,23 +296,8 @@ def checked(weights: BaseWeights) -> BaseWeights:
     model = weights.family.build(weights)
     parts = [weights.denoiser, weights.vae, *weights.text_encoders]
     words = [{f"{word.word}.{encoder}": vectors for encoder, vectors in word.vectors.items()} for word in weights.words]
-    digest = fingerprint(_computing_facts(weights, model), *(part.tensors for part in parts), *words)
+    digest = fingerprint(json.dumps(model.facts(), sort_keys=True), *(part.tensors for part in parts), *words)
     return replace(weights, fingerprint=digest)
-
-
-def _computing_facts(weights: BaseWeights, model: DiffusionModel) -> str:
-    """Everything but the tensors that decides what the model computes; the same however the model was opened."""
-    unet = model.denoiser.config
-    vae = model.vae.config
-    text = [getattr(encoder, "config") for encoder in model.text_encoders.values()]  # noqa: B009
-    facts = {
-        **model.objective.facts(),
-        "unet": [unet[name] for name in ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "freq_shift")],
-        "vae": [vae[name] for name in ("scaling_factor", "norm_num_groups", "act_fn")],
-        "text": [[config.num_attention_heads, config.hidden_act, config.layer_norm_eps] for config in text],
-        "clip_skip": weights.clip_skip,
-    }
-    return json.dumps(facts, sort_keys=True)
 
 
 def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
@@ -282,41 +308,62 @@ def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
                 f"The base model is quantised ({name}: {tensor.dtype}).",
                 "Use an fp16, bf16 or fp32 version of the model for training; the adapter fits the quantised one too.",
             )
-        if not tensor.is_floating_point() and not name.endswith("position_ids"):
+        if not tensor.is_floating_point() and not name.endswith(("position_ids", "num_batches_tracked")):
             raise WeightsError(f"The base model's {name} is of the type {tensor.dtype}.", _BROKEN)
 
 
 def _from_folder(folder: Path) -> BaseWeights:
     index = read_json(folder / "model_index.json")
-    if "unet" not in index:
-        refuse_foreign_class(str(index.get("_class_name", "unknown")))
-    unet_settings = network_config(folder / "unet" / "config.json")
-    refuse_foreign_class(str(unet_settings.pop("_class_name", "UNet2DConditionModel")))
-    network_config(folder / "unet" / "config.json", _UNET_CONFIG)
-    family = identify(unet_settings)
+    layout = _folder_layout(index)
+    settings = network_config(folder / layout.folder / "config.json")
+    refuse_foreign_class(str(settings.pop("_class_name", layout.network_class)))
+    network_config(folder / layout.folder / "config.json", _DENOISER_CONFIGS[layout.folder])
+    family = identify(settings)
     scheduler = network_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     return BaseWeights(
         family=family,
-        denoiser=Component(_read_plain(folder / "unet", "diffusion_pytorch_model"), unet_settings),
+        denoiser=layout.denoiser_of_folder(_read_plain(folder / layout.folder, "diffusion_pytorch_model"), settings),
         vae=_vae_folder(folder / "vae"),
         text_encoders=[
-            text_component(
+            layout.text_encoder(
                 _read_plain(folder / spec.name, "model"),
                 spec,
                 network_config(folder / spec.name / "config.json", _TEXT_CONFIG),
             )
             for spec in family.text_encoders
         ],
-        tokenizers=[load_tokenizer(folder / spec.tokenizer) for spec in family.text_encoders],
+        tokenizers=[
+            load_tokenizer(folder / spec.tokenizer, clip=not spec.is_language_model) for spec in family.text_encoders
+        ],
         scheduler=scheduler,
-        prediction=_scheduled_prediction(scheduler),
+        prediction=_scheduled_prediction(scheduler, family),
         clip_skip=0,
         title=folder.resolve().name,
         fingerprint="",
     )
 
 
-def _scheduled_prediction(scheduler: Mapping[str, Any]) -> Prediction:
+def _folder_layout(index: Mapping[str, Any]) -> Layout:
+    """The layout of a folder, by its model_index.json.
+
+    Raises:
+        UnsupportedModelError: It holds a model of no family here; the message names it.
+    """
+    for layout in layouts():
+        stated = index.get(layout.folder, ())
+        if layout.folder not in index:
+            continue
+        if isinstance(stated, list) and len(stated) == 2 and isinstance(stated[1], str):
+            refuse_foreign_class(stated[1])  # before anything is missed that other models don't have
+        return layout
+    refuse_foreign_class(str(index.get("_class_name", "unknown")))
+    return UnetLayout()
+
+
+def _scheduled_prediction(scheduler: Mapping[str, Any], family: Family) -> Prediction:
+    usual = family.detect({})
+    if usual.type == "flow":
+        return usual
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise WeightsError(
@@ -351,9 +398,7 @@ def _open_vae(path: Path, family: Family) -> Component:
         raise WeightsError(f"The VAE {path} does not exist.", "Check the path for a typing error.")
     tensors = read_single_file(path)
     _require_plain_floats(tensors)
-    if any(name.startswith("encoder.down_blocks.") for name in tensors):
-        return diffusers_vae_component(with_current_attention_names(tensors), family.scaling_factor)
-    return vae_component(with_prefix(tensors, VAE_PREFIX) or tensors, family.scaling_factor)
+    return family.layout.vae(with_prefix(tensors, VAE_PREFIX) or tensors, family.scaling_factor)
 
 
 def fingerprint(facts: str, *parts: Mapping[str, Tensor]) -> str:

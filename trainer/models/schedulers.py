@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -41,3 +42,23 @@ def discrete_scheduler(name: SchedulerName, alphas_cumprod: Tensor, prediction_t
     if name == "euler":
         return diffusers.EulerDiscreteScheduler(**common)
     return diffusers.DPMSolverMultistepScheduler(**common, algorithm_type="dpmsolver++")
+
+
+def flow_dpm_solver(mu: float, steps: int, device: torch.device) -> Any:
+    """DPM-Solver++(2M) of diffusers for rectified flow, with its timesteps set.
+
+    Args:
+        mu: μ of the noise levels' shift; see `flow.shifted`.
+        steps: Denoising steps.
+        device: Of its timesteps.
+    """
+    import diffusers
+
+    scheduler = diffusers.DPMSolverMultistepScheduler(
+        algorithm_type="dpmsolver++",
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        flow_shift=math.exp(mu),
+    )
+    scheduler.set_timesteps(steps, device=device)
+    return scheduler

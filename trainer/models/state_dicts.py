@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +189,7 @@ def _joined(files: Iterable[Path]) -> dict[str, Tensor]:
     return {name: tensor for file in files for name, tensor in read_safetensors(file).items()}
 
 
-def with_current_attention_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_current_attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Give a VAE's attention the names of current diffusers (old folders: query, key, value, proj_attn)."""
     names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     renamed = {}

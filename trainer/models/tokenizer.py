@@ -1,4 +1,4 @@
-"""The CLIP tokenizer: loaded from a folder, or found for a checkpoint that holds none. It is never downloaded."""
+"""Tokenizers: loaded from a folder, or CLIP's found for a checkpoint that holds none. None is ever downloaded."""
 
 from __future__ import annotations
 
@@ -14,20 +14,26 @@ def _holds_tokenizer(folder: Path) -> bool:
     return slow_files or (folder / "tokenizer.json").is_file()  # all that transformers 5 writes
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Load a CLIP tokenizer from a folder.
+def load_tokenizer(folder: Path, *, clip: bool = True) -> Any:
+    """Load a tokenizer from a folder.
+
+    Args:
+        folder: With its files.
+        clip: Whether it is CLIP's; else the folder says which.
 
     Raises:
         WeightsError: The folder holds none.
     """
-    from transformers import CLIPTokenizer, CLIPTokenizerFast
+    from transformers import AutoTokenizer, CLIPTokenizer, CLIPTokenizerFast
 
     if not _holds_tokenizer(folder):
         raise WeightsError(
-            f"{folder} holds no CLIP tokenizer (vocab.json and merges.txt, or tokenizer.json).",
+            f"{folder} holds no {'CLIP ' if clip else ''}tokenizer (vocab.json and merges.txt, or tokenizer.json).",
             "Give a folder that does.",
         )
-    tokenizer_class = CLIPTokenizer if (folder / "vocab.json").is_file() else CLIPTokenizerFast
+    tokenizer_class: Any = CLIPTokenizer if (folder / "vocab.json").is_file() else CLIPTokenizerFast
+    if not clip:
+        tokenizer_class = AutoTokenizer
     try:
         return tokenizer_class.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise anything for files of another shape

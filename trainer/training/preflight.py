@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from ..core.devices import DTYPES
-from ..core.errors import SettingsError, WeightsError, suggest
+from ..core.errors import SettingsError, UnsupportedModelError, WeightsError, suggest
 from ..core.events import Listener, Note
 from ..core.files import require_writable
 from ..core.prompts import PromptWords, split_prompts
@@ -72,10 +72,17 @@ def require_trainable(
         captions: Of the subjects' pictures.
 
     Raises:
+        UnsupportedModelError: The base is a distilled model.
         SettingsError: A setting does not fit the model, the optimiser can't be used, or a rare word can't be learned.
         AdapterError: The adapter to start from does not.
         StorageError: A folder can't be written, or its disk is full.
     """
+    original = base.family.base_of_distilled(base.title)
+    if original is not None:
+        raise UnsupportedModelError(
+            f"{base.title} is distilled to draw in a few steps, which training would undo.",
+            f"Train on {original}; the adapter can then be used with the distilled model, too.",
+        )
     if settings.zero_terminal_snr and base.prediction.type != "v_prediction":
         raise SettingsError(
             "zero_terminal_snr is for models that predict the velocity: to predict the noise of pure noise teaches "
@@ -89,6 +96,12 @@ def require_trainable(
             require_combinable(adapter)
         if starting_point.start:
             require_combinable(starting_point.start)
+    if settings.token_vectors and not base.family.text_targets:
+        raise SettingsError(
+            f"{suggest('token_vectors')} needs a text encoder that reads vectors of one's own; {base.family.title} has "
+            "a language model.",
+            f"Set {suggest('token_vectors', 0)}.",
+        )
     model = base.family.build(base)
     if settings.token_vectors:
         TrainedWords(model, settings, words, starting_point.start).require_captioned(model, captions)

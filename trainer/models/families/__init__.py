@@ -11,19 +11,21 @@ from typing import Any
 from torch import Tensor
 
 from ...core.errors import UnsupportedModelError, WeightsError
-from .base import Family
+from .base import Family, Layout
+from .flux2 import FAMILY as FLUX2
 from .sd1 import FAMILY as SD1
 from .sd2 import FAMILY as SD2
 from .sdxl import FAMILY as SDXL
 
-FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL)
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, FLUX2)
 
 
+_KNOWN = ""  # a family here, whose names others share
 _FOREIGN_KEYS = (  # in this order: further down are those that several families have
     ("txt_in.individual_token_refiner", "HunyuanVideo"),
     ("context_embedder.token_refiner", "HunyuanVideo"),
     ("distilled_guidance_layer.", "Chroma"),
-    ("double_stream_modulation_img.", "Flux 2"),
+    ("double_stream_modulation_img.", _KNOWN),
     ("double_layers.0.attn.w1q", "AuraFlow"),
     ("joint_transformer_blocks.0.", "AuraFlow"),
     ("double_blocks.0.img_attn.norm.key_norm", "Flux"),
@@ -77,8 +79,18 @@ def _refuse(name: str) -> UnsupportedModelError:
     )
 
 
+def layouts() -> list[Layout]:
+    """The layouts of all families, each once."""
+    return list({family.layout.folder: family.layout for family in FAMILIES}.values())
+
+
+def layout_of(denoiser: Mapping[str, Tensor]) -> Layout | None:
+    """The layout whose denoiser has such tensors, by original names without prefix; None if there is none."""
+    return next((layout for layout in layouts() if layout.holds(denoiser)), None)
+
+
 def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse networks that are not a UNet of Stable Diffusion's kind, by the names of their tensors.
+    """Refuse networks of no family here, by the names of their tensors.
 
     Args:
         tensors: Names of a checkpoint or a network, with or without prefixes.
@@ -95,39 +107,43 @@ def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
         )
     for part, name in _FOREIGN_KEYS:
         if any(part in key for key in tensors):
+            if name == _KNOWN:
+                return
             raise _refuse(name)
     if any("time_stack" in key or "temporal_transformer" in key for key in tensors):
         raise _refuse("Stable Video Diffusion")
 
 
 def refuse_foreign_class(class_name: str) -> None:
-    """Refuse a diffusers class that is not a UNet of Stable Diffusion's kind.
+    """Refuse a diffusers class that is the denoiser of no family here.
 
     Raises:
         UnsupportedModelError: Always for another class; the message names the model.
     """
-    if class_name == "UNet2DConditionModel":
+    if class_name in {layout.network_class for layout in layouts()}:
         return
     known = next((title for start, title in _FOREIGN_CLASSES.items() if class_name.startswith(start)), None)
     raise _refuse(known or f"of the class {class_name}")
 
 
-def identify(unet_config: Mapping[str, Any]) -> Family:
+def identify(denoiser_config: Mapping[str, Any]) -> Family:
     """The family of a denoiser.
 
     Args:
-        unet_config: Configuration with diffusers' keys, read or inferred.
+        denoiser_config: Configuration with diffusers' keys, read or inferred.
 
     Raises:
         UnsupportedModelError: It belongs to a family that is not supported; the message names it.
     """
     for family in FAMILIES:
-        if family.claims(unet_config):
+        if family.claims(denoiser_config):
             return family
-    raise _refuse(_unsupported_name(unet_config))
+    raise _refuse(_unsupported_name(denoiser_config))
 
 
 def _unsupported_name(config: Mapping[str, Any]) -> str:
+    if "num_single_layers" in config:
+        return "FLUX.2 dev"
     context = config.get("cross_attention_dim")
     has_added_conditions = config.get("addition_embed_type") is not None
     if has_added_conditions:

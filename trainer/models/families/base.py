@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -52,6 +52,7 @@ class TextEncoderSpec:
         pooled: Whether the projected embedding of the end token is read as well.
         unused_layers: Number of layers at the end that an original file holds and no model reads; they are left out.
         published_layers: Number of layers of the published encoder, with the unused ones; 0 where none is unused.
+        is_language_model: Whether it is a large language model in place of a CLIP.
     """
 
     name: str
@@ -65,6 +66,7 @@ class TextEncoderSpec:
     pooled: bool = False
     unused_layers: int = 0
     published_layers: int = 0
+    is_language_model: bool = False
 
     @property
     def number(self) -> str:
@@ -128,6 +130,23 @@ class Prediction:
     source: str = "the family"
 
 
+class PromptEncoder(Protocol):
+    """Text encoders that a host has loaded, in a family whose text encoders are not trained.
+
+    Attributes:
+        fingerprint: Hexadecimal digest of their weights.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...  # noqa: D102
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts: named tensors as `DiffusionModel.encode_prompts` has them, on the CPU."""
+
+    def overlong(self, prompt: str) -> bool:
+        """Whether the prompt is longer than what is read of it."""
+
+
 @dataclass(frozen=True)
 class BaseWeights:
     """A base model, opened but not built.
@@ -144,6 +163,7 @@ class BaseWeights:
         title: Name for people, e.g. the file's.
         fingerprint: Hexadecimal digest of the weights.
         words: Words that stand for vectors of their own, of adapters that were added to it.
+        prompt_encoder: What encodes prompts in place of text encoders of its own, of which there are none then.
     """
 
     family: Family
@@ -157,6 +177,7 @@ class BaseWeights:
     title: str
     fingerprint: str
     words: Sequence[LearnedWord] = ()
+    prompt_encoder: PromptEncoder | None = None
 
 
 class DiffusionModel(Protocol):
@@ -164,7 +185,8 @@ class DiffusionModel(Protocol):
 
     Conditioning has these names, "_2" being the second text encoder: "ids", "ids_2" (tokens, int64), "text", "text_2"
     (hidden states), "pooled_2" (projected embedding), and "size" (original height and width, top and left of the
-    crop, target height and width, in pixels).
+    crop, target height and width, in pixels). Where a host encodes the prompts, there are no tokens, and no text
+    encoders.
 
     Attributes:
         family: Its family.
@@ -192,6 +214,9 @@ class DiffusionModel(Protocol):
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
         """Tokens of the prompts for every text encoder, truncated or padded: (prompts, tokens) each, on the CPU."""
 
+    def max_tokens(self, encoder: str) -> int:
+        """The number of tokens that a text encoder, given by its component's name, reads of every prompt."""
+
     def token_embeddings(self, encoder: str, text: str) -> Tensor:
         """What a text encoder, given by its component's name, reads for a text's own tokens: (tokens, width)."""
 
@@ -199,13 +224,80 @@ class DiffusionModel(Protocol):
         """Embeddings of tokens by one text encoder, given by its component's name; on the encoder's device."""
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with all text encoders; every tensor has one row for each prompt."""
+        """Encode prompts with all text encoders, or by the host's; every tensor has one row for each prompt."""
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the denoiser: latents (batch, channels, height, width), timesteps (batch,) → same shape as latents."""
 
     def overlong(self, prompt: str) -> bool:
         """Whether a text encoder would truncate the prompt."""
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the tensors that decides what the networks compute, for a fingerprint: JSON values."""
+
+
+class Layout(Protocol):
+    """How the networks of a kind of models are laid out: in the original code's files, in a host, and in diffusers.
+
+    No method copies a tensor, but where its docstring says so.
+
+    Attributes:
+        folder: The denoiser's folder in diffusers' layout, with which names in its adapter files begin, too.
+        network_class: The denoiser's class in diffusers.
+        block_names: What the original code's names of modules in blocks begin with.
+    """
+
+    @property
+    def folder(self) -> str: ...  # noqa: D102
+    @property
+    def network_class(self) -> str: ...  # noqa: D102
+    @property
+    def block_names(self) -> Sequence[str]: ...  # noqa: D102
+
+    def holds(self, denoiser: Mapping[str, Tensor]) -> bool:
+        """Whether tensors (original names without prefix) are those of such a denoiser."""
+
+    def denoiser_config(self, denoiser: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The denoiser's configuration with diffusers' keys, by the shapes of its tensors.
+
+        Raises:
+            WeightsError: Tensors are missing.
+        """
+
+    def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+        """The denoiser under the network's names, from original names without prefix.
+
+        Raises:
+            WeightsError: A tensor is not known.
+        """
+
+    def denoiser_of_folder(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+        """The denoiser under the network's names, from diffusers' names; tensors that it joins are copies."""
+
+    def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
+        """The autoencoder, from original names without prefix or from diffusers'.
+
+        Raises:
+            WeightsError: It is none of this kind.
+        """
+
+    def text_encoder(
+        self, tensors: Mapping[str, Tensor], spec: TextEncoderSpec, config: Mapping[str, Any] | None = None
+    ) -> Component:
+        """A text encoder, with its configuration where that is known.
+
+        Raises:
+            WeightsError: It is none of this kind, or a tensor is missing.
+        """
+
+    def original_names(self, paths: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
+        """The original code's name of every module of a denoiser of a configuration, by its path in the network."""
+
+    def published_name(self, path: str, depths: Sequence[int]) -> str | None:
+        """The original code's name of a module of the published models; `depths` as `Family.transformer_depths`."""
+
+    def is_published(self, path: str, depths: Sequence[int]) -> bool:
+        """Whether the published models have a module of that path in a block; see `published_name`."""
 
 
 class Family(Protocol):
@@ -215,6 +307,7 @@ class Family(Protocol):
         name: Short name, as its presets' files are called: "sd1".
         title: Name for people.
         short_title: Name for people in messages about adapters: "SD 1".
+        layout: How its networks are laid out.
         targets: Preset name → regular expression of the denoiser's modules that get an adapter.
         text_targets: Preset name → regular expression of the text encoders' modules, if they are trained.
         scaling_factor: What the autoencoder's latents are multiplied with; 1 where another format decides.
@@ -223,7 +316,8 @@ class Family(Protocol):
         adapter_marks: What shows that an adapter file was made for it.
         original_names: Whether adapter files name the denoiser's modules as the original code does.
         transformer_depths: For each level of the published denoisers, on the way down, the number of transformer blocks
-            in its attention layers; 0 without attention. The original code's names depend on it.
+            in its attention layers; 0 without attention. The original code's names depend on it. Of a transformer, the
+            largest number of its blocks of each kind.
         kohya_v2: Value of `ss_v2`.
         trains_fully: Whether all weights can be trained and written as a checkpoint.
     """
@@ -234,6 +328,8 @@ class Family(Protocol):
     def title(self) -> str: ...  # noqa: D102
     @property
     def short_title(self) -> str: ...  # noqa: D102
+    @property
+    def layout(self) -> Layout: ...  # noqa: D102
     @property
     def targets(self) -> Mapping[str, str]: ...  # noqa: D102
     @property
@@ -261,17 +357,17 @@ class Family(Protocol):
     def base_version(self, prediction: Prediction) -> str:
         """Value of `ss_base_model_version`."""
 
-    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+    def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
         """Whether a denoiser of this configuration (diffusers' keys) belongs to the family."""
 
-    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
         """A configuration inferred from shapes, completed by what shapes don't show."""
 
-    def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
+    def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
         """What a denoiser (original names without prefix) predicts, by its weights alone."""
 
-    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """Inputs of the denoiser beside the text, as diffusers' `added_cond_kwargs`; None if it has none."""
+    def base_of_distilled(self, title: str) -> str | None:
+        """If a model of that title is distilled, so that training breaks it: the name of its base; else None."""
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy.

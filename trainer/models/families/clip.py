@@ -85,7 +85,7 @@ class ClipTextEncoder:
         self._tokenizer = tokenizer
         self._words: list[_Word] = []  # those of most tokens first
         self._vectors: list[Tensor] = []
-        self._max_tokens: int = component.config["max_position_embeddings"]
+        self.max_tokens: int = component.config["max_position_embeddings"]
         self.network = _build(spec, component, tokenizer)
         layers = int(component.config["num_hidden_layers"])
         self._layer = (clip_skip or spec.layer + spec.unused_layers) - spec.unused_layers
@@ -130,7 +130,7 @@ class ClipTextEncoder:
 
     def overlong(self, prompt: str) -> bool:
         """Whether the prompt has more tokens than the encoder reads."""
-        return len(self.tokens(prompt)) > self._max_tokens
+        return len(self.tokens(prompt)) > self.max_tokens
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
         """Tokens of prompts, truncated or padded to the encoder's length: (prompts, tokens), int64."""
@@ -139,9 +139,9 @@ class ClipTextEncoder:
         rows = []
         for prompt in prompts:
             ids = self.tokens(prompt)
-            if len(ids) > self._max_tokens:
-                ids = [*ids[: self._max_tokens - 1], end]
-            rows.append(ids + [padding] * (self._max_tokens - len(ids)))
+            if len(ids) > self.max_tokens:
+                ids = [*ids[: self.max_tokens - 1], end]
+            rows.append(ids + [padding] * (self.max_tokens - len(ids)))
         return torch.tensor(rows)
 
     def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:

@@ -7,17 +7,68 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ...core.errors import WeightsError
-from .base import Component
+from ..ldm_names import ORIGINAL_BLOCKS, is_in_published, original_names, published_name
+from ..state_dicts import with_current_attention_names
+from .base import Component, TextEncoderSpec
+from .clip import text_component
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
 _INCOMPLETE = "Use a complete checkpoint; if it was downloaded, download it again and compare its size."
+
+
+class UnetLayout:
+    """A UNet, a KL autoencoder and CLIP text encoders; see `Layout`."""
+
+    folder = "unet"
+    network_class = "UNet2DConditionModel"
+    block_names = ORIGINAL_BLOCKS
+
+    def holds(self, denoiser: Mapping[str, Tensor]) -> bool:
+        """By the first convolution."""
+        return "input_blocks.0.0.weight" in denoiser
+
+    def denoiser_config(self, denoiser: Mapping[str, Tensor]) -> dict[str, Any]:
+        """See `unet_config`."""
+        return unet_config(denoiser)
+
+    def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+        """See `unet_component`."""
+        return unet_component(denoiser, config)
+
+    def denoiser_of_folder(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
+        """Diffusers' names are the network's."""
+        return Component(tensors, config)
+
+    def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
+        """In the original layout or in that of diffusers."""
+        if any(name.startswith("encoder.down_blocks.") for name in tensors):
+            return diffusers_vae_component(with_current_attention_names(tensors), scaling_factor)
+        return vae_component(tensors, scaling_factor)
+
+    def text_encoder(
+        self, tensors: Mapping[str, Tensor], spec: TextEncoderSpec, config: Mapping[str, Any] | None = None
+    ) -> Component:
+        """See `text_component`."""
+        return text_component(tensors, spec, config)
+
+    def original_names(self, paths: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
+        """See `ldm_names.original_names`."""
+        return original_names(paths, int(config["layers_per_block"]))
+
+    def published_name(self, path: str, depths: Sequence[int]) -> str | None:
+        """See `ldm_names.published_name`."""
+        return published_name(path, depths)
+
+    def is_published(self, path: str, depths: Sequence[int]) -> bool:
+        """By the numbers of its level, layer and transformer block."""
+        return is_in_published(path, depths)
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

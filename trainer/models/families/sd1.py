@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..latents import LatentFormat, ScaledLatents
-from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderSpec
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Layout, Prediction, TextEncoderSpec
+from .ldm import UnetLayout
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads_text_alone
 
 
@@ -20,6 +21,7 @@ class StableDiffusion1:
     short_title = "SD 1"
     scaling_factor = 0.18215
     latents: LatentFormat = ScaledLatents()
+    layout: Layout = UnetLayout()
     targets: Mapping[str, str] = TARGETS
     text_targets: Mapping[str, str] = TEXT_TARGETS
     adapter_marks = AdapterMarks(
@@ -53,20 +55,24 @@ class StableDiffusion1:
         """One name for all."""
         return "sd_v1"
 
-    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+    def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
         """Four latent channels, convolutional projections and no conditioning beside the text."""
-        return reads_text_alone(unet_config) and not unet_config.get("use_linear_projection")
+        return reads_text_alone(denoiser_config) and not denoiser_config.get("use_linear_projection")
 
-    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
         """Eight heads at every width, which diffusers calls attention_head_dim."""
-        return {**unet_config, "attention_head_dim": 8}
+        return {**denoiser_config, "attention_head_dim": 8}
 
-    def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
+    def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
         """Epsilon."""
         return Prediction()
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
         """Nothing."""
+        return None
+
+    def base_of_distilled(self, title: str) -> str | None:
+        """Few steps are trained away by any training, as users of those models expect."""
         return None
 
     def build(self, weights: BaseWeights) -> DiffusionModel:

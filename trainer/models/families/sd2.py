@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..latents import LatentFormat, ScaledLatents
-from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderSpec
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Layout, Prediction, TextEncoderSpec
+from .ldm import UnetLayout
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel, reads_text_alone
 
 _HEAD_CHANNELS = 64
@@ -24,6 +25,7 @@ class StableDiffusion2:
     short_title = "SD 2"
     scaling_factor = 0.18215
     latents: LatentFormat = ScaledLatents()
+    layout: Layout = UnetLayout()
     targets: Mapping[str, str] = TARGETS
     text_targets: Mapping[str, str] = TEXT_TARGETS
     adapter_marks = AdapterMarks(
@@ -59,17 +61,17 @@ class StableDiffusion2:
         """Kohya's names."""
         return "sd_v2_v" if prediction.type == "v_prediction" else "sd_v2"
 
-    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+    def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
         """Four latent channels, Linear projections and no conditioning beside the text."""
-        return reads_text_alone(unet_config) and bool(unet_config.get("use_linear_projection"))
+        return reads_text_alone(denoiser_config) and bool(denoiser_config.get("use_linear_projection"))
 
-    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
         """Heads of 64 channels; diffusers calls their number attention_head_dim."""
-        return {**unet_config, "attention_head_dim": heads(unet_config)}
+        return {**denoiser_config, "attention_head_dim": heads(denoiser_config)}
 
-    def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
+    def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
         """By the spread of one bias, as ComfyUI distinguishes the 768 from the 512 models: the file states nothing."""
-        bias = unet.get(_VELOCITY_BIAS)
+        bias = denoiser.get(_VELOCITY_BIAS)
         if bias is not None and float(bias.float().std(correction=0)) > _VELOCITY_STD:
             return Prediction("v_prediction", source="detected in the weights")
         return Prediction("epsilon", source="detected in the weights")
@@ -78,14 +80,18 @@ class StableDiffusion2:
         """Nothing."""
         return None
 
+    def base_of_distilled(self, title: str) -> str | None:
+        """Few steps are trained away by any training, as users of those models expect."""
+        return None
+
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy."""
         return StableDiffusionModel(self, weights)
 
 
-def heads(unet_config: Mapping[str, Any]) -> tuple[int, ...]:
+def heads(denoiser_config: Mapping[str, Any]) -> tuple[int, ...]:
     """Number of attention heads at each level, of 64 channels each."""
-    return tuple(max(1, channels // _HEAD_CHANNELS) for channels in unet_config["block_out_channels"])
+    return tuple(max(1, channels // _HEAD_CHANNELS) for channels in denoiser_config["block_out_channels"])
 
 
 FAMILY = StableDiffusion2()

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..latents import LatentFormat, ScaledLatents
-from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Prediction, TextEncoderSpec
+from .base import AdapterMarks, BaseWeights, Conditioning, DiffusionModel, Layout, Prediction, TextEncoderSpec
+from .ldm import UnetLayout
 from .sd2 import heads
 from .stable_diffusion import TARGETS, TEXT_TARGETS, StableDiffusionModel
 
@@ -27,6 +28,7 @@ class StableDiffusionXL:
     short_title = "SDXL"
     scaling_factor = 0.13025
     latents: LatentFormat = ScaledLatents()
+    layout: Layout = UnetLayout()
     targets: Mapping[str, str] = {
         **TARGETS,
         "b-lora-content": _B_LORA.format("0"),
@@ -75,25 +77,29 @@ class StableDiffusionXL:
         """One name for all."""
         return "sdxl_base_v1-0"
 
-    def claims(self, unet_config: Mapping[str, Any]) -> bool:
+    def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
         """Pooled text and sizes as further conditioning; SDXL's refiner and Stable unCLIP are narrower."""
         return (
-            unet_config.get("in_channels", 4) == 4
-            and unet_config.get("addition_embed_type") == "text_time"
-            and unet_config.get("cross_attention_dim") not in _FOREIGN_CONTEXTS
+            denoiser_config.get("in_channels", 4) == 4
+            and denoiser_config.get("addition_embed_type") == "text_time"
+            and denoiser_config.get("cross_attention_dim") not in _FOREIGN_CONTEXTS
         )
 
-    def complete(self, unet_config: Mapping[str, Any]) -> dict[str, Any]:
+    def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
         """Heads of 64 channels; size and crop are six numbers, embedded in 256 channels each."""
-        return {**unet_config, "attention_head_dim": heads(unet_config), "addition_time_embed_dim": 256}
+        return {**denoiser_config, "attention_head_dim": heads(denoiser_config), "addition_time_embed_dim": 256}
 
-    def detect(self, unet: Mapping[str, Tensor]) -> Prediction:
+    def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
         """Epsilon; checkpoints that predict velocity state it."""
         return Prediction()
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
         """The pooled text of the second encoder, and size and crop."""
         return {"text_embeds": conditioning["pooled_2"], "time_ids": conditioning["size"]}
+
+    def base_of_distilled(self, title: str) -> str | None:
+        """Few steps are trained away by any training, as users of those models expect."""
+        return None
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy."""

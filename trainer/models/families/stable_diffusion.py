@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ TEXT_TARGETS: Mapping[str, str] = {
 }
 
 
+_UNET_FACTS = ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "freq_shift")
+
+
 def reads_text_alone(unet_config: Mapping[str, Any]) -> bool:
     """Whether a denoiser takes four latent channels and no conditioning beside the text."""
     return (
@@ -38,10 +41,17 @@ def reads_text_alone(unet_config: Mapping[str, Any]) -> bool:
     )
 
 
+class UnetFamily(Family, Protocol):
+    """A family whose denoiser is a UNet."""
+
+    def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
+        """Inputs of the denoiser beside the text, as diffusers' `added_cond_kwargs`; None if it has none."""
+
+
 class StableDiffusionModel:
     """A built model; see `DiffusionModel`."""
 
-    def __init__(self, family: Family, weights: BaseWeights) -> None:
+    def __init__(self, family: UnetFamily, weights: BaseWeights) -> None:
         """Build the networks around the tensors, without a copy.
 
         Raises:
@@ -49,7 +59,9 @@ class StableDiffusionModel:
         """
         from diffusers import AutoencoderKL, UNet2DConditionModel
 
-        self.family = family
+        self.family: Family = family
+        self._added_conditions = family.added_conditions
+        self._clip_skip = weights.clip_skip
         self.denoiser = build_around(on_meta(UNet2DConditionModel, weights.denoiser.config), weights.denoiser)
         self.vae = build_around(on_meta(AutoencoderKL, weights.vae.config), weights.vae)
         self._encoders = {
@@ -87,6 +99,10 @@ class StableDiffusionModel:
         """Tokens of the prompts for every text encoder."""
         return {token_ids_key(name): encoder.tokenize(prompts) for name, encoder in self._encoders.items()}
 
+    def max_tokens(self, encoder: str) -> int:
+        """The number of tokens that a text encoder, given by its component's name, reads of every prompt."""
+        return self._encoders[encoder].max_tokens
+
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
         """Embeddings of tokens by one text encoder, given by its component's name."""
         return self._encoders[encoder].encode(self.text_encoders[encoder], ids)
@@ -103,6 +119,19 @@ class StableDiffusionModel:
         """Run the UNet; the text encoders' hidden states are concatenated along the width."""
         hidden = [conditioning[f"text{spec.number}"] for spec in self.family.text_encoders]
         text = torch.cat(hidden, dim=-1).to(latents.dtype) if len(hidden) > 1 else hidden[0].to(latents.dtype)
-        added = self.family.added_conditions(conditioning)
+        added = self._added_conditions(conditioning)
         output: Tensor = self.denoiser(latents, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
         return output
+
+    def facts(self) -> dict[str, Any]:
+        """What of configurations and settings decides what the networks compute."""
+        unet: Any = self.denoiser.config
+        vae: Any = self.vae.config
+        text = [getattr(encoder, "config") for encoder in self.text_encoders.values()]  # noqa: B009
+        return {
+            **self.objective.facts(),
+            "unet": [unet[name] for name in _UNET_FACTS],
+            "vae": [vae[name] for name in ("scaling_factor", "norm_num_groups", "act_fn")],
+            "text": [[config.num_attention_heads, config.hidden_act, config.layer_norm_eps] for config in text],
+            "clip_skip": self._clip_skip,
+        }

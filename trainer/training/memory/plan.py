@@ -274,8 +274,7 @@ def _prepare_model(
     text: Conditioning = {}
     frozen_encoders: list[nn.Module] = []
     for name, encoder in list(model.text_encoders.items()):
-        any_encoder: Any = encoder
-        ids = torch.zeros((1, any_encoder.config.max_position_embeddings), dtype=torch.int64)
+        ids = torch.zeros((1, model.max_tokens(name)), dtype=torch.int64)
         text[token_ids_key(name)] = ids
         if name not in in_steps:
             frozen_encoders.append(to_device(encoder, device, torch.float32))

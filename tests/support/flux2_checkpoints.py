@@ -1,0 +1,232 @@
+"""Tiny FLUX.2 klein models with random weights: as a host lends them, and as a folder of diffusers' own classes."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from checkpoints_networks import Entry, vae_entries
+from torch import Tensor
+
+HEAD = 128
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Flux2Shape:
+    """Sizes of a model.
+
+    Attributes:
+        heads: attention heads of the transformer, of 128 numbers each.
+        double: double blocks.
+        single: single blocks.
+        text_width: width of Qwen 3.
+        text_layers: layers of Qwen 3; 27 are read.
+        vae_channels: channels of the autoencoder's first level.
+        guidance: whether it has FLUX.2 dev's further input.
+    """
+
+    heads: int = 1
+    double: int = 2
+    single: int = 2
+    text_width: int = 32
+    text_layers: int = 28
+    vae_channels: int = 32
+    guidance: bool = False
+
+    @property
+    def width(self) -> int:
+        """Width of the transformer."""
+        return self.heads * HEAD
+
+
+@dataclass(frozen=True)
+class Flux2Weights:
+    """The tensors of each network under the original names, without prefix."""
+
+    denoiser: Mapping[str, Tensor]
+    vae: Mapping[str, Tensor]
+    text: Mapping[str, Tensor]
+
+
+def flux2_weights(shape: Flux2Shape | None = None, *, seed: int = 0, norms: str = "scale") -> Flux2Weights:
+    """Random weights.
+
+    Args:
+        shape: sizes.
+        seed: the same seed gives the same weights.
+        norms: what the weights of norms are called: "scale", as in the published files, or "weight", as in ComfyUI.
+    """
+    shape = shape or Flux2Shape()
+    generator = torch.Generator().manual_seed(seed)
+    vae = _filled(vae_entries((shape.vae_channels,) * 4, 1, 32), generator)
+    vae |= {
+        "bn.running_mean": torch.randn(128, generator=generator) * 0.2,
+        "bn.running_var": torch.rand(128, generator=generator) + 0.5,
+        "bn.num_batches_tracked": torch.tensor(0),
+    }
+    denoiser = _filled(transformer_entries(shape), generator)
+    if norms == "weight":
+        denoiser = {
+            name.removesuffix(".scale") + ".weight" if name.endswith(".scale") else name: tensor
+            for name, tensor in denoiser.items()
+        }
+    return Flux2Weights(denoiser, vae, _filled(qwen3_entries(shape), generator))
+
+
+def transformer_entries(shape: Flux2Shape) -> Iterator[Entry]:
+    """Names and shapes of the transformer's tensors in the published files."""
+    width = shape.width
+    yield "img_in.weight", (width, 128)
+    yield "txt_in.weight", (width, 3 * shape.text_width)
+    for embedder in ("time_in", "guidance_in") if shape.guidance else ("time_in",):
+        yield f"{embedder}.in_layer.weight", (width, 256)
+        yield f"{embedder}.out_layer.weight", (width, width)
+    yield "double_stream_modulation_img.lin.weight", (6 * width, width)
+    yield "double_stream_modulation_txt.lin.weight", (6 * width, width)
+    yield "single_stream_modulation.lin.weight", (3 * width, width)
+    for number in range(shape.double):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{number}.{stream}"
+            yield f"{block}_attn.qkv.weight", (3 * width, width)
+            yield f"{block}_attn.norm.query_norm.scale", (HEAD,)
+            yield f"{block}_attn.norm.key_norm.scale", (HEAD,)
+            yield f"{block}_attn.proj.weight", (width, width)
+            yield f"{block}_mlp.0.weight", (6 * width, width)
+            yield f"{block}_mlp.2.weight", (width, 3 * width)
+    for number in range(shape.single):
+        block = f"single_blocks.{number}"
+        yield f"{block}.linear1.weight", (9 * width, width)
+        yield f"{block}.linear2.weight", (width, 4 * width)
+        yield f"{block}.norm.query_norm.scale", (HEAD,)
+        yield f"{block}.norm.key_norm.scale", (HEAD,)
+    yield "final_layer.adaLN_modulation.1.weight", (2 * width, width)
+    yield "final_layer.linear.weight", (128, width)
+
+
+def qwen3_entries(shape: Flux2Shape) -> Iterator[Entry]:
+    """Names and shapes of Qwen 3's tensors, with the vocabulary of `tokenizer`."""
+    width = shape.text_width
+    yield "model.embed_tokens.weight", (256 + len(SPECIAL_TOKENS), width)
+    for number in range(shape.text_layers):
+        layer = f"model.layers.{number}"
+        yield f"{layer}.input_layernorm.weight", (width,)
+        yield f"{layer}.self_attn.q_proj.weight", (HEAD, width)
+        yield f"{layer}.self_attn.k_proj.weight", (HEAD, width)
+        yield f"{layer}.self_attn.v_proj.weight", (HEAD, width)
+        yield f"{layer}.self_attn.o_proj.weight", (width, HEAD)
+        yield f"{layer}.self_attn.q_norm.weight", (HEAD,)
+        yield f"{layer}.self_attn.k_norm.weight", (HEAD,)
+        yield f"{layer}.post_attention_layernorm.weight", (width,)
+        yield f"{layer}.mlp.gate_proj.weight", (2 * width, width)
+        yield f"{layer}.mlp.up_proj.weight", (2 * width, width)
+        yield f"{layer}.mlp.down_proj.weight", (width, 2 * width)
+    yield "model.norm.weight", (width,)
+
+
+def _filled(entries: Iterator[Entry], generator: torch.Generator) -> dict[str, Tensor]:
+    tensors = {}
+    for name, dims in entries:
+        noise = torch.randn(dims, generator=generator)
+        if len(dims) == 1:
+            tensors[name] = 0.1 * noise + (0.0 if name.endswith(".bias") else 1.0)
+        else:
+            tensors[name] = noise / math.sqrt(math.prod(dims[1:]))
+    return tensors
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """A byte-level tokenizer of Qwen's class and special tokens, without merges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    characters = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        if byte not in characters:
+            characters[byte] = chr(256 + len(characters) - len(printable))
+    vocabulary = {characters[byte]: byte for byte in range(256)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    added = {
+        str(256 + number): {"content": token, "special": True, "lstrip": False, "rstrip": False, "normalized": False}
+        for number, token in enumerate(SPECIAL_TOKENS)
+    }
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": added,
+        "pad_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "bos_token": None,
+        "unk_token": None,
+        "model_max_length": 131072,
+        "add_prefix_space": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
+def flux2_folder(path: Path, shape: Flux2Shape | None = None, *, seed: int = 0) -> Path:
+    """A folder that `Flux2KleinPipeline.from_pretrained` loads, written by the libraries from the same weights."""
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from diffusers.loaders.single_file_utils import (
+        convert_flux2_transformer_checkpoint_to_diffusers,
+        convert_ldm_vae_checkpoint,
+    )
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+    shape = shape or Flux2Shape()
+    weights = flux2_weights(shape, seed=seed)
+    transformer = Flux2Transformer2DModel(
+        num_layers=shape.double,
+        num_single_layers=shape.single,
+        num_attention_heads=shape.heads,
+        joint_attention_dim=3 * shape.text_width,
+        guidance_embeds=shape.guidance,
+    )
+    transformer.load_state_dict(convert_flux2_transformer_checkpoint_to_diffusers(dict(weights.denoiser)))
+    sizes: dict[str, Any] = {
+        "block_out_channels": [shape.vae_channels] * 4,
+        "layers_per_block": 1,
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    }
+    vae = AutoencoderKLFlux2(**sizes)
+    networks = {f"first_stage_model.{name}": tensor for name, tensor in weights.vae.items() if "bn." not in name}
+    converted = convert_ldm_vae_checkpoint(networks, sizes)
+    linear = {
+        name: tensor[:, :, 0, 0] if ".to_" in name and tensor.ndim == 4 else tensor
+        for name, tensor in converted.items()
+    }
+    vae.load_state_dict({**linear, **{name: tensor for name, tensor in weights.vae.items() if "bn." in name}})
+    config = Qwen3Config(
+        vocab_size=256 + len(SPECIAL_TOKENS),
+        hidden_size=shape.text_width,
+        intermediate_size=2 * shape.text_width,
+        num_hidden_layers=shape.text_layers,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=HEAD,
+        max_position_embeddings=40960,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+    )
+    text_encoder = Qwen3ForCausalLM(config)
+    text_encoder.load_state_dict(dict(weights.text), strict=False)
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=AutoTokenizer.from_pretrained(write_tokenizer(path.parent / f"{path.name} tokenizer")),
+        transformer=transformer,
+    )
+    pipeline.save_pretrained(path)
+    return path

@@ -1,0 +1,143 @@
+"""Qwen 3 as a text encoder: configuration from shapes, prompts in its chat template, hidden states side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...core.errors import UnsupportedModelError, WeightsError
+from .base import Component, Conditioning, TextEncoderSpec, build_around, on_meta
+
+_HEAD = 128  # numbers of an attention head in every Qwen 3
+_PREFIX = "model."  # of the language model in files that also hold its head
+_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+_INCOMPLETE = "Use a complete text encoder; if it was downloaded, download it again and compare its size."
+
+
+def qwen3_component(
+    tensors: Mapping[str, Tensor], spec: TextEncoderSpec, config: Mapping[str, Any] | None = None
+) -> Component:
+    """Infer a transformers `Qwen3Config` from a text encoder's tensors, without the layers that nobody reads.
+
+    Args:
+        tensors: With or without the leading "model."; the head of the language model is left out. None is copied.
+        spec: Which encoder of the family it is; layers behind its `layer` are left out.
+        config: Its configuration where it is known, as in a folder of diffusers.
+
+    Raises:
+        WeightsError: A tensor that the configuration depends on is missing.
+    """
+    named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
+    numbers = {int(match[1]) for name in named if (match := re.match(r"layers\.(\d+)\.", name))}
+    if len(numbers) < spec.layer:
+        raise WeightsError(
+            f"The text encoder has {len(numbers)} layers, but the hidden states of layer {spec.layer} are read.",
+            "Use the text encoder of this model family (Qwen 3).",
+        )
+    read = {
+        name: tensor
+        for name, tensor in named.items()
+        if not (match := re.match(r"layers\.(\d+)\.", name)) or int(match[1]) < spec.layer
+    }
+    read.pop("norm.weight", None)  # of the last layer's output, which is not read
+    if config is not None:
+        kept = {name: value for name, value in config.items() if name != "layer_types"}  # one for each layer
+        return Component(read, {**kept, "num_hidden_layers": spec.layer})
+    try:
+        embedding = read["embed_tokens.weight"]
+        shapes = {
+            "vocab_size": embedding.shape[0],
+            "hidden_size": embedding.shape[1],
+            "intermediate_size": read["layers.0.mlp.gate_proj.weight"].shape[0],
+            "num_hidden_layers": spec.layer,
+            "head_dim": read["layers.0.self_attn.q_norm.weight"].shape[0],
+            "num_attention_heads": read["layers.0.self_attn.q_proj.weight"].shape[0] // _HEAD,
+            "num_key_value_heads": read["layers.0.self_attn.k_proj.weight"].shape[0] // _HEAD,
+            "max_position_embeddings": 40960,
+            "rms_norm_eps": 1e-6,
+            "rope_theta": 1e6,
+        }
+    except KeyError as error:
+        raise WeightsError(f"The text encoder lacks the tensor {error.args[0]}.", _INCOMPLETE) from None
+    return Component(read, shapes)
+
+
+class Qwen3TextEncoder:
+    """A built text encoder with its tokenizer.
+
+    Attributes:
+        max_tokens: Number of tokens to which prompts are padded or truncated.
+        network: The network, whose last norm is left out.
+    """
+
+    def __init__(self, component: Component, tokenizer: Any, layers: Sequence[int], max_tokens: int) -> None:
+        """Build around the component's tensors.
+
+        Args:
+            component: From `qwen3_component`.
+            tokenizer: Hugging Face's.
+            layers: After how many layers hidden states are read; side by side they are the prompt's embedding.
+            max_tokens: See above.
+
+        Raises:
+            UnsupportedModelError: The installed transformers is too old.
+            WeightsError: Tensors don't fit together.
+        """
+        self.max_tokens = max_tokens
+        self._tokenizer = tokenizer
+        self._layers = tuple(layers)
+        network: Any = build_around(on_meta(_make, component.config), component)
+        network.rotary_emb = type(network.rotary_emb)(config=network.config)  # its frequencies are in no file
+        self.network: nn.Module = network
+
+    def tokens(self, prompt: str) -> list[int]:
+        """All tokens of a prompt in the chat template, without thinking."""
+        return list(self._tokenizer(_TEMPLATE.format(prompt), truncation=False, verbose=False).input_ids)
+
+    def overlong(self, prompt: str) -> bool:
+        """Whether the prompt would be truncated."""
+        return len(self.tokens(prompt)) > self.max_tokens
+
+    def tokenize(self, prompts: Sequence[str]) -> Tensor:
+        """Tokens of the prompts, (prompts, tokens), on the CPU; -1 behind each prompt's end."""
+        rows = [self.tokens(prompt)[: self.max_tokens] for prompt in prompts]
+        return torch.tensor([row + [-1] * (self.max_tokens - len(row)) for row in rows])
+
+    def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:
+        """The prompts' embedding, (prompts, tokens, layers · width)."""
+        language_model: Any = network
+        ids = ids.to(next(network.parameters()).device)
+        padding = self._tokenizer.pad_token_id
+        output = language_model(
+            input_ids=torch.where(ids < 0, padding, ids),
+            attention_mask=(ids >= 0).long(),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return {"text": torch.cat([output.hidden_states[layer] for layer in self._layers], dim=-1)}
+
+
+def _make(**config: Any) -> nn.Module:
+    """Transformers' `Qwen3Model` without its last norm.
+
+    Raises:
+        UnsupportedModelError: The installed transformers has none.
+    """
+    try:
+        from transformers import Qwen3Config, Qwen3Model
+    except ImportError as error:
+        import transformers
+
+        raise UnsupportedModelError(
+            f"Qwen 3, FLUX.2 klein's text encoder, needs transformers 4.51 or newer; {transformers.__version__} is "
+            "installed.",
+            "Update transformers.",
+        ) from error
+    network = Qwen3Model(Qwen3Config(**config))
+    network.norm = nn.Identity()
+    made: nn.Module = network
+    return made
