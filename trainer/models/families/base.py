@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import WeightsError
+from ...core.errors import TrainerError, WeightsError
 from ..latents import LatentFormat
 from ..objective import Objective
 
@@ -386,6 +386,8 @@ def on_meta(make: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Mod
     try:
         with torch.device("meta"):
             return make(**config)
+    except TrainerError:
+        raise
     except Exception as error:  # the libraries raise anything for numbers that make no network
         raise WeightsError(f"No network can be built in the base model's shape: {error}.", _INCOMPLETE) from error
 
