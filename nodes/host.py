@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..trainer.core.errors import AdapterError, CancelledError, PicturesError, SettingsError, WeightsError
 from .host_embeddings import embeddings_folder, with_words
+from .host_prompts import ClipPrompts
 
 if TYPE_CHECKING:
     from ..trainer.training.runs.folder import RunPaths
@@ -213,11 +214,13 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
     from ..trainer.models.families import FAMILIES
     from ..trainer.models.open import HostTensors, open_base
 
-    known = {encoder.short_name for family in FAMILIES for encoder in family.text_encoders}
+    denoiser = _patched_tensors(model.model.diffusion_model, model.patches, "diffusion_model.")
     modules = vars(clip.cond_stage_model)["_modules"]
+    language_model = _language_model(denoiser)
+    known = {encoder.short_name for family in FAMILIES for encoder in family.text_encoders}
     encoders = {name: modules[name] for name in modules if name in known}
     tensors = HostTensors(
-        denoiser=_patched_tensors(model.model.diffusion_model, model.patches, "diffusion_model."),
+        denoiser=denoiser,
         vae=dict(vae.first_stage_model.state_dict()),
         text_encoders={
             name: _patched_tensors(encoder.transformer, clip.patcher.patches, f"{name}.transformer.")
@@ -226,11 +229,42 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
         tokenizers={name: getattr(getattr(clip.tokenizer, name, None), "tokenizer", None) for name in encoders},
         title=_title(model),
         prediction=_prediction(model),
-        clip_skip=-(getattr(clip, "layer_idx", None) or 0),
+        clip_skip=0 if language_model else -(getattr(clip, "layer_idx", None) or 0),
+        prompt_encoder=_clip_prompts(clip, language_model) if language_model else None,
     )
     if getattr(model, "injections", None):
         logger.warning("Adapters that were applied in bypass mode don't count in training; apply them as usual.")
     return open_base(tensors)
+
+
+def _language_model(denoiser: Mapping[str, Any]) -> Any:
+    """The engine's `TextEncoderSpec` of the language model that a denoiser's family has; None if it has none."""
+    from ..trainer.models.families import identify, layout_of
+
+    layout = layout_of(denoiser)
+    if layout is None:
+        return None
+    encoders = identify(layout.denoiser_config(denoiser)).text_encoders
+    return next((encoder for encoder in encoders if encoder.is_language_model), None)
+
+
+def _clip_prompts(clip: Any, language_model: Any) -> ClipPrompts:
+    """The CLIP as what encodes prompts.
+
+    Raises:
+        WeightsError: It is another kind of CLIP.
+    """
+    modules = vars(clip.cond_stage_model)["_modules"]
+    names = [name for name in modules if name.startswith(language_model.short_name)]
+    if not names:
+        found = ", ".join(name for name in modules if hasattr(modules[name], "transformer")) or "nothing"
+        raise WeightsError(
+            f"The CLIP is not the model's: it has {found} and not {language_model.short_name}.",
+            "Connect the CLIP of this model; in Load CLIP, choose its file and the type flux2.",
+        )
+    [name] = names
+    tensors = _patched_tensors(modules[name].transformer, clip.patcher.patches, f"{name}.transformer.")
+    return ClipPrompts(clip, tensors, language_model.max_tokens)
 
 
 def _prediction(model: Any) -> Any:

@@ -28,6 +28,9 @@ class Flux2Shape:
         text_width: width of Qwen 3.
         text_layers: layers of Qwen 3; 27 are read.
         vae_channels: channels of the autoencoder's first level.
+        vae_multiples: of each level, in these channels.
+        vae_blocks: residual blocks in each level of its encoder.
+        vocabulary: number of tokens that Qwen 3 knows; that of `write_tokenizer`, or 151936 for the real one.
         guidance: whether it has FLUX.2 dev's further input.
     """
 
@@ -37,12 +40,20 @@ class Flux2Shape:
     text_width: int = 32
     text_layers: int = 28
     vae_channels: int = 32
+    vae_multiples: tuple[int, ...] = (1, 1, 1, 1)
+    vae_blocks: int = 1
+    vocabulary: int = 256 + len(SPECIAL_TOKENS)
     guidance: bool = False
 
     @property
     def width(self) -> int:
         """Width of the transformer."""
         return self.heads * HEAD
+
+    @property
+    def vae_widths(self) -> tuple[int, ...]:
+        """Channels of each level of the autoencoder."""
+        return tuple(multiple * self.vae_channels for multiple in self.vae_multiples)
 
 
 @dataclass(frozen=True)
@@ -64,7 +75,7 @@ def flux2_weights(shape: Flux2Shape | None = None, *, seed: int = 0, norms: str 
     """
     shape = shape or Flux2Shape()
     generator = torch.Generator().manual_seed(seed)
-    vae = _filled(vae_entries((shape.vae_channels,) * 4, 1, 32), generator)
+    vae = _filled(vae_entries(shape.vae_widths, shape.vae_blocks, 32), generator)
     vae |= {
         "bn.running_mean": torch.randn(128, generator=generator) * 0.2,
         "bn.running_var": torch.rand(128, generator=generator) + 0.5,
@@ -112,7 +123,7 @@ def transformer_entries(shape: Flux2Shape) -> Iterator[Entry]:
 def qwen3_entries(shape: Flux2Shape) -> Iterator[Entry]:
     """Names and shapes of Qwen 3's tensors, with the vocabulary of `tokenizer`."""
     width = shape.text_width
-    yield "model.embed_tokens.weight", (256 + len(SPECIAL_TOKENS), width)
+    yield "model.embed_tokens.weight", (shape.vocabulary, width)
     for number in range(shape.text_layers):
         layer = f"model.layers.{number}"
         yield f"{layer}.input_layernorm.weight", (width,)
@@ -194,8 +205,8 @@ def flux2_folder(path: Path, shape: Flux2Shape | None = None, *, seed: int = 0) 
     )
     transformer.load_state_dict(convert_flux2_transformer_checkpoint_to_diffusers(dict(weights.denoiser)))
     sizes: dict[str, Any] = {
-        "block_out_channels": [shape.vae_channels] * 4,
-        "layers_per_block": 1,
+        "block_out_channels": list(shape.vae_widths),
+        "layers_per_block": shape.vae_blocks,
         "down_block_types": ["DownEncoderBlock2D"] * 4,
         "up_block_types": ["UpDecoderBlock2D"] * 4,
     }
@@ -208,7 +219,7 @@ def flux2_folder(path: Path, shape: Flux2Shape | None = None, *, seed: int = 0) 
     }
     vae.load_state_dict({**linear, **{name: tensor for name, tensor in weights.vae.items() if "bn." in name}})
     config = Qwen3Config(
-        vocab_size=256 + len(SPECIAL_TOKENS),
+        vocab_size=shape.vocabulary,
         hidden_size=shape.text_width,
         intermediate_size=2 * shape.text_width,
         num_hidden_layers=shape.text_layers,

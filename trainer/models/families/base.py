@@ -53,6 +53,7 @@ class TextEncoderSpec:
         unused_layers: Number of layers at the end that an original file holds and no model reads; they are left out.
         published_layers: Number of layers of the published encoder, with the unused ones; 0 where none is unused.
         is_language_model: Whether it is a large language model in place of a CLIP.
+        max_tokens: To how many tokens prompts are padded; 0 where the network's configuration tells.
     """
 
     name: str
@@ -67,6 +68,7 @@ class TextEncoderSpec:
     unused_layers: int = 0
     published_layers: int = 0
     is_language_model: bool = False
+    max_tokens: int = 0
 
     @property
     def number(self) -> str:

@@ -34,7 +34,6 @@ from .flux2_network import AXES, AXIS, MLP_RATIO, THETA, Flux2Layout, diffusers_
 from .qwen3 import Qwen3TextEncoder
 
 _LAYERS = (9, 18, 27)  # of Qwen 3, after which hidden states are read
-_TOKENS = 512  # to which prompts are padded
 _ATTENTION = r"transformer_blocks\.\d+\.attn\.(to_qkv|to_added_qkv|to_out\.0|to_add_out)"
 _SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 _MLP = r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)"
@@ -67,7 +66,7 @@ class Flux2Model:
                     f"numbers, and the transformer reads {weights.denoiser.config['joint_attention_dim']}.",
                     "Use Qwen 3 4B with FLUX.2 klein 4B, and Qwen 3 8B with 9B.",
                 )
-            encoder = Qwen3TextEncoder(component, tokenizer, _LAYERS, _TOKENS)
+            encoder = Qwen3TextEncoder(component, tokenizer, _LAYERS, spec.max_tokens)
             self._encoders[spec.name] = encoder
             self.text_encoders[spec.name] = encoder.network
             del encoder.network  # only the dictionary holds it, so that its memory can be freed
@@ -142,7 +141,7 @@ class Flux2Model:
             **self.objective.facts(),
             "transformer": [self.denoiser.config[name] for name in ("rope_theta", "axes_dims_rope", "eps")],
             "vae": [self.vae.config[name] for name in ("batch_norm_eps", "norm_num_groups", "act_fn")],
-            "text": self._host_encoder.fingerprint if self._host_encoder else [*_LAYERS, _TOKENS],
+            "text": self._host_encoder.fingerprint if self._host_encoder else _LAYERS,
         }
 
 
@@ -187,6 +186,7 @@ class Flux2Klein:
             layer=_LAYERS[-1],
             normed=False,
             is_language_model=True,
+            max_tokens=512,
         ),
     )
 

@@ -1,0 +1,86 @@
+"""Run by ComfyUI's Python: FLUX.2 klein's networks by ComfyUI's own code, and lent to this pack.
+
+    python comfy_flux2.py COMFYUI FOLDER OUTPUTS.safetensors PROMPT...
+
+FOLDER holds transformer.safetensors, vae.safetensors, text.safetensors and inputs.safetensors: "pixels", and pairs of
+"noisy N" and "timesteps N". OUTPUTS gets "text", "latents" and "prediction N" by ComfyUI, and the same by this pack
+with "ours " before the name; and the number of tensors of the transformer that are borrowed, and of those that are not.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+comfyui, given, outputs, *prompts = sys.argv[1:]
+sys.argv = [sys.argv[0], "--cpu"]
+sys.path.insert(0, comfyui)
+
+import comfy.options  # noqa: E402
+
+comfy.options.enable_args_parsing()
+
+import comfy.model_management  # noqa: E402
+import comfy.sd  # noqa: E402
+import comfy.utils  # noqa: E402
+import torch  # noqa: E402
+from comfy_flux2_loader import load_small_clip  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+FOLDER = Path(given)
+
+
+def pack(module: str) -> Any:
+    """A module of the pack, imported as ComfyUI does."""
+    if "pack" not in sys.modules:
+        root = Path(__file__).resolve().parents[2]
+        spec = importlib.util.spec_from_file_location(
+            "pack", root / "__init__.py", submodule_search_locations=[str(root)]
+        )
+        assert spec is not None
+        assert spec.loader is not None
+        sys.modules["pack"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["pack"])
+    return importlib.import_module(f"pack.{module}")
+
+
+def main() -> None:
+    """Write what each gives."""
+    inputs = load_file(FOLDER / "inputs.safetensors")
+    cases = [name.removeprefix("noisy ") for name in inputs if name.startswith("noisy ")]
+    found: dict[str, torch.Tensor] = {}
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model(str(FOLDER / "transformer.safetensors"), {"dtype": torch.float32})
+        clip = load_small_clip(FOLDER / "text.safetensors")
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(FOLDER / "vae.safetensors")), dtype=torch.float32)
+        text = torch.cat([clip.encode_from_tokens(clip.tokenize(prompt))[:, :512] for prompt in prompts])
+        found["text"] = text.clone()
+        found["latents"] = vae.encode(inputs["pixels"].movedim(1, -1) / 2 + 0.5).clone()
+        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        for case in cases:
+            timesteps = inputs[f"timesteps {case}"] / 1000  # ComfyUI's sampling of flow models: σ is the timestep
+            context = model.model.extra_conds(cross_attn=text[:1])["c_crossattn"].cond
+            context = context.expand(len(timesteps), -1, -1)
+            output = model.model.diffusion_model(inputs[f"noisy {case}"], timesteps, context=context)
+            found[f"prediction {case}"] = output.float().clone()
+    with pack("nodes.host").training_mode(), torch.no_grad():
+        base = pack("nodes.host").borrow_base(model, clip, vae)
+        lent = {tensor.data_ptr() for tensor in model.model.diffusion_model.state_dict().values()}
+        ours = base.family.build(base)
+        own = [parameter.data_ptr() in lent for parameter in ours.denoiser.parameters()]
+        found["borrowed"] = torch.tensor([sum(own), len(own) - sum(own)])
+        conditioning = ours.encode_prompts(prompts)
+        found["ours text"] = conditioning["text"]
+        found["ours latents"], _ = base.family.latents.encode(ours.vae, inputs["pixels"])
+        for case in cases:
+            timesteps = inputs[f"timesteps {case}"]
+            rows = {"text": conditioning["text"][:1].expand(len(timesteps), -1, -1)}
+            found[f"ours prediction {case}"] = ours.predict(inputs[f"noisy {case}"], timesteps, rows)
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs)
+
+
+if __name__ == "__main__":
+    main()
