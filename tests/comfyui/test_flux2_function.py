@@ -10,22 +10,11 @@ import subprocess
 import pytest
 import torch
 from comfy_host import find_comfyui, find_python
-from flux2_checkpoints import Flux2Shape, flux2_weights
+from flux2_checkpoints import COMFY_SHAPE, flux2_weights
 from helpers import HANGS, ROOT
 from safetensors.torch import load_file, save_file
 
 pytestmark = pytest.mark.comfy
-# ComfyUI knows this autoencoder by its sizes; of Qwen 3 it takes any
-SHAPE = Flux2Shape(
-    heads=2,
-    double=2,
-    single=3,
-    vae_channels=128,
-    vae_multiples=(1, 2, 4, 4),
-    vae_blocks=2,
-    vocabulary=151936,
-    text_layers=30,
-)
 PROMPTS = ["a photo of sks dog", "", "ein Hündchen (rot:1.3), 狗", "long " * 600]
 CASES = {"square": ((1, 8, 8), 250.0), "wide": ((1, 4, 12), 999.0), "two": ((2, 6, 3), 41.5)}
 WITHIN = 1e-4  # float32 and other orders of the same sums
@@ -37,7 +26,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     if comfyui is None:
         pytest.skip("no ComfyUI")
     folder = tmp_path_factory.mktemp("flux2 ü")
-    weights = flux2_weights(SHAPE)
+    weights = flux2_weights(COMFY_SHAPE)
     save_file(dict(weights.denoiser), folder / "transformer.safetensors")
     save_file(dict(weights.vae), folder / "vae.safetensors")
     save_file(dict(weights.text), folder / "text.safetensors")
@@ -62,7 +51,7 @@ def test_it_predicts_as_comfyui_does(found: dict[str, torch.Tensor], case: str) 
 
 def test_prompts_are_those_that_comfyui_feeds(found: dict[str, torch.Tensor]) -> None:
     """All but the last, of which the model reads the beginning."""
-    assert found["ours text"].shape == (len(PROMPTS), 512, 3 * SHAPE.text_width)
+    assert found["ours text"].shape == (len(PROMPTS), 512, 3 * COMFY_SHAPE.text_width)
     torch.testing.assert_close(found["ours text"], found["text"], rtol=0, atol=0)
 
 
@@ -74,4 +63,4 @@ def test_latents_are_comfyuis(found: dict[str, torch.Tensor]) -> None:
 def test_every_tensor_of_the_transformer_is_borrowed(found: dict[str, torch.Tensor]) -> None:
     borrowed, copied = found["borrowed"].tolist()
     assert copied == 0
-    assert borrowed == len(flux2_weights(SHAPE).denoiser)
+    assert borrowed == len(flux2_weights(COMFY_SHAPE).denoiser)

@@ -56,6 +56,19 @@ class Flux2Shape:
         return tuple(multiple * self.vae_channels for multiple in self.vae_multiples)
 
 
+# ComfyUI knows this autoencoder by its sizes, and has the real tokenizer
+COMFY_SHAPE = Flux2Shape(
+    heads=2,
+    double=2,
+    single=3,
+    vae_channels=128,
+    vae_multiples=(1, 2, 4, 4),
+    vae_blocks=2,
+    vocabulary=151936,
+    text_layers=30,
+)
+
+
 @dataclass(frozen=True)
 class Flux2Weights:
     """The tensors of each network under the original names, without prefix."""
