@@ -14,9 +14,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+from flux2_checkpoints import flux2_weights, write_tokenizer
 from helpers import Recorder, remembered
 from pack.trainer.adapters.diffusers_format import write_diffusers
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, write_adapter
@@ -39,6 +41,7 @@ from pack.trainer.models import nf4, tokenizer
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel, LearnedWord
 from pack.trainer.models.families.sdxl import StableDiffusionXL
 from pack.trainer.models.nf4 import require_quantizable
+from pack.trainer.models.open import HostTensors, open_base
 from pack.trainer.models.tokenizer import find_tokenizer
 from pack.trainer.settings.base import Settings
 from pack.trainer.settings.caption import CaptionCommand
@@ -65,6 +68,7 @@ from pack.trainer.training.words import TrainedWords
 from PIL import Image
 from remedies import ABSENT, Bench, Call, Case, Check, Values, recorded_calls, sites, suggested
 from setting_values import KINDS, REQUIRED
+from transformers import AutoTokenizer
 from worlds import COMMON, PROMPT, TOKENIZER, World, paths_in
 
 CPU = torch.device("cpu")
@@ -506,6 +510,29 @@ model(
     {"clip_skip": 2},
     check=with_layers_skipped,
 )
+
+
+def klein(bench: Bench) -> HostTensors:
+    """A small FLUX.2 klein as a host lends it."""
+    weights = flux2_weights()
+    tokenizer = AutoTokenizer.from_pretrained(write_tokenizer(bench.folder / "tokenizer"))
+    return HostTensors(weights.denoiser, weights.vae, {"qwen3": weights.text}, {"qwen3": tokenizer}, "klein base")
+
+
+def trainable_klein(bench: Bench, values: Values) -> None:
+    trainable(bench, {**values, "base": open_base(klein(bench))})
+
+
+def opened_klein(bench: Bench, values: Values) -> None:
+    given = {name: values[name] for name in ("clip_skip", "prediction_type") if name in values}
+    open_base(klein(bench), **given)
+
+
+if hasattr(diffusers, "Flux2Transformer2DModel"):
+    model("a language model that would be trained", {"text_encoder_lr": 1e-5}, check=trainable_klein)
+    model("a word for a language model", {"token_vectors": 1, "token": "sks"}, check=trainable_klein)
+    model("a layer of a language model", {"clip_skip": 2}, check=opened_klein)
+    model("epsilon of flow matching", {"prediction_type": "epsilon"}, check=opened_klein)
 model("a LoKr of another factor", {"adapter": "lokr"}, {"lokr_factor": 2}, check=from_lokr)
 
 # Packages and devices that are not there

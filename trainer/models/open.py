@@ -349,15 +349,13 @@ def _folder_layout(index: Mapping[str, Any]) -> Layout:
     Raises:
         UnsupportedModelError: It holds a model of no family here; the message names it.
     """
-    for layout in layouts():
-        stated = index.get(layout.folder, ())
-        if layout.folder not in index:
-            continue
-        if isinstance(stated, list) and len(stated) == 2 and isinstance(stated[1], str):
-            refuse_foreign_class(stated[1])  # before anything is missed that other models don't have
-        return layout
-    refuse_foreign_class(str(index.get("_class_name", "unknown")))
-    return UnetLayout()
+    layout = next((layout for layout in layouts() if layout.folder in index), None)
+    stated = index[layout.folder] if layout else None
+    if isinstance(stated, list) and len(stated) == 2 and isinstance(stated[1], str):
+        refuse_foreign_class(stated[1])  # before anything is missed that other models don't have
+    elif layout is None or not isinstance(layout, UnetLayout):
+        refuse_foreign_class(str(index.get("_class_name", "unknown")))
+    return layout or UnetLayout()
 
 
 def _scheduled_prediction(scheduler: Mapping[str, Any], family: Family) -> Prediction:
