@@ -28,7 +28,7 @@ from worlds import COMMON, World, make_world, noisy_pictures
 
 CASES = [(subject, family) for subject in preset_subjects() for family in FAMILIES]
 IDS = [f"{subject}-{family.name}" for subject, family in CASES]
-[SD1, SD2, SDXL] = FAMILIES
+SD1, SD2, SDXL, FLUX2 = FAMILIES
 
 
 def parsed(words: list[str]) -> TrainCommand:
@@ -42,7 +42,7 @@ def test_there_is_a_file_for_every_subject_and_family_and_no_other() -> None:
 
 
 def test_families_have_names_of_their_own() -> None:
-    assert [family.name for family in FAMILIES] == ["sd1", "sd2", "sdxl"]
+    assert [family.name for family in FAMILIES] == ["sd1", "sd2", "sdxl", "flux2"]
 
 
 @pytest.mark.parametrize(("subject", "family"), CASES, ids=IDS)
@@ -76,7 +76,8 @@ def test_values_are_possible_for_the_family(subject: str, family: Family) -> Non
 def test_only_what_may_be_mirrored_is_mirrored(family: Family) -> None:
     assert not any(load_preset(subject, family).settings["flip"] for subject in ("object", "animal", "person"))
     assert load_preset("person", family).settings["steps"] > load_preset("object", family).settings["steps"]
-    assert load_preset("person", family).settings["text_encoder_lr"] > 0
+    trains_text = load_preset("person", family).settings["text_encoder_lr"] > 0
+    assert trains_text == bool(family.text_targets)
 
 
 WRONG = {
