@@ -17,6 +17,7 @@ import diffusers
 from checkpoints import sd15_state_dict
 from flux2_checkpoints import Flux2Shape, flux2_folder, flux2_weights
 from lent_models import below
+from pack.trainer.core.devices import to_device
 from pack.trainer.core.errors import SettingsError, TrainerError, UnsupportedModelError, WeightsError
 from pack.trainer.models.families.base import DiffusionModel
 from pack.trainer.models.open import HostTensors, open_base
@@ -135,6 +136,26 @@ def test_prompts_are_encoded_as_by_the_whole_language_model(model: DiffusionMode
     found = model.encode_prompts(PROMPTS)["text"]
     assert found.shape == (3, 512, 96)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_language_model_encodes_in_the_type_of_its_weights(folder: Path) -> None:
+    """Its rotary frequencies stay in float32 and are no part of what is cast."""
+    host = lent(folder)
+    halves = {name: tensor.bfloat16() for name, tensor in host.text_encoders["qwen3"].items()}
+    base = open_base(replace(host, text_encoders={"qwen3": halves}))
+    model = base.family.build(base)
+    assert model.text_dtype == torch.bfloat16
+    encoder = model.text_encoders["text_encoder"]
+    to_device(encoder, torch.device("cpu"), model.text_dtype)
+    assert encoder.rotary_emb.inv_freq.dtype == torch.float32  # type: ignore[union-attr]
+    assert {parameter.data_ptr() for parameter in encoder.parameters()} <= {half.data_ptr() for half in halves.values()}
+    whole = open_base(host)
+    expected = whole.family.build(whole).encode_prompts(["a photo of sks dog"])["text"]
+    found = model.encode_prompts(["a photo of sks dog"])["text"].float()
+    assert (
+        torch.nn.functional.cosine_similarity(found.flatten(), expected.flatten(), dim=0) > 0.99
+    )  # 27 layers in half precision
 
 
 def test_a_prompt_is_too_long_beyond_512_tokens(model: DiffusionModel) -> None:

@@ -28,7 +28,7 @@ from worlds import COMMON, World, make_world, noisy_pictures
 
 CASES = [(subject, family) for subject in preset_subjects() for family in FAMILIES]
 IDS = [f"{subject}-{family.name}" for subject, family in CASES]
-SD1, SD2, SDXL, FLUX2 = FAMILIES
+SD1, SD2, SDXL, *_ = FAMILIES
 
 
 def parsed(words: list[str]) -> TrainCommand:

@@ -313,7 +313,7 @@ def encode_captions(
         return model.encode_prompts(captions)
     for name, text_encoder in model.text_encoders.items():
         if name not in in_steps:
-            to_device(text_encoder, device, torch.float32)
+            to_device(text_encoder, device, model.text_dtype)
             encoded = encode_tokens_in_batches(model, name, text[token_ids_key(name)])
             text |= {part: rows.cpu() for part, rows in encoded.items()}
     return text

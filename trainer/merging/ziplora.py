@@ -232,7 +232,7 @@ class _ZipLoraTrainer:
         for weighted in adapters:
             learn_bundled(model, weighted.adapter.embeddings)
         for encoder in model.text_encoders.values():
-            to_device(encoder, self.device, torch.float32)
+            to_device(encoder, self.device, model.text_dtype)
         return model
 
     def _text_part(self, weighted: WeightedAdapter) -> WeightedAdapter:

@@ -52,11 +52,12 @@ class GenerationConfig:
 
 
 def build_on_device(base: BaseWeights, device: torch.device, precision: str) -> DiffusionModel:
-    """Build a model on a device: its UNet in "fp32", "bf16" or "fp16", the other networks in float32."""
+    """Build a model on a device: its denoiser in "fp32", "bf16" or "fp16", the autoencoder in float32."""
     model = base.family.build(base)
     to_device(model.denoiser, device, DTYPES[precision])
-    for network in (model.vae, *model.text_encoders.values()):
-        to_device(network, device, torch.float32)
+    to_device(model.vae, device, torch.float32)
+    for network in model.text_encoders.values():
+        to_device(network, device, model.text_dtype)
     return model
 
 

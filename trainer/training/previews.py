@@ -223,7 +223,7 @@ class Previews:
             elif not cache.has(name):
                 to_device(base.denoiser, self._device, dtype)
                 for encoder in base.text_encoders.values():
-                    to_device(encoder, self._device, torch.float32)
+                    to_device(encoder, self._device, base.text_dtype)
                 [image] = generate(
                     base,
                     prompt=picture.caption,

@@ -197,6 +197,7 @@ class DiffusionModel(Protocol):
         text_encoders: Component name ("text_encoder") → text encoder.
         objective: Noise schedule and prediction type.
         words: The words that stand for vectors of their own.
+        text_dtype: The type in which its text encoders encode: float32, or that of a language model's weights.
     """
 
     family: Family
@@ -205,6 +206,7 @@ class DiffusionModel(Protocol):
     text_encoders: dict[str, nn.Module]
     objective: Objective
     words: Sequence[LearnedWord]
+    text_dtype: torch.dtype
 
     def learn(self, words: Sequence[LearnedWord]) -> None:
         """Let these words, and no others, stand for their vectors from now on.

@@ -70,6 +70,8 @@ class Flux2Model:
             self._encoders[spec.name] = encoder
             self.text_encoders[spec.name] = encoder.network
             del encoder.network  # only the dictionary holds it, so that its memory can be freed
+        text = next(iter(self.text_encoders.values()), None)
+        self.text_dtype = torch.float32 if text is None else next(text.parameters()).dtype
         self.objective: Objective = FlowObjective(training_mu=LinearMu(), sampling_mu=flux2_sampling_mu)
         self.words: Sequence[LearnedWord] = ()
         self.learn(weights.words)

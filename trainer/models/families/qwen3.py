@@ -91,7 +91,7 @@ class Qwen3TextEncoder:
         self._tokenizer = tokenizer
         self._layers = tuple(layers)
         network: Any = build_around(on_meta(_make, component.config), component)
-        network.rotary_emb = type(network.rotary_emb)(config=network.config)  # its frequencies are in no file
+        network.rotary_emb = _rotary_embedding(network)
         self.network: nn.Module = network
 
     def tokens(self, prompt: str) -> list[int]:
@@ -119,6 +119,17 @@ class Qwen3TextEncoder:
             use_cache=False,
         )
         return {"text": torch.cat([output.hidden_states[layer] for layer in self._layers], dim=-1)}
+
+
+def _rotary_embedding(network: Any) -> nn.Module:
+    """The network's rotary embedding; its frequencies are in no file, and stay in float32 when the network is cast."""
+    embedding: Any = type(network.rotary_emb)(config=network.config)
+    frequencies = embedding.inv_freq
+    for name in [name for name, _ in embedding.named_buffers()]:
+        delattr(embedding, name)
+    embedding.inv_freq = frequencies
+    made: nn.Module = embedding
+    return made
 
 
 def _make(**config: Any) -> nn.Module:

@@ -51,6 +51,8 @@ class UnetFamily(Family, Protocol):
 class StableDiffusionModel:
     """A built model; see `DiffusionModel`."""
 
+    text_dtype = torch.float32
+
     def __init__(self, family: UnetFamily, weights: BaseWeights) -> None:
         """Build the networks around the tensors, without a copy.
 

@@ -277,7 +277,7 @@ def _prepare_model(
         ids = torch.zeros((1, model.max_tokens(name)), dtype=torch.int64)
         text[token_ids_key(name)] = ids
         if name not in in_steps:
-            frozen_encoders.append(to_device(encoder, device, torch.float32))
+            frozen_encoders.append(to_device(encoder, device, model.text_dtype))
             with torch.no_grad():
                 text |= {part: tensor.to(dtype) for part, tensor in model.encode_tokens(name, ids).items()}
             del model.text_encoders[name]
