@@ -124,7 +124,7 @@ class Qwen3TextEncoder:
 def _rotary_embedding(network: Any) -> nn.Module:
     """The network's rotary embedding; its frequencies are in no file, and stay in float32 when the network is cast."""
     embedding: Any = type(network.rotary_emb)(config=network.config)
-    frequencies = embedding.inv_freq
+    frequencies = embedding.inv_freq.clone()  # a plain tensor, which is not cast with the buffers
     for name in [name for name, _ in embedding.named_buffers()]:
         delattr(embedding, name)
     embedding.inv_freq = frequencies
