@@ -24,6 +24,7 @@ from PIL import Image  # noqa: E402
 from workflow_recipes import (  # noqa: E402
     BLUEPRINTS,
     CHECKPOINT,
+    KLEIN,
     LORAS,
     RECIPES,
     XL_CHECKPOINT,
@@ -120,6 +121,9 @@ def prepare(base_dir: Path) -> None:
     for name in (CHECKPOINT, XL_CHECKPOINT):
         (base_dir / "models" / "checkpoints").mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / "checkpoints" / name).write_bytes(b"")
+    for folder, name in KLEIN.items():
+        (base_dir / "models" / folder).mkdir(parents=True, exist_ok=True)
+        (base_dir / "models" / folder / name).write_bytes(b"")
     for name in LORAS:
         (base_dir / "models" / "loras").mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / "loras" / name).write_bytes(b"")
@@ -135,6 +139,10 @@ def write(page: Any, name: str, recipe: Recipe, folder: Path) -> None:
     (folder / f"{name}.json").write_text(json.dumps(saved, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     page.evaluate(_FIT)
     page.wait_for_timeout(1200)
+    complaint = page.get_by_text("Dismiss", exact=True)  # of models that are empty files here
+    if complaint.count():
+        complaint.first.click()
+        page.wait_for_timeout(600)
     shot = folder / f"{name}.png"
     page.screenshot(path=str(shot))
     picture = Image.open(shot).convert("RGB")

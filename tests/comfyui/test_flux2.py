@@ -7,22 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from comfy_graphs import drawing, graph, node, picture
+from comfy_graphs import drawing, graph, node, picture, run_template
 from comfy_host import CHECKPOINT, ComfyServer, PromptFailed
 from flux2_checkpoints import COMFY_SHAPE, flux2_weights
 from safetensors.torch import load_file, save_file
+from workflow_recipes import KLEIN
 
 pytestmark = pytest.mark.comfy
-NAME = "flux-2-klein-base-4b tiny.safetensors"
-FOLDERS = {"diffusion_models": "denoiser", "vae": "vae", "text_encoders": "text"}
+SMALL_CLIP = node("LoadSmallQwen3", name=KLEIN["text_encoders"])
+PARTS = {"diffusion_models": "denoiser", "vae": "vae", "text_encoders": "text"}
 
 
 @pytest.fixture
 def klein(server: ComfyServer) -> Iterator[ComfyServer]:
-    """ComfyUI with small files of the model, which are gone after the test."""
+    """ComfyUI with small files of the model under the names of the template, which are gone after the test."""
     weights = flux2_weights(COMFY_SHAPE)
-    files = [server.base_dir / "models" / folder / NAME for folder in FOLDERS]
-    for file, part in zip(files, FOLDERS.values(), strict=True):
+    files = [server.base_dir / "models" / folder / KLEIN[folder] for folder in PARTS]
+    for file, part in zip(files, PARTS.values(), strict=True):
         file.parent.mkdir(exist_ok=True)
         save_file(dict(getattr(weights, part)), file)
     yield server
@@ -34,9 +35,9 @@ def klein(server: ComfyServer) -> Iterator[ComfyServer]:
 def on_klein(prompt: dict[str, Any]) -> dict[str, Any]:
     """The prompt with that model in place of the checkpoint, and its empty latents."""
     loaders = {
-        "base": node("UNETLoader", unet_name=NAME, weight_dtype="default"),
-        "clip": node("LoadSmallQwen3", name=NAME),
-        "vae": node("VAELoader", vae_name=NAME),
+        "base": node("UNETLoader", unet_name=KLEIN["diffusion_models"], weight_dtype="default"),
+        "clip": SMALL_CLIP,
+        "vae": node("VAELoader", vae_name=KLEIN["vae"]),
     }
     moved = {("base", 1): ["clip", 0], ("base", 2): ["vae", 0]}
     for entry in prompt.values():
@@ -66,6 +67,16 @@ def test_it_is_trained_and_draws_as_comfyuis_loader_does(klein: ComfyServer) -> 
     np.testing.assert_array_equal(drawn["trained"], drawn["loaded"])
     assert (drawn["trained"] != drawn["base"]).any()
     assert "not loaded" not in klein.log().lower()
+
+
+def test_the_template_runs(klein: ComfyServer) -> None:
+    """With its own loaders but that of the text encoder, whose real one knows Qwen 3 by its size."""
+    history, run = run_template("flux2_klein", klein, {"CLIPLoader": SMALL_CLIP})
+    saved = next(key for key, entry in run.items() if entry["class_type"] == "SaveImage")
+    drawn = picture(klein, history, saved)
+    assert drawn.shape == (64, 64, 3)
+    assert drawn.std() > 0
+    assert "preset animal for flux.2 klein" in klein.log().lower()
 
 
 def test_the_clip_of_another_model_is_named(klein: ComfyServer) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,14 +80,23 @@ def picture(server: ComfyServer, entry: dict[str, Any], node_id: str) -> np.ndar
     return np.asarray(Image.open(io.BytesIO(server.view(entry["outputs"][node_id]["images"][0]))))
 
 
-def run_template(name: str, server: ComfyServer) -> tuple[dict[str, Any], Prompt]:
-    """Run a template, smaller, so that it takes seconds; its history and the prompt."""
+def run_template(
+    name: str, server: ComfyServer, replaced: Mapping[str, dict[str, Any]] | None = None
+) -> tuple[dict[str, Any], Prompt]:
+    """Run a template, smaller, so that it takes seconds; its history and the prompt.
+
+    Args:
+        name: Of its file.
+        server: Where it runs.
+        replaced: Type of a node → what stands in its place.
+    """
     workflow = json.loads((ROOT / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
     prompt = as_prompt(workflow, server.object_info())
     small = {"resolution": 64, "width": 64, "height": 64, "count": 2, "rank": 4, "steps": 2, "preview_every": 0}
     small |= {"seed": seed_of_test()}
-    for entry in prompt.values():
+    for node_id, entry in prompt.items():
         entry["inputs"].update({name: value for name, value in small.items() if name in entry["inputs"]})
+        prompt[node_id] = (replaced or {}).get(entry["class_type"], entry)
     return server.wait(server.queue(prompt)), prompt
 
 

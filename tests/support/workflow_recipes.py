@@ -7,6 +7,11 @@ from typing import Any
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 XL_CHECKPOINT = "sd_xl_base_1.0.safetensors"
+KLEIN = {
+    "diffusion_models": "flux-2-klein-base-4b.safetensors",
+    "text_encoders": "qwen_3_4b.safetensors",
+    "vae": "flux2-vae.safetensors",
+}
 LORAS = ("dog.safetensors", "pixel-art.safetensors")
 Link = tuple[str, str]
 SUBJECT: dict[str, Link] = {"subject": ("subject", "subject")}
@@ -204,6 +209,55 @@ SCORE_AND_PICK = Recipe(
         ),
     }
 )
+KLEIN_NOTE = """FLUX.2 klein **base** 4B is a free model (Apache 2.0) in three files: choose them in the loaders.
+Prompts are encoded by the CLIP of the graph; nothing is loaded twice. Train on the base, not on the distilled klein:
+the LoRA fits both. On a card of 12 GB turn on **fit** in Training Settings, or set **base_quantization** to nf4."""
+
+
+def klein_drawing(at: tuple[int, int], prefix: str, side: int = 1024) -> dict[str, Node]:
+    """Prompt to saved picture with ComfyUI's nodes for FLUX.2, two columns from `at`."""
+    left, top = at
+    guided = {
+        "model": ("train", "model"),
+        "positive": ("prompt", "CONDITIONING"),
+        "negative": ("negative", "CONDITIONING"),
+    }
+    sampled = {
+        "noise": ("noise", "NOISE"),
+        "guider": ("guider", "GUIDER"),
+        "sampler": ("sampler", "SAMPLER"),
+        "sigmas": ("sigmas", "SIGMAS"),
+        "latent_image": ("latent", "LATENT"),
+    }
+    size = {"width": side, "height": side}
+    return {
+        "prompt": prompt("a photo of sks dog on the beach", ("train", "clip"), at),
+        "negative": prompt("", ("train", "clip"), (left, top + 170), "Negative prompt"),
+        "latent": Node("EmptyFlux2LatentImage", (left, top + 340), {**size, "batch_size": 1}, size=(340, 110)),
+        "sigmas": Node("Flux2Scheduler", (left, top + 500), {"steps": 20, **size}, size=(340, 110)),
+        "noise": Node(
+            "RandomNoise", (left + 400, top), {"noise_seed": 1, "control_after_generate": "fixed"}, size=(320, 90)
+        ),
+        "guider": Node("CFGGuider", (left + 400, top + 140), {"cfg": 4.0}, guided, size=(320, 110)),
+        "sampler": Node("KSamplerSelect", (left + 400, top + 300), {"sampler_name": "euler"}, size=(320, 60)),
+        "sample": Node("SamplerCustomAdvanced", (left + 400, top + 410), {}, sampled, size=(320, 130)),
+        "decode": Node(
+            "VAEDecode",
+            (left + 400, top + 590),
+            {},
+            {"samples": ("sample", "output"), "vae": ("vae", "VAE")},
+            size=(220, 60),
+        ),
+        "save": Node(
+            "SaveImage",
+            (left + 780, top),
+            {"filename_prefix": prefix},
+            {"images": ("decode", "IMAGE")},
+            size=(420, 440),
+        ),
+    }
+
+
 MERGED = Recipe(
     {
         "note": note(MERGE, (0, 470), "Merge two LoRAs", (330, 330)),
@@ -339,6 +393,22 @@ RECIPES: dict[str, Recipe] = {
             **drawing(
                 ("train", "model"), ("train", "clip"), "a photo of sks dog on the beach", (1220, 40), "my-dog-xl", 1024
             ),
+        }
+    ),
+    "flux2_klein": Recipe(
+        {
+            "note": note(KLEIN_NOTE, (0, -220), "FLUX.2 klein", (780, 190)),
+            "base": Node("UNETLoader", (0, 40), {"unet_name": KLEIN["diffusion_models"]}, size=(330, 90)),
+            "clip": Node(
+                "CLIPLoader", (0, 180), {"clip_name": KLEIN["text_encoders"], "type": "flux2"}, size=(330, 110)
+            ),
+            "vae": Node("VAELoader", (0, 340), {"vae_name": KLEIN["vae"]}, size=(330, 60)),
+            "subject": subject((0, 460)),
+            "train": replace(
+                train((390, 40), SUBJECT, name="my-dog-klein", preset="animal"),
+                links={"model": ("base", "MODEL"), "clip": ("clip", "CLIP"), "vae": ("vae", "VAE")} | SUBJECT,
+            ),
+            **klein_drawing((830, 40), "my-dog-klein"),
         }
     ),
     "two_stages": Recipe(
