@@ -4,6 +4,7 @@
     python benchmarks/fit.py --size sd15 --resolution 512
     python benchmarks/fit.py --card 8                the allocator refuses more than a card of 8 GB has
     python benchmarks/fit.py --plan                  the plan alone, as it also does without a GPU
+    python benchmarks/fit.py --plan --size flux2     FLUX.2 klein 4B; only planned
 
 Every variant runs in its own process: as it is, with gradient checkpointing, and with that and 8-bit Adam, NF4, or
 both.
@@ -52,7 +53,9 @@ GB = 2**30
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="sdxl", choices=("sd15", "sd2", "sdxl"), help="size of the random weights")
+    parser.add_argument(
+        "--size", default="sdxl", choices=("sd15", "sd2", "sdxl", "flux2"), help="size of the random weights"
+    )
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -67,6 +70,8 @@ def main() -> None:
         return
     import torch
 
+    if arguments.size == "flux2" and not arguments.plan:
+        parser.error("flux2 is only planned: add --plan")
     if not arguments.plan and not torch.cuda.is_available():
         print("There is no CUDA GPU: nothing is measured, what follows is the plan alone.\n")
         arguments.plan = True
@@ -78,7 +83,9 @@ def main() -> None:
 def report(arguments: argparse.Namespace) -> None:
     """Plan every variant, and measure it if there is a GPU; print the figures."""
     base = arguments.scratch / "random.safetensors"
-    if arguments.plan:
+    if arguments.size == "flux2":
+        pass  # without files
+    elif arguments.plan:
         write_zeros(base, arguments.size)
     else:
         import checkpoints
@@ -138,7 +145,10 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     from trainer.settings.train import TrainSettings
     from trainer.training.memory.plan import MemorySaving, Planner
 
-    base = open_base(arguments.scratch / "random.safetensors", TOKENIZER)
+    if arguments.size == "flux2":
+        base = klein_without_memory()
+    else:
+        base = open_base(arguments.scratch / "random.safetensors", TOKENIZER)
     settings = TrainSettings(
         rank=arguments.rank, resolution=arguments.resolution, batch_size=arguments.batch_size, precision="bf16"
     )
@@ -156,6 +166,30 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
             "in all": need.total,
         }
     return plans
+
+
+def klein_without_memory() -> Any:
+    """FLUX.2 klein 4B, of which only shapes and types are there."""
+    from flux2_checkpoints import KLEIN_4B, flux2_on_meta
+
+    from trainer.models.families.base import BaseWeights
+    from trainer.models.families.flux2 import FAMILY
+
+    weights = flux2_on_meta(KLEIN_4B)
+    layout = FAMILY.layout
+    config = FAMILY.complete(layout.denoiser_config(weights.denoiser))
+    return BaseWeights(
+        family=FAMILY,
+        denoiser=layout.denoiser(weights.denoiser, config),
+        vae=layout.vae(weights.vae, FAMILY.scaling_factor),
+        text_encoders=[layout.text_encoder(weights.text, FAMILY.text_encoders[0])],
+        tokenizers=[None],
+        scheduler={},
+        prediction=FAMILY.detect(weights.denoiser),
+        clip_skip=0,
+        title="FLUX.2 klein base 4B",
+        fingerprint="",
+    )
 
 
 def run_variant(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -27,6 +27,9 @@ class Flux2Shape:
         single: single blocks.
         text_width: width of Qwen 3.
         text_layers: layers of Qwen 3; 27 are read.
+        text_heads: heads of its queries, of 128 numbers each.
+        text_key_heads: heads of its keys and values.
+        text_mlp: width of its MLPs.
         vae_channels: channels of the autoencoder's first level.
         vae_multiples: of each level, in these channels.
         vae_blocks: residual blocks in each level of its encoder.
@@ -39,6 +42,9 @@ class Flux2Shape:
     single: int = 2
     text_width: int = 32
     text_layers: int = 28
+    text_heads: int = 1
+    text_key_heads: int = 1
+    text_mlp: int = 64
     vae_channels: int = 32
     vae_multiples: tuple[int, ...] = (1, 1, 1, 1)
     vae_blocks: int = 1
@@ -66,6 +72,22 @@ COMFY_SHAPE = Flux2Shape(
     vae_blocks=2,
     vocabulary=151936,
     text_layers=30,
+)
+
+
+KLEIN_4B = Flux2Shape(
+    heads=24,
+    double=5,
+    single=20,
+    text_width=2560,
+    text_layers=36,
+    text_heads=32,
+    text_key_heads=8,
+    text_mlp=9728,
+    vae_channels=128,
+    vae_multiples=(1, 2, 4, 4),
+    vae_blocks=2,
+    vocabulary=151936,
 )
 
 
@@ -101,6 +123,17 @@ def flux2_weights(shape: Flux2Shape | None = None, *, seed: int = 0, norms: str 
             for name, tensor in denoiser.items()
         }
     return Flux2Weights(denoiser, vae, _filled(qwen3_entries(shape), generator))
+
+
+def flux2_on_meta(shape: Flux2Shape) -> Flux2Weights:
+    """Tensors without memory, in bfloat16, the autoencoder's in float32."""
+
+    def empty(entries: Iterator[Entry], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
+        return {name: torch.empty(dims, dtype=dtype, device="meta") for name, dims in entries}
+
+    vae = empty(vae_entries(shape.vae_widths, shape.vae_blocks, 32), torch.float32)
+    vae |= empty(iter([("bn.running_mean", (128,)), ("bn.running_var", (128,))]), torch.float32)
+    return Flux2Weights(empty(transformer_entries(shape)), vae, empty(qwen3_entries(shape)))
 
 
 def transformer_entries(shape: Flux2Shape) -> Iterator[Entry]:
@@ -140,16 +173,16 @@ def qwen3_entries(shape: Flux2Shape) -> Iterator[Entry]:
     for number in range(shape.text_layers):
         layer = f"model.layers.{number}"
         yield f"{layer}.input_layernorm.weight", (width,)
-        yield f"{layer}.self_attn.q_proj.weight", (HEAD, width)
-        yield f"{layer}.self_attn.k_proj.weight", (HEAD, width)
-        yield f"{layer}.self_attn.v_proj.weight", (HEAD, width)
-        yield f"{layer}.self_attn.o_proj.weight", (width, HEAD)
+        yield f"{layer}.self_attn.q_proj.weight", (shape.text_heads * HEAD, width)
+        yield f"{layer}.self_attn.k_proj.weight", (shape.text_key_heads * HEAD, width)
+        yield f"{layer}.self_attn.v_proj.weight", (shape.text_key_heads * HEAD, width)
+        yield f"{layer}.self_attn.o_proj.weight", (width, shape.text_heads * HEAD)
         yield f"{layer}.self_attn.q_norm.weight", (HEAD,)
         yield f"{layer}.self_attn.k_norm.weight", (HEAD,)
         yield f"{layer}.post_attention_layernorm.weight", (width,)
-        yield f"{layer}.mlp.gate_proj.weight", (2 * width, width)
-        yield f"{layer}.mlp.up_proj.weight", (2 * width, width)
-        yield f"{layer}.mlp.down_proj.weight", (width, 2 * width)
+        yield f"{layer}.mlp.gate_proj.weight", (shape.text_mlp, width)
+        yield f"{layer}.mlp.up_proj.weight", (shape.text_mlp, width)
+        yield f"{layer}.mlp.down_proj.weight", (width, shape.text_mlp)
     yield "model.norm.weight", (width,)
 
 
@@ -234,7 +267,7 @@ def flux2_folder(path: Path, shape: Flux2Shape | None = None, *, seed: int = 0) 
     config = Qwen3Config(
         vocab_size=shape.vocabulary,
         hidden_size=shape.text_width,
-        intermediate_size=2 * shape.text_width,
+        intermediate_size=shape.text_mlp,
         num_hidden_layers=shape.text_layers,
         num_attention_heads=1,
         num_key_value_heads=1,

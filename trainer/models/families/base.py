@@ -230,6 +230,9 @@ class DiffusionModel(Protocol):
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with all text encoders, or by the host's; every tensor has one row for each prompt."""
 
+    def zero_conditioning(self) -> Conditioning:
+        """Zeros in place of one prompt's encoding, where its shapes are known without encoding; else nothing."""
+
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the denoiser: latents (batch, channels, height, width), timesteps (batch,) → same shape as latents."""
 

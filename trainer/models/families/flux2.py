@@ -117,6 +117,11 @@ class Flux2Model:
         [name] = self._encoders
         return self.encode_tokens(name, self.tokenize(prompts)[token_ids_key(name)])
 
+    def zero_conditioning(self) -> Conditioning:
+        """Zeros in place of one prompt's encoding."""
+        tokens = self.family.text_encoders[0].max_tokens
+        return {"text": torch.zeros(1, tokens, int(self.denoiser.config.joint_attention_dim))}
+
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the transformer over the tokens of picture and prompt; every number of the latents' grid is a token."""
         _, _, height, width = latents.shape

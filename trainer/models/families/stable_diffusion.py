@@ -117,6 +117,10 @@ class StableDiffusionModel:
             encoded |= self.encode_tokens(name, ids[token_ids_key(name)])
         return encoded
 
+    def zero_conditioning(self) -> Conditioning:
+        """Nothing: its text encoders tell."""
+        return {}
+
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the UNet; the text encoders' hidden states are concatenated along the width."""
         hidden = [conditioning[f"text{spec.number}"] for spec in self.family.text_encoders]

@@ -271,15 +271,17 @@ def _prepare_model(
         learned = PromptWords(f"{settings.token} to plan".replace(".", " "))
         words = TrainedWords(model, settings, [learned], None)
     in_steps = settings.text_encoders_in_steps(model.text_encoders)
-    text: Conditioning = {}
+    text = {part: tensor.to(dtype) for part, tensor in model.zero_conditioning().items()}
+    is_known = bool(text)
     frozen_encoders: list[nn.Module] = []
     for name, encoder in list(model.text_encoders.items()):
         ids = torch.zeros((1, model.max_tokens(name)), dtype=torch.int64)
         text[token_ids_key(name)] = ids
         if name not in in_steps:
             frozen_encoders.append(to_device(encoder, device, model.text_dtype))
-            with torch.no_grad():
-                text |= {part: tensor.to(dtype) for part, tensor in model.encode_tokens(name, ids).items()}
+            if not is_known:
+                with torch.no_grad():
+                    text |= {part: tensor.to(dtype) for part, tensor in model.encode_tokens(name, ids).items()}
             del model.text_encoders[name]
 
     vae: Any = to_device(model.vae, device, torch.float32)
