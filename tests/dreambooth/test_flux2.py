@@ -39,9 +39,9 @@ from pack.trainer.models.families.base import DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.training.adapter import TrainableAdapter
 from peft import LoraConfig, inject_adapter_in_model
+from PIL import Image
 from torch import Tensor, nn
 from worlds import (
-    COMMON,
     KINDS,
     PROMPT,
     SHAPES,
@@ -128,6 +128,17 @@ CASES = {
         }
     ),
 }
+CASES["T-LoRA, all, batch 2, the base's predictions"] = Case(
+    {
+        "targets": "all",
+        "rank": 4,
+        "rank_schedule": "timestep",
+        "min_rank": 1,
+        "rank_power": 0.5,
+        "batch_size": 2,
+        "prior": "model",
+    }
+)
 
 
 class PlainTrainer:
@@ -154,6 +165,7 @@ class PlainTrainer:
             }
         self.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         self.lora: dict[str, Any] = {}
+        self.text: dict[str, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def _posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
@@ -180,9 +192,7 @@ class PlainTrainer:
             use_rslora=settings.rank_stabilized,
         )
         inject_adapter_in_model(config, self.pipe.transformer)
-        modules = {
-            path: module for path, module in self.pipe.transformer.named_modules() if hasattr(module, "lora_A")
-        }
+        modules = {path: module for path, module in self.pipe.transformer.named_modules() if hasattr(module, "lora_A")}
         layers = start.adapter().layers
         for name, one in start.layers.items():
             module: Any = modules.pop(one.target.path.replace("norm_out.projection", "norm_out.linear"))
@@ -191,8 +201,19 @@ class PlainTrainer:
             with torch.no_grad():
                 module.lora_A["default"].weight.copy_(layer.down)
                 module.lora_B["default"].weight.copy_(layer.up)  # nothing but zeros
+            if settings.rank_schedule == "timestep":
+                module.lora_A["default"].register_forward_hook(self._masked)
             self.lora[name] = module
         assert not modules
+
+    def _masked(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        """As the authors of T-LoRA mask by timestep, each sample of a batch by its own."""
+        mask = torch.zeros(len(output), self.settings.rank)
+        for row, sigma in enumerate(self.sigmas.tolist()):
+            growth = ((1000 - int(1000 * sigma)) / 1000) ** self.settings.rank_power
+            active = int(growth * (self.settings.rank - self.settings.min_rank)) + self.settings.min_rank
+            mask[row, :active] = 1.0
+        return output * (mask if output.ndim == 2 else mask[:, None])
 
     def sigma(self, quantile: float, settings: Any) -> float:
         """The example's logit-normal distribution, with the shift of diffusers' scheduler for 64² pixels."""
@@ -203,8 +224,11 @@ class PlainTrainer:
 
     def predicted(self, transformer: Any, noisy: Tensor, sigmas: Tensor, captions: list[str]) -> Tensor:
         with torch.no_grad():
-            text, text_ids = self.pipe.encode_prompt(captions, device=torch.device("cpu"))
+            for caption in {*captions} - self.text.keys():
+                self.text[caption] = self.pipe.encode_prompt(caption, device=torch.device("cpu"))
+        text, text_ids = (torch.cat([self.text[caption][part] for caption in captions]) for part in (0, 1))
         places = self.pipe._prepare_latent_ids(noisy)
+        self.sigmas = sigmas
         prediction = transformer(
             hidden_states=self.pipe._pack_latents(noisy),
             timestep=sigmas,
@@ -294,7 +318,7 @@ class PlainTrainer:
         return losses
 
 
-@pytest.mark.parametrize("name", mostly_slow(CASES, "attention", "the base's predictions"))
+@pytest.mark.parametrize("name", mostly_slow(CASES, "the base's predictions"))
 def test_recipe_equals_the_plain_loop(name: str, folder: Path, world: World, tmp_path: Path) -> None:
     case = CASES[name]
     where = replace(world, subject=with_class_captions(world.subject))
@@ -328,3 +352,178 @@ def test_recipe_equals_the_plain_loop(name: str, folder: Path, world: World, tmp
         for ours, plain in ((learned.down, down), (learned.up, up)):
             assert (ours - plain).norm() <= 1e-3 * plain.norm()
         assert up.any()
+
+
+# Whole runs
+
+
+def loaded(world: World, path: Path) -> DiffusionModel:
+    """The base model with an adapter file applied."""
+    base = apply_to_base(world.base, [(read_adapter(path), 1.0)])
+    return base.family.build(base)
+
+
+@torch.no_grad()
+def predicted(model: DiffusionModel) -> Tensor:
+    noisy, text = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        for seed, shape in enumerate([(1, 128, 4, 4), (1, 512, 96)])
+    )
+    return model.predict(noisy, torch.tensor([400.0]), {"text": text})
+
+
+def step_losses(listener: Recorder) -> list[float]:
+    return [event.loss for event in listener.events if hasattr(event, "learning_rate")]
+
+
+def base_prediction(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    return replace(world, subject=with_class_captions(world.subject)), {"prior": "auto"}
+
+
+def class_pictures(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    return world.with_priors(folder / "class"), {"prior": "class-pictures"}
+
+
+def buckets(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    """One step sees all shapes."""
+    pictures = pictures_of(folder / "shapes", SHAPES, PROMPT)
+    return replace(world, subject=pictures), {"aspect_buckets": True, "bucket_step": 16, "batch_size": len(SHAPES)}
+
+
+def masks(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    pictures = pictures_of(folder / "masked", [(64, 64)] * 2, PROMPT, masked=True)
+    return replace(world, subject=pictures), {"mask_background": 0.25, "batch_size": 2}
+
+
+def everything_of_the_data(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    pictures = with_class_captions(pictures_of(folder / "all", SHAPES, "sks, dog, at noon", masked=True))
+    changes = {"aspect_buckets": True, "bucket_step": 16, "batch_size": 2, "mask_background": 0.25, "flip": True}
+    changes |= {"caption_dropout": 0.3, "shuffle_tags": True, "noise_offset": 0.05, "input_perturbation": 0.1}
+    changes |= {"loss": "huber-snr", "timestep_bias": 0.5, "validation_pictures": 1, "prior": "model"}
+    return replace(world, subject=pictures), {**changes, "dropout": 0.2, "ema_decay": 0.7, "lr_schedule": "cosine"}
+
+
+def consistency_and_penalty(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    return world, {"dco_beta": 100.0, "weight_penalty": 0.01}
+
+
+def checkpointed(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    return world, {"gradient_checkpointing": True}
+
+
+def half_precision(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    return world, {"precision": "bf16"}
+
+
+def four_bits(world: World, folder: Path) -> tuple[World, dict[str, Any]]:
+    pytest.importorskip("bitsandbytes")
+    return world, {"base_quantization": "nf4"}
+
+
+Make = Callable[[World, Path], tuple[World, dict[str, Any]]]
+WAYS: dict[str, Make] = {
+    way.__name__.replace("_", " "): way
+    for way in (
+        base_prediction,
+        class_pictures,
+        buckets,
+        masks,
+        everything_of_the_data,
+        consistency_and_penalty,
+        checkpointed,
+        half_precision,
+        four_bits,
+    )
+}
+# a block of BOFT divides the outputs into a power of two; the smallest that does so for 1152 is 18
+FITTING: dict[str, dict[str, Any]] = {**KINDS, "BOFT": {**KINDS["BOFT"], "rank": 18}}
+
+
+@pytest.mark.parametrize("name", mostly_slow([*WAYS, *FITTING], "base prediction"))
+def test_a_run_writes_a_file_that_can_be_applied(name: str, world: World, tmp_path: Path) -> None:
+    where, changes = WAYS[name](world, tmp_path) if name in WAYS else (world, FITTING[name])
+    result = where.train(tmp_path, listener := Recorder(), **{"steps": 2, "rank": 2, **changes})
+    losses = step_losses(listener)
+    assert len(losses) == 2
+    assert all(0 < loss < 10 for loss in losses)
+    model = loaded(world, result.path)
+    same_in_memory = world.base.family.build(world.base)
+    names = set(adapter_names(model).values())
+    assert result.adapter.layers.keys() <= names
+    if changes.get("targets") == "all":
+        assert result.adapter.layers.keys() == {name for name in names if name.startswith("lora_unet_")}
+    before = predicted(same_in_memory)
+    merge_into(same_in_memory, result.adapter, 1.0)
+    torch.testing.assert_close(predicted(model), predicted(same_in_memory), rtol=0, atol=1e-5)
+    assert (predicted(model) - before).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_class_captions_alone_let_the_base_be_the_teacher(world: World, tmp_path: Path) -> None:
+    """It is the default; its first loss is that of a run without, since nothing has been learned yet."""
+    where, changes = base_prediction(world, tmp_path)
+    with_teacher = where.recipe(tmp_path / "with", first := Recorder(), **changes)
+    assert with_teacher.settings.prior == "model"
+    with_teacher.run()
+    where.train(tmp_path / "without", second := Recorder(), prior="none")
+    assert first.losses[0] == pytest.approx(second.losses[0], rel=0, abs=1e-6)
+    assert first.losses[2] > second.losses[2] + 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_gradient_checkpointing_changes_nothing(quantization: str, world: World, tmp_path: Path) -> None:
+    if quantization == "nf4":
+        pytest.importorskip("bitsandbytes")
+    changes = {"targets": "all", "base_quantization": quantization, "steps": 2, "dropout": 0.2}
+    plain, checkpointed = (
+        world.train(tmp_path / str(given), gradient_checkpointing=given, **changes) for given in (False, True)
+    )
+    assert_same_end(checkpointed, plain)
+
+
+@pytest.mark.slow
+def test_held_out_pictures_are_measured(world: World, tmp_path: Path) -> None:
+    world.train(tmp_path, listener := Recorder(), validation_pictures=1, checkpoint_every=2)
+    measured = [event for event in listener.events if isinstance(event, Validation)]
+    assert [event.step for event in measured] == [0, 2, 4]
+    assert len({event.loss for event in measured}) == 3
+    assert all(0 < event.loss < 10 for event in measured)
+
+
+@pytest.mark.slow
+def test_previews_are_generated(world: World, tmp_path: Path) -> None:
+    """With guidance, and so with the empty prompt, too; those of the base differ from those of the last step."""
+    previews = {"preview_every": 4, "preview_prompts": PROMPT, "preview_count": 1, "preview_steps": 2}
+    result = world.train(tmp_path, **previews, preview_guidance=4.0, targets="all")
+    plain = world.train(tmp_path / "plain", targets="all")
+    assert_same_end(result, plain)
+    pictures = [result.run / "previews" / f"step-{step:08d}" / "subject-00-00.png" for step in (0, 4)]
+    sizes = [Image.open(picture).size for picture in pictures]
+    assert sizes == [(64, 64)] * 2
+    first, last = (np.asarray(Image.open(picture)).astype(int) for picture in pictures)
+    assert np.abs(first - last).max() > 3
+
+
+STOPPED: dict[str, Make] = {
+    "with the base's predictions": base_prediction,
+    "with all of the data": everything_of_the_data,
+    "in four bits, with consistency": lambda world, folder: (
+        world,
+        {**four_bits(world, folder)[1], "dco_beta": 100.0, "adapter": "lokr", "targets": "all"},
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_stop_leaves_no_trace(name: str, world: World, tmp_path: Path) -> None:
+    where, changes = STOPPED[name](world, tmp_path)
+    straight = where.train(tmp_path / "straight", told := Recorder(), **changes)
+    where.stop_after(3, tmp_path / "stopped", **changes)
+    [run] = runs_in(tmp_path / "stopped")
+    assert (newest_step(run), steps_in(run)) == (3, [3])
+    resumed = where.train(tmp_path / "stopped", last := Recorder(), **changes)
+    assert resumed.started_from == 3
+    assert step_losses(last) == step_losses(told)[3:]
+    assert_same_end(resumed, straight)
