@@ -106,6 +106,23 @@ def test_each_sample_has_the_components_of_its_own_timestep(kind: str, base: Bas
     assert [int(active_ranks(TIMESTEPS, 4, 1, 1.0)[timestep]) for timestep in timesteps] == [3, 1]
 
 
+def test_noise_levels_of_flow_matching_are_timesteps_of_their_own() -> None:
+    """A transformer reads σ in (0, 1], of which a thousandth is a timestep; pure noise counts as the noisiest one."""
+    down = nn.Linear(2, 4, bias=False)
+    nn.init.ones_(down.weight)
+
+    class Transformer(nn.Module):
+        def forward(self, hidden: Tensor, timestep: Tensor) -> Tensor:
+            components: Tensor = down(hidden)
+            return components
+
+    denoiser = Transformer().train()
+    RankSchedule(denoiser, TIMESTEPS, 1, 1.0).limit(down)
+    sigmas = torch.tensor([0.0004, 0.3, 0.7, 1.0])
+    components = denoiser(hidden=torch.ones(4, 3, 2), timestep=sigmas)
+    assert (components != 0).sum(-1).tolist() == [[rank] * 3 for rank in (4, 3, 1, 1)]
+
+
 def test_outside_of_training_every_component_acts(base: BaseWeights) -> None:
     model, adapter = injected(base, **KINDS["T-LoRA"])
     perturb(adapter)

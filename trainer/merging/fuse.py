@@ -56,7 +56,11 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
         if output.resolve().is_relative_to(source.resolve()):
             raise AdapterError(f"{output} is inside the model's own folder.", "Choose an output folder elsewhere.")
         base = open_base(source)
-        return _write_folder(source, _changed_by_component(base, apply_to_base(base, adapters)), output)
+        changed_networks = _changed_by_component(base, apply_to_base(base, adapters))
+        if UNET in changed_networks:
+            layout = base.family.layout
+            changed_networks[layout.folder] = layout.tensors_of_folder(changed_networks.pop(UNET))
+        return _write_folder(source, changed_networks, output)
     tensors = {name: tensor.contiguous() for name, tensor in read_single_file(source).items()}
     base = open_tensors(tensors, source)
     fused = dict(tensors)
@@ -133,7 +137,13 @@ class _FileViews:
 
 
 def _write_folder(source: Path, changed: Mapping[str, Mapping[str, Tensor]], output: Path) -> Path:
-    """Copy the folder, with the weights of each changed network in one new file."""
+    """Copy the folder, with the weights of each changed network in one new file.
+
+    Args:
+        source: A folder in diffusers' layout.
+        changed: Folder of a network → the tensors that are others now, under diffusers' names.
+        output: The new folder.
+    """
 
     def weight_files(folder: str, entries: list[str]) -> list[str]:
         suffixes = (".safetensors", ".bin", ".msgpack", ".index.json")
@@ -142,7 +152,7 @@ def _write_folder(source: Path, changed: Mapping[str, Mapping[str, Tensor]], out
     def write(temporary: Path) -> None:
         shutil.copytree(source, temporary, ignore=weight_files, dirs_exist_ok=True)
         for name, tensors in changed.items():
-            stem = "diffusion_pytorch_model" if name == UNET else "model"
+            stem = "model" if name.startswith("text_encoder") else "diffusion_pytorch_model"
             whole = read_component(source / name, stem)
             unchanged = whole.keys() - names_as_in(whole, tensors).keys()
             whole |= names_as_in(whole, tensors)

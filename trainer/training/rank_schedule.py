@@ -39,7 +39,7 @@ class RankSchedule:
         """Read the timesteps of every training pass of a denoiser.
 
         Args:
-            denoiser: A diffusers UNet.
+            denoiser: A diffusers UNet, which reads timesteps, or a transformer, which reads noise levels in (0, 1].
             timesteps: Of its noise schedule.
             min_rank: Components that always act, at most all of a layer; 0: half of each layer's.
             power: Exponent of the schedule.
@@ -72,6 +72,8 @@ class RankSchedule:
         if not denoiser.training:
             return
         timesteps: Tensor = (args[1] if len(args) > 1 else kwargs["timestep"]).reshape(-1)
+        if timesteps.is_floating_point():
+            timesteps = (timesteps * self._timesteps).long().clamp(max=self._timesteps - 1)
         self._masks = {rank: table[timesteps] for rank, table in self._tables.items()}
 
     def _masked(self, down: nn.Module, args: tuple[Any, ...], components: Tensor) -> Tensor | None:

@@ -281,6 +281,9 @@ class Layout(Protocol):
     def denoiser_of_folder(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
         """The denoiser under the network's names, from diffusers' names; tensors that it joins are copies."""
 
+    def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of the denoiser under diffusers' names, from the network's; those that it splits are copies."""
+
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
         """The autoencoder, from original names without prefix or from diffusers'.
 

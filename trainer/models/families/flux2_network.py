@@ -19,6 +19,7 @@ from ..flux2_names import (
     joined_path,
     network_path,
     original_name,
+    split_paths,
 )
 from .base import Component, TextEncoderSpec
 from .qwen3 import qwen3_component
@@ -139,6 +140,21 @@ class Flux2Layout:
             if len(parts) == 3:
                 own[name] = torch.cat([parts[number] for number in range(3)])
         return Component(own, config)
+
+    def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies joined projections into three, and the last norm's projection in diffusers' order."""
+        theirs: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            module, _, kind = name.rpartition(".")
+            paths = split_paths(module)
+            if paths:
+                parts = zip(paths, tensor.chunk(3), strict=True)
+                theirs |= {f"{path}.{kind}": part.clone() for path, part in parts}
+            elif module == LAST_NORM:
+                theirs[f"{SWAPPED}.{kind}"] = torch.cat(tensor.chunk(2)[::-1])
+            else:
+                theirs[name] = tensor
+        return theirs
 
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
         """In the original layout or in that of diffusers, with the statistics that normalise its latents."""

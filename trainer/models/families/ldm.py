@@ -46,6 +46,10 @@ class UnetLayout:
         """Diffusers' names are the network's."""
         return Component(tensors, config)
 
+    def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Diffusers' names are the network's."""
+        return dict(tensors)
+
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
         """In the original layout or in that of diffusers."""
         if any(name.startswith("encoder.down_blocks.") for name in tensors):

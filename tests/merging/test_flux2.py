@@ -1,0 +1,195 @@
+"""Adapters of FLUX.2 klein merged, resized, extracted, fused and inspected: sums of deltas, whoever wrote them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", minversion="0.36")
+pytest.importorskip("transformers", minversion="4.51")
+
+from adapter_maths import error, merged
+from diffusers import Flux2KleinPipeline
+from flux2_checkpoints import flux2_folder
+from helpers import Recorder
+from merge_worlds import deltas, random_adapter, same, saved, weights_of
+from pack.trainer.adapters.diffusers_format import diffusers_state_dict, write_diffusers
+from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter
+from pack.trainer.adapters.layers import LoraLayer
+from pack.trainer.adapters.names import family_of
+from pack.trainer.cli.inspect import facts_as_text, inspect
+from pack.trainer.cli.merge import run_extract, run_fuse, run_merge, run_resize
+from pack.trainer.core.errors import AdapterError
+from pack.trainer.merging.merge import WeightedAdapter, merge, resize
+from pack.trainer.merging.profile import profile_adapter
+from pack.trainer.models.families.base import BaseWeights
+from pack.trainer.models.open import open_base
+from pack.trainer.settings.merge import (
+    ExtractCommand,
+    FuseCommand,
+    MergeCommand,
+    MergeSettings,
+    ResizeCommand,
+    TruncationSettings,
+)
+from torch import Tensor
+
+DENOISER = "^lora_unet_"
+BLOCKS = "^lora_unet_(double|single)_blocks_"
+STATED = {"ss_base_model_version": "flux_2_klein", "modelspec.architecture": "Flux.2-klein/lora"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return flux2_folder(tmp_path_factory.mktemp("flux2") / "klein base")
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> BaseWeights:
+    return open_base(folder)
+
+
+@pytest.fixture(scope="module")
+def weights(base: BaseWeights) -> dict[str, Tensor]:
+    return weights_of(base)
+
+
+def summed(first: dict[str, Tensor], second: dict[str, Tensor], strengths: tuple[float, float]) -> dict[str, Tensor]:
+    names = first.keys() | second.keys()
+    zero = torch.zeros(())
+    return {
+        name: strengths[0] * first.get(name, zero) + strengths[1] * second.get(name, zero) for name in sorted(names)
+    }
+
+
+# Merging
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr", "OFT", "full difference"])
+def test_the_sum_of_two_adds_what_the_two_add(kind: str, base: BaseWeights, weights: dict[str, Tensor]) -> None:
+    """One is of blocks alone, the other of all modules."""
+    first, second = random_adapter(base, kind, BLOCKS, seed=1), random_adapter(base, "LoRA", DENOISER, seed=2)
+    result = merged((first, 0.7), (second, -0.5), weights=weights).adapter
+    expected = summed(deltas(first, weights), deltas(second, weights), (0.7, -0.5))
+    assert same(deltas(result, weights), expected) < 1e-5
+    assert family_of(result) == "FLUX.2"
+
+
+@pytest.mark.parametrize("method", ["svd", "orthogonal", "ties", "dare"])
+def test_every_way_of_merging_takes_them(method: str, base: BaseWeights, weights: dict[str, Tensor]) -> None:
+    adapters = [random_adapter(base, "LoRA", DENOISER, seed=seed) for seed in (1, 2)]
+    result = merged(*adapters, weights=weights, method=method).adapter
+    assert result.layers.keys() == adapters[0].layers.keys()
+    assert all(torch.isfinite(layer.delta()).all() for layer in result.layers.values())
+
+
+def test_files_of_two_programs_are_one_sum(base: BaseWeights, weights: dict[str, Tensor]) -> None:
+    """The second with query, key and value apart, and with diffusers' last norm."""
+    first, second = (random_adapter(base, "LoRA", DENOISER, seed=seed) for seed in (1, 2))
+    theirs = parse_adapter(diffusers_state_dict(second, torch.float32))
+    assert theirs.layers.keys().isdisjoint(second.layers.keys())
+    result = merged(first, theirs).adapter
+    expected = summed(deltas(first, weights), deltas(second, weights), (1.0, 1.0))
+    assert same(deltas(result, weights), expected) < 1e-5
+
+
+def test_the_command_writes_what_applies_as_the_two(base: BaseWeights, folder: Path, tmp_path: Path) -> None:
+    first, second = random_adapter(base, "LoRA", BLOCKS, seed=1), random_adapter(base, "DoRA", BLOCKS, seed=2)
+    files = [str(saved(one, tmp_path / f"{number}.safetensors")) for number, one in enumerate((first, second))]
+    values: dict[str, Any] = {"output": tmp_path / "sum.safetensors", "save_precision": "fp32", "device": "cpu"}
+    path, _ = run_merge(MergeCommand(loras=tuple(files), base=folder, **values), Recorder())
+    weights = weights_of(base)
+    expected = summed(deltas(first, weights), deltas(second, weights), (1.0, 1.0))
+    assert same(deltas(read_adapter(path), weights), expected) < 1e-5
+
+
+def test_other_families_are_no_partners(base: BaseWeights) -> None:
+    source = torch.Generator().manual_seed(0)
+    stem = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
+    stranger = Adapter({stem: LoraLayer(torch.randn(2, 768, generator=source), torch.randn(320, 2), 2.0)})
+    both = [WeightedAdapter(random_adapter(base, "LoRA", BLOCKS), "ours"), WeightedAdapter(stranger, "theirs")]
+    with pytest.raises(AdapterError, match=r"FLUX\.2"):
+        merge(both, MergeSettings())
+
+
+# Resizing
+
+
+def test_resizing_is_the_nearest_of_that_rank(base: BaseWeights, weights: dict[str, Tensor], tmp_path: Path) -> None:
+    """Ranks above what diffusers' three parts need become small again."""
+    adapter = random_adapter(base, "LoRA", DENOISER, rank=4)
+    result = resize(WeightedAdapter(adapter, "A"), TruncationSettings(rank=2)).adapter
+    for name, delta in deltas(adapter, weights).items():
+        left, values, right = torch.linalg.svd(delta.double(), full_matrices=False)
+        layer = result.layers[name]
+        assert layer.rank == 2
+        assert error(layer.delta(), (left[:, :2] * values[:2]) @ right[:2]) < 1e-5
+    file = saved(adapter, tmp_path / "in.safetensors")
+    command = ResizeCommand(lora=file, output=tmp_path / "out.safetensors", rank=2, save_precision="fp32", device="cpu")
+    path, _ = run_resize(command, Recorder())
+    assert same(deltas(read_adapter(path), weights), deltas(result, weights)) < 1e-5
+
+
+# Extracting and fusing
+
+
+def transformer_of(folder: Path) -> dict[str, Tensor]:
+    """As diffusers loads it."""
+    tensors: dict[str, Tensor] = Flux2KleinPipeline.from_pretrained(folder).transformer.state_dict()
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def tuned(base: BaseWeights, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with `random_adapter` of all modules in its weights, saved by diffusers."""
+    path = tmp_path_factory.mktemp("tuned")
+    adapter = random_adapter(base, "LoRA", DENOISER)
+    file = write_diffusers(path / "lora.safetensors", adapter, torch.float32)
+    pipeline = Flux2KleinPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(path, weight_name=file.name)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(path / "model")
+    return path / "model"
+
+
+def test_what_was_tuned_is_extracted(
+    base: BaseWeights, weights: dict[str, Tensor], folder: Path, tuned: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "extracted.safetensors"
+    values: dict[str, Any] = {"output": output, "save_precision": "fp32", "device": "cpu", "rank": 3}
+    path, _ = run_extract(ExtractCommand(tuned=tuned, base=folder, **values), Recorder())
+    extracted = read_adapter(path)
+    assert same(deltas(extracted, weights), deltas(random_adapter(base, "LoRA", DENOISER), weights)) < 1e-4
+    assert {layer.rank for layer in extracted.layers.values()} == {3}
+    assert family_of(extracted) == "FLUX.2"
+
+
+def test_a_fused_folder_is_that_of_diffusers(base: BaseWeights, folder: Path, tuned: Path, tmp_path: Path) -> None:
+    file = saved(random_adapter(base, "LoRA", DENOISER), tmp_path / "lora.safetensors")
+    fused, _ = run_fuse(FuseCommand(base=folder, lora=(str(file),), output=tmp_path / "fused"), Recorder())
+    assert sorted(path.name for path in fused.iterdir()) == sorted(path.name for path in folder.iterdir())
+    assert same(transformer_of(fused), transformer_of(tuned)) < 1e-6
+    assert same(transformer_of(fused), transformer_of(folder)) > 1e-3
+
+
+# Inspecting
+
+
+@pytest.mark.parametrize("metadata", [None, STATED], ids=["nothing stated", "stated"])
+def test_the_family_is_shown(metadata: dict[str, str] | None, base: BaseWeights, tmp_path: Path) -> None:
+    adapter = random_adapter(base, "LoRA", DENOISER, metadata=metadata)
+    assert family_of(adapter) == "FLUX.2"
+    facts = inspect(saved(adapter, tmp_path / "lora.safetensors"), blocks=True)
+    assert facts["kind"] == "LoRA"
+    assert facts["modules"]["unet"]["count"] == len(adapter.layers)
+    assert list(facts["blocks"]) == ["double 0", "double 1", "single 0", "single 1", "other"]
+    assert facts["blocks"] == profile_adapter(adapter)
+    assert "double 1" in facts_as_text(facts)
+
+
+def test_the_base_model_is_shown(folder: Path) -> None:
+    assert inspect(folder)["family"] == "FLUX.2 klein"
