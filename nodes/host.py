@@ -295,7 +295,10 @@ def _prediction(model: Any) -> Any:
 
 
 def _patched_tensors(network: Any, patches: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The network's tensors by name: patched copies of those with patches, all others themselves."""
+    """The network's tensors by name: patched copies of those with patches, all others themselves.
+
+    What is quantised and patched is no longer quantised.
+    """
     import comfy.lora
     import torch
 
@@ -303,10 +306,16 @@ def _patched_tensors(network: Any, patches: Mapping[str, Any], prefix: str) -> d
     with torch.no_grad():
         for key, patch in patches.items():
             name = key.removeprefix(prefix)
-            if name != key and name in tensors:
-                weight = tensors[name]
-                patched = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
-                tensors[name] = patched.to(weight.dtype)
+            if name == key or name not in tensors:
+                continue
+            weight = tensors[name]
+            module = name.removesuffix(".weight")
+            if f"{module}.comfy_quant" in tensors:
+                weight = network.get_submodule(module).weight.dequantize()
+                for part in ("weight_scale", "comfy_quant", "input_scale"):
+                    tensors.pop(f"{module}.{part}", None)
+            patched = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
+            tensors[name] = patched.to(weight.dtype)
     return tensors
 
 

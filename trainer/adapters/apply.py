@@ -199,7 +199,7 @@ def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) 
         component: {
             canonical_path(component, name): parameter.detach()
             for name, parameter in network.named_parameters()
-            if parameter is not before[component][name]
+            if parameter is not before[component].get(name)
         }
         for component, network in networks(model).items()
     }
@@ -227,4 +227,5 @@ def with_bundled_words(base: BaseWeights, adapters: Iterable[Adapter]) -> BaseWe
 
 
 def _with_tensors(component: Component, tensors: Mapping[str, torch.Tensor]) -> Component:
-    return replace(component, tensors={**component.tensors, **tensors})
+    scales = {name: scale for name, scale in component.scales.items() if name not in tensors}
+    return replace(component, tensors={**component.tensors, **tensors}, scales=scales)

@@ -13,10 +13,10 @@ import sys
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import SettingsError, suggest
+from .fp8 import Fp8Linear, LinearWithoutSaving
 
 _BLOCK = 64  # weights that share a scale
 _OUTER_BLOCK = 256  # scales that share a scale of their own
@@ -134,7 +134,7 @@ class Nf4Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, (…, in) → (…, out), with the dequantised weight."""
-        result: Tensor = _LinearWithoutSaving.apply(input.to(self.dtype), self)  # type: ignore[no-untyped-call]
+        result: Tensor = LinearWithoutSaving.apply(input.to(self.dtype), self)  # type: ignore[no-untyped-call]
         return result
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -144,21 +144,6 @@ class Nf4Linear(nn.Linear):
             self.packed = self.packed.to(device)
             self._state.to(device)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-
-
-class _LinearWithoutSaving(torch.autograd.Function):
-    """x · Wᵀ + b, which saves neither x nor W: the backward pass needs only W, and dequantises it again."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
-        """(…, in) → (…, out)."""
-        ctx.layer = layer
-        return F.linear(x, layer.weight, layer.bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """(…, out) → (…, in)."""
-        return gradients[0] @ ctx.layer.weight, None
 
 
 def quantize(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
@@ -173,7 +158,7 @@ def quantize(network: nn.Module, device: torch.device, dtype: torch.dtype) -> No
     """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
+            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Fp8Linear):
                 setattr(parent, name, Nf4Linear(child, device, dtype).train(child.training))
 
 

@@ -22,6 +22,7 @@ from ..settings.model import PredictionType
 from .families import FAMILIES, identify, joined_titles, layout_of, layouts, refuse_foreign_class, refuse_foreign_keys
 from .families.base import CHOSEN, BaseWeights, Component, Family, Layout, Prediction, PromptEncoder
 from .families.ldm import UNET_PREFIX, VAE_PREFIX, UnetLayout, with_prefix
+from .fp8 import without_scales
 from .nf4 import load_bitsandbytes_if_installed
 from .state_dicts import (
     network_config,
@@ -267,12 +268,13 @@ def _from_original(source: HostTensors) -> BaseWeights:
         )
     config = layout.denoiser_config(source.denoiser)
     family = identify(config)
-    for part in (source.denoiser, source.vae, *source.text_encoders.values()):
+    plain, scales = without_scales(source.denoiser)
+    for part in (plain, source.vae, *source.text_encoders.values()):
         _require_plain_floats(part)
     own_encoders = () if source.prompt_encoder else family.text_encoders
     return BaseWeights(
         family=family,
-        denoiser=layout.denoiser(source.denoiser, family.complete(config)),
+        denoiser=_with_scales(layout.denoiser(plain, family.complete(config)), scales),
         vae=layout.vae(source.vae, family.scaling_factor),
         text_encoders=[
             layout.text_encoder(source.text_encoders.get(spec.short_name, {}), spec) for spec in own_encoders
@@ -287,6 +289,12 @@ def _from_original(source: HostTensors) -> BaseWeights:
     )
 
 
+def _with_scales(component: Component, scales: Mapping[str, Tensor]) -> Component:
+    """The component with the scales of its weights, which are given by the names in the file."""
+    own_names = {component.file_names.get(name, name): name for name in component.tensors}
+    return replace(component, scales={own_names[name]: scale for name, scale in scales.items()})
+
+
 def checked(weights: BaseWeights) -> BaseWeights:
     """Build the model once, which costs milliseconds and no memory, to check that it is complete; add the fingerprint.
 
@@ -296,7 +304,9 @@ def checked(weights: BaseWeights) -> BaseWeights:
     model = weights.family.build(weights)
     parts = [weights.denoiser, weights.vae, *weights.text_encoders]
     words = [{f"{word.word}.{encoder}": vectors for encoder, vectors in word.vectors.items()} for word in weights.words]
-    digest = fingerprint(json.dumps(model.facts(), sort_keys=True), *(part.tensors for part in parts), *words)
+    scales = [weights.denoiser.scales] if weights.denoiser.scales else []
+    tensors = [*(part.tensors for part in parts), *scales, *words]
+    digest = fingerprint(json.dumps(model.facts(), sort_keys=True), *tensors)
     return replace(weights, fingerprint=digest)
 
 

@@ -15,6 +15,7 @@ from ..adapters.prefixes import UNET
 from ..core.devices import to_device
 from ..core.errors import AdapterError, suggest
 from ..models.families.base import DiffusionModel
+from ..models.fp8 import as_ordinary_layers
 from ..models.nf4 import quantize
 from ..settings.train import TrainSettings
 from .adapter import TrainableAdapter
@@ -80,6 +81,8 @@ def make_trainable(
         if component == UNET or settings.text_encoders_in_steps([component]):
             if component == UNET and settings.base_quantization == "nf4":
                 quantize(network, device, dtype)
+            if full:
+                as_ordinary_layers(network)
             to_device(network, device, torch.float32 if full else dtype)
     if full:
         return FullFinetune(model, settings)

@@ -29,11 +29,13 @@ class Component:
         tensors: Name → tensor; may be borrowed, memory-mapped or on any device. Never written to.
         config: Keyword arguments for the network's class.
         file_names: Name → the tensor's name in the file it came from, where that differs; for messages.
+        scales: Name of a weight in float8 → what it is multiplied with, ().
     """
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     file_names: Mapping[str, str] = field(default_factory=dict)
+    scales: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

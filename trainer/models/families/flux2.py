@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...core.errors import WeightsError
 from ..flow import FlowObjective, LinearMu, flux2_sampling_mu
+from ..fp8 import keep_in_eight_bits
 from ..latents import LatentFormat, PatchedLatents
 from ..objective import Objective
 from .base import (
@@ -52,6 +53,7 @@ class Flux2Model:
         self.family = family
         transformer: Any = build_around(on_meta(make_transformer, weights.denoiser.config), weights.denoiser)
         transformer.time_guidance_embed.time_proj.register_forward_pre_hook(self._with_exact_timesteps)
+        keep_in_eight_bits(transformer, weights.denoiser.scales, weights.denoiser.file_names)
         self.denoiser = transformer
         autoencoder = diffusers_class("AutoencoderKLFlux2")
         self.vae: Any = build_around(on_meta(autoencoder, weights.vae.config), weights.vae)

@@ -21,6 +21,7 @@ from ...core.devices import DTYPES, to_device
 from ...core.errors import suggest
 from ...core.prompts import PromptWords
 from ...models.families.base import BaseWeights, Component, Conditioning, DiffusionModel, token_ids_key
+from ...models.fp8 import Fp8Linear
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
@@ -323,7 +324,8 @@ def _on_meta(base: BaseWeights) -> BaseWeights:
             name: torch.empty(tensor.shape, dtype=tensor.dtype, device=_META)
             for name, tensor in component.tensors.items()
         }
-        return replace(component, tensors=tensors)
+        scales = {name: torch.empty((), device=_META) for name in component.scales}
+        return replace(component, tensors=tensors, scales=scales)
 
     return replace(
         base,
@@ -335,7 +337,7 @@ def _on_meta(base: BaseWeights) -> BaseWeights:
 
 def _stored_tensors(network: nn.Module) -> list[Tensor]:
     """A network's parameters and buffers, and the packed weights of its quantised layers."""
-    packed = [module.packed for module in network.modules() if isinstance(module, Nf4Linear)]
+    packed = [module.packed for module in network.modules() if isinstance(module, Nf4Linear | Fp8Linear)]
     return [*network.parameters(), *network.buffers(), *packed]
 
 
@@ -344,7 +346,7 @@ def _weight_bytes(parts: Iterable[nn.Module]) -> int:
     size = 0
     for network in parts:
         size += sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
-        size += sum(module.quantized_bytes for module in network.modules() if isinstance(module, Nf4Linear))
+        size += sum(module.quantized_bytes for module in network.modules() if isinstance(module, Nf4Linear | Fp8Linear))
     return size
 
 

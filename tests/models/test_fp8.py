@@ -1,0 +1,182 @@
+"""Weights in eight bits, as ComfyUI lends them: borrowed, trained on, and refused where they can't be read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import sd15_state_dict
+from helpers import TINY, Recorder
+from lent_models import lent
+from pack.trainer.adapters.apply import apply_to_base
+from pack.trainer.adapters.names import named_weights
+from pack.trainer.core.errors import WeightsError
+from pack.trainer.data.images import Picture, load_pictures
+from pack.trainer.dreambooth import train
+from pack.trainer.models.families.base import BaseWeights
+from pack.trainer.models.fp8 import Fp8Linear
+from pack.trainer.models.nf4 import Nf4Linear, quantize
+from pack.trainer.models.open import HostTensors, open_base
+from pack.trainer.settings.train import TrainSettings
+from pack.trainer.training.adapter import TrainableAdapter
+from torch import Tensor, nn
+from torch.nn import functional as F
+from worlds import COMMON, PROMPT, noisy_pictures, paths_in
+
+pytestmark = pytest.mark.usefixtures("quick")
+CPU = torch.device("cpu")
+FORMATS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+
+
+def described(kind: str) -> Tensor:
+    """How ComfyUI's files say that a weight is quantised."""
+    return torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+
+
+def in_eight_bits(
+    tensors: Mapping[str, Tensor], kind: str = "float8_e4m3fn"
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A UNet with the Linear layers of its transformers in eight bits, as ComfyUI holds it; and what they stand for."""
+    stored: dict[str, Tensor] = {}
+    meant: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if "transformer_blocks" not in name or tensor.ndim != 2:
+            stored[name] = meant[name] = tensor
+            continue
+        scale = tensor.abs().max() / torch.finfo(FORMATS[kind]).max
+        module = name.removesuffix(".weight")
+        stored[name] = (tensor / scale).to(FORMATS[kind])
+        stored[f"{module}.weight_scale"] = scale
+        stored[f"{module}.comfy_quant"] = described(kind)
+        meant[name] = stored[name].float() * scale
+    return stored, meant
+
+
+def pictures_in(folder: Path) -> list[Picture]:
+    return load_pictures(noisy_pictures(folder / "pictures", 2, 0), PROMPT, Recorder())
+
+
+@pytest.fixture(scope="module")
+def host() -> HostTensors:
+    return lent(sd15_state_dict(TINY))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_it_predicts_what_its_weights_stand_for(host: HostTensors, kind: str) -> None:
+    stored, meant = in_eight_bits(host.denoiser, kind)
+    bases = [open_base(replace(host, denoiser=tensors)) for tensors in (stored, meant)]
+    models = [base.family.build(base) for base in bases]
+    layers = [module for module in models[0].denoiser.modules() if isinstance(module, Fp8Linear)]
+    assert {layer.packed.data_ptr() for layer in layers} == {
+        tensor.data_ptr() for tensor in stored.values() if tensor.dtype == FORMATS[kind]
+    }
+    noisy, text = torch.randn(2, 4, 8, 8), torch.randn(2, 32, 64)
+    found, expected = (model.predict(noisy, torch.tensor([5, 900]), {"text": text}) for model in models)
+    assert torch.equal(found, expected)
+    weights, other_weights = (named_weights(model) for model in models)
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_the_scale_is_part_of_the_fingerprint(host: HostTensors) -> None:
+    stored, _ = in_eight_bits(host.denoiser)
+    doubled = {name: tensor * 2 if name.endswith("weight_scale") else tensor for name, tensor in stored.items()}
+    bases = [open_base(replace(host, denoiser=tensors)) for tensors in (stored, doubled)]
+    assert bases[0].fingerprint != bases[1].fingerprint
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_dequantised_weight(dtype: torch.dtype) -> None:
+    weight = torch.randn(70, 96).to(torch.float8_e4m3fn)
+    bias = nn.Parameter(torch.randn(70).to(dtype), requires_grad=False)
+    layer = Fp8Linear(weight, torch.tensor(0.37), bias, torch.float32).to(dtype)
+    assert layer.packed.dtype == torch.float8_e4m3fn
+    x = torch.randn(2, 5, 96).to(dtype).requires_grad_()
+    again = x.detach().clone().requires_grad_()
+    output = layer(x)
+    reference = F.linear(again, weight.to(dtype) * torch.tensor(0.37).to(dtype), bias)
+    assert torch.equal(output, reference)
+    upstream = torch.randn_like(output)
+    output.backward(upstream)
+    reference.backward(upstream)
+    assert torch.equal(x.grad, again.grad)
+
+
+@pytest.mark.parametrize("settings", [{}, {"adapter": "dora"}, {"gradient_checkpointing": True}], ids=str)
+def test_a_run_learns_as_on_the_dequantised_weights(
+    host: HostTensors, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    stored, meant = in_eight_bits(host.denoiser)
+    adapters = []
+    for name, tensors in (("stored", stored), ("meant", meant)):
+        folder = tmp_path / name
+        pictures = pictures_in(folder)
+        base = open_base(replace(host, denoiser=tensors))
+        given = TrainSettings(**{**COMMON, "steps": 2, "resume": "never", **settings})
+        adapters.append(train(base, pictures, [], given, paths=paths_in(folder), device="cpu").adapter)
+    found, expected = (adapter.state_dict() for adapter in adapters)
+    assert found.keys() == expected.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=1e-6)  # DoRA's norms in another order
+
+
+def test_all_weights_are_trained_as_ordinary_ones(host: HostTensors, tmp_path: Path) -> None:
+    stored, _ = in_eight_bits(host.denoiser)
+    base = open_base(replace(host, denoiser=stored))
+    given = TrainSettings(**{**COMMON, "adapter": "full", "steps": 1, "resume": "never"})
+    result = train(base, pictures_in(tmp_path), [], given, paths=paths_in(tmp_path), device="cpu")
+    assert any("attn1_to_q" in name for name in result.adapter.layers)
+
+
+def test_an_adapter_makes_the_weights_that_it_changes_ordinary(host: HostTensors) -> None:
+    stored, meant = in_eight_bits(host.denoiser)
+    bases: list[BaseWeights] = []
+    for tensors in (stored, meant):
+        base = open_base(replace(host, denoiser=tensors))
+        adapter = TrainableAdapter(base.family.build(base), TrainSettings(rank=2, targets="attention")).adapter()
+        bases.append(apply_to_base(base, [(adapter, 1.0)]))
+    changed, expected = (base.family.build(base) for base in bases)
+    kept = {name for name, module in changed.denoiser.named_modules() if isinstance(module, Fp8Linear)}
+    assert kept
+    assert not any("attn1.to_q" in name for name in kept)
+    weights, other_weights = named_weights(changed), named_weights(expected)
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_four_bits_take_their_place(host: HostTensors) -> None:
+    pytest.importorskip("bitsandbytes")
+    stored, _ = in_eight_bits(host.denoiser)
+    base = open_base(replace(host, denoiser=stored))
+    network = base.family.build(base).denoiser
+    quantize(network, CPU, torch.float32)
+    assert not any(isinstance(module, Fp8Linear) for module in network.modules())
+    assert any(isinstance(module, Nf4Linear) for module in network.modules())
+
+
+UNREADABLE: dict[str, tuple[dict[str, Tensor], str]] = {
+    "nvfp4": ({"comfy_quant": described("nvfp4")}, "quantised as nvfp4"),
+    "no format": ({"comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)}, "an unknown format"),
+    "scales of blocks": ({"weight_scale": torch.ones(4, 4)}, r"scales of the shape \(4, 4\)"),
+}
+
+
+@pytest.mark.parametrize("what", UNREADABLE)
+def test_other_formats_are_refused_by_name(host: HostTensors, what: str) -> None:
+    stored, _ = in_eight_bits(host.denoiser)
+    module = next(name for name in stored if name.endswith(".comfy_quant")).removesuffix(".comfy_quant")
+    changes, words = UNREADABLE[what]
+    odd = stored | {f"{module}.{part}": tensor for part, tensor in changes.items()}
+    with pytest.raises(WeightsError, match=words):
+        open_base(replace(host, denoiser=odd))
+
+
+def test_a_scaled_convolution_is_refused(host: HostTensors) -> None:
+    name = "input_blocks.0.0.weight"
+    stored = host.denoiser[name].to(torch.float8_e4m3fn)
+    odd = {**host.denoiser, name: stored, "input_blocks.0.0.weight_scale": torch.ones(())}
+    with pytest.raises(WeightsError, match=r"input_blocks\.0\.0\.weight has a scale"):
+        open_base(replace(host, denoiser=odd))
