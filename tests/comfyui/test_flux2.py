@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from comfy_graphs import drawing, graph, node, picture, run_template
 from comfy_host import CHECKPOINT, ComfyServer, PromptFailed
-from flux2_checkpoints import COMFY_SHAPE, flux2_weights
+from flux2_checkpoints import COMFY_SHAPE, flux2_weights, in_float8
 from safetensors.torch import load_file, save_file
 from workflow_recipes import KLEIN
 
@@ -69,8 +69,12 @@ def test_it_is_trained_and_draws_as_comfyuis_loader_does(klein: ComfyServer) -> 
     assert "not loaded" not in klein.log().lower()
 
 
-def test_the_template_runs(klein: ComfyServer) -> None:
+@pytest.mark.parametrize("stored", ["float32", "float8"])
+def test_the_template_runs(stored: str, klein: ComfyServer) -> None:
     """With its own loaders but that of the text encoder, whose real one knows Qwen 3 by its size."""
+    if stored == "float8":
+        file = klein.base_dir / "models" / "diffusion_models" / KLEIN["diffusion_models"]
+        save_file(in_float8(flux2_weights(COMFY_SHAPE).denoiser), file)
     history, run = run_template("flux2_klein", klein, {"CLIPLoader": SMALL_CLIP})
     saved = next(key for key, entry in run.items() if entry["class_type"] == "SaveImage")
     drawn = picture(klein, history, saved)

@@ -1,6 +1,6 @@
 """FLUX.2 klein, lent by ComfyUI: its latents, prompts and predictions are those of ComfyUI's own code.
 
-With small random weights; the tokenizer and the sizes of the autoencoder are real.
+With small random weights, plain ones and ones in eight bits; the tokenizer and the sizes of the autoencoder are real.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import subprocess
 import pytest
 import torch
 from comfy_host import find_comfyui, find_python
-from flux2_checkpoints import COMFY_SHAPE, flux2_weights
+from flux2_checkpoints import COMFY_SHAPE, flux2_weights, in_float8
 from helpers import HANGS, ROOT
 from safetensors.torch import load_file, save_file
 
@@ -20,14 +20,15 @@ CASES = {"square": ((1, 8, 8), 250.0), "wide": ((1, 4, 12), 999.0), "two": ((2, 
 WITHIN = 1e-4  # float32 and other orders of the same sums
 
 
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="module", params=["float32", "float8"])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     comfyui = find_comfyui()
     if comfyui is None:
         pytest.skip("no ComfyUI")
     folder = tmp_path_factory.mktemp("flux2 ü")
     weights = flux2_weights(COMFY_SHAPE)
-    save_file(dict(weights.denoiser), folder / "transformer.safetensors")
+    denoiser = in_float8(weights.denoiser) if request.param == "float8" else dict(weights.denoiser)
+    save_file(denoiser, folder / "transformer.safetensors")
     save_file(dict(weights.vae), folder / "vae.safetensors")
     save_file(dict(weights.text), folder / "text.safetensors")
     generator = torch.Generator().manual_seed(1)

@@ -70,7 +70,8 @@ def main() -> None:
         base = pack("nodes.host").borrow_base(model, clip, vae)
         lent = {tensor.data_ptr() for tensor in model.model.diffusion_model.state_dict().values()}
         ours = base.family.build(base)
-        own = [parameter.data_ptr() in lent for parameter in ours.denoiser.parameters()]
+        stored = [module.packed for module in ours.denoiser.modules() if hasattr(module, "packed")]
+        own = [tensor.data_ptr() in lent for tensor in (*ours.denoiser.parameters(), *stored)]
         found["borrowed"] = torch.tensor([sum(own), len(own) - sum(own)])
         conditioning = ours.encode_prompts(prompts)
         found["ours text"] = conditioning["text"]

@@ -125,6 +125,22 @@ def flux2_weights(shape: Flux2Shape | None = None, *, seed: int = 0, norms: str 
     return Flux2Weights(denoiser, vae, _filled(qwen3_entries(shape), generator))
 
 
+def in_float8(denoiser: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The blocks' projections as ComfyUI's files hold them in eight bits, to be computed in full precision."""
+    description = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).encode()
+    stored: dict[str, Tensor] = {}
+    for name, tensor in denoiser.items():
+        if "_blocks." not in name or tensor.ndim != 2:
+            stored[name] = tensor
+            continue
+        module = name.removesuffix(".weight")
+        scale = tensor.abs().max() / torch.finfo(torch.float8_e4m3fn).max
+        stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
+        stored[f"{module}.weight_scale"] = scale
+        stored[f"{module}.comfy_quant"] = torch.tensor(list(description), dtype=torch.uint8)
+    return stored
+
+
 def flux2_on_meta(shape: Flux2Shape) -> Flux2Weights:
     """Tensors without memory, in bfloat16, the autoencoder's in float32."""
 
