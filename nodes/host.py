@@ -390,6 +390,22 @@ class _LentWeights(Mapping[str, Any]):
         return len(self._aliases)
 
 
+def _key_patches(patcher: Any) -> dict[str, Any]:
+    """Key → (weight without patches, …), patches …, of a ModelPatcher.
+
+    ComfyUI 0.28 looks for an attribute of each key, but what describes a quantised weight is none; it is left out here.
+    """
+    from ..trainer.core.tensor_files import is_quantization_name
+
+    keys = list(patcher.model_state_dict())
+    weights = {key: None for key in keys if not is_quantization_name(key)}
+    if len(weights) == len(keys):
+        return dict(patcher.get_key_patches())
+    without_descriptions = patcher.clone()
+    without_descriptions.model_state_dict = lambda *_: weights
+    return dict(without_descriptions.get_key_patches())
+
+
 class _Weights:
     """The weights of a MODEL and a CLIP under the names that adapter files give them."""
 
@@ -399,10 +415,10 @@ class _Weights:
         self._weights: dict[str, Any] = {}  # key → (weight without patches, …), patches …
         self._keys: dict[str, str] = {}
         if model is not None:
-            self._weights |= model.get_key_patches()
+            self._weights |= _key_patches(model)
             self._keys |= comfy.lora.model_lora_keys_unet(model.model, {})
         if clip is not None:
-            self._weights |= clip.patcher.get_key_patches()
+            self._weights |= _key_patches(clip.patcher)
             self._keys |= comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
 
     def names(self) -> list[str]:
@@ -423,6 +439,8 @@ class _Weights:
 
         key = self._keys[name]
         (weight, _), *patches = self._weights[key]
+        if type(weight).__name__ == "QuantizedTensor":
+            weight = weight.dequantize()
         return comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
 
 

@@ -293,6 +293,9 @@ class Weights:
         self.model = self.cond_stage_model = self.patcher = self
         self.entries = {key: [(weight, lambda tensor: tensor), *patches]}
 
+    def model_state_dict(self) -> dict[str, Any]:
+        return dict.fromkeys(self.entries)
+
     def get_key_patches(self) -> dict[str, Any]:
         return self.entries
 
