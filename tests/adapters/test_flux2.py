@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from pack.trainer.adapters.names import adapter_names, family_of, modules_by_nam
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 WIDTH = 128
@@ -419,3 +421,16 @@ def test_flux_1_is_refused_by_name(what: str) -> None:
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
     with pytest.raises(AdapterError, match=r"was made for Flux, .*which can't be read"):
         parse_adapter(tensors)
+
+
+def test_a_folder_of_peft_for_the_transformer_is_read_with_its_scale(tmp_path: Path) -> None:
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    module = "base_model.model.single_transformer_blocks.0.attn.to_out"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 512), f"{module}.lora_B.weight": torch.ones(128, 2)}
+    save_file(factors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["to_out"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    for path in (tmp_path, folder):
+        [layer] = read_adapter(path).layers.values()
+        assert (layer.rank, layer.alpha) == (2, 8.0)

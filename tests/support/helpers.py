@@ -11,7 +11,7 @@ from checkpoints import SD1Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
-HANGS = 1800.0  # seconds after which something must hang; on an idle machine nothing takes a hundredth of it
+HANGS = 600.0  # seconds after which something must hang; on an idle machine nothing takes a twentieth of it
 # As small as SD 1.x gets with two levels, both with attention; text encoder and tokenizer of the demo's vocabulary.
 TINY = SD1Shape(
     model_channels=32,

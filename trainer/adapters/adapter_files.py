@@ -13,7 +13,7 @@ from ..core.errors import AdapterError, WeightsError
 from ..core.tensor_files import read_header, read_tensors
 from ..models.state_dicts import is_pickled, read_single_file
 from .peft_config import PEFT_PREFIX, PeftConfig, parse_config
-from .prefixes import UNET, text_encoder_names
+from .prefixes import DENOISER_FOLDERS, text_encoder_names
 
 _CONFIG_FILE = "adapter_config.json"
 _PEFT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -27,7 +27,7 @@ class AdapterFile:
     Attributes:
         path: The file.
         config: PEFT's configuration that lies beside it; None without one.
-        component: The network that all of its modules belong to; "" if its names tell.
+        component: The folder of the network that all of its modules belong to; "" if its names tell.
     """
 
     path: Path
@@ -89,7 +89,7 @@ def find_files(path: Path) -> list[AdapterFile]:
             return [AdapterFile(path / name)]
     files = [
         _file_of_peft(path / component / name, component)
-        for component in (UNET, *text_encoder_names())
+        for component in (*DENOISER_FOLDERS, *text_encoder_names())
         for name in _PEFT_FILES
         if (path / component / name).is_file()
     ]

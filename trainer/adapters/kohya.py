@@ -47,7 +47,7 @@ from .peft_config import (
     PeftConfigs,
     configs_in_metadata,
 )
-from .prefixes import component_of
+from .prefixes import component_of, component_of_folder
 from .projections import in_network_layout
 
 __all__ = [
@@ -231,7 +231,7 @@ def read_adapter(path: Path) -> Adapter:
             tensors |= file_tensors
             metadata |= file_metadata
             if file.config is not None:
-                configs[file.component] = file.config
+                configs[component_of_folder(file.component)] = file.config
         if not configs and HEADER_KEY not in metadata and any(name.startswith(PEFT_PREFIX) for name in tensors):
             logger.warning(
                 "%s: PEFT's adapter_config.json, where the scale stands, is not beside it; the scale is taken as 1",

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter
 
 from ..core.errors import AdapterError
 from ..core.json_data import OBJECT, checked_shape, parse_json
-from .prefixes import UNET
+from .prefixes import component_of_folder
 
 logger = logging.getLogger("dreambooth_lora")
 
@@ -204,7 +204,7 @@ def configs_in_metadata(metadata: Mapping[str, str]) -> PeftConfigs:
     options: dict[str, dict[str, Any]] = {}
     for key, value in values.items():
         component, _, name = key.rpartition(".")
-        options.setdefault(UNET if component == "transformer" else component, {})[name] = value
+        options.setdefault(component_of_folder(component), {})[name] = value
     configs = {name: _config_from(values, f"Its metadata {HEADER_KEY} {name}") for name, values in options.items()}
     return PeftConfigs(configs, configs.pop("", None))
 

@@ -8,9 +8,15 @@ from ..models import families
 from ..models.families.base import Family
 
 UNET = "unet"
+DENOISER_FOLDERS = ("unet", "transformer")
 KOHYA_UNET_PREFIX = "lora_unet_"
 _TEXT_ENCODER = "text_encoder"
 _NUMBERED = re.compile(r"^lora_te(\d?)_")  # also the encoders of families that can't be trained
+
+
+def component_of_folder(folder: str) -> str:
+    """The component whose folder in diffusers' layout has that name: the denoiser of any family is "unet"."""
+    return UNET if folder in DENOISER_FOLDERS else folder
 
 
 def text_encoder_names() -> list[str]:
