@@ -31,9 +31,12 @@ def on(checkpoint: Path, prompt: dict[str, dict[str, Any]]) -> dict[str, dict[st
 
 @pytest.mark.parametrize("kind", ["sd2", "sdxl"])
 def test_training_with_text_encoders_and_generating(kind: str, server: ComfyServer) -> None:
-    """One run over HTTP: Train LoRA's output, ComfyUI's Load LoRA of its file, and the base, drawn side by side."""
+    """One run over HTTP, with the base as the teacher: Train LoRA's output, ComfyUI's Load LoRA of its file, and the
+    base, drawn side by side.
+    """
     checkpoint = WRITERS[kind](server.base_dir / "models" / "checkpoints" / f"{kind}-test.safetensors")
-    settings = node("DreamBoothTrainingSettings", text_encoder_2_lr=1e-2 if kind == "sdxl" else 0.0, precision="bf16")
+    second_rate = 1e-2 if kind == "sdxl" else 0.0
+    settings = node("DreamBoothTrainingSettings", text_encoder_2_lr=second_rate, precision="bf16", prior="model")
     changes = {"name": f"{kind} trained", "text_encoder_lr": 1e-2, "targets": "all", "learning_rate": 1e-2}
     prompt = on(checkpoint, graph(settings=["settings", 0], **changes)) | {"settings": settings}
     server.wait(server.queue(prompt))

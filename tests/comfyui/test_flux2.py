@@ -50,8 +50,11 @@ def on_klein(prompt: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_it_is_trained_and_draws_as_comfyuis_loader_does(klein: ComfyServer) -> None:
-    """One run: Train LoRA's output, ComfyUI's Load LoRA of its file, and the base, drawn side by side."""
-    prompt = graph(name="klein trained", targets="attention-mlp", learning_rate=1e-2, steps=3)
+    """One run with the base as the teacher: Train LoRA's output, ComfyUI's Load LoRA of its file, and the base, drawn
+    side by side.
+    """
+    changes = {"targets": "attention-mlp", "learning_rate": 1e-2, "steps": 3, "settings": ["settings", 0]}
+    prompt = graph(name="klein trained", **changes) | {"settings": node("DreamBoothTrainingSettings", prior="model")}
     klein.wait(klein.queue(on_klein(prompt)))
     file = klein.base_dir / "models" / "loras" / "klein trained.safetensors"
     names = {key.split(".")[0] for key in load_file(file)}
