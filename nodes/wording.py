@@ -21,6 +21,7 @@ _IN_THE_GRAPH: Mapping[str, str] = {
     "base": "the input model",
     "vae": "the connected VAE",
     "tokenizer": "the tokenizer of the connected CLIP",
+    "text_encoder": "the connected CLIP",
     "prediction_type": "sampling{value} on a ModelSamplingDiscrete node before the training",
     "clip_skip": "stop_at_clip_layer{value} on a CLIP Set Last Layer node before the training",
     "device": "the device that ComfyUI runs on",

@@ -18,8 +18,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from checkpoints import sd15_checkpoint
 from flux2_checkpoints import flux2_weights, write_tokenizer
-from helpers import Recorder, remembered
+from helpers import TINY, Recorder, remembered
 from pack.trainer.adapters.diffusers_format import write_diffusers
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, write_adapter
 from pack.trainer.adapters.layers import make_layer
@@ -67,6 +68,7 @@ from pack.trainer.training.trainable import make_trainable
 from pack.trainer.training.words import TrainedWords
 from PIL import Image
 from remedies import ABSENT, Bench, Call, Case, Check, Values, recorded_calls, sites, suggested
+from safetensors.torch import save_file
 from setting_values import KINDS, REQUIRED
 from transformers import AutoTokenizer
 from worlds import COMMON, PROMPT, TOKENIZER, World, paths_in
@@ -523,6 +525,26 @@ def trainable_klein(bench: Bench, values: Values) -> None:
     trainable(bench, {**values, "base": open_base(klein(bench))})
 
 
+def opened_checkpoint(bench: Bench, values: Values) -> None:
+    """A checkpoint, which has a text encoder."""
+    checkpoint = sd15_checkpoint(bench.folder / "base.safetensors", size=TINY)
+    open_base(checkpoint, TOKENIZER, text_encoder=values.get("text_encoder"))
+
+
+def opened_transformer(bench: Bench, values: Values) -> None:
+    """A transformer in a file of its own; `tokenizer` is found only where it is given."""
+    weights = flux2_weights()
+    files = {"base": weights.denoiser, "vae": weights.vae, "text_encoder": weights.text}
+    for name, tensors in files.items():
+        save_file(dict(tensors), bench.folder / f"{name}.safetensors")
+    write_tokenizer(bench.folder / "tokens")
+    bench.monkeypatch.setattr(tokenizer, "_holds_tokenizer", lambda folder: folder.name == "tokens")
+    given = {
+        name: bench.folder / str(values[name]) for name in ("vae", "text_encoder", "tokenizer") if values.get(name)
+    }
+    open_base(bench.folder / "base.safetensors", **given)
+
+
 def opened_klein(bench: Bench, values: Values) -> None:
     given = {name: values[name] for name in ("clip_skip", "prediction_type") if name in values}
     open_base(klein(bench), **given)
@@ -532,6 +554,21 @@ if hasattr(diffusers, "Flux2Transformer2DModel"):
     model("a language model that would be trained", {"text_encoder_lr": 1e-5}, check=trainable_klein)
     model("a word for a language model", {"token_vectors": 1, "token": "sks"}, check=trainable_klein)
     model("a layer of a language model", {"clip_skip": 2}, check=opened_klein)
+    model(
+        "a text encoder too many", {"text_encoder": "qwen.safetensors"}, {"text_encoder": None}, check=opened_checkpoint
+    )
+    model(
+        "a transformer alone",
+        {"tokenizer": "tokens"},
+        {"vae": "vae.safetensors", "text_encoder": "text_encoder.safetensors"},
+        check=opened_transformer,
+    )
+    model(
+        "no tokenizer of a language model",
+        {"vae": "vae.safetensors", "text_encoder": "text_encoder.safetensors"},
+        {"tokenizer": "tokens"},
+        check=opened_transformer,
+    )
     model("epsilon of flow matching", {"prediction_type": "epsilon"}, check=opened_klein)
 model("a LoKr of another factor", {"adapter": "lokr"}, {"lokr_factor": 2}, check=from_lokr)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,16 @@ pytest.importorskip("transformers", minversion="4.51")
 
 import diffusers
 from checkpoints import sd15_state_dict
-from flux2_checkpoints import Flux2Shape, flux2_folder, flux2_weights
+from flux2_checkpoints import Flux2Shape, flux2_folder, flux2_weights, in_float8
 from lent_models import below
 from pack.trainer.core.devices import to_device
 from pack.trainer.core.errors import SettingsError, TrainerError, UnsupportedModelError, WeightsError
-from pack.trainer.models.families.base import DiffusionModel
+from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import HostTensors, open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import StartingPoint
 from pack.trainer.training.preflight import require_trainable
+from safetensors.torch import save_file
 from torch import Tensor
 from worlds import paths_in
 
@@ -243,10 +245,63 @@ def test_an_older_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch
         open_base(folder)
 
 
-def test_a_file_of_the_transformer_alone_is_named(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+@pytest.fixture(scope="module")
+def parts(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The model in three files, as ComfyUI's loaders take them, and the folder of the tokenizer."""
+    place = tmp_path_factory.mktemp("parts ü")
+    weights = flux2_weights()
+    files = {"base": weights.denoiser, "vae": weights.vae, "text_encoder": weights.text}
+    for name, tensors in files.items():
+        save_file(dict(tensors), place / f"{name}.safetensors")
+    shutil.copytree(folder / "tokenizer", place / "tokenizer")
+    return {name: place / f"{name}.safetensors" for name in files}
 
-    save_file(dict(flux2_weights().denoiser), tmp_path / "flux-2-klein-base-4b.safetensors")
-    with pytest.raises(WeightsError, match="denoiser of a model alone") as caught:
-        open_base(tmp_path / "flux-2-klein-base-4b.safetensors")
-    assert "Load Diffusion Model" in caught.value.remedy
+
+def opened(parts: dict[str, Path], **changes: Path) -> BaseWeights:
+    given = {**parts, **changes}
+    return open_base(given["base"], vae=given.get("vae"), text_encoder=given.get("text_encoder"))
+
+
+def test_three_files_are_the_model_of_the_folder(parts: dict[str, Path], folder: Path) -> None:
+    expected = open_base(folder)
+    assert opened(parts).fingerprint == expected.fingerprint
+    others = {"vae": folder / "vae", "text_encoder": folder / "text_encoder"}
+    assert opened(parts, **others).fingerprint == expected.fingerprint
+
+
+def test_a_transformer_with_a_prefix_and_in_eight_bits_is_read(parts: dict[str, Path], tmp_path: Path) -> None:
+    stored = in_float8(flux2_weights().denoiser)
+    file = tmp_path / "klein base fp8.safetensors"
+    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in stored.items()}, file)
+    base = opened(parts, base=file)
+    assert len(base.denoiser.scales) == sum(name.endswith("weight_scale") for name in stored)
+    base.family.build(base)
+
+
+def test_a_file_of_the_transformer_alone_asks_for_the_others(parts: dict[str, Path]) -> None:
+    with pytest.raises(WeightsError, match=r"transformer of FLUX\.2 klein alone") as caught:
+        open_base(parts["base"])
+    assert all(word in caught.value.remedy for word in ("vae", "text_encoder", "Load Diffusion Model"))
+    with pytest.raises(WeightsError) as caught:
+        open_base(parts["base"], vae=parts["vae"])
+    assert "vae and" not in caught.value.remedy
+
+
+def test_parts_that_are_none_are_named(parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("vae", "text_encoder"):
+        with pytest.raises(WeightsError, match="does not exist"):
+            opened(parts, **{name: tmp_path / "gone.safetensors"})
+    with pytest.raises(WeightsError, match="has 0 layers"):
+        opened(parts, text_encoder=parts["vae"])
+    with pytest.raises(WeightsError, match=r"not FLUX\.2's"):
+        opened(parts, vae=parts["text_encoder"])
+    alone = shutil.copy(parts["text_encoder"], tmp_path / "alone.safetensors")
+    monkeypatch.setattr("pack.trainer.models.tokenizer._holds_tokenizer", lambda folder: False)
+    with pytest.raises(WeightsError, match="No tokenizer was found") as caught:
+        opened(parts, text_encoder=Path(alone))
+    assert "tokenizer" in caught.value.remedy
+
+
+def test_a_text_encoder_is_refused_where_there_is_one(parts: dict[str, Path], folder: Path) -> None:
+    with pytest.raises(SettingsError, match="text_encoder"):
+        open_base(folder, text_encoder=parts["text_encoder"])

@@ -133,6 +133,7 @@ OTHER: dict[str, Any] = {
     "base": "my models/sd 1.5.safetensors",
     "tokenizer": "tokenizer folder",
     "vae": "vae folder",
+    "text_encoder": "models/qwen.safetensors",
     "prediction_type": "v_prediction",
     "clip_skip": 2,
     "base_lora": ("style.safetensors", "C:\\b.safetensors:0.5"),
@@ -318,6 +319,7 @@ def test_all_paths_are_found() -> None:
         "output",
         "output_dir",
         "start_from",
+        "text_encoder",
         "tokenizer",
         "vae",
     }

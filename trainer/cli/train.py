@@ -245,6 +245,7 @@ def open_base_model(settings: BaseModelSettings) -> BaseWeights:
         settings.base,
         settings.tokenizer,
         vae=settings.vae,
+        text_encoder=settings.text_encoder,
         prediction_type=settings.prediction_type,
         clip_skip=settings.clip_skip,
     )

@@ -31,7 +31,7 @@ from .state_dicts import (
     read_single_file,
     with_current_attention_names,
 )
-from .tokenizer import find_tokenizer, load_tokenizer
+from .tokenizer import find_language_tokenizer, find_tokenizer, load_tokenizer
 
 logger = logging.getLogger("dreambooth_lora")
 
@@ -119,6 +119,7 @@ def open_base(
     tokenizer: Path | None = None,
     *,
     vae: Path | None = None,
+    text_encoder: Path | None = None,
     prediction_type: PredictionType = "auto",
     clip_skip: int = 0,
 ) -> BaseWeights:
@@ -126,8 +127,9 @@ def open_base(
 
     Args:
         source: A host's tensors, a `.safetensors` or `.ckpt` file, or a folder in diffusers' layout.
-        tokenizer: Folder of the CLIP tokenizer, for single files; None: searched near the file.
+        tokenizer: Folder of the tokenizer, for single files; None: searched near the file.
         vae: File or diffusers folder of an autoencoder that replaces the model's.
+        text_encoder: File or folder of the text encoder of a file that holds the denoiser alone.
         prediction_type: What the model predicts; "auto": as the model states or its weights show.
         clip_skip: Layer of the text encoders that is read, counted from the end; 0: as usual.
 
@@ -138,7 +140,10 @@ def open_base(
     """
     load_bitsandbytes_if_installed()  # else diffusers does
     with contextlib.nullcontext() if isinstance(source, HostTensors) else _explained_damage(source):
-        weights = _from_original(source) if isinstance(source, HostTensors) else _open_path(source, tokenizer)
+        if isinstance(source, HostTensors):
+            weights = _from_original(source)
+        else:
+            weights = _open_path(source, tokenizer, vae, text_encoder)
         if vae is not None:
             with _explained_damage(vae):
                 weights = replace(weights, vae=_open_vae(vae, weights.family))
@@ -161,11 +166,22 @@ def open_base(
         return checked(replace(weights, clip_skip=0 if is_usual else skip))
 
 
-def _open_path(source: Path, tokenizer: Path | None) -> BaseWeights:
-    if os.path.isdir(source):  # unlike Path.is_dir, False for a path that the system does not accept
+def _open_path(source: Path, tokenizer: Path | None, vae: Path | None, text_encoder: Path | None) -> BaseWeights:
+    is_folder = os.path.isdir(source)  # unlike Path.is_dir, False for a path that the system does not accept
+    tensors = read_single_file(source) if os.path.isfile(source) else {}
+    denoiser = _denoiser_alone(tensors)
+    if text_encoder is not None and denoiser is None and (is_folder or tensors):
+        raise SettingsError(
+            f"{suggest('text_encoder')} is for a file that holds the transformer alone; {source.name} has a text "
+            "encoder of its own.",
+            f"Leave {suggest('text_encoder')} out.",
+        )
+    if is_folder:
         return _from_folder(source)
+    if denoiser is not None:
+        return _from_parts(denoiser, source, tokenizer, vae, text_encoder)
     if os.path.isfile(source):
-        return _from_original(_from_file(source, tokenizer))
+        return _from_original(_from_file(tensors, source, tokenizer))
     raise WeightsError(f"The base model {source} does not exist.", "Check the path for a typing error.")
 
 
@@ -198,8 +214,71 @@ def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
         return checked(_from_original(_networks_in_file(tensors, path)))
 
 
-def _from_file(path: Path, tokenizer: Path | None) -> HostTensors:
-    networks = _networks_in_file(read_single_file(path), path)
+def _denoiser_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The denoiser of a file that holds nothing else, of a family whose text encoder is a language model; else None."""
+    denoiser = with_prefix(tensors, UNET_PREFIX) or dict(tensors)
+    layout = layout_of(denoiser)
+    if layout is None or len(denoiser) < len(tensors):
+        return None
+    family = identify(layout.denoiser_config(denoiser))
+    return denoiser if any(spec.is_language_model for spec in family.text_encoders) else None
+
+
+def _from_parts(
+    denoiser: Mapping[str, Tensor], path: Path, tokenizer: Path | None, vae: Path | None, text_encoder: Path | None
+) -> BaseWeights:
+    """A model in several files, as ComfyUI's loaders take them.
+
+    Raises:
+        WeightsError: A part is not given, or does not belong to the model.
+    """
+    layout = _layout(denoiser)
+    family = identify(layout.denoiser_config(denoiser))
+    [spec] = family.text_encoders
+    if vae is None or text_encoder is None:
+        lacking = [suggest(name) for name, part in (("vae", vae), ("text_encoder", text_encoder)) if part is None]
+        raise WeightsError(
+            f"{path.name} holds the transformer of {family.title} alone.",
+            f"Give its other files by {' and '.join(lacking)}; or a folder in diffusers' layout. In ComfyUI, connect "
+            "Load Diffusion Model, Load CLIP and Load VAE.",
+        )
+    with _explained_damage(vae):
+        autoencoder = _open_vae(vae, family)
+    with _explained_damage(text_encoder):
+        text = layout.text_encoder(_text_encoder_tensors(text_encoder), spec, None)
+    plain, scales = without_scales(denoiser)
+    _require_plain_floats(plain)
+    return BaseWeights(
+        family=family,
+        denoiser=_with_scales(layout.denoiser(plain, family.complete(layout.denoiser_config(plain))), scales),
+        vae=autoencoder,
+        text_encoders=[text],
+        tokenizers=[find_language_tokenizer(text_encoder, path, tokenizer)],
+        scheduler={},
+        prediction=family.detect(plain),
+        clip_skip=0,
+        title=path.stem,
+        fingerprint="",
+    )
+
+
+def _text_encoder_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a text encoder in a file or a folder of transformers.
+
+    Raises:
+        WeightsError: It does not exist, or can't be read.
+    """
+    if os.path.isdir(path):
+        return _read_plain(path / "text_encoder" if (path / "text_encoder").is_dir() else path, "model")
+    if not os.path.isfile(path):
+        raise WeightsError(f"The text encoder {path} does not exist.", "Check the path for a typing error.")
+    tensors = read_single_file(path)
+    _require_plain_floats(tensors)
+    return tensors
+
+
+def _from_file(tensors: Mapping[str, Tensor], path: Path, tokenizer: Path | None) -> HostTensors:
+    networks = _networks_in_file(tensors, path)
     return replace(networks, tokenizers=dict.fromkeys(networks.text_encoders, find_tokenizer(path, tokenizer)))
 
 

@@ -59,6 +59,31 @@ def _candidate_folders(checkpoint: Path) -> Iterator[Path]:
             yield Path(cached).parent
 
 
+def find_language_tokenizer(text_encoder: Path, base: Path, given: Path | None) -> Any:
+    """The tokenizer of a language model that encodes prompts.
+
+    Args:
+        text_encoder: Its file or folder, in or beside which it is searched, as transformers and diffusers write it.
+        base: The base model's file, above which a ComfyUI is searched.
+        given: The tokenizer's folder; None: to be searched.
+
+    Raises:
+        WeightsError: None was found.
+    """
+    folders = [given] if given is not None else [text_encoder, text_encoder.parent / "tokenizer"]
+    if given is None:
+        for start in (base.resolve(), Path(__file__).resolve()):
+            folders += [parent / "comfy" / "text_encoders" / "qwen25_tokenizer" for parent in start.parents]
+    for folder in folders:
+        if given is not None or _holds_tokenizer(folder):
+            return load_tokenizer(folder, clip=False)
+    raise WeightsError(
+        f"No tokenizer was found for {text_encoder.name}; a single file holds none.",
+        f"Set {suggest('tokenizer')} to a folder such as ComfyUI/comfy/text_encoders/qwen25_tokenizer, or the "
+        "tokenizer folder of a diffusers model.",
+    )
+
+
 def find_tokenizer(checkpoint: Path, given: Path | None) -> Any:
     """The CLIP tokenizer for a single-file checkpoint, which holds none itself.
 

@@ -22,8 +22,8 @@ class BaseModelSettings(Settings):
     )
     tokenizer: TidyPath | None = setting(
         None,
-        "Folder with the CLIP tokenizer (vocab.json, merges.txt). Needed only for a single-file checkpoint outside a "
-        "ComfyUI installation; found automatically otherwise.",
+        "Folder with the tokenizer (vocab.json, merges.txt): CLIP's, or that of text_encoder. Needed only for single "
+        "files outside a ComfyUI installation; found automatically otherwise.",
         group="Base model",
         advanced=True,
         affects_result=False,
@@ -32,6 +32,14 @@ class BaseModelSettings(Settings):
     vae: TidyPath | None = setting(
         None,
         "Another autoencoder: a file or a diffusers folder. It runs in fp32, so SDXL's own works, too.",
+        group="Base model",
+        advanced=True,
+        path=True,
+    )
+    text_encoder: TidyPath | None = setting(
+        None,
+        "Text encoder of a base model whose file holds the transformer alone, such as FLUX.2 klein (Qwen 3): a file, "
+        "or a folder of transformers. Such a model also needs vae.",
         group="Base model",
         advanced=True,
         path=True,
