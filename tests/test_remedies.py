@@ -968,6 +968,12 @@ UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/models/flow.py", "make_scheduler"): _FLOW,
 }
 """File and function of the calls of `suggest` that the table leaves out, and why."""
+if not hasattr(diffusers, "Flux2Transformer2DModel"):
+    places = {"open": ("open_base", "_open_path", "_from_parts"), "tokenizer": ("find_language_tokenizer",)}
+    needing = [(f"trainer/models/{file}.py", function) for file, functions in places.items() for function in functions]
+    needing += [("trainer/adapters/targets.py", "require_family_fits")]
+    needing += [("trainer/training/preflight.py", "require_trainable")]
+    UNTRIED |= dict.fromkeys(needing, "needs a newer diffusers")
 if sys.platform != "linux":
     UNTRIED["trainer/data/folder.py", "_require_text"] = "names are text here"
 

@@ -8,6 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("diffusers", minversion="0.36")  # what it is compared with came with that version
+
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.models.flow import FlowObjective, LinearMu, flux2_sampling_mu, shifted
