@@ -1,8 +1,9 @@
 """Makes the lists in `golden/` again: what kohya's own network module adapts, in every supported family at real size.
 
-    python tools/make_golden.py PATH-OF-A-KOHYA-CHECKOUT
+    python tools/make_golden.py PATH-OF-A-KOHYA-CHECKOUT PATH-OF-A-MUSUBI-CHECKOUT
 
-The checkout is a clone of https://github.com/kohya-ss/sd-scripts. Its `networks/lora.py` builds LoRAs of rank 4, and
+The first checkout is a clone of https://github.com/kohya-ss/sd-scripts, the second, for FLUX.2 klein 4B, of
+https://github.com/kohya-ss/musubi-tuner, by the same author. Its `networks/lora.py` builds LoRAs of rank 4, and
 of rank 2 for 3×3 convolutions where these are asked for, around its own UNets (`library/original_unet.py`,
 `library/sdxl_original_unet.py`) and transformers' text encoders, all on the meta device, so nothing is downloaded and
 no weights are needed. Stub modules stand in for what the files import but do not use here.
@@ -99,6 +100,20 @@ def kohya_layers(build: Callable[[], tuple[Any, nn.Module]], **options: Any) -> 
     }
 
 
+def klein_layers(checkout: Path) -> Layers:
+    """Names and shapes of all modules of FLUX.2 klein 4B that kohya's musubi-tuner adapts by default."""
+    sys.path.insert(0, str(checkout / "src"))
+    from musubi_tuner.flux_2.flux2_models import Flux2, Klein4BParams
+    from musubi_tuner.networks.lora_flux_2 import create_arch_network
+
+    with torch.device("meta"):
+        network = create_arch_network(1.0, RANK, RANK, None, [], Flux2(Klein4BParams()))
+    return {
+        layer.lora_name: [list(layer.lora_down.weight.shape), list(layer.lora_up.weight.shape)]
+        for layer in network.unet_loras
+    }
+
+
 def write(name: str, layers: Layers) -> None:
     """Write one list."""
     lines = (f"{json.dumps(layer)}: {json.dumps(shapes)}" for layer, shapes in sorted(layers.items()))
@@ -114,6 +129,7 @@ def main() -> None:
     for family, build in (("sd15", sd1), ("sd2", sd2), ("sdxl", sdxl)):
         write(f"kohya_{family}_keys", kohya_layers(build))
         write(f"kohya_{family}_conv_keys", kohya_layers(build, conv_dim=CONV_RANK, conv_alpha=CONV_RANK))
+    write("musubi_flux2_keys", klein_layers(Path(sys.argv[2]).expanduser().resolve()))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ pytest.importorskip("transformers", minversion="4.51")
 
 from adapter_maths import added, error, tensors_of
 from diffusers import Flux2KleinPipeline
-from flux2_checkpoints import flux2_folder, flux2_weights
+from flux2_checkpoints import KLEIN_4B, flux2_folder, flux2_on_meta, flux2_weights
+from helpers import ROOT
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.diffusers_format import diffusers_state_dict, write_diffusers
 from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter, write_adapter
@@ -25,6 +27,8 @@ from pack.trainer.adapters.module_paths import ModulePath, module_path
 from pack.trainer.adapters.names import adapter_names, family_of, modules_by_name, named_weights
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
+from pack.trainer.models.families.flux2 import FAMILY
+from pack.trainer.models.families.flux2_network import make_transformer
 from pack.trainer.models.open import open_base
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -434,3 +438,19 @@ def test_a_folder_of_peft_for_the_transformer_is_read_with_its_scale(tmp_path: P
     for path in (tmp_path, folder):
         [layer] = read_adapter(path).layers.values()
         assert (layer.rank, layer.alpha) == (2, 8.0)
+
+
+def test_the_modules_of_the_published_model_are_those_that_musubi_tuner_trains() -> None:
+    """Names and shapes, from kohya's own program."""
+    weights = flux2_on_meta(KLEIN_4B)
+    config = FAMILY.complete(FAMILY.layout.denoiser_config(weights.denoiser))
+    with torch.device("meta"):
+        network = make_transformer(**config)
+    names = FAMILY.layout.original_names([path for path, _ in network.named_modules()], config)
+    found = {
+        f"lora_unet_{names[path].replace('.', '_')}": [[4, module.in_features], [module.out_features, 4]]
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(FAMILY.targets["attention-mlp"], path)
+    }
+    golden = ROOT / "tests" / "golden" / "musubi_flux2_keys.json"
+    assert found == json.loads(golden.read_text(encoding="utf-8"))
