@@ -239,8 +239,9 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
 
 def _language_model(denoiser: Mapping[str, Any]) -> Any:
     """The engine's `TextEncoderSpec` of the language model that a denoiser's family has; None if it has none."""
-    from ..trainer.models.families import identify, layout_of
+    from ..trainer.models.families import identify, layout_of, refuse_foreign_keys
 
+    refuse_foreign_keys(denoiser)
     layout = layout_of(denoiser)
     if layout is None:
         return None

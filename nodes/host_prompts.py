@@ -9,7 +9,7 @@ from typing import Any
 class ClipPrompts:
     """A CLIP that encodes prompts for a training; the engine's `PromptEncoder`.
 
-    It is loaded when prompts are encoded and leaves the device after that: a language model is several gigabytes.
+    It is loaded when new prompts are encoded and leaves the device after that: a language model is several gigabytes.
 
     Attributes:
         fingerprint: Hexadecimal digest of its weights.
@@ -28,22 +28,24 @@ class ClipPrompts:
         self.fingerprint = fingerprint(type(clip.cond_stage_model).__name__, tensors)
         self._clip = clip
         self._max_tokens = max_tokens
+        self._known: dict[str, Any] = {}
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What ComfyUI would feed to the model: "text", (prompts, tokens, width), float32, on the CPU."""
         import comfy.model_management
         import torch
 
-        rows = []
-        try:
-            with torch.inference_mode():
-                for prompt in prompts:
-                    embedded = self._clip.encode_from_tokens(self._clip.tokenize(prompt))
-                    rows.append(embedded[:, : self._max_tokens].float().cpu())
-        finally:
-            comfy.model_management.unload_all_models()
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._known]
+        if new:
+            try:
+                with torch.inference_mode():
+                    for prompt in new:
+                        embedded = self._clip.encode_from_tokens(self._clip.tokenize(prompt))
+                        self._known[prompt] = embedded[:, : self._max_tokens].float().cpu()
+            finally:
+                comfy.model_management.unload_all_models()
         with torch.inference_mode(False):
-            return {"text": torch.cat([row.clone() for row in rows])}
+            return {"text": torch.cat([self._known[prompt].clone() for prompt in prompts])}
 
     def overlong(self, prompt: str) -> bool:
         """Whether the model reads only the beginning of the prompt; ComfyUI pads shorter ones."""

@@ -550,7 +550,7 @@ def opened_klein(bench: Bench, values: Values) -> None:
     open_base(klein(bench), **given)
 
 
-if hasattr(diffusers, "Flux2Transformer2DModel"):
+if hasattr(diffusers, "Flux2KleinPipeline"):
     model("a language model that would be trained", {"text_encoder_lr": 1e-5}, check=trainable_klein)
     model("a word for a language model", {"token_vectors": 1, "token": "sks"}, check=trainable_klein)
     model("a layer of a language model", {"clip_skip": 2}, check=opened_klein)
@@ -968,7 +968,7 @@ UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/models/flow.py", "make_scheduler"): _FLOW,
 }
 """File and function of the calls of `suggest` that the table leaves out, and why."""
-if not hasattr(diffusers, "Flux2Transformer2DModel"):
+if not hasattr(diffusers, "Flux2KleinPipeline"):
     places = {"open": ("open_base", "_open_path", "_from_parts"), "tokenizer": ("find_language_tokenizer",)}
     needing = [(f"trainer/models/{file}.py", function) for file, functions in places.items() for function in functions]
     needing += [("trainer/adapters/targets.py", "require_family_fits")]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers", minversion="0.36")
+pytest.importorskip("diffusers", minversion="0.37")
 pytest.importorskip("transformers", minversion="4.51")
 
 from adapter_maths import added, error, tensors_of
@@ -425,6 +425,12 @@ def test_flux_1_is_refused_by_name(what: str) -> None:
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
     with pytest.raises(AdapterError, match=r"was made for Flux, .*which can't be read"):
         parse_adapter(tensors)
+
+
+def test_a_dora_of_inputs_on_a_joined_projection_has_no_form_in_diffusers() -> None:
+    layer = LoraLayer(torch.ones(2, 128), torch.ones(384, 2), 2.0, dora_scale=torch.ones(1, 128))
+    with pytest.raises(AdapterError, match="magnitude for each input"):
+        diffusers_state_dict(Adapter({"lora_unet_double_blocks_0_img_attn_qkv": layer}), torch.float32)
 
 
 def test_a_folder_of_peft_for_the_transformer_is_read_with_its_scale(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("diffusers", minversion="0.36")
+pytest.importorskip("diffusers", minversion="0.37")
 pytest.importorskip("transformers", minversion="4.51")
 
 from cases import mostly_slow

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("diffusers", minversion="0.36")  # what it is compared with came with that version
+pytest.importorskip("diffusers", minversion="0.37")  # what it is compared with came with that version
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 from pack.trainer.core.errors import SettingsError
@@ -70,7 +70,7 @@ def test_noise_and_target_are_those_of_diffusers_training_example(weighting: str
 @pytest.mark.parametrize("side", [16, 32, 64, 96])
 def test_sampler_takes_the_steps_of_diffusers(steps: int, side: int) -> None:
     """At 256² to 1536², with the shift as the FLUX.2 pipeline computes it, along the same predictions."""
-    pipeline = pytest.importorskip("diffusers.pipelines.flux2.pipeline_flux2", reason="needs diffusers 0.36")
+    pipeline = pytest.importorskip("diffusers.pipelines.flux2.pipeline_flux2", reason="needs diffusers 0.37")
     theirs: Any = FlowMatchEulerDiscreteScheduler(**KLEIN)
     mu = pipeline.compute_empirical_mu(image_seq_len=side * side, num_steps=steps)
     theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)

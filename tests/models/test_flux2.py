@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers", minversion="0.36")
+pytest.importorskip("diffusers", minversion="0.37")
 pytest.importorskip("transformers", minversion="4.51")
 
 import diffusers
@@ -227,10 +228,22 @@ def test_what_is_not_trained_is_refused_before_the_run(folder: Path, tmp_path: P
     ("title", "base"), [("flux-2-klein-4b-fp8", "FLUX.2 klein base 4B"), ("FLUX.2-klein-9B", "FLUX.2 klein base 9B")]
 )
 def test_distilled_models_are_not_trained(folder: Path, tmp_path: Path, title: str, base: str) -> None:
-    distilled = replace(open_base(folder), title=title)
+    distilled = replace(open_base(folder), title=title, is_distilled=None)
     with pytest.raises(UnsupportedModelError, match="distilled") as caught:
         require_trainable(distilled, TrainSettings(), paths_in(tmp_path), StartingPoint())
     assert base in caught.value.remedy
+    assert "'base'" in caught.value.remedy
+
+
+def test_what_a_folder_says_of_distillation_counts_more_than_its_name(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "e7b7dc27")
+    index = json.loads((copy / "model_index.json").read_text(encoding="utf-8"))
+    (copy / "model_index.json").write_text(json.dumps(index | {"is_distilled": True}), encoding="utf-8")
+    with pytest.raises(UnsupportedModelError, match="e7b7dc27 is distilled"):
+        require_trainable(open_base(copy), TrainSettings(), paths_in(tmp_path), StartingPoint())
+    base = replace(open_base(folder), title="flux-2-klein-4b")
+    assert base.is_distilled is False
+    require_trainable(base, TrainSettings(), paths_in(tmp_path), StartingPoint())
 
 
 @pytest.mark.parametrize("title", ["flux-2-klein-base-4b", "FLUX.2-klein-base-9B", "mymodel"])
@@ -241,7 +254,7 @@ def test_base_models_are_trained(folder: Path, tmp_path: Path, title: str) -> No
 def test_an_older_library_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusers, "Flux2Transformer2DModel", None)
     monkeypatch.setattr(diffusers, "__version__", "0.31.0")
-    with pytest.raises(UnsupportedModelError, match=r"needs diffusers 0\.36 or newer; 0\.31\.0 is installed"):
+    with pytest.raises(UnsupportedModelError, match=r"klein needs diffusers 0\.37 or newer; 0\.31\.0 is installed"):
         open_base(folder)
 
 
@@ -267,6 +280,35 @@ def test_three_files_are_the_model_of_the_folder(parts: dict[str, Path], folder:
     assert opened(parts).fingerprint == expected.fingerprint
     others = {"vae": folder / "vae", "text_encoder": folder / "text_encoder"}
     assert opened(parts, **others).fingerprint == expected.fingerprint
+
+
+def test_a_checkpoint_of_all_networks_is_the_model_of_the_folder(folder: Path, tmp_path: Path) -> None:
+    """With Qwen's tokenizer, not CLIP's, which a single file has otherwise."""
+    weights = flux2_weights()
+    prefixes = {
+        "model.diffusion_model.": weights.denoiser,
+        "vae.": weights.vae,
+        "text_encoders.qwen3_4b.transformer.": weights.text,
+    }
+    tensors = {f"{prefix}{name}": tensor for prefix, part in prefixes.items() for name, tensor in part.items()}
+    save_file(tensors, tmp_path / "klein base.safetensors")
+    base = open_base(tmp_path / "klein base.safetensors", folder / "tokenizer")
+    expected = open_base(folder)
+    assert base.fingerprint == expected.fingerprint
+    models = [one.family.build(one) for one in (base, expected)]
+    ids, expected_ids = (model.tokenize(PROMPTS)["ids"] for model in models)
+    assert torch.equal(ids, expected_ids)
+
+
+def test_a_text_encoder_in_eight_bits_encodes_in_sixteen(parts: dict[str, Path], tmp_path: Path) -> None:
+    text = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in flux2_weights().text.items() if tensor.ndim == 2}
+    save_file({**flux2_weights().text, **text}, tmp_path / "qwen fp8.safetensors")
+    shutil.copytree(parts["base"].parent / "tokenizer", tmp_path / "tokenizer")
+    base = opened(parts, text_encoder=tmp_path / "qwen fp8.safetensors")
+    model = base.family.build(base)
+    assert model.text_dtype == torch.bfloat16
+    to_device(model.text_encoders["text_encoder"], torch.device("cpu"), model.text_dtype)
+    assert torch.isfinite(model.encode_prompts(["a dog"])["text"]).all()
 
 
 def test_a_transformer_with_a_prefix_and_in_eight_bits_is_read(parts: dict[str, Path], tmp_path: Path) -> None:

@@ -10,20 +10,24 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import sd15_state_dict
+from checkpoints import UNET_PREFIX, sd15_state_dict
 from helpers import TINY, Recorder
 from lent_models import lent
 from pack.trainer.adapters.apply import apply_to_base
+from pack.trainer.adapters.kohya import Adapter, LoraLayer
 from pack.trainer.adapters.names import named_weights
-from pack.trainer.core.errors import WeightsError
+from pack.trainer.core.devices import to_device
+from pack.trainer.core.errors import AdapterError, WeightsError
 from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train
+from pack.trainer.merging.fuse import fuse
 from pack.trainer.models.families.base import BaseWeights
 from pack.trainer.models.fp8 import Fp8Linear
 from pack.trainer.models.nf4 import Nf4Linear, quantize
 from pack.trainer.models.open import HostTensors, open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from worlds import COMMON, PROMPT, noisy_pictures, paths_in
@@ -145,6 +149,33 @@ def test_an_adapter_makes_the_weights_that_it_changes_ordinary(host: HostTensors
     assert not any("attn1.to_q" in name for name in kept)
     weights, other_weights = named_weights(changed), named_weights(expected)
     assert all(torch.equal(weights[name], other_weights[name]) for name in weights)
+
+
+def test_it_is_moved_where_the_rest_of_the_network_is_already() -> None:
+    """As a host leaves a network that it has loaded in part."""
+    layer = Fp8Linear(torch.randn(8, 8).to(torch.float8_e4m3fn), torch.tensor(2.0), None, torch.float32)
+    network = nn.Sequential(layer, nn.LayerNorm(8, device="meta"))
+    to_device(network, torch.device("meta"), torch.float32)
+    assert layer.packed.is_meta
+    assert layer.packed.dtype == torch.float8_e4m3fn
+
+
+def test_adapters_are_fused_into_plain_weights_and_not_into_scaled_ones(tmp_path: Path) -> None:
+    whole = sd15_state_dict(TINY)
+    unet = {name: tensor for name, tensor in whole.items() if name.startswith(UNET_PREFIX)}
+    stored, _ = in_eight_bits(unet)
+    plain = {name: tensor.to(torch.float8_e4m3fn) if "attn1.to_q" in name else tensor for name, tensor in unet.items()}
+    for name, part in (("plain", plain), ("scaled", stored)):
+        save_file(whole | part, tmp_path / f"{name}.safetensors")
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    adapter = Adapter({layer: LoraLayer(torch.ones(2, 32), torch.ones(32, 2), 2.0)})
+    fused = fuse(tmp_path / "plain.safetensors", [(adapter, 1.0)], tmp_path / "fused.safetensors")
+    key = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn1.to_q.weight"
+    changed = load_file(fused)[key]
+    assert changed.dtype == torch.float8_e4m3fn
+    torch.testing.assert_close(changed.float(), plain[key].float() + 2.0, rtol=0.07, atol=0)  # 3 bits of mantissa
+    with pytest.raises(AdapterError, match="quantised with scales"):
+        fuse(tmp_path / "scaled.safetensors", [(adapter, 1.0)], tmp_path / "never.safetensors")
 
 
 def test_four_bits_take_their_place(host: HostTensors) -> None:

@@ -64,7 +64,9 @@ def in_diffusers_layout(layer: LoraLayer, path: str) -> dict[str, LoraLayer]:
     if paths is None:
         return {path: layer}
     ups = layer.up.chunk(3)
-    scales: Sequence[Tensor | None] = [None] * 3 if layer.dora_scale is None else layer.dora_scale.chunk(3)
+    scale = layer.dora_scale
+    is_per_output = scale is not None and len(scale) == len(layer.up)
+    scales: Sequence[Tensor | None] = scale.chunk(3) if scale is not None and is_per_output else [scale] * 3
     return {part: replace(layer, up=up, dora_scale=scale) for part, up, scale in zip(paths, ups, scales, strict=True)}
 
 

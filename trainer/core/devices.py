@@ -77,8 +77,10 @@ def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     that this makes is laid out channels-last, the fastest layout for convolutions.
     """
     target = torch.empty(0, device=device).device  # with its index, if the device has one
-    tensors = [*network.parameters(), *network.buffers()]
-    if all(tensor.device == target and (tensor.dtype == dtype or not tensor.is_floating_point()) for tensor in tensors):
+    parameters = list(network.parameters())
+    tensors = [*parameters, *(buffer for buffer in network.buffers() if buffer.dtype.itemsize > 1)]  # else quantised
+    is_typed = all(tensor.dtype == dtype or not tensor.is_floating_point() for tensor in tensors)
+    if is_typed and all(tensor.device == target for tensor in [*parameters, *network.buffers()]):
         return network
     # nn.Module.to, since diffusers' own warns of modules to be kept in float32, of which there are none
     layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # MPS has trouble with the latter

@@ -63,6 +63,11 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
         return _write_folder(source, changed_networks, output)
     tensors = {name: tensor.contiguous() for name, tensor in read_single_file(source).items()}
     base = open_tensors(tensors, source)
+    if base.denoiser.scales:
+        raise AdapterError(
+            f"{source.name} is quantised with scales, into which nothing can be added.",
+            "Fuse into a bf16 or fp16 version of the model.",
+        )
     fused = dict(tensors)
     prefixes = (UNET_PREFIX, *(prefix for kind in base.family.text_encoders for prefix in kind.file_prefixes))
     views = _FileViews({name: tensor for name, tensor in tensors.items() if name.startswith(prefixes)})
@@ -90,11 +95,12 @@ def _changed_by_component(before: BaseWeights, after: BaseWeights) -> dict[str, 
     pairs = zip([before.denoiser, *before.text_encoders], [after.denoiser, *after.text_encoders], strict=True)
     changed = {}
     for name, (component_before, component_after) in zip(names, pairs, strict=True):
-        tensors = {
-            key: tensor
-            for key, tensor in component_after.tensors.items()
-            if tensor is not component_before.tensors[key] and not torch.equal(tensor, component_before.tensors[key])
-        }
+        tensors = {}
+        for key, tensor in component_after.tensors.items():
+            original = component_before.tensors[key]
+            rounded = tensor.to(original.dtype)
+            if tensor is not original and not torch.equal(rounded, original):
+                tensors[key] = rounded
         if tensors:
             changed[name] = tensors
     if not changed:

@@ -78,7 +78,7 @@ _PATHS = {name: path for path, name in _FIXED.items()}
 _IN_DOUBLE_PATHS = {name: path for path, name in _IN_DOUBLE.items()}
 _IN_SINGLE_PATHS = {name: path for path, name in _IN_SINGLE.items()}
 _JOINED = {part: joined for joined, parts in SPLIT_PROJECTIONS.items() for part in parts}
-_HEAD = 128  # numbers of an attention head, of which a width is a multiple
+HEAD = 128  # numbers of an attention head, of which a width is a multiple
 _RATIOS = {  # outputs and inputs of modules in blocks, in widths
     "attn.to_qkv": (3, 1),
     "attn.to_added_qkv": (3, 1),
@@ -182,4 +182,4 @@ def fits_flux2(path: str, outputs: int, inputs: int) -> bool:
     if ratio is None:
         return True
     width = min(outputs, inputs)
-    return width % _HEAD == 0 and (outputs, inputs) == (ratio[0] * width, ratio[1] * width)
+    return width % HEAD == 0 and (outputs, inputs) == (ratio[0] * width, ratio[1] * width)

@@ -92,7 +92,8 @@ class Fp8Linear(nn.Linear):
         """
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.packed = weight
+        self.packed: Tensor
+        self.register_buffer("packed", weight, persistent=False)
         self.register_parameter("bias", bias)
         self.dtype = dtype
         self._scale = scale
@@ -118,11 +119,6 @@ class Fp8Linear(nn.Linear):
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.register_parameter("weight", weight)
 
-    @property
-    def quantized_bytes(self) -> int:
-        """Size of the stored weight in bytes."""
-        return self.packed.nbytes
-
     def forward(self, input: Tensor) -> Tensor:
         """As `nn.Linear`, (…, in) → (…, out), with the dequantised weight."""
         result: Tensor = LinearWithoutSaving.apply(input.to(self.dtype), self)  # type: ignore[no-untyped-call]
@@ -132,10 +128,16 @@ class Fp8Linear(nn.Linear):
         """Move to another device and compute in another type with the network."""
         example = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
         self.dtype = example.dtype
-        self.packed = self.packed.to(example.device)
+        if example.device.type == "mps":  # which has no such numbers
+            self.become_ordinary(self.weight)
+            return nn.Linear._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        packed = self._buffers.pop("packed")
+        assert packed is not None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers["packed"] = packed.to(example.device)
         if self._scale is not None:
             self._scale = self._scale.to(example.device)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class LinearWithoutSaving(torch.autograd.Function):

@@ -169,11 +169,12 @@ def open_base(
 def _open_path(source: Path, tokenizer: Path | None, vae: Path | None, text_encoder: Path | None) -> BaseWeights:
     is_folder = os.path.isdir(source)  # unlike Path.is_dir, False for a path that the system does not accept
     tensors = read_single_file(source) if os.path.isfile(source) else {}
+    refuse_foreign_keys(tensors)
     denoiser = _denoiser_alone(tensors)
     if text_encoder is not None and denoiser is None and (is_folder or tensors):
         raise SettingsError(
-            f"{suggest('text_encoder')} is for a file that holds the transformer alone; {source.name} has a text "
-            "encoder of its own.",
+            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein alone, which "
+            f"{source.name} is not.",
             f"Leave {suggest('text_encoder')} out.",
         )
     if is_folder:
@@ -273,13 +274,18 @@ def _text_encoder_tensors(path: Path) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise WeightsError(f"The text encoder {path} does not exist.", "Check the path for a typing error.")
     tensors = read_single_file(path)
-    _require_plain_floats(tensors)
+    _require_plain_floats(tensors, f"The text encoder {path.name}")
     return tensors
 
 
 def _from_file(tensors: Mapping[str, Tensor], path: Path, tokenizer: Path | None) -> HostTensors:
     networks = _networks_in_file(tensors, path)
-    return replace(networks, tokenizers=dict.fromkeys(networks.text_encoders, find_tokenizer(path, tokenizer)))
+    specs = [spec for family in FAMILIES for spec in family.text_encoders if spec.short_name in networks.text_encoders]
+    if any(spec.is_language_model for spec in specs):
+        found = find_language_tokenizer(path, path, tokenizer)
+    else:
+        found = find_tokenizer(path, tokenizer)
+    return replace(networks, tokenizers=dict.fromkeys(networks.text_encoders, found))
 
 
 def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
@@ -389,16 +395,21 @@ def checked(weights: BaseWeights) -> BaseWeights:
     return replace(weights, fingerprint=digest)
 
 
-def _require_plain_floats(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse quantised weights, whose values can't be read without their scales, and numbers of other kinds."""
+def _require_plain_floats(tensors: Mapping[str, Tensor], what: str = "The base model") -> None:
+    """Refuse quantised weights, whose values can't be read without their scales, and numbers of other kinds.
+
+    Args:
+        tensors: Name → tensor.
+        what: What they are of, for messages.
+    """
     for name, tensor in tensors.items():
         if is_quantization_name(name) or tensor.dtype in (torch.uint8, torch.int8):
             raise WeightsError(
-                f"The base model is quantised ({name}: {tensor.dtype}).",
+                f"{what} is quantised ({name}: {tensor.dtype}).",
                 "Use an fp16, bf16 or fp32 version of the model for training; the adapter fits the quantised one too.",
             )
         if not tensor.is_floating_point() and not name.endswith(("position_ids", "num_batches_tracked")):
-            raise WeightsError(f"The base model's {name} is of the type {tensor.dtype}.", _BROKEN)
+            raise WeightsError(f"{what} has numbers of the type {tensor.dtype}: {name}.", _BROKEN)
 
 
 def _from_folder(folder: Path) -> BaseWeights:
@@ -429,6 +440,7 @@ def _from_folder(folder: Path) -> BaseWeights:
         clip_skip=0,
         title=folder.resolve().name,
         fingerprint="",
+        is_distilled=index["is_distilled"] if isinstance(index.get("is_distilled"), bool) else None,
     )
 
 

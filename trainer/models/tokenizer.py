@@ -70,7 +70,8 @@ def find_language_tokenizer(text_encoder: Path, base: Path, given: Path | None) 
     Raises:
         WeightsError: None was found.
     """
-    folders = [given] if given is not None else [text_encoder, text_encoder.parent / "tokenizer"]
+    near = [text_encoder, text_encoder / "tokenizer", text_encoder.parent / "tokenizer"]
+    folders = [given] if given is not None else near
     if given is None:
         for start in (base.resolve(), Path(__file__).resolve()):
             folders += [parent / "comfy" / "text_encoders" / "qwen25_tokenizer" for parent in start.parents]

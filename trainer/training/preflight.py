@@ -77,12 +77,7 @@ def require_trainable(
         AdapterError: The adapter to start from does not.
         StorageError: A folder can't be written, or its disk is full.
     """
-    original = base.family.base_of_distilled(base.title)
-    if original is not None:
-        raise UnsupportedModelError(
-            f"{base.title} is distilled to draw in a few steps, which training would undo.",
-            f"Train on {original}; the adapter can then be used with the distilled model, too.",
-        )
+    _require_undistilled(base)
     if settings.zero_terminal_snr and base.prediction.type != "v_prediction":
         raise SettingsError(
             "zero_terminal_snr is for models that predict the velocity: to predict the noise of pure noise teaches "
@@ -113,6 +108,27 @@ def require_trainable(
         _require_room_for_full_finetuning(base, settings, paths)
     else:
         require_writable(paths.runs, _ADAPTER_BYTES)
+
+
+def _require_undistilled(base: BaseWeights) -> None:
+    """Refuse a model that was distilled to generate in a few steps, which training would undo.
+
+    Raises:
+        UnsupportedModelError: It says so, or says nothing and is called like one.
+    """
+    original = base.family.base_of_distilled(base.title)
+    if base.is_distilled:
+        raise UnsupportedModelError(
+            f"{base.title} is distilled to generate in a few steps, which training would undo.",
+            f"Train on {original or 'the base model that it was made of'}; the adapter fits the distilled model, too.",
+        )
+    if base.is_distilled is None and original is not None:
+        raise UnsupportedModelError(
+            f"{base.title} is called like a model that was distilled to generate in a few steps, which training would "
+            "undo.",
+            f"Train on {original}; the adapter fits the distilled model, too. If this is no distilled model, put "
+            "'base' into its file's name.",
+        )
 
 
 def require_preservable(

@@ -168,6 +168,7 @@ class BaseWeights:
         fingerprint: Hexadecimal digest of the weights.
         words: Words that stand for vectors of their own, of adapters that were added to it.
         prompt_encoder: What encodes prompts in place of text encoders of its own, of which there are none then.
+        is_distilled: Whether the model says that it generates in few steps, which training would undo; None: nothing.
     """
 
     family: Family
@@ -182,6 +183,7 @@ class BaseWeights:
     fingerprint: str
     words: Sequence[LearnedWord] = ()
     prompt_encoder: PromptEncoder | None = None
+    is_distilled: bool | None = None
 
 
 class DiffusionModel(Protocol):
@@ -379,7 +381,7 @@ class Family(Protocol):
         """What a denoiser (original names without prefix) predicts, by its weights alone."""
 
     def base_of_distilled(self, title: str) -> str | None:
-        """If a model of that title is distilled, so that training breaks it: the name of its base; else None."""
+        """If a distilled model, which training breaks, is called so: the name of its base; else None."""
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy.

@@ -72,8 +72,10 @@ class Flux2Model:
             self._encoders[spec.name] = encoder
             self.text_encoders[spec.name] = encoder.network
             del encoder.network  # only the dictionary holds it, so that its memory can be freed
-        text = next(iter(self.text_encoders.values()), None)
-        self.text_dtype = torch.float32 if text is None else next(text.parameters()).dtype
+        self.text_dtype = torch.float32
+        for text_encoder in self.text_encoders.values():
+            stored = next(text_encoder.parameters()).dtype
+            self.text_dtype = stored if stored.itemsize > 1 else torch.bfloat16  # nothing computes in eight bits
         self.objective: Objective = FlowObjective(training_mu=LinearMu(), sampling_mu=flux2_sampling_mu)
         self.words: Sequence[LearnedWord] = ()
         self.learn(weights.words)
@@ -160,7 +162,7 @@ def _places(*counts: int) -> Tensor:
 
 
 class Flux2Klein:
-    """The family: the base models, and by shape the distilled ones, which are drawn with but not trained."""
+    """The family: the base models, and by shape the distilled ones, which generate but are not trained."""
 
     name = "flux2"
     title = "FLUX.2 klein"
@@ -221,7 +223,7 @@ class Flux2Klein:
         return Prediction("flow")
 
     def base_of_distilled(self, title: str) -> str | None:
-        """Distilled models have the shapes of the base models; only their names tell."""
+        """Distilled models have the shapes of the base models; their names tell."""
         match = re.search(r"klein[-_. ]?(\d+b)?", title.lower())
         is_distilled = match is not None and "base" not in title.lower()
         return f"FLUX.2 klein base {(match[1] or '4b').upper()}" if is_distilled and match else None

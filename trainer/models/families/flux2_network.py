@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...core.errors import UnsupportedModelError, WeightsError
 from ..flux2_names import (
     DOUBLE,
+    HEAD,
     LAST_NORM,
     SINGLE,
     SPLIT_PROJECTIONS,
@@ -26,7 +27,6 @@ from .qwen3 import qwen3_component
 
 AXIS = 32  # numbers of a head for each of the four axes: picture, row, column, place in the text
 AXES = 4
-HEAD = AXIS * AXES
 THETA = 2000
 MLP_RATIO = 3.0
 _STATISTICS = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
@@ -34,7 +34,7 @@ _INCOMPLETE = "Use a complete file; if it was downloaded, download it again and 
 
 
 def diffusers_class(name: str) -> Any:
-    """A class of diffusers that came with FLUX.2.
+    """A class of diffusers that klein needs; before 0.37 there are classes for FLUX.2 dev alone.
 
     Raises:
         UnsupportedModelError: The installed diffusers has none.
@@ -42,9 +42,9 @@ def diffusers_class(name: str) -> Any:
     import diffusers
 
     found = getattr(diffusers, name, None)
-    if found is None:
+    if found is None or getattr(diffusers, "Flux2KleinPipeline", None) is None:
         raise UnsupportedModelError(
-            f"FLUX.2 needs diffusers 0.36 or newer; {diffusers.__version__} is installed.", "Update diffusers."
+            f"FLUX.2 klein needs diffusers 0.37 or newer; {diffusers.__version__} is installed.", "Update diffusers."
         )
     return found
 

@@ -21,7 +21,6 @@ from ...core.devices import DTYPES, to_device
 from ...core.errors import suggest
 from ...core.prompts import PromptWords
 from ...models.families.base import BaseWeights, Component, Conditioning, DiffusionModel, token_ids_key
-from ...models.fp8 import Fp8Linear
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
@@ -337,7 +336,7 @@ def _on_meta(base: BaseWeights) -> BaseWeights:
 
 def _stored_tensors(network: nn.Module) -> list[Tensor]:
     """A network's parameters and buffers, and the packed weights of its quantised layers."""
-    packed = [module.packed for module in network.modules() if isinstance(module, Nf4Linear | Fp8Linear)]
+    packed = [module.packed for module in network.modules() if isinstance(module, Nf4Linear)]
     return [*network.parameters(), *network.buffers(), *packed]
 
 
@@ -346,7 +345,7 @@ def _weight_bytes(parts: Iterable[nn.Module]) -> int:
     size = 0
     for network in parts:
         size += sum(tensor.nbytes for tensor in [*network.parameters(), *network.buffers()])
-        size += sum(module.quantized_bytes for module in network.modules() if isinstance(module, Nf4Linear | Fp8Linear))
+        size += sum(module.quantized_bytes for module in network.modules() if isinstance(module, Nf4Linear))
     return size
 
 
