@@ -4,7 +4,7 @@
     python benchmarks/fit.py --size sd15 --resolution 512
     python benchmarks/fit.py --card 8                the allocator refuses more than a card of 8 GB has
     python benchmarks/fit.py --plan                  the plan alone, as it also does without a GPU
-    python benchmarks/fit.py --plan --size flux2     FLUX.2 klein 4B; only planned
+    python benchmarks/fit.py --plan --size flux2     FLUX.2 klein 4B; only planned, also on a base in fp8
 
 Every variant runs in its own process: as it is, with gradient checkpointing, and with that and 8-bit Adam, NF4, or
 both.
@@ -100,7 +100,7 @@ def report(arguments: argparse.Namespace) -> None:
         f"{arguments.size}, bf16, {arguments.resolution}², batch {arguments.batch_size}, rank {arguments.rank}; "
         f"planned in {seconds:.1f} s"
     )
-    print(f"{'':32}{'encoding':>16}{'steps':>16}{'in all':>16}{'steps/s':>9}")
+    print(f"{'':43}{'encoding':>16}{'steps':>16}{'in all':>16}{'steps/s':>9}")
     figures: dict[str, Any] = {}
     for variant, planned in plans.items():
         measured = {} if arguments.plan else run_variant(variant, arguments)
@@ -109,7 +109,7 @@ def report(arguments: argparse.Namespace) -> None:
         cells = "".join(f"{_planned_and_measured(planned[part], measured.get(part)):>16}" for part in parts)
         speed = f"{measured['rate']:9.2f}" if "rate" in measured else ""
         failure = "   out of memory" if measured.get("failed") else ""
-        print(f"{variant:32}{cells}{speed}{failure}")
+        print(f"{variant:43}{cells}{speed}{failure}")
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         names = ("size", "resolution", "rank", "batch_size", "card")
@@ -146,21 +146,21 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     from trainer.training.memory.plan import MemorySaving, Planner
 
     if arguments.size == "flux2":
-        base = klein_without_memory()
+        bases = {"": klein_without_memory(), ", fp8 base": klein_without_memory(fp8=True)}
     else:
-        base = open_base(arguments.scratch / "random.safetensors", TOKENIZER)
+        bases = {"": open_base(arguments.scratch / "random.safetensors", TOKENIZER)}
     settings = TrainSettings(
         rank=arguments.rank, resolution=arguments.resolution, batch_size=arguments.batch_size, precision="bf16"
     )
-    planner = Planner(base, settings, precision="bf16", start=None, priors=False)
     plans = {}
-    for variant, changes in VARIANTS.items():
+    for (addition, base), (variant, changes) in itertools.product(bases.items(), VARIANTS.items()):
+        planner = Planner(base, settings, precision="bf16", start=None, priors=False)
         need = planner.need(
             MemorySaving(bool(changes.get("gradient_checkpointing"))),
             quantization=changes.get("base_quantization"),
             optimizer=changes.get("optimizer"),
         )
-        plans[variant] = {
+        plans[variant + addition] = {
             "encoding": need.encoding,
             "steps": need.base + need.trained + need.activations,
             "in all": need.total,
@@ -168,14 +168,14 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     return plans
 
 
-def klein_without_memory() -> Any:
-    """FLUX.2 klein 4B, of which only shapes and types are there."""
+def klein_without_memory(*, fp8: bool = False) -> Any:
+    """FLUX.2 klein 4B, of which only shapes and types are there; with `fp8` its blocks' projections in eight bits."""
     from flux2_checkpoints import KLEIN_4B, flux2_on_meta
 
     from trainer.models.families.base import BaseWeights
     from trainer.models.families.flux2 import FAMILY
 
-    weights = flux2_on_meta(KLEIN_4B)
+    weights = flux2_on_meta(KLEIN_4B, fp8=fp8)
     layout = FAMILY.layout
     config = FAMILY.complete(layout.denoiser_config(weights.denoiser))
     return BaseWeights(

@@ -365,9 +365,9 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
         "python benchmarks/learning.py search --smoke --trials 1 --keep 1 --seeds 0 --out OUT", check_learning_search
     ),
     ("python benchmarks/fit.py --plan --size flux2",): Smoke(
-        "python benchmarks/fit.py --plan --size flux2 --rank 4 --resolution 64",
+        "python benchmarks/fit.py --plan --size flux2 --resolution 64",
         printed(
-            r"^flux2, bf16, 64², batch 1, rank 4; planned in", r"^checkpointing, 8-bit Adam, NF4 +[\d.]+ +[\d.]+ +"
+            r"^flux2, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, 8-bit Adam, NF4 +[\d.]+ +[\d.]+ +"
         ),
     ),
     ("python benchmarks/fit.py",): Smoke(

@@ -141,15 +141,19 @@ def in_float8(denoiser: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return stored
 
 
-def flux2_on_meta(shape: Flux2Shape) -> Flux2Weights:
-    """Tensors without memory, in bfloat16, the autoencoder's in float32."""
+def flux2_on_meta(shape: Flux2Shape, *, fp8: bool = False) -> Flux2Weights:
+    """Tensors without memory, in bfloat16, the autoencoder's in float32; `fp8`: the blocks' projections in float8."""
 
     def empty(entries: Iterator[Entry], dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:
         return {name: torch.empty(dims, dtype=dtype, device="meta") for name, dims in entries}
 
     vae = empty(vae_entries(shape.vae_widths, shape.vae_blocks, 32), torch.float32)
     vae |= empty(iter([("bn.running_mean", (128,)), ("bn.running_var", (128,))]), torch.float32)
-    return Flux2Weights(empty(transformer_entries(shape)), vae, empty(qwen3_entries(shape)))
+    denoiser = empty(transformer_entries(shape))
+    if fp8:
+        projections = [name for name, tensor in denoiser.items() if "_blocks." in name and tensor.ndim == 2]
+        denoiser |= {name: denoiser[name].to(torch.float8_e4m3fn) for name in projections}
+    return Flux2Weights(denoiser, vae, empty(qwen3_entries(shape)))
 
 
 def transformer_entries(shape: Flux2Shape) -> Iterator[Entry]:
