@@ -51,8 +51,9 @@ def on_klein(prompt: dict[str, Any]) -> dict[str, Any]:
 
 def test_it_is_trained_and_draws_as_comfyuis_loader_does(klein: ComfyServer) -> None:
     """One run with the base as the teacher: Train LoRA's output, ComfyUI's Load LoRA of its file, and the base, drawn
-    side by side.
+    side by side; the base draws what it drew before.
     """
+    before = klein.wait(klein.queue(on_klein(drawing("before", ["base", 0], ["base", 1]))))
     changes = {"targets": "attention-mlp", "learning_rate": 1e-2, "steps": 3, "settings": ["settings", 0]}
     prompt = graph(name="klein trained", **changes) | {"settings": node("DreamBoothTrainingSettings", prior="model")}
     klein.wait(klein.queue(on_klein(prompt)))
@@ -68,6 +69,7 @@ def test_it_is_trained_and_draws_as_comfyuis_loader_does(klein: ComfyServer) -> 
     entry = klein.wait(klein.queue(on_klein(prompt)))
     drawn = {name: picture(klein, entry, f"{name}save") for name in ("base", "trained", "loaded")}
     np.testing.assert_array_equal(drawn["trained"], drawn["loaded"])
+    np.testing.assert_array_equal(drawn["base"], picture(klein, before, "beforesave"))
     assert (drawn["trained"] != drawn["base"]).any()
     assert "not loaded" not in klein.log().lower()
 

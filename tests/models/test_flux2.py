@@ -329,6 +329,13 @@ def test_a_file_of_the_transformer_alone_asks_for_the_others(parts: dict[str, Pa
     assert "vae and" not in caught.value.remedy
 
 
+def test_the_file_of_a_folders_transformer_asks_for_the_folder(folder: Path) -> None:
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    with pytest.raises(WeightsError, match="diffusers' layout") as caught:
+        open_base(file)
+    assert "model_index.json" in caught.value.remedy
+
+
 def test_parts_that_are_none_are_named(parts: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("vae", "text_encoder"):
         with pytest.raises(WeightsError, match="does not exist"):

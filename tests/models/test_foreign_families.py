@@ -15,7 +15,6 @@ SMALL = {"num_layers": 1, "num_attention_heads": 2}
 FLUX = SMALL | {"num_single_layers": 1, "attention_head_dim": 16, "joint_attention_dim": 32}
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "FluxTransformer2DModel": ("Flux", FLUX | {"pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8)}),
-    "Flux2Transformer2DModel": ("Flux 2", FLUX),
     "ChromaTransformer2DModel": ("Chroma", FLUX),
     "SD3Transformer2DModel": (
         "Stable Diffusion 3",

@@ -298,6 +298,11 @@ def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
             "Give a full checkpoint (denoiser, VAE and text encoder in one file) or a folder in diffusers' layout; in "
             "ComfyUI, connect Load Diffusion Model, Load CLIP and Load VAE.",
         )
+    if any(name.startswith("double_stream_modulation_img.linear.") for name in tensors):
+        raise WeightsError(
+            f"{path.name} is the transformer of a FLUX.2 folder in diffusers' layout.",
+            "Give the whole folder (model_index.json, transformer, vae, text_encoder, tokenizer).",
+        )
     denoiser = with_prefix(tensors, UNET_PREFIX)
     if not denoiser:
         raise WeightsError(
