@@ -78,7 +78,7 @@ def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     """
     target = torch.empty(0, device=device).device  # with its index, if the device has one
     parameters = list(network.parameters())
-    tensors = [*parameters, *(buffer for buffer in network.buffers() if buffer.dtype.itemsize > 1)]  # else quantised
+    tensors = [*parameters, *(buffer for buffer in network.buffers() if buffer.element_size() > 1)]  # else quantised
     is_typed = all(tensor.dtype == dtype or not tensor.is_floating_point() for tensor in tensors)
     if is_typed and all(tensor.device == target for tensor in [*parameters, *network.buffers()]):
         return network

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..core.errors import WeightsError
 
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_FLOAT8 = tuple(getattr(torch, name) for name in _FORMATS if hasattr(torch, name))  # before 2.1 there are none
 _FORMAT = ".comfy_quant"
 _SCALE = ".weight_scale"
 _INPUT_SCALE = ".input_scale"  # with which a host may quantise inputs; not needed to read the weight

@@ -74,8 +74,8 @@ class Flux2Model:
             del encoder.network  # only the dictionary holds it, so that its memory can be freed
         self.text_dtype = torch.float32
         for text_encoder in self.text_encoders.values():
-            stored = next(text_encoder.parameters()).dtype
-            self.text_dtype = stored if stored.itemsize > 1 else torch.bfloat16  # nothing computes in eight bits
+            stored = next(text_encoder.parameters())
+            self.text_dtype = stored.dtype if stored.element_size() > 1 else torch.bfloat16  # none computes in eight
         self.objective: Objective = FlowObjective(training_mu=LinearMu(), sampling_mu=flux2_sampling_mu)
         self.words: Sequence[LearnedWord] = ()
         self.learn(weights.words)
