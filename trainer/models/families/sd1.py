@@ -72,7 +72,7 @@ class StableDiffusion1:
         return None
 
     def base_of_distilled(self, title: str) -> str | None:
-        """Few steps are trained away by any training, as users of those models expect."""
+        """None: distilled models of this family can be trained."""
         return None
 
     def build(self, weights: BaseWeights) -> DiffusionModel:

@@ -98,7 +98,7 @@ class StableDiffusionXL:
         return {"text_embeds": conditioning["pooled_2"], "time_ids": conditioning["size"]}
 
     def base_of_distilled(self, title: str) -> str | None:
-        """Few steps are trained away by any training, as users of those models expect."""
+        """None: distilled models of this family can be trained."""
         return None
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
