@@ -29,7 +29,7 @@ from webui_fixtures import bare_webui, webui  # noqa: F401
 
 # The same examples on every run: a gate must not open and close by chance.
 hypothesis.settings.register_profile("everyday", max_examples=10, deadline=None, derandomize=True, database=None)
-hypothesis.settings.register_profile("thorough", max_examples=100, deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("thorough", max_examples=200, deadline=None, derandomize=True, database=None)
 
 if "pack" not in sys.modules:
     _spec = importlib.util.spec_from_file_location("pack", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
