@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dreambooth_lora")
 NO_FOLDER = "(connected images)"  # instead of a folder's name
+_CLIP_TYPES = {"flux2": "flux2", "zimage": "lumina2"}  # by family, what Load CLIP calls its text encoder
 _LARGEST_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6, one with zero terminal SNR at 4518
 
 
@@ -216,7 +217,7 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
 
     denoiser = _patched_tensors(model.model.diffusion_model, model.patches, "diffusion_model.")
     modules = vars(clip.cond_stage_model)["_modules"]
-    language_model = _language_model(denoiser)
+    prompted = _prompted_by_language_model(denoiser)
     known = {encoder.short_name for family in FAMILIES for encoder in family.text_encoders}
     encoders = {name: modules[name] for name in modules if name in known}
     tensors = HostTensors(
@@ -229,43 +230,50 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
         tokenizers={name: getattr(getattr(clip.tokenizer, name, None), "tokenizer", None) for name in encoders},
         title=_title(model),
         prediction=_prediction(model),
-        clip_skip=0 if language_model else -(getattr(clip, "layer_idx", None) or 0),
-        prompt_encoder=_clip_prompts(clip, language_model) if language_model else None,
+        clip_skip=0 if prompted else -(getattr(clip, "layer_idx", None) or 0),
+        prompt_encoder=_clip_prompts(clip, *prompted) if prompted else None,
     )
     if getattr(model, "injections", None):
         logger.warning("Adapters that were applied in bypass mode don't count in training; apply them as usual.")
     return open_base(tensors)
 
 
-def _language_model(denoiser: Mapping[str, Any]) -> Any:
-    """The engine's `TextEncoderSpec` of the language model that a denoiser's family has; None if it has none."""
+def _prompted_by_language_model(denoiser: Mapping[str, Any]) -> tuple[Any, int] | None:
+    """The engine's `Family` of a denoiser and how many numbers it reads of a token; None if CLIP encodes prompts."""
     from ..trainer.models.families import identify, layout_of, refuse_foreign_keys
 
     refuse_foreign_keys(denoiser)
     layout = layout_of(denoiser)
     if layout is None:
         return None
-    encoders = identify(layout.denoiser_config(denoiser)).text_encoders
-    return next((encoder for encoder in encoders if encoder.is_language_model), None)
+    config = layout.denoiser_config(denoiser)
+    family = identify(config)
+    if not any(encoder.is_language_model for encoder in family.text_encoders):
+        return None
+    return family, int(config["joint_attention_dim"] if "joint_attention_dim" in config else config["cap_feat_dim"])
 
 
-def _clip_prompts(clip: Any, language_model: Any) -> ClipPrompts:
+def _clip_prompts(clip: Any, family: Any, width: int) -> ClipPrompts:
     """The CLIP as what encodes prompts.
+
+    Args:
+        clip: A CLIP.
+        family: The model's.
+        width: Numbers that the model reads of each token.
 
     Raises:
         WeightsError: It is another kind of CLIP.
     """
+    [language_model] = family.text_encoders
+    remedy = f"Connect the CLIP of this model; in Load CLIP, choose its file and the type {_CLIP_TYPES[family.name]}."
     modules = vars(clip.cond_stage_model)["_modules"]
     names = [name for name in modules if name.startswith(language_model.short_name)]
     if not names:
         found = ", ".join(name for name in modules if hasattr(modules[name], "transformer")) or "nothing"
-        raise WeightsError(
-            f"The CLIP is not the model's: it has {found} and not {language_model.short_name}.",
-            "Connect the CLIP of this model; in Load CLIP, choose its file and the type flux2.",
-        )
+        raise WeightsError(f"The CLIP is not the model's: it has {found} and not {language_model.short_name}.", remedy)
     [name] = names
     tensors = _patched_tensors(modules[name].transformer, clip.patcher.patches, f"{name}.transformer.")
-    return ClipPrompts(clip, tensors, language_model.max_tokens)
+    return ClipPrompts(clip, tensors, language_model, width, remedy)
 
 
 def _prediction(model: Any) -> Any:
@@ -349,6 +357,7 @@ def apply_adapter(
     """
     import comfy.sd
 
+    from ..trainer.adapters.file_keys import in_file
     from ..trainer.adapters.kohya import parse_adapter
 
     adapter = parse_adapter(tensors)
@@ -357,7 +366,9 @@ def apply_adapter(
     named = replace(adapter, embeddings={}).state_dict()
     kept = {key: tensor for key, tensor in named.items() if key.split(".")[0] not in left_out}
     kept |= _corrected_dora_scales(weights, kept)
-    patched_model, patched_clip = comfy.sd.load_lora_for_models(model, clip, kept, strength_model, strength_clip)
+    patched_model, patched_clip = comfy.sd.load_lora_for_models(
+        model, clip, in_file(kept), strength_model, strength_clip
+    )
     if adapter.embeddings and clip is not None:
         patched_clip = with_words(patched_clip, adapter.embeddings)
     return patched_model, patched_clip
@@ -413,11 +424,14 @@ class _Weights:
     def __init__(self, model: Any, clip: Any) -> None:
         import comfy.lora
 
+        from ..trainer.adapters.file_keys import kohya_key
+
         self._weights: dict[str, Any] = {}  # key → (weight without patches, …), patches …
-        self._keys: dict[str, str] = {}
+        self._keys: dict[str, Any] = {}  # name → key, or (key, (axis, first, count)) for a part of a weight
         if model is not None:
             self._weights |= _key_patches(model)
-            self._keys |= comfy.lora.model_lora_keys_unet(model.model, {})
+            keys = comfy.lora.model_lora_keys_unet(model.model, {})
+            self._keys |= {kohya_key(name): key for name, key in keys.items()} | keys
         if clip is not None:
             self._weights |= _key_patches(clip.patcher)
             self._keys |= comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
@@ -430,19 +444,30 @@ class _Weights:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """The shape of a module's weight; None if there is no such module."""
+        key, part = self._place(name)
+        if key not in self._weights:
+            return None
+        shape = list(self._weights[key][0][0].shape)
+        if part:
+            shape[part[0]] = part[2]
+        return tuple(shape)
+
+    def _place(self, name: str) -> tuple[Any, Any]:
+        """The key of a module's weight, and the part of it that is the module's: axis, first, count; None for all."""
         key = self._keys.get(name)
-        return tuple(self._weights[key][0][0].shape) if isinstance(key, str) and key in self._weights else None
+        return (key[0], key[1]) if isinstance(key, tuple) else (key, None)
 
     def patched(self, name: str) -> Any:
         """A copy of a module's weight in float32, with the patches of this MODEL or CLIP and of no other."""
         import comfy.lora
         import torch
 
-        key = self._keys[name]
+        key, part = self._place(name)
         (weight, _), *patches = self._weights[key]
         if type(weight).__name__ == "QuantizedTensor":
             weight = weight.dequantize()
-        return comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
+        patched = comfy.lora.calculate_weight(patches, weight.to(torch.float32, copy=True), key)
+        return patched.narrow(*part) if part else patched
 
 
 def _corrected_dora_scales(weights: _Weights, tensors: Mapping[str, Any]) -> dict[str, Any]:

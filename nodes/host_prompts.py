@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..trainer.core.errors import WeightsError
+
 
 class ClipPrompts:
     """A CLIP that encodes prompts for a training; the engine's `PromptEncoder`.
@@ -15,23 +17,34 @@ class ClipPrompts:
         fingerprint: Hexadecimal digest of its weights.
     """
 
-    def __init__(self, clip: Any, tensors: Mapping[str, Any], max_tokens: int) -> None:
+    def __init__(self, clip: Any, tensors: Mapping[str, Any], spec: Any, width: int, remedy: str) -> None:
         """Take the CLIP.
 
         Args:
             clip: A CLIP.
             tensors: Its weights with the LoRAs that are applied to it, for the fingerprint.
-            max_tokens: How many tokens the model reads of a prompt.
+            spec: The engine's `TextEncoderSpec`.
+            width: Numbers that the model reads of each token.
+            remedy: What to do if the CLIP gives others.
         """
         from ..trainer.models.open import fingerprint
 
         self.fingerprint = fingerprint(type(clip.cond_stage_model).__name__, tensors)
         self._clip = clip
-        self._max_tokens = max_tokens
+        self._spec = spec
+        self._width = width
+        self._remedy = remedy
         self._known: dict[str, Any] = {}
 
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
-        """What ComfyUI would feed to the model: "text", (prompts, tokens, width), float32, on the CPU."""
+        """What ComfyUI would feed to the model: "text", (prompts, tokens, width), float32, on the CPU.
+
+        Where the model does not read the padding behind a prompt, ComfyUI makes none; then there are zeros, and
+        "lengths" tells where they begin.
+
+        Raises:
+            WeightsError: The CLIP is of another model.
+        """
         import comfy.model_management
         import torch
 
@@ -41,13 +54,28 @@ class ClipPrompts:
                 with torch.inference_mode():
                     for prompt in new:
                         embedded = self._clip.encode_from_tokens(self._clip.tokenize(prompt))
-                        self._known[prompt] = embedded[:, : self._max_tokens].float().cpu()
+                        self._require_width(embedded.shape[-1])
+                        self._known[prompt] = embedded[:, : self._spec.max_tokens].float().cpu()
             finally:
                 comfy.model_management.unload_all_models()
         with torch.inference_mode(False):
-            return {"text": torch.cat([self._known[prompt].clone() for prompt in prompts])}
+            known = [self._known[prompt].clone() for prompt in prompts]
+            if self._spec.reads_padding:
+                return {"text": torch.cat(known)}
+            text = torch.zeros(len(known), self._spec.max_tokens, self._width)
+            for row, embedded in zip(text, known, strict=True):
+                row[: embedded.shape[1]] = embedded[0]
+            return {"text": text, "lengths": torch.tensor([embedded.shape[1] for embedded in known])}
+
+    def _require_width(self, width: int) -> None:
+        if width != self._width:
+            raise WeightsError(
+                f"The CLIP is not the model's: it gives {width} numbers for each token, and the model reads "
+                f"{self._width}.",
+                self._remedy,
+            )
 
     def overlong(self, prompt: str) -> bool:
         """Whether the model reads only the beginning of the prompt; ComfyUI pads shorter ones."""
         tokens = self._clip.tokenize(prompt)
-        return any(len(row) > self._max_tokens for rows in tokens.values() for row in rows)
+        return any(len(row) > self._spec.max_tokens for rows in tokens.values() for row in rows)

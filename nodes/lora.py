@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..trainer.settings.train import TrainSettings
@@ -29,8 +30,10 @@ def as_adapter(lora: Mapping[str, Any]) -> Any:
 
 
 def as_wire(adapter: Any) -> LoraTensors:
-    """What a LORA_MODEL wire carries of the engine's `Adapter`."""
-    return LoraTensors(adapter.state_dict(), adapter.metadata)
+    """What a LORA_MODEL wire carries of the engine's `Adapter`: its tensors as they stand in its file."""
+    from ..trainer.adapters.file_keys import in_file
+
+    return LoraTensors(in_file(adapter.state_dict()), adapter.metadata)
 
 
 class LoadLoraFile(Node):
@@ -59,13 +62,13 @@ class LoadLoraFile(Node):
 
     @classmethod
     def execute(cls, file: str) -> io.NodeOutput:
-        """Read the file; the output's tensors have kohya's names."""
+        """Read the file; the output's tensors have the names that this pack's own files have."""
         from ..trainer.adapters.kohya import read_adapter
 
         path = host.lora_path(file)
         adapter = read_adapter(path)
         metadata = {"ss_output_name": path.stem, **adapter.metadata}  # so that reports have a name for it
-        return io.NodeOutput(LoraTensors(adapter.state_dict(), metadata))
+        return io.NodeOutput(as_wire(replace(adapter, metadata=metadata)))
 
 
 class ApplyLora(Node):

@@ -25,12 +25,8 @@ CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
         SMALL | {"attention_head_dim": 16, "joint_attention_dim": 32, "axes_dims_rope": (4, 4, 8)},
     ),
     "Lumina2Transformer2DModel": (
-        "Lumina or Z-Image",
+        "Lumina",
         SMALL | {"hidden_size": 32, "num_kv_heads": 1, "axes_dim_rope": (4, 4, 8), "cap_feat_dim": 32},
-    ),
-    "ZImageTransformer2DModel": (
-        "Lumina or Z-Image",
-        {"dim": 32, "n_layers": 1, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32, "axes_dims": [4, 4, 8]},
     ),
     "WanTransformer3DModel": ("Wan", SMALL | {"attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32}),
     "HunyuanVideoTransformer3DModel": (
@@ -67,8 +63,8 @@ def named(*keys: str) -> str:
             "Stable Diffusion 3",
         ),
         (["joint_blocks.0.x_block.attn.qkv.weight"], "Stable Diffusion 3"),
-        (["noise_refiner.0.attention.qkv.weight"], "Lumina or Z-Image"),
-        (["cap_embedder.0.weight"], "Lumina or Z-Image"),
+        (["noise_refiner.0.attention.qkv.weight"], "Lumina"),
+        (["cap_embedder.0.weight"], "Lumina"),
         (["blocks.0.cross_attn.norm_k.weight"], "Wan"),
         (["condition_embedder.time_proj.weight"], "Wan"),
     ],

@@ -27,9 +27,9 @@ def comfy(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
         folder.mkdir(parents=True)
         for path in (DEMO / "subject").glob("*.png"):
             Image.open(path).convert("RGB").resize((96, 80)).save(folder / f"{path.stem}.jpg")
-    loader = base_dir / "custom_nodes" / "small_qwen3.py"
+    loader = base_dir / "custom_nodes" / "small_models.py"
     loader.parent.mkdir()
-    shutil.copy(ROOT / "tests" / "support" / "comfy_flux2_loader.py", loader)
+    shutil.copy(ROOT / "tests" / "support" / "comfy_small_models.py", loader)
     with ComfyServer(base_dir, pack=ROOT, pack_name="dreambooth-lora") as running:
         yield running
     shutil.rmtree(base_dir / "models")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,19 +111,19 @@ def flux2_weights(shape: Flux2Shape | None = None, *, seed: int = 0, norms: str 
     """
     shape = shape or Flux2Shape()
     generator = torch.Generator().manual_seed(seed)
-    vae = _filled(vae_entries(shape.vae_widths, shape.vae_blocks, 32), generator)
+    vae = filled(vae_entries(shape.vae_widths, shape.vae_blocks, 32), generator)
     vae |= {
         "bn.running_mean": torch.randn(128, generator=generator) * 0.2,
         "bn.running_var": torch.rand(128, generator=generator) + 0.5,
         "bn.num_batches_tracked": torch.tensor(0),
     }
-    denoiser = _filled(transformer_entries(shape), generator)
+    denoiser = filled(transformer_entries(shape), generator)
     if norms == "weight":
         denoiser = {
             name.removesuffix(".scale") + ".weight" if name.endswith(".scale") else name: tensor
             for name, tensor in denoiser.items()
         }
-    return Flux2Weights(denoiser, vae, _filled(qwen3_entries(shape), generator))
+    return Flux2Weights(denoiser, vae, filled(qwen3_entries(shape), generator))
 
 
 def in_float8(denoiser: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -130,7 +131,7 @@ def in_float8(denoiser: Mapping[str, Tensor]) -> dict[str, Tensor]:
     description = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).encode()
     stored: dict[str, Tensor] = {}
     for name, tensor in denoiser.items():
-        if "_blocks." not in name or tensor.ndim != 2:
+        if not re.search(r"_blocks\.|\.attention\.|\.feed_forward\.", name) or tensor.ndim != 2:
             stored[name] = tensor
             continue
         module = name.removesuffix(".weight")
@@ -206,7 +207,8 @@ def qwen3_entries(shape: Flux2Shape) -> Iterator[Entry]:
     yield "model.norm.weight", (width,)
 
 
-def _filled(entries: Iterator[Entry], generator: torch.Generator) -> dict[str, Tensor]:
+def filled(entries: Iterator[Entry], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random tensors of these names and shapes, such that activations keep their size."""
     tensors = {}
     for name, dims in entries:
         noise = torch.randn(dims, generator=generator)

@@ -15,7 +15,7 @@ from ..core.errors import AdapterError, suggest
 from ..core.files import write_file
 from ..core.tensor_files import save_tensors
 from ..models.clip_names import without_text_tower
-from ..models.flux2_names import is_flux2_module
+from ..models.transformers import is_transformer_module
 from ..settings.sharing import shareable_metadata
 from .casting import cast_layer
 from .keys import PEFT_MAGNITUDE, embedding_names
@@ -87,7 +87,7 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
 
 def _diffusers_folder(path: ModulePath) -> str:
     """What the names of a network's modules begin with in diffusers' files."""
-    is_transformer = path.component == UNET and is_flux2_module(path.path)
+    is_transformer = path.component == UNET and is_transformer_module(path.path)
     return "transformer" if is_transformer else path.component
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 from ..core.errors import AdapterError
 from ..models import families
 from ..models.clip_names import with_text_tower
-from ..models.flux2_names import fits_flux2, is_flux2_module
+from ..models.transformers import is_transformer_module, vocabulary_of
 from .foreign import foreign_family, foreign_kind
 from .layers import DORA_SCALE
 from .module_paths import (
@@ -157,20 +157,24 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
 
 
 def _keys_of_like_families(parsed: Mapping[str, TensorKey], shapes: Mapping[str, Sequence[int]]) -> list[str]:
-    """Keys of modules that are called as those of FLUX.2, but have the shapes of another family."""
+    """Keys of modules that are called as those of a transformer here, but have the shapes of another family."""
     sides: dict[str, dict[str, int]] = {}  # path → "outputs" and "inputs"
     keys: dict[str, str] = {}
     for key, tensor in parsed.items():
         path = module_path(tensor.module)
         shape = shapes.get(key, ())
-        if path.component != UNET or not is_flux2_module(path.path) or len(shape) < 2:
+        if path.component != UNET or not is_transformer_module(path.path) or len(shape) < 2:
             continue
         keys.setdefault(path.path, key)
         if tensor.part == "lora_up.weight":
             sides.setdefault(path.path, {})["outputs"] = shape[0]
         elif tensor.part == "lora_down.weight":
             sides.setdefault(path.path, {})["inputs"] = shape[1]
-    return [keys[path] for path, found in sides.items() if len(found) == 2 and not fits_flux2(path, **found)]
+    return [
+        keys[path]
+        for path, found in sides.items()
+        if len(found) == 2 and (vocabulary := vocabulary_of(path)) and not vocabulary.fits(path, **found)
+    ]
 
 
 def _readable_families() -> str:
@@ -312,7 +316,9 @@ def _known(component: str, path: str) -> tuple[str, str] | None:
 def _as_known(component: str, path: str) -> str:
     """A path without what diffusers put into it up to version 0.19."""
     if component == UNET:
-        return path if is_flux2_module(path) else re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
+        return (
+            path if is_transformer_module(path) else re.sub(r"\.to_out$", ".to_out.0", path.replace(".processor.", "."))
+        )
     return re.sub(r"\.self_attn\.(?:processor\.)?to_(q|k|v|out)$", r".self_attn.\1_proj", path)
 
 

@@ -28,6 +28,7 @@ from ..core.tensor_files import is_quantization_name, read_header, save_tensors
 from ..settings.sharing import shareable_metadata
 from .adapter_files import find_files
 from .casting import cast_layer, cast_tensor
+from .file_keys import in_file
 from .keys import (
     PEFT_BIAS,
     PEFT_MAGNITUDE,
@@ -270,6 +271,8 @@ def _readable_keys(keys: Collection[str] | Mapping[str, Tensor]) -> dict[str, Te
 def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: bool = True) -> Path:
     """Write a kohya file atomically, with the hashes that other programs look up.
 
+    Z-Image's modules have other names there, see `file_keys`.
+
     Args:
         path: The file.
         adapter: Its metadata is written along; `sshs_*` and `modelspec.hash_sha256` are computed here.
@@ -283,7 +286,7 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: 
         NotFiniteError: A number is not finite, or too large for the dtype; nothing is written.
         StorageError: The file can't be written.
     """
-    tensors = adapter.state_dict(dtype)
+    tensors = in_file(adapter.state_dict(dtype))
     _tell_of_float32(tensors, dtype)
     metadata = shareable_metadata({key: str(value) for key, value in adapter.metadata.items()})
     placeholders = _hash_entries("0" * 64, "0" * 8)

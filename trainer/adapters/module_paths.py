@@ -12,14 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..models.clip_names import has_words_of_text_encoder, is_text_module, with_text_tower
-from ..models.flux2_names import (
-    DOUBLE,
-    SINGLE,
-    UNDERSCORED_WORDS,
-    is_flux2_module,
-    network_path,
-)
 from ..models.ldm_names import diffusers_name, has_words_of_unet, is_unet_module
+from ..models.transformers import BLOCKS, UNDERSCORED_WORDS, is_transformer_module, network_path
 from .prefixes import UNET, neutral_prefix, split_prefix
 
 _UNET_WORDS = (  # parts of paths that hold underscores themselves, longer ones first
@@ -32,8 +26,7 @@ _UNET_WORDS = (  # parts of paths that hold underscores themselves, longer ones 
 _WORDS = "|".join(sorted({*_UNET_WORDS.split("|"), *UNDERSCORED_WORDS}, key=lambda word: (-len(word), word)))
 _WORD = re.compile(rf"(?<![a-z0-9])({_WORDS})(?![a-z0-9])")
 _ONE_LAYER_PER_BLOCK = re.compile(r"^lora_unet_(input_blocks_(3_1|2_0_op|4_0_op)(_|$)|output_blocks_(1|3)_[12]_conv$)")
-_BLOCK_KINDS = ("text", "down", "mid", "up", "double", "single", "other")
-_TRANSFORMER_BLOCKS = {DOUBLE.path: "double", SINGLE.path: "single"}
+_BLOCK_KINDS = ("text", "down", "mid", "up", *BLOCKS.values(), "other")
 
 
 @dataclass(frozen=True)
@@ -54,12 +47,12 @@ class ModulePath:
 
     @property
     def block(self) -> str:
-        """The block: "down 0", "mid", "up 3", "double 0", "single 12", "text", "text 2"; "other" outside of blocks."""
+        """The block: "down 0", "mid", "double 0", "layer 3", "text", "text 2" …; "other" outside of blocks."""
         if self.component != UNET:
             return self.component.replace("_encoder", "").replace("_", " ")
         first, _, rest = self.path.partition(".")
-        if first in _TRANSFORMER_BLOCKS:
-            return f"{_TRANSFORMER_BLOCKS[first]} {rest.partition('.')[0]}"
+        if first in BLOCKS:
+            return f"{BLOCKS[first]} {rest.partition('.')[0]}"
         level = re.search(r"(?:(down|up)_blocks|mid_block)(?:\.(\d+))?", self.path)
         if level is None:
             return "other"
@@ -81,14 +74,14 @@ def has_known_words(component: str, path: str) -> bool:
     """
     if component != UNET:
         return has_words_of_text_encoder(path)
-    return has_words_of_unet(path) or is_flux2_module(path)
+    return has_words_of_unet(path) or is_transformer_module(path)
 
 
 def is_known_module(component: str, path: str) -> bool:
     """Whether models of the families that can be trained have such a module; arguments as of `has_known_words`."""
     if component != UNET:
         return is_text_module(path)
-    return is_unet_module(path) or is_flux2_module(path)
+    return is_unet_module(path) or is_transformer_module(path)
 
 
 def canonical_path(component: str, path: str) -> str:

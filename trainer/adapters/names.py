@@ -19,7 +19,6 @@ from ..core.errors import AdapterError
 from ..models import families
 from ..models.families.base import DiffusionModel, Family
 from ..models.fp8 import Fp8Linear
-from ..models.ldm_names import DIFFUSERS_BLOCKS
 from .foreign import foreign_family_in_words
 from .kohya import Adapter
 from .layers import Layer, OftLayer, fits
@@ -170,7 +169,7 @@ def _name_prefixes(family: Family) -> set[str]:
 
 
 def _unet_prefixes(family: Family) -> set[str]:
-    blocks = family.layout.block_names if family.original_names else DIFFUSERS_BLOCKS
+    blocks = family.layout.block_names if family.original_names else family.layout.block_paths
     return {f"{KOHYA_UNET_PREFIX}{block}_" for block in blocks}
 
 

@@ -1,18 +1,19 @@
 """What diffusers lays out otherwise than the original code: split projections, and the order of the last norm's rows.
 
-This pack's networks have the original code's layout (see `models/flux2_names`), and so do its files. Here layers of
-three projections become one, and back.
+FLUX.2's network has the original code's layout here (see `models/flux2_names`), and so do its files: layers of three
+projections become one, and back. Z-Image's has diffusers': a layer of joined projections becomes three.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ..core.errors import AdapterError
+from ..models import zimage_names
 from ..models.flux2_names import LAST_NORM, SWAPPED, joined_path, split_paths
 from .layers import FullLayer, Layer, LoraLayer, OftLayer
 from .module_paths import module_name, module_path
@@ -28,26 +29,26 @@ def in_network_layout(layers: Mapping[str, Layer]) -> dict[str, Layer]:
         layers: kohya module name → layer.
 
     Raises:
-        AdapterError: A projection can't be joined; named.
+        AdapterError: A projection can't be joined or split; named.
     """
     joined: dict[str, Layer] = {}
     thirds: dict[str, dict[int, tuple[str, Layer]]] = {}
     for name, layer in layers.items():
         path = module_path(name)
         place = joined_path(path.path) if path.component == UNET else None
+        parts = zimage_names.split_paths(path.path) if path.component == UNET else None
         if path.component == UNET and path.path == SWAPPED:
             joined[module_name(UNET, LAST_NORM)] = _with_swapped_halves(layer, name)
+        elif parts:
+            joined |= _split(layer, name, [module_name(UNET, part) for part in parts], layers)
         elif place is None:
             joined[name] = layer
         else:
             thirds.setdefault(module_name(UNET, place[0]), {})[place[1]] = (name, layer)
-    for name, parts in thirds.items():
+    for name, third in thirds.items():
         if name in joined:
-            raise AdapterError(
-                f"The adapter changes {next(iter(parts.values()))[0]} and also {name}, of which it is a part.",
-                "Use an adapter that names each layer once.",
-            )
-        joined[name] = _joined({number: layer for number, (_, layer) in parts.items()}, name)
+            raise _named_twice(next(iter(third.values()))[0], name)
+        joined[name] = _joined({number: layer for number, (_, layer) in third.items()}, name)
     return joined
 
 
@@ -63,11 +64,48 @@ def in_diffusers_layout(layer: LoraLayer, path: str) -> dict[str, LoraLayer]:
     paths = split_paths(path)
     if paths is None:
         return {path: layer}
-    ups = layer.up.chunk(3)
+    return dict(zip(paths, _thirds(layer), strict=True))
+
+
+def _thirds(layer: LoraLayer) -> list[LoraLayer]:
+    """The layers of query, key and value, which share the inner factor."""
     scale = layer.dora_scale
     is_per_output = scale is not None and len(scale) == len(layer.up)
     scales: Sequence[Tensor | None] = scale.chunk(3) if scale is not None and is_per_output else [scale] * 3
-    return {part: replace(layer, up=up, dora_scale=scale) for part, up, scale in zip(paths, ups, scales, strict=True)}
+    return [replace(layer, up=up, dora_scale=part) for up, part in zip(layer.up.chunk(3), scales, strict=True)]
+
+
+def _split(layer: Layer, name: str, parts: Sequence[str], others: Collection[str]) -> dict[str, Layer]:
+    """The layers of the three modules of a joined projection.
+
+    Args:
+        layer: Of the joined projection.
+        name: Of the joined projection.
+        parts: Names of the three.
+        others: Names of all layers of the adapter.
+
+    Raises:
+        AdapterError: It is of a kind that can't be split, or one of the three has a layer of its own.
+    """
+    repeated = next((part for part in parts if part in others), None)
+    if repeated:
+        raise _named_twice(repeated, name)
+    if isinstance(layer, LoraLayer) and layer.mid is None:
+        return dict(zip(parts, _thirds(layer), strict=True))
+    if layer.needs_weight:
+        raise AdapterError(
+            f"The adapter's {name} is of the kind {layer.kind} for query, key and value together, which can't be split "
+            "into the three layers that they are in the network.",
+            "Use a LoRA, or a file in which they are three layers.",
+        )
+    return {part: FullLayer(delta) for part, delta in zip(parts, layer.delta().chunk(3), strict=True)}
+
+
+def _named_twice(part: str, whole: str) -> AdapterError:
+    return AdapterError(
+        f"The adapter changes {part} and also {whole}, of which it is a part.",
+        "Use an adapter that names each layer once.",
+    )
 
 
 def _joined(parts: Mapping[int, Layer], name: str) -> Layer:

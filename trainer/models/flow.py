@@ -57,6 +57,21 @@ class LinearMu:
         return self.first_mu + slope * (tokens - self.first_tokens)
 
 
+@dataclass(frozen=True)
+class ConstantMu:
+    """The same μ for every picture.
+
+    Attributes:
+        mu: μ, the logarithm of the shift.
+    """
+
+    mu: float
+
+    def __call__(self, tokens: int, steps: int = 0) -> float:
+        """The μ, whatever the numbers of tokens and steps."""
+        return self.mu
+
+
 def flux2_sampling_mu(tokens: int, steps: int) -> float:
     """The μ with which FLUX.2 is sampled; it also depends on the number of steps.
 

@@ -78,6 +78,9 @@ _PATHS = {name: path for path, name in _FIXED.items()}
 _IN_DOUBLE_PATHS = {name: path for path, name in _IN_DOUBLE.items()}
 _IN_SINGLE_PATHS = {name: path for path, name in _IN_SINGLE.items()}
 _JOINED = {part: joined for joined, parts in SPLIT_PROJECTIONS.items() for part in parts}
+BLOCKS = {DOUBLE.path: "double", SINGLE.path: "single"}
+"""What paths of modules in blocks begin with → a word for people."""
+
 HEAD = 128  # numbers of an attention head, of which a width is a multiple
 _RATIOS = {  # outputs and inputs of modules in blocks, in widths
     "attn.to_qkv": (3, 1),
@@ -164,12 +167,12 @@ def split_paths(path: str) -> tuple[str, ...] | None:
     return tuple(f"{place[0]}.{place[1]}.{part}" for part in SPLIT_PROJECTIONS[place[2]])
 
 
-def is_flux2_module(path: str) -> bool:
+def is_module(path: str) -> bool:
     """Whether a dotted path, in the network, diffusers or the original code, is that of a module of such a model."""
     return bool(path == SWAPPED or original_name(path) or network_path(path) or joined_path(path))
 
 
-def fits_flux2(path: str, outputs: int, inputs: int) -> bool:
+def fits(path: str, outputs: int, inputs: int) -> bool:
     """Whether a module of that path may have such a weight; FLUX.1 and others have modules of the same names.
 
     Args:

@@ -33,7 +33,10 @@ def pixels_per_number(vae: Any) -> int:
 
 
 class ScaledLatents:
-    """Latents of one scale for all: Stable Diffusion's."""
+    """Latents of one scale and one shift for all: Stable Diffusion's, whose shift is 0, and FLUX.1's.
+
+    The shift is subtracted before the latents are scaled, as in diffusers.
+    """
 
     def shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
         """See `LatentFormat.shape`."""
@@ -43,12 +46,16 @@ class ScaledLatents:
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LatentFormat.encode`."""
         posterior = vae.encode(pixels).latent_dist
-        return posterior.mean * vae.config.scaling_factor, posterior.std * vae.config.scaling_factor
+        scale = vae.config.scaling_factor
+        return (posterior.mean - self._shift(vae)) * scale, posterior.std * scale
 
     def decode(self, vae: Any, latents: Tensor) -> Tensor:
         """See `LatentFormat.decode`."""
-        pixels: Tensor = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
+        pixels: Tensor = vae.decode(latents / vae.config.scaling_factor + self._shift(vae), return_dict=False)[0]
         return pixels
+
+    def _shift(self, vae: Any) -> float:
+        return float(vae.config.get("shift_factor") or 0.0)
 
 
 class PatchedLatents:

@@ -54,7 +54,7 @@ class _UnetConfig(_Config):
     use_linear_projection: bool = False
 
 
-class _TransformerConfig(_Config):
+class _Flux2Config(_Config):
     in_channels: int
     num_layers: int
     num_single_layers: int
@@ -63,9 +63,20 @@ class _TransformerConfig(_Config):
     guidance_embeds: bool = True
 
 
+class _ZImageConfig(_Config):
+    in_channels: int
+    dim: int
+    n_layers: int
+    n_refiner_layers: int
+    n_heads: int
+    cap_feat_dim: int
+    siglip_feat_dim: int | None = None
+
+
 class _VaeConfig(_Config):
     block_out_channels: list[int]
     scaling_factor: float = 0.18215
+    shift_factor: float | None = None
 
 
 class _TextConfig(_Config):
@@ -81,8 +92,9 @@ class _SchedulerConfig(_Config):
 
 
 _DENOISER_CONFIGS: Mapping[str, TypeAdapter[Any]] = {
-    "unet": TypeAdapter(_UnetConfig),
-    "transformer": TypeAdapter(_TransformerConfig),
+    "UNet2DConditionModel": TypeAdapter(_UnetConfig),
+    "Flux2Transformer2DModel": TypeAdapter(_Flux2Config),
+    "ZImageTransformer2DModel": TypeAdapter(_ZImageConfig),
 }
 _VAE_CONFIG = TypeAdapter(_VaeConfig)
 _TEXT_CONFIG = TypeAdapter(_TextConfig)
@@ -173,8 +185,8 @@ def _open_path(source: Path, tokenizer: Path | None, vae: Path | None, text_enco
     denoiser = _denoiser_alone(tensors)
     if text_encoder is not None and denoiser is None and (is_folder or tensors):
         raise SettingsError(
-            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein alone, which "
-            f"{source.name} is not.",
+            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein or Z-Image alone, "
+            f"which {source.name} is not.",
             f"Leave {suggest('text_encoder')} out.",
         )
     if is_folder:
@@ -298,9 +310,9 @@ def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
             "Give a full checkpoint (denoiser, VAE and text encoder in one file) or a folder in diffusers' layout; in "
             "ComfyUI, connect Load Diffusion Model, Load CLIP and Load VAE.",
         )
-    if any(name.startswith("double_stream_modulation_img.linear.") for name in tensors):
+    if any(name.startswith(("double_stream_modulation_img.linear.", "all_x_embedder.")) for name in tensors):
         raise WeightsError(
-            f"{path.name} is the transformer of a FLUX.2 folder in diffusers' layout.",
+            f"{path.name} is the transformer of a folder in diffusers' layout.",
             "Give the whole folder (model_index.json, transformer, vae, text_encoder, tokenizer).",
         )
     denoiser = with_prefix(tensors, UNET_PREFIX)
@@ -381,8 +393,8 @@ def _from_original(source: HostTensors) -> BaseWeights:
 
 def _with_scales(component: Component, scales: Mapping[str, Tensor]) -> Component:
     """The component with the scales of its weights, which are given by the names in the file."""
-    own_names = {component.file_names.get(name, name): name for name in component.tensors}
-    return replace(component, scales={own_names[name]: scale for name, scale in scales.items()})
+    file_names = {name: component.file_names.get(name, name) for name in component.tensors}
+    return replace(component, scales={name: scales[file] for name, file in file_names.items() if file in scales})
 
 
 def checked(weights: BaseWeights) -> BaseWeights:
@@ -422,7 +434,7 @@ def _from_folder(folder: Path) -> BaseWeights:
     layout = _folder_layout(index)
     settings = network_config(folder / layout.folder / "config.json")
     refuse_foreign_class(str(settings.pop("_class_name", layout.network_class)))
-    network_config(folder / layout.folder / "config.json", _DENOISER_CONFIGS[layout.folder])
+    network_config(folder / layout.folder / "config.json", _DENOISER_CONFIGS[layout.network_class])
     family = identify(settings)
     scheduler = network_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     return BaseWeights(
@@ -455,13 +467,14 @@ def _folder_layout(index: Mapping[str, Any]) -> Layout:
     Raises:
         UnsupportedModelError: It holds a model of no family here; the message names it.
     """
-    layout = next((layout for layout in layouts() if layout.folder in index), None)
-    stated = index[layout.folder] if layout else None
+    candidates = [layout for layout in layouts() if layout.folder in index]
+    stated = index[candidates[0].folder] if candidates else None
     if isinstance(stated, list) and len(stated) == 2 and isinstance(stated[1], str):
         refuse_foreign_class(stated[1])  # before anything is missed that other models don't have
-    elif layout is None or not isinstance(layout, UnetLayout):
+        return next(layout for layout in layouts() if layout.network_class == stated[1])
+    if not candidates or not isinstance(candidates[0], UnetLayout):
         refuse_foreign_class(str(index.get("_class_name", "unknown")))
-    return layout or UnetLayout()
+    return UnetLayout()
 
 
 def _scheduled_prediction(scheduler: Mapping[str, Any], family: Family) -> Prediction:

@@ -16,8 +16,9 @@ from .flux2 import FAMILY as FLUX2
 from .sd1 import FAMILY as SD1
 from .sd2 import FAMILY as SD2
 from .sdxl import FAMILY as SDXL
+from .zimage import FAMILY as ZIMAGE
 
-FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, FLUX2)
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, FLUX2, ZIMAGE)
 
 
 _KNOWN = ""  # a family here, whose names others share
@@ -26,6 +27,7 @@ _FOREIGN_KEYS = (  # in this order: further down are those that several families
     ("context_embedder.token_refiner", "HunyuanVideo"),
     ("distilled_guidance_layer.", "Chroma"),
     ("double_stream_modulation_img.", _KNOWN),
+    ("layers.0.adaLN_modulation.0.", _KNOWN),
     ("double_layers.0.attn.w1q", "AuraFlow"),
     ("joint_transformer_blocks.0.", "AuraFlow"),
     ("double_blocks.0.img_attn.norm.key_norm", "Flux"),
@@ -38,8 +40,8 @@ _FOREIGN_KEYS = (  # in this order: further down are those that several families
     ("transformer_blocks.0.attn.", "a diffusion transformer (Flux, SD 3 or Qwen-Image)"),
     ("down_blocks.0.0.depthwise", "Stable Cascade"),
     ("clip_txt_mapper", "Stable Cascade"),
-    ("cap_embedder.", "Lumina or Z-Image"),
-    ("noise_refiner.0.", "Lumina or Z-Image"),
+    ("cap_embedder.", "Lumina"),
+    ("noise_refiner.0.", "Lumina"),
     ("pos_embed.proj", "PixArt"),
     ("t_block.1", "PixArt"),
     ("blocks.0.cross_attn.norm_k", "Wan"),
@@ -56,7 +58,7 @@ _FOREIGN_CLASSES = {
     "StableCascade": "Stable Cascade",
     "Sana": "Sana",
     "QwenImage": "Qwen-Image",
-    "ZImage": "Z-Image",
+    "ZImage": "a relative of Z-Image",
     "Lumina": "Lumina",
     "Hunyuan": "Hunyuan",
     "Kandinsky": "Kandinsky",
@@ -81,7 +83,7 @@ def _refuse(name: str) -> UnsupportedModelError:
 
 def layouts() -> list[Layout]:
     """The layouts of all families, each once."""
-    return list({family.layout.folder: family.layout for family in FAMILIES}.values())
+    return list({family.layout.network_class: family.layout for family in FAMILIES}.values())
 
 
 def layout_of(denoiser: Mapping[str, Tensor]) -> Layout | None:
@@ -144,6 +146,8 @@ def identify(denoiser_config: Mapping[str, Any]) -> Family:
 def _unsupported_name(config: Mapping[str, Any]) -> str:
     if "num_single_layers" in config:
         return "FLUX.2 dev"
+    if "cap_feat_dim" in config:
+        return "Z-Image Omni"
     context = config.get("cross_attention_dim")
     has_added_conditions = config.get("addition_embed_type") is not None
     if has_added_conditions:

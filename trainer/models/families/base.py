@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import TrainerError, WeightsError
+from ...core.errors import TrainerError, UnsupportedModelError, WeightsError
 from ..latents import LatentFormat
 from ..objective import Objective
 
@@ -56,6 +56,7 @@ class TextEncoderSpec:
         published_layers: Number of layers of the published encoder, with the unused ones; 0 where none is unused.
         is_language_model: Whether it is a large language model in place of a CLIP.
         max_tokens: To how many tokens prompts are padded; 0 where the network's configuration tells.
+        reads_padding: Whether the denoiser reads the padding behind a prompt; else it is told where each prompt ends.
     """
 
     name: str
@@ -71,6 +72,7 @@ class TextEncoderSpec:
     published_layers: int = 0
     is_language_model: bool = False
     max_tokens: int = 0
+    reads_padding: bool = True
 
     @property
     def number(self) -> str:
@@ -190,9 +192,9 @@ class DiffusionModel(Protocol):
     """A built model: networks that may share storage with a host's, and what is known about them.
 
     Conditioning has these names, "_2" being the second text encoder: "ids", "ids_2" (tokens, int64), "text", "text_2"
-    (hidden states), "pooled_2" (projected embedding), and "size" (original height and width, top and left of the
-    crop, target height and width, in pixels). Where a host encodes the prompts, there are no tokens, and no text
-    encoders.
+    (hidden states), "lengths" (tokens of each prompt, int64, where the padding behind it is not read), "pooled_2"
+    (projected embedding), and "size" (original height and width, top and left of the crop, target height and width, in
+    pixels). Where a host encodes the prompts, there are no tokens, and no text encoders.
 
     Attributes:
         family: Its family.
@@ -256,6 +258,7 @@ class Layout(Protocol):
         folder: The denoiser's folder in diffusers' layout, with which names in its adapter files begin, too.
         network_class: The denoiser's class in diffusers.
         block_names: What the original code's names of modules in blocks begin with.
+        block_paths: What the network's paths of modules in blocks begin with.
     """
 
     @property
@@ -264,6 +267,8 @@ class Layout(Protocol):
     def network_class(self) -> str: ...  # noqa: D102
     @property
     def block_names(self) -> Sequence[str]: ...  # noqa: D102
+    @property
+    def block_paths(self) -> Sequence[str]: ...  # noqa: D102
 
     def holds(self, denoiser: Mapping[str, Tensor]) -> bool:
         """Whether tensors (original names without prefix) are those of such a denoiser."""
@@ -389,6 +394,44 @@ class Family(Protocol):
         Raises:
             WeightsError: Something is missing, unknown or of another shape.
         """
+
+
+def newer_class(name: str, *, model: str, pipeline: str, version: str) -> Any:
+    """A class of diffusers that versions which this pack otherwise works with don't have.
+
+    Args:
+        name: Of the class.
+        model: For people.
+        pipeline: Name of the model's pipeline, by which the version is told.
+        version: Of diffusers that has it.
+
+    Raises:
+        UnsupportedModelError: The installed diffusers is older.
+    """
+    import diffusers
+
+    found = getattr(diffusers, name, None)
+    if found is None or getattr(diffusers, pipeline, None) is None:
+        raise UnsupportedModelError(
+            f"{model} needs diffusers {version} or newer; {diffusers.__version__} is installed.", "Update diffusers."
+        )
+    return found
+
+
+def required(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of that name.
+
+    Raises:
+        WeightsError: There is none.
+    """
+    if name not in tensors:
+        raise WeightsError(f"The base model lacks the tensor {name}.", _INCOMPLETE)
+    return tensors[name]
+
+
+def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
+    """How many blocks of a kind, "<blocks>.<number>.", the tensors are of."""
+    return len({name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")})
 
 
 def on_meta(make: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Module:

@@ -12,11 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import WeightsError
 from ..flow import FlowObjective, LinearMu, flux2_sampling_mu
-from ..fp8 import keep_in_eight_bits
 from ..latents import LatentFormat, PatchedLatents
-from ..objective import Objective
 from .base import (
     AdapterMarks,
     BaseWeights,
@@ -24,15 +21,13 @@ from .base import (
     DiffusionModel,
     Family,
     Layout,
-    LearnedWord,
     Prediction,
     TextEncoderSpec,
-    build_around,
+    newer_class,
     on_meta,
-    token_ids_key,
 )
-from .flux2_network import AXES, AXIS, MLP_RATIO, THETA, Flux2Layout, diffusers_class, make_transformer
-from .qwen3 import Qwen3TextEncoder
+from .flux2_network import AXES, AXIS, MLP_RATIO, NEEDED, THETA, Flux2Layout, make_transformer
+from .language_model import LanguageModelConditioned
 
 _LAYERS = (9, 18, 27)  # of Qwen 3, after which hidden states are read
 _ATTENTION = r"transformer_blocks\.\d+\.attn\.(to_qkv|to_added_qkv|to_out\.0|to_add_out)"
@@ -40,91 +35,29 @@ _SINGLE = r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
 _MLP = r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)"
 
 
-class Flux2Model:
+class Flux2Model(LanguageModelConditioned):
     """A built model; see `DiffusionModel`."""
 
-    def __init__(self, family: Family, weights: BaseWeights) -> None:
-        """Build the networks around the tensors, without a copy.
+    text_layers = _LAYERS
+    template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    sizes = "Use Qwen 3 4B with FLUX.2 klein 4B, and Qwen 3 8B with 9B."
 
-        Raises:
-            UnsupportedModelError: The installed diffusers or transformers are too old.
-            WeightsError: Something is missing, unknown or of another shape.
-        """
-        self.family = family
-        transformer: Any = build_around(on_meta(make_transformer, weights.denoiser.config), weights.denoiser)
-        transformer.time_guidance_embed.time_proj.register_forward_pre_hook(self._with_exact_timesteps)
-        keep_in_eight_bits(transformer, weights.denoiser.scales, weights.denoiser.file_names)
-        self.denoiser = transformer
-        autoencoder = diffusers_class("AutoencoderKLFlux2")
-        self.vae: Any = build_around(on_meta(autoencoder, weights.vae.config), weights.vae)
-        self._host_encoder = weights.prompt_encoder
-        self._encoders: dict[str, Qwen3TextEncoder] = {}
-        self.text_encoders: dict[str, nn.Module] = {}
-        for spec, component, tokenizer in zip(family.text_encoders, weights.text_encoders, weights.tokenizers):
-            width = len(_LAYERS) * int(component.config["hidden_size"])
-            if width != int(weights.denoiser.config["joint_attention_dim"]):
-                raise WeightsError(
-                    f"The text encoder is of another size than the transformer: its hidden states have {width} "
-                    f"numbers, and the transformer reads {weights.denoiser.config['joint_attention_dim']}.",
-                    "Use Qwen 3 4B with FLUX.2 klein 4B, and Qwen 3 8B with 9B.",
-                )
-            encoder = Qwen3TextEncoder(component, tokenizer, _LAYERS, spec.max_tokens)
-            self._encoders[spec.name] = encoder
-            self.text_encoders[spec.name] = encoder.network
-            del encoder.network  # only the dictionary holds it, so that its memory can be freed
-        self.text_dtype = torch.float32
-        for text_encoder in self.text_encoders.values():
-            stored = next(text_encoder.parameters())
-            self.text_dtype = stored.dtype if stored.element_size() > 1 else torch.bfloat16  # none computes in eight
-        self.objective: Objective = FlowObjective(training_mu=LinearMu(), sampling_mu=flux2_sampling_mu)
-        self.words: Sequence[LearnedWord] = ()
-        self.learn(weights.words)
+    def __init__(self, family: Family, weights: BaseWeights) -> None:
+        """Build the networks around the tensors, without a copy; raises as `LanguageModelConditioned`."""
+        super().__init__(
+            family,
+            weights,
+            on_meta(make_transformer, weights.denoiser.config),
+            newer_class("AutoencoderKLFlux2", **NEEDED),
+            FlowObjective(training_mu=LinearMu(), sampling_mu=flux2_sampling_mu),
+        )
+        self.denoiser.time_guidance_embed.time_proj.register_forward_pre_hook(self._with_exact_timesteps)
         self._timesteps: Tensor | None = None
 
-    def learn(self, words: Sequence[LearnedWord]) -> None:
-        """There are none: its text encoder reads no vectors of one's own.
-
-        Raises:
-            ValueError: There are some.
-        """
-        if words:
-            raise ValueError("no words can be learned by Qwen 3")
-
-    def token_embeddings(self, encoder: str, text: str) -> Tensor:
-        """What the text encoder reads for a text's own tokens: (tokens, width)."""
-        network: Any = self.text_encoders[encoder]
-        embeddings: Tensor = network.embed_tokens(torch.tensor(self._encoders[encoder].tokens(text)))
-        return embeddings
-
-    def overlong(self, prompt: str) -> bool:
-        """Whether a text encoder would truncate the prompt."""
-        if self._host_encoder is not None:
-            return self._host_encoder.overlong(prompt)
-        return any(encoder.overlong(prompt) for encoder in self._encoders.values())
-
-    def tokenize(self, prompts: Sequence[str]) -> Conditioning:
-        """Tokens of the prompts, padded to the number that is read; none where a host encodes."""
-        return {token_ids_key(name): encoder.tokenize(prompts) for name, encoder in self._encoders.items()}
-
-    def max_tokens(self, encoder: str) -> int:
-        """The number of tokens that the text encoder reads of every prompt."""
-        return self._encoders[encoder].max_tokens
-
-    def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
-        """The embedding of tokens."""
-        return self._encoders[encoder].encode(self.text_encoders[encoder], ids)
-
-    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts by the text encoder, or by the host's."""
-        if self._host_encoder is not None:
-            return self._host_encoder.encode(prompts)
-        [name] = self._encoders
-        return self.encode_tokens(name, self.tokenize(prompts)[token_ids_key(name)])
-
-    def zero_conditioning(self) -> Conditioning:
-        """Zeros in place of one prompt's encoding."""
-        tokens = self.family.text_encoders[0].max_tokens
-        return {"text": torch.zeros(1, tokens, int(self.denoiser.config.joint_attention_dim))}
+    @property
+    def context_width(self) -> int:
+        """Numbers that the denoiser reads for each token of a prompt."""
+        return int(self.denoiser.config.joint_attention_dim)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the transformer over the tokens of picture and prompt; every number of the latents' grid is a token."""
@@ -149,10 +82,9 @@ class Flux2Model:
     def facts(self) -> dict[str, Any]:
         """What of configurations decides what the networks compute."""
         return {
-            **self.objective.facts(),
+            **super().facts(),
             "transformer": [self.denoiser.config[name] for name in ("rope_theta", "axes_dims_rope", "eps")],
             "vae": [self.vae.config[name] for name in ("batch_norm_eps", "norm_num_groups", "act_fn")],
-            "text": self._host_encoder.fingerprint if self._host_encoder else _LAYERS,
         }
 
 

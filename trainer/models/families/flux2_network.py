@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...core.errors import UnsupportedModelError, WeightsError
+from ...core.errors import WeightsError
 from ..flux2_names import (
     DOUBLE,
     HEAD,
@@ -22,31 +22,16 @@ from ..flux2_names import (
     original_name,
     split_paths,
 )
-from .base import Component, TextEncoderSpec
+from .base import Component, TextEncoderSpec, count_blocks, newer_class, required
 from .qwen3 import qwen3_component
 
 AXIS = 32  # numbers of a head for each of the four axes: picture, row, column, place in the text
 AXES = 4
 THETA = 2000
 MLP_RATIO = 3.0
+NEEDED = {"model": "FLUX.2 klein", "pipeline": "Flux2KleinPipeline", "version": "0.37"}  # before, there is dev alone
 _STATISTICS = ("bn.running_mean", "bn.running_var", "bn.num_batches_tracked")
 _INCOMPLETE = "Use a complete file; if it was downloaded, download it again and compare its size."
-
-
-def diffusers_class(name: str) -> Any:
-    """A class of diffusers that klein needs; before 0.37 there are classes for FLUX.2 dev alone.
-
-    Raises:
-        UnsupportedModelError: The installed diffusers has none.
-    """
-    import diffusers
-
-    found = getattr(diffusers, name, None)
-    if found is None or getattr(diffusers, "Flux2KleinPipeline", None) is None:
-        raise UnsupportedModelError(
-            f"FLUX.2 klein needs diffusers 0.37 or newer; {diffusers.__version__} is installed.", "Update diffusers."
-        )
-    return found
 
 
 class FinalNorm(nn.Module):
@@ -71,7 +56,7 @@ class FinalNorm(nn.Module):
 
 def make_transformer(**config: Any) -> nn.Module:
     """Diffusers' transformer with joined query, key and value projections and the original code's last norm."""
-    network: Any = diffusers_class("Flux2Transformer2DModel")(**config)
+    network: Any = newer_class("Flux2Transformer2DModel", **NEEDED)(**config)
     for block in network.transformer_blocks:
         attention = block.attn
         width, inner = attention.query_dim, attention.inner_dim
@@ -92,6 +77,7 @@ class Flux2Layout:
     folder = "transformer"
     network_class = "Flux2Transformer2DModel"
     block_names = (DOUBLE.original, SINGLE.original)
+    block_paths = (DOUBLE.path, SINGLE.path)
 
     def holds(self, denoiser: Mapping[str, Tensor]) -> bool:
         """By the modulation that all double blocks share."""
@@ -99,13 +85,13 @@ class Flux2Layout:
 
     def denoiser_config(self, denoiser: Mapping[str, Tensor]) -> dict[str, Any]:
         """By widths and numbers of blocks."""
-        tokens = _required(denoiser, "img_in.weight")
+        tokens = required(denoiser, "img_in.weight")
         return {
             "in_channels": tokens.shape[1],
-            "num_layers": _count(denoiser, DOUBLE.original),
-            "num_single_layers": _count(denoiser, SINGLE.original),
+            "num_layers": count_blocks(denoiser, DOUBLE.original),
+            "num_single_layers": count_blocks(denoiser, SINGLE.original),
             "num_attention_heads": tokens.shape[0] // HEAD,
-            "joint_attention_dim": _required(denoiser, "txt_in.weight").shape[1],
+            "joint_attention_dim": required(denoiser, "txt_in.weight").shape[1],
             "guidance_embeds": "guidance_in.in_layer.weight" in denoiser,
         }
 
@@ -190,13 +176,3 @@ class Flux2Layout:
         """By the number of its block."""
         match = re.match(r"(single_)?transformer_blocks\.(\d+)\.", path)
         return match is not None and int(match[2]) < depths[1 if match[1] else 0]
-
-
-def _required(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    if name not in tensors:
-        raise WeightsError(f"The base model lacks the tensor {name}.", _INCOMPLETE)
-    return tensors[name]
-
-
-def _count(tensors: Mapping[str, Tensor], blocks: str) -> int:
-    return len({name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")})

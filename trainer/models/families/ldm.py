@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.errors import WeightsError
-from ..ldm_names import ORIGINAL_BLOCKS, is_in_published, original_names, published_name
+from ..ldm_names import DIFFUSERS_BLOCKS, ORIGINAL_BLOCKS, is_in_published, original_names, published_name
 from ..state_dicts import with_current_attention_names
 from .base import Component, TextEncoderSpec
 from .clip import text_component
@@ -29,6 +29,7 @@ class UnetLayout:
     folder = "unet"
     network_class = "UNet2DConditionModel"
     block_names = ORIGINAL_BLOCKS
+    block_paths = DIFFUSERS_BLOCKS
 
     def holds(self, denoiser: Mapping[str, Tensor]) -> bool:
         """By the first convolution."""
@@ -196,7 +197,7 @@ def diffusers_vae_component(tensors: Mapping[str, Tensor], scaling_factor: float
             "block_out_channels": tuple(_required(tensors, first.format(level)).shape[0] for level in range(levels)),
             "layers_per_block": _count(tensors, r"encoder\.down_blocks\.0\.resnets\.(\d+)\."),
             **_vae_blocks(levels),
-            "latent_channels": _required(tensors, "quant_conv.weight").shape[0] // 2,
+            **_vae_latents(tensors),
             "scaling_factor": scaling_factor,
         },
     )
@@ -207,6 +208,14 @@ def _vae_blocks(levels: int) -> dict[str, Any]:
         "down_block_types": ("DownEncoderBlock2D",) * levels,
         "up_block_types": ("UpDecoderBlock2D",) * levels,
     }
+
+
+def _vae_latents(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Channels of the latents, and whether there are 1×1 convolutions around them."""
+    channels = _required(tensors, "encoder.conv_out.weight").shape[0] // 2
+    if "quant_conv.weight" in tensors:
+        return {"latent_channels": channels}
+    return {"latent_channels": channels, "use_quant_conv": False, "use_post_quant_conv": False}
 
 
 def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
@@ -221,7 +230,7 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
     """
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-    if "encoder.conv_in.weight" not in tensors or "quant_conv.weight" not in tensors:
+    if "encoder.conv_in.weight" not in tensors or "encoder.conv_out.weight" not in tensors:
         raise WeightsError(
             "The VAE has no encoder of Stable Diffusion's kind, so pictures can't be turned into latents.",
             "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD or a decoder alone).",
@@ -233,7 +242,7 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
         ),
         "layers_per_block": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         **_vae_blocks(levels),
-        "latent_channels": tensors["quant_conv.weight"].shape[0] // 2,
+        **_vae_latents(tensors),
         "scaling_factor": scaling_factor,
     }
     prefixed = {VAE_PREFIX + name: tensor for name, tensor in tensors.items()}

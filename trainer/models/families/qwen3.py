@@ -1,4 +1,4 @@
-"""Qwen 3 as a text encoder: configuration from shapes, prompts in its chat template, hidden states side by side."""
+"""Qwen 3 as a text encoder: configuration from shapes, prompts in a template, hidden states side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from .base import Component, Conditioning, TextEncoderSpec, build_around, on_met
 
 _HEAD = 128  # numbers of an attention head in every Qwen 3
 _PREFIX = "model."  # of the language model in files that also hold its head
-_TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 _INCOMPLETE = "Use a complete text encoder; if it was downloaded, download it again and compare its size."
 
 
@@ -70,33 +69,38 @@ class Qwen3TextEncoder:
     """A built text encoder with its tokenizer.
 
     Attributes:
-        max_tokens: Number of tokens to which prompts are padded or truncated.
+        max_tokens: Number of tokens to which prompts are padded or truncated: no more than the network has places for.
         network: The network, whose last norm is left out.
     """
 
-    def __init__(self, component: Component, tokenizer: Any, layers: Sequence[int], max_tokens: int) -> None:
+    def __init__(
+        self, component: Component, tokenizer: Any, spec: TextEncoderSpec, layers: Sequence[int], template: str
+    ) -> None:
         """Build around the component's tensors.
 
         Args:
             component: From `qwen3_component`.
             tokenizer: Hugging Face's.
+            spec: Which encoder of the family it is.
             layers: After how many layers hidden states are read; side by side they are the prompt's embedding.
-            max_tokens: See above.
+            template: What a prompt stands in, with "{}" for the prompt.
 
         Raises:
             UnsupportedModelError: The installed transformers is too old.
             WeightsError: Tensors don't fit together.
         """
-        self.max_tokens = max_tokens
+        self.max_tokens = min(spec.max_tokens, int(component.config["max_position_embeddings"]))
         self._tokenizer = tokenizer
         self._layers = tuple(layers)
+        self._template = template
+        self._reads_padding = spec.reads_padding
         network: Any = build_around(on_meta(_make, component.config), component)
         network.rotary_emb = _rotary_embedding(network)
         self.network: nn.Module = network
 
     def tokens(self, prompt: str) -> list[int]:
-        """All tokens of a prompt in the chat template, without thinking."""
-        return list(self._tokenizer(_TEMPLATE.format(prompt), truncation=False, verbose=False).input_ids)
+        """All tokens of a prompt in its template."""
+        return list(self._tokenizer(self._template.format(prompt), truncation=False, verbose=False).input_ids)
 
     def overlong(self, prompt: str) -> bool:
         """Whether the prompt would be truncated."""
@@ -108,7 +112,7 @@ class Qwen3TextEncoder:
         return torch.tensor([row + [-1] * (self.max_tokens - len(row)) for row in rows])
 
     def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:
-        """The prompts' embedding, (prompts, tokens, layers · width)."""
+        """The prompts' embedding, (prompts, tokens, layers · width); where lengths are told, zeros behind them."""
         language_model: Any = network
         ids = ids.to(next(network.parameters()).device)
         padding = self._tokenizer.pad_token_id
@@ -118,7 +122,11 @@ class Qwen3TextEncoder:
             output_hidden_states=True,
             use_cache=False,
         )
-        return {"text": torch.cat([output.hidden_states[layer] for layer in self._layers], dim=-1)}
+        text = torch.cat([output.hidden_states[layer] for layer in self._layers], dim=-1)
+        if self._reads_padding:
+            return {"text": text}
+        is_read = ids >= 0
+        return {"text": text.where(is_read[..., None], 0), "lengths": is_read.sum(dim=1)}
 
 
 def _rotary_embedding(network: Any) -> nn.Module:
@@ -144,8 +152,7 @@ def _make(**config: Any) -> nn.Module:
         import transformers
 
         raise UnsupportedModelError(
-            f"Qwen 3, FLUX.2 klein's text encoder, needs transformers 4.51 or newer; {transformers.__version__} is "
-            "installed.",
+            f"The text encoder Qwen 3 needs transformers 4.51 or newer; {transformers.__version__} is installed.",
             "Update transformers.",
         ) from error
     network = Qwen3Model(Qwen3Config(**config))

@@ -1,9 +1,9 @@
-"""Run by ComfyUI's Python: FLUX.2 klein's networks by ComfyUI's own code, and lent to this pack.
+"""Run by ComfyUI's Python: a flow-matching model's networks by ComfyUI's own code, and lent to this pack.
 
-    python comfy_flux2.py COMFYUI FOLDER OUTPUTS.safetensors PROMPT...
+    python comfy_flow.py COMFYUI FAMILY FOLDER OUTPUTS.safetensors PROMPT...
 
 FOLDER holds transformer.safetensors, vae.safetensors, text.safetensors and inputs.safetensors: "pixels", and pairs of
-"noisy N" and "timesteps N". OUTPUTS gets "text", "latents" and "prediction N" by ComfyUI, and the same by this pack
+"noisy N" and "timesteps N". OUTPUTS gets "text N" of each prompt, "latents" and "prediction N" by ComfyUI, and the same by this pack
 with "ours " before the name; and the number of tensors of the transformer that are borrowed, and of those that are not.
 """
 
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-comfyui, given, outputs, *prompts = sys.argv[1:]
+comfyui, family, given, outputs, *prompts = sys.argv[1:]
 sys.argv = [sys.argv[0], "--cpu"]
 sys.path.insert(0, comfyui)
 
@@ -27,7 +27,7 @@ import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
-from comfy_flux2_loader import load_small_clip  # noqa: E402
+from comfy_small_models import let_small_zimages_in, load_small_clip  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 FOLDER = Path(given)
@@ -47,38 +47,48 @@ def pack(module: str) -> Any:
     return importlib.import_module(f"pack.{module}")
 
 
+def storage(tensor: torch.Tensor) -> int:
+    """Where a tensor's memory begins, or that of which it is a view."""
+    return tensor.untyped_storage().data_ptr()
+
+
 def main() -> None:
     """Write what each gives."""
     inputs = load_file(FOLDER / "inputs.safetensors")
     cases = [name.removeprefix("noisy ") for name in inputs if name.startswith("noisy ")]
     found: dict[str, torch.Tensor] = {}
+    let_small_zimages_in()
     with torch.inference_mode():
         model = comfy.sd.load_diffusion_model(str(FOLDER / "transformer.safetensors"), {"dtype": torch.float32})
-        clip = load_small_clip(FOLDER / "text.safetensors")
+        clip = load_small_clip(FOLDER / "text.safetensors", family)
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(FOLDER / "vae.safetensors")), dtype=torch.float32)
-        text = torch.cat([clip.encode_from_tokens(clip.tokenize(prompt))[:, :512] for prompt in prompts])
-        found["text"] = text.clone()
-        found["latents"] = vae.encode(inputs["pixels"].movedim(1, -1) / 2 + 0.5).clone()
+        texts = [clip.encode_from_tokens(clip.tokenize(prompt))[:, :512] for prompt in prompts]
+        found |= {f"text {number}": text[0].clone() for number, text in enumerate(texts)}
+        latents = vae.encode(inputs["pixels"].movedim(1, -1) / 2 + 0.5)
+        found["latents"] = model.model.process_latent_in(latents).clone()
         comfy.model_management.load_models_gpu([model], force_full_load=True)
         for case in cases:
             timesteps = inputs[f"timesteps {case}"] / 1000  # ComfyUI's sampling of flow models: σ is the timestep
-            context = model.model.extra_conds(cross_attn=text[:1])["c_crossattn"].cond
-            context = context.expand(len(timesteps), -1, -1)
-            output = model.model.diffusion_model(inputs[f"noisy {case}"], timesteps, context=context)
+            conditions = model.model.extra_conds(cross_attn=texts[0])
+            context = conditions["c_crossattn"].cond.expand(len(timesteps), -1, -1)
+            others = {"num_tokens": conditions["num_tokens"].cond} if "num_tokens" in conditions else {}
+            output = model.model.diffusion_model(inputs[f"noisy {case}"], timesteps, context=context, **others)
             found[f"prediction {case}"] = output.float().clone()
     with pack("nodes.host").training_mode(), torch.no_grad():
         base = pack("nodes.host").borrow_base(model, clip, vae)
-        lent = {tensor.data_ptr() for tensor in model.model.diffusion_model.state_dict().values()}
+        lent = {storage(tensor) for tensor in model.model.diffusion_model.state_dict().values()}
         ours = base.family.build(base)
         stored = [module.packed for module in ours.denoiser.modules() if hasattr(module, "packed")]
-        own = [tensor.data_ptr() in lent for tensor in (*ours.denoiser.parameters(), *stored)]
+        own = [storage(tensor) in lent for tensor in (*ours.denoiser.parameters(), *stored)]
         found["borrowed"] = torch.tensor([sum(own), len(own) - sum(own)])
         conditioning = ours.encode_prompts(prompts)
-        found["ours text"] = conditioning["text"]
+        lengths = conditioning.get("lengths", torch.full((len(prompts),), conditioning["text"].shape[1])).tolist()
+        for number, (text, length) in enumerate(zip(conditioning["text"], lengths, strict=True)):
+            found[f"ours text {number}"] = text[:length]
         found["ours latents"], _ = base.family.latents.encode(ours.vae, inputs["pixels"])
         for case in cases:
             timesteps = inputs[f"timesteps {case}"]
-            rows = {"text": conditioning["text"][:1].expand(len(timesteps), -1, -1)}
+            rows = {name: row[:1].expand(len(timesteps), *row.shape[1:]) for name, row in conditioning.items()}
             found[f"ours prediction {case}"] = ours.predict(inputs[f"noisy {case}"], timesteps, rows)
     save_file({name: tensor.contiguous() for name, tensor in found.items()}, outputs)
 

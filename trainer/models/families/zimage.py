@@ -1,0 +1,156 @@
+"""Z-Image: rectified flow, a transformer over the tokens of picture and prompt together, Qwen 3 4B.
+
+Sources: Tongyi-MAI/Z-Image; diffusers' ZImagePipeline and its training example.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..flow import ConstantMu, FlowObjective
+from ..latents import LatentFormat, ScaledLatents
+from .base import (
+    AdapterMarks,
+    BaseWeights,
+    Conditioning,
+    DiffusionModel,
+    Family,
+    Layout,
+    Prediction,
+    TextEncoderSpec,
+    on_meta,
+)
+from .language_model import LanguageModelConditioned
+from .zimage_network import PATCH, ZImageLayout, make_transformer
+
+_LAYER = 35  # of the 36 of Qwen 3 4B, after which hidden states are read
+_TRAINING_SHIFT = 2.0  # musubi-tuner, docs/zimage.md
+_SAMPLING_SHIFT = 3.0  # diffusers' scheduler_config.json of Z-Image-Turbo; ComfyUI's supported_models.ZImage
+_ATTENTION = r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"
+_MLP = r"layers\.\d+\.feed_forward\.w[123]"
+
+
+class ZImageModel(LanguageModelConditioned):
+    """A built model; see `DiffusionModel`."""
+
+    text_layers = (_LAYER,)
+    template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+    sizes = "Use Qwen 3 4B."
+
+    def __init__(self, family: Family, weights: BaseWeights) -> None:
+        """Build the networks around the tensors, without a copy; raises as `LanguageModelConditioned`."""
+        from diffusers import AutoencoderKL
+
+        super().__init__(
+            family,
+            weights,
+            on_meta(make_transformer, weights.denoiser.config),
+            AutoencoderKL,
+            FlowObjective(ConstantMu(math.log(_TRAINING_SHIFT)), ConstantMu(math.log(_SAMPLING_SHIFT)), patch=PATCH),
+        )
+
+    @property
+    def context_width(self) -> int:
+        """Numbers that the denoiser reads for each token of a prompt."""
+        return int(self.denoiser.config.cap_feat_dim)
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run the transformer, which counts time from noise to picture, and predicts picture - noise."""
+        text = conditioning["text"].to(latents.dtype)
+        lengths = conditioning["lengths"].tolist()
+        outputs: list[Tensor] = self.denoiser(
+            x=list(latents[:, :, None].unbind()),
+            t=1 - timesteps.to(latents.device, torch.float32) / self.objective.timesteps,
+            cap_feats=[row[:length] for row, length in zip(text, lengths, strict=True)],
+            return_dict=False,
+        )[0]
+        return -torch.stack(outputs)[:, :, 0]
+
+    def facts(self) -> dict[str, Any]:
+        """What of configurations decides what the networks compute."""
+        transformer = ("rope_theta", "axes_dims", "t_scale", "norm_eps", "qk_norm")
+        return {
+            **super().facts(),
+            "transformer": [self.denoiser.config[name] for name in transformer],
+            "vae": [self.vae.config[name] for name in ("scaling_factor", "shift_factor", "norm_num_groups", "act_fn")],
+        }
+
+
+class ZImage:
+    """The family: the base model, and by shape the distilled Turbo, which generates but is not trained."""
+
+    name = "zimage"
+    title = "Z-Image"
+    short_title = "Z-Image"
+    scaling_factor = 0.3611
+    latents: LatentFormat = ScaledLatents()
+    layout: Layout = ZImageLayout()
+    targets: Mapping[str, str] = {
+        "attention": _ATTENTION,
+        "attention-mlp": rf"{_ATTENTION}|{_MLP}",
+        "all": ".*",
+    }
+    text_targets: Mapping[str, str] = {}
+    adapter_marks = AdapterMarks(
+        context_width=0,
+        module_names=r"^lora_unet_(layers|noise_refiner|context_refiner)_\d+_|^lora_unet_all_(x_embedder|final_layer)_",
+        architecture="Z-Image",
+        base_version="z_image",
+    )
+    original_names = False
+    transformer_depths: Sequence[int] = (30, 2)
+    kohya_v2 = False
+    trains_fully = False
+    text_encoders: Sequence[TextEncoderSpec] = (
+        TextEncoderSpec(
+            name="text_encoder",
+            short_name="qwen3",
+            file_prefixes=("text_encoders.qwen3_4b.transformer.",),
+            adapter_prefix="lora_te_",
+            hidden_act="silu",
+            pads_with_end=False,
+            layer=_LAYER,
+            normed=False,
+            is_language_model=True,
+            max_tokens=512,
+            reads_padding=False,
+        ),
+    )
+
+    def architecture(self, prediction: Prediction) -> str:
+        """One name for all."""
+        return "Z-Image"
+
+    def base_version(self, prediction: Prediction) -> str:
+        """One name for all."""
+        return "z_image"
+
+    def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
+        """A transformer that reads a prompt's features, without those of pictures, which Z-Image Omni has."""
+        return "cap_feat_dim" in denoiser_config and denoiser_config.get("siglip_feat_dim") is None
+
+    def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Where tokens stand, as in ComfyUI."""
+        return {**denoiser_config, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512]}
+
+    def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
+        """Flow matching alone."""
+        return Prediction("flow")
+
+    def base_of_distilled(self, title: str) -> str | None:
+        """Turbo has the shapes of the base model; its name tells, but not of those from which that was taken again."""
+        words = re.sub(r"[-_. ]", "", title.lower())
+        return "Z-Image" if "zimage" in words and "turbo" in words and "deturbo" not in words else None
+
+    def build(self, weights: BaseWeights) -> DiffusionModel:
+        """Build the networks around the tensors, without a copy."""
+        return ZImageModel(self, weights)
+
+
+FAMILY = ZImage()
