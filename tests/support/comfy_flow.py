@@ -3,8 +3,9 @@
     python comfy_flow.py COMFYUI FAMILY FOLDER OUTPUTS.safetensors PROMPT...
 
 FOLDER holds transformer.safetensors, vae.safetensors, text.safetensors and inputs.safetensors: "pixels", and pairs of
-"noisy N" and "timesteps N". OUTPUTS gets "text N" of each prompt, "latents" and "prediction N" by ComfyUI, and the same by this pack
-with "ours " before the name; and the number of tensors of the transformer that are borrowed, and of those that are not.
+"noisy N" and "timesteps N". OUTPUTS gets "text N" of each prompt, "latents" and "prediction N" by ComfyUI, and the same
+by this pack with "ours " before the name; and the number of tensors of the transformer that are borrowed, and of those
+that are not.
 """
 
 from __future__ import annotations

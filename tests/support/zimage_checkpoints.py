@@ -21,6 +21,7 @@ HEAD = 128
 LATENT_CHANNELS = 16
 REFINERS = 2
 _NO_CONVOLUTION = ("quant_conv.", "post_quant_conv.")
+_SMALL_TEXT = Flux2Shape(text_layers=36)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ZImageShape:
 
     heads: int = 3
     layers: int = 2
-    text: Flux2Shape = Flux2Shape(text_layers=36)
+    text: Flux2Shape = _SMALL_TEXT
     vae_channels: int = 32
     vae_multiples: tuple[int, ...] = (1, 1, 1, 1)
     vae_blocks: int = 1

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.errors import SettingsError, suggest
+
 _ROUNDING = 1e-9  # by which a whole number may come out too small
 
 
@@ -82,6 +84,12 @@ class RankSchedule:
             return None
         axis = 1 if isinstance(down, nn.Conv2d) else components.ndim - 1
         mask = self._masks[components.shape[axis]].to(components.dtype)
+        if len(components) != len(mask):
+            raise SettingsError(
+                f"{suggest('rank_schedule', 'timestep')} can't limit a layer that reads all samples of a batch in one "
+                "row, such as the embedders of Z-Image.",
+                f"Choose {suggest('targets')} without it, or set {suggest('batch_size', 1)}.",
+            )
         shape = [1] * components.ndim
         shape[0], shape[axis] = mask.shape
         return components * mask.view(shape)

@@ -61,16 +61,15 @@ class ZImageModel(LanguageModelConditioned):
         return int(self.denoiser.config.cap_feat_dim)
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Run the transformer, which counts time from noise to picture, and predicts picture - noise."""
+        """Run the transformer over the tokens of picture and prompt, of which each has its own length."""
         text = conditioning["text"].to(latents.dtype)
         lengths = conditioning["lengths"].tolist()
-        outputs: list[Tensor] = self.denoiser(
+        output: Tensor = self.denoiser(
             x=list(latents[:, :, None].unbind()),
-            t=1 - timesteps.to(latents.device, torch.float32) / self.objective.timesteps,
+            timestep=timesteps.to(latents.device, torch.float32) / self.objective.timesteps,
             cap_feats=[row[:length] for row, length in zip(text, lengths, strict=True)],
-            return_dict=False,
-        )[0]
-        return -torch.stack(outputs)[:, :, 0]
+        )
+        return output[:, :, 0]
 
     def facts(self) -> dict[str, Any]:
         """What of configurations decides what the networks compute."""
@@ -94,7 +93,7 @@ class ZImage:
     targets: Mapping[str, str] = {
         "attention": _ATTENTION,
         "attention-mlp": rf"{_ATTENTION}|{_MLP}",
-        "all": ".*",
+        "all": r"(layers|noise_refiner|context_refiner|all_final_layer|t_embedder)\..*",  # but for the embedders
     }
     text_targets: Mapping[str, str] = {}
     adapter_marks = AdapterMarks(

@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...core.errors import WeightsError
@@ -22,8 +23,19 @@ _INCOMPLETE = "Use a complete file; if it was downloaded, download it again and 
 
 
 def make_transformer(**config: Any) -> nn.Module:
-    """Diffusers' transformer."""
-    made: nn.Module = newer_class("ZImageTransformer2DModel", **NEEDED)(**config)
+    """Diffusers' transformer, which reads noise levels here, as the others do, and predicts noise - picture.
+
+    diffusers' own counts time from noise to picture, and predicts picture - noise.
+    """
+    network_class: Any = newer_class("ZImageTransformer2DModel", **NEEDED)
+
+    class ZImageTransformer(network_class):  # type: ignore[misc]
+        def forward(self, *, x: list[Tensor], timestep: Tensor, cap_feats: list[Tensor]) -> Tensor:
+            """Pictures (channels, 1, height, width), noise levels (batch,), prompts (tokens, width) → as pictures."""
+            outputs = super().forward(x=x, t=1 - timestep, cap_feats=cap_feats, return_dict=False)[0]
+            return -torch.stack(outputs)
+
+    made: nn.Module = ZImageTransformer(**config)
     return made
 
 

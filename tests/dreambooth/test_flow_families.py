@@ -1,17 +1,18 @@
-"""The recipe with FLUX.2 klein: against a plain loop of diffusers and PEFT, and whole runs with everything around them.
+"""The recipe with flow-matching models: against plain loops of diffusers and PEFT, and whole runs with all around them.
 
-The loop follows diffusers' examples/dreambooth/train_dreambooth_lora_flux2_klein.py.
+The loops follow diffusers' examples/dreambooth: train_dreambooth_lora_flux2_klein.py, train_dreambooth_lora_z_image.py.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ pytest.importorskip("diffusers", minversion="0.37")
 pytest.importorskip("transformers", minversion="4.51")
 
 from cases import mostly_slow
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, ZImagePipeline
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from flux2_checkpoints import flux2_folder
@@ -53,28 +54,23 @@ from worlds import (
     runs_in,
     steps_in,
 )
+from zimage_checkpoints import CHAT_TEMPLATE, zimage_folder
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 STEPS = 8
 CLASS_PROMPT = "a photo of a dog"
-# Qwen 3's own template, for one message of the user.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
-)
-IN_BLOCKS = r".*\.attn\.(to_qkv|to_added_qkv|to_out\.0|to_add_out|to_qkv_mlp_proj|to_out)"
-TARGETS = {
-    "attention": IN_BLOCKS,
-    "attention-mlp": rf"{IN_BLOCKS}|.*\.ff(_context)?\.linear_(in|out)",
-    "all": ".*",
-}
+
+
+@pytest.fixture(scope="module", params=["flux2", "zimage"])
+def plain(request: pytest.FixtureRequest) -> type[PlainTrainer]:
+    """The plain loop of a family."""
+    return {"flux2": PlainKlein, "zimage": PlainZImage}[request.param]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return flux2_folder(tmp_path_factory.mktemp("flux2") / "klein base")
+def folder(plain: type[PlainTrainer], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return plain.make_folder(tmp_path_factory.mktemp("flow") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -144,38 +140,53 @@ CASES["T-LoRA, all, batch 2, the base's predictions"] = Case(
 class PlainTrainer:
     """The networks as diffusers loads them, with LoRA by PEFT; steps as in diffusers' example.
 
-    Query, key and value projections are joined by diffusers' own `fuse_projections`, so that a LoRA has one inner
-    factor for the three of them.
+    Attributes:
+        make_folder: Writes a small model of the family.
+        pipeline: The family's pipeline.
+        targets: Of each preset, the modules.
+        latents: Shape of the latents of a picture of 64² pixels.
     """
+
+    make_folder: ClassVar[Callable[[Path], Path]]
+    pipeline: ClassVar[Any]
+    targets: ClassVar[Mapping[str, str]]
+    latents: ClassVar[tuple[int, int, int]]
 
     def __init__(self, folder: Path, settings: Any, pictures: Sequence[Picture]) -> None:
         self.settings = settings
-        self.pipe: Any = Flux2KleinPipeline.from_pretrained(folder, local_files_only=True)
+        self.pipe: Any = self.pipeline.from_pretrained(folder, local_files_only=True)
         self.pipe.tokenizer.chat_template = CHAT_TEMPLATE
         for network in (self.pipe.vae, self.pipe.text_encoder, self.pipe.transformer):
             network.requires_grad_(False)
-        for block in self.pipe.transformer.transformer_blocks:
-            block.attn.fuse_projections()
-            for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
-                delattr(block.attn, part)  # else they would get a LoRA that does nothing
+        self.prepare()
         self.base = copy.deepcopy(self.pipe.transformer)
         with torch.no_grad():
             self.posteriors = {
-                (picture.digest, flip): self._posterior(picture, flip) for picture in pictures for flip in (False, True)
+                (picture.digest, flip): self.posterior(picture, flip) for picture in pictures for flip in (False, True)
             }
-        self.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
         self.lora: dict[str, Any] = {}
-        self.text: dict[str, tuple[Tensor, Tensor]] = {}
+        self.text: dict[str, Any] = {}
 
-    @torch.no_grad()
-    def _posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
-        vae = self.pipe.vae
+    def prepare(self) -> None:
+        """Change the network where a LoRA would else have another form."""
+
+    def encoded(self, picture: Picture, flip: bool) -> Any:
         pixels = torch.from_numpy(np.array(picture.open().convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
-        posterior = vae.encode(pixels.flip(-1) if flip else pixels).latent_dist
-        centre = vae.bn.running_mean.view(1, -1, 1, 1)
-        scale = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
-        mean, std = (self.pipe._patchify_latents(part) for part in (posterior.mean, posterior.std))
-        return (mean - centre) / scale, std / scale
+        return self.pipe.vae.encode(pixels.flip(-1) if flip else pixels).latent_dist
+
+    def posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents."""
+        raise NotImplementedError
+
+    def shifted(self, sigma: Tensor) -> Tensor:
+        """The shift of diffusers' scheduler for 64² pixels."""
+        raise NotImplementedError
+
+    def predicted(self, transformer: Any, noisy: Tensor, sigmas: Tensor, captions: list[str]) -> Tensor:
+        raise NotImplementedError
+
+    def path_in_diffusers(self, path: str) -> str:
+        return path
 
     def add_lora(self, start: TrainableAdapter) -> None:
         """LoRA on the modules of the target, from the recipe's start."""
@@ -183,7 +194,7 @@ class PlainTrainer:
         chosen = [
             path
             for path, module in self.pipe.transformer.named_modules()
-            if isinstance(module, nn.Linear) and re.fullmatch(TARGETS[settings.targets], path)
+            if isinstance(module, nn.Linear) and re.fullmatch(self.targets[settings.targets], path)
         ]
         config = LoraConfig(
             r=settings.rank,
@@ -195,7 +206,7 @@ class PlainTrainer:
         modules = {path: module for path, module in self.pipe.transformer.named_modules() if hasattr(module, "lora_A")}
         layers = start.adapter().layers
         for name, one in start.layers.items():
-            module: Any = modules.pop(one.target.path.replace("norm_out.projection", "norm_out.linear"))
+            module: Any = modules.pop(self.path_in_diffusers(one.target.path))
             layer = layers[name]
             assert isinstance(layer, LoraLayer)
             with torch.no_grad():
@@ -216,30 +227,11 @@ class PlainTrainer:
         return output * (mask if output.ndim == 2 else mask[:, None])
 
     def sigma(self, quantile: float, settings: Any) -> float:
-        """The example's logit-normal distribution, with the shift of diffusers' scheduler for 64² pixels."""
+        """The example's logit-normal distribution, shifted."""
         normal = torch.tensor(NormalDist().inv_cdf(quantile), dtype=torch.float64)
-        sigma = self.scheduler.time_shift(calculate_shift(16), 1.0, torch.sigmoid(normal))
+        sigma = self.shifted(torch.sigmoid(normal))
         least, most = (getattr(settings, name, usual) for name, usual in (("min_timestep", 0), ("max_timestep", 1000)))
         return float(least + sigma * (most - least)) / 1000
-
-    def predicted(self, transformer: Any, noisy: Tensor, sigmas: Tensor, captions: list[str]) -> Tensor:
-        with torch.no_grad():
-            for caption in {*captions} - self.text.keys():
-                self.text[caption] = self.pipe.encode_prompt(caption, device=torch.device("cpu"))
-        text, text_ids = (torch.cat([self.text[caption][part] for caption in captions]) for part in (0, 1))
-        places = self.pipe._prepare_latent_ids(noisy)
-        self.sigmas = sigmas
-        prediction = transformer(
-            hidden_states=self.pipe._pack_latents(noisy),
-            timestep=sigmas,
-            guidance=None,
-            encoder_hidden_states=text,
-            txt_ids=text_ids,
-            img_ids=places,
-            return_dict=False,
-        )[0]
-        unpacked: Tensor = self.pipe._unpack_latents_with_ids(prediction, places)
-        return unpacked
 
     def loss(self, draws: Sequence[Draw], pictures: Sequence[Picture]) -> Tensor:
         """The mean squared error of one set's samples."""
@@ -281,7 +273,7 @@ class PlainTrainer:
         first = micro * settings.batch_size
         flip = settings.flip and kind != "class"
         return [
-            draw_sample(settings.seed, kind, step, slot, slots, [(128, 4, 4)] * count, 1000, flip)
+            draw_sample(settings.seed, kind, step, slot, slots, [self.latents] * count, 1000, flip)
             for slot in range(first, first + settings.batch_size)
         ]
 
@@ -318,8 +310,101 @@ class PlainTrainer:
         return losses
 
 
+class PlainKlein(PlainTrainer):
+    """FLUX.2 klein.
+
+    Query, key and value projections are joined by diffusers' own `fuse_projections`, so that a LoRA has one inner factor
+    for the three of them.
+    """
+
+    make_folder = staticmethod(flux2_folder)
+    pipeline = Flux2KleinPipeline
+    in_blocks = r".*\.attn\.(to_qkv|to_added_qkv|to_out\.0|to_add_out|to_qkv_mlp_proj|to_out)"
+    targets: ClassVar[Mapping[str, str]] = {
+        "attention": in_blocks,
+        "attention-mlp": rf"{in_blocks}|.*\.ff(_context)?\.linear_(in|out)",
+        "all": ".*",
+    }
+    latents = (128, 4, 4)
+
+    def prepare(self) -> None:
+        for block in self.pipe.transformer.transformer_blocks:
+            block.attn.fuse_projections()
+            for part in ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"):
+                delattr(block.attn, part)  # else they would get a LoRA that does nothing
+
+    def posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
+        vae = self.pipe.vae
+        posterior = self.encoded(picture, flip)
+        centre = vae.bn.running_mean.view(1, -1, 1, 1)
+        scale = torch.sqrt(vae.bn.running_var.view(1, -1, 1, 1) + vae.config.batch_norm_eps)
+        mean, std = (self.pipe._patchify_latents(part) for part in (posterior.mean, posterior.std))
+        return (mean - centre) / scale, std / scale
+
+    def shifted(self, sigma: Tensor) -> Tensor:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        moved: Tensor = scheduler.time_shift(calculate_shift(16), 1.0, sigma)
+        return moved
+
+    def predicted(self, transformer: Any, noisy: Tensor, sigmas: Tensor, captions: list[str]) -> Tensor:
+        with torch.no_grad():
+            for caption in {*captions} - self.text.keys():
+                self.text[caption] = self.pipe.encode_prompt(caption, device=torch.device("cpu"))
+        text, text_ids = (torch.cat([self.text[caption][part] for caption in captions]) for part in (0, 1))
+        places = self.pipe._prepare_latent_ids(noisy)
+        self.sigmas = sigmas
+        prediction = transformer(
+            hidden_states=self.pipe._pack_latents(noisy),
+            timestep=sigmas,
+            guidance=None,
+            encoder_hidden_states=text,
+            txt_ids=text_ids,
+            img_ids=places,
+            return_dict=False,
+        )[0]
+        unpacked: Tensor = self.pipe._unpack_latents_with_ids(prediction, places)
+        return unpacked
+
+    def path_in_diffusers(self, path: str) -> str:
+        return path.replace("norm_out.projection", "norm_out.linear")
+
+
+class PlainZImage(PlainTrainer):
+    """Z-Image, with the static shift that musubi-tuner advises."""
+
+    make_folder = staticmethod(zimage_folder)
+    pipeline = ZImagePipeline
+    targets: ClassVar[Mapping[str, str]] = {
+        "attention": r"layers\..*\.(to_q|to_k|to_v|to_out\.0)",
+        "attention-mlp": r"layers\..*\.(to_q|to_k|to_v|to_out\.0|w1|w2|w3)",
+        "all": r"(?!all_x_embedder|cap_embedder).*",
+    }
+    latents = (16, 8, 8)
+
+    def posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
+        config = self.pipe.vae.config
+        posterior = self.encoded(picture, flip)
+        return (posterior.mean - config.shift_factor) * config.scaling_factor, posterior.std * config.scaling_factor
+
+    def shifted(self, sigma: Tensor) -> Tensor:
+        moved: Tensor = FlowMatchEulerDiscreteScheduler().time_shift(math.log(2), 1.0, sigma)
+        return moved
+
+    def predicted(self, transformer: Any, noisy: Tensor, sigmas: Tensor, captions: list[str]) -> Tensor:
+        with torch.no_grad():
+            for caption in {*captions} - self.text.keys():
+                [self.text[caption]], _ = self.pipe.encode_prompt([caption], do_classifier_free_guidance=False)
+        self.sigmas = sigmas
+        inputs = list(noisy.unsqueeze(2).unbind(dim=0))
+        prompts = [self.text[caption] for caption in captions]
+        outputs = transformer(inputs, (1000 - 1000 * sigmas) / 1000, prompts, return_dict=False)[0]
+        return -torch.stack(outputs, dim=0).squeeze(2)
+
+
 @pytest.mark.parametrize("name", mostly_slow(CASES, "the base's predictions"))
-def test_recipe_equals_the_plain_loop(name: str, folder: Path, world: World, tmp_path: Path) -> None:
+def test_recipe_equals_the_plain_loop(
+    name: str, plain: type[PlainTrainer], folder: Path, world: World, tmp_path: Path
+) -> None:
     case = CASES[name]
     where = replace(world, subject=with_class_captions(world.subject))
     if case.class_pictures:
@@ -337,7 +422,7 @@ def test_recipe_equals_the_plain_loop(name: str, folder: Path, world: World, tmp
     recipe = where.recipe(tmp_path, listener := Recorder(), **changes)
     result = recipe.run()
 
-    trainer = PlainTrainer(folder, recipe.settings, [*where.subject, *where.priors])
+    trainer = plain(folder, recipe.settings, [*where.subject, *where.priors])
     trainer.add_lora(TrainableAdapter(where.base.family.build(where.base), recipe.settings))
     assert len(trainer.lora) == len(result.adapter.layers) > 0
     losses = trainer.train(where.subject, where.priors)
@@ -349,8 +434,8 @@ def test_recipe_equals_the_plain_loop(name: str, folder: Path, world: World, tmp
         down, up = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))
         if name == "lora_unet_final_layer_adaLN_modulation_1":
             up = torch.cat(up.chunk(2)[::-1])  # diffusers has scale before shift
-        for ours, plain in ((learned.down, down), (learned.up, up)):
-            assert (ours - plain).norm() <= 1e-3 * plain.norm()
+        for ours, theirs in ((learned.down, down), (learned.up, up)):
+            assert (ours - theirs).norm() <= 5e-3 * theirs.norm()  # Adam's first steps are as long for any gradient
         assert up.any()
 
 
@@ -365,11 +450,8 @@ def loaded(world: World, path: Path) -> DiffusionModel:
 
 @torch.no_grad()
 def predicted(model: DiffusionModel) -> Tensor:
-    noisy, text = (
-        torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        for seed, shape in enumerate([(1, 128, 4, 4), (1, 512, 96)])
-    )
-    return model.predict(noisy, torch.tensor([400.0]), {"text": text})
+    noisy = torch.randn((1, *model.family.latents.shape(model.vae, 64, 64)), generator=torch.Generator().manual_seed(0))
+    return model.predict(noisy, torch.tensor([400.0]), model.encode_prompts([PROMPT]))
 
 
 def step_losses(listener: Recorder) -> list[float]:
@@ -451,7 +533,12 @@ def test_a_run_writes_a_file_that_can_be_applied(name: str, world: World, tmp_pa
     names = set(adapter_names(model).values())
     assert result.adapter.layers.keys() <= names
     if changes.get("targets") == "all":
-        assert result.adapter.layers.keys() == {name for name in names if name.startswith("lora_unet_")}
+        pattern = model.family.targets["all"]
+        assert result.adapter.layers.keys() == {
+            name
+            for path, name in adapter_names(model).items()
+            if path.component == "unet" and re.fullmatch(pattern, path.path)
+        }
     before = predicted(same_in_memory)
     merge_into(same_in_memory, result.adapter, 1.0)
     torch.testing.assert_close(predicted(model), predicted(same_in_memory), rtol=0, atol=1e-5)
