@@ -5,6 +5,7 @@
     python benchmarks/fit.py --card 8                the allocator refuses more than a card of 8 GB has
     python benchmarks/fit.py --plan                  the plan alone, as it also does without a GPU
     python benchmarks/fit.py --plan --size flux2     FLUX.2 klein 4B; only planned, also on a base in fp8
+    python benchmarks/fit.py --plan --size zimage    Z-Image, likewise
 
 Every variant runs in its own process: as it is, with gradient checkpointing, and with that and 8-bit Adam, NF4, or
 both.
@@ -35,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 sys.dont_write_bytecode = True
 
+WITHOUT_MEMORY = {"flux2": "FLUX.2 klein base 4B", "zimage": "Z-Image"}  # sizes that are only planned
 TOKENIZER = ROOT / "demo" / "base" / "tokenizer"
 CHECKPOINTING = {"gradient_checkpointing": True}
 EIGHT_BIT_ADAM = {"optimizer": "adamw-8bit"}
@@ -54,7 +56,7 @@ GB = 2**30
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--size", default="sdxl", choices=("sd15", "sd2", "sdxl", "flux2"), help="size of the random weights"
+        "--size", default="sdxl", choices=("sd15", "sd2", "sdxl", *WITHOUT_MEMORY), help="size of the random weights"
     )
     parser.add_argument("--resolution", type=int, default=1024)
     parser.add_argument("--rank", type=int, default=16)
@@ -70,8 +72,8 @@ def main() -> None:
         return
     import torch
 
-    if arguments.size == "flux2" and not arguments.plan:
-        parser.error("flux2 is only planned: add --plan")
+    if arguments.size in WITHOUT_MEMORY and not arguments.plan:
+        parser.error(f"{arguments.size} is only planned: add --plan")
     if not arguments.plan and not torch.cuda.is_available():
         print("There is no CUDA GPU: nothing is measured, what follows is the plan alone.\n")
         arguments.plan = True
@@ -83,7 +85,7 @@ def main() -> None:
 def report(arguments: argparse.Namespace) -> None:
     """Plan every variant, and measure it if there is a GPU; print the figures."""
     base = arguments.scratch / "random.safetensors"
-    if arguments.size == "flux2":
+    if arguments.size in WITHOUT_MEMORY:
         pass  # without files
     elif arguments.plan:
         write_zeros(base, arguments.size)
@@ -145,8 +147,8 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     from trainer.settings.train import TrainSettings
     from trainer.training.memory.plan import MemorySaving, Planner
 
-    if arguments.size == "flux2":
-        bases = {"": klein_without_memory(), ", fp8 base": klein_without_memory(fp8=True)}
+    if arguments.size in WITHOUT_MEMORY:
+        bases = {"": without_memory(arguments.size), ", fp8 base": without_memory(arguments.size, fp8=True)}
     else:
         bases = {"": open_base(arguments.scratch / "random.safetensors", TOKENIZER)}
     settings = TrainSettings(
@@ -168,26 +170,31 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     return plans
 
 
-def klein_without_memory(*, fp8: bool = False) -> Any:
-    """FLUX.2 klein 4B, of which only shapes and types are there; with `fp8` its blocks' projections in eight bits."""
+def without_memory(size: str, *, fp8: bool = False) -> Any:
+    """A base model, of which only shapes and types are there; with `fp8` its blocks' projections in eight bits."""
     from flux2_checkpoints import KLEIN_4B, flux2_on_meta
+    from zimage_checkpoints import Z_IMAGE, zimage_on_meta
 
+    from trainer.models.families import FAMILIES
     from trainer.models.families.base import BaseWeights
-    from trainer.models.families.flux2 import FAMILY
 
-    weights = flux2_on_meta(KLEIN_4B, fp8=fp8)
-    layout = FAMILY.layout
-    config = FAMILY.complete(layout.denoiser_config(weights.denoiser))
+    family = next(family for family in FAMILIES if family.name == size)
+    weights = {
+        "flux2": lambda: flux2_on_meta(KLEIN_4B, fp8=fp8),
+        "zimage": lambda: zimage_on_meta(Z_IMAGE, fp8=fp8),
+    }[size]()
+    layout = family.layout
+    config = family.complete(layout.denoiser_config(weights.denoiser))
     return BaseWeights(
-        family=FAMILY,
+        family=family,
         denoiser=layout.denoiser(weights.denoiser, config),
-        vae=layout.vae(weights.vae, FAMILY.scaling_factor),
-        text_encoders=[layout.text_encoder(weights.text, FAMILY.text_encoders[0])],
+        vae=layout.vae(weights.vae, family.scaling_factor),
+        text_encoders=[layout.text_encoder(weights.text, family.text_encoders[0])],
         tokenizers=[None],
         scheduler={},
-        prediction=FAMILY.detect(weights.denoiser),
+        prediction=family.detect(weights.denoiser),
         clip_skip=0,
-        title="FLUX.2 klein base 4B",
+        title=WITHOUT_MEMORY[size],
         fingerprint="",
     )
 

@@ -2,7 +2,7 @@
 
     python tools/make_golden.py PATH-OF-A-KOHYA-CHECKOUT PATH-OF-A-MUSUBI-CHECKOUT
 
-The first checkout is a clone of https://github.com/kohya-ss/sd-scripts, the second, for FLUX.2 klein 4B, of
+The first checkout is a clone of https://github.com/kohya-ss/sd-scripts, the second, for FLUX.2 klein 4B and Z-Image, of
 https://github.com/kohya-ss/musubi-tuner, by the same author. Its `networks/lora.py` builds LoRAs of rank 4, and
 of rank 2 for 3×3 convolutions where these are asked for, around its own UNets (`library/original_unet.py`,
 `library/sdxl_original_unet.py`) and transformers' text encoders, all on the meta device, so nothing is downloaded and
@@ -108,6 +108,22 @@ def klein_layers(checkout: Path) -> Layers:
 
     with torch.device("meta"):
         network = create_arch_network(1.0, RANK, RANK, None, [], Flux2(Klein4BParams()))
+    return denoiser_layers(network)
+
+
+def zimage_layers(checkout: Path) -> Layers:
+    """Names and shapes of all modules of Z-Image that kohya's musubi-tuner adapts by default."""
+    sys.path.insert(0, str(checkout / "src"))
+    from musubi_tuner.networks.lora_zimage import create_arch_network
+    from musubi_tuner.zimage.zimage_model import ZImageTransformer2DModel
+
+    with torch.device("meta"):
+        network = create_arch_network(1.0, RANK, RANK, None, [], ZImageTransformer2DModel())
+    return denoiser_layers(network)
+
+
+def denoiser_layers(network: Any) -> Layers:
+    """Names and shapes of the layers of a network's denoiser."""
     return {
         layer.lora_name: [list(layer.lora_down.weight.shape), list(layer.lora_up.weight.shape)]
         for layer in network.unet_loras
@@ -129,7 +145,9 @@ def main() -> None:
     for family, build in (("sd15", sd1), ("sd2", sd2), ("sdxl", sdxl)):
         write(f"kohya_{family}_keys", kohya_layers(build))
         write(f"kohya_{family}_conv_keys", kohya_layers(build, conv_dim=CONV_RANK, conv_alpha=CONV_RANK))
-    write("musubi_flux2_keys", klein_layers(Path(sys.argv[2]).expanduser().resolve()))
+    musubi = Path(sys.argv[2]).expanduser().resolve()
+    write("musubi_flux2_keys", klein_layers(musubi))
+    write("musubi_zimage_keys", zimage_layers(musubi))
 
 
 if __name__ == "__main__":

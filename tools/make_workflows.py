@@ -28,6 +28,7 @@ from workflow_recipes import (  # noqa: E402
     LORAS,
     RECIPES,
     XL_CHECKPOINT,
+    Z_IMAGE,
     Blueprint,
     Recipe,
 )
@@ -121,7 +122,7 @@ def prepare(base_dir: Path) -> None:
     for name in (CHECKPOINT, XL_CHECKPOINT):
         (base_dir / "models" / "checkpoints").mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / "checkpoints" / name).write_bytes(b"")
-    for folder, name in KLEIN.items():
+    for folder, name in [*KLEIN.items(), *Z_IMAGE.items()]:
         (base_dir / "models" / folder).mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / folder / name).write_bytes(b"")
     for name in LORAS:

@@ -313,8 +313,8 @@ class PlainTrainer:
 class PlainKlein(PlainTrainer):
     """FLUX.2 klein.
 
-    Query, key and value projections are joined by diffusers' own `fuse_projections`, so that a LoRA has one inner factor
-    for the three of them.
+    Query, key and value projections are joined by diffusers' own `fuse_projections`, so that a LoRA has one inner
+    factor for the three of them.
     """
 
     make_folder = staticmethod(flux2_folder)

@@ -12,6 +12,11 @@ KLEIN = {
     "text_encoders": "qwen_3_4b.safetensors",
     "vae": "flux2-vae.safetensors",
 }
+Z_IMAGE = {
+    "diffusion_models": "z_image_bf16.safetensors",
+    "text_encoders": "qwen_3_4b.safetensors",
+    "vae": "ae.safetensors",
+}
 LORAS = ("dog.safetensors", "pixel-art.safetensors")
 Link = tuple[str, str]
 SUBJECT: dict[str, Link] = {"subject": ("subject", "subject")}
@@ -213,6 +218,22 @@ KLEIN_NOTE = """FLUX.2 klein **base** 4B is a free model (Apache 2.0) in three f
 Prompts are encoded by the CLIP of the graph; nothing is loaded twice. Train on the base, not on the distilled klein:
 the LoRA fits both. On a card of 12 GB turn on **fit** in Training Settings, or set **base_quantization** to nf4."""
 
+Z_IMAGE_NOTE = """Z-Image **base** is a free model (Apache 2.0) in three files: choose them in the loaders.
+Prompts are encoded by the CLIP of the graph; nothing is loaded twice. Train on the base, not on Z-Image Turbo:
+the LoRA fits both. On a card of 16 GB turn on **fit** in Training Settings, or set **base_quantization** to nf4."""
+
+
+def z_image_drawing(at: tuple[int, int], prefix: str) -> dict[str, Node]:
+    """Prompt to saved picture as ComfyUI's own template for Z-Image draws, two columns from `at`."""
+    nodes = drawing(("train", "model"), ("train", "clip"), "a photo of sks dog on the beach", at, prefix, 1024)
+    latent, sample, decode = nodes["latent"], nodes["sample"], nodes["decode"]
+    values = {"steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple"}
+    return nodes | {
+        "latent": replace(latent, type="EmptySD3LatentImage"),
+        "sample": replace(sample, values={**sample.values, **values}),
+        "decode": replace(decode, links={**decode.links, "vae": ("vae", "VAE")}),
+    }
+
 
 def klein_drawing(at: tuple[int, int], prefix: str, side: int = 1024) -> dict[str, Node]:
     """Prompt to saved picture with ComfyUI's nodes for FLUX.2, two columns from `at`."""
@@ -409,6 +430,22 @@ RECIPES: dict[str, Recipe] = {
                 links={"model": ("base", "MODEL"), "clip": ("clip", "CLIP"), "vae": ("vae", "VAE")} | SUBJECT,
             ),
             **klein_drawing((830, 40), "my-dog-klein"),
+        }
+    ),
+    "z_image": Recipe(
+        {
+            "note": note(Z_IMAGE_NOTE, (0, -220), "Z-Image", (780, 190)),
+            "base": Node("UNETLoader", (0, 40), {"unet_name": Z_IMAGE["diffusion_models"]}, size=(330, 90)),
+            "clip": Node(
+                "CLIPLoader", (0, 180), {"clip_name": Z_IMAGE["text_encoders"], "type": "lumina2"}, size=(330, 110)
+            ),
+            "vae": Node("VAELoader", (0, 340), {"vae_name": Z_IMAGE["vae"]}, size=(330, 60)),
+            "subject": subject((0, 460)),
+            "train": replace(
+                train((390, 40), SUBJECT, name="my-dog-z-image", preset="animal"),
+                links={"model": ("base", "MODEL"), "clip": ("clip", "CLIP"), "vae": ("vae", "VAE")} | SUBJECT,
+            ),
+            **z_image_drawing((830, 40), "my-dog-z-image"),
         }
     ),
     "two_stages": Recipe(

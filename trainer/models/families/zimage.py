@@ -63,11 +63,12 @@ class ZImageModel(LanguageModelConditioned):
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the transformer over the tokens of picture and prompt, of which each has its own length."""
         text = conditioning["text"].to(latents.dtype)
-        lengths = conditioning["lengths"].tolist()
+        lengths = conditioning["lengths"]
+        ends = [text.shape[1]] * len(text) if lengths.is_meta else lengths.tolist()  # without numbers, the longest
         output: Tensor = self.denoiser(
             x=list(latents[:, :, None].unbind()),
             timestep=timesteps.to(latents.device, torch.float32) / self.objective.timesteps,
-            cap_feats=[row[:length] for row, length in zip(text, lengths, strict=True)],
+            cap_feats=[row[:end] for row, end in zip(text, ends, strict=True)],
         )
         return output[:, :, 0]
 
