@@ -370,6 +370,12 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
             r"^flux2, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, 8-bit Adam, NF4 +[\d.]+ +[\d.]+ +"
         ),
     ),
+    ("python benchmarks/fit.py --plan --size zimage",): Smoke(
+        "python benchmarks/fit.py --plan --size zimage --resolution 64",
+        printed(
+            r"^zimage, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, 8-bit Adam, NF4 +[\d.]+ +[\d.]+ +"
+        ),
+    ),
     ("python benchmarks/fit.py",): Smoke(
         "python benchmarks/fit.py --plan --size sd15 --resolution 64",
         printed(

@@ -1,7 +1,10 @@
-"""Adapters of FLUX.2 klein merged, resized, extracted, fused and inspected: sums of deltas, whoever wrote them."""
+"""Adapters of flow-matching models merged, resized, extracted, fused, inspected: sums of deltas, whoever wrote them."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ pytest.importorskip("diffusers", minversion="0.37")
 pytest.importorskip("transformers", minversion="4.51")
 
 from adapter_maths import error, merged
-from diffusers import Flux2KleinPipeline
+from diffusers import Flux2KleinPipeline, ZImagePipeline
 from flux2_checkpoints import flux2_folder
 from helpers import Recorder
 from merge_worlds import deltas, random_adapter, same, saved, weights_of
@@ -35,16 +38,66 @@ from pack.trainer.settings.merge import (
     ResizeCommand,
     TruncationSettings,
 )
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from zimage_checkpoints import zimage_folder, zimage_weights
 
 DENOISER = "^lora_unet_"
-BLOCKS = "^lora_unet_(double|single)_blocks_"
-STATED = {"ss_base_model_version": "flux_2_klein", "modelspec.architecture": "Flux.2-klein/lora"}
+
+
+@dataclass(frozen=True)
+class Kin:
+    """A family.
+
+    Attributes:
+        make_folder: writes a small model.
+        pipeline: of diffusers.
+        title: of the family in messages about adapters.
+        full_title: of the family.
+        blocks: pattern of the names of modules in blocks.
+        metadata: what states it in a file.
+        shown: blocks of the small model, as people see them.
+    """
+
+    make_folder: Callable[[Path], Path]
+    pipeline: Any
+    title: str
+    full_title: str
+    blocks: str
+    metadata: dict[str, str]
+    shown: list[str]
+
+
+KINS = {
+    "flux2": Kin(
+        flux2_folder,
+        Flux2KleinPipeline,
+        "FLUX.2",
+        "FLUX.2 klein",
+        "^lora_unet_(double|single)_blocks_",
+        {"ss_base_model_version": "flux_2_klein", "modelspec.architecture": "Flux.2-klein/lora"},
+        ["double 0", "double 1", "single 0", "single 1", "other"],
+    ),
+    "zimage": Kin(
+        zimage_folder,
+        ZImagePipeline,
+        "Z-Image",
+        "Z-Image",
+        "^lora_unet_layers_",
+        {"ss_base_model_version": "z_image", "modelspec.architecture": "Z-Image/lora"},
+        [f"{kind} {number}" for kind in ("layer", "noise-refiner", "context-refiner") for number in (0, 1)] + ["other"],
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=KINS)
+def kin(request: pytest.FixtureRequest) -> Kin:
+    return KINS[request.param]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return flux2_folder(tmp_path_factory.mktemp("flux2") / "klein base")
+def folder(kin: Kin, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return kin.make_folder(tmp_path_factory.mktemp("flow") / "base")
 
 
 @pytest.fixture(scope="module")
@@ -69,13 +122,15 @@ def summed(first: dict[str, Tensor], second: dict[str, Tensor], strengths: tuple
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA", "LoHa", "LoKr", "OFT", "full difference"])
-def test_the_sum_of_two_adds_what_the_two_add(kind: str, base: BaseWeights, weights: dict[str, Tensor]) -> None:
+def test_the_sum_of_two_adds_what_the_two_add(
+    kind: str, kin: Kin, base: BaseWeights, weights: dict[str, Tensor]
+) -> None:
     """One is of blocks alone, the other of all modules."""
-    first, second = random_adapter(base, kind, BLOCKS, seed=1), random_adapter(base, "LoRA", DENOISER, seed=2)
+    first, second = random_adapter(base, kind, kin.blocks, seed=1), random_adapter(base, "LoRA", DENOISER, seed=2)
     result = merged((first, 0.7), (second, -0.5), weights=weights).adapter
     expected = summed(deltas(first, weights), deltas(second, weights), (0.7, -0.5))
     assert same(deltas(result, weights), expected) < 1e-5
-    assert family_of(result) == "FLUX.2"
+    assert family_of(result) == kin.title
 
 
 @pytest.mark.parametrize("method", ["svd", "orthogonal", "ties", "dare"])
@@ -90,14 +145,13 @@ def test_files_of_two_programs_are_one_sum(base: BaseWeights, weights: dict[str,
     """The second with query, key and value apart, and with diffusers' last norm."""
     first, second = (random_adapter(base, "LoRA", DENOISER, seed=seed) for seed in (1, 2))
     theirs = parse_adapter(diffusers_state_dict(second, torch.float32))
-    assert theirs.layers.keys().isdisjoint(second.layers.keys())
     result = merged(first, theirs).adapter
     expected = summed(deltas(first, weights), deltas(second, weights), (1.0, 1.0))
     assert same(deltas(result, weights), expected) < 1e-5
 
 
-def test_the_command_writes_what_applies_as_the_two(base: BaseWeights, folder: Path, tmp_path: Path) -> None:
-    first, second = random_adapter(base, "LoRA", BLOCKS, seed=1), random_adapter(base, "DoRA", BLOCKS, seed=2)
+def test_the_command_writes_what_applies_as_the_two(kin: Kin, base: BaseWeights, folder: Path, tmp_path: Path) -> None:
+    first, second = random_adapter(base, "LoRA", kin.blocks, seed=1), random_adapter(base, "DoRA", kin.blocks, seed=2)
     files = [str(saved(one, tmp_path / f"{number}.safetensors")) for number, one in enumerate((first, second))]
     values: dict[str, Any] = {"output": tmp_path / "sum.safetensors", "save_precision": "fp32", "device": "cpu"}
     path, _ = run_merge(MergeCommand(loras=tuple(files), base=folder, **values), Recorder())
@@ -106,12 +160,12 @@ def test_the_command_writes_what_applies_as_the_two(base: BaseWeights, folder: P
     assert same(deltas(read_adapter(path), weights), expected) < 1e-5
 
 
-def test_other_families_are_no_partners(base: BaseWeights) -> None:
+def test_other_families_are_no_partners(kin: Kin, base: BaseWeights) -> None:
     source = torch.Generator().manual_seed(0)
     stem = "lora_unet_input_blocks_1_1_transformer_blocks_0_attn2_to_k"
     stranger = Adapter({stem: LoraLayer(torch.randn(2, 768, generator=source), torch.randn(320, 2), 2.0)})
-    both = [WeightedAdapter(random_adapter(base, "LoRA", BLOCKS), "ours"), WeightedAdapter(stranger, "theirs")]
-    with pytest.raises(AdapterError, match=r"FLUX\.2"):
+    both = [WeightedAdapter(random_adapter(base, "LoRA", kin.blocks), "ours"), WeightedAdapter(stranger, "theirs")]
+    with pytest.raises(AdapterError, match=re.escape(kin.title)):
         merge(both, MergeSettings())
 
 
@@ -136,19 +190,19 @@ def test_resizing_is_the_nearest_of_that_rank(base: BaseWeights, weights: dict[s
 # Extracting and fusing
 
 
-def transformer_of(folder: Path) -> dict[str, Tensor]:
+def transformer_of(kin: Kin, folder: Path) -> dict[str, Tensor]:
     """As diffusers loads it."""
-    tensors: dict[str, Tensor] = Flux2KleinPipeline.from_pretrained(folder).transformer.state_dict()
+    tensors: dict[str, Tensor] = kin.pipeline.from_pretrained(folder).transformer.state_dict()
     return tensors
 
 
 @pytest.fixture(scope="module")
-def tuned(base: BaseWeights, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tuned(kin: Kin, base: BaseWeights, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model with `random_adapter` of all modules in its weights, saved by diffusers."""
     path = tmp_path_factory.mktemp("tuned")
     adapter = random_adapter(base, "LoRA", DENOISER)
     file = write_diffusers(path / "lora.safetensors", adapter, torch.float32)
-    pipeline = Flux2KleinPipeline.from_pretrained(folder)
+    pipeline = kin.pipeline.from_pretrained(folder)
     pipeline.load_lora_weights(path, weight_name=file.name)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
@@ -157,7 +211,7 @@ def tuned(base: BaseWeights, folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 def test_what_was_tuned_is_extracted(
-    base: BaseWeights, weights: dict[str, Tensor], folder: Path, tuned: Path, tmp_path: Path
+    kin: Kin, base: BaseWeights, weights: dict[str, Tensor], folder: Path, tuned: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "extracted.safetensors"
     values: dict[str, Any] = {"output": output, "save_precision": "fp32", "device": "cpu", "rank": 3}
@@ -165,31 +219,61 @@ def test_what_was_tuned_is_extracted(
     extracted = read_adapter(path)
     assert same(deltas(extracted, weights), deltas(random_adapter(base, "LoRA", DENOISER), weights)) < 1e-4
     assert {layer.rank for layer in extracted.layers.values()} == {3}
-    assert family_of(extracted) == "FLUX.2"
+    assert family_of(extracted) == kin.title
 
 
-def test_a_fused_folder_is_that_of_diffusers(base: BaseWeights, folder: Path, tuned: Path, tmp_path: Path) -> None:
+def test_a_fused_folder_is_that_of_diffusers(
+    kin: Kin, base: BaseWeights, folder: Path, tuned: Path, tmp_path: Path
+) -> None:
     file = saved(random_adapter(base, "LoRA", DENOISER), tmp_path / "lora.safetensors")
     fused, _ = run_fuse(FuseCommand(base=folder, lora=(str(file),), output=tmp_path / "fused"), Recorder())
     assert sorted(path.name for path in fused.iterdir()) == sorted(path.name for path in folder.iterdir())
-    assert same(transformer_of(fused), transformer_of(tuned)) < 1e-6
-    assert same(transformer_of(fused), transformer_of(folder)) > 1e-3
+    assert same(transformer_of(kin, fused), transformer_of(kin, tuned)) < 1e-6
+    assert same(transformer_of(kin, fused), transformer_of(kin, folder)) > 1e-3
 
 
 # Inspecting
 
 
-@pytest.mark.parametrize("metadata", [None, STATED], ids=["nothing stated", "stated"])
-def test_the_family_is_shown(metadata: dict[str, str] | None, base: BaseWeights, tmp_path: Path) -> None:
-    adapter = random_adapter(base, "LoRA", DENOISER, metadata=metadata)
-    assert family_of(adapter) == "FLUX.2"
+@pytest.mark.parametrize("is_stated", [False, True])
+def test_the_family_is_shown(is_stated: bool, kin: Kin, base: BaseWeights, tmp_path: Path) -> None:
+    adapter = random_adapter(base, "LoRA", DENOISER, metadata=kin.metadata if is_stated else None)
+    assert family_of(adapter) == kin.title
     facts = inspect(saved(adapter, tmp_path / "lora.safetensors"), blocks=True)
     assert facts["kind"] == "LoRA"
     assert facts["modules"]["unet"]["count"] == len(adapter.layers)
-    assert list(facts["blocks"]) == ["double 0", "double 1", "single 0", "single 1", "other"]
+    assert list(facts["blocks"]) == kin.shown
     assert facts["blocks"] == profile_adapter(adapter)
-    assert "double 1" in facts_as_text(facts)
+    assert kin.shown[1] in facts_as_text(facts)
 
 
-def test_the_base_model_is_shown(folder: Path) -> None:
-    assert inspect(folder)["family"] == "FLUX.2 klein"
+def test_the_base_model_is_shown(kin: Kin, folder: Path) -> None:
+    assert inspect(folder)["family"] == kin.full_title
+
+
+def test_a_fused_file_has_the_adapter_in_its_joined_projections(tmp_path: Path) -> None:
+    """A whole checkpoint of Z-Image, whose three projections are views of one tensor of the file."""
+    weights = zimage_weights()
+    prefixes = {
+        "model.diffusion_model.": weights.denoiser,
+        "vae.": weights.vae,
+        "text_encoders.qwen3_4b.transformer.": weights.text,
+    }
+    tensors = {f"{prefix}{name}": tensor for prefix, part in prefixes.items() for name, tensor in part.items()}
+    save_file(tensors, tmp_path / "z image.safetensors")
+    down, up = torch.randn((2, 384)), torch.randn((384, 2))
+    layer = LoraLayer(down, up, 2.0)
+    lora = saved(Adapter({"lora_unet_layers_1_attention_to_k": layer}), tmp_path / "lora.safetensors")
+    command = FuseCommand(
+        base=tmp_path / "z image.safetensors", lora=(str(lora),), output=tmp_path / "fused.safetensors"
+    )
+    fused, _ = run_fuse(command, Recorder())
+    found = load_file(fused)
+    changed = {name for name, tensor in tensors.items() if not torch.equal(found[name], tensor)}
+    name = "model.diffusion_model.layers.1.attention.qkv.weight"
+    assert changed == {name}
+    assert found.keys() == tensors.keys()
+    change = found[name] - tensors[name]
+    torch.testing.assert_close(change[384:768], up @ down, rtol=0, atol=1e-4)
+    assert not change[:384].any()
+    assert not change[768:].any()
