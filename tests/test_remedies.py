@@ -964,6 +964,7 @@ UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/core/distributed.py", "make_accelerator"): "needs a device without bf16",
     ("trainer/models/hub.py", "explained_opening"): "needs the network",
     ("trainer/training/preflight.py", "require_prediction_type"): "tried in tests/training/test_prediction_type.py",
+    ("trainer/training/rank_schedule.py", "_masked"): "tried in tests/training/test_rank_schedule.py",
     ("trainer/models/flow.py", "with_settings"): _FLOW,
     ("trainer/models/flow.py", "make_scheduler"): _FLOW,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -157,6 +158,24 @@ def test_other_kinds_draw_as_this_packs_own_node_does(kind: str, small: Small, s
     if kind != "dora":  # ComfyUI divides it by other norms
         np.testing.assert_array_equal(drawn["applied"], drawn["loaded"])
     assert (drawn["trained"] != drawn["base"]).any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+@pytest.mark.parametrize("small", ["zimage"], indirect=True)  # the other's transformer is too small to show
+def test_a_training_takes_no_second_transformer(small: Small, server: ComfyServer) -> None:
+    """Beside what drawing takes; afterwards nothing is left of it."""
+    transformer = sum(tensor.nbytes for tensor in small.weights().denoiser.values())
+    assert transformer > 4e8
+    server.wait(server.queue(on(small, drawing("first", ["base", 0], ["base", 1]))))
+    settings = {"settings": node("DreamBoothTrainingSettings", precision="fp32")}
+    growth = []
+    for name in ("memory of the first", "memory of the second"):
+        server.reset_peak_rss()
+        before = server.rss()
+        server.wait(server.queue(on(small, graph(name=name, settings=["settings", 0]) | settings)))
+        growth.append((server.peak_rss() - before, server.rss() - before))
+    assert growth[0][0] < transformer
+    assert growth[1][1] < transformer / 4  # allocators keep a little
 
 
 @pytest.mark.parametrize("stored", ["float32", "float8"])

@@ -521,7 +521,15 @@ WAYS: dict[str, Make] = {
 FITTING: dict[str, dict[str, Any]] = {**KINDS, "BOFT": {**KINDS["BOFT"], "rank": 18}}
 
 
-@pytest.mark.parametrize("name", mostly_slow([*WAYS, *FITTING], "base prediction"))
+# every kind of adapter once, and what depends on the family with each
+RUNS = [("flux2", name) for name in (*WAYS, *FITTING)] + [("zimage", name) for name in WAYS]
+
+
+@pytest.mark.parametrize(
+    ("plain", "name"),
+    mostly_slow(RUNS, ("flux2", "base prediction"), ("zimage", "base prediction")),
+    indirect=["plain"],
+)
 def test_a_run_writes_a_file_that_can_be_applied(name: str, world: World, tmp_path: Path) -> None:
     where, changes = WAYS[name](world, tmp_path) if name in WAYS else (world, FITTING[name])
     result = where.train(tmp_path, listener := Recorder(), **{"steps": 2, "rank": 2, **changes})

@@ -123,6 +123,23 @@ def test_noise_levels_of_flow_matching_are_timesteps_of_their_own() -> None:
     assert (components != 0).sum(-1).tolist() == [[rank] * 3 for rank in (4, 3, 1, 1)]
 
 
+def test_a_layer_that_reads_all_samples_in_one_row_is_refused() -> None:
+    """As the embedders of Z-Image do: which rows are whose does not show there. Of one sample all are."""
+    down = nn.Linear(2, 4, bias=False)
+
+    class Transformer(nn.Module):
+        def forward(self, hidden: Tensor, timestep: Tensor) -> Tensor:
+            components: Tensor = down(hidden.flatten(0, 1))
+            return components
+
+    denoiser = Transformer().train()
+    RankSchedule(denoiser, TIMESTEPS, 1, 1.0).limit(down)
+    with pytest.raises(SettingsError, match="rank_schedule") as caught:
+        denoiser(hidden=torch.ones(2, 3, 2), timestep=torch.tensor([0.3, 0.7]))
+    assert "batch_size" in caught.value.remedy
+    denoiser(hidden=torch.ones(1, 3, 2), timestep=torch.tensor([0.3]))
+
+
 def test_outside_of_training_every_component_acts(base: BaseWeights) -> None:
     model, adapter = injected(base, **KINDS["T-LoRA"])
     perturb(adapter)

@@ -84,7 +84,7 @@ class RankSchedule:
             return None
         axis = 1 if isinstance(down, nn.Conv2d) else components.ndim - 1
         mask = self._masks[components.shape[axis]].to(components.dtype)
-        if len(components) != len(mask):
+        if len(mask) > 1 and len(components) != len(mask):
             raise SettingsError(
                 f"{suggest('rank_schedule', 'timestep')} can't limit a layer that reads all samples of a batch in one "
                 "row, such as the embedders of Z-Image.",
