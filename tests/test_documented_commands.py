@@ -119,6 +119,15 @@ def check_demo(ran: Ran) -> None:
         assert sheet.width > sheet.height > 4 * 64
 
 
+def check_demo_by_flow_matching(ran: Ran) -> None:
+    folder = ran.tree / "demo" / "output"
+    made = ["demo/output/sks-dog-flux2.safetensors", "demo/output/contact-sheet-flux2.png"]
+    assert ran.printed.splitlines()[-2:] == made
+    assert (folder / "sks-dog-flux2.safetensors").is_file()
+    with Image.open(folder / "contact-sheet-flux2.png") as sheet:
+        assert sheet.width > sheet.height > 4 * 64
+
+
 def check_bench(ran: Ran) -> None:
     assert re.search(r"^step of the recipe +[\d.]+ s +bare [\d.]+ s +ratio [\d.]+$", ran.printed, re.MULTILINE)
     facts = ran.json("bench.json")
@@ -226,11 +235,14 @@ def check_score_speed(ran: Ran) -> None:
 
 
 def check_base(ran: Ran) -> None:
-    assert {path.name for path in ran.out.iterdir()} == {"base", "samples.png", "scorer", "style", "subject", "work"}
+    pictures = {"samples.png", "samples-flux2.png", "style", "subject"}
+    assert {path.name for path in ran.out.iterdir()} == {*pictures, "base", "flux2", "scorer", "work"}
     for folder in ("subject", "style"):
         for path in (ROOT / "demo" / folder).iterdir():
             assert (ran.out / folder / path.name).is_file()
-    assert {path.name for path in (ran.out / "base").iterdir()} == {p.name for p in (ROOT / "demo" / "base").iterdir()}
+    for folder in ("base", "flux2"):
+        shipped = {path.name for path in (ROOT / "demo" / folder).iterdir()}
+        assert {path.name for path in (ran.out / folder).iterdir()} == shipped
 
 
 def check_settings_page(ran: Ran) -> None:
@@ -299,6 +311,9 @@ COMMAND_LINE = "tests/cli/test_command_line.py"
 # The first words of commands → how they are tested. Of several that fit, the longest counts.
 COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ("make demo", "python -m trainer demo"): Smoke("make demo", check_demo),
+    ("make demo FAMILY=flux2", "python -m trainer demo --family"): Smoke(
+        "make demo FAMILY=flux2", check_demo_by_flow_matching
+    ),
     ("make test",): Smoke(
         'make test ARGS="-n 0 -q --collect-only tests/test_mutants.py"',
         check_everyday_tests,
@@ -390,7 +405,9 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
         "python benchmarks/face.py --steps 4 --rounds 1 --out OUT", check_face, marks=BROWSER
     ),
     ("python demo/make_base.py",): Smoke(
-        "python demo/make_base.py --out OUT --effort 0.00001 --stages drawings,vae,clip,unet,rare,pictures", check_base
+        "python demo/make_base.py --out OUT --effort 0.00001"
+        " --stages drawings,vae,clip,unet,rare,language,transformer,flux2,pictures",
+        check_base,
     ),
     ("python tools/make_settings_page.py",): Smoke(
         "python tools/make_settings_page.py --out OUT/settings.md", check_settings_page
@@ -540,9 +557,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the pack, in which commands may write where they write by themselves; its demo learns little."""
     not_ours = shutil.ignore_patterns(".*", "__pycache__", "node_modules", "output", "results")
     copy = Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("copy") / "dreambooth-lora", ignore=not_ours))
-    demo = copy / "demo" / "demo.toml"
-    less = re.sub(r"(?m)^(steps|prior_count|prior_steps) = \d+$", r"\1 = 2", demo.read_text(encoding="utf-8"))
-    demo.write_text(less, encoding="utf-8")
+    for demo in (copy / "demo").glob("*.toml"):
+        less = re.sub(r"(?m)^(steps|prior_count|prior_steps) = \d+$", r"\1 = 2", demo.read_text(encoding="utf-8"))
+        demo.write_text(less, encoding="utf-8")
     return copy
 
 
