@@ -381,13 +381,17 @@ def lent_weights(model: Any, clip: Any) -> Mapping[str, Any]:
 
 class _LentWeights(Mapping[str, Any]):
     def __init__(self, weights: _Weights) -> None:
+        from ..trainer.adapters.module_paths import own_name
         from ..trainer.adapters.names import family_by_names, name_in_family
+        from ..trainer.adapters.projections import is_split_here
         from ..trainer.models.families import FAMILIES
 
         self._weights = weights
         layers = [name for name in weights.names() if len(weights.shape(name) or ()) > 1]
-        family = family_by_names(weights.names()) or FAMILIES[0]
-        self._aliases = {name_in_family(name, family): name for name in layers}
+        family = family_by_names(layers) or FAMILIES[0]
+        self._aliases = {
+            name_in_family(own_name(name, layers), family): name for name in layers if not is_split_here(name)
+        }
 
     def __getitem__(self, name: str) -> Any:
         return self._weights.patched(self._aliases[name])

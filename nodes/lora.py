@@ -17,7 +17,7 @@ class LoraTensors(dict[str, Any]):
     """What this pack puts on a LORA_MODEL wire: a dict of tensors as ComfyUI's own nodes use it, plus the metadata."""
 
     def __init__(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-        """Hold the tensors under kohya's names, and the file's metadata."""
+        """Hold the tensors under the keys of this pack's files, and the file's metadata."""
         super().__init__(tensors)
         self.metadata = dict(metadata)
 

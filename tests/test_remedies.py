@@ -552,6 +552,8 @@ def opened_klein(bench: Bench, values: Values) -> None:
 
 if hasattr(diffusers, "Flux2KleinPipeline"):
     model("a language model that would be trained", {"text_encoder_lr": 1e-5}, check=trainable_klein)
+    model("a side of no whole tokens", {"resolution": 72}, check=trainable_klein)
+    model("buckets of no whole tokens", {"aspect_buckets": True, "bucket_step": 8}, check=trainable_klein)
     model("a word for a language model", {"token_vectors": 1, "token": "sks"}, check=trainable_klein)
     model("a layer of a language model", {"clip_skip": 2}, check=opened_klein)
     model(

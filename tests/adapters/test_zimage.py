@@ -23,6 +23,7 @@ from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter, wr
 from pack.trainer.adapters.layers import FullLayer, LoraLayer
 from pack.trainer.adapters.module_paths import ModulePath, block_order, module_path
 from pack.trainer.adapters.names import adapter_names, family_of, modules_by_name, named_weights
+from pack.trainer.cli.inspect import inspect
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.families.zimage import FAMILY
@@ -136,6 +137,23 @@ def test_the_names_of_every_program_are_read(form: str, base: BaseWeights) -> No
         torch.testing.assert_close(change, expected.get(path, torch.zeros(())).expand_as(change), rtol=0, atol=1e-5)
 
 
+def test_the_last_layer_is_not_taken_for_that_of_flux(base: BaseWeights, model: DiffusionModel, tmp_path: Path) -> None:
+    """ComfyUI calls it as FLUX.2's is called; converted and in a file it has its own name."""
+    stems = {f"diffusion_model.{stem}": stem for stem in ("final_layer.linear", "final_layer.adaLN_modulation.1")}
+    shapes = {"final_layer.linear": (64, WIDTH), "final_layer.adaLN_modulation.1": (WIDTH, 256)}
+    tensors: dict[str, Tensor] = {}
+    for stem, shape in {**{s: shapes[o] for s, o in stems.items()}, f"{QKV}": (3 * WIDTH, WIDTH)}.items():
+        down, up = lora(*shape, 0)
+        tensors |= {f"{stem}{PEFT[0]}": down, f"{stem}{PEFT[1]}": up}
+    adapter = parse_adapter(tensors)
+    last = {"lora_unet_all_final_layer_2-1_linear", "lora_unet_all_final_layer_2-1_adaLN_modulation_1"}
+    assert adapter.layers.keys() == {*last, *PARTS}
+    for write in (write_adapter, write_diffusers):
+        file = write(tmp_path / f"{write.__name__}.safetensors", adapter, torch.float32)
+        assert not [key for key in load_file(file) if "proj_out" in key or "norm_out" in key]
+        assert read_adapter(file).layers.keys() == adapter.layers.keys()
+
+
 def test_blocks_have_words_for_people_in_the_order_of_the_pass() -> None:
     names = [f"lora_unet_{block}_1_feed_forward_w1" for block in ("noise_refiner", "layers", "context_refiner")]
     blocks = [module_path(name).block for name in names]
@@ -159,6 +177,20 @@ def test_a_joined_projection_becomes_three_that_add_the_same(kind: str) -> None:
     assert error(found, added(whole, (3 * WIDTH, WIDTH), weight)) < 1e-6
     expected = {"LoRA": LoraLayer, "DoRA": LoraLayer, "LoHa": FullLayer, "full difference": FullLayer}[kind]
     assert all(isinstance(layer, expected) for layer in layers.values())
+
+
+def test_a_split_adapter_can_be_written_and_inspected(tmp_path: Path) -> None:
+    """No tensor of a file shares memory with another, in its own precision neither; the hashes are the file's."""
+    tensors: dict[str, Tensor] = {}
+    for number in (1, 10):  # whose order depends on the form of the names
+        down, up = lora(3 * WIDTH, WIDTH, number)
+        stem = f"diffusion_model.layers.{number}.attention.qkv"
+        tensors |= {f"{stem}{PEFT[0]}": down, f"{stem}{PEFT[1]}": up}
+    file = write_adapter(tmp_path / "dog.safetensors", parse_adapter(tensors), torch.float32)
+    facts = inspect(file)
+    assert facts["modules"]["unet"]["count"] == 6
+    assert facts["modules"]["unet"]["attention_to_q"] == 2
+    assert facts["hashes"]["sshs_model_hash"] == facts["metadata"]["sshs_model_hash"]
 
 
 @pytest.mark.parametrize("kind", ["OFT", "LoHa with DoRA"])

@@ -23,6 +23,7 @@ from pack.trainer.core.devices import to_device
 from pack.trainer.core.errors import SettingsError, TrainerError, UnsupportedModelError, WeightsError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import HostTensors, open_base
+from pack.trainer.models.sampling import GenerationConfig, generate
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import StartingPoint
 from pack.trainer.training.preflight import require_trainable
@@ -102,6 +103,12 @@ def test_it_predicts_as_diffusers_does(
     )[0]
     expected = pipeline._unpack_latents_with_ids(tokens, places)
     torch.testing.assert_close(model.predict(noisy, timesteps, {"text": text}), expected, rtol=0, atol=1e-5)
+
+
+def test_pictures_of_no_whole_tokens_are_refused(model: DiffusionModel) -> None:
+    with pytest.raises(SettingsError, match="multiples of 16") as caught:
+        generate(model, "a dog", [0], GenerationConfig(width=64, height=72, steps=1))
+    assert "64 × 64" in caught.value.remedy
 
 
 @torch.no_grad()

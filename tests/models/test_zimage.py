@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +19,7 @@ import diffusers
 from checkpoints import sd15_state_dict
 from flux2_checkpoints import Flux2Shape, flux2_weights, in_float8
 from lent_models import below
+from pack.trainer.cli.inspect import inspect
 from pack.trainer.core.errors import SettingsError, TrainerError, UnsupportedModelError, WeightsError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import HostTensors, open_base
@@ -113,6 +115,16 @@ def test_a_sample_is_predicted_alike_alone_and_beside_a_longer_prompt(model: Dif
     both = model.predict(noisy, timesteps, rows)
     alone = model.predict(noisy[:1], timesteps[:1], {name: row[:1] for name, row in rows.items()})
     torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(5, 4), (4, 7), (9, 5)])
+def test_sides_of_half_a_token_are_filled_up_as_comfyui_does(model: DiffusionModel, size: tuple[int, int]) -> None:
+    height, width = size
+    noisy, timesteps, rows = normal(1, 16, *size), torch.tensor([500.0]), model.encode_prompts(["a dog"])
+    whole = torch.nn.functional.pad(noisy, (0, width % 2, 0, height % 2), mode="circular")
+    expected = model.predict(whole, timesteps, rows)[:, :, :height, :width]
+    torch.testing.assert_close(model.predict(noisy, timesteps, rows), expected, rtol=0, atol=0)
 
 
 @torch.no_grad()
@@ -238,7 +250,35 @@ def test_turbo_is_not_trained(folder: Path, tmp_path: Path, title: str) -> None:
     assert "Z-Image" in caught.value.remedy
 
 
-@pytest.mark.parametrize("title", ["z_image_bf16", "Z-Image", "z_image_de_turbo_v1_bf16", "mymodel"])
+def test_a_snapshot_of_the_hubs_cache_has_the_name_of_its_model(folder: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--Tongyi-MAI--Z-Image-Turbo" / "snapshots" / "0123abc"
+    shutil.copytree(folder, snapshot)
+    with pytest.raises(UnsupportedModelError, match="Z-Image-Turbo is called like"):
+        require_trainable(open_base(snapshot), TrainSettings(), paths_in(tmp_path), StartingPoint())
+
+
+def test_a_folders_shift_is_that_of_its_pictures(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "z image")
+    file = copy / "scheduler" / "scheduler_config.json"
+    stated = json.loads(file.read_text(encoding="utf-8"))
+    for shift, sigmas in {3.0: [1, 3 / 4], 6.0: [1, 6 / 7]}.items():
+        file.write_text(json.dumps({**stated, "shift": shift}), encoding="utf-8")
+        base = open_base(copy)
+        model = base.family.build(base)
+        scheduler = model.objective.make_scheduler("euler", 2, (16, 8, 8), torch.device("cpu"))
+        assert scheduler.timesteps.tolist() == pytest.approx([1000 * sigma for sigma in sigmas])
+    file.write_text(json.dumps({**stated, "shift": "six"}), encoding="utf-8")
+    with pytest.raises(WeightsError, match="shift"):
+        open_base(copy)
+
+
+def test_a_file_is_inspected_as_a_base_model(parts: dict[str, Path]) -> None:
+    assert inspect(parts["base"])["family"] == "Z-Image"
+
+
+@pytest.mark.parametrize(
+    "title", ["z_image_bf16", "Z-Image", "z_image_de_turbo_v1_bf16", "my-z-image-turbo-base", "mymodel"]
+)
 def test_base_models_are_trained(folder: Path, tmp_path: Path, title: str) -> None:
     require_trainable(replace(open_base(folder), title=title), TrainSettings(), paths_in(tmp_path), StartingPoint())
 

@@ -40,6 +40,7 @@ from .keys import (
 )
 from .layers import DORA_SCALE, FullLayer, Layer, LokrLayer, LoraLayer, OftLayer, make_layer
 from .layers.base import DAMAGED_FILE_REMEDY
+from .module_paths import own_name
 from .peft_config import (
     CONFIG_KEYS,
     HEADER_KEY,
@@ -136,6 +137,8 @@ def parse_adapter(
     warn_of_strange_modules(keys.values())
     metadata = dict(metadata or {})
     configs = configs or configs_in_metadata(metadata)
+    modules = {parsed.module for parsed in keys.values()}
+    keys = {key: replace(parsed, module=own_name(parsed.module, modules)) for key, parsed in keys.items()}
     tensors_by_module: dict[str, dict[str, Tensor]] = {}
     paths: dict[str, str] = {}
     vectors: dict[str, Tensor] = {}

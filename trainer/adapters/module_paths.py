@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from ..models import zimage_names
 from ..models.clip_names import has_words_of_text_encoder, is_text_module, with_text_tower
 from ..models.ldm_names import diffusers_name, has_words_of_unet, is_unet_module
 from ..models.transformers import BLOCKS, UNDERSCORED_WORDS, is_transformer_module, network_path
@@ -111,6 +112,20 @@ def module_path(name: str, layers_per_block: int = 2) -> ModulePath:
     if component == UNET:
         path = diffusers_name(path, layers_per_block) or network_path(path) or path
     return ModulePath(component, path)
+
+
+def own_name(name: str, others: Iterable[str]) -> str:
+    """A module's kohya name, by which it is not mistaken for another family's that is called alike.
+
+    Args:
+        name: As a file has it, such as "lora_unet_final_layer_linear".
+        others: Names of all modules of the file: those in blocks show the family.
+    """
+    component, rest = split_prefix(name)
+    path = zimage_names.fixed_path(dotted(rest)) if component == UNET else None
+    if path is None or not any(zimage_names.is_in_block(dotted(split_prefix(other)[1])) for other in others):
+        return name
+    return module_name(UNET, path)
 
 
 def layers_per_block(names: Iterable[str]) -> int:

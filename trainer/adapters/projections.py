@@ -22,6 +22,12 @@ from .prefixes import UNET
 _NAMES = ("query", "key", "value")
 
 
+def is_split_here(name: str) -> bool:
+    """Whether a module, by its kohya name, is a joined projection for which the network has three modules."""
+    path = module_path(name)
+    return path.component == UNET and zimage_names.split_paths(path.path) is not None
+
+
 def in_network_layout(layers: Mapping[str, Layer]) -> dict[str, Layer]:
     """Layers for the modules of the network; all that diffusers does not lay out otherwise are as they were.
 
@@ -68,11 +74,14 @@ def in_diffusers_layout(layer: LoraLayer, path: str) -> dict[str, LoraLayer]:
 
 
 def _thirds(layer: LoraLayer) -> list[LoraLayer]:
-    """The layers of query, key and value, which share the inner factor."""
+    """The layers of query, key and value, each with a copy of the inner factor: no file holds one tensor twice."""
     scale = layer.dora_scale
     is_per_output = scale is not None and len(scale) == len(layer.up)
     scales: Sequence[Tensor | None] = scale.chunk(3) if scale is not None and is_per_output else [scale] * 3
-    return [replace(layer, up=up, dora_scale=part) for up, part in zip(layer.up.chunk(3), scales, strict=True)]
+    return [
+        replace(layer, down=layer.down.clone(), up=up, dora_scale=None if part is None else part.clone())
+        for up, part in zip(layer.up.chunk(3), scales, strict=True)
+    ]
 
 
 def _split(layer: Layer, name: str, parts: Sequence[str], others: Collection[str]) -> dict[str, Layer]:

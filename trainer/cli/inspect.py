@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapters.file_keys import in_file
 from ..adapters.keys import embedding_names
 from ..adapters.kohya import Adapter, file_hashes, read_adapter
 from ..adapters.layers import DORA_SCALE, Layer
@@ -18,14 +19,15 @@ from ..adapters.prefixes import component_of
 from ..core.errors import AdapterError, UnsupportedModelError, WeightsError
 from ..core.figures import text_table
 from ..merging.profile import profile_adapter
-from ..models.families import identify, refuse_foreign_keys
-from ..models.families.ldm import UNET_PREFIX, unet_config, with_prefix
+from ..models.families import identify, layout_of, refuse_foreign_keys
+from ..models.families.ldm import UNET_PREFIX, UnetLayout, with_prefix
 from ..models.open import open_base
 from ..models.state_dicts import read_single_file
 
 _MODULE_TYPE = re.compile(
     r"(attn[12]_to_(?:q|k|v|out_0)|ff_net_(?:0_proj|2)|proj_in|proj_out|conv\d?|conv_shortcut|time_emb_proj"
-    r"|self_attn_(?:q|k|v|out)_proj|mlp_fc[12]|(?:img|txt)_(?:attn_qkv|attn_proj|mlp_[02])|linear[12])$"
+    r"|self_attn_(?:q|k|v|out)_proj|mlp_fc[12]|(?:img|txt)_(?:attn_qkv|attn_proj|mlp_[02])|linear[12]"
+    r"|attention_to_(?:q|k|v|out_0)|feed_forward_w[123]|adaLN_modulation_\d)$"
 )
 
 
@@ -63,7 +65,7 @@ def describe_adapter(adapter: Adapter) -> dict[str, Any]:
         types[match[1] if match else "other"] += 1
     layers = adapter.layers.values()
     dtypes = {tensor.dtype for layer in layers for tensor in _matrices(layer)}
-    model_hash, legacy_hash = file_hashes(adapter.state_dict(), adapter.metadata)
+    model_hash, legacy_hash = file_hashes(in_file(adapter.state_dict()), adapter.metadata)
     return {
         "kind": _kind(adapter),
         "modules": {component: {"count": sum(types.values()), **types} for component, types in modules.items()},
@@ -96,8 +98,9 @@ def _describe_base(path: Path) -> dict[str, Any]:
         return {"file": str(path), "kind": "base model", "family": base.family.title, "fingerprint": base.fingerprint}
     tensors = read_single_file(path)
     refuse_foreign_keys(tensors)
-    unet = with_prefix(tensors, UNET_PREFIX)
-    return {"file": str(path), "kind": "base model", "family": identify(unet_config(unet)).title}
+    denoiser = with_prefix(tensors, UNET_PREFIX) or tensors
+    layout = layout_of(denoiser) or UnetLayout()
+    return {"file": str(path), "kind": "base model", "family": identify(layout.denoiser_config(denoiser)).title}
 
 
 def facts_as_text(facts: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,9 @@ class LatentFormat(Protocol):
     def shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
         """Shape of the latents, (channels, height, width), of a picture of that many pixels."""
 
+    def granularity(self, vae_config: Mapping[str, Any]) -> int:
+        """Number of pixels of which the sides of a picture must be multiples."""
+
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior of pictures (batch, 3, height, width), as latents."""
 
@@ -27,9 +31,9 @@ class LatentFormat(Protocol):
         """Pictures (batch, 3, height, width) of latents (batch, channels, height, width)."""
 
 
-def pixels_per_number(vae: Any) -> int:
+def pixels_per_number(vae_config: Mapping[str, Any]) -> int:
     """Side of the square of pixels that is one number of an autoencoder's output."""
-    return int(2 ** (len(vae.config.block_out_channels) - 1))
+    return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
 class ScaledLatents:
@@ -40,8 +44,12 @@ class ScaledLatents:
 
     def shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
         """See `LatentFormat.shape`."""
-        factor = pixels_per_number(vae)
+        factor = pixels_per_number(vae.config)
         return int(vae.config.latent_channels), height // factor, width // factor
+
+    def granularity(self, vae_config: Mapping[str, Any]) -> int:
+        """See `LatentFormat.granularity`."""
+        return pixels_per_number(vae_config)
 
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LatentFormat.encode`."""
@@ -68,8 +76,12 @@ class PatchedLatents:
 
     def shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
         """See `LatentFormat.shape`."""
-        factor = pixels_per_number(vae) * self.patch
+        factor = pixels_per_number(vae.config) * self.patch
         return int(vae.config.latent_channels) * self.patch**2, height // factor, width // factor
+
+    def granularity(self, vae_config: Mapping[str, Any]) -> int:
+        """See `LatentFormat.granularity`."""
+        return pixels_per_number(vae_config) * self.patch
 
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """See `LatentFormat.encode`."""

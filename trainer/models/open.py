@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from ..core.errors import SettingsError, UnsupportedModelError, WeightsError, suggest
@@ -88,6 +88,7 @@ class _TextConfig(_Config):
 
 class _SchedulerConfig(_Config):
     prediction_type: str = "epsilon"
+    shift: Annotated[float, Field(gt=0)] | None = None
     rescale_betas_zero_snr: bool | None = False
 
 
@@ -436,6 +437,7 @@ def _from_folder(folder: Path) -> BaseWeights:
     refuse_foreign_class(str(settings.pop("_class_name", layout.network_class)))
     network_config(folder / layout.folder / "config.json", _DENOISER_CONFIGS[layout.network_class])
     family = identify(settings)
+    settings = {name: value for name, value in settings.items() if not (name == "siglip_feat_dim" and value is None)}
     scheduler = network_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     return BaseWeights(
         family=family,
@@ -455,10 +457,17 @@ def _from_folder(folder: Path) -> BaseWeights:
         scheduler=scheduler,
         prediction=_scheduled_prediction(scheduler, family),
         clip_skip=0,
-        title=folder.resolve().name,
+        title=_title_of_folder(folder.resolve()),
         fingerprint="",
         is_distilled=index["is_distilled"] if isinstance(index.get("is_distilled"), bool) else None,
     )
+
+
+def _title_of_folder(folder: Path) -> str:
+    """Its name; of a snapshot in the hub's cache, "models--ORGANISATION--NAME/snapshots/HASH", that of the model."""
+    if folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--"):
+        return folder.parent.parent.name.rpartition("--")[2]
+    return folder.name
 
 
 def _folder_layout(index: Mapping[str, Any]) -> Layout:

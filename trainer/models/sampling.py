@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core.devices import DTYPES, to_device
+from ..core.errors import SettingsError
 from ..core.events import Listener, SilentListener, stop_if_asked
 from ..settings.train import SchedulerName
 from .families.base import BaseWeights, Conditioning, DiffusionModel
@@ -175,13 +176,26 @@ def generate_latents(
         Latents, (len(seeds), channels, height, width), float32, on the UNet's device.
 
     Raises:
+        SettingsError: The model has no pictures of that size.
         CancelledError: The listener asked to stop.
     """
+    step = model.family.latents.granularity(vae.config)
+    if config.width % step or config.height % step:
+        raise SettingsError(
+            f"{model.family.title} has no pictures of {config.width} × {config.height} pixels: their sides are multiples "
+            f"of {step}.",
+            f"Choose sides such as {_multiple(config.width, step)} × {_multiple(config.height, step)}.",
+        )
     noise = starting_noise(seeds, model.family.latents.shape(vae, config.height, config.width))
     size = torch.tensor([[config.height, config.width, 0, 0, config.height, config.width]], dtype=torch.float32)
     repeated_prompt = _repeated({**prompt, "size": size}, len(seeds))
     repeated_negative = _repeated({**negative, "size": size}, len(seeds))
     return denoise(model, noise, repeated_prompt, repeated_negative, config, listener)
+
+
+def _multiple(side: int, step: int) -> int:
+    """The nearest multiple of a step, at least one."""
+    return max(1, round(side / step)) * step
 
 
 def _repeated(conditioning: Conditioning, count: int) -> Conditioning:

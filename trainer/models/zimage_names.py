@@ -41,7 +41,8 @@ _IN_BLOCK = {
 _FIXED_PATHS = {name: path for path, name in _FIXED.items()}
 _IN_BLOCK_PATHS = {name: path for path, name in _IN_BLOCK.items()}
 _BLOCK = re.compile(rf"^({'|'.join(BLOCKS)})\.(\d{{1,2}})\.(.+)$")
-_SHARED = ("x_embedder",)  # of the original code's names those that other families have in diffusers
+# of the original code's names those that FLUX.2 has, too, in diffusers or in its original code
+_SHARED = ("x_embedder", "final_layer.linear", "final_layer.adaLN_modulation.1")
 UNDERSCORED_WORDS = frozenset(
     word
     for names in (_FIXED, _IN_BLOCK, PARTS, BLOCKS)
@@ -68,6 +69,19 @@ def network_path(original: str) -> str | None:
     if place is None:
         return None if original in _SHARED else _FIXED_PATHS.get(original)
     return f"{place[0]}.{_IN_BLOCK_PATHS[place[1]]}" if place[1] in _IN_BLOCK_PATHS else None
+
+
+def fixed_path(original: str) -> str | None:
+    """The network's path of a module outside of blocks, from its name in the original code; None for any other.
+
+    Some of these names are other families' in diffusers; `network_path` leaves those out.
+    """
+    return _FIXED_PATHS.get(original)
+
+
+def is_in_block(path: str) -> bool:
+    """Whether a dotted path is that of a module in a block, which no other family calls so."""
+    return _in_block(path) is not None and is_module(path)
 
 
 def paths_of_tensor(name: str) -> tuple[str, ...]:

@@ -78,6 +78,7 @@ def require_trainable(
         StorageError: A folder can't be written, or its disk is full.
     """
     _require_undistilled(base)
+    _require_whole_tokens(base, settings)
     if settings.zero_terminal_snr and base.prediction.type != "v_prediction":
         raise SettingsError(
             "zero_terminal_snr is for models that predict the velocity: to predict the noise of pure noise teaches "
@@ -108,6 +109,24 @@ def require_trainable(
         _require_room_for_full_finetuning(base, settings, paths)
     else:
         require_writable(paths.runs, _ADAPTER_BYTES)
+
+
+def _require_whole_tokens(base: BaseWeights, settings: TrainSettings) -> None:
+    """Refuse sizes that the model's latents can't have.
+
+    Raises:
+        SettingsError: A side is no multiple of what one of its latents' numbers covers.
+    """
+    step = base.family.latents.granularity(base.vae.config)
+    sides = {"resolution": settings.resolution}
+    if settings.aspect_buckets:
+        sides["bucket_step"] = settings.bucket_step
+    for name, side in sides.items():
+        if side % step:
+            raise SettingsError(
+                f"{suggest(name, side)} is no multiple of {step}, which {base.family.title} needs.",
+                f"Set {suggest(name, max(1, round(side / step)) * step)}.",
+            )
 
 
 def _require_undistilled(base: BaseWeights) -> None:

@@ -44,12 +44,13 @@ class TextEncoderSpec:
 
     Attributes:
         name: The component's name and folder in diffusers, "text_encoder" or "text_encoder_2".
-        short_name: Its usual short name: "clip_l", "clip_h" or "clip_g".
+        short_name: Its usual short name: "clip_l", "clip_h", "clip_g" or "qwen3".
         file_prefixes: What its tensors' names begin with in a single file, the usual one first.
         adapter_prefix: What its modules' names begin with in a kohya file.
         hidden_act: Activation of its MLPs.
         pads_with_end: Whether prompts are padded with the end token; else with token 0.
-        layer: Which hidden state is read, counted from the end: 1 is the last, 2 the one before it.
+        layer: Which hidden state is read, counted from the end: 1 is the last, 2 the one before it. Of a language model,
+            the last one that is read, counted from the start.
         normed: Whether the final layer norm is applied to that hidden state.
         pooled: Whether the projected embedding of the end token is read as well.
         unused_layers: Number of layers at the end that an original file holds and no model reads; they are left out.
@@ -126,7 +127,7 @@ class Prediction:
     """What a denoiser predicts, on which noise schedule.
 
     Attributes:
-        type: "epsilon" or "v_prediction", as diffusers names them.
+        type: "epsilon" or "v_prediction", as diffusers names them, or "flow".
         zero_terminal_snr: Whether the schedule is rescaled so that the last timestep is pure noise.
         source: How it is known, for messages, such as "the scheduler's configuration"; `CHOSEN` if by the user.
     """

@@ -53,9 +53,12 @@ class UnetLayout:
 
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
         """In the original layout or in that of diffusers."""
-        if any(name.startswith("encoder.down_blocks.") for name in tensors):
-            return diffusers_vae_component(with_current_attention_names(tensors), scaling_factor)
-        return vae_component(tensors, scaling_factor)
+        if tensors and "quant_conv.weight" not in tensors:
+            raise WeightsError(
+                "The VAE is not Stable Diffusion's: it lacks the tensor quant_conv.weight.",
+                "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD, a decoder alone or FLUX's).",
+            )
+        return autoencoder_component(tensors, scaling_factor)
 
     def text_encoder(
         self, tensors: Mapping[str, Tensor], spec: TextEncoderSpec, config: Mapping[str, Any] | None = None
@@ -216,6 +219,13 @@ def _vae_latents(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     if "quant_conv.weight" in tensors:
         return {"latent_channels": channels}
     return {"latent_channels": channels, "use_quant_conv": False, "use_post_quant_conv": False}
+
+
+def autoencoder_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
+    """A KL autoencoder in the original layout or in that of diffusers; see `vae_component`."""
+    if any(name.startswith("encoder.down_blocks.") for name in tensors):
+        return diffusers_vae_component(with_current_attention_names(tensors), scaling_factor)
+    return vae_component(tensors, scaling_factor)
 
 
 def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:

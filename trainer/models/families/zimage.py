@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..flow import ConstantMu, FlowObjective
@@ -31,7 +32,7 @@ from .zimage_network import PATCH, ZImageLayout, make_transformer
 
 _LAYER = 35  # of the 36 of Qwen 3 4B, after which hidden states are read
 _TRAINING_SHIFT = 2.0  # musubi-tuner, docs/zimage.md
-_SAMPLING_SHIFT = 3.0  # diffusers' scheduler_config.json of Z-Image-Turbo; ComfyUI's supported_models.ZImage
+_SAMPLING_SHIFT = 3.0  # ComfyUI's supported_models.ZImage, where no scheduler's configuration states another
 _ATTENTION = r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)"
 _MLP = r"layers\.\d+\.feed_forward\.w[123]"
 
@@ -47,12 +48,13 @@ class ZImageModel(LanguageModelConditioned):
         """Build the networks around the tensors, without a copy; raises as `LanguageModelConditioned`."""
         from diffusers import AutoencoderKL
 
+        shift = weights.scheduler.get("shift") or _SAMPLING_SHIFT
         super().__init__(
             family,
             weights,
             on_meta(make_transformer, weights.denoiser.config),
             AutoencoderKL,
-            FlowObjective(ConstantMu(math.log(_TRAINING_SHIFT)), ConstantMu(math.log(_SAMPLING_SHIFT)), patch=PATCH),
+            FlowObjective(ConstantMu(math.log(_TRAINING_SHIFT)), ConstantMu(math.log(shift)), patch=PATCH),
         )
 
     @property
@@ -62,6 +64,8 @@ class ZImageModel(LanguageModelConditioned):
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the transformer over the tokens of picture and prompt, of which each has its own length."""
+        height, width = latents.shape[-2:]
+        latents = F.pad(latents, (0, -width % PATCH, 0, -height % PATCH), mode="circular")  # as ComfyUI does
         text = conditioning["text"].to(latents.dtype)
         lengths = conditioning["lengths"]
         ends = [text.shape[1]] * len(text) if lengths.is_meta else lengths.tolist()  # without numbers, the longest
@@ -70,7 +74,7 @@ class ZImageModel(LanguageModelConditioned):
             timestep=timesteps.to(latents.device, torch.float32) / self.objective.timesteps,
             cap_feats=[row[:end] for row, end in zip(text, ends, strict=True)],
         )
-        return output[:, :, 0]
+        return output[:, :, 0, :height, :width]
 
     def facts(self) -> dict[str, Any]:
         """What of configurations decides what the networks compute."""
@@ -146,7 +150,8 @@ class ZImage:
     def base_of_distilled(self, title: str) -> str | None:
         """Turbo has the shapes of the base model; its name tells, but not of those from which that was taken again."""
         words = re.sub(r"[-_. ]", "", title.lower())
-        return "Z-Image" if "zimage" in words and "turbo" in words and "deturbo" not in words else None
+        is_distilled = "zimage" in words and "turbo" in words and not any(word in words for word in ("deturbo", "base"))
+        return "Z-Image" if is_distilled else None
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy."""

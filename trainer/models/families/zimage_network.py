@@ -93,11 +93,11 @@ class ZImageLayout:
 
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
         """In the original layout or in that of diffusers; it has no convolutions around its latents."""
-        from .ldm import UnetLayout
+        from .ldm import autoencoder_component
 
         if "quant_conv.weight" in tensors or "bn.running_mean" in tensors:
             raise WeightsError("The VAE is not Z-Image's.", "Use the VAE of Z-Image and FLUX.1 (ae.safetensors).")
-        component = UnetLayout().vae(tensors, scaling_factor)
+        component = autoencoder_component(tensors, scaling_factor)
         return Component(component.tensors, {**component.config, "shift_factor": _SHIFT}, component.file_names)
 
     def text_encoder(
