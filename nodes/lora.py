@@ -111,7 +111,7 @@ class SaveLora(Node):
             node_id="DreamBoothSaveLora",
             display_name="Save LoRA (DreamBooth)",
             category=CATEGORY,
-            description="Writes a kohya file into ComfyUI's LoRA folder. An existing file is never overwritten.",
+            description="Writes a LoRA file into ComfyUI's LoRA folder. An existing file is never overwritten.",
             search_aliases=["export lora", "write lora"],
             is_output_node=True,
             inputs=[

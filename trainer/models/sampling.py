@@ -182,8 +182,8 @@ def generate_latents(
     step = model.family.latents.granularity(vae.config)
     if config.width % step or config.height % step:
         raise SettingsError(
-            f"{model.family.title} has no pictures of {config.width} × {config.height} pixels: their sides are multiples "
-            f"of {step}.",
+            f"{model.family.title} has no pictures of {config.width} × {config.height} pixels: their sides are "
+            f"multiples of {step}.",
             f"Choose sides such as {_multiple(config.width, step)} × {_multiple(config.height, step)}.",
         )
     noise = starting_noise(seeds, model.family.latents.shape(vae, config.height, config.width))

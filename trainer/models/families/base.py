@@ -49,8 +49,8 @@ class TextEncoderSpec:
         adapter_prefix: What its modules' names begin with in a kohya file.
         hidden_act: Activation of its MLPs.
         pads_with_end: Whether prompts are padded with the end token; else with token 0.
-        layer: Which hidden state is read, counted from the end: 1 is the last, 2 the one before it. Of a language model,
-            the last one that is read, counted from the start.
+        layer: Which hidden state is read, counted from the end: 1 is the last, 2 the one before it. Of a language
+            model the last one that is read, counted from the start.
         normed: Whether the final layer norm is applied to that hidden state.
         pooled: Whether the projected embedding of the end token is read as well.
         unused_layers: Number of layers at the end that an original file holds and no model reads; they are left out.
