@@ -142,6 +142,11 @@ def check_kinds(ran: Ran) -> None:
     assert "fidelity, combined" in ran.json("two-stage.json")
 
 
+def check_kinds_by_flow_matching(ran: Ran) -> None:
+    assert ran.names() == {"kinds-flux2.json", "kinds-flux2.md", "kinds-flux2.png"}
+    assert "LoRA attention" in ran.rows("kinds-flux2.md")
+
+
 def check_merging(ran: Ran) -> None:
     assert ran.names() == {"merging.json", "merging.md", "merging.png"}
     assert set(ran.json("merging.json")) == set(ran.rows("merging.md")) - {""}
@@ -349,6 +354,11 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ),
     ("python benchmarks/kinds.py",): Smoke(
         'python benchmarks/kinds.py --smoke --seeds 1 --only "LoRA attention" --out OUT --sheets OUT', check_kinds
+    ),
+    ("python benchmarks/kinds.py --family flux2 --part kinds",): Smoke(
+        "python benchmarks/kinds.py --family flux2 --part kinds --smoke --seeds 1"
+        ' --only "LoRA attention" --out OUT --sheets OUT',
+        check_kinds_by_flow_matching,
     ),
     ("python benchmarks/merging.py",): Smoke(
         "python benchmarks/merging.py --smoke --seeds 1 --out OUT --sheets OUT", check_merging

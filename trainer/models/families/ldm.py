@@ -53,7 +53,7 @@ class UnetLayout:
 
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
         """In the original layout or in that of diffusers."""
-        if tensors and "quant_conv.weight" not in tensors:
+        if "encoder.conv_in.weight" in tensors and "quant_conv.weight" not in tensors:
             raise WeightsError(
                 "The VAE is not Stable Diffusion's: it lacks the tensor quant_conv.weight.",
                 "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD, a decoder alone or FLUX's).",
