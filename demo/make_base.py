@@ -1,6 +1,7 @@
-"""Makes the demo's base model, its scorer and its pictures, from random numbers alone.
+"""Makes the demo's base models, their scorer and their pictures, from random numbers alone.
 
-    python demo/make_base.py --out FOLDER [--stages drawings,vae,clip,unet,rare,pictures] [--effort 1.0]
+    python demo/make_base.py --out FOLDER [--stages drawings,vae,clip,unet,rare,language,transformer,flux2,pictures] \
+        [--effort 1.0]
 
 Stages run in this order; one whose output is already in FOLDER is skipped, so a run that was cut short
 goes on where it stopped. Intermediate results are kept in FOLDER/work.
@@ -20,12 +21,34 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from flow import (
+    MAX_TOKENS,
+    embed_unused_words,
+    encode_in_template,
+    flux2_autoencoder,
+    load_language_tokenizer,
+    normalized_latents,
+    tokenize_in_template,
+    train_language,
+    train_language_vocabulary,
+    train_transformer,
+)
 from palette import SIZE
 from PIL import Image
 from torch import Tensor
 from training import encode_captions, encode_pictures, make_scheduler, train_clip, train_unet, train_vae
-from transformers import CLIPModel
+from transformers import CLIPModel, Qwen3ForCausalLM
 from transformers.utils import logging as transformers_logging
 from words import (
     embed_unused_tokens,
@@ -206,6 +229,62 @@ def make_unet(run: Run) -> None:
         unet.save_pretrained(folder)
 
 
+def make_language(run: Run) -> None:
+    """Learns the vocabulary of the language model that encodes klein's prompts, and trains it."""
+    captions = _load_drawings(run).captions
+    with _finished(run.out / "work/language-tokenizer") as folder:
+        folder.mkdir()
+        train_language_vocabulary(captions, folder)
+    tokenizer = load_language_tokenizer(run.out / "work/language-tokenizer")
+    model = train_language(captions, tokenizer, run.effort, run.device)
+    used = set(tokenize_in_template(tokenizer, sorted(set(captions))).flatten().tolist())
+    embed_unused_words(model.to("cpu"), used, torch.Generator().manual_seed(RARE_SEED))
+    with _finished(run.out / "work/language") as folder:
+        model.save_pretrained(folder)
+
+
+def make_transformer(run: Run) -> None:
+    """Trains klein's transformer on latents and embeddings that are computed once."""
+    drawings = _load_drawings(run)
+    tokenizer = load_language_tokenizer(run.require("work/language-tokenizer", "language"))
+    language = Qwen3ForCausalLM.from_pretrained(run.require("work/language", "language"), dtype=torch.float32)
+    embeddings, rows = encode_in_template(language.to(run.device), tokenizer, drawings.captions, run.device)
+    vae = AutoencoderKL.from_pretrained(run.require("work/vae", "vae")).to(run.device)
+    means = encode_pictures(vae, drawings.pictures, run.device)
+    autoencoder = flux2_autoencoder(vae, means)
+    LOG.info("transformer: %d latents, %d different captions", len(means), len(embeddings) - 1)
+    latents = normalized_latents(autoencoder.to(run.device), means)
+    transformer = train_transformer(latents, embeddings, rows, run.effort, run.device)
+    with _finished(run.out / "work/flux2-vae") as folder:
+        autoencoder.to("cpu").save_pretrained(folder)
+    with _finished(run.out / "work/transformer") as folder:
+        transformer.save_pretrained(folder)
+
+
+def write_flux2(run: Run) -> None:
+    """Writes klein's pipeline in fp16, and a sheet of samples generated in fp32."""
+    words = run.require("work/language-tokenizer", "language")
+    pipeline = Flux2KleinPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        vae=AutoencoderKLFlux2.from_pretrained(run.require("work/flux2-vae", "transformer")),
+        text_encoder=Qwen3ForCausalLM.from_pretrained(run.require("work/language", "language"), dtype=torch.float32),
+        tokenizer=load_language_tokenizer(words),
+        transformer=Flux2Transformer2DModel.from_pretrained(run.require("work/transformer", "transformer")),
+    )
+    with _finished(run.out / "samples-flux2.png") as file:
+        steps = min(SAMPLING_STEPS, run.scaled(SAMPLING_STEPS, 2))
+        _generate_samples(pipeline, run.device, steps, max_sequence_length=MAX_TOKENS).save(file)
+    with _finished(run.out / "flux2") as folder:
+        for model in (pipeline.vae, pipeline.text_encoder, pipeline.transformer):
+            model.to("cpu").half()
+        pipeline.save_pretrained(folder)
+        for file in words.iterdir():  # transformers 4 reads files that 5 leaves out
+            shutil.copyfile(file, folder / "tokenizer" / file.name)
+        (folder / "text_encoder/generation_config.json").unlink(missing_ok=True)
+        for part in ("vae", "text_encoder", "transformer"):
+            _drop_origin(folder / part / "config.json")
+
+
 def write_models(run: Run) -> None:
     """Gives rare tokens an embedding, then writes the pipeline, the scorer and a sheet of samples.
 
@@ -229,7 +308,11 @@ def write_models(run: Run) -> None:
         requires_safety_checker=False,
     )
     with _finished(run.out / "samples.png") as file:
-        _generate_samples(pipeline, run.device, min(SAMPLING_STEPS, run.scaled(SAMPLING_STEPS, 2))).save(file)
+        scheduler = pipeline.scheduler
+        pipeline.scheduler = DDIMScheduler.from_config(scheduler.config)
+        steps = min(SAMPLING_STEPS, run.scaled(SAMPLING_STEPS, 2))
+        _generate_samples(pipeline, run.device, steps).save(file)
+        pipeline.scheduler = scheduler
     with _finished(run.out / "scorer") as folder:
         clip.half().save_pretrained(folder)
         _drop_origin(folder / "config.json")
@@ -251,20 +334,18 @@ def _drop_origin(config_file: Path) -> None:
     config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8", newline="\n")
 
 
-def _generate_samples(pipeline: StableDiffusionPipeline, device: torch.device, steps: int) -> Image.Image:
+def _generate_samples(pipeline: DiffusionPipeline, device: torch.device, steps: int, **options: int) -> Image.Image:
     """Generates a sheet of pictures, a prompt per column, enlarged three times."""
-    scheduler = pipeline.scheduler
-    pipeline.scheduler = DDIMScheduler.from_config(scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     images = pipeline.to(device)(
-        list(SAMPLE_PROMPTS * SAMPLES_PER_PROMPT),
+        prompt=list(SAMPLE_PROMPTS * SAMPLES_PER_PROMPT),
         num_inference_steps=steps,
         guidance_scale=4.0,
         generator=torch.Generator().manual_seed(SAMPLES_SEED),
         height=SIZE,
         width=SIZE,
+        **options,
     ).images
-    pipeline.scheduler = scheduler
     columns = len(SAMPLE_PROMPTS)
     sheet = Image.new("RGB", (columns * SIZE, SAMPLES_PER_PROMPT * SIZE))
     for index, image in enumerate(images):
@@ -305,6 +386,9 @@ STAGES = {
     "clip": Stage(make_clip, ("work/clip",)),
     "unet": Stage(make_unet, ("work/unet",)),
     "rare": Stage(write_models, ("samples.png", "scorer", "base")),
+    "language": Stage(make_language, ("work/language-tokenizer", "work/language")),
+    "transformer": Stage(make_transformer, ("work/flux2-vae", "work/transformer")),
+    "flux2": Stage(write_flux2, ("samples-flux2.png", "flux2")),
     "pictures": Stage(write_pictures, ("subject", "style")),
 }
 
@@ -341,7 +425,7 @@ def _positive(text: str) -> float:
 
 
 def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Makes the demo's base model, its scorer and its pictures.")
+    parser = argparse.ArgumentParser(description="Makes the demo's base models, their scorer and their pictures.")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="output folder")
     parser.add_argument(
         "--stages", type=_stage_names, default=list(STAGES), help=f"comma-separated; default {','.join(STAGES)}"

@@ -1,4 +1,4 @@
-"""Trains the three models of the demo: autoencoder, CLIP and denoiser.
+"""Trains the three models of the demo's Stable Diffusion: autoencoder, CLIP and denoiser.
 
 Every function is seeded by a generator of its own; torch's global random state is left as it was.
 """
@@ -67,7 +67,7 @@ UNET = Phase("unet", steps=9000, batch_size=32, learning_rate=1e-3, warmup_share
 
 
 @contextmanager
-def _seeded_weights() -> Iterator[None]:
+def seeded_weights() -> Iterator[None]:
     """Seeds the initial weights of models built inside, which torch draws from its global state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
@@ -83,7 +83,7 @@ def _to_pixels(pictures: Tensor, device: torch.device) -> Tensor:
     return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def _train(model: nn.Module, phase: Phase, loss_at: Callable[[int], Tensor]) -> None:
+def train(model: nn.Module, phase: Phase, loss_at: Callable[[int], Tensor]) -> None:
     """Minimises a loss.
 
     Args:
@@ -130,7 +130,7 @@ def train_vae(pictures: Tensor, patterned: Tensor, effort: float, device: torch.
     Returns:
         The autoencoder, with the `scaling_factor` that gives its latents a standard deviation of 1.
     """
-    with _seeded_weights():
+    with seeded_weights():
         vae = AutoencoderKL(
             block_out_channels=(32, 64, 64),
             down_block_types=("DownEncoderBlock2D",) * 3,
@@ -143,16 +143,18 @@ def train_vae(pictures: Tensor, patterned: Tensor, effort: float, device: torch.
     vae.to(device, memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(SEED)
 
-    def train(phase: Phase, data: Tensor, edge_weight: float, squared_weight: float) -> None:
+    def train_on(phase: Phase, data: Tensor, edge_weight: float, squared_weight: float) -> None:
         def loss_at(_step: int) -> Tensor:
             chosen = torch.randint(len(data), (phase.batch_size,), generator=generator)
             pixels = _to_pixels(data[chosen], device).contiguous(memory_format=torch.channels_last)
             return _reconstruction_loss(vae, pixels, generator, edge_weight, squared_weight)
 
-        _train(vae, phase.scaled(effort), loss_at)
+        train(vae, phase.scaled(effort), loss_at)
 
-    train(VAE_FIRST, torch.cat([pictures, patterned[: len(patterned) * 2 // 3]]), edge_weight=0.5, squared_weight=0.0)
-    train(VAE_SECOND, torch.cat([pictures[: len(pictures) // 2], patterned]), edge_weight=0.3, squared_weight=1.0)
+    train_on(
+        VAE_FIRST, torch.cat([pictures, patterned[: len(patterned) * 2 // 3]]), edge_weight=0.5, squared_weight=0.0
+    )
+    train_on(VAE_SECOND, torch.cat([pictures[: len(pictures) // 2], patterned]), edge_weight=0.3, squared_weight=1.0)
     scaling_factor = round(1 / encode_pictures(vae, pictures[:1024], device).std().item(), 5)
     vae.register_to_config(scaling_factor=scaling_factor)
     LOG.info("vae: scaling factor %.5f", scaling_factor)
@@ -201,7 +203,7 @@ def train_clip(
         effort: Scales the number of steps.
         device: Where to train.
     """
-    with _seeded_weights():
+    with seeded_weights():
         clip = CLIPModel(_clip_config(tokenizer)).to(device)
     tokens = tokenize(tokenizer, captions)
     number_by_caption = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
@@ -220,7 +222,7 @@ def train_clip(
         chosen = torch.randint(training_count, (CLIP.batch_size,), generator=generator)
         return loss_of(chosen, noise_scale=0.05 if step % 2 else 0.0)
 
-    _train(clip, CLIP.scaled(effort), loss_at)
+    train(clip, CLIP.scaled(effort), loss_at)
     with torch.no_grad():
         held_out = torch.arange(training_count, len(pictures))[: CLIP.batch_size]
         LOG.info("clip: loss on held-out pictures %.4f", loss_of(held_out, noise_scale=0.0).item())
@@ -299,7 +301,7 @@ def train_unet(
         effort: Scales the number of steps.
         device: Where to train.
     """
-    with _seeded_weights():
+    with seeded_weights():
         unet = UNet2DConditionModel(
             sample_size=latents.shape[-1],
             in_channels=4,
@@ -331,5 +333,5 @@ def train_unet(
         weights = snr.clamp(max=MIN_SNR_GAMMA) / snr
         return (weights * (predicted.float() - noise).square().mean(dim=(1, 2, 3))).mean()
 
-    _train(unet, UNET.scaled(effort), loss_at)
+    train(unet, UNET.scaled(effort), loss_at)
     return unet

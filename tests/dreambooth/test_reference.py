@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import mostly_slow
 from helpers import DEMO, Recorder
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.data.images import load_pictures
@@ -35,12 +34,9 @@ def test_accumulation_equals_a_larger_batch(world: World, tmp_path: Path) -> Non
             assert torch.linalg.vector_norm(tensor - other) < 1e-3 * torch.linalg.vector_norm(other), (name, part)
 
 
-@pytest.mark.parametrize("folder", mostly_slow(["base", "flux2"], "base"))
-def test_training_learns_the_subject(folder: str, world: World, tmp_path: Path) -> None:
+def test_training_learns_the_subject(world: World, tmp_path: Path) -> None:
     """The denoising error on the subject, over fixed noise that training never drew, falls clearly."""
-    if folder == "flux2":
-        pytest.importorskip("diffusers", minversion="0.37")
-    base, pictures = open_base(DEMO / folder), load_pictures(DEMO / "subject", PROMPT, Recorder())
+    base, pictures = open_base(DEMO / "base"), load_pictures(DEMO / "subject", PROMPT, Recorder())
     changes = {"steps": 60, "learning_rate": 1e-3, "rank": 8, "precision": "fp32"}
     result = replace(world, base=base, subject=pictures).train(tmp_path, **changes)
     model = base.family.build(base)
