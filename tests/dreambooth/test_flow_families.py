@@ -439,10 +439,13 @@ def test_recipe_equals_the_plain_loop(
         for ours, theirs in ((learned.down, down), (learned.up, up)):
             apart.append(float((ours - theirs).norm() / theirs.norm()))
         assert up.any()
-    # where a gradient is nothing but rounding, Adam steps as far, in the direction of its sign
-    assert statistics.median(apart) <= 1e-3
-    assert sum(share > 1e-3 for share in apart) <= 0.1 * len(apart)
-    assert max(apart) <= 0.05
+    if plain is PlainZImage and recipe.settings.rank_schedule == "timestep":
+        # where a gradient is nothing but rounding, Adam steps as far, in the direction of its sign
+        assert statistics.median(apart) <= 1e-3
+        assert sum(share > 1e-3 for share in apart) <= 0.1 * len(apart)
+        assert max(apart) <= 0.05
+    else:
+        assert max(apart) <= 1e-3
 
 
 # Whole runs

@@ -57,6 +57,7 @@ class Kin:
         blocks: pattern of the names of modules in blocks.
         metadata: what states it in a file.
         shown: blocks of the small model, as people see them.
+        renames: whether its own files call modules otherwise than diffusers.
     """
 
     make_folder: Callable[[Path], Path]
@@ -66,6 +67,7 @@ class Kin:
     blocks: str
     metadata: dict[str, str]
     shown: list[str]
+    renames: bool
 
 
 KINS = {
@@ -77,6 +79,7 @@ KINS = {
         "^lora_unet_(double|single)_blocks_",
         {"ss_base_model_version": "flux_2_klein", "modelspec.architecture": "Flux.2-klein/lora"},
         ["double 0", "double 1", "single 0", "single 1", "other"],
+        renames=True,
     ),
     "zimage": Kin(
         zimage_folder,
@@ -86,6 +89,7 @@ KINS = {
         "^lora_unet_layers_",
         {"ss_base_model_version": "z_image", "modelspec.architecture": "Z-Image/lora"},
         [f"{kind} {number}" for kind in ("layer", "noise-refiner", "context-refiner") for number in (0, 1)] + ["other"],
+        renames=False,
     ),
 }
 
@@ -141,10 +145,11 @@ def test_every_way_of_merging_takes_them(method: str, base: BaseWeights, weights
     assert all(torch.isfinite(layer.delta()).all() for layer in result.layers.values())
 
 
-def test_files_of_two_programs_are_one_sum(base: BaseWeights, weights: dict[str, Tensor]) -> None:
+def test_files_of_two_programs_are_one_sum(kin: Kin, base: BaseWeights, weights: dict[str, Tensor]) -> None:
     """The second with query, key and value apart, and with diffusers' last norm."""
     first, second = (random_adapter(base, "LoRA", DENOISER, seed=seed) for seed in (1, 2))
     theirs = parse_adapter(diffusers_state_dict(second, torch.float32))
+    assert theirs.layers.keys().isdisjoint(second.layers.keys()) is kin.renames
     result = merged(first, theirs).adapter
     expected = summed(deltas(first, weights), deltas(second, weights), (1.0, 1.0))
     assert same(deltas(result, weights), expected) < 1e-5
