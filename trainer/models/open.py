@@ -437,7 +437,6 @@ def _from_folder(folder: Path) -> BaseWeights:
     refuse_foreign_class(str(settings.pop("_class_name", layout.network_class)))
     network_config(folder / layout.folder / "config.json", _DENOISER_CONFIGS[layout.network_class])
     family = identify(settings)
-    settings = {name: value for name, value in settings.items() if not (name == "siglip_feat_dim" and value is None)}
     scheduler = network_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     return BaseWeights(
         family=family,

@@ -84,8 +84,8 @@ class ZImageLayout:
         return Component(tensors, config, file_names)
 
     def denoiser_of_folder(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """Diffusers' names are the network's."""
-        return Component(tensors, config)
+        """Diffusers' names are the network's; what only Omni has is left out, since diffusers 0.36 does not know it."""
+        return Component(tensors, {name: value for name, value in config.items() if name != "siglip_feat_dim"})
 
     def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Diffusers' names are the network's."""
