@@ -16,7 +16,7 @@ from palette import SIZE
 from tokenizers import Regex as Pattern
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
-from training import CAPTION_DROPOUT, SEED, Phase, seeded_weights, train
+from training import CAPTION_DROPOUT, SEED, Interruptible, Phase, seeded_weights, train
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from words import RARE_WORDS
 
@@ -239,7 +239,7 @@ def normalized_latents(vae: AutoencoderKLFlux2, latents: Tensor) -> Tensor:
 
 
 def train_transformer(
-    latents: Tensor, embeddings: Tensor, rows: Tensor, effort: float, device: torch.device
+    latents: Tensor, embeddings: Tensor, rows: Tensor, effort: float, device: torch.device, state: Path
 ) -> Flux2Transformer2DModel:
     """Trains the transformer by flow matching, with an average of its weights.
 
@@ -251,6 +251,7 @@ def train_transformer(
         rows: The row of each latent's caption in `embeddings`, (n,).
         effort: Scales the number of steps.
         device: Where to train.
+        state: File of the training's state, with which it goes on after an interruption.
     """
     _, channels, height, width = latents.shape
     with seeded_weights():
@@ -290,7 +291,7 @@ def train_transformer(
         )[0]
         return (predicted - (noise - clean)).square().mean()
 
-    train(transformer, TRANSFORMER.scaled(effort), loss_at)
+    train(transformer, TRANSFORMER.scaled(effort), loss_at, Interruptible(state, generator))
     return transformer
 
 

@@ -254,11 +254,13 @@ def make_transformer(run: Run) -> None:
     autoencoder = flux2_autoencoder(vae, means)
     LOG.info("transformer: %d latents, %d different captions", len(means), len(embeddings) - 1)
     latents = normalized_latents(autoencoder.to(run.device), means)
-    transformer = train_transformer(latents, embeddings, rows, run.effort, run.device)
+    state = run.out / "work/transformer-state.pt"
+    transformer = train_transformer(latents, embeddings, rows, run.effort, run.device, state)
     with _finished(run.out / "work/flux2-vae") as folder:
         autoencoder.to("cpu").save_pretrained(folder)
     with _finished(run.out / "work/transformer") as folder:
         transformer.save_pretrained(folder)
+    state.unlink(missing_ok=True)
 
 
 def write_flux2(run: Run) -> None:

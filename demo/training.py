@@ -7,6 +7,8 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
@@ -21,6 +23,7 @@ LOG = logging.getLogger("demo")
 SEED = 0
 MIN_STEPS = 4
 LOG_EVERY_STEPS = 100
+KEEP_EVERY_STEPS = 200
 WIDTH = 128
 """Width of CLIP's hidden states, of its projections and of the denoiser's cross-attention."""
 
@@ -83,13 +86,46 @@ def _to_pixels(pictures: Tensor, device: torch.device) -> Tensor:
     return pictures.to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def train(model: nn.Module, phase: Phase, loss_at: Callable[[int], Tensor]) -> None:
+@dataclass(frozen=True)
+class Interruptible:
+    """What a training needs in order to go on where it was interrupted, with the same numbers.
+
+    Attributes:
+        state: File of its state, which is written every `KEEP_EVERY_STEPS` steps and read where it exists.
+        generator: Source of the random numbers of `loss_at`.
+    """
+
+    state: Path
+    generator: torch.Generator
+
+    def load(self, *parts: Any) -> int:
+        """Puts everything back as it was, and returns the number of the next step; 0 without a file."""
+        if not self.state.exists():
+            return 0
+        kept = torch.load(self.state, weights_only=True)
+        for part, state in zip(parts, kept["parts"], strict=True):
+            part.load_state_dict(state)
+        self.generator.set_state(kept["generator"])
+        return int(kept["step"])
+
+    def save(self, step: int, *parts: Any) -> None:
+        """Writes everything down; `step` is the number of the next step."""
+        part_file = self.state.with_name(f"part-{self.state.name}")
+        states = [part.state_dict() for part in parts]
+        torch.save({"step": step, "parts": states, "generator": self.generator.get_state()}, part_file)
+        part_file.replace(self.state)
+
+
+def train(
+    model: nn.Module, phase: Phase, loss_at: Callable[[int], Tensor], interruptible: Interruptible | None = None
+) -> None:
     """Minimises a loss.
 
     Args:
         model: Changed in place; left in evaluation mode and in torch's ordinary memory format.
-        phase: How long and how fast.
+        phase: How long and how fast; its weights must be averaged if the training is interruptible.
         loss_at: Given the number of the step, from 0, draws a batch and returns its loss, a scalar.
+        interruptible: How to go on after an interruption; None: from the beginning.
     """
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=phase.learning_rate, betas=(0.9, phase.beta2), weight_decay=phase.weight_decay
@@ -100,8 +136,10 @@ def train(model: nn.Module, phase: Phase, loss_at: Callable[[int], Tensor]) -> N
     average = None
     if phase.ema_decay is not None:
         average = EMAModel(model.parameters(), decay=phase.ema_decay, foreach=True)
+    parts = (model, optimizer, schedule, average)
+    first_step = interruptible.load(*parts) if interruptible else 0
     model.train()
-    for step in range(phase.steps):
+    for step in range(first_step, phase.steps):
         loss = loss_at(step)
         optimizer.zero_grad()
         loss.backward()
@@ -112,6 +150,8 @@ def train(model: nn.Module, phase: Phase, loss_at: Callable[[int], Tensor]) -> N
             average.step(model.parameters())
         if step % LOG_EVERY_STEPS == 0 or step == phase.steps - 1:
             LOG.info("%s: step %d of %d, loss %.4f", phase.name, step, phase.steps, loss.item())
+        if interruptible and (step + 1) % KEEP_EVERY_STEPS == 0:
+            interruptible.save(step + 1, *parts)
     if average is not None:
         average.copy_to(model.parameters())
     # Older versions of diffusers can't save weights in the channels-last format.

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dreambooth_lora")
 NO_FOLDER = "(connected images)"  # instead of a folder's name
-_CLIP_TYPES = {"flux2": "flux2", "zimage": "lumina2"}  # by family, what Load CLIP calls its text encoder
+_CLIP_TYPES = {
+    "flux2": "flux2",
+    "zimage": "lumina2",
+    "krea2": "krea2",
+}  # by family, what Load CLIP calls its text encoder
 _LARGEST_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6, one with zero terminal SNR at 4518
 
 
@@ -250,7 +254,7 @@ def _prompted_by_language_model(denoiser: Mapping[str, Any]) -> tuple[Any, int] 
     family = identify(config)
     if not any(encoder.is_language_model for encoder in family.text_encoders):
         return None
-    return family, int(config["joint_attention_dim"] if "joint_attention_dim" in config else config["cap_feat_dim"])
+    return family, layout.context_width(config)
 
 
 def _clip_prompts(clip: Any, family: Any, width: int) -> ClipPrompts:
@@ -267,7 +271,7 @@ def _clip_prompts(clip: Any, family: Any, width: int) -> ClipPrompts:
     [language_model] = family.text_encoders
     remedy = f"Connect the CLIP of this model; in Load CLIP, choose its file and the type {_CLIP_TYPES[family.name]}."
     modules = vars(clip.cond_stage_model)["_modules"]
-    names = [name for name in modules if name.startswith(language_model.short_name)]
+    names = [name for name in modules if name.partition("_")[0] == language_model.short_name]
     if not names:
         found = ", ".join(name for name in modules if hasattr(modules[name], "transformer")) or "nothing"
         raise WeightsError(f"The CLIP is not the model's: it has {found} and not {language_model.short_name}.", remedy)

@@ -39,8 +39,8 @@ class ClipPrompts:
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What ComfyUI would feed to the model: "text", (prompts, tokens, width), float32, on the CPU.
 
-        Where the model does not read the padding behind a prompt, ComfyUI makes none; then there are zeros, and
-        "lengths" tells where they begin.
+        Where the model does not read the padding behind a prompt, ComfyUI makes none; then there are as many tokens as
+        the longest of these prompts has, zeros behind the others, and "lengths" tells where these begin.
 
         Raises:
             WeightsError: The CLIP is of another model.
@@ -62,9 +62,7 @@ class ClipPrompts:
             known = [self._known[prompt].clone() for prompt in prompts]
             if self._spec.reads_padding:
                 return {"text": torch.cat(known)}
-            text = torch.zeros(len(known), self._spec.max_tokens, self._width)
-            for row, embedded in zip(text, known, strict=True):
-                row[: embedded.shape[1]] = embedded[0]
+            text = torch.nn.utils.rnn.pad_sequence([embedded[0] for embedded in known], batch_first=True)
             return {"text": text, "lengths": torch.tensor([embedded.shape[1] for embedded in known])}
 
     def _require_width(self, width: int) -> None:

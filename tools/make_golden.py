@@ -2,9 +2,9 @@
 
     python tools/make_golden.py PATH-OF-A-KOHYA-CHECKOUT PATH-OF-A-MUSUBI-CHECKOUT
 
-The first checkout is a clone of https://github.com/kohya-ss/sd-scripts, the second, for FLUX.2 klein 4B and Z-Image, of
-https://github.com/kohya-ss/musubi-tuner, by the same author. Its `networks/lora.py` builds LoRAs of rank 4, and
-of rank 2 for 3×3 convolutions where these are asked for, around its own UNets (`library/original_unet.py`,
+The first checkout is a clone of https://github.com/kohya-ss/sd-scripts, the second, for FLUX.2 klein 4B, Z-Image and
+Krea 2, of https://github.com/kohya-ss/musubi-tuner, by the same author. Its `networks/lora.py` builds LoRAs of rank
+4, and of rank 2 for 3×3 convolutions where these are asked for, around its own UNets (`library/original_unet.py`,
 `library/sdxl_original_unet.py`) and transformers' text encoders, all on the meta device, so nothing is downloaded and
 no weights are needed. Stub modules stand in for what the files import but do not use here.
 
@@ -122,6 +122,18 @@ def zimage_layers(checkout: Path) -> Layers:
     return denoiser_layers(network)
 
 
+def krea2_layers(checkout: Path) -> Layers:
+    """Names and shapes of all modules of Krea 2 that kohya's musubi-tuner adapts by default."""
+    sys.path.insert(0, str(checkout / "src"))
+    from musubi_tuner.krea2.krea2_mmdit import SingleStreamDiT
+    from musubi_tuner.krea2.krea2_utils import single_mmdit_large_wide
+    from musubi_tuner.networks.lora_krea2 import create_arch_network
+
+    with torch.device("meta"):
+        network = create_arch_network(1.0, RANK, RANK, None, [], SingleStreamDiT(single_mmdit_large_wide))
+    return denoiser_layers(network)
+
+
 def denoiser_layers(network: Any) -> Layers:
     """Names and shapes of the layers of a network's denoiser."""
     return {
@@ -148,6 +160,7 @@ def main() -> None:
     musubi = Path(sys.argv[2]).expanduser().resolve()
     write("musubi_flux2_keys", klein_layers(musubi))
     write("musubi_zimage_keys", zimage_layers(musubi))
+    write("musubi_krea2_keys", krea2_layers(musubi))
 
 
 if __name__ == "__main__":

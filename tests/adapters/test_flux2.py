@@ -24,7 +24,7 @@ from pack.trainer.adapters.diffusers_format import diffusers_state_dict, write_d
 from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.layers import FullLayer, LoraLayer
 from pack.trainer.adapters.module_paths import ModulePath, module_path
-from pack.trainer.adapters.names import adapter_names, family_of, modules_by_name, named_weights
+from pack.trainer.adapters.names import adapter_names, family_of, modules_by_name
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.families.flux2 import FAMILY
@@ -32,6 +32,7 @@ from pack.trainer.models.families.flux2_network import make_transformer
 from pack.trainer.models.open import open_base
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformer_adapters import KOHYA, PEFT, dotted, linears, lora, random_adapter, underscored
 
 WIDTH = 128
 PARTS = {
@@ -41,8 +42,6 @@ PARTS = {
 THREE = [f"transformer.transformer_blocks.0.{part}" for part in PARTS["attn.to_qkv"]]
 JOINED = "lora_unet_transformer_blocks_0_attn_to_qkv"
 LAST_NORM = "lora_unet_final_layer_adaLN_modulation_1"
-KOHYA = (".lora_down.weight", ".lora_up.weight")
-PEFT = (".lora_A.weight", ".lora_B.weight")
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +73,6 @@ def originals(model: DiffusionModel) -> dict[str, str]:
     return found
 
 
-def linears(model: DiffusionModel) -> dict[str, nn.Linear]:
-    return {path: module for path, module in model.denoiser.named_modules() if isinstance(module, nn.Linear)}
-
-
-# Names
-
-
 def test_every_layer_has_the_name_of_the_published_files(model: DiffusionModel, originals: dict[str, str]) -> None:
     """Which leads back to it."""
     names = {path.path: name for path, name in adapter_names(model).items() if path.component == "unet"}
@@ -91,25 +83,12 @@ def test_every_layer_has_the_name_of_the_published_files(model: DiffusionModel, 
         assert by_name[names[path]] is module
 
 
-def lora(outputs: int, inputs: int, seed: int, rank: int = 3) -> tuple[Tensor, Tensor]:
-    source = torch.Generator().manual_seed(seed)
-    return torch.randn((rank, inputs), generator=source), torch.randn((outputs, rank), generator=source)
-
-
 def diffusers_paths(path: str) -> list[str]:
     """The one or three modules of diffusers that one of the network is."""
     block, _, rest = path.partition(".attn.")
     if f"attn.{rest}" in PARTS and not block.startswith("single"):
         return [f"{block}.{part}" for part in PARTS[f"attn.{rest}"]]
     return [path.replace("norm_out.projection", "norm_out.linear")]
-
-
-def underscored(prefix: str) -> Callable[[str], str]:
-    return lambda path: prefix + path.replace(".", "_")
-
-
-def dotted(prefix: str) -> Callable[[str], str]:
-    return lambda path: prefix + path
 
 
 # stem of a module's keys by its path; whether that is the path in diffusers or in the published files
@@ -281,21 +260,6 @@ def test_diffusers_last_norm_has_its_halves_the_other_way_round(kind: str) -> No
 
 
 # diffusers' format
-
-
-def random_adapter(model: DiffusionModel, kind: str = "LoRA") -> Adapter:
-    """For all modules of the denoiser; alpha is no rank, and what it adds is a tenth of the weights."""
-    tensors: dict[str, Tensor] = {}
-    for number, (name, weight) in enumerate(named_weights(model).items()):
-        if not name.startswith("lora_unet_"):
-            continue
-        down, up = lora(*weight.shape, number)
-        up *= 0.1 * float(weight.std())
-        tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-        tensors[f"{name}.alpha"] = torch.tensor(2.0)
-        if kind == "DoRA":
-            tensors[f"{name}.dora_scale"] = 1.1 * weight.norm(dim=1, keepdim=True)
-    return parse_adapter(tensors)
 
 
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])

@@ -17,9 +17,9 @@ pytest.importorskip("transformers", minversion="4.51")
 from adapter_maths import added, error, tensors_of
 from diffusers import ZImagePipeline
 from helpers import ROOT
-from pack.trainer.adapters.apply import apply_to_base, merge_into
+from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.diffusers_format import write_diffusers
-from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter, write_adapter
+from pack.trainer.adapters.kohya import parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.layers import FullLayer, LoraLayer
 from pack.trainer.adapters.module_paths import ModulePath, block_order, module_path
 from pack.trainer.adapters.names import adapter_names, family_of, modules_by_name, named_weights
@@ -31,13 +31,22 @@ from pack.trainer.models.families.zimage_network import make_transformer
 from pack.trainer.models.open import open_base
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformer_adapters import (
+    KOHYA,
+    PEFT,
+    dotted,
+    linears,
+    lora,
+    normal,
+    random_adapter,
+    underscored,
+    with_file,
+)
 from zimage_checkpoints import Z_IMAGE, zimage_folder, zimage_on_meta, zimage_weights
 
 WIDTH = 384
 QKV = "diffusion_model.layers.0.attention.qkv"
 PARTS = [f"lora_unet_layers_0_attention_to_{letter}" for letter in "qkv"]
-KOHYA = (".lora_down.weight", ".lora_up.weight")
-PEFT = (".lora_A.weight", ".lora_B.weight")
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +62,6 @@ def base(folder: Path) -> BaseWeights:
 @pytest.fixture(scope="module")
 def model(base: BaseWeights) -> DiffusionModel:
     return base.family.build(base)
-
-
-def linears(model: DiffusionModel) -> dict[str, nn.Linear]:
-    return {path: module for path, module in model.denoiser.named_modules() if isinstance(module, nn.Linear)}
-
-
-def lora(outputs: int, inputs: int, seed: int, rank: int = 3) -> tuple[Tensor, Tensor]:
-    source = torch.Generator().manual_seed(seed)
-    return torch.randn((rank, inputs), generator=source), torch.randn((outputs, rank), generator=source)
 
 
 # Names
@@ -93,14 +93,6 @@ def test_the_modules_of_the_published_model_are_those_that_musubi_tuner_trains()
 def in_original(path: str) -> str:
     """What ComfyUI calls a module of the network that it has for itself."""
     return path.replace("to_out.0", "out").replace("all_final_layer.2-1", "final_layer")
-
-
-def underscored(prefix: str) -> Callable[[str], str]:
-    return lambda path: prefix + path.replace(".", "_")
-
-
-def dotted(prefix: str) -> Callable[[str], str]:
-    return lambda path: prefix + path
 
 
 FORMS: dict[str, tuple[Callable[[str], str], tuple[str, str]]] = {
@@ -219,20 +211,6 @@ def test_lumina_is_refused_by_name() -> None:
 # Files
 
 
-def random_adapter(model: DiffusionModel, kind: str = "LoRA") -> Adapter:
-    """For all modules of the denoiser; alpha is no rank, and what it adds is a tenth of the weights."""
-    tensors: dict[str, Tensor] = {}
-    for number, (name, weight) in enumerate(named_weights(model).items()):
-        if name.startswith("lora_unet_"):
-            down, up = lora(*weight.shape, number)
-            up *= 0.1 * float(weight.std())
-            tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-            tensors[f"{name}.alpha"] = torch.tensor(2.0)
-            if kind == "DoRA":
-                tensors[f"{name}.dora_scale"] = 1.1 * weight.norm(dim=1, keepdim=True)
-    return parse_adapter(tensors)
-
-
 @torch.no_grad()
 def predicted(model: DiffusionModel) -> Tensor:
     rows = {"text": normal(1, 40, 32, seed=1), "lengths": torch.tensor([40])}
@@ -244,15 +222,6 @@ def predicted_by_diffusers(pipeline: Any) -> Tensor:
     noisy, text = normal(1, 16, 4, 6), normal(1, 40, 32, seed=1)
     [output] = pipeline.transformer([noisy[0][:, None]], torch.tensor([0.6]), [text[0]], return_dict=False)[0]
     return -output[None, :, 0]
-
-
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def with_file(base: BaseWeights, path: Path) -> DiffusionModel:
-    applied = apply_to_base(base, [(read_adapter(path), 1.0)])
-    return applied.family.build(applied)
 
 
 def test_files_have_the_keys_that_programs_share(model: DiffusionModel, tmp_path: Path) -> None:

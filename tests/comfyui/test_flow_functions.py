@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import flux2_checkpoints
+import krea2_checkpoints
 import pytest
 import torch
 import zimage_checkpoints
 from comfy_host import find_comfyui, find_python
 from flux2_checkpoints import flux2_weights, in_float8
 from helpers import HANGS, ROOT
+from krea2_checkpoints import krea2_weights
 from safetensors.torch import load_file, save_file
 from zimage_checkpoints import zimage_weights
 
@@ -50,6 +52,7 @@ class Lent:
 FAMILIES = {
     "flux2": Lent(lambda: flux2_weights(flux2_checkpoints.COMFY_SHAPE), 128, 16, 96, pads=True),
     "zimage": Lent(lambda: zimage_weights(zimage_checkpoints.COMFY_SHAPE), 16, 8, 32, pads=False, views=2 * 6),
+    "krea2": Lent(lambda: krea2_weights(krea2_checkpoints.COMFY_SHAPE), 16, 8, 12 * 40, pads=False),
 }
 
 

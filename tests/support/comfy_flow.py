@@ -66,7 +66,8 @@ def main() -> None:
         texts = [clip.encode_from_tokens(clip.tokenize(prompt))[:, :512] for prompt in prompts]
         found |= {f"text {number}": text[0].clone() for number, text in enumerate(texts)}
         latents = vae.encode(inputs["pixels"].movedim(1, -1) / 2 + 0.5)
-        found["latents"] = model.model.process_latent_in(latents).clone()
+        latents = model.model.process_latent_in(latents)
+        found["latents"] = (latents[:, :, 0] if latents.ndim == 5 else latents).clone()  # some are of videos
         comfy.model_management.load_models_gpu([model], force_full_load=True)
         for case in cases:
             timesteps = inputs[f"timesteps {case}"] / 1000  # ComfyUI's sampling of flow models: σ is the timestep

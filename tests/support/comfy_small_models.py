@@ -1,4 +1,4 @@
-"""For a test's ComfyUI: small Qwen 3 text encoders and Z-Images, whose sizes ComfyUI's own loaders take as given."""
+"""For a test's ComfyUI: small text encoders (Qwen 3, Krea 2's Qwen 3 VL) and Z-Images; all else is its own code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ def load_small_clip(path: Path, family: str) -> Any:
     import comfy.sd
     import comfy.supported_models_base
     import comfy.text_encoders.flux
+    import comfy.text_encoders.krea2
+    import comfy.text_encoders.qwen3vl
     import comfy.text_encoders.z_image
     import comfy.utils
 
@@ -26,10 +28,22 @@ def load_small_clip(path: Path, family: str) -> Any:
         "intermediate_size": tensors["model.layers.0.mlp.gate_proj.weight"].shape[0],
         "num_hidden_layers": len({name.split(".")[2] for name in tensors if name.startswith("model.layers.")}),
     }
-    flux, zimage = comfy.text_encoders.flux, comfy.text_encoders.z_image
-    targets = {"flux2": (flux.KleinTokenizer, flux.klein_te()), "zimage": (zimage.ZImageTokenizer, zimage.te())}
+    flux, zimage, krea2 = comfy.text_encoders.flux, comfy.text_encoders.z_image, comfy.text_encoders.krea2
+    targets = {
+        "flux2": (flux.KleinTokenizer, flux.klein_te()),
+        "zimage": (zimage.ZImageTokenizer, zimage.te()),
+        "krea2": (krea2.Krea2Tokenizer, krea2.te()),
+    }
+    # what looks at pictures, which no file of a test holds
+    comfy.text_encoders.qwen3vl.QWEN3VL_VISION["qwen3vl_4b"] = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "depth": 1,
+        "deepstack_visual_indexes": [0],
+    }
     target = comfy.supported_models_base.ClipTarget(*targets[family])
-    return comfy.sd.CLIP(target, model_options={"qwen3_4b_model_config": sizes}, state_dict=[tensors])
+    options = {"qwen3_4b_model_config": sizes, "qwen3vl_4b_model_config": sizes}
+    return comfy.sd.CLIP(target, model_options=options, state_dict=[tensors])
 
 
 def let_small_zimages_in() -> None:

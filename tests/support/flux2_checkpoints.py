@@ -131,7 +131,7 @@ def in_float8(denoiser: Mapping[str, Tensor]) -> dict[str, Tensor]:
     description = json.dumps({"format": "float8_e4m3fn", "full_precision_matrix_mult": True}).encode()
     stored: dict[str, Tensor] = {}
     for name, tensor in denoiser.items():
-        if not re.search(r"_blocks\.|\.attention\.|\.feed_forward\.", name) or tensor.ndim != 2:
+        if not re.search(r"blocks\.|\.attention\.|\.feed_forward\.", name) or tensor.ndim != 2:
             stored[name] = tensor
             continue
         module = name.removesuffix(".weight")

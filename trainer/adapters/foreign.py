@@ -61,7 +61,6 @@ _FAMILIES = (  # the first that fits counts: names that only one family has stan
     _Marks("OmniGen 2", "(?:double|single)_stream_layers~#"),
     _Marks("Stable Diffusion 3", "joint_blocks~#"),
     _Marks("Qwen-Image", "transformer_blocks~#~(?:img|txt)_(?:mlp|mod)"),
-    _Marks("Krea 2", "txtfusion|text_fusion|blocks~#~attn~(?:w[qkvo]|gate|to_gate)"),
     _Marks("Anima", "llm_adapter"),
     _Marks("Cosmos", "blocks~block#~blocks"),
     _Marks(

@@ -24,14 +24,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..core.errors import AdapterError
-from ..models import families
+from ..models import families, krea2_names
 from ..models.clip_names import with_text_tower
 from ..models.transformers import is_transformer_module, vocabulary_of
 from .foreign import foreign_family, foreign_kind
@@ -74,6 +74,8 @@ _SAME_PARTS = {
     PEFT_BIAS: "diff_b",
     PEFT_MAGNITUDE: DORA_SCALE,
 }  # under another name
+# Modules of transformers as diffusers calls them, from their first part on
+_IN_DIFFUSERS = re.compile(r"(?<![a-z])(?:transformer_blocks|text_fusion|time_mod_proj|txt_in)(?:[._].+)?$")
 _WRAPPERS = (PEFT_PREFIX, "_orig_mod.", "module.")
 _WRAPPERS_INSIDE = re.compile(r"(^|_)(?:_orig_mod|module)_")
 _EMBEDDING = "bundle_emb."
@@ -130,7 +132,7 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
         AdapterError: A key is of another family, of a kind that can't be read, or not known; there is no LoRA, or
             there are several.
     """
-    prefixes = _Prefixes.of_all_families()
+    prefixes = _Prefixes.of_all_families(_renaming(keys, shapes or {}))
     parsed: dict[str, TensorKey] = {}
     parts_of_unknown: list[str] = []
     unknown: list[str] = []
@@ -154,6 +156,32 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
             f"The file holds several adapters: {', '.join(names)}.", "Save each in a file of its own and choose one."
         )
     return parsed
+
+
+def _renaming(keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> Callable[[str], str]:
+    """What turns the paths of a file into those of the networks here: Krea 2's in diffusers are also other families'.
+
+    Args:
+        keys: Of all tensors.
+        shapes: Key → shape, as far as known.
+    """
+    widths: dict[str, dict[str, int]] = {}  # module of keys' projections → "up" outputs, "down" inputs
+    is_krea2 = False
+    for key in keys:
+        parts = _split(key)
+        match = _IN_DIFFUSERS.search(parts[0]) if parts else None
+        if parts is None or match is None:
+            continue
+        is_krea2 = is_krea2 or krea2_names.is_diffusers_name(dotted(underscored(match[0])))
+        shape = shapes.get(key, ())
+        if re.search(r"[._]to_k$", match[0]) and len(shape) > 1:
+            sizes = widths.setdefault(match[0], {})
+            if parts[1] == "lora_up.weight":
+                sizes["outputs"] = shape[0]
+            elif parts[1] == "lora_down.weight":
+                sizes["inputs"] = shape[1]
+    has_fewer_heads = any(len(sizes) == 2 and sizes["outputs"] < sizes["inputs"] for sizes in widths.values())
+    return krea2_names.path_from_diffusers if is_krea2 or has_fewer_heads else str
 
 
 def _keys_of_like_families(parsed: Mapping[str, TensorKey], shapes: Mapping[str, Sequence[int]]) -> list[str]:
@@ -242,13 +270,15 @@ class _Prefixes:
     Attributes:
         of_names: Prefix before a path with underscores → network; "" if the path itself decides.
         of_paths: Prefix before a dotted path → network.
+        renaming: Turns the denoiser's dotted paths of the file into those of the lists.
     """
 
     of_names: Mapping[str, str]
     of_paths: Mapping[str, str]
+    renaming: Callable[[str], str] = str
 
     @classmethod
-    def of_all_families(cls) -> _Prefixes:
+    def of_all_families(cls, renaming: Callable[[str], str]) -> _Prefixes:
         """Those of the networks of all families, longer ones first."""
         of_names = {KOHYA_UNET_PREFIX: UNET, "lora_transformer_": UNET, "oft_unet_": UNET, "lycoris_": ""}
         of_paths = {"unet.": UNET, "transformer.": UNET, "diffusion_model.": UNET, "model.diffusion_model.": UNET}
@@ -259,25 +289,29 @@ class _Prefixes:
                 for prefix in (encoder.name, short, f"text_encoders.{short}.transformer"):
                     of_paths[f"{prefix}."] = encoder.name
         of_paths |= {f"{prefix[:-1]}.": component for prefix, component in of_names.items()}
-        return cls(_longest_first(of_names), _longest_first(of_paths))
+        return cls(_longest_first(of_names), _longest_first(of_paths), renaming)
 
     def parse(self, stem: str, part: str, adapter_name: str) -> TensorKey | None:
         """Parse a key; None if its module is not on the list."""
         for prefix, component in self.of_names.items():
             if stem.startswith(prefix) and "." not in stem:
                 rest = _WRAPPERS_INSIDE.sub(r"\1", stem.removeprefix(prefix))
-                place = _known(component, dotted(rest))
+                place = self._known(component, dotted(rest))
                 if place is None:
                     return None
                 keeps_prefix = component and prefix not in ("oft_unet_", "lora_transformer_")
                 name = prefix + underscored(place[1]) if keeps_prefix else module_name(*place)
                 return TensorKey(name, part, name, stem, adapter_name, is_known_module(*place))
         component, path = self._split_dotted(stem)
-        place = _known(component, path)
+        place = self._known(component, path)
         if place is None:
             return None
         path = _as_known(place[0], path)
         return TensorKey(module_name(*place), part, path, stem, adapter_name, is_known_module(*place))
+
+    def _known(self, component: str, path: str) -> tuple[str, str] | None:
+        """See `_known`."""
+        return _known(component, self.renaming(path) if component in ("", UNET) else path)
 
     def _split_dotted(self, stem: str) -> tuple[str, str]:
         """The network that a dotted path begins with, "" if it names none, and the rest without wrappers."""

@@ -19,6 +19,7 @@ from ..core.errors import AdapterError
 from ..models import families
 from ..models.families.base import DiffusionModel, Family
 from ..models.fp8 import Fp8Linear
+from ..models.ldm_names import ORIGINAL_BLOCKS
 from .foreign import foreign_family_in_words
 from .kohya import Adapter
 from .layers import Layer, OftLayer, fits
@@ -26,6 +27,7 @@ from .layers.base import DAMAGED_FILE_REMEDY
 from .module_paths import ModulePath, canonical_path, module_path, underscored
 from .prefixes import KOHYA_UNET_PREFIX, UNET, family_prefix, possible_prefixes
 
+_ORIGINAL_UNET_PREFIXES = tuple(f"{KOHYA_UNET_PREFIX}{block}_" for block in ORIGINAL_BLOCKS)
 _CONVOLUTION = re.compile(r"(^|\.)(conv\d?|conv_in|conv_out)$")  # of paths in diffusers
 
 Adaptable = nn.Linear | nn.Conv2d
@@ -43,9 +45,9 @@ def kohya_name(path: ModulePath, family: Family) -> str:
 def name_in_family(name: str, family: Family) -> str:
     """The name that files of a family give a module, from that of any program.
 
-    A name of the original code stays, however many residual layers a level of its UNet has.
+    A name of Stable Diffusion's original code stays, however many residual layers a level of its UNet has.
     """
-    stays = family.original_names and name.startswith(tuple(_unet_prefixes(family)))
+    stays = family.original_names and name.startswith(_ORIGINAL_UNET_PREFIXES)
     return name if stays else kohya_name(module_path(name), family)
 
 

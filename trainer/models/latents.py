@@ -66,6 +66,42 @@ class ScaledLatents:
         return float(vae.config.get("shift_factor") or 0.0)
 
 
+class NormalizedLatents:
+    """Wan's and Qwen-Image's: each channel has a mean and a standard deviation, and a picture is a video of one frame.
+
+    Source: diffusers' `AutoencoderKLQwenImage` and QwenImagePipeline.
+    """
+
+    def shape(self, vae: Any, height: int, width: int) -> tuple[int, int, int]:
+        """See `LatentFormat.shape`."""
+        factor = self.granularity(vae.config)
+        return int(vae.config.z_dim), height // factor, width // factor
+
+    def granularity(self, vae_config: Mapping[str, Any]) -> int:
+        """See `LatentFormat.granularity`."""
+        return int(2 ** len(vae_config["temperal_downsample"]))
+
+    def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """See `LatentFormat.encode`."""
+        posterior = vae.encode(pixels[:, :, None]).latent_dist
+        mean, deviation = self._statistics(vae, pixels)
+        return (posterior.mean[:, :, 0] - mean) / deviation, posterior.std[:, :, 0] / deviation
+
+    def decode(self, vae: Any, latents: Tensor) -> Tensor:
+        """See `LatentFormat.decode`."""
+        mean, deviation = self._statistics(vae, latents)
+        frames: Tensor = vae.decode((latents * deviation + mean)[:, :, None], return_dict=False)[0]
+        return frames[:, :, 0]
+
+    def _statistics(self, vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel, (1, channels, 1, 1)."""
+        mean, deviation = (
+            torch.tensor(vae.config[name], dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+            for name in ("latents_mean", "latents_std")
+        )
+        return mean, deviation
+
+
 class PatchedLatents:
     """FLUX.2's: squares of 2×2 numbers become channels, which are normalised by the autoencoder's batch statistics.
 

@@ -73,10 +73,27 @@ class _ZImageConfig(_Config):
     siglip_feat_dim: int | None = None
 
 
+class _Krea2Config(_Config):
+    in_channels: int
+    num_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    text_hidden_dim: int
+    num_text_layers: int
+
+
 class _VaeConfig(_Config):
     block_out_channels: list[int]
     scaling_factor: float = 0.18215
     shift_factor: float | None = None
+
+
+class _WanVaeConfig(_Config):
+    base_dim: int
+    z_dim: int
+    temperal_downsample: list[bool]
+    latents_mean: list[float]
+    latents_std: list[float]
 
 
 class _TextConfig(_Config):
@@ -84,6 +101,10 @@ class _TextConfig(_Config):
     num_attention_heads: int
     num_hidden_layers: int
     max_position_embeddings: int
+
+
+class _SeeingTextConfig(_Config):
+    text_config: _TextConfig
 
 
 class _SchedulerConfig(_Config):
@@ -96,9 +117,11 @@ _DENOISER_CONFIGS: Mapping[str, TypeAdapter[Any]] = {
     "UNet2DConditionModel": TypeAdapter(_UnetConfig),
     "Flux2Transformer2DModel": TypeAdapter(_Flux2Config),
     "ZImageTransformer2DModel": TypeAdapter(_ZImageConfig),
+    "Krea2Transformer2DModel": TypeAdapter(_Krea2Config),
 }
 _VAE_CONFIG = TypeAdapter(_VaeConfig)
-_TEXT_CONFIG = TypeAdapter(_TextConfig)
+_WAN_VAE_CONFIG = TypeAdapter(_WanVaeConfig)
+_TEXT_CONFIG = TypeAdapter(_SeeingTextConfig | _TextConfig)
 _SCHEDULER_CONFIG = TypeAdapter(_SchedulerConfig)
 
 
@@ -186,8 +209,8 @@ def _open_path(source: Path, tokenizer: Path | None, vae: Path | None, text_enco
     denoiser = _denoiser_alone(tensors)
     if text_encoder is not None and denoiser is None and (is_folder or tensors):
         raise SettingsError(
-            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein or Z-Image alone, "
-            f"which {source.name} is not.",
+            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein, Z-Image or Krea 2 "
+            f"alone, which {source.name} is not.",
             f"Leave {suggest('text_encoder')} out.",
         )
     if is_folder:
@@ -311,7 +334,9 @@ def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
             "Give a full checkpoint (denoiser, VAE and text encoder in one file) or a folder in diffusers' layout; in "
             "ComfyUI, connect Load Diffusion Model, Load CLIP and Load VAE.",
         )
-    if any(name.startswith(("double_stream_modulation_img.linear.", "all_x_embedder.")) for name in tensors):
+    if any(
+        name.startswith(("double_stream_modulation_img.linear.", "all_x_embedder.", "text_fusion.")) for name in tensors
+    ):
         raise WeightsError(
             f"{path.name} is the transformer of a folder in diffusers' layout.",
             "Give the whole folder (model_index.json, transformer, vae, text_encoder, tokenizer).",
@@ -499,9 +524,11 @@ def _scheduled_prediction(scheduler: Mapping[str, Any], family: Family) -> Predi
 
 
 def _vae_folder(folder: Path) -> Component:
-    settings = network_config(folder / "config.json", _VAE_CONFIG)
+    is_wan = read_json(folder / "config.json").get("_class_name") == "AutoencoderKLQwenImage"
+    settings = network_config(folder / "config.json", _WAN_VAE_CONFIG if is_wan else _VAE_CONFIG)
     settings.pop("_class_name", None)
-    return Component(with_current_attention_names(_read_plain(folder, "diffusion_pytorch_model")), settings)
+    tensors = _read_plain(folder, "diffusion_pytorch_model")
+    return Component(tensors if is_wan else with_current_attention_names(tensors), settings)
 
 
 def _read_plain(folder: Path, stem: str) -> dict[str, Tensor]:

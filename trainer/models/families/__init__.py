@@ -13,16 +13,19 @@ from torch import Tensor
 from ...core.errors import UnsupportedModelError, WeightsError
 from .base import Family, Layout
 from .flux2 import FAMILY as FLUX2
+from .krea2 import FAMILY as KREA2
 from .sd1 import FAMILY as SD1
 from .sd2 import FAMILY as SD2
 from .sdxl import FAMILY as SDXL
 from .zimage import FAMILY as ZIMAGE
 
-FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, FLUX2, ZIMAGE)
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, FLUX2, ZIMAGE, KREA2)
 
 
 _KNOWN = ""  # a family here, whose names others share
 _FOREIGN_KEYS = (  # in this order: further down are those that several families have
+    ("txtfusion.", _KNOWN),
+    ("text_fusion.", _KNOWN),
     ("txt_in.individual_token_refiner", "HunyuanVideo"),
     ("context_embedder.token_refiner", "HunyuanVideo"),
     ("distilled_guidance_layer.", "Chroma"),

@@ -281,6 +281,9 @@ class Layout(Protocol):
             WeightsError: Tensors are missing.
         """
 
+    def context_width(self, config: Mapping[str, Any]) -> int:
+        """Numbers that a denoiser of a configuration reads for each token of a prompt."""
+
     def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
         """The denoiser under the network's names, from original names without prefix.
 

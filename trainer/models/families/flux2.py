@@ -54,11 +54,6 @@ class Flux2Model(LanguageModelConditioned):
         self.denoiser.time_guidance_embed.time_proj.register_forward_pre_hook(self._with_exact_timesteps)
         self._timesteps: Tensor | None = None
 
-    @property
-    def context_width(self) -> int:
-        """Numbers that the denoiser reads for each token of a prompt."""
-        return int(self.denoiser.config.joint_attention_dim)
-
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the transformer over the tokens of picture and prompt; every number of the latents' grid is a token."""
         _, _, height, width = latents.shape

@@ -95,6 +95,10 @@ class Flux2Layout:
             "guidance_embeds": "guidance_in.in_layer.weight" in denoiser,
         }
 
+    def context_width(self, config: Mapping[str, Any]) -> int:
+        """See `Layout.context_width`."""
+        return int(config["joint_attention_dim"])
+
     def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
         """By renaming alone."""
         tensors = {}

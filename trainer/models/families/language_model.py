@@ -29,11 +29,13 @@ class LanguageModelConditioned:
     Attributes:
         text_layers: After how many layers of the language model hidden states are read.
         template: What a prompt stands in when it is encoded, with "{}" for the prompt.
+        unread_start: The beginning of the template whose embedding the denoiser does not read.
         sizes: Which text encoder belongs to which model, as an instruction.
     """
 
     text_layers: Sequence[int]
     template: str
+    unread_start = ""
     sizes: str
 
     def __init__(
@@ -68,7 +70,7 @@ class LanguageModelConditioned:
                     f"numbers, and the transformer reads {self.context_width}.",
                     self.sizes,
                 )
-            encoder = Qwen3TextEncoder(component, tokenizer, spec, self.text_layers, self.template)
+            encoder = Qwen3TextEncoder(component, tokenizer, spec, self.text_layers, self.template, self.unread_start)
             self._encoders[spec.name] = encoder
             self.text_encoders[spec.name] = encoder.network
             del encoder.network  # only the dictionary holds it, so that its memory can be freed
@@ -82,7 +84,7 @@ class LanguageModelConditioned:
     @property
     def context_width(self) -> int:
         """Numbers that the denoiser reads for each token of a prompt."""
-        raise NotImplementedError
+        return self.family.layout.context_width(self.denoiser.config)
 
     def learn(self, words: Sequence[LearnedWord]) -> None:
         """There are none: its text encoder reads no vectors of one's own.

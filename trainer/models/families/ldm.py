@@ -39,6 +39,10 @@ class UnetLayout:
         """See `unet_config`."""
         return unet_config(denoiser)
 
+    def context_width(self, config: Mapping[str, Any]) -> int:
+        """See `Layout.context_width`."""
+        return int(config["cross_attention_dim"])
+
     def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
         """See `unet_component`."""
         return unet_component(denoiser, config)

@@ -13,24 +13,40 @@ from ...core.errors import UnsupportedModelError, WeightsError
 from .base import Component, Conditioning, TextEncoderSpec, build_around, on_meta
 
 _HEAD = 128  # numbers of an attention head in every Qwen 3
-_PREFIX = "model."  # of the language model in files that also hold its head
+_PREFIXES = ("model.language_model.", "language_model.", "model.")
+# of the language model in files that also hold its head, or what looks at pictures
+_UNREAD = ("lm_head.", "model.lm_head.", "visual.", "model.visual.")
+_ROPE_THETA = 1e6
+_VL_ROPE_THETA = 5e6  # of Qwen 3 VL
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
+    *("max_position_embeddings", "rms_norm_eps", "hidden_act"),
+)
 _INCOMPLETE = "Use a complete text encoder; if it was downloaded, download it again and compare its size."
 
 
 def qwen3_component(
-    tensors: Mapping[str, Tensor], spec: TextEncoderSpec, config: Mapping[str, Any] | None = None
+    tensors: Mapping[str, Tensor],
+    spec: TextEncoderSpec,
+    config: Mapping[str, Any] | None = None,
+    *,
+    sees: bool = False,
 ) -> Component:
     """Infer a transformers `Qwen3Config` from a text encoder's tensors, without the layers that nobody reads.
 
+    A Qwen 3 VL that reads nothing but text is a Qwen 3.
+
     Args:
-        tensors: With or without the leading "model."; the head of the language model is left out. None is copied.
+        tensors: With or without the leading "model."; the head of the language model, and what looks at pictures, are
+            left out. None is copied.
         spec: Which encoder of the family it is; layers behind its `layer` are left out.
         config: Its configuration where it is known, as in a folder of diffusers.
+        sees: Whether it is a Qwen 3 VL.
 
     Raises:
         WeightsError: A tensor that the configuration depends on is missing.
     """
-    named = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items() if not name.startswith("lm_head.")}
+    named = {_without_prefix(name): tensor for name, tensor in tensors.items() if not name.startswith(_UNREAD)}
     numbers = {int(match[1]) for name in named if (match := re.match(r"layers\.(\d+)\.", name))}
     if len(numbers) < spec.layer:
         raise WeightsError(
@@ -44,8 +60,7 @@ def qwen3_component(
     }
     read.pop("norm.weight", None)  # of the last layer's output, which is not read
     if config is not None:
-        kept = {name: value for name, value in config.items() if name != "layer_types"}  # one for each layer
-        return Component(read, {**kept, "num_hidden_layers": spec.layer})
+        return Component(read, {**_of_text(config), "num_hidden_layers": spec.layer})
     try:
         embedding = read["embed_tokens.weight"]
         shapes = {
@@ -58,23 +73,47 @@ def qwen3_component(
             "num_key_value_heads": read["layers.0.self_attn.k_proj.weight"].shape[0] // _HEAD,
             "max_position_embeddings": 40960,
             "rms_norm_eps": 1e-6,
-            "rope_theta": 1e6,
+            "rope_theta": _VL_ROPE_THETA if sees else _ROPE_THETA,
         }
     except KeyError as error:
         raise WeightsError(f"The text encoder lacks the tensor {error.args[0]}.", _INCOMPLETE) from None
     return Component(read, shapes)
 
 
+def _without_prefix(name: str) -> str:
+    prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
+    return name.removeprefix(prefix)
+
+
+def _of_text(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the language model alone; that of a Qwen 3 VL holds those of both its networks.
+
+    Its rotary frequencies belong to three axes of places, which are alike for text.
+    """
+    text = config.get("text_config")
+    if text is None:
+        return {name: value for name, value in config.items() if name != "layer_types"}  # one for each layer
+    known = {name: text[name] for name in _SIZES if name in text}
+    rotary = text.get("rope_parameters") or {}
+    return {**known, "rope_theta": text.get("rope_theta") or rotary.get("rope_theta") or _VL_ROPE_THETA}
+
+
 class Qwen3TextEncoder:
     """A built text encoder with its tokenizer.
 
     Attributes:
-        max_tokens: Number of tokens to which prompts are padded or truncated: no more than the network has places for.
+        max_tokens: Number of tokens that are encoded at most: no more than the network has places for.
         network: The network, whose last norm is left out.
     """
 
     def __init__(
-        self, component: Component, tokenizer: Any, spec: TextEncoderSpec, layers: Sequence[int], template: str
+        self,
+        component: Component,
+        tokenizer: Any,
+        spec: TextEncoderSpec,
+        layers: Sequence[int],
+        template: str,
+        unread_start: str,
     ) -> None:
         """Build around the component's tensors.
 
@@ -84,13 +123,15 @@ class Qwen3TextEncoder:
             spec: Which encoder of the family it is.
             layers: After how many layers hidden states are read; side by side they are the prompt's embedding.
             template: What a prompt stands in, with "{}" for the prompt.
+            unread_start: The beginning of the template whose embedding the denoiser does not read.
 
         Raises:
             UnsupportedModelError: The installed transformers is too old.
             WeightsError: Tensors don't fit together.
         """
-        self.max_tokens = min(spec.max_tokens, int(component.config["max_position_embeddings"]))
         self._tokenizer = tokenizer
+        self._unread = len(self._tokens_of(unread_start)) if unread_start else 0
+        self.max_tokens = min(spec.max_tokens + self._unread, int(component.config["max_position_embeddings"]))
         self._layers = tuple(layers)
         self._template = template
         self._reads_padding = spec.reads_padding
@@ -100,16 +141,23 @@ class Qwen3TextEncoder:
 
     def tokens(self, prompt: str) -> list[int]:
         """All tokens of a prompt in its template."""
-        return list(self._tokenizer(self._template.format(prompt), truncation=False, verbose=False).input_ids)
+        return self._tokens_of(self._template.format(prompt))
+
+    def _tokens_of(self, text: str) -> list[int]:
+        return list(self._tokenizer(text, truncation=False, verbose=False).input_ids)
 
     def overlong(self, prompt: str) -> bool:
         """Whether the prompt would be truncated."""
         return len(self.tokens(prompt)) > self.max_tokens
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Tokens of the prompts, (prompts, tokens), on the CPU; -1 behind each prompt's end."""
+        """Tokens of the prompts, (prompts, tokens), on the CPU; -1 behind each prompt's end.
+
+        They are as many as are read, or where no padding is read, as the longest of these prompts has.
+        """
         rows = [self.tokens(prompt)[: self.max_tokens] for prompt in prompts]
-        return torch.tensor([row + [-1] * (self.max_tokens - len(row)) for row in rows])
+        count = self.max_tokens if self._reads_padding else max(map(len, rows))
+        return torch.tensor([row + [-1] * (count - len(row)) for row in rows])
 
     def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:
         """The prompts' embedding, (prompts, tokens, layers · width); where lengths are told, zeros behind them."""
@@ -122,10 +170,10 @@ class Qwen3TextEncoder:
             output_hidden_states=True,
             use_cache=False,
         )
-        text = torch.cat([output.hidden_states[layer] for layer in self._layers], dim=-1)
+        text = torch.cat([output.hidden_states[layer][:, self._unread :] for layer in self._layers], dim=-1)
         if self._reads_padding:
             return {"text": text}
-        is_read = ids >= 0
+        is_read = ids[:, self._unread :] >= 0
         return {"text": text.where(is_read[..., None], 0), "lengths": is_read.sum(dim=1)}
 
 

@@ -57,11 +57,6 @@ class ZImageModel(LanguageModelConditioned):
             FlowObjective(ConstantMu(math.log(_TRAINING_SHIFT)), ConstantMu(math.log(shift)), patch=PATCH),
         )
 
-    @property
-    def context_width(self) -> int:
-        """Numbers that the denoiser reads for each token of a prompt."""
-        return int(self.denoiser.config.cap_feat_dim)
-
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """Run the transformer over the tokens of picture and prompt, of which each has its own length."""
         height, width = latents.shape[-2:]

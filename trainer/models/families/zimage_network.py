@@ -64,6 +64,10 @@ class ZImageLayout:
             "cap_feat_dim": required(denoiser, "cap_embedder.1.weight").shape[1],
         }
 
+    def context_width(self, config: Mapping[str, Any]) -> int:
+        """See `Layout.context_width`."""
+        return int(config["cap_feat_dim"])
+
     def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
         """By renaming; of a joined projection, each of the network's three is a view."""
         tensors: dict[str, Tensor] = {}
