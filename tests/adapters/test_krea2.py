@@ -15,7 +15,7 @@ pytest.importorskip("transformers", minversion="4.57")
 
 from diffusers import Krea2Pipeline
 from helpers import ROOT
-from krea2_checkpoints import KREA_2, krea2_folder, krea2_on_meta, krea2_weights
+from krea2_checkpoints import KREA_2, OUTSIDE, krea2_folder, krea2_on_meta, krea2_weights
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.diffusers_format import write_diffusers
 from pack.trainer.adapters.kohya import parse_adapter, read_adapter, write_adapter
@@ -39,16 +39,6 @@ from transformer_adapters import (
     underscored,
     with_file,
 )
-
-OUTSIDE = {
-    "first": "img_in",
-    "tmlp": "time_embed",
-    "tproj": "time_mod_proj",
-    "txtfusion": "text_fusion",
-    "txtmlp": "txt_in",
-    "blocks": "transformer_blocks",
-    "last": "final_layer",
-}
 
 
 @pytest.fixture(scope="module")

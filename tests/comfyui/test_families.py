@@ -11,6 +11,7 @@ import torch
 from checkpoints import sd2_checkpoint, sdxl_checkpoint
 from comfy_graphs import drawing, graph, node, picture, run_template
 from comfy_host import ComfyServer, PromptFailed
+from helpers import HALF
 from safetensors.torch import load_file
 from workflow_recipes import XL_CHECKPOINT
 
@@ -36,7 +37,7 @@ def test_training_with_text_encoders_and_generating(kind: str, server: ComfyServ
     """
     checkpoint = WRITERS[kind](server.base_dir / "models" / "checkpoints" / f"{kind}-test.safetensors")
     second_rate = 1e-2 if kind == "sdxl" else 0.0
-    settings = node("DreamBoothTrainingSettings", text_encoder_2_lr=second_rate, precision="bf16", prior="model")
+    settings = node("DreamBoothTrainingSettings", text_encoder_2_lr=second_rate, precision=HALF, prior="model")
     changes = {"name": f"{kind} trained", "text_encoder_lr": 1e-2, "targets": "all", "learning_rate": 1e-2}
     prompt = on(checkpoint, graph(settings=["settings", 0], **changes)) | {"settings": settings}
     server.wait(server.queue(prompt))

@@ -1,6 +1,7 @@
 """The recipe with flow-matching models: against plain loops of diffusers and PEFT, and whole runs with all around them.
 
-The loops follow diffusers' examples/dreambooth: train_dreambooth_lora_flux2_klein.py, train_dreambooth_lora_z_image.py.
+The loops follow diffusers' examples/dreambooth: train_dreambooth_lora_flux2_klein.py, train_dreambooth_lora_z_image.py,
+train_dreambooth_lora_krea2.py.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("diffusers", minversion="0.37")
-pytest.importorskip("transformers", minversion="4.51")
+pytest.importorskip("diffusers", minversion="0.39")
+pytest.importorskip("transformers", minversion="4.57")
 
 from cases import mostly_slow
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, ZImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Krea2Pipeline, ZImagePipeline
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from flux2_checkpoints import flux2_folder
 from helpers import Recorder
+from krea2_checkpoints import OUTSIDE, SYSTEM, krea2_folder
 from pack.trainer.adapters.apply import apply_to_base, merge_into
 from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.adapters.layers import LoraLayer
@@ -63,10 +65,10 @@ STEPS = 8
 CLASS_PROMPT = "a photo of a dog"
 
 
-@pytest.fixture(scope="module", params=["flux2", "zimage"])
+@pytest.fixture(scope="module", params=["flux2", "zimage", "krea2"])
 def plain(request: pytest.FixtureRequest) -> type[PlainTrainer]:
     """The plain loop of a family."""
-    return {"flux2": PlainKlein, "zimage": PlainZImage}[request.param]
+    return {"flux2": PlainKlein, "zimage": PlainZImage, "krea2": PlainKrea2}[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +174,11 @@ class PlainTrainer:
         """Change the network where a LoRA would else have another form."""
 
     def encoded(self, picture: Picture, flip: bool) -> Any:
+        return self.pipe.vae.encode(self.pixels(picture, flip)).latent_dist
+
+    def pixels(self, picture: Picture, flip: bool) -> Tensor:
         pixels = torch.from_numpy(np.array(picture.open().convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
-        return self.pipe.vae.encode(pixels.flip(-1) if flip else pixels).latent_dist
+        return pixels.flip(-1) if flip else pixels
 
     def posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents."""
@@ -402,6 +407,64 @@ class PlainZImage(PlainTrainer):
         return -torch.stack(outputs, dim=0).squeeze(2)
 
 
+class PlainKrea2(PlainTrainer):
+    """Krea 2, whose noise levels are shifted in training as in sampling, which musubi-tuner calls krea2_shift."""
+
+    make_folder = staticmethod(krea2_folder)
+    pipeline = Krea2Pipeline
+    in_blocks = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_gate|to_out\.0)"
+    targets: ClassVar[Mapping[str, str]] = {
+        "attention": in_blocks,
+        "attention-mlp": rf"{in_blocks}|transformer_blocks\.\d+\.ff\..*",
+        "all": r"(?!text_fusion\.projector).*",
+    }
+    latents = (16, 8, 8)
+
+    def prepare(self) -> None:
+        """Count the tokens of the template by those of the small tokenizer."""
+        count = lambda text: len(self.pipe.tokenizer(text).input_ids)  # noqa: E731
+        self.pipe.prompt_template_encode_start_idx = count(SYSTEM)
+        self.pipe.prompt_template_encode_num_suffix_tokens = count(self.pipe.prompt_template_encode_suffix)
+
+    def pixels(self, picture: Picture, flip: bool) -> Tensor:
+        return super().pixels(picture, flip).unsqueeze(2)
+
+    def posterior(self, picture: Picture, flip: bool) -> tuple[Tensor, Tensor]:
+        vae = self.pipe.vae
+        posterior = self.encoded(picture, flip)
+        centre = torch.tensor(vae.config.latents_mean).view(1, vae.config.z_dim, 1, 1, 1)
+        factor = 1.0 / torch.tensor(vae.config.latents_std).view(1, vae.config.z_dim, 1, 1, 1)
+        return ((posterior.mean - centre) * factor)[:, :, 0], (posterior.std * factor)[:, :, 0]
+
+    def shifted(self, sigma: Tensor) -> Tensor:
+        scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+        moved: Tensor = scheduler.time_shift(calculate_shift(16, 256, 6400, 0.5, 1.15), 1.0, sigma)
+        return moved
+
+    def predicted(self, transformer: Any, noisy: Tensor, sigmas: Tensor, captions: list[str]) -> Tensor:
+        cpu = torch.device("cpu")
+        with torch.no_grad():
+            for caption in {*captions} - self.text.keys():
+                self.text[caption] = self.pipe.encode_prompt([caption], device=cpu, max_sequence_length=80)
+        text, mask = (torch.cat([self.text[caption][part] for caption in captions]) for part in (0, 1))
+        self.sigmas = sigmas
+        packed = self.pipe._pack_latents(noisy, len(noisy), 16, 8, 8)
+        output = transformer(
+            hidden_states=packed,
+            encoder_hidden_states=text,
+            timestep=sigmas,
+            position_ids=self.pipe.prepare_position_ids(text.shape[1], 4, 4, cpu),
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        unpacked: Tensor = self.pipe._unpack_latents(output, 64, 64)[:, :, 0]
+        return unpacked
+
+    def path_in_diffusers(self, path: str) -> str:
+        first, dot, rest = path.partition(".")
+        return f"{OUTSIDE[first]}{dot}{rest}"
+
+
 @pytest.mark.parametrize("name", mostly_slow(CASES, "the base's predictions"))
 def test_recipe_equals_the_plain_loop(
     name: str, plain: type[PlainTrainer], folder: Path, world: World, tmp_path: Path
@@ -420,6 +483,8 @@ def test_recipe_equals_the_plain_loop(
         "prior": "class-pictures" if case.class_pictures else "none",
         **case.settings,
     }
+    if plain is PlainKrea2 and "rank_schedule" in changes:
+        changes["targets"] = "attention-mlp"  # the fusion of text has rows of its own for each token
     recipe = where.recipe(tmp_path, listener := Recorder(), **changes)
     result = recipe.run()
 
@@ -531,12 +596,13 @@ FITTING: dict[str, dict[str, Any]] = {**KINDS, "BOFT": {**KINDS["BOFT"], "rank":
 
 
 # every kind of adapter once, and what depends on the family with each
-RUNS = [("flux2", name) for name in (*WAYS, *FITTING)] + [("zimage", name) for name in WAYS]
+RUNS = [("flux2", name) for name in (*WAYS, *FITTING)]
+RUNS += [(family, name) for family in ("zimage", "krea2") for name in WAYS]
 
 
 @pytest.mark.parametrize(
     ("plain", "name"),
-    mostly_slow(RUNS, ("flux2", "base prediction"), ("zimage", "base prediction")),
+    mostly_slow(RUNS, ("flux2", "base prediction"), ("zimage", "base prediction"), ("krea2", "base prediction")),
     indirect=["plain"],
 )
 def test_a_run_writes_a_file_that_can_be_applied(name: str, world: World, tmp_path: Path) -> None:

@@ -193,6 +193,7 @@ class ComfyServer:
                         raise PromptFailed(details)
                 return entry
             time.sleep(0.1)
+        self.interrupt()  # else it goes on beside the tests that follow
         raise TimeoutError(f"prompt {prompt_id} is not done after {timeout:.0f} s\n{self.log()[-4000:]}")
 
     def interrupt(self) -> None:

@@ -7,10 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from checkpoints import SD1Shape
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = ROOT / "demo"
+CPU_HAS_HALF = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+HALF = "bf16" if CPU_HAS_HALF else "fp32"
+"""Half precision, for large matrices where it is not what is tested: without support it is thirty times slower."""
+
 HANGS = 600.0  # seconds after which something must hang; on an idle machine nothing takes a twentieth of it
 # As small as SD 1.x gets with two levels, both with attention; text encoder and tokenizer of the demo's vocabulary.
 TINY = SD1Shape(

@@ -20,6 +20,17 @@ SYSTEM = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial "
     "relationships of the objects and background:<|im_end|>\n<|im_start|>user\n"
 )
+OUTSIDE = {
+    "first": "img_in",
+    "tmlp": "time_embed",
+    "tproj": "time_mod_proj",
+    "txtfusion": "text_fusion",
+    "txtmlp": "txt_in",
+    "blocks": "transformer_blocks",
+    "last": "final_layer",
+}
+"""What the network's modules outside of blocks are called in diffusers."""
+
 _SMALL_TEXT = Flux2Shape(text_width=40, text_layers=36)
 
 

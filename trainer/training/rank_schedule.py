@@ -87,7 +87,7 @@ class RankSchedule:
         if len(mask) > 1 and len(components) != len(mask):
             raise SettingsError(
                 f"{suggest('rank_schedule', 'timestep')} can't limit a layer that reads all samples of a batch in one "
-                "row, such as the embedders of Z-Image.",
+                "row, such as the embedders of Z-Image or the fusion of text in Krea 2.",
                 f"Choose {suggest('targets')} without it, or set {suggest('batch_size', 1)}.",
             )
         shape = [1] * components.ndim
