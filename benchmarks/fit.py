@@ -6,6 +6,7 @@
     python benchmarks/fit.py --plan                  the plan alone, as it also does without a GPU
     python benchmarks/fit.py --plan --size flux2     FLUX.2 klein 4B; only planned, also on a base in fp8
     python benchmarks/fit.py --plan --size zimage    Z-Image, likewise
+    python benchmarks/fit.py --plan --size krea2     Krea 2, likewise
 
 Every variant runs in its own process: as it is, with gradient checkpointing, and with that and 8-bit Adam, NF4, or
 both.
@@ -30,13 +31,15 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 sys.dont_write_bytecode = True
 
-WITHOUT_MEMORY = {"flux2": "FLUX.2 klein base 4B", "zimage": "Z-Image"}  # sizes that are only planned
+WITHOUT_MEMORY = {"flux2": "FLUX.2 klein base 4B", "zimage": "Z-Image", "krea2": "Krea 2"}  # sizes only planned
+UNREAD_TOKENS = 34  # of Krea 2's template, as diffusers' Krea2Pipeline counts them
 TOKENIZER = ROOT / "demo" / "base" / "tokenizer"
 CHECKPOINTING = {"gradient_checkpointing": True}
 EIGHT_BIT_ADAM = {"optimizer": "adamw-8bit"}
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--card", type=float, help="limit the memory to that of a card with so many GB")
     parser.add_argument("--plan", action="store_true", help="only plan")
+    parser.add_argument("--only", choices=VARIANTS, help="only this way of saving memory")
     parser.add_argument("--out", type=Path, help="file for the figures, such as benchmarks/results/fit-4060.json")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
@@ -156,6 +160,8 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     )
     plans = {}
     for (addition, base), (variant, changes) in itertools.product(bases.items(), VARIANTS.items()):
+        if arguments.only not in (None, variant):
+            continue
         planner = Planner(base, settings, precision="bf16", start=None, priors=False)
         need = planner.need(
             MemorySaving(bool(changes.get("gradient_checkpointing"))),
@@ -173,6 +179,7 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
 def without_memory(size: str, *, fp8: bool = False) -> Any:
     """A base model, of which only shapes and types are there; with `fp8` its blocks' projections in eight bits."""
     from flux2_checkpoints import KLEIN_4B, flux2_on_meta
+    from krea2_checkpoints import KREA_2, krea2_on_meta
     from zimage_checkpoints import Z_IMAGE, zimage_on_meta
 
     from trainer.models.families import FAMILIES
@@ -182,6 +189,7 @@ def without_memory(size: str, *, fp8: bool = False) -> Any:
     weights = {
         "flux2": lambda: flux2_on_meta(KLEIN_4B, fp8=fp8),
         "zimage": lambda: zimage_on_meta(Z_IMAGE, fp8=fp8),
+        "krea2": lambda: krea2_on_meta(KREA_2, fp8=fp8),
     }[size]()
     layout = family.layout
     config = family.complete(layout.denoiser_config(weights.denoiser))
@@ -190,7 +198,7 @@ def without_memory(size: str, *, fp8: bool = False) -> Any:
         denoiser=layout.denoiser(weights.denoiser, config),
         vae=layout.vae(weights.vae, family.scaling_factor),
         text_encoders=[layout.text_encoder(weights.text, family.text_encoders[0])],
-        tokenizers=[None],
+        tokenizers=[lambda text, **_: SimpleNamespace(input_ids=[0] * UNREAD_TOKENS)],
         scheduler={},
         prediction=family.detect(weights.denoiser),
         clip_skip=0,

@@ -25,6 +25,8 @@ from workflow_recipes import (  # noqa: E402
     BLUEPRINTS,
     CHECKPOINT,
     KLEIN,
+    KREA_2,
+    KREA_2_TURBO,
     LORAS,
     RECIPES,
     XL_CHECKPOINT,
@@ -122,7 +124,8 @@ def prepare(base_dir: Path) -> None:
     for name in (CHECKPOINT, XL_CHECKPOINT):
         (base_dir / "models" / "checkpoints").mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / "checkpoints" / name).write_bytes(b"")
-    for folder, name in [*KLEIN.items(), *Z_IMAGE.items()]:
+    turbo = ("diffusion_models", KREA_2_TURBO)
+    for folder, name in [*KLEIN.items(), *Z_IMAGE.items(), *KREA_2.items(), turbo]:
         (base_dir / "models" / folder).mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / folder / name).write_bytes(b"")
     for name in LORAS:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import flux2_checkpoints
+import krea2_checkpoints
 import numpy as np
 import pytest
 import zimage_checkpoints
 from comfy_graphs import drawing, graph, node, picture, run_template
 from comfy_host import CHECKPOINT, ComfyServer, PromptFailed
 from flux2_checkpoints import flux2_weights, in_float8
+from krea2_checkpoints import krea2_weights
 from safetensors.torch import load_file, save_file
-from workflow_recipes import KLEIN, Z_IMAGE
+from workflow_recipes import KLEIN, KREA_2, KREA_2_TURBO, Z_IMAGE
 from zimage_checkpoints import zimage_weights
 
 pytestmark = pytest.mark.comfy
@@ -35,6 +37,7 @@ class Small:
         latents: node of its empty latents.
         modules: pattern of the modules in its adapters' keys, and how many there are.
         log: what the log says of its preset.
+        drawn_with: name of the distilled model with which its template draws; "": its own.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Small:
     latents: str
     modules: tuple[str, int]
     log: str
+    drawn_with: str = ""
 
     @property
     def clip(self) -> dict[str, Any]:
@@ -72,6 +76,16 @@ MODELS = {
             (r"diffusion_model\.layers\.\d+\.(attention|feed_forward)\.[\w.]+", 7 * 2),
             "preset animal for z-image",
         ),
+        Small(
+            "krea2",
+            lambda: krea2_weights(krea2_checkpoints.COMFY_SHAPE),
+            KREA_2,
+            "krea_2",
+            "EmptyLatentImage",
+            (r"lora_unet_blocks_\d+_(attn|mlp)_\w+", 8 * 2),
+            "preset animal for krea 2",
+            drawn_with=KREA_2_TURBO,
+        ),
     )
 }
 
@@ -81,8 +95,10 @@ def small(request: pytest.FixtureRequest, server: ComfyServer) -> Iterator[Small
     """A model, whose small files ComfyUI has under the names of its template, and no longer after the test."""
     model = MODELS[request.param]
     weights = model.weights()
-    files = [server.base_dir / "models" / folder / model.files[folder] for folder in PARTS]
-    for file, part in zip(files, PARTS.values(), strict=True):
+    files = {server.base_dir / "models" / folder / model.files[folder]: part for folder, part in PARTS.items()}
+    if model.drawn_with:
+        files[server.base_dir / "models" / "diffusion_models" / model.drawn_with] = "denoiser"
+    for file, part in files.items():
         file.parent.mkdir(exist_ok=True)
         save_file(dict(getattr(weights, part)), file)
     yield model
@@ -197,7 +213,7 @@ def test_the_clip_of_another_model_is_named(clip: str, small: Small, server: Com
     """The other family's is the same Qwen 3, loaded as another type."""
     prompt = on(small, graph(name=f"{small.name} with another clip"))
     if clip == "another family's":
-        [other] = MODELS.keys() - {small.name}
+        other = min(MODELS.keys() - {small.name})
         prompt["clip"] = node("LoadSmallQwen3", name=small.files["text_encoders"], family=other)
     else:
         prompt |= {"sd": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)}

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers", minversion="0.37")
-pytest.importorskip("transformers", minversion="4.51")
+pytest.importorskip("diffusers", minversion="0.39")
+pytest.importorskip("transformers", minversion="4.57")
 
 from adapter_maths import error, merged
-from diffusers import Flux2KleinPipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, Krea2Pipeline, ZImagePipeline
 from flux2_checkpoints import flux2_folder
 from helpers import Recorder
+from krea2_checkpoints import krea2_folder
 from merge_worlds import deltas, random_adapter, same, saved, weights_of
 from pack.trainer.adapters.diffusers_format import diffusers_state_dict, write_diffusers
 from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter
@@ -42,7 +43,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zimage_checkpoints import zimage_folder, zimage_weights
 
-DENOISER = "^lora_unet_"
+DENOISER = "^lora_unet_(?!txtfusion_projector$)"  # that has one output, and so no rank above 1
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Kin:
         blocks: pattern of the names of modules in blocks.
         metadata: what states it in a file.
         shown: blocks of the small model, as people see them.
-        renames: whether its own files call modules otherwise than diffusers.
+        same: how many modules its own files call as diffusers does; None: all.
     """
 
     make_folder: Callable[[Path], Path]
@@ -67,7 +68,7 @@ class Kin:
     blocks: str
     metadata: dict[str, str]
     shown: list[str]
-    renames: bool
+    same: int | None
 
 
 KINS = {
@@ -79,7 +80,7 @@ KINS = {
         "^lora_unet_(double|single)_blocks_",
         {"ss_base_model_version": "flux_2_klein", "modelspec.architecture": "Flux.2-klein/lora"},
         ["double 0", "double 1", "single 0", "single 1", "other"],
-        renames=True,
+        same=0,
     ),
     "zimage": Kin(
         zimage_folder,
@@ -89,7 +90,17 @@ KINS = {
         "^lora_unet_layers_",
         {"ss_base_model_version": "z_image", "modelspec.architecture": "Z-Image/lora"},
         [f"{kind} {number}" for kind in ("layer", "noise-refiner", "context-refiner") for number in (0, 1)] + ["other"],
-        renames=False,
+        same=None,
+    ),
+    "krea2": Kin(
+        krea2_folder,
+        Krea2Pipeline,
+        "Krea 2",
+        "Krea 2",
+        "^lora_unet_blocks_",
+        {"ss_base_model_version": "krea2", "modelspec.architecture": "Krea-2/lora"},
+        ["block 0", "block 1", "other"],
+        same=2,
     ),
 }
 
@@ -149,7 +160,8 @@ def test_files_of_two_programs_are_one_sum(kin: Kin, base: BaseWeights, weights:
     """The second with query, key and value apart, and with diffusers' last norm."""
     first, second = (random_adapter(base, "LoRA", DENOISER, seed=seed) for seed in (1, 2))
     theirs = parse_adapter(diffusers_state_dict(second, torch.float32))
-    assert theirs.layers.keys().isdisjoint(second.layers.keys()) is kin.renames
+    shared = theirs.layers.keys() & second.layers.keys()
+    assert len(shared) == (len(second.layers) if kin.same is None else kin.same)
     result = merged(first, theirs).adapter
     expected = summed(deltas(first, weights), deltas(second, weights), (1.0, 1.0))
     assert same(deltas(result, weights), expected) < 1e-5

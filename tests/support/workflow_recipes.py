@@ -17,6 +17,12 @@ Z_IMAGE = {
     "text_encoders": "qwen_3_4b.safetensors",
     "vae": "ae.safetensors",
 }
+KREA_2 = {
+    "diffusion_models": "krea2_raw_fp8_scaled.safetensors",
+    "text_encoders": "qwen3vl_4b_fp8_scaled.safetensors",
+    "vae": "qwen_image_vae.safetensors",
+}
+KREA_2_TURBO = "krea2_turbo_fp8_scaled.safetensors"
 LORAS = ("dog.safetensors", "pixel-art.safetensors")
 Link = tuple[str, str]
 SUBJECT: dict[str, Link] = {"subject": ("subject", "subject")}
@@ -221,6 +227,34 @@ the LoRA fits both. On a card of 12 GB turn on **fit** in Training Settings, or 
 Z_IMAGE_NOTE = """Z-Image **base** is a free model (Apache 2.0) in three files: choose them in the loaders.
 Prompts are encoded by the CLIP of the graph; nothing is loaded twice. Train on the base, not on Z-Image Turbo:
 the LoRA fits both. On a card of 16 GB turn on **fit** in Training Settings, or set **base_quantization** to nf4."""
+
+
+KREA_2_NOTE = """Krea 2 **RAW** is the model to train, Krea 2 **Turbo** the one to draw with, in eight steps: the LoRA
+is trained on the first and applied to the second. Choose both, and the two files that they share, in the loaders.
+Prompts are encoded by the CLIP of the graph; nothing is loaded twice. On a card of 24 GB turn on **fit** in Training
+Settings; on one of 12 GB also set **base_quantization** to nf4."""
+
+
+def krea_2_drawing(at: tuple[int, int], prefix: str) -> dict[str, Node]:
+    """The adapter on Turbo, then prompt to saved picture as ComfyUI's own template for Turbo draws."""
+    left, top = at
+    nodes = drawing(
+        ("apply", "model"), ("clip", "CLIP"), "a photo of sks dog on the beach", (left, top + 280), prefix, 1024
+    )
+    sample, decode = nodes["sample"], nodes["decode"]
+    values = {"steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    return nodes | {
+        "turbo": Node("UNETLoader", at, {"unet_name": KREA_2_TURBO}, title="Turbo, to draw with", size=(340, 90)),
+        "apply": Node(
+            "DreamBoothApplyLora",
+            (left + 400, top),
+            {},
+            {"model": ("turbo", "MODEL"), "lora": ("train", "lora")},
+            size=(320, 150),
+        ),
+        "sample": replace(sample, values={**sample.values, **values}),
+        "decode": replace(decode, links={**decode.links, "vae": ("vae", "VAE")}),
+    }
 
 
 def z_image_drawing(at: tuple[int, int], prefix: str) -> dict[str, Node]:
@@ -446,6 +480,24 @@ RECIPES: dict[str, Recipe] = {
                 links={"model": ("base", "MODEL"), "clip": ("clip", "CLIP"), "vae": ("vae", "VAE")} | SUBJECT,
             ),
             **z_image_drawing((830, 40), "my-dog-z-image"),
+        }
+    ),
+    "krea_2": Recipe(
+        {
+            "note": note(KREA_2_NOTE, (0, -220), "Krea 2", (780, 190)),
+            "base": Node(
+                "UNETLoader", (0, 40), {"unet_name": KREA_2["diffusion_models"]}, title="RAW, to train", size=(330, 90)
+            ),
+            "clip": Node(
+                "CLIPLoader", (0, 180), {"clip_name": KREA_2["text_encoders"], "type": "krea2"}, size=(330, 110)
+            ),
+            "vae": Node("VAELoader", (0, 340), {"vae_name": KREA_2["vae"]}, size=(330, 60)),
+            "subject": subject((0, 460)),
+            "train": replace(
+                train((390, 40), SUBJECT, name="my-dog-krea-2", preset="animal"),
+                links={"model": ("base", "MODEL"), "clip": ("clip", "CLIP"), "vae": ("vae", "VAE")} | SUBJECT,
+            ),
+            **krea_2_drawing((830, 40), "my-dog-krea-2"),
         }
     ),
     "two_stages": Recipe(

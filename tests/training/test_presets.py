@@ -42,7 +42,7 @@ def test_there_is_a_file_for_every_subject_and_family_and_no_other() -> None:
 
 
 def test_families_have_names_of_their_own() -> None:
-    assert [family.name for family in FAMILIES] == ["sd1", "sd2", "sdxl", "flux2", "zimage"]
+    assert [family.name for family in FAMILIES] == ["sd1", "sd2", "sdxl", "flux2", "zimage", "krea2"]
 
 
 @pytest.mark.parametrize(("subject", "family"), CASES, ids=IDS)
@@ -132,7 +132,8 @@ def test_the_command_line_fills_in_what_neither_flag_nor_file_gives(
     assert chosen == typed.model_copy(update={"preset": subject})
     assert chosen.result_settings() == typed.result_settings()
     [note] = listener.notes
-    assert note.startswith(f"Preset {subject} for {family.title}: learning_rate 0.0001, ")
+    rate = {"krea2": "0.0003"}.get(family.name, "0.0001")
+    assert note.startswith(f"Preset {subject} for {family.title}: learning_rate {rate}, ")
     assert "rank 16" not in note
     assert note.endswith("; as you set them: steps, rank, flip.")
 
