@@ -174,7 +174,7 @@ def _renaming(keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> Cal
             continue
         is_krea2 = is_krea2 or krea2_names.is_diffusers_name(dotted(underscored(match[0])))
         shape = shapes.get(key, ())
-        if re.search(r"[._]to_k$", match[0]) and len(shape) > 1:
+        if re.search(r"\d[._]attn[._]to_k$", match[0]) and len(shape) > 1:
             sizes = widths.setdefault(match[0], {})
             if parts[1] == "lora_up.weight":
                 sizes["outputs"] = shape[0]

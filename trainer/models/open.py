@@ -121,7 +121,8 @@ _DENOISER_CONFIGS: Mapping[str, TypeAdapter[Any]] = {
 }
 _VAE_CONFIG = TypeAdapter(_VaeConfig)
 _WAN_VAE_CONFIG = TypeAdapter(_WanVaeConfig)
-_TEXT_CONFIG = TypeAdapter(_SeeingTextConfig | _TextConfig)
+_TEXT_CONFIG = TypeAdapter(_TextConfig)
+_SEEING_TEXT_CONFIG = TypeAdapter(_SeeingTextConfig)
 _SCHEDULER_CONFIG = TypeAdapter(_SchedulerConfig)
 
 
@@ -471,7 +472,7 @@ def _from_folder(folder: Path) -> BaseWeights:
             layout.text_encoder(
                 _read_plain(folder / spec.name, "model"),
                 spec,
-                network_config(folder / spec.name / "config.json", _TEXT_CONFIG),
+                _text_config(folder / spec.name / "config.json"),
             )
             for spec in family.text_encoders
         ],
@@ -485,6 +486,12 @@ def _from_folder(folder: Path) -> BaseWeights:
         fingerprint="",
         is_distilled=index["is_distilled"] if isinstance(index.get("is_distilled"), bool) else None,
     )
+
+
+def _text_config(path: Path) -> dict[str, Any]:
+    """A text encoder's configuration; of one that looks at pictures, too, that of its language model is in it."""
+    sees = "text_config" in read_json(path)
+    return network_config(path, _SEEING_TEXT_CONFIG if sees else _TEXT_CONFIG)
 
 
 def _title_of_folder(folder: Path) -> str:
