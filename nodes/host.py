@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,14 +214,18 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
 
     Raises:
         UnsupportedModelError: Its family can't be trained; named.
-        WeightsError: A part is missing, quantised, or the model predicts neither epsilon nor velocity.
+        WeightsError: A part is missing, or the model predicts neither epsilon nor velocity.
     """
+    import torch
+
     from ..trainer.models.families import FAMILIES
     from ..trainer.models.open import HostTensors, open_base
 
     denoiser = _patched_tensors(model.model.diffusion_model, model.patches, "diffusion_model.")
+    packed = _packed_weights(model.model.diffusion_model, denoiser)
     modules = vars(clip.cond_stage_model)["_modules"]
-    prompted = _prompted_by_language_model(denoiser)
+    shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in packed.items()}
+    prompted = _prompted_by_language_model({**denoiser, **shapes})
     known = {encoder.short_name for family in FAMILIES for encoder in family.text_encoders}
     encoders = {name: modules[name] for name in modules if name in known}
     tensors = HostTensors(
@@ -236,6 +240,7 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
         prediction=_prediction(model),
         clip_skip=0 if prompted else -(getattr(clip, "layer_idx", None) or 0),
         prompt_encoder=_clip_prompts(clip, *prompted) if prompted else None,
+        packed=packed,
     )
     if getattr(model, "injections", None):
         logger.warning("Adapters that were applied in bypass mode don't count in training; apply them as usual.")
@@ -325,11 +330,62 @@ def _patched_tensors(network: Any, patches: Mapping[str, Any], prefix: str) -> d
             module = name.removesuffix(".weight")
             if f"{module}.comfy_quant" in tensors:
                 weight = network.get_submodule(module).weight.dequantize()
-                for part in ("weight_scale", "comfy_quant", "input_scale"):
+                for part in ("weight_scale", "weight_scale_2", "comfy_quant", "input_scale"):
                     tensors.pop(f"{module}.{part}", None)
             patched = comfy.lora.calculate_weight(patch, weight.to(torch.float32, copy=True), key)
             tensors[name] = patched.to(weight.dtype)
     return tensors
+
+
+def _packed_weights(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """The weights that ComfyUI holds in other formats than float8, as the engine's `PackedWeight`.
+
+    Args:
+        network: A network.
+        tensors: Those of its state; what such weights consist of is taken out.
+    """
+    from ..trainer.models.fp8 import PackedWeight
+
+    found = {}
+    for key in [name for name in tensors if name.endswith(".comfy_quant")]:
+        module = key.removesuffix(".comfy_quant")
+        kind = str(json.loads(bytes(tensors[key].tolist()))["format"])
+        if kind.startswith("float8"):
+            continue
+        weight = network.get_submodule(module).weight
+        scales = [part.name for part in fields(weight.params) if hasattr(getattr(weight.params, part.name), "device")]
+        stored = (weight._qdata, *(getattr(weight.params, name) for name in scales))
+        found[f"{module}.weight"] = PackedWeight(tuple(weight.shape), stored, _Unpacking(weight, scales))
+        for name in [name for name in tensors if name.startswith(f"{module}.") and name != f"{module}.bias"]:
+            del tensors[name]
+    return found
+
+
+class _Unpacking:
+    """Has ComfyUI dequantise a weight, or some of its rows, on whatever device they are."""
+
+    def __init__(self, weight: Any, scales: Sequence[str]) -> None:
+        """Remember how.
+
+        Args:
+            weight: A QuantizedTensor; its own tensors are not kept.
+            scales: Names of the tensors among its parameters.
+        """
+        self._class = type(weight)
+        self._layout = weight._layout_cls
+        self._scales = scales
+        self._make = type(weight.params)
+        names = [part.name for part in fields(weight.params) if part.name not in (*scales, "orig_shape", "orig_dtype")]
+        self._others = {name: getattr(weight.params, name) for name in names}
+
+    def __call__(self, stored: Sequence[Any], shape: tuple[int, int], dtype: Any) -> Any:
+        """The matrix, of these numbers and scales."""
+        import torch
+
+        tensors = dict(zip(self._scales, stored[1:], strict=True))
+        parameters = self._make(**tensors, **self._others, orig_shape=shape, orig_dtype=dtype)
+        with torch.no_grad():
+            return self._class(stored[0], self._layout, parameters).dequantize().to(dtype)
 
 
 def _title(model: Any) -> str:

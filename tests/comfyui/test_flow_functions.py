@@ -1,6 +1,6 @@
 """Flow-matching models, lent by ComfyUI: latents, prompts and predictions are those of ComfyUI's own code.
 
-With small random weights, plain ones and ones in eight bits; the tokenizer and the sizes of the autoencoders are real.
+With small random weights, plain and in eight or four bits; the tokenizer and the sizes of the autoencoders are real.
 """
 
 from __future__ import annotations
@@ -66,7 +66,9 @@ class Found:
 
 @pytest.fixture(
     scope="module",
-    params=[(family, stored) for family in FAMILIES for stored in ("float32", "float8")],
+    params=[(family, stored) for family in FAMILIES for stored in ("float32", "float8")]
+    + [("krea2", stored) for stored in ("int8", "nvfp4", "mxfp8")]
+    + [("zimage", "int8 rotated")],
     ids=lambda param: " ".join(param),
 )
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
@@ -88,7 +90,7 @@ def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         inputs[f"timesteps {case}"] = torch.full((batch,), timestep)
     save_file(inputs, folder / "inputs.safetensors")
     script = ROOT / "tests" / "support" / "comfy_flow.py"
-    given = [str(comfyui), name, str(folder), str(folder / "found")]
+    given = [str(comfyui), name, stored, str(folder), str(folder / "found")]
     subprocess.run([str(find_python(comfyui)), str(script), *given, *PROMPTS], check=True, timeout=HANGS)
     return Found(family, load_file(folder / "found"))
 

@@ -1,22 +1,24 @@
 """Run by ComfyUI's Python: a flow-matching model's networks by ComfyUI's own code, and lent to this pack.
 
-    python comfy_flow.py COMFYUI FAMILY FOLDER OUTPUTS.safetensors PROMPT...
+    python comfy_flow.py COMFYUI FAMILY FORMAT FOLDER OUTPUTS.safetensors PROMPT...
 
 FOLDER holds transformer.safetensors, vae.safetensors, text.safetensors and inputs.safetensors: "pixels", and pairs of
-"noisy N" and "timesteps N". OUTPUTS gets "text N" of each prompt, "latents" and "prediction N" by ComfyUI, and the same
-by this pack with "ours " before the name; and the number of tensors of the transformer that are borrowed, and of those
-that are not.
+"noisy N" and "timesteps N". A FORMAT of `QUANTIZED` is that in which ComfyUI stores the blocks' weights. OUTPUTS gets
+"text N" of each prompt, "latents" and "prediction N" by ComfyUI, and the same by this pack with "ours " before the
+name; and the number of tensors of the transformer that are borrowed, and of those that are not.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
-comfyui, family, given, outputs, *prompts = sys.argv[1:]
+comfyui, family, stored_as, given, outputs, *prompts = sys.argv[1:]
 sys.argv = [sys.argv[0], "--cpu"]
 sys.path.insert(0, comfyui)
 
@@ -32,6 +34,17 @@ from comfy_small_models import let_small_zimages_in, load_small_clip  # noqa: E4
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 FOLDER = Path(given)
+QUANTIZED: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {  # layout, how it is made, what a file says of it
+    "int8": ("TensorWiseINT8Layout", {}, {"format": "int8_tensorwise"}),
+    "int8 rotated": (
+        "TensorWiseINT8Layout",
+        {"per_channel": True, "convrot": True, "convrot_groupsize": 64},
+        {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": 64},
+    ),
+    "nvfp4": ("TensorCoreNVFP4Layout", {"scale": "recalculate"}, {"format": "nvfp4"}),
+    "mxfp8": ("TensorCoreMXFP8Layout", {}, {"format": "mxfp8"}),
+}
+_IN_BLOCK = re.compile(r"^(blocks|layers|double_blocks|single_blocks)\..*\.weight$")
 
 
 def pack(module: str) -> Any:
@@ -48,6 +61,23 @@ def pack(module: str) -> Any:
     return importlib.import_module(f"pack.{module}")
 
 
+def quantize(file: Path) -> None:
+    """Store the weights in blocks as ComfyUI does, to be computed in full precision."""
+    from comfy.quant_ops import QuantizedTensor
+
+    layout, options, description = QUANTIZED[stored_as]
+    tensors = load_file(file)
+    plain = dict(tensors)
+    for name in [name for name, tensor in tensors.items() if _IN_BLOCK.match(name) and tensor.ndim == 2]:
+        packed = QuantizedTensor.from_float(tensors.pop(name), layout, **options)
+        plain[name] = packed.dequantize()
+        tensors |= packed.state_dict(name)
+        stated = json.dumps({**description, "full_precision_matrix_mult": True}).encode()
+        tensors[f"{name.removesuffix('weight')}comfy_quant"] = torch.tensor(list(stated), dtype=torch.uint8)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+    save_file({name: tensor.contiguous() for name, tensor in plain.items()}, file.with_name("dequantized.safetensors"))
+
+
 def storage(tensor: torch.Tensor) -> int:
     """Where a tensor's memory begins, or that of which it is a view."""
     return tensor.untyped_storage().data_ptr()
@@ -59,6 +89,8 @@ def main() -> None:
     cases = [name.removeprefix("noisy ") for name in inputs if name.startswith("noisy ")]
     found: dict[str, torch.Tensor] = {}
     let_small_zimages_in()
+    if stored_as in QUANTIZED:
+        quantize(FOLDER / "transformer.safetensors")
     with torch.inference_mode():
         model = comfy.sd.load_diffusion_model(str(FOLDER / "transformer.safetensors"), {"dtype": torch.float32})
         clip = load_small_clip(FOLDER / "text.safetensors", family)
@@ -68,20 +100,24 @@ def main() -> None:
         latents = vae.encode(inputs["pixels"].movedim(1, -1) / 2 + 0.5)
         latents = model.model.process_latent_in(latents)
         found["latents"] = (latents[:, :, 0] if latents.ndim == 5 else latents).clone()  # some are of videos
-        comfy.model_management.load_models_gpu([model], force_full_load=True)
+        theirs = model
+        if stored_as.startswith("int8"):  # of which ComfyUI also rounds the inputs
+            theirs = comfy.sd.load_diffusion_model(str(FOLDER / "dequantized.safetensors"), {"dtype": torch.float32})
+        comfy.model_management.load_models_gpu([theirs], force_full_load=True)
         for case in cases:
             timesteps = inputs[f"timesteps {case}"] / 1000  # ComfyUI's sampling of flow models: σ is the timestep
-            conditions = model.model.extra_conds(cross_attn=texts[0])
+            conditions = theirs.model.extra_conds(cross_attn=texts[0])
             context = conditions["c_crossattn"].cond.expand(len(timesteps), -1, -1)
             others = {"num_tokens": conditions["num_tokens"].cond} if "num_tokens" in conditions else {}
-            output = model.model.diffusion_model(inputs[f"noisy {case}"], timesteps, context=context, **others)
+            output = theirs.model.diffusion_model(inputs[f"noisy {case}"], timesteps, context=context, **others)
             found[f"prediction {case}"] = output.float().clone()
     with pack("nodes.host").training_mode(), torch.no_grad():
         base = pack("nodes.host").borrow_base(model, clip, vae)
         lent = {storage(tensor) for tensor in model.model.diffusion_model.state_dict().values()}
         ours = base.family.build(base)
-        stored = [module.packed for module in ours.denoiser.modules() if hasattr(module, "packed")]
-        own = [storage(tensor) in lent for tensor in (*ours.denoiser.parameters(), *stored)]
+        layers = [module for module in ours.denoiser.modules() if hasattr(module, "unpacked")]
+        numbers = [next(layer.buffers()) for layer in layers]
+        own = [storage(tensor) in lent for tensor in (*ours.denoiser.parameters(), *numbers)]
         found["borrowed"] = torch.tensor([sum(own), len(own) - sum(own)])
         conditioning = ours.encode_prompts(prompts)
         lengths = conditioning.get("lengths", torch.full((len(prompts),), conditioning["text"].shape[1])).tolist()

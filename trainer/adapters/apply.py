@@ -228,4 +228,5 @@ def with_bundled_words(base: BaseWeights, adapters: Iterable[Adapter]) -> BaseWe
 
 def _with_tensors(component: Component, tensors: Mapping[str, torch.Tensor]) -> Component:
     scales = {name: scale for name, scale in component.scales.items() if name not in tensors}
-    return replace(component, tensors={**component.tensors, **tensors}, scales=scales)
+    packed = {name: weight for name, weight in component.packed.items() if name not in tensors}
+    return replace(component, tensors={**component.tensors, **tensors}, scales=scales, packed=packed)

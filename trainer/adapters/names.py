@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..core.errors import AdapterError
 from ..models import families
 from ..models.families.base import DiffusionModel, Family
-from ..models.fp8 import Fp8Linear
+from ..models.fp8 import StoredLinear
 from ..models.ldm_names import ORIGINAL_BLOCKS
 from .foreign import foreign_family_in_words
 from .kohya import Adapter
@@ -220,7 +220,7 @@ def parametrized_modules_by_name(model: DiffusionModel) -> dict[str, nn.Module]:
         component: {
             canonical_path(component, path): module
             for path, module in network.named_modules()
-            if list(module.parameters(recurse=False)) or isinstance(module, Fp8Linear)
+            if list(module.parameters(recurse=False)) or isinstance(module, StoredLinear)
         }
         for component, network in networks(model).items()
     }

@@ -1,13 +1,14 @@
-"""Weights that a host lends in eight bits: kept as they are, and dequantised whenever a layer computes.
+"""Weights that a host lends in eight bits or less: kept as they are, and dequantised whenever a layer computes.
 
 ComfyUI's files hold a Linear layer's weight as float8 numbers beside a scale, `weight_scale`, and how it is quantised,
-`comfy_quant`. Other formats than one scale for the whole weight are refused by name.
+`comfy_quant`. Other formats are unpacked by the host that lends them, and refused by name in files.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _FLOAT8 = tuple(getattr(torch, name) for name in _FORMATS if hasattr(torch, name))  # before 2.1 there are none
 _FORMAT = ".comfy_quant"
 _SCALE = ".weight_scale"
+_REMEDY = "Use a bf16, fp16 or fp8 version of the model; the adapter fits the quantised one, too."
 _INPUT_SCALE = ".input_scale"  # with which a host may quantise inputs; not needed to read the weight
 
 
@@ -50,7 +52,7 @@ def without_scales(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
             raise WeightsError(
                 f"The base model is quantised in a way that can't be read: {name} has scales of the shape "
                 f"{tuple(scale.shape)}.",
-                "Use a bf16, fp16 or fp8 version of the model; the adapter fits the others, too.",
+                _REMEDY,
             )
     return plain, scales
 
@@ -68,14 +70,123 @@ def _require_format(module: str, stated: Tensor) -> None:
     if kind not in _FORMATS:
         raise WeightsError(
             f"The base model is quantised as {kind} ({module}), which can't be read for training.",
-            "Use a bf16, fp16 or fp8 version of the model; the adapter fits the quantised one, too.",
+            f"{_REMEDY} In ComfyUI, it can be trained on as it is.",
         )
 
 
-class Fp8Linear(nn.Linear):
-    """A frozen Linear layer whose weight is stored in eight bits; see `Nf4Linear` for what it has in common.
+@dataclass(frozen=True)
+class PackedWeight:
+    """A matrix that a host stores in a format of its own, and unpacks itself.
+
+    Attributes:
+        shape: (out, in).
+        stored: What it is stored in, on one device: its numbers first, then scales.
+        unpack: Makes the matrix of these tensors, its shape and its type.
+    """
+
+    shape: tuple[int, int]
+    stored: tuple[Tensor, ...]
+    unpack: Callable[[Sequence[Tensor], tuple[int, int], torch.dtype], Tensor]
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The matrix, (out, in)."""
+        if self.stored[0].is_meta:
+            return torch.empty(self.shape, dtype=dtype, device="meta")
+        return self.unpack(self.stored, self.shape, dtype)
+
+    def part(self, number: int, count: int) -> PackedWeight:
+        """One of several parts with as many rows each; views of what this is stored in.
+
+        Raises:
+            WeightsError: Its rows can't be told apart in what it is stored in.
+        """
+        if count == 1:
+            return self
+        rows = self.shape[0]
+        is_split = rows % count == 0 and self.stored[0].shape[0] == rows
+        if not is_split or any(tensor.ndim and tensor.shape[0] not in (1, rows) for tensor in self.stored):
+            raise WeightsError(
+                f"A weight of the shape {self.shape} is quantised in a way in which it can't be split into {count}.",
+                _REMEDY,
+            )
+        parts = [tensor.chunk(count)[number] if tensor.ndim and len(tensor) > 1 else tensor for tensor in self.stored]
+        return replace(self, shape=(rows // count, self.shape[1]), stored=tuple(parts))
+
+    def to(self, device: torch.device) -> PackedWeight:
+        """The same on a device."""
+        return replace(self, stored=tuple(tensor.to(device) for tensor in self.stored))
+
+
+class StoredLinear(nn.Linear):
+    """A frozen Linear layer whose weight is stored in few bits; see `Nf4Linear` for what it has in common.
 
     Its weight is borrowed: moving the network moves it, and casting the network changes the type in which it computes.
+    """
+
+    def __init__(self, shape: Sequence[int], bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        """Begin without a weight.
+
+        Args:
+            shape: Of the weight, (out, in).
+            bias: (out,) or None.
+            dtype: Of the computation.
+        """
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = shape
+        self.register_parameter("bias", bias)
+        self.dtype = dtype
+
+    def unpacked(self) -> Tensor:
+        """The weight, (out, in), in the type of the computation; a new tensor."""
+        raise NotImplementedError
+
+    def moved(self, device: torch.device) -> None:
+        """Take along what is neither a parameter nor a buffer."""
+        raise NotImplementedError
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """The dequantised weight, (out, in); a new tensor at every access."""
+        return nn.Parameter(self.unpacked(), requires_grad=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As every module; but a layer whose weight is set is an ordinary one from then on."""
+        if name == "weight":
+            self.become_ordinary(value)
+        else:
+            super().__setattr__(name, value)
+
+    def become_ordinary(self, weight: nn.Parameter) -> None:
+        """Become an ordinary layer with that weight."""
+        self._buffers.clear()
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.register_parameter("weight", weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As `nn.Linear`, (…, in) → (…, out), with the dequantised weight."""
+        result: Tensor = LinearWithoutSaving.apply(input.to(self.dtype), self)  # type: ignore[no-untyped-call]
+        return result
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move to another device and compute in another type with the network."""
+        device = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
+        example = fn(torch.empty(0, dtype=self.dtype, device=device))
+        self.dtype = example.dtype
+        if example.device.type == "mps":  # which has no numbers of eight bits and less
+            self.become_ordinary(self.weight)
+            return nn.Linear._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
+        buffers = dict(self._buffers)
+        self._buffers.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, buffer in buffers.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.to(example.device)
+        self.moved(example.device)
+        return self
+
+
+class Fp8Linear(StoredLinear):
+    """A layer whose weight is stored in float8.
 
     Attributes:
         packed: The weight as it is stored, (out, in), float8.
@@ -90,54 +201,55 @@ class Fp8Linear(nn.Linear):
             bias: (out,) or None.
             dtype: Of the computation.
         """
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = weight.shape
+        super().__init__(weight.shape, bias, dtype)
         self.packed: Tensor
         self.register_buffer("packed", weight, persistent=False)
-        self.register_parameter("bias", bias)
-        self.dtype = dtype
         self._scale = scale
 
-    @property
-    def weight(self) -> nn.Parameter:  # type: ignore[override]
-        """The dequantised weight, (out, in); a new tensor at every access."""
+    def unpacked(self) -> Tensor:
+        """See `StoredLinear.unpacked`."""
         weight = self.packed.to(self.dtype)
+        return weight if self._scale is None else weight * self._scale.to(self.dtype)
+
+    def moved(self, device: torch.device) -> None:
+        """See `StoredLinear.moved`."""
         if self._scale is not None:
-            weight = weight * self._scale.to(self.dtype)
-        return nn.Parameter(weight, requires_grad=False)
+            self._scale = self._scale.to(device)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As every module; but a layer whose weight is set is an ordinary one from then on."""
-        if name == "weight":
-            self.become_ordinary(value)
-        else:
-            super().__setattr__(name, value)
 
-    def become_ordinary(self, weight: nn.Parameter) -> None:
-        """Become an ordinary layer with that weight."""
-        del self.packed
-        self.__class__ = nn.Linear  # type: ignore[assignment]
-        self.register_parameter("weight", weight)
+class PackedLinear(StoredLinear):
+    """A layer whose weight a host unpacks.
 
-    def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`, (…, in) → (…, out), with the dequantised weight."""
-        result: Tensor = LinearWithoutSaving.apply(input.to(self.dtype), self)  # type: ignore[no-untyped-call]
-        return result
+    What takes memory of its own, numbers and scales of one byte each, are buffers, so that it is counted.
+    """
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move to another device and compute in another type with the network."""
-        example = fn(torch.empty(0, dtype=self.dtype, device=self.packed.device))
-        self.dtype = example.dtype
-        if example.device.type == "mps":  # which has no such numbers
-            self.become_ordinary(self.weight)
-            return nn.Linear._apply(self, fn, recurse)  # type: ignore[no-untyped-call]
-        packed = self._buffers.pop("packed")
-        assert packed is not None
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers["packed"] = packed.to(example.device)
-        if self._scale is not None:
-            self._scale = self._scale.to(example.device)
-        return self
+    def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
+        """Take tensors as they are.
+
+        Args:
+            packed: The weight.
+            bias: (out,) or None.
+            dtype: Of the computation.
+        """
+        super().__init__(packed.shape, bias, dtype)
+        self._packed = packed
+        self._show()
+
+    def _show(self) -> None:
+        for number, tensor in enumerate(self._packed.stored):
+            if tensor.element_size() == 1:
+                self.register_buffer(f"packed_{number}", tensor, persistent=False)
+
+    def unpacked(self) -> Tensor:
+        """See `StoredLinear.unpacked`."""
+        with torch.no_grad():
+            return self._packed.weight(self.dtype)
+
+    def moved(self, device: torch.device) -> None:
+        """See `StoredLinear.moved`."""
+        self._packed = self._packed.to(device)
+        self._buffers.clear()
+        self._show()
 
 
 class LinearWithoutSaving(torch.autograd.Function):
@@ -158,34 +270,47 @@ class LinearWithoutSaving(torch.autograd.Function):
 def as_ordinary_layers(network: nn.Module) -> None:
     """Give every layer whose weight is stored in eight bits an ordinary weight, to train it."""
     for module in network.modules():
-        if isinstance(module, Fp8Linear):
+        if isinstance(module, StoredLinear):
             module.become_ordinary(module.weight)
 
 
-def keep_in_eight_bits(network: nn.Module, scales: Mapping[str, Tensor], file_names: Mapping[str, str]) -> None:
-    """Replace each Linear layer whose weight is stored in float8 by one that keeps it so.
+def keep_as_stored(
+    network: nn.Module,
+    scales: Mapping[str, Tensor],
+    packed: Mapping[str, PackedWeight],
+    file_names: Mapping[str, str],
+) -> None:
+    """Replace each Linear layer whose weight is stored in few bits by one that keeps it so.
 
     Args:
         network: Built around tensors that stay untouched.
-        scales: Name of a weight → what it is multiplied with.
+        scales: Name of a weight in float8 → what it is multiplied with.
+        packed: Name of a weight in a host's own format → the weight; the network has none there.
         file_names: Name of a weight → its name in the file, where that differs; for messages.
 
     Raises:
-        WeightsError: A weight with a scale is none of a Linear layer.
+        WeightsError: Such a weight is none of a Linear layer.
     """
-    dtype = next((p.dtype for p in network.parameters() if p.dtype not in _FLOAT8), torch.float32)
-    left = set(scales)
+    plain = [p.dtype for name, p in network.named_parameters() if p.dtype not in _FLOAT8 and name not in packed]
+    dtype = next(iter(plain), torch.float32)
+    left = {*scales, *packed}
     for path, module in list(network.named_modules()):
-        if not isinstance(module, nn.Linear) or module.weight.dtype not in _FLOAT8:
-            continue
         name = f"{path}.weight"
+        if not isinstance(module, nn.Linear) or (module.weight.dtype not in _FLOAT8 and name not in packed):
+            continue
         left.discard(name)
         parent, _, attribute = path.rpartition(".")
-        layer = Fp8Linear(module.weight.detach(), scales.get(name), module.bias, dtype)
+        layer: StoredLinear
+        if name in packed:
+            layer = PackedLinear(packed[name], module.bias, dtype)
+        else:
+            layer = Fp8Linear(module.weight.detach(), scales.get(name), module.bias, dtype)
         setattr(network.get_submodule(parent), attribute, layer.train(module.training))
     if left:
         name = min(left)
+        shown = file_names.get(name, name)
+        how = "has a scale, which only Linear layers can have" if name in scales else "is quantised and no Linear layer"
         raise WeightsError(
-            f"The base model's {file_names.get(name, name)} has a scale, which only Linear layers can have.",
+            f"The base model's {shown} {how}.",
             "Use a bf16 or fp16 version of the model.",
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import SettingsError, suggest
-from .fp8 import Fp8Linear, LinearWithoutSaving
+from .fp8 import LinearWithoutSaving, StoredLinear
 
 _BLOCK = 64  # weights that share a scale
 _OUTER_BLOCK = 256  # scales that share a scale of their own
@@ -158,7 +158,7 @@ def quantize(network: nn.Module, device: torch.device, dtype: torch.dtype) -> No
     """
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and type(child) in (nn.Linear, Fp8Linear):
+            if type(child) is nn.Linear or isinstance(child, StoredLinear):
                 setattr(parent, name, Nf4Linear(child, device, dtype).train(child.training))
 
 

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +22,7 @@ from ..settings.model import PredictionType
 from .families import FAMILIES, identify, joined_titles, layout_of, layouts, refuse_foreign_class, refuse_foreign_keys
 from .families.base import CHOSEN, BaseWeights, Component, Family, Layout, Prediction, PromptEncoder
 from .families.ldm import UNET_PREFIX, VAE_PREFIX, UnetLayout, with_prefix
-from .fp8 import without_scales
+from .fp8 import PackedWeight, without_scales
 from .nf4 import load_bitsandbytes_if_installed
 from .state_dicts import (
     network_config,
@@ -139,6 +139,7 @@ class HostTensors:
         prediction: What the model predicts according to the host; None: to be detected.
         clip_skip: Layer of the text encoders that the host reads, counted from the end; 0: as usual.
         prompt_encoder: Encodes prompts in the host where its text encoders are not borrowed; None: they are.
+        packed: Name of a weight of the denoiser in a format of the host's own → the weight; it is in no other tensor.
     """
 
     denoiser: Mapping[str, Tensor]
@@ -149,6 +150,7 @@ class HostTensors:
     prediction: Prediction | None = None
     clip_skip: int = 0
     prompt_encoder: PromptEncoder | None = None
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
 
 
 def open_base(
@@ -288,7 +290,7 @@ def _from_parts(
     _require_plain_floats(plain)
     return BaseWeights(
         family=family,
-        denoiser=_with_scales(layout.denoiser(plain, family.complete(layout.denoiser_config(plain))), scales),
+        denoiser=_as_stored(layout.denoiser(plain, family.complete(layout.denoiser_config(plain))), scales, {}),
         vae=autoencoder,
         text_encoders=[text],
         tokenizers=[find_language_tokenizer(text_encoder, path, tokenizer)],
@@ -388,29 +390,31 @@ def _layout(denoiser: Mapping[str, Tensor]) -> Layout:
 
 
 def _from_original(source: HostTensors) -> BaseWeights:
-    refuse_foreign_keys(source.denoiser)
-    layout = layout_of(source.denoiser)
+    shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in source.packed.items()}
+    denoiser = {**source.denoiser, **shapes}
+    refuse_foreign_keys(denoiser)
+    layout = layout_of(denoiser)
     if layout is None:
         raise WeightsError(
             "The model holds no Stable Diffusion UNet.",
             f"Connect a complete model of: {joined_titles(FAMILIES)}.",
         )
-    config = layout.denoiser_config(source.denoiser)
+    config = layout.denoiser_config(denoiser)
     family = identify(config)
-    plain, scales = without_scales(source.denoiser)
+    plain, scales = without_scales(denoiser)
     for part in (plain, source.vae, *source.text_encoders.values()):
         _require_plain_floats(part)
     own_encoders = () if source.prompt_encoder else family.text_encoders
     return BaseWeights(
         family=family,
-        denoiser=_with_scales(layout.denoiser(plain, family.complete(config)), scales),
+        denoiser=_as_stored(layout.denoiser(plain, family.complete(config)), scales, source.packed),
         vae=layout.vae(source.vae, family.scaling_factor),
         text_encoders=[
             layout.text_encoder(source.text_encoders.get(spec.short_name, {}), spec) for spec in own_encoders
         ],
         tokenizers=[source.tokenizers[spec.short_name] for spec in own_encoders],
         scheduler={},
-        prediction=source.prediction or family.detect(source.denoiser),
+        prediction=source.prediction or family.detect(denoiser),
         clip_skip=source.clip_skip,
         title=source.title,
         fingerprint="",
@@ -418,10 +422,25 @@ def _from_original(source: HostTensors) -> BaseWeights:
     )
 
 
-def _with_scales(component: Component, scales: Mapping[str, Tensor]) -> Component:
-    """The component with the scales of its weights, which are given by the names in the file."""
+def _as_stored(component: Component, scales: Mapping[str, Tensor], packed: Mapping[str, PackedWeight]) -> Component:
+    """The component with what its weights are stored in, which is given by the names in the file.
+
+    Of a weight of the file that is several in the network, each has its rows.
+    """
     file_names = {name: component.file_names.get(name, name) for name in component.tensors}
-    return replace(component, scales={name: scales[file] for name, file in file_names.items() if file in scales})
+    names: dict[str, list[str]] = {}
+    for name, file in file_names.items():
+        if file in packed:
+            names.setdefault(file, []).append(name)
+    return replace(
+        component,
+        scales={name: scales[file] for name, file in file_names.items() if file in scales},
+        packed={
+            name: packed[file].part(number, len(parts))
+            for file, parts in names.items()
+            for number, name in enumerate(parts)
+        },
+    )
 
 
 def checked(weights: BaseWeights) -> BaseWeights:
@@ -431,10 +450,15 @@ def checked(weights: BaseWeights) -> BaseWeights:
         WeightsError: A tensor is missing, unknown or of another shape.
     """
     model = weights.family.build(weights)
-    parts = [weights.denoiser, weights.vae, *weights.text_encoders]
+    parts = [weights.vae, *weights.text_encoders]
     words = [{f"{word.word}.{encoder}": vectors for encoder, vectors in word.vectors.items()} for word in weights.words]
     scales = [weights.denoiser.scales] if weights.denoiser.scales else []
-    tensors = [*(part.tensors for part in parts), *scales, *words]
+    denoiser = {
+        name: tensor for name, tensor in weights.denoiser.tensors.items() if name not in weights.denoiser.packed
+    }
+    for name, packed in weights.denoiser.packed.items():
+        denoiser |= {f"{name}.{number}": tensor for number, tensor in enumerate(packed.stored)}
+    tensors = [denoiser, *(part.tensors for part in parts), *scales, *words]
     digest = fingerprint(json.dumps(model.facts(), sort_keys=True), *tensors)
     return replace(weights, fingerprint=digest)
 

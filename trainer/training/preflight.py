@@ -293,8 +293,9 @@ def _require_holdable(base: BaseWeights, dtype: torch.dtype) -> None:
     """
     for part in (base.denoiser, base.vae, *base.text_encoders):
         for name, tensor in part.tensors.items():
-            if tensor.is_floating_point():
-                cast_finite(part.file_names.get(name, name), tensor, dtype)
+            numbers = part.packed[name].weight(torch.float32) if name in part.packed else tensor
+            if numbers.is_floating_point():
+                cast_finite(part.file_names.get(name, name), numbers, dtype)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import TrainerError, UnsupportedModelError, WeightsError
+from ..fp8 import PackedWeight
 from ..latents import LatentFormat
 from ..objective import Objective
 
@@ -30,12 +31,14 @@ class Component:
         config: Keyword arguments for the network's class.
         file_names: Name → the tensor's name in the file it came from, where that differs; for messages.
         scales: Name of a weight in float8 → what it is multiplied with, ().
+        packed: Name of a weight in a host's own format → the weight; in `tensors` it is on the meta device.
     """
 
     tensors: Mapping[str, Tensor]
     config: Mapping[str, Any]
     file_names: Mapping[str, str] = field(default_factory=dict)
     scales: Mapping[str, Tensor] = field(default_factory=dict)
+    packed: Mapping[str, PackedWeight] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import WeightsError
-from ..fp8 import keep_in_eight_bits
+from ..fp8 import keep_as_stored
 from ..objective import Objective
 from .base import (
     BaseWeights,
@@ -56,7 +56,8 @@ class LanguageModelConditioned:
         """
         self.family = family
         self.denoiser: Any = build_around(denoiser, weights.denoiser)
-        keep_in_eight_bits(self.denoiser, weights.denoiser.scales, weights.denoiser.file_names)
+        lent = weights.denoiser
+        keep_as_stored(self.denoiser, lent.scales, lent.packed, lent.file_names)
         self.vae: Any = build_around(on_meta(vae, weights.vae.config), weights.vae)
         self.objective = objective
         self._host_encoder = weights.prompt_encoder

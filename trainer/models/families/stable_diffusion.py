@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..fp8 import keep_in_eight_bits
+from ..fp8 import keep_as_stored
 from ..objective import Objective, make_objective
 from .base import BaseWeights, Conditioning, Family, LearnedWord, build_around, on_meta, token_ids_key
 from .clip import ClipTextEncoder
@@ -66,7 +66,8 @@ class StableDiffusionModel:
         self._added_conditions = family.added_conditions
         self._clip_skip = weights.clip_skip
         self.denoiser = build_around(on_meta(UNet2DConditionModel, weights.denoiser.config), weights.denoiser)
-        keep_in_eight_bits(self.denoiser, weights.denoiser.scales, weights.denoiser.file_names)
+        lent = weights.denoiser
+        keep_as_stored(self.denoiser, lent.scales, lent.packed, lent.file_names)
         self.vae = build_around(on_meta(AutoencoderKL, weights.vae.config), weights.vae)
         self._encoders = {
             spec.name: ClipTextEncoder(spec, component, tokenizer, weights.clip_skip)

@@ -324,7 +324,8 @@ def _on_meta(base: BaseWeights) -> BaseWeights:
             for name, tensor in component.tensors.items()
         }
         scales = {name: torch.empty((), device=_META) for name in component.scales}
-        return replace(component, tensors=tensors, scales=scales)
+        packed = {name: weight.to(_META) for name, weight in component.packed.items()}
+        return replace(component, tensors=tensors, scales=scales, packed=packed)
 
     return replace(
         base,
