@@ -291,7 +291,9 @@ def train_transformer(
         )[0]
         return (predicted - (noise - clean)).square().mean()
 
-    train(transformer, TRANSFORMER.scaled(effort), loss_at, Interruptible(state, generator))
+    phase = TRANSFORMER.scaled(effort)
+    origin = f"{phase} {latents.double().sum():.6f} {embeddings.double().sum():.6f} {len(rows)}"
+    train(transformer, phase, loss_at, Interruptible(state, generator, origin))
     return transformer
 
 

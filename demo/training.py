@@ -97,16 +97,18 @@ class Interruptible:
     Attributes:
         state: File of its state, which is written every `KEEP_EVERY_STEPS` steps and read where it exists.
         generator: Source of the random numbers of `loss_at`.
+        origin: What the training depends on; the state of another one is not read.
     """
 
     state: Path
     generator: torch.Generator
+    origin: str
 
     def load(self, *parts: Any) -> int:
-        """Puts everything back as it was, and returns the number of the next step; 0 without a file."""
-        if not self.state.exists():
+        """Puts everything back as it was, and returns the number of the next step; 0 without such a state."""
+        kept = torch.load(self.state, weights_only=True) if self.state.exists() else {}
+        if kept.get("origin") != self.origin:
             return 0
-        kept = torch.load(self.state, weights_only=True)
         for part, state in zip(parts, kept["parts"], strict=True):
             part.load_state_dict(state)
         self.generator.set_state(kept["generator"])
@@ -116,7 +118,8 @@ class Interruptible:
         """Writes everything down; `step` is the number of the next step."""
         part_file = self.state.with_name(f"part-{self.state.name}")
         states = [part.state_dict() for part in parts]
-        torch.save({"step": step, "parts": states, "generator": self.generator.get_state()}, part_file)
+        kept = {"origin": self.origin, "step": step, "parts": states, "generator": self.generator.get_state()}
+        torch.save(kept, part_file)
         part_file.replace(self.state)
 
 

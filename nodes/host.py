@@ -216,16 +216,14 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
         UnsupportedModelError: Its family can't be trained; named.
         WeightsError: A part is missing, or the model predicts neither epsilon nor velocity.
     """
-    import torch
-
     from ..trainer.models.families import FAMILIES
     from ..trainer.models.open import HostTensors, open_base
+    from ..trainer.models.stored_weights import placeholders
 
     denoiser = _patched_tensors(model.model.diffusion_model, model.patches, "diffusion_model.")
     packed = _packed_weights(model.model.diffusion_model, denoiser)
     modules = vars(clip.cond_stage_model)["_modules"]
-    shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in packed.items()}
-    prompted = _prompted_by_language_model({**denoiser, **shapes})
+    prompted = _prompted_by_language_model({**denoiser, **placeholders(packed)})
     known = {encoder.short_name for family in FAMILIES for encoder in family.text_encoders}
     encoders = {name: modules[name] for name in modules if name in known}
     tensors = HostTensors(
@@ -344,7 +342,7 @@ def _packed_weights(network: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         network: A network.
         tensors: Those of its state; what such weights consist of is taken out.
     """
-    from ..trainer.models.fp8 import PackedWeight
+    from ..trainer.models.stored_weights import PackedWeight
 
     found = {}
     for key in [name for name in tensors if name.endswith(".comfy_quant")]:

@@ -59,7 +59,7 @@ class ClipPrompts:
             finally:
                 comfy.model_management.unload_all_models()
         with torch.inference_mode(False):
-            known = [self._known[prompt].clone() for prompt in prompts]
+            known = [self._known[prompt] for prompt in prompts]
             if self._spec.reads_padding:
                 return {"text": torch.cat(known)}
             text = torch.nn.utils.rnn.pad_sequence([embedded[0] for embedded in known], batch_first=True)
@@ -76,4 +76,5 @@ class ClipPrompts:
     def overlong(self, prompt: str) -> bool:
         """Whether the model reads only the beginning of the prompt; ComfyUI pads shorter ones."""
         tokens = self._clip.tokenize(prompt)
-        return any(len(row) > self._spec.max_tokens for rows in tokens.values() for row in rows)
+        most = self._spec.max_tokens + self._spec.unread_tokens
+        return any(len(row) > most for rows in tokens.values() for row in rows)

@@ -134,6 +134,17 @@ def test_the_names_of_every_program_are_read(form: str, base: BaseWeights, origi
         torch.testing.assert_close(module.weight - linears(plain)[path].weight, expected[path], rtol=0, atol=1e-5)
 
 
+def test_other_kinds_are_known_by_their_fewer_keys_too() -> None:
+    """A LoKr's two factors tell numbers of outputs and inputs together."""
+    shapes = {"to_q": ((8, 8), (32, 32)), "to_k": ((8, 8), (16, 32))}
+    tensors = {
+        f"transformer.transformer_blocks.1.attn.{part}.lokr_w{number}": torch.ones(shape)
+        for part, of_part in shapes.items()
+        for number, shape in enumerate(of_part, start=1)
+    }
+    assert sorted(parse_adapter(tensors).layers) == [f"lora_unet_blocks_1_attn_to_{part}" for part in "kq"]
+
+
 @pytest.mark.parametrize("prefix", ["transformer.", ""])
 def test_attention_alone_is_known_by_its_fewer_keys(prefix: str) -> None:
     """diffusers calls its projections as FLUX's are called."""
@@ -159,7 +170,9 @@ def test_as_many_keys_as_queries_are_not_krea_2s() -> None:
         parse_adapter(tensors)
 
 
-@pytest.mark.parametrize(("name", "shape"), [("wq", (256, 128)), ("wk", (96, 256)), ("gate", (128, 256))])
+@pytest.mark.parametrize(
+    ("name", "shape"), [("wq", (256, 128)), ("wk", (96, 256)), ("wk", (0, 256)), ("gate", (128, 256))]
+)
 def test_other_shapes_are_refused(name: str, shape: tuple[int, int]) -> None:
     down, up = lora(*shape, 0)
     stem = f"diffusion_model.blocks.0.attn.{name}"

@@ -664,7 +664,8 @@ def test_held_out_pictures_are_measured(world: World, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_previews_are_generated(world: World, tmp_path: Path) -> None:
     """With guidance, and so with the empty prompt, too; those of the base differ from those of the last step."""
-    previews = {"preview_every": 4, "preview_prompts": PROMPT, "preview_count": 1, "preview_steps": 2}
+    longer = f"{PROMPT} on a beach, at noon, in summer"  # than the captions, as long as whose longest these are
+    previews = {"preview_every": 4, "preview_prompts": longer, "preview_count": 1, "preview_steps": 2}
     result = world.train(tmp_path, **previews, preview_guidance=4.0, targets="all")
     plain = world.train(tmp_path / "plain", targets="all")
     assert_same_end(result, plain)

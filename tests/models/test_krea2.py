@@ -21,11 +21,13 @@ from flux2_checkpoints import Flux2Shape, flux2_weights, in_float8
 from krea2_checkpoints import SYSTEM, Krea2Shape, krea2_folder, krea2_weights
 from lent_models import below
 from pack.trainer.cli.inspect import inspect
+from pack.trainer.core.devices import to_device
 from pack.trainer.core.errors import SettingsError, TrainerError, UnsupportedModelError, WeightsError
-from pack.trainer.models.families.base import BaseWeights, DiffusionModel
+from pack.trainer.models.families.base import BaseWeights, DiffusionModel, joined_rows
 from pack.trainer.models.open import HostTensors, open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import StartingPoint
+from pack.trainer.training.memory.plan import MemorySaving, Planner
 from pack.trainer.training.preflight import require_trainable
 from safetensors.torch import save_file
 from torch import Tensor
@@ -33,6 +35,7 @@ from transformer_adapters import normal
 from worlds import paths_in
 from zimage_checkpoints import zimage_weights
 
+SIGHT = {"visual.patch_embed.proj.bias": torch.ones(4)}  # of what looks at pictures, which is not read
 PROMPTS = ["a photo of sks dog", "", "ein Hündchen <|im_end|>"]
 
 
@@ -62,7 +65,9 @@ def lent(folder: Path, **changes: Any) -> HostTensors:
 
     weights = krea2_weights()
     tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
-    host = HostTensors(weights.denoiser, weights.vae, {"qwen3vl": weights.text}, {"qwen3vl": tokenizer}, "raw")
+    host = HostTensors(
+        weights.denoiser, weights.vae, {"qwen3vl": {**weights.text, **SIGHT}}, {"qwen3vl": tokenizer}, "raw"
+    )
     return replace(host, **changes)
 
 
@@ -78,7 +83,8 @@ def test_a_hosts_tensors_are_borrowed(folder: Path) -> None:
     base = open_base(host)
     model = base.family.build(base)
     text = {name: tensor for name, tensor in host.text_encoders["qwen3vl"].items() if "layers.35." not in name}
-    del text["model.norm.weight"]  # of what is not read
+    for name in ("model.norm.weight", *SIGHT):
+        del text[name]  # of what is not read
     networks = (
         (model.denoiser, host.denoiser),
         (model.text_encoders["text_encoder"], text),
@@ -172,6 +178,22 @@ def test_latents_are_those_of_diffusers(model: DiffusionModel, pipeline: Any) ->
     torch.testing.assert_close(decoded, expected, rtol=0, atol=1e-4)
 
 
+def test_its_autoencoder_is_cast_and_moved(folder: Path) -> None:
+    """Convolutions of videos have no channels-last layout of four dimensions."""
+    base = open_base(folder)
+    halved = {name: tensor.bfloat16() for name, tensor in base.vae.tensors.items()}
+    model = base.family.build(replace(base, vae=replace(base.vae, tensors=halved)))
+    to_device(model.vae, torch.device("cpu"), torch.float32)
+    assert {parameter.dtype for parameter in model.vae.parameters()} == {torch.float32}
+    to_device(model.vae, torch.device("meta"), torch.float32)
+    settings = TrainSettings(resolution=64, rank=1)
+    lent_base = replace(base, vae=replace(base.vae, tensors=halved))
+    need = Planner(lent_base, settings, precision="bf16", start=None, priors=False).need(
+        MemorySaving(checkpointing=True)
+    )
+    assert need.total > 0
+
+
 @torch.no_grad()
 def test_prompts_are_encoded_as_by_diffusers(model: DiffusionModel, pipeline: Any) -> None:
     """It pads in the middle of the template; the tokens that are read are the same."""
@@ -183,6 +205,20 @@ def test_prompts_are_encoded_as_by_diffusers(model: DiffusionModel, pipeline: An
         read = rows[is_read].flatten(1)
         torch.testing.assert_close(text[: len(read)], read, rtol=0, atol=1e-4)
         assert not text[len(read) :].any()
+
+
+@torch.no_grad()
+def test_rows_of_different_lengths_are_joined(model: DiffusionModel) -> None:
+    """As if they had been encoded together: embeddings and tokens."""
+    prompts = ["a dog", "a dog on a beach at noon"]
+    for one_by_one, together in (
+        ([model.encode_prompts([prompt]) for prompt in prompts], model.encode_prompts(prompts)),
+        ([model.tokenize([prompt]) for prompt in prompts], model.tokenize(prompts)),
+    ):
+        joined = joined_rows(one_by_one)
+        assert joined.keys() == together.keys()
+        for name, rows in joined.items():
+            torch.testing.assert_close(rows, together[name], rtol=0, atol=1e-4)
 
 
 def test_a_prompt_is_too_long_beyond_512_tokens(model: DiffusionModel) -> None:
@@ -232,14 +268,20 @@ UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
         r"lacks the tensor blocks\.1\.ff\.down\.weight",
     ),
     "a text encoder of few layers": (
-        lambda host: replace(host, text_encoders={"qwen3vl": flux2_weights(Flux2Shape(text_layers=28)).text}),
+        lambda host: replace(
+            host, text_encoders={"qwen3vl": {**flux2_weights(Flux2Shape(text_layers=28)).text, **SIGHT}}
+        ),
         "28 layers",
     ),
     "a text encoder of another size": (
         lambda host: replace(
-            host, text_encoders={"qwen3vl": flux2_weights(Flux2Shape(text_width=60, text_layers=36)).text}
+            host, text_encoders={"qwen3vl": {**flux2_weights(Flux2Shape(text_width=60, text_layers=36)).text, **SIGHT}}
         ),
         "another size",
+    ),
+    "a Qwen 3 that sees nothing": (
+        lambda host: replace(host, text_encoders={"qwen3vl": krea2_weights().text}),
+        "is Qwen 3, and the model reads Qwen 3 VL",
     ),
 }
 
@@ -284,7 +326,7 @@ def test_what_is_not_trained_is_refused_before_the_run(folder: Path, tmp_path: P
         require_trainable(open_base(folder), settings, paths_in(tmp_path), StartingPoint())
 
 
-@pytest.mark.parametrize("title", ["krea2_turbo_bf16", "Krea-2-Turbo", "krea 2 turbo fp8"])
+@pytest.mark.parametrize("title", ["krea2_turbo_bf16", "Krea-2-Turbo", "krea 2 turbo fp8", "krea2_turbo_drawings"])
 def test_turbo_is_not_trained(folder: Path, tmp_path: Path, title: str) -> None:
     """By its name, where nothing else tells, as of a file."""
     base = replace(open_base(folder), title=title, is_distilled=None)
@@ -293,7 +335,7 @@ def test_turbo_is_not_trained(folder: Path, tmp_path: Path, title: str) -> None:
     assert "Krea 2 RAW" in caught.value.remedy
 
 
-@pytest.mark.parametrize("title", ["krea2_raw_bf16", "Krea-2-Raw", "krea2_deturbo", "mymodel"])
+@pytest.mark.parametrize("title", ["krea2_raw_bf16", "Krea-2-Raw", "krea2_deturbo", "krea2_turbo_base", "mymodel"])
 def test_base_models_are_trained(folder: Path, tmp_path: Path, title: str) -> None:
     base = replace(open_base(folder), title=title, is_distilled=None)
     require_trainable(base, TrainSettings(), paths_in(tmp_path), StartingPoint())

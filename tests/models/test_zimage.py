@@ -190,6 +190,12 @@ UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
         lambda host: replace(host, text_encoders={"qwen3": flux2_weights(Flux2Shape(text_layers=28)).text}),
         "28 layers",
     ),
+    "a Qwen 3 that sees": (
+        lambda host: replace(
+            host, text_encoders={"qwen3": {**zimage_weights().text, "visual.patch_embed.proj.bias": torch.ones(4)}}
+        ),
+        "is Qwen 3 VL, and the model reads Qwen 3",
+    ),
     "a text encoder of another size": (
         lambda host: replace(
             host, text_encoders={"qwen3": flux2_weights(Flux2Shape(text_width=64, text_layers=36)).text}

@@ -76,6 +76,9 @@ _SAME_PARTS = {
 }  # under another name
 # Modules of transformers as diffusers calls them, from their first part on
 _IN_DIFFUSERS = re.compile(r"(?<![a-z])(?:transformer_blocks|text_fusion|time_mod_proj|txt_in)(?:[._].+)?$")
+# Parts of a layer whose rows are the module's outputs, or a factor of their number; and those whose columns its inputs
+_OF_OUTPUTS = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a", "diff")
+_OF_INPUTS = ("lora_down.weight", "hada_w1_b", "lokr_w1", "lokr_w1_b", "lokr_w2", "lokr_w2_b", "diff")
 _WRAPPERS = (PEFT_PREFIX, "_orig_mod.", "module.")
 _WRAPPERS_INSIDE = re.compile(r"(^|_)(?:_orig_mod|module)_")
 _EMBEDDING = "bundle_emb."
@@ -165,7 +168,7 @@ def _renaming(keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> Cal
         keys: Of all tensors.
         shapes: Key → shape, as far as known.
     """
-    widths: dict[str, dict[str, int]] = {}  # module of keys' projections → "up" outputs, "down" inputs
+    sides: dict[str, list[int]] = {}  # projection of keys → its numbers of outputs and inputs
     is_krea2 = False
     for key in keys:
         parts = _split(key)
@@ -175,12 +178,12 @@ def _renaming(keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> Cal
         is_krea2 = is_krea2 or krea2_names.is_diffusers_name(dotted(underscored(match[0])))
         shape = shapes.get(key, ())
         if re.search(r"\d[._]attn[._]to_k$", match[0]) and len(shape) > 1:
-            sizes = widths.setdefault(match[0], {})
-            if parts[1] == "lora_up.weight":
-                sizes["outputs"] = shape[0]
-            elif parts[1] == "lora_down.weight":
-                sizes["inputs"] = shape[1]
-    has_fewer_heads = any(len(sizes) == 2 and sizes["outputs"] < sizes["inputs"] for sizes in widths.values())
+            sizes = sides.setdefault(match[0], [1, 1])
+            if parts[1] in _OF_OUTPUTS:
+                sizes[0] *= shape[0]
+            if parts[1] in _OF_INPUTS:
+                sizes[1] *= shape[1]
+    has_fewer_heads = any(1 < outputs < inputs for outputs, inputs in sides.values())
     return krea2_names.path_from_diffusers if is_krea2 or has_fewer_heads else str
 
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..core.errors import AdapterError
 from ..models import families
 from ..models.families.base import DiffusionModel, Family
-from ..models.fp8 import StoredLinear
 from ..models.ldm_names import ORIGINAL_BLOCKS
+from ..models.stored_weights import StoredLinear
 from .foreign import foreign_family_in_words
 from .kohya import Adapter
 from .layers import Layer, OftLayer, fits

@@ -74,7 +74,8 @@ def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     """Move a network to a device and dtype.
 
     If all its tensors are on the device and of the dtype already, they stay borrowed. Otherwise the one private copy
-    that this makes is laid out channels-last, the fastest layout for convolutions.
+    that this makes is laid out channels-last, the fastest layout for convolutions of pictures; those of videos have
+    none such.
     """
     target = torch.empty(0, device=device).device  # with its index, if the device has one
     parameters = list(network.parameters())
@@ -83,7 +84,9 @@ def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     if is_typed and all(tensor.device == target for tensor in [*parameters, *network.buffers()]):
         return network
     # nn.Module.to, since diffusers' own warns of modules to be kept in float32, of which there are none
-    layout = torch.preserve_format if device.type == "mps" else torch.channels_last  # MPS has trouble with the latter
+    is_of_videos = any(parameter.ndim > 4 for parameter in parameters)
+    keeps_layout = device.type == "mps" or is_of_videos  # MPS has trouble with another
+    layout = torch.preserve_format if keeps_layout else torch.channels_last
     return nn.Module.to(network, device=device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 

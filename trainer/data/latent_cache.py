@@ -314,15 +314,24 @@ def encode_captions(
     for name, text_encoder in model.text_encoders.items():
         if name not in in_steps:
             to_device(text_encoder, device, model.text_dtype)
-            encoded = encode_tokens_in_batches(model, name, text[token_ids_key(name)])
-            text |= {part: rows.cpu() for part, rows in encoded.items()}
+            text |= encode_tokens_in_batches(model, name, text[token_ids_key(name)], torch.device("cpu"))
     return text
 
 
-def encode_tokens_in_batches(model: DiffusionModel, encoder: str, ids: Tensor) -> Conditioning:
-    """One text encoder's encodings of tokens (prompts, tokens), sixteen prompts at a time, without gradients."""
+def encode_tokens_in_batches(model: DiffusionModel, encoder: str, ids: Tensor, device: torch.device) -> Conditioning:
+    """One text encoder's encodings of tokens (prompts, tokens), sixteen prompts at a time, without gradients.
+
+    Args:
+        model: With the text encoder.
+        encoder: Its component's name.
+        ids: The tokens.
+        device: Of the encodings; they leave the encoder's with each batch.
+    """
     with torch.no_grad():
-        batches = [model.encode_tokens(encoder, part) for part in torch.split(ids, 16)]
+        batches = [
+            {name: rows.to(device) for name, rows in model.encode_tokens(encoder, part).items()}
+            for part in torch.split(ids, 16)
+        ]
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
 
 

@@ -153,5 +153,5 @@ def fits(path: str, outputs: int, inputs: int) -> bool:
     if inside in ("attn.to_q", "attn.to_gate", "attn.to_out.0"):
         return outputs == inputs
     if inside in ("attn.to_k", "attn.to_v"):
-        return inputs % outputs == 0
+        return outputs > 0 and inputs % outputs == 0
     return True

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import SettingsError, suggest
-from .fp8 import LinearWithoutSaving, StoredLinear
+from .stored_weights import LinearWithoutSaving, StoredLinear
 
 _BLOCK = 64  # weights that share a scale
 _OUTER_BLOCK = 256  # scales that share a scale of their own

@@ -22,7 +22,6 @@ from ..settings.model import PredictionType
 from .families import FAMILIES, identify, joined_titles, layout_of, layouts, refuse_foreign_class, refuse_foreign_keys
 from .families.base import CHOSEN, BaseWeights, Component, Family, Layout, Prediction, PromptEncoder
 from .families.ldm import UNET_PREFIX, VAE_PREFIX, UnetLayout, with_prefix
-from .fp8 import PackedWeight, without_scales
 from .nf4 import load_bitsandbytes_if_installed
 from .state_dicts import (
     network_config,
@@ -31,6 +30,7 @@ from .state_dicts import (
     read_single_file,
     with_current_attention_names,
 )
+from .stored_weights import PackedWeight, placeholders, without_scales
 from .tokenizer import find_language_tokenizer, find_tokenizer, load_tokenizer
 
 logger = logging.getLogger("dreambooth_lora")
@@ -390,8 +390,7 @@ def _layout(denoiser: Mapping[str, Tensor]) -> Layout:
 
 
 def _from_original(source: HostTensors) -> BaseWeights:
-    shapes = {name: torch.empty(weight.shape, device="meta") for name, weight in source.packed.items()}
-    denoiser = {**source.denoiser, **shapes}
+    denoiser = {**source.denoiser, **placeholders(source.packed)}
     refuse_foreign_keys(denoiser)
     layout = layout_of(denoiser)
     if layout is None:

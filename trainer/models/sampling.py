@@ -14,7 +14,7 @@ from ..core.devices import DTYPES, to_device
 from ..core.errors import SettingsError
 from ..core.events import Listener, SilentListener, stop_if_asked
 from ..settings.train import SchedulerName
-from .families.base import BaseWeights, Conditioning, DiffusionModel
+from .families.base import BaseWeights, Conditioning, DiffusionModel, joined_rows
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def denoise(
     scheduler = model.objective.make_scheduler(config.scheduler, config.steps, noise.shape[1:], device)
     latents: Tensor = noise.to(device) * scheduler.init_noise_sigma
     alone = {name: rows.to(device) for name, rows in prompt.items()}
-    both = {name: torch.cat([negative[name], prompt[name]]).to(device) for name in prompt}
+    both = {name: rows.to(device) for name, rows in joined_rows([negative, prompt]).items()}
     for timestep in scheduler.timesteps:
         stop_if_asked(listener or SilentListener())
         guided = config.guides(timestep.item(), model.objective.timesteps)

@@ -19,7 +19,7 @@ from ..data.images import Picture
 from ..data.latent_cache import encode_captions
 from ..evaluation.evaluator import Evaluator, best_step, early_stop_step
 from ..evaluation.feature_extractors import FeatureExtractors
-from ..models.families.base import BaseWeights, Conditioning, DiffusionModel
+from ..models.families.base import BaseWeights, Conditioning, DiffusionModel, joined_rows
 from ..models.hub import source_title
 from ..models.sampling import GenerationConfig, decode_latents, generate, generate_latents
 from ..settings.train import TrainSettings
@@ -94,7 +94,7 @@ class Previews:
         self._first_row = len(next(iter(text.values())))
         if not self._encoded:
             return text
-        return {name: torch.cat([rows, self._encoded[name]]) for name, rows in text.items()}
+        return joined_rows([text, {name: self._encoded[name] for name in text}])
 
     @property
     def conditions(self) -> str:

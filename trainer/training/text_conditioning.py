@@ -73,7 +73,8 @@ class TextConditioning:
             network = self._model.text_encoders[encoder]
             network.eval()
             with self._autocast():
-                embeddings = encode_tokens_in_batches(self._model, encoder, self._rows[token_ids_key(encoder)])
+                ids = self._rows[token_ids_key(encoder)]
+                embeddings = encode_tokens_in_batches(self._model, encoder, ids, ids.device)
             self._rows |= {name: rows.to(self._dtype) for name, rows in embeddings.items()}
             to_device(network, torch.device("cpu"), next(network.parameters()).dtype)  # until it is saved
             del self._model.text_encoders[encoder]

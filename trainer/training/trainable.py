@@ -15,8 +15,8 @@ from ..adapters.prefixes import UNET
 from ..core.devices import to_device
 from ..core.errors import AdapterError, suggest
 from ..models.families.base import DiffusionModel
-from ..models.fp8 import as_ordinary_layers
 from ..models.nf4 import quantize
+from ..models.stored_weights import as_ordinary_layers
 from ..settings.train import TrainSettings
 from .adapter import TrainableAdapter
 from .runs.checkpoint import Saved

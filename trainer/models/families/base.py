@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import TrainerError, UnsupportedModelError, WeightsError
-from ..fp8 import PackedWeight
 from ..latents import LatentFormat
 from ..objective import Objective
+from ..stored_weights import PackedWeight
 
 _INCOMPLETE = "Use a complete, unchanged checkpoint of this family; if it was downloaded, download it again."
 
@@ -20,6 +20,28 @@ CHOSEN = "your setting prediction_type"  # `Prediction.source` where the user ch
 
 Conditioning = dict[str, Tensor]
 """Inputs of a denoiser beside latents and timesteps: named tensors, batch first."""
+
+
+def joined_rows(parts: Sequence[Conditioning]) -> Conditioning:
+    """The rows of several conditionings, one below the other, on the device of the first.
+
+    Those that are padded to the longest prompt of their own are padded to the longest of all: embeddings with zeros,
+    tokens with -1, as `encode_prompts` and `tokenize` do.
+    """
+    joined = {}
+    for name, first in parts[0].items():
+        rows = [part[name].to(first.device) for part in parts]
+        if first.ndim > 1:
+            longest = max(tensor.shape[1] for tensor in rows)
+            value = -1 if name.startswith("ids") else 0
+            rows = [
+                torch.nn.functional.pad(
+                    tensor, (0, 0) * (tensor.ndim - 2) + (0, longest - tensor.shape[1]), value=value
+                )
+                for tensor in rows
+            ]
+        joined[name] = torch.cat(rows)
+    return joined
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,7 @@ class TextEncoderSpec:
         is_language_model: Whether it is a large language model in place of a CLIP.
         max_tokens: To how many tokens prompts are padded; 0 where the network's configuration tells.
         reads_padding: Whether the denoiser reads the padding behind a prompt; else it is told where each prompt ends.
+        unread_tokens: How many tokens stand before a prompt, by the published tokenizer, that are encoded and not read.
     """
 
     name: str
@@ -77,6 +100,7 @@ class TextEncoderSpec:
     is_language_model: bool = False
     max_tokens: int = 0
     reads_padding: bool = True
+    unread_tokens: int = 0
 
     @property
     def number(self) -> str:

@@ -140,6 +140,7 @@ class Krea2:
             is_language_model=True,
             max_tokens=512,
             reads_padding=False,
+            unread_tokens=34,
         ),
     )
 
@@ -165,9 +166,10 @@ class Krea2:
 
     def base_of_distilled(self, title: str) -> str | None:
         """Turbo has the shapes of the base model; its name tells."""
-        words = re.sub(r"[-_. ]", "", title.lower())
-        is_distilled = "krea2" in words and "turbo" in words and not any(word in words for word in ("deturbo", "raw"))
-        return "Krea 2 RAW" if is_distilled else None
+        joined = re.sub(r"[-_. ]", "", title.lower())
+        words = set(re.split(r"[^a-z0-9]+", title.lower()))
+        is_base = "deturbo" in joined or not words.isdisjoint({"raw", "base"})
+        return "Krea 2 RAW" if "krea2" in joined and "turbo" in joined and not is_base else None
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy."""

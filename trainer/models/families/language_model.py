@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import WeightsError
-from ..fp8 import keep_as_stored
 from ..objective import Objective
+from ..stored_weights import keep_as_stored
 from .base import (
     BaseWeights,
     Conditioning,
@@ -130,7 +130,8 @@ class LanguageModelConditioned:
     def zero_conditioning(self) -> Conditioning:
         """Zeros in place of one prompt's encoding, as long as the longest."""
         [spec] = self.family.text_encoders
-        tokens = next((encoder.max_tokens for encoder in self._encoders.values()), spec.max_tokens)
+        own = (encoder.max_tokens - encoder.unread_tokens for encoder in self._encoders.values())
+        tokens = next(own, spec.max_tokens)
         zeros = {"text": torch.zeros(1, tokens, self.context_width)}
         return zeros if spec.reads_padding else {**zeros, "lengths": torch.tensor([tokens])}
 

@@ -15,7 +15,8 @@ from .base import Component, Conditioning, TextEncoderSpec, build_around, on_met
 _HEAD = 128  # numbers of an attention head in every Qwen 3
 _PREFIXES = ("model.language_model.", "language_model.", "model.")
 # of the language model in files that also hold its head, or what looks at pictures
-_UNREAD = ("lm_head.", "model.lm_head.", "visual.", "model.visual.")
+_VISUAL = ("visual.", "model.visual.")
+_UNREAD = ("lm_head.", "model.lm_head.", *_VISUAL)
 _ROPE_THETA = 1e6
 _VL_ROPE_THETA = 5e6  # of Qwen 3 VL
 _SIZES = (
@@ -44,8 +45,9 @@ def qwen3_component(
         sees: Whether it is a Qwen 3 VL.
 
     Raises:
-        WeightsError: A tensor that the configuration depends on is missing.
+        WeightsError: A tensor that the configuration depends on is missing, or it is the other kind of Qwen 3.
     """
+    _require_kind(tensors, config, sees=sees)
     named = {_without_prefix(name): tensor for name, tensor in tensors.items() if not name.startswith(_UNREAD)}
     numbers = {int(match[1]) for name in named if (match := re.match(r"layers\.(\d+)\.", name))}
     if len(numbers) < spec.layer:
@@ -80,6 +82,21 @@ def qwen3_component(
     return Component(read, shapes)
 
 
+def _require_kind(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None, *, sees: bool) -> None:
+    """Tell Qwen 3 from Qwen 3 VL, of the same sizes but for its rotary frequencies, by what looks at pictures.
+
+    Raises:
+        WeightsError: It is the other one.
+    """
+    given = any(name.startswith(_VISUAL) for name in tensors) or "text_config" in (config or {})
+    if given != sees and tensors:
+        names = ("Qwen 3", "Qwen 3 VL")
+        raise WeightsError(
+            f"The text encoder is {names[given]}, and the model reads {names[sees]}.",
+            f"Use {names[sees]}, with all of its tensors.",
+        )
+
+
 def _without_prefix(name: str) -> str:
     prefix = next((prefix for prefix in _PREFIXES if name.startswith(prefix)), "")
     return name.removeprefix(prefix)
@@ -103,6 +120,7 @@ class Qwen3TextEncoder:
 
     Attributes:
         max_tokens: Number of tokens that are encoded at most: no more than the network has places for.
+        unread_tokens: How many of them, at the beginning, the denoiser does not read.
         network: The network, whose last norm is left out.
     """
 
@@ -130,8 +148,8 @@ class Qwen3TextEncoder:
             WeightsError: Tensors don't fit together.
         """
         self._tokenizer = tokenizer
-        self._unread = len(self._tokens_of(unread_start)) if unread_start else 0
-        self.max_tokens = min(spec.max_tokens + self._unread, int(component.config["max_position_embeddings"]))
+        self.unread_tokens = len(self._tokens_of(unread_start)) if unread_start else 0
+        self.max_tokens = min(spec.max_tokens + self.unread_tokens, int(component.config["max_position_embeddings"]))
         self._layers = tuple(layers)
         self._template = template
         self._reads_padding = spec.reads_padding
@@ -170,10 +188,10 @@ class Qwen3TextEncoder:
             output_hidden_states=True,
             use_cache=False,
         )
-        text = torch.cat([output.hidden_states[layer][:, self._unread :] for layer in self._layers], dim=-1)
+        text = torch.cat([output.hidden_states[layer][:, self.unread_tokens :] for layer in self._layers], dim=-1)
         if self._reads_padding:
             return {"text": text}
-        is_read = ids[:, self._unread :] >= 0
+        is_read = ids[:, self.unread_tokens :] >= 0
         return {"text": text.where(is_read[..., None], 0), "lengths": is_read.sum(dim=1)}
 
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..fp8 import keep_as_stored
 from ..objective import Objective, make_objective
+from ..stored_weights import keep_as_stored
 from .base import BaseWeights, Conditioning, Family, LearnedWord, build_around, on_meta, token_ids_key
 from .clip import ClipTextEncoder
 

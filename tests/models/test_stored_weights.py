@@ -22,9 +22,9 @@ from pack.trainer.data.images import Picture, load_pictures
 from pack.trainer.dreambooth import train
 from pack.trainer.merging.fuse import fuse
 from pack.trainer.models.families.base import BaseWeights
-from pack.trainer.models.fp8 import Fp8Linear, PackedLinear, PackedWeight, StoredLinear
 from pack.trainer.models.nf4 import Nf4Linear, quantize
 from pack.trainer.models.open import HostTensors, open_base
+from pack.trainer.models.stored_weights import Fp8Linear, PackedLinear, PackedWeight, StoredLinear
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
 from pack.trainer.training.memory.plan import MemorySaving, Planner

@@ -90,8 +90,9 @@ class PackedWeight:
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The matrix, (out, in)."""
-        if self.stored[0].is_meta:
-            return torch.empty(self.shape, dtype=dtype, device="meta")
+        if self.stored[0].is_meta:  # as much at once as a host may take that unpacks by plain operations
+            numbers = torch.empty(self.shape, dtype=torch.float32, device="meta")
+            return (numbers * numbers).to(dtype)
         return self.unpack(self.stored, self.shape, dtype)
 
     def part(self, number: int, count: int) -> PackedWeight:
@@ -117,6 +118,11 @@ class PackedWeight:
         return replace(self, stored=tuple(tensor.to(device) for tensor in self.stored))
 
 
+def placeholders(packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
+    """In place of each weight, one of its shape without memory."""
+    return {name: torch.empty(weight.shape, device="meta") for name, weight in packed.items()}
+
+
 class StoredLinear(nn.Linear):
     """A frozen Linear layer whose weight is stored in few bits; see `Nf4Linear` for what it has in common.
 
@@ -140,8 +146,13 @@ class StoredLinear(nn.Linear):
         """The weight, (out, in), in the type of the computation; a new tensor."""
         raise NotImplementedError
 
-    def moved(self, device: torch.device) -> None:
-        """Take along what is neither a parameter nor a buffer."""
+    @property
+    def stored_device(self) -> torch.device:
+        """Where its weight is."""
+        raise NotImplementedError
+
+    def move(self, device: torch.device) -> None:
+        """Move its weight, which keeps its type."""
         raise NotImplementedError
 
     @property
@@ -159,6 +170,7 @@ class StoredLinear(nn.Linear):
     def become_ordinary(self, weight: nn.Parameter) -> None:
         """Become an ordinary layer with that weight."""
         self._buffers.clear()
+        self.__dict__.pop("_packed", None)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.register_parameter("weight", weight)
 
@@ -169,8 +181,7 @@ class StoredLinear(nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move to another device and compute in another type with the network."""
-        device = next(iter(self._buffers.values())).device  # type: ignore[union-attr]
-        example = fn(torch.empty(0, dtype=self.dtype, device=device))
+        example = fn(torch.empty(0, dtype=self.dtype, device=self.stored_device))
         self.dtype = example.dtype
         if example.device.type == "mps":  # which has no numbers of eight bits and less
             self.become_ordinary(self.weight)
@@ -178,10 +189,8 @@ class StoredLinear(nn.Linear):
         buffers = dict(self._buffers)
         self._buffers.clear()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, buffer in buffers.items():
-            assert buffer is not None
-            self._buffers[name] = buffer.to(example.device)
-        self.moved(example.device)
+        self._buffers.update(buffers)
+        self.move(example.device)
         return self
 
 
@@ -211,8 +220,14 @@ class Fp8Linear(StoredLinear):
         weight = self.packed.to(self.dtype)
         return weight if self._scale is None else weight * self._scale.to(self.dtype)
 
-    def moved(self, device: torch.device) -> None:
-        """See `StoredLinear.moved`."""
+    @property
+    def stored_device(self) -> torch.device:
+        """See `StoredLinear.stored_device`."""
+        return self.packed.device
+
+    def move(self, device: torch.device) -> None:
+        """See `StoredLinear.move`."""
+        self.packed = self.packed.to(device)
         if self._scale is not None:
             self._scale = self._scale.to(device)
 
@@ -220,7 +235,7 @@ class Fp8Linear(StoredLinear):
 class PackedLinear(StoredLinear):
     """A layer whose weight a host unpacks.
 
-    What takes memory of its own, numbers and scales of one byte each, are buffers, so that it is counted.
+    What it is stored in are buffers, so that it is counted, but for scales in float types, of which there are few.
     """
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
@@ -237,7 +252,7 @@ class PackedLinear(StoredLinear):
 
     def _show(self) -> None:
         for number, tensor in enumerate(self._packed.stored):
-            if tensor.element_size() == 1:
+            if tensor.element_size() == 1 or not tensor.is_floating_point():
                 self.register_buffer(f"packed_{number}", tensor, persistent=False)
 
     def unpacked(self) -> Tensor:
@@ -245,8 +260,13 @@ class PackedLinear(StoredLinear):
         with torch.no_grad():
             return self._packed.weight(self.dtype)
 
-    def moved(self, device: torch.device) -> None:
-        """See `StoredLinear.moved`."""
+    @property
+    def stored_device(self) -> torch.device:
+        """See `StoredLinear.stored_device`."""
+        return self._packed.stored[0].device
+
+    def move(self, device: torch.device) -> None:
+        """See `StoredLinear.move`."""
         self._packed = self._packed.to(device)
         self._buffers.clear()
         self._show()
@@ -268,7 +288,7 @@ class LinearWithoutSaving(torch.autograd.Function):
 
 
 def as_ordinary_layers(network: nn.Module) -> None:
-    """Give every layer whose weight is stored in eight bits an ordinary weight, to train it."""
+    """Give every layer whose weight is stored in few bits an ordinary weight, to train it."""
     for module in network.modules():
         if isinstance(module, StoredLinear):
             module.become_ordinary(module.weight)
