@@ -111,6 +111,7 @@ class Krea2Layout:
 
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
         """In the original layout or in that of diffusers."""
+        newer_class(self.network_class, **NEEDED)  # older versions can't rename it either
         return wan_autoencoder(tensors)
 
     def text_encoder(
