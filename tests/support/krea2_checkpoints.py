@@ -100,7 +100,8 @@ def krea2_on_meta(shape: Krea2Shape, *, fp8: bool = False) -> Krea2Weights:
     if fp8:
         projections = [name for name, tensor in denoiser.items() if name.startswith("blocks.") and tensor.ndim == 2]
         denoiser |= {name: denoiser[name].to(torch.float8_e4m3fn) for name in projections}
-    return Krea2Weights(denoiser, empty(autoencoder_entries(shape), torch.float32), empty(qwen3_entries(shape.text)))
+    text = empty(iter([*qwen3_entries(shape.text), ("visual.patch_embed.proj.bias", (1024,))]))
+    return Krea2Weights(denoiser, empty(autoencoder_entries(shape), torch.float32), text)
 
 
 def _mlp(width: int) -> int:
