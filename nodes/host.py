@@ -22,11 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("dreambooth_lora")
 NO_FOLDER = "(connected images)"  # instead of a folder's name
-_CLIP_TYPES = {
-    "flux2": "flux2",
-    "zimage": "lumina2",
-    "krea2": "krea2",
-}  # by family, what Load CLIP calls its text encoder
+# by family, what Load CLIP calls its text encoder
+_CLIP_TYPES = {"flux2": "flux2", "zimage": "lumina2", "krea2": "krea2"}
 _LARGEST_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6, one with zero terminal SNR at 4518
 
 

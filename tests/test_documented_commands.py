@@ -368,12 +368,16 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
         "python benchmarks/learning.py search --smoke --trials 1 --keep 1 --seeds 0 --out OUT", check_learning_search
     ),
     ("python benchmarks/fit.py --plan --size flux2",): Smoke(
-        "python benchmarks/fit.py --plan --size flux2 --resolution 64 --only 'checkpointing, NF4'",
-        printed(r"^flux2, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, NF4, fp8 base +[\d.]+ +[\d.]+ +"),
+        "python benchmarks/fit.py --plan --size flux2 --resolution 64",
+        printed(
+            r"^flux2, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, 8-bit Adam, NF4 +[\d.]+ +[\d.]+ +"
+        ),
     ),
     ("python benchmarks/fit.py --plan --size zimage",): Smoke(
-        "python benchmarks/fit.py --plan --size zimage --resolution 64 --only checkpointing",
-        printed(r"^zimage, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, fp8 base +[\d.]+ +[\d.]+ +"),
+        "python benchmarks/fit.py --plan --size zimage --resolution 64",
+        printed(
+            r"^zimage, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, 8-bit Adam, NF4 +[\d.]+ +[\d.]+ +"
+        ),
     ),
     ("python benchmarks/fit.py --plan --size krea2",): Smoke(
         "python benchmarks/fit.py --plan --size krea2 --resolution 64 --only checkpointing",

@@ -21,16 +21,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-pytest.importorskip("diffusers", minversion="0.39")
-pytest.importorskip("transformers", minversion="4.57")
+pytest.importorskip("diffusers", minversion="0.37")
+pytest.importorskip("transformers", minversion="4.51")
 
+import diffusers
 from cases import mostly_slow
-from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, Krea2Pipeline, ZImagePipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, ZImagePipeline
 from diffusers.optimization import get_scheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from flux2_checkpoints import flux2_folder
 from helpers import Recorder
-from krea2_checkpoints import OUTSIDE, SYSTEM, krea2_folder
+from krea2_checkpoints import OUTSIDE, SYSTEM, can_be_made, krea2_folder
 from pack.trainer.adapters.apply import apply_to_base, merge_into
 from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.adapters.layers import LoraLayer
@@ -68,6 +69,8 @@ CLASS_PROMPT = "a photo of a dog"
 @pytest.fixture(scope="module", params=["flux2", "zimage", "krea2"])
 def plain(request: pytest.FixtureRequest) -> type[PlainTrainer]:
     """The plain loop of a family."""
+    if request.param == "krea2" and not can_be_made():
+        pytest.skip("needs diffusers 0.39 and transformers 4.57")
     return {"flux2": PlainKlein, "zimage": PlainZImage, "krea2": PlainKrea2}[request.param]
 
 
@@ -411,7 +414,7 @@ class PlainKrea2(PlainTrainer):
     """Krea 2, whose noise levels are shifted in training as in sampling, which musubi-tuner calls krea2_shift."""
 
     make_folder = staticmethod(krea2_folder)
-    pipeline = Krea2Pipeline
+    pipeline = getattr(diffusers, "Krea2Pipeline", None)  # newer than the others
     in_blocks = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_gate|to_out\.0)"
     targets: ClassVar[Mapping[str, str]] = {
         "attention": in_blocks,

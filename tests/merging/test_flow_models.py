@@ -11,14 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("diffusers", minversion="0.39")
-pytest.importorskip("transformers", minversion="4.57")
+pytest.importorskip("diffusers", minversion="0.37")
+pytest.importorskip("transformers", minversion="4.51")
 
+import diffusers
 from adapter_maths import error, merged
-from diffusers import Flux2KleinPipeline, Krea2Pipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, ZImagePipeline
 from flux2_checkpoints import flux2_folder
 from helpers import Recorder
-from krea2_checkpoints import krea2_folder
+from krea2_checkpoints import can_be_made, krea2_folder
 from merge_worlds import deltas, random_adapter, same, saved, weights_of
 from pack.trainer.adapters.diffusers_format import diffusers_state_dict, write_diffusers
 from pack.trainer.adapters.kohya import Adapter, parse_adapter, read_adapter
@@ -94,7 +95,7 @@ KINS = {
     ),
     "krea2": Kin(
         krea2_folder,
-        Krea2Pipeline,
+        getattr(diffusers, "Krea2Pipeline", None),  # newer than the others
         "Krea 2",
         "Krea 2",
         "^lora_unet_blocks_",
@@ -107,6 +108,8 @@ KINS = {
 
 @pytest.fixture(scope="module", params=KINS)
 def kin(request: pytest.FixtureRequest) -> Kin:
+    if request.param == "krea2" and not can_be_made():
+        pytest.skip("needs diffusers 0.39 and transformers 4.57")
     return KINS[request.param]
 
 

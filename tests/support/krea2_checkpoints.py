@@ -34,6 +34,14 @@ OUTSIDE = {
 _SMALL_TEXT = Flux2Shape(text_width=40, text_layers=36)
 
 
+def can_be_made() -> bool:
+    """Whether the installed libraries have what `krea2_folder` needs."""
+    import diffusers
+    import transformers
+
+    return hasattr(diffusers, "Krea2Pipeline") and hasattr(transformers, "Qwen3VLModel")
+
+
 @dataclass(frozen=True)
 class Krea2Shape:
     """Sizes of a model.
