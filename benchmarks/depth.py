@@ -37,6 +37,7 @@ from world import SUBJECT_COAT, SUBJECT_PLACES, compose, pixelate, stripes
 from trainer.adapters.kohya import Adapter
 from trainer.core.events import SilentListener
 from trainer.core.figures import SheetRow, contact_sheet
+from trainer.core.garbage import own_process
 from trainer.data.folder import AnnotationOptions
 from trainer.data.images import Picture, load_pictures
 from trainer.dreambooth import train
@@ -282,4 +283,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with own_process():
+        main()

@@ -14,7 +14,6 @@ largest that keeps it within the parameters of the first row. Reported, as mean 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import random
 import statistics
@@ -39,6 +38,7 @@ from trainer.adapters.apply import merge_into  # noqa: E402
 from trainer.adapters.kohya import Adapter  # noqa: E402
 from trainer.core.events import SilentListener  # noqa: E402
 from trainer.core.figures import SheetRow, contact_sheet  # noqa: E402
+from trainer.core.garbage import own_process  # noqa: E402
 from trainer.data.class_images import generate_class_images  # noqa: E402
 from trainer.data.images import Picture, load_pictures  # noqa: E402
 from trainer.dreambooth import TrainResult, train  # noqa: E402
@@ -159,7 +159,6 @@ class Bench:
         truth = [[subject_picture(place, rng) for _ in range(8)] for place in PLACES]
         self.truth = [self.scorer.features(pictures) for pictures in truth]
         self.before = self.generate(self.model(self.base, []))
-        import_all_and_search_none()
 
     def class_pictures(self, prompt: str, count: int) -> list[Picture]:
         """Class pictures of a prompt, by the base."""
@@ -245,14 +244,6 @@ class Bench:
             device="cpu",
             starting_point=starting_point,
         )
-
-
-def import_all_and_search_none() -> None:
-    """Make the garbage collections of a training quick: they need not search what was imported."""
-    import peft  # noqa: F401
-
-    gc.collect()
-    gc.freeze()
 
 
 def tiny_base(folder: Path) -> Path:
@@ -419,4 +410,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with own_process():
+        main()

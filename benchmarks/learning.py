@@ -81,6 +81,7 @@ from trainer.adapters.kohya import read_adapter  # noqa: E402
 from trainer.cli.train import run_priors, run_train  # noqa: E402
 from trainer.core.errors import TrainerError  # noqa: E402
 from trainer.core.events import SilentListener  # noqa: E402
+from trainer.core.garbage import own_process  # noqa: E402
 from trainer.data.images import Picture  # noqa: E402
 from trainer.models.open import open_base  # noqa: E402
 from trainer.settings.train import PriorsCommand, PriorSettings, TrainCommand  # noqa: E402
@@ -439,4 +440,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with own_process():
+        main()

@@ -38,6 +38,7 @@ from world import compose, pixelate, subject_picture
 from trainer.adapters.kohya import Adapter
 from trainer.core.events import SilentListener
 from trainer.core.figures import SheetRow, contact_sheet
+from trainer.core.garbage import own_process
 from trainer.data.images import load_pictures
 from trainer.merging.merge import WeightedAdapter, merge
 from trainer.merging.ziplora import learned_merge
@@ -184,4 +185,5 @@ def as_markdown(scores: dict[str, list[dict[str, float]]]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    with own_process():
+        main()

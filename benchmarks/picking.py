@@ -29,6 +29,7 @@ from kinds import DEMO, PICTURES_PER_PROMPT, PLACES, RECIPE, Bench, add_argument
 
 from trainer.core.events import SilentListener
 from trainer.core.figures import figure_as_picture
+from trainer.core.garbage import own_process
 from trainer.dreambooth import train
 from trainer.evaluation.comparison import (
     Comparison,
@@ -175,4 +176,5 @@ def train_and_compare_all(arguments: argparse.Namespace) -> dict[str, list[dict[
 
 
 if __name__ == "__main__":
-    main()
+    with own_process():
+        main()

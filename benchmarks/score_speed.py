@@ -27,6 +27,7 @@ import transformers  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from trainer.core.events import SilentListener  # noqa: E402
+from trainer.core.garbage import own_process  # noqa: E402
 from trainer.data.images import load_pictures  # noqa: E402
 from trainer.evaluation.feature_extractors import BATCH, FeatureExtractors, FeatureModel  # noqa: E402
 from trainer.evaluation.score_table import score_pictures  # noqa: E402
@@ -84,4 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with own_process():
+        main()

@@ -181,11 +181,13 @@ def training_mode() -> Iterator[None]:
     import comfy.model_management
     import torch
 
+    from ..trainer.core.garbage import quick_collections
+
     comfy.model_management.unload_all_models()  # also takes patches out of the shared weights
     comfy.model_management.free_memory(1e30, torch.device("cpu"))  # and out of those that compute on the CPU
     comfy.model_management.soft_empty_cache()
     try:
-        with interruptible(), torch.inference_mode(False), torch.enable_grad():
+        with quick_collections(), interruptible(), torch.inference_mode(False), torch.enable_grad():
             yield
     finally:
         comfy.model_management.soft_empty_cache()

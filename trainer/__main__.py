@@ -16,6 +16,7 @@ from .cli.terminal import Terminal
 from .cli.watching import Watched
 from .core.errors import CancelledError, TrainerError, Wording, plain, suggest, worded
 from .core.events import Note
+from .core.garbage import own_process
 from .settings.base import Settings
 from .settings.caption import CaptionCommand
 from .settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand
@@ -322,4 +323,6 @@ def _run(words: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with own_process():
+        exit_status = main()
+    sys.exit(exit_status)

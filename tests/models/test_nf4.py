@@ -15,6 +15,7 @@ from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.kohya import read_adapter
 from pack.trainer.core.errors import SettingsError
 from pack.trainer.dreambooth import TrainResult
+from pack.trainer.models import nf4
 from pack.trainer.models.nf4 import Nf4Linear, load_bitsandbytes, quantize, require_quantizable
 from torch import nn
 from torch.nn import functional as F
@@ -231,6 +232,7 @@ def test_importing_it_asks_for_no_kernel_and_says_nothing(tmp_path: Path) -> Non
         "from trainer.models.nf4 import load_bitsandbytes\n"
         "load_bitsandbytes()\n"
         "assert 'bitsandbytes' in sys.modules and sys.modules['kernels'] is kernels\n"
+        "assert 'torch._inductor.compile_fx' not in sys.modules\n"
         "logging.getLogger('bitsandbytes').warning('heard')\n"
         "import diffusers.models\n"
     )
@@ -238,6 +240,32 @@ def test_importing_it_asks_for_no_kernel_and_says_nothing(tmp_path: Path) -> Non
     assert "asked" not in done.stdout
     assert "gemm_4bit" not in done.stderr
     assert "heard" in done.stderr
+
+
+def test_functions_are_compiled_when_they_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_now(function: Any, **options: Any) -> Any:
+        compiled.append((function, options))
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_now)
+    network = torch.nn.Linear(1, 1)
+    with nf4._compiling_when_called():
+
+        @torch.compile
+        def bare(number: int) -> int:
+            return 2 * number
+
+        @torch.compile(dynamic=True)
+        def dynamic(number: int, *, factor: int) -> int:
+            return factor * number
+
+        assert not compiled
+        assert torch.compile(network) is network
+    assert torch.compile is compile_now
+    assert [bare(2), bare(3), dynamic(2, factor=5), bare.__name__] == [4, 6, 10, "bare"]
+    assert [options for _, options in compiled] == [{}, {}, {"dynamic": True}], "once each"
 
 
 def test_loading_leaves_the_logger_as_it_was() -> None:

@@ -8,8 +8,11 @@ The quantised weights are not saved: the same weights give the same four bits, s
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,7 +30,8 @@ def load_bitsandbytes() -> Any:
     """Import bitsandbytes without its side effects.
 
     On some processors its import asks the package `kernels` for a kernel, which downloads one, or warns that there is
-    none; nothing here uses it.
+    none; nothing here uses it. It also compiles functions for devices that it has no kernels of its own for; that waits
+    until one is called, since the compiler's import takes longer than all of the others of bitsandbytes.
 
     Raises:
         SettingsError: It is not installed, or can't be imported.
@@ -40,7 +44,8 @@ def load_bitsandbytes() -> Any:
         logger.setLevel(logging.ERROR)
         sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        import bitsandbytes.functional
+        with _compiling_when_called():
+            import bitsandbytes.functional
 
         return bitsandbytes
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
@@ -55,6 +60,31 @@ def load_bitsandbytes() -> Any:
             del sys.modules["kernels"]
             if kernels is not missing:
                 sys.modules["kernels"] = kernels  # type: ignore[assignment]
+
+
+@contextlib.contextmanager
+def _compiling_when_called() -> Iterator[None]:
+    """Let `torch.compile` import its compiler not before the function that it returns is called."""
+    compile_now = torch.compile
+
+    def compile_when_called(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return lambda decorated: compile_when_called(decorated, **options)
+        if not inspect.isfunction(function):  # of another thread: a network stays one
+            return compile_now(function, **options)
+        compiled = functools.cache(lambda: compile_now(function, **options))
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            return compiled()(*arguments, **keywords)
+
+        return call
+
+    torch.compile = compile_when_called  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_now
 
 
 def load_bitsandbytes_if_installed() -> None:

@@ -22,7 +22,7 @@ from ..settings.model import PredictionType
 from .families import FAMILIES, identify, joined_titles, layout_of, layouts, refuse_foreign_class, refuse_foreign_keys
 from .families.base import CHOSEN, BaseWeights, Component, Family, Layout, Prediction, PromptEncoder
 from .families.ldm import UNET_PREFIX, VAE_PREFIX, UnetLayout, with_prefix
-from .nf4 import load_bitsandbytes_if_installed
+from .libraries import import_libraries
 from .state_dicts import (
     network_config,
     read_component,
@@ -177,7 +177,7 @@ def open_base(
         WeightsError: Not found, damaged, incomplete, or not a base model.
         SettingsError: The text encoders have no such layer.
     """
-    load_bitsandbytes_if_installed()  # else diffusers does
+    import_libraries()
     with contextlib.nullcontext() if isinstance(source, HostTensors) else _explained_damage(source):
         if isinstance(source, HostTensors):
             weights = _from_original(source)
@@ -249,7 +249,7 @@ def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
         UnsupportedModelError: A model of a family that is not supported.
         WeightsError: It is incomplete, or not a base model.
     """
-    load_bitsandbytes_if_installed()
+    import_libraries()
     with _explained_damage(path):
         return checked(_from_original(_networks_in_file(tensors, path)))
 
