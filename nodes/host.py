@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("dreambooth_lora")
 NO_FOLDER = "(connected images)"  # instead of a folder's name
 # by family, what Load CLIP calls its text encoder
-_CLIP_TYPES = {"flux2": "flux2", "zimage": "lumina2", "krea2": "krea2"}
+_CLIP_TYPES = {"flux2": "flux2", "zimage": "lumina2", "krea2": "krea2", "anima": "stable_diffusion"}
 _LARGEST_SIGMA = 1000.0  # Stable Diffusion's own schedule ends at 14.6, one with zero terminal SNR at 4518
 
 

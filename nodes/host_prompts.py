@@ -8,6 +8,10 @@ from typing import Any
 from ..trainer.core.errors import WeightsError
 
 
+_READ = {"text": "cond", "targets": "t5xxl_ids", "target_weights": "t5xxl_weights"}
+"""What is read of a CLIP's encoding → what ComfyUI calls it."""
+
+
 class ClipPrompts:
     """A CLIP that encodes prompts for a training; the engine's `PromptEncoder`.
 
@@ -39,6 +43,9 @@ class ClipPrompts:
     def encode(self, prompts: Sequence[str]) -> dict[str, Any]:
         """What ComfyUI would feed to the model: "text", (prompts, tokens, width), float32, on the CPU.
 
+        Where the model also reads the prompt by another tokenizer, "targets" has its tokens, (prompts, tokens), -1
+        behind them, and "target_weights" what the prompt weighs each with.
+
         Where the model does not read the padding behind a prompt, ComfyUI makes none; then there are as many tokens as
         the longest of these prompts has, zeros behind the others, and "lengths" tells where these begin.
 
@@ -53,17 +60,29 @@ class ClipPrompts:
             try:
                 with torch.inference_mode():
                     for prompt in new:
-                        embedded = self._clip.encode_from_tokens(self._clip.tokenize(prompt))
-                        self._require_width(embedded.shape[-1])
-                        self._known[prompt] = embedded[:, : self._spec.max_tokens].float().cpu()
+                        encoded = self._clip.encode_from_tokens(self._clip.tokenize(prompt), return_dict=True)
+                        self._require_width(encoded["cond"].shape[-1])
+                        self._known[prompt] = {
+                            name: encoded[key][..., : self._spec.max_tokens, :].float().cpu()
+                            if name == "text"
+                            else encoded[key][: self._spec.max_tokens].cpu()
+                            for name, key in _READ.items()
+                            if key in encoded
+                        }
             finally:
                 comfy.model_management.unload_all_models()
         with torch.inference_mode(False):
             known = [self._known[prompt] for prompt in prompts]
             if self._spec.reads_padding:
-                return {"text": torch.cat(known)}
-            text = torch.nn.utils.rnn.pad_sequence([embedded[0] for embedded in known], batch_first=True)
-            return {"text": text, "lengths": torch.tensor([embedded.shape[1] for embedded in known])}
+                return {"text": torch.cat([encoded["text"] for encoded in known])}
+            rows = {name: [encoded[name].clone() for encoded in known] for name in known[0]}
+            lengths = torch.tensor([text.shape[1] for text in rows["text"]])
+            rows["text"] = [text[0] for text in rows["text"]]
+            padded = {
+                name: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-int(name == "targets"))
+                for name, tensors in rows.items()
+            }
+            return {**padded, "lengths": lengths}
 
     def _require_width(self, width: int) -> None:
         if width != self._width:

@@ -30,7 +30,7 @@ import comfy.model_management  # noqa: E402
 import comfy.sd  # noqa: E402
 import comfy.utils  # noqa: E402
 import torch  # noqa: E402
-from comfy_small_models import let_small_zimages_in, load_small_clip  # noqa: E402
+from comfy_small_models import let_small_models_in, load_small_clip  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
 FOLDER = Path(given)
@@ -83,19 +83,30 @@ def storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def beginning(model: Any, encoded: dict[str, Any]) -> torch.Tensor:
+    """What a model reads of a prompt, (1, tokens, width), of its first 512 tokens."""
+    text = encoded["cond"][:, :512]
+    if "t5xxl_ids" not in encoded:
+        return text
+    ids, weights = encoded["t5xxl_ids"][:512], encoded["t5xxl_weights"][:512]
+    conditions = model.extra_conds(cross_attn=text, t5xxl_ids=ids, t5xxl_weights=weights, device=torch.device("cpu"))
+    return conditions["c_crossattn"].cond
+
+
 def main() -> None:
     """Write what each gives."""
     inputs = load_file(FOLDER / "inputs.safetensors")
     cases = [name.removeprefix("noisy ") for name in inputs if name.startswith("noisy ")]
     found: dict[str, torch.Tensor] = {}
-    let_small_zimages_in()
+    let_small_models_in()
     if stored_as in QUANTIZED:
         quantize(FOLDER / "transformer.safetensors")
     with torch.inference_mode():
         model = comfy.sd.load_diffusion_model(str(FOLDER / "transformer.safetensors"), {"dtype": torch.float32})
         clip = load_small_clip(FOLDER / "text.safetensors", family)
         vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(FOLDER / "vae.safetensors")), dtype=torch.float32)
-        texts = [clip.encode_from_tokens(clip.tokenize(prompt))[:, :512] for prompt in prompts]
+        encoded = [clip.encode_from_tokens(clip.tokenize(prompt), return_dict=True) for prompt in prompts]
+        texts = [beginning(model.model, of_prompt) for of_prompt in encoded]
         found |= {f"text {number}": text[0].clone() for number, text in enumerate(texts)}
         latents = vae.encode(inputs["pixels"].movedim(1, -1) / 2 + 0.5)
         latents = model.model.process_latent_in(latents)
@@ -106,11 +117,14 @@ def main() -> None:
         comfy.model_management.load_models_gpu([theirs], force_full_load=True)
         for case in cases:
             timesteps = inputs[f"timesteps {case}"] / 1000  # ComfyUI's sampling of flow models: σ is the timestep
-            conditions = theirs.model.extra_conds(cross_attn=texts[0])
+            conditions = theirs.model.extra_conds(cross_attn=texts[0], device=torch.device("cpu"))
             context = conditions["c_crossattn"].cond.expand(len(timesteps), -1, -1)
             others = {"num_tokens": conditions["num_tokens"].cond} if "num_tokens" in conditions else {}
-            output = theirs.model.diffusion_model(inputs[f"noisy {case}"], timesteps, context=context, **others)
-            found[f"prediction {case}"] = output.float().clone()
+            is_of_videos = hasattr(theirs.model.diffusion_model, "patch_temporal")
+            noisy = inputs[f"noisy {case}"]
+            noisy = noisy[:, :, None] if is_of_videos else noisy
+            output = theirs.model.diffusion_model(noisy, timesteps, context=context, **others).float()
+            found[f"prediction {case}"] = (output[:, :, 0] if is_of_videos else output).clone()
     with pack("nodes.host").training_mode(), torch.no_grad():
         base = pack("nodes.host").borrow_base(model, clip, vae)
         lent = {storage(tensor) for tensor in model.model.diffusion_model.state_dict().values()}

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AdapterError
-from ..models import families, krea2_names
+from ..models import anima_names, families, krea2_names
 from ..models.clip_names import with_text_tower
 from ..models.transformers import is_transformer_module, vocabulary_of
 from .foreign import foreign_family, foreign_kind
@@ -75,7 +75,7 @@ _SAME_PARTS = {
     PEFT_MAGNITUDE: DORA_SCALE,
 }  # under another name
 # Modules of transformers as diffusers calls them, from their first part on
-_IN_DIFFUSERS = re.compile(r"(?<![a-z])(?:transformer_blocks|text_fusion|time_mod_proj|txt_in)(?:[._].+)?$")
+_IN_DIFFUSERS = re.compile(r"(?<![a-z])(?:transformer_blocks|text_fusion|time_mod_proj|txt_in|time_embed|patch_embed|norm_out)(?:[._].+)?$")
 # Parts of a layer whose rows are the module's outputs, or a factor of their number; and those whose columns its inputs
 _OF_OUTPUTS = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a", "diff")
 _OF_INPUTS = ("lora_down.weight", "hada_w1_b", "lokr_w1", "lokr_w1_b", "lokr_w2", "lokr_w2_b", "diff")
@@ -162,20 +162,22 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
 
 
 def _renaming(keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> Callable[[str], str]:
-    """What turns the paths of a file into those of the networks here: Krea 2's in diffusers are also other families'.
+    """What turns the paths of a file into those of the networks here: Krea 2's and Anima's in diffusers are others', too.
 
     Args:
         keys: Of all tensors.
         shapes: Key → shape, as far as known.
     """
     sides: dict[str, list[int]] = {}  # projection of keys → its numbers of outputs and inputs
-    is_krea2 = False
+    is_krea2 = is_anima = False
     for key in keys:
         parts = _split(key)
         match = _IN_DIFFUSERS.search(parts[0]) if parts else None
         if parts is None or match is None:
             continue
-        is_krea2 = is_krea2 or krea2_names.is_diffusers_name(dotted(underscored(match[0])))
+        path = dotted(underscored(match[0]))
+        is_krea2 = is_krea2 or krea2_names.is_diffusers_name(path)
+        is_anima = is_anima or anima_names.is_diffusers_name(path)
         shape = shapes.get(key, ())
         if re.search(r"\d[._]attn[._]to_k$", match[0]) and len(shape) > 1:
             sizes = sides.setdefault(match[0], [1, 1])
@@ -183,6 +185,8 @@ def _renaming(keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> Cal
                 sizes[0] *= shape[0]
             if parts[1] in _OF_INPUTS:
                 sizes[1] *= shape[1]
+    if is_anima:
+        return anima_names.path_from_diffusers
     has_fewer_heads = any(1 < outputs < inputs for outputs, inputs in sides.values())
     return krea2_names.path_from_diffusers if is_krea2 or has_fewer_heads else str
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import AdapterError
-from ..models import krea2_names, zimage_names
+from ..models import anima_names, krea2_names, zimage_names
 from ..models.flux2_names import LAST_NORM, SWAPPED, joined_path, split_paths
 from .layers import FullLayer, Layer, LoraLayer, OftLayer
 from .module_paths import module_name, module_path
@@ -69,7 +69,8 @@ def in_diffusers_layout(layer: LoraLayer, path: str) -> dict[str, LoraLayer]:
         return {SWAPPED: _lora_with_swapped_halves(layer)}
     paths = split_paths(path)
     if paths is None:
-        return {krea2_names.name_in_diffusers(path) if krea2_names.is_module(path) else path: layer}
+        named = next((names for names in (krea2_names, anima_names) if names.is_module(path)), None)
+        return {named.name_in_diffusers(path) if named else path: layer}
     return dict(zip(paths, _thirds(layer), strict=True))
 
 

@@ -20,7 +20,16 @@ from ..core.errors import SettingsError, UnsupportedModelError, WeightsError, su
 from ..core.tensor_files import is_quantization_name
 from ..settings.model import PredictionType
 from .families import FAMILIES, identify, joined_titles, layout_of, layouts, refuse_foreign_class, refuse_foreign_keys
-from .families.base import CHOSEN, BaseWeights, Component, Family, Layout, Prediction, PromptEncoder
+from .families.base import (
+    CHOSEN,
+    BaseWeights,
+    Component,
+    Family,
+    Layout,
+    Prediction,
+    PromptEncoder,
+    TextEncoderSpec,
+)
 from .families.ldm import UNET_PREFIX, VAE_PREFIX, UnetLayout, with_prefix
 from .libraries import import_libraries
 from .state_dicts import (
@@ -31,10 +40,11 @@ from .state_dicts import (
     with_current_attention_names,
 )
 from .stored_weights import PackedWeight, placeholders, without_scales
-from .tokenizer import find_language_tokenizer, find_tokenizer, load_tokenizer
+from .tokenizer import find_language_tokenizer, find_target_tokenizer, find_tokenizer, load_tokenizer
 
 logger = logging.getLogger("dreambooth_lora")
 
+_NET_PREFIX = "net."  # of NVIDIA's code
 _BROKEN = "Use a complete, unchanged model; if it was downloaded, download it again and compare its size."
 
 
@@ -82,6 +92,14 @@ class _Krea2Config(_Config):
     num_text_layers: int
 
 
+class _CosmosConfig(_Config):
+    in_channels: int
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    adaln_lora_dim: int
+
+
 class _VaeConfig(_Config):
     block_out_channels: list[int]
     scaling_factor: float = 0.18215
@@ -118,6 +136,7 @@ _DENOISER_CONFIGS: Mapping[str, TypeAdapter[Any]] = {
     "Flux2Transformer2DModel": TypeAdapter(_Flux2Config),
     "ZImageTransformer2DModel": TypeAdapter(_ZImageConfig),
     "Krea2Transformer2DModel": TypeAdapter(_Krea2Config),
+    "CosmosTransformer3DModel": TypeAdapter(_CosmosConfig),
 }
 _VAE_CONFIG = TypeAdapter(_VaeConfig)
 _WAN_VAE_CONFIG = TypeAdapter(_WanVaeConfig)
@@ -212,7 +231,7 @@ def _open_path(source: Path, tokenizer: Path | None, vae: Path | None, text_enco
     denoiser = _denoiser_alone(tensors)
     if text_encoder is not None and denoiser is None and (is_folder or tensors):
         raise SettingsError(
-            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein, Z-Image or Krea 2 "
+            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein, Z-Image, Krea 2 or Anima "
             f"alone, which {source.name} is not.",
             f"Leave {suggest('text_encoder')} out.",
         )
@@ -256,12 +275,17 @@ def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
 
 def _denoiser_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The denoiser of a file that holds nothing else, of a family whose text encoder is a language model; else None."""
-    denoiser = with_prefix(tensors, UNET_PREFIX) or dict(tensors)
+    denoiser = _denoiser_tensors(tensors)
     layout = layout_of(denoiser)
     if layout is None or len(denoiser) < len(tensors):
         return None
     family = identify(layout.denoiser_config(denoiser))
     return denoiser if any(spec.is_language_model for spec in family.text_encoders) else None
+
+
+def _denoiser_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a file is the denoiser, by the prefixes of original files; all of it where there are none."""
+    return with_prefix(tensors, UNET_PREFIX) or with_prefix(tensors, _NET_PREFIX) or dict(tensors)
 
 
 def _from_parts(
@@ -293,13 +317,21 @@ def _from_parts(
         denoiser=_as_stored(layout.denoiser(plain, family.complete(layout.denoiser_config(plain))), scales, {}),
         vae=autoencoder,
         text_encoders=[text],
-        tokenizers=[find_language_tokenizer(text_encoder, path, tokenizer)],
+        tokenizers=_tokenizers(spec, text_encoder, path, tokenizer),
         scheduler={},
         prediction=family.detect(plain),
         clip_skip=0,
         title=path.stem,
         fingerprint="",
     )
+
+
+def _tokenizers(spec: TextEncoderSpec, text_encoder: Path, base: Path, given: Path | None) -> list[Any]:
+    """The tokenizer of a language model, and the other one by which the model reads a prompt, if there is one."""
+    found = [find_language_tokenizer(text_encoder, base, given)]
+    if spec.target_tokenizer:
+        found.append(find_target_tokenizer(spec.target_tokenizer, text_encoder, base, given))
+    return found
 
 
 def _text_encoder_tensors(path: Path) -> dict[str, Tensor]:
@@ -330,7 +362,7 @@ def _from_file(tensors: Mapping[str, Tensor], path: Path, tokenizer: Path | None
 def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
     """The networks of a single file, without tokenizers."""
     refuse_foreign_keys(tensors)
-    alone = layout_of(tensors)
+    alone = layout_of(tensors) or layout_of(with_prefix(tensors, _NET_PREFIX))
     if alone is not None:
         raise WeightsError(
             f"{path.name} holds the denoiser of a model alone ({alone.network_class}).",

@@ -85,6 +85,31 @@ def find_language_tokenizer(text_encoder: Path, base: Path, given: Path | None) 
     )
 
 
+def find_target_tokenizer(folder_name: str, text_encoder: Path, base: Path, given: Path | None) -> Any:
+    """T5's tokenizer, whose tokens a model reads beside what a language model makes of a prompt.
+
+    Args:
+        folder_name: Of its folder in diffusers' layout and in ComfyUI.
+        text_encoder: The language model's file or folder, in or beside which it is searched.
+        base: The base model's file, above which a ComfyUI is searched.
+        given: The language model's tokenizer, beside which it is searched first; None: it was not given.
+
+    Raises:
+        WeightsError: None was found.
+    """
+    near = [given.parent] if given is not None else []
+    near += [text_encoder, text_encoder.parent]
+    for start in (base.resolve(), Path(__file__).resolve()):
+        near += [parent / "comfy" / "text_encoders" for parent in start.parents]
+    for parent in near:
+        if _holds_tokenizer(parent / folder_name):
+            return load_tokenizer(parent / folder_name, clip=False)
+    raise WeightsError(
+        f"No {folder_name} was found beside {text_encoder.name}; the model reads a prompt by two tokenizers.",
+        f"Copy that folder beside it, from ComfyUI/comfy/text_encoders/{folder_name} or the model's folder.",
+    )
+
+
 def find_tokenizer(checkpoint: Path, given: Path | None) -> Any:
     """The CLIP tokenizer for a single-file checkpoint, which holds none itself.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from . import flux2_names, krea2_names, zimage_names
+from . import anima_names, flux2_names, krea2_names, zimage_names
 
 
 class Vocabulary(Protocol):
@@ -31,7 +31,7 @@ class Vocabulary(Protocol):
         """Whether a module of that path may have a weight of so many rows and columns."""
 
 
-VOCABULARIES: tuple[Vocabulary, ...] = (flux2_names, zimage_names, krea2_names)
+VOCABULARIES: tuple[Vocabulary, ...] = (flux2_names, zimage_names, krea2_names, anima_names)
 BLOCKS = {path: word for vocabulary in VOCABULARIES for path, word in vocabulary.BLOCKS.items()}
 UNDERSCORED_WORDS = frozenset(word for vocabulary in VOCABULARIES for word in vocabulary.UNDERSCORED_WORDS)
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...core.errors import UnsupportedModelError, WeightsError
+from .anima import FAMILY as ANIMA
 from .base import Family, Layout
 from .flux2 import FAMILY as FLUX2
 from .krea2 import FAMILY as KREA2
@@ -19,11 +20,13 @@ from .sd2 import FAMILY as SD2
 from .sdxl import FAMILY as SDXL
 from .zimage import FAMILY as ZIMAGE
 
-FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, FLUX2, ZIMAGE, KREA2)
+FAMILIES: tuple[Family, ...] = (SD1, SD2, SDXL, FLUX2, ZIMAGE, KREA2, ANIMA)
 
 
 _KNOWN = ""  # a family here, whose names others share
 _FOREIGN_KEYS = (  # in this order: further down are those that several families have
+    ("llm_adapter.", _KNOWN),
+    ("adaln_modulation_self_attn.", "Cosmos Predict 2"),
     ("txtfusion.", _KNOWN),
     ("text_fusion.", _KNOWN),
     ("txt_in.individual_token_refiner", "HunyuanVideo"),
@@ -69,6 +72,7 @@ _FOREIGN_CLASSES = {
     "LTX": "LTX-Video",
     "Chroma": "Chroma",
     "AuraFlow": "AuraFlow",
+    "Cosmos": "Cosmos",
 }
 
 
@@ -151,6 +155,8 @@ def _unsupported_name(config: Mapping[str, Any]) -> str:
         return "FLUX.2 dev"
     if "cap_feat_dim" in config:
         return "Z-Image Omni"
+    if "adaln_lora_dim" in config:
+        return "Cosmos Predict"
     context = config.get("cross_attention_dim")
     has_added_conditions = config.get("addition_embed_type") is not None
     if has_added_conditions:

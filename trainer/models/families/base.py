@@ -83,6 +83,8 @@ class TextEncoderSpec:
         is_language_model: Whether it is a large language model in place of a CLIP.
         max_tokens: To how many tokens prompts are padded; 0 where the network's configuration tells.
         reads_padding: Whether the denoiser reads the padding behind a prompt; else it is told where each prompt ends.
+        target_tokenizer: Folder in diffusers' layout of another tokenizer, whose tokens are read beside the hidden
+            states; "": none is.
         unread_tokens: How many tokens stand before a prompt, by the published tokenizer, that are encoded and not read.
     """
 
@@ -101,6 +103,7 @@ class TextEncoderSpec:
     max_tokens: int = 0
     reads_padding: bool = True
     unread_tokens: int = 0
+    target_tokenizer: str = ""
 
     @property
     def number(self) -> str:
@@ -190,7 +193,7 @@ class BaseWeights:
         denoiser: The UNet or transformer.
         vae: The autoencoder.
         text_encoders: Text encoders in the family's order.
-        tokenizers: Hugging Face tokenizers, one for each text encoder.
+        tokenizers: Hugging Face tokenizers, one for each text encoder; then that of what is read beside them.
         scheduler: The noise schedule's configuration as diffusers writes it; empty where unknown.
         prediction: What the denoiser predicts.
         clip_skip: Layer of the text encoders that is read, counted from the end; 0: the family's.

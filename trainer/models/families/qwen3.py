@@ -60,7 +60,8 @@ def qwen3_component(
         for name, tensor in named.items()
         if not (match := re.match(r"layers\.(\d+)\.", name)) or int(match[1]) < spec.layer
     }
-    read.pop("norm.weight", None)  # of the last layer's output, which is not read
+    if not spec.normed:
+        read.pop("norm.weight", None)  # of the last layer's output, which is not read
     if config is not None:
         return Component(read, {**_of_text(config), "num_hidden_layers": spec.layer})
     try:
@@ -121,7 +122,7 @@ class Qwen3TextEncoder:
     Attributes:
         max_tokens: Number of tokens that are encoded at most: no more than the network has places for.
         unread_tokens: How many of them, at the beginning, the denoiser does not read.
-        network: The network, whose last norm is left out.
+        network: The network; its last norm is left out where hidden states before it are read.
     """
 
     def __init__(
@@ -153,13 +154,14 @@ class Qwen3TextEncoder:
         self._layers = tuple(layers)
         self._template = template
         self._reads_padding = spec.reads_padding
-        network: Any = build_around(on_meta(_make, component.config), component)
+        self._normed = spec.normed
+        network: Any = build_around(on_meta(_make, {**component.config, "normed": spec.normed}), component)
         network.rotary_emb = _rotary_embedding(network)
         self.network: nn.Module = network
 
     def tokens(self, prompt: str) -> list[int]:
-        """All tokens of a prompt in its template."""
-        return self._tokens_of(self._template.format(prompt))
+        """All tokens of a prompt in its template; of nothing, one that stands for padding, as in ComfyUI."""
+        return self._tokens_of(self._template.format(prompt)) or [int(self._tokenizer.pad_token_id)]
 
     def _tokens_of(self, text: str) -> list[int]:
         return list(self._tokenizer(text, truncation=False, verbose=False).input_ids)
@@ -188,7 +190,8 @@ class Qwen3TextEncoder:
             output_hidden_states=True,
             use_cache=False,
         )
-        text = torch.cat([output.hidden_states[layer][:, self.unread_tokens :] for layer in self._layers], dim=-1)
+        states = [output.last_hidden_state] if self._normed else [output.hidden_states[layer] for layer in self._layers]
+        text = torch.cat([state[:, self.unread_tokens :] for state in states], dim=-1)
         if self._reads_padding:
             return {"text": text}
         is_read = ids[:, self.unread_tokens :] >= 0
@@ -206,8 +209,8 @@ def _rotary_embedding(network: Any) -> nn.Module:
     return made
 
 
-def _make(**config: Any) -> nn.Module:
-    """Transformers' `Qwen3Model` without its last norm.
+def _make(*, normed: bool, **config: Any) -> nn.Module:
+    """Transformers' `Qwen3Model`; without its last norm, unless what is read is `normed`.
 
     Raises:
         UnsupportedModelError: The installed transformers has none.
@@ -222,6 +225,7 @@ def _make(**config: Any) -> nn.Module:
             "Update transformers.",
         ) from error
     network = Qwen3Model(Qwen3Config(**config))
-    network.norm = nn.Identity()
+    if not normed:
+        network.norm = nn.Identity()
     made: nn.Module = network
     return made

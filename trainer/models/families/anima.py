@@ -1,0 +1,213 @@
+"""Anima: rectified flow, Cosmos Predict 2's transformer of 2 B, prompts read by Qwen 3 0.6B and by T5's tokens.
+
+Sources: kohya-ss/sd-scripts, anima_train_network.py; diffusers' AnimaModularPipeline; ComfyUI's code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core.errors import WeightsError
+from ..flow import ConstantMu, FlowObjective
+from ..latents import LatentFormat, NormalizedLatents
+from .anima_network import MASK_CHANNELS, NEEDED, PATCH, AnimaLayout, completed, make_transformer, with_frequencies
+from .base import (
+    AdapterMarks,
+    BaseWeights,
+    Conditioning,
+    DiffusionModel,
+    Family,
+    Layout,
+    Prediction,
+    TextEncoderSpec,
+    newer_class,
+    on_meta,
+)
+from .language_model import LanguageModelConditioned
+
+_LAYERS = 28
+_MAX_TOKENS = 512
+_SAMPLING_SHIFT = 3.0
+_SELF_ATTENTION = r"blocks\.\d+\.attn1\.to_(q|k|v|out\.0)"
+_CROSS_ATTENTION = r"blocks\.\d+\.attn2\.to_(q|k|v|out\.0)"
+_MLP = r"blocks\.\d+\.ff\.net\.(0\.proj|2)"
+
+
+class AnimaModel(LanguageModelConditioned):
+    """A built model; see `DiffusionModel`.
+
+    What the language model makes of a prompt is read by the conditioner, a part of the denoiser, beside the prompt's
+    tokens by T5's tokenizer. It is computed when prompts are encoded, on whatever device the denoiser is on.
+    """
+
+    text_layers = (_LAYERS,)
+    template = "{}"
+    sizes = "Use Qwen 3 0.6B."
+
+    def __init__(self, family: Family, weights: BaseWeights) -> None:
+        """Build the networks around the tensors, without a copy; raises as `LanguageModelConditioned`."""
+        super().__init__(
+            family,
+            weights,
+            on_meta(make_transformer, weights.denoiser.config),
+            newer_class("AutoencoderKLQwenImage", **NEEDED),
+            # kohya's: logit-normal without a shift
+            FlowObjective(ConstantMu(0.0), ConstantMu(math.log(_SAMPLING_SHIFT)), patch=PATCH),
+        )
+        with_frequencies(self.denoiser)
+        self._target_tokenizer = weights.tokenizers[1] if len(weights.tokenizers) > 1 else None
+
+    @property
+    def context_width(self) -> int:
+        """Numbers that the conditioner reads for each token of a prompt."""
+        return int(self.denoiser.llm_adapter.config.source_dim)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
+        """What the transformer reads of prompts: {"text": (prompts, 512, width)}, with zeros behind their tokens.
+
+        Raises:
+            WeightsError: The host gave no tokens of T5's tokenizer.
+        """
+        read = super().encode_prompts(prompts)
+        if self._target_tokenizer is not None:
+            read = {**read, **self._target_tokens(prompts)}
+        if "targets" not in read:
+            raise WeightsError("The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self.sizes)
+        return {"text": torch.cat([self._conditioned(read, row) for row in range(len(prompts))])}
+
+    def _target_tokens(self, prompts: Sequence[str]) -> Conditioning:
+        """Tokens by T5's tokenizer, (prompts, longest), -1 behind them."""
+        rows = [
+            torch.tensor(self._target_tokenizer(prompt, truncation=True, max_length=_MAX_TOKENS).input_ids)
+            for prompt in prompts
+        ]
+        return {"targets": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)}
+
+    def _conditioned(self, read: Conditioning, row: int) -> Tensor:
+        """What the conditioner makes of one prompt, (1, 512, width): each alone, so that none reads another's padding."""
+        conditioner = self.denoiser.llm_adapter
+        norm = conditioner.norm.weight  # is never quantised
+        source = read["text"][row : row + 1, : int(read["lengths"][row])].to(norm.device, norm.dtype)
+        tokens = read["targets"][row]
+        tokens = tokens[tokens >= 0][None, :_MAX_TOKENS].to(norm.device)
+        text = conditioner(source, tokens).float()
+        if "target_weights" in read:
+            weights = read["target_weights"][row : row + 1, : tokens.shape[1], None].to(text)
+            text = text * F.pad(weights, (0, 0, 0, text.shape[1] - weights.shape[1]))
+        made: Tensor = text
+        return made
+
+    def overlong(self, prompt: str) -> bool:
+        """Whether the prompt has more tokens than are read, by either tokenizer."""
+        if self._target_tokenizer is None:
+            return super().overlong(prompt)
+        targets = self._target_tokenizer(prompt, truncation=False, verbose=False).input_ids
+        return super().overlong(prompt) or len(targets) > _MAX_TOKENS
+
+    def zero_conditioning(self) -> Conditioning:
+        """Zeros in place of one prompt's encoding."""
+        return {"text": torch.zeros(1, _MAX_TOKENS, int(self.denoiser.config.text_embed_dim))}
+
+    def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
+        """Run the transformer over the tokens of a picture, a video of one frame, no part of which is padding."""
+        height, width = latents.shape[-2:]
+        latents = F.pad(latents, (0, -width % PATCH, 0, -height % PATCH), mode="circular")  # as ComfyUI does
+        output: Tensor = self.denoiser(
+            hidden_states=F.pad(latents, (0, 0, 0, 0, 0, MASK_CHANNELS))[:, :, None],
+            timestep=timesteps.to(latents.device, torch.float32) / self.objective.timesteps,
+            encoder_hidden_states=conditioning["text"].to(latents.dtype),
+            return_dict=False,
+        )[0]
+        return output[:, :, 0, :height, :width]
+
+    def facts(self) -> dict[str, Any]:
+        """What of configurations decides what the networks compute."""
+        return {
+            **super().facts(),
+            "transformer": [list(self.denoiser.config[name]) for name in ("max_size", "patch_size", "rope_scale")],
+            "vae": [self.vae.config[name] for name in ("latents_mean", "latents_std")],
+        }
+
+
+class Anima:
+    """The family: the base model."""
+
+    name = "anima"
+    title = "Anima"
+    short_title = "Anima"
+    scaling_factor = 1.0
+    latents: LatentFormat = NormalizedLatents()
+    layout: Layout = AnimaLayout()
+    targets: Mapping[str, str] = {
+        "attention": rf"{_SELF_ATTENTION}|{_CROSS_ATTENTION}",
+        "attention-mlp": rf"{_SELF_ATTENTION}|{_CROSS_ATTENTION}|{_MLP}",
+        "all": r"(?!llm_adapter\.).*",  # what reads prompts has done so before the first step
+    }
+    text_targets: Mapping[str, str] = {}
+    adapter_marks = AdapterMarks(
+        context_width=0,
+        module_names=(
+            r"^lora_unet_(llm_adapter_|blocks_\d+_((self|cross)_attn_(q|k|v|output)_proj|mlp_layer[12]|"
+            r"adaln_modulation_|attn[12]_to_|ff_net_|norm[123]_linear))"
+        ),
+        architecture="anima",
+        base_version="anima",
+    )
+    original_names = True
+    transformer_depths: Sequence[int] = (28,)
+    kohya_v2 = False
+    trains_fully = False
+    text_encoders: Sequence[TextEncoderSpec] = (
+        TextEncoderSpec(
+            name="text_encoder",
+            short_name="qwen3",
+            file_prefixes=("text_encoders.qwen3_06b.transformer.",),
+            adapter_prefix="lora_te_",
+            hidden_act="silu",
+            pads_with_end=False,
+            layer=_LAYERS,
+            normed=True,
+            is_language_model=True,
+            max_tokens=_MAX_TOKENS,
+            reads_padding=False,
+            target_tokenizer="t5_tokenizer",
+        ),
+    )
+
+    def architecture(self, prediction: Prediction) -> str:
+        """As kohya's scripts call it."""
+        return "anima-preview"
+
+    def base_version(self, prediction: Prediction) -> str:
+        """One name for all."""
+        return "anima"
+
+    def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
+        """A transformer with a conditioner."""
+        return "conditioner" in denoiser_config
+
+    def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
+        """The places of pictures' tokens."""
+        return completed(denoiser_config)
+
+    def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
+        """Flow matching alone."""
+        return Prediction("flow")
+
+    def base_of_distilled(self, title: str) -> str | None:
+        """None is known but by its name."""
+        lowered = title.lower()
+        return "Anima's base model" if "anima" in lowered and ("turbo" in lowered or "lightning" in lowered) else None
+
+    def build(self, weights: BaseWeights) -> DiffusionModel:
+        """Build the networks around the tensors, without a copy."""
+        return AnimaModel(self, weights)
+
+
+FAMILY = Anima()
