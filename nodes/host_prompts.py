@@ -7,7 +7,6 @@ from typing import Any
 
 from ..trainer.core.errors import WeightsError
 
-
 _READ = {"text": "cond", "targets": "t5xxl_ids", "target_weights": "t5xxl_weights"}
 """What is read of a CLIP's encoding → what ComfyUI calls it."""
 

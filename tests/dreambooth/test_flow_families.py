@@ -1,7 +1,7 @@
 """The recipe with flow-matching models: against plain loops of diffusers and PEFT, and whole runs with all around them.
 
 The loops follow diffusers' examples/dreambooth: train_dreambooth_lora_flux2_klein.py, train_dreambooth_lora_z_image.py,
-train_dreambooth_lora_krea2.py.
+train_dreambooth_lora_krea2.py; for Anima there is none, and the loop follows kohya's anima_train_network.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import NormalDist
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -24,7 +25,9 @@ import torch.nn.functional as F
 pytest.importorskip("diffusers", minversion="0.37")
 pytest.importorskip("transformers", minversion="4.51")
 
+import anima_checkpoints
 import diffusers
+from anima_checkpoints import anima_folder
 from cases import mostly_slow
 from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline, ZImagePipeline
 from diffusers.optimization import get_scheduler
@@ -66,12 +69,15 @@ STEPS = 8
 CLASS_PROMPT = "a photo of a dog"
 
 
-@pytest.fixture(scope="module", params=["flux2", "zimage", "krea2"])
+@pytest.fixture(scope="module", params=["flux2", "zimage", "krea2", "anima"])
 def plain(request: pytest.FixtureRequest) -> type[PlainTrainer]:
     """The plain loop of a family."""
     if request.param == "krea2" and not can_be_made():
         pytest.skip("needs diffusers 0.39 and transformers 4.57")
-    return {"flux2": PlainKlein, "zimage": PlainZImage, "krea2": PlainKrea2}[request.param]
+    if request.param == "anima" and not anima_checkpoints.can_be_made():
+        pytest.skip("needs diffusers 0.39")
+    plains = {"flux2": PlainKlein, "zimage": PlainZImage, "krea2": PlainKrea2, "anima": PlainAnima}
+    return plains[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -160,8 +166,7 @@ class PlainTrainer:
 
     def __init__(self, folder: Path, settings: Any, pictures: Sequence[Picture]) -> None:
         self.settings = settings
-        self.pipe: Any = self.pipeline.from_pretrained(folder, local_files_only=True)
-        self.pipe.tokenizer.chat_template = CHAT_TEMPLATE
+        self.pipe: Any = self.loaded(folder)
         for network in (self.pipe.vae, self.pipe.text_encoder, self.pipe.transformer):
             network.requires_grad_(False)
         self.prepare()
@@ -172,6 +177,11 @@ class PlainTrainer:
             }
         self.lora: dict[str, Any] = {}
         self.text: dict[str, Any] = {}
+
+    def loaded(self, folder: Path) -> Any:
+        pipe = self.pipeline.from_pretrained(folder, local_files_only=True)
+        pipe.tokenizer.chat_template = CHAT_TEMPLATE
+        return pipe
 
     def prepare(self) -> None:
         """Change the network where a LoRA would else have another form."""
@@ -233,7 +243,7 @@ class PlainTrainer:
             growth = ((1000 - int(1000 * sigma)) / 1000) ** self.settings.rank_power
             active = int(growth * (self.settings.rank - self.settings.min_rank)) + self.settings.min_rank
             mask[row, :active] = 1.0
-        return output * (mask if output.ndim == 2 else mask[:, None])
+        return output * mask.view(len(mask), *[1] * (output.ndim - 2), -1)
 
     def sigma(self, quantile: float, settings: Any) -> float:
         """The example's logit-normal distribution, shifted."""
@@ -410,24 +420,10 @@ class PlainZImage(PlainTrainer):
         return -torch.stack(outputs, dim=0).squeeze(2)
 
 
-class PlainKrea2(PlainTrainer):
-    """Krea 2, whose noise levels are shifted in training as in sampling, which musubi-tuner calls krea2_shift."""
+class OfWan(PlainTrainer):
+    """A family with Wan's autoencoder, whose pictures are videos of one frame."""
 
-    make_folder = staticmethod(krea2_folder)
-    pipeline = getattr(diffusers, "Krea2Pipeline", None)  # newer than the others
-    in_blocks = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_gate|to_out\.0)"
-    targets: ClassVar[Mapping[str, str]] = {
-        "attention": in_blocks,
-        "attention-mlp": rf"{in_blocks}|transformer_blocks\.\d+\.ff\..*",
-        "all": r"(?!text_fusion\.projector).*",
-    }
     latents = (16, 8, 8)
-
-    def prepare(self) -> None:
-        """Count the tokens of the template by those of the small tokenizer."""
-        count = lambda text: len(self.pipe.tokenizer(text).input_ids)  # noqa: E731
-        self.pipe.prompt_template_encode_start_idx = count(SYSTEM)
-        self.pipe.prompt_template_encode_num_suffix_tokens = count(self.pipe.prompt_template_encode_suffix)
 
     def pixels(self, picture: Picture, flip: bool) -> Tensor:
         return super().pixels(picture, flip).unsqueeze(2)
@@ -438,6 +434,25 @@ class PlainKrea2(PlainTrainer):
         centre = torch.tensor(vae.config.latents_mean).view(1, vae.config.z_dim, 1, 1, 1)
         factor = 1.0 / torch.tensor(vae.config.latents_std).view(1, vae.config.z_dim, 1, 1, 1)
         return ((posterior.mean - centre) * factor)[:, :, 0], (posterior.std * factor)[:, :, 0]
+
+
+class PlainKrea2(OfWan):
+    """Krea 2, whose noise levels are shifted in training as in sampling, which musubi-tuner calls krea2_shift."""
+
+    make_folder = staticmethod(krea2_folder)
+    pipeline = getattr(diffusers, "Krea2Pipeline", None)  # newer than the others
+    in_blocks = r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_gate|to_out\.0)"
+    targets: ClassVar[Mapping[str, str]] = {
+        "attention": in_blocks,
+        "attention-mlp": rf"{in_blocks}|transformer_blocks\.\d+\.ff\..*",
+        "all": r"(?!text_fusion\.projector).*",
+    }
+
+    def prepare(self) -> None:
+        """Count the tokens of the template by those of the small tokenizer."""
+        count = lambda text: len(self.pipe.tokenizer(text).input_ids)  # noqa: E731
+        self.pipe.prompt_template_encode_start_idx = count(SYSTEM)
+        self.pipe.prompt_template_encode_num_suffix_tokens = count(self.pipe.prompt_template_encode_suffix)
 
     def shifted(self, sigma: Tensor) -> Tensor:
         scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
@@ -466,6 +481,60 @@ class PlainKrea2(PlainTrainer):
     def path_in_diffusers(self, path: str) -> str:
         first, dot, rest = path.partition(".")
         return f"{OUTSIDE[first]}{dot}{rest}"
+
+
+class PlainAnima(OfWan):
+    """Anima, whose noise levels are not shifted in training."""
+
+    make_folder = staticmethod(anima_folder)
+    pipeline = getattr(diffusers, "AnimaModularPipeline", None)  # newer than the others
+    in_blocks = r"transformer_blocks\.\d+\.attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+    targets: ClassVar[Mapping[str, str]] = {
+        "attention": in_blocks,
+        "attention-mlp": rf"{in_blocks}|transformer_blocks\.\d+\.ff\..*",
+        "all": ".*",
+    }
+
+    def loaded(self, folder: Path) -> Any:
+        pipe = self.pipeline.from_pretrained(str(folder))
+        pipe.load_components()
+        pipe.text_conditioner.requires_grad_(False)
+        return pipe
+
+    def shifted(self, sigma: Tensor) -> Tensor:
+        return sigma
+
+    def encoded_text(self, caption: str) -> Tensor:
+        """As diffusers' AnimaTextEncoderStep, but of nothing ComfyUI's encoding: that of the token for padding."""
+        pipe = self.pipe
+        ids = torch.tensor([pipe.tokenizer(caption).input_ids or [pipe.tokenizer.pad_token_id]])
+        source = pipe.text_encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        text: Tensor = pipe.text_conditioner(source, torch.tensor([pipe.t5_tokenizer(caption).input_ids]))
+        return text
+
+    def predicted(self, transformer: Any, noisy: Tensor, sigmas: Tensor, captions: list[str]) -> Tensor:
+        with torch.no_grad():
+            for caption in {*captions} - self.text.keys():
+                self.text[caption] = self.encoded_text(caption)
+        self.sigmas = sigmas
+        with pytest.MonkeyPatch.context() as patch:
+            # torchvision, which makes the mask as large as the latents, need not be installed: it is so already
+            resize = SimpleNamespace(resize=lambda mask, size, interpolation: mask)
+            modes = SimpleNamespace(NEAREST=None)
+            module = "diffusers.models.transformers.transformer_cosmos.transforms"
+            patch.setattr(module, SimpleNamespace(functional=resize, InterpolationMode=modes), raising=False)
+            output: Tensor = transformer(
+                hidden_states=noisy.unsqueeze(2),
+                timestep=sigmas,
+                encoder_hidden_states=torch.cat([self.text[caption] for caption in captions]),
+                padding_mask=noisy.new_zeros(1, 1, *noisy.shape[-2:]),
+                return_dict=False,
+            )[0]
+        return output.squeeze(2)
+
+    def path_in_diffusers(self, path: str) -> str:
+        first, dot, rest = path.partition(".")
+        return f"{anima_checkpoints.OUTSIDE[first]}{dot}{rest}"
 
 
 @pytest.mark.parametrize("name", mostly_slow(CASES, "the base's predictions"))
@@ -600,12 +669,12 @@ FITTING: dict[str, dict[str, Any]] = {**KINDS, "BOFT": {**KINDS["BOFT"], "rank":
 
 # every kind of adapter once, and what depends on the family with each
 RUNS = [("flux2", name) for name in (*WAYS, *FITTING)]
-RUNS += [(family, name) for family in ("zimage", "krea2") for name in WAYS]
+RUNS += [(family, name) for family in ("zimage", "krea2", "anima") for name in WAYS]
 
 
 @pytest.mark.parametrize(
     ("plain", "name"),
-    mostly_slow(RUNS, ("flux2", "base prediction"), ("zimage", "base prediction"), ("krea2", "base prediction")),
+    mostly_slow(RUNS, *((family, "base prediction") for family in ("flux2", "zimage", "krea2", "anima"))),
     indirect=["plain"],
 )
 def test_a_run_writes_a_file_that_can_be_applied(name: str, world: World, tmp_path: Path) -> None:

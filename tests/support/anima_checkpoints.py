@@ -19,6 +19,15 @@ LATENT_CHANNELS = 16
 CONDITIONER = "llm_adapter"
 PATCHED = 4 * (LATENT_CHANNELS + 1)  # numbers of a token, those of the mask included
 
+OUTSIDE = {
+    "x_embedder": "patch_embed",
+    "t_embedder": "time_embed",
+    "blocks": "transformer_blocks",
+    "last_norm": "norm_out",
+    "last_linear": "proj_out",
+}
+"""What the network's modules outside of blocks are called in diffusers."""
+
 _SMALL_TEXT = Flux2Shape(text_width=48, text_layers=28)
 
 
@@ -220,3 +229,73 @@ def anima_files(folder: Path, shape: AnimaShape | None = None, *, seed: int = 0)
     write_tokenizer(folder / "tokenizer")
     write_target_tokenizer(folder / "t5_tokenizer")
     return files
+
+
+def anima_folder(path: Path, shape: AnimaShape | None = None, *, seed: int = 0) -> Path:
+    """A folder that `AnimaModularPipeline.from_pretrained` loads, written by the libraries from the same weights."""
+    from diffusers import (
+        AnimaAutoBlocks,
+        AnimaTextConditioner,
+        AutoencoderKLQwenImage,
+        CosmosTransformer3DModel,
+        FlowMatchEulerDiscreteScheduler,
+    )
+    from diffusers.loaders.single_file_utils import (
+        convert_cosmos_transformer_checkpoint_to_diffusers,
+        convert_wan_vae_to_diffusers,
+    )
+    from transformers import AutoTokenizer, Qwen3Config, Qwen3Model
+
+    shape = shape or AnimaShape()
+    weights = anima_weights(shape, seed=seed)
+    parts: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
+    for name, tensor in weights.denoiser.items():
+        is_conditioner = name.startswith(f"{CONDITIONER}.")
+        parts[is_conditioner][name.removeprefix(f"{CONDITIONER}.") if is_conditioner else f"net.{name}"] = tensor
+    transformer = CosmosTransformer3DModel(
+        num_attention_heads=shape.heads,
+        num_layers=shape.layers,
+        text_embed_dim=shape.conditioner_width,
+        adaln_lora_dim=shape.modulation,
+        rope_scale=(1.0, 4.0, 4.0),
+        extra_pos_embed_type=None,
+    )
+    transformer.load_state_dict(convert_cosmos_transformer_checkpoint_to_diffusers(parts[False]))
+    conditioner = AnimaTextConditioner(
+        source_dim=shape.text.text_width,
+        target_dim=shape.conditioner_width,
+        model_dim=shape.conditioner_width,
+        num_layers=shape.conditioner_layers,
+        num_attention_heads=shape.conditioner_heads,
+        target_vocab_size=shape.vocabulary,
+    )
+    conditioner.load_state_dict(parts[True])
+    vae = AutoencoderKLQwenImage(base_dim=shape.vae_channels)
+    vae.load_state_dict(convert_wan_vae_to_diffusers(dict(weights.vae)))
+    text_encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=shape.text.vocabulary,
+            hidden_size=shape.text.text_width,
+            intermediate_size=shape.text.text_mlp,
+            num_hidden_layers=shape.text.text_layers,
+            num_attention_heads=shape.text.text_heads,
+            num_key_value_heads=shape.text.text_key_heads,
+            head_dim=HEAD,
+            max_position_embeddings=40960,
+            rope_theta=1e6,
+        )
+    )
+    text_encoder.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.text.items()})
+    beside = path.parent / f"{path.name} tokenizers"
+    pipeline = AnimaAutoBlocks().init_pipeline()
+    pipeline.update_components(
+        transformer=transformer.eval(),
+        text_conditioner=conditioner.eval(),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=AutoTokenizer.from_pretrained(write_tokenizer(beside / "tokenizer")),
+        t5_tokenizer=AutoTokenizer.from_pretrained(write_target_tokenizer(beside / "t5_tokenizer")),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipeline.save_pretrained(str(path), overwrite_modular_index=True)
+    return path

@@ -75,7 +75,9 @@ _SAME_PARTS = {
     PEFT_MAGNITUDE: DORA_SCALE,
 }  # under another name
 # Modules of transformers as diffusers calls them, from their first part on
-_IN_DIFFUSERS = re.compile(r"(?<![a-z])(?:transformer_blocks|text_fusion|time_mod_proj|txt_in|time_embed|patch_embed|norm_out)(?:[._].+)?$")
+_IN_DIFFUSERS = re.compile(
+    r"(?<![a-z])(?:transformer_blocks|text_fusion|time_mod_proj|txt_in|time_embed|patch_embed|norm_out)(?:[._].+)?$"
+)
 # Parts of a layer whose rows are the module's outputs, or a factor of their number; and those whose columns its inputs
 _OF_OUTPUTS = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a", "diff")
 _OF_INPUTS = ("lora_down.weight", "hada_w1_b", "lokr_w1", "lokr_w1_b", "lokr_w2", "lokr_w2_b", "diff")
@@ -162,7 +164,7 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
 
 
 def _renaming(keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> Callable[[str], str]:
-    """What turns the paths of a file into those of the networks here: Krea 2's and Anima's in diffusers are others', too.
+    """What turns the paths of a file into those of the networks here: some of diffusers' are several families'.
 
     Args:
         keys: Of all tensors.

@@ -19,6 +19,7 @@ from torch import Tensor
 from ..core.errors import SettingsError, UnsupportedModelError, WeightsError, suggest
 from ..core.tensor_files import is_quantization_name
 from ..settings.model import PredictionType
+from .anima_names import CONDITIONER
 from .families import FAMILIES, identify, joined_titles, layout_of, layouts, refuse_foreign_class, refuse_foreign_keys
 from .families.base import (
     CHOSEN,
@@ -44,6 +45,7 @@ from .tokenizer import find_language_tokenizer, find_target_tokenizer, find_toke
 
 logger = logging.getLogger("dreambooth_lora")
 
+_CONDITIONER_FOLDER = "text_conditioner"
 _NET_PREFIX = "net."  # of NVIDIA's code
 _BROKEN = "Use a complete, unchanged model; if it was downloaded, download it again and compare its size."
 
@@ -100,6 +102,11 @@ class _CosmosConfig(_Config):
     adaln_lora_dim: int
 
 
+class _ConditionerConfig(_Config):
+    source_dim: int
+    target_dim: int
+
+
 class _VaeConfig(_Config):
     block_out_channels: list[int]
     scaling_factor: float = 0.18215
@@ -138,6 +145,7 @@ _DENOISER_CONFIGS: Mapping[str, TypeAdapter[Any]] = {
     "Krea2Transformer2DModel": TypeAdapter(_Krea2Config),
     "CosmosTransformer3DModel": TypeAdapter(_CosmosConfig),
 }
+_CONDITIONER_CONFIG = TypeAdapter(_ConditionerConfig)
 _VAE_CONFIG = TypeAdapter(_VaeConfig)
 _WAN_VAE_CONFIG = TypeAdapter(_WanVaeConfig)
 _TEXT_CONFIG = TypeAdapter(_TextConfig)
@@ -231,8 +239,8 @@ def _open_path(source: Path, tokenizer: Path | None, vae: Path | None, text_enco
     denoiser = _denoiser_alone(tensors)
     if text_encoder is not None and denoiser is None and (is_folder or tensors):
         raise SettingsError(
-            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein, Z-Image, Krea 2 or Anima "
-            f"alone, which {source.name} is not.",
+            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein, Z-Image, Krea 2 or "
+            f"Anima alone, which {source.name} is not.",
             f"Leave {suggest('text_encoder')} out.",
         )
     if is_folder:
@@ -512,16 +520,22 @@ def _require_plain_floats(tensors: Mapping[str, Tensor], what: str = "The base m
 
 
 def _from_folder(folder: Path) -> BaseWeights:
-    index = read_json(folder / "model_index.json")
+    index = read_json(folder / _index_name(folder))
     layout = _folder_layout(index)
     settings = network_config(folder / layout.folder / "config.json")
     refuse_foreign_class(str(settings.pop("_class_name", layout.network_class)))
     network_config(folder / layout.folder / "config.json", _DENOISER_CONFIGS[layout.network_class])
+    denoiser = _read_plain(folder / layout.folder, "diffusion_pytorch_model")
+    if _CONDITIONER_FOLDER in index:
+        own = network_config(folder / _CONDITIONER_FOLDER / "config.json", _CONDITIONER_CONFIG)
+        settings["conditioner"] = {name: value for name, value in own.items() if name != "_class_name"}
+        conditioner = _read_plain(folder / _CONDITIONER_FOLDER, "diffusion_pytorch_model")
+        denoiser |= {f"{CONDITIONER}.{name}": tensor for name, tensor in conditioner.items()}
     family = identify(settings)
     scheduler = network_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)
     return BaseWeights(
         family=family,
-        denoiser=layout.denoiser_of_folder(_read_plain(folder / layout.folder, "diffusion_pytorch_model"), settings),
+        denoiser=layout.denoiser_of_folder(denoiser, settings),
         vae=_vae_folder(folder / "vae"),
         text_encoders=[
             layout.text_encoder(
@@ -532,7 +546,10 @@ def _from_folder(folder: Path) -> BaseWeights:
             for spec in family.text_encoders
         ],
         tokenizers=[
-            load_tokenizer(folder / spec.tokenizer, clip=not spec.is_language_model) for spec in family.text_encoders
+            load_tokenizer(folder / name, clip=not spec.is_language_model)
+            for spec in family.text_encoders
+            for name in (spec.tokenizer, spec.target_tokenizer)
+            if name
         ],
         scheduler=scheduler,
         prediction=_scheduled_prediction(scheduler, family),
@@ -541,6 +558,12 @@ def _from_folder(folder: Path) -> BaseWeights:
         fingerprint="",
         is_distilled=index["is_distilled"] if isinstance(index.get("is_distilled"), bool) else None,
     )
+
+
+def _index_name(folder: Path) -> str:
+    """The file that lists what is in a folder: of some pipelines, diffusers writes one of another name."""
+    names = ("model_index.json", "modular_model_index.json")
+    return next((name for name in names if (folder / name).is_file()), names[0])
 
 
 def _text_config(path: Path) -> dict[str, Any]:
@@ -564,7 +587,7 @@ def _folder_layout(index: Mapping[str, Any]) -> Layout:
     """
     candidates = [layout for layout in layouts() if layout.folder in index]
     stated = index[candidates[0].folder] if candidates else None
-    if isinstance(stated, list) and len(stated) == 2 and isinstance(stated[1], str):
+    if isinstance(stated, list) and len(stated) in (2, 3) and isinstance(stated[1], str):
         refuse_foreign_class(stated[1])  # before anything is missed that other models don't have
         return next(layout for layout in layouts() if layout.network_class == stated[1])
     if not candidates or not isinstance(candidates[0], UnetLayout):

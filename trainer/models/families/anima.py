@@ -33,6 +33,7 @@ from .language_model import LanguageModelConditioned
 
 _LAYERS = 28
 _MAX_TOKENS = 512
+_BETWEEN = -2  # a token that stands between those of the two tokenizers
 _SAMPLING_SHIFT = 3.0
 _SELF_ATTENTION = r"blocks\.\d+\.attn1\.to_(q|k|v|out\.0)"
 _CROSS_ATTENTION = r"blocks\.\d+\.attn2\.to_(q|k|v|out\.0)"
@@ -68,37 +69,58 @@ class AnimaModel(LanguageModelConditioned):
         """Numbers that the conditioner reads for each token of a prompt."""
         return int(self.denoiser.llm_adapter.config.source_dim)
 
+    def tokenize(self, prompts: Sequence[str]) -> Conditioning:
+        """Tokens of the prompts, (prompts, tokens): Qwen's, -2, T5's, and -1 behind them; none where a host encodes."""
+        rows = [
+            torch.tensor([*encoder.tokens(prompt)[: encoder.max_tokens], _BETWEEN, *self._target_tokens(prompt)])
+            for encoder in self._encoders.values()
+            for prompt in prompts
+        ]
+        if not rows:
+            return {}
+        return {"ids": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)}
+
+    def _target_tokens(self, prompt: str) -> list[int]:
+        tokenizer = self._target_tokenizer
+        return list(tokenizer(prompt, truncation=True, max_length=_MAX_TOKENS).input_ids) if tokenizer else []
+
+    def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
+        """What the transformer reads of tokens: {"text": (prompts, 512, width)}, with zeros behind them."""
+        both: list[list[Tensor]] = [[], []]
+        for row in ids:
+            end = int((row == _BETWEEN).nonzero()[0])
+            both[0].append(row[:end])
+            both[1].append(row[end + 1 :])
+        sources, targets = (torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1) for rows in both)
+        return self._read({**super().encode_tokens(encoder, sources), "targets": targets})
+
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """What the transformer reads of prompts: {"text": (prompts, 512, width)}, with zeros behind their tokens.
+        """As `encode_tokens`, or by the host's language model.
 
         Raises:
             WeightsError: The host gave no tokens of T5's tokenizer.
         """
-        read = super().encode_prompts(prompts)
-        if self._target_tokenizer is not None:
-            read = {**read, **self._target_tokens(prompts)}
-        if "targets" not in read:
+        if self._host_encoder is None:
+            return super().encode_prompts(prompts)
+        encoded = self._host_encoder.encode(prompts)
+        if "targets" not in encoded:
             raise WeightsError("The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self.sizes)
-        return {"text": torch.cat([self._conditioned(read, row) for row in range(len(prompts))])}
+        return self._read(encoded)
 
-    def _target_tokens(self, prompts: Sequence[str]) -> Conditioning:
-        """Tokens by T5's tokenizer, (prompts, longest), -1 behind them."""
-        rows = [
-            torch.tensor(self._target_tokenizer(prompt, truncation=True, max_length=_MAX_TOKENS).input_ids)
-            for prompt in prompts
-        ]
-        return {"targets": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)}
+    def _read(self, encoded: Conditioning) -> Conditioning:
+        """What the transformer reads of prompts that the language model has encoded."""
+        return {"text": torch.cat([self._conditioned(encoded, row) for row in range(len(encoded["text"]))])}
 
-    def _conditioned(self, read: Conditioning, row: int) -> Tensor:
-        """What the conditioner makes of one prompt, (1, 512, width): each alone, so that none reads another's padding."""
+    def _conditioned(self, encoded: Conditioning, row: int) -> Tensor:
+        """What the conditioner makes of one prompt, (1, 512, width): of each alone, without another's padding."""
         conditioner = self.denoiser.llm_adapter
         norm = conditioner.norm.weight  # is never quantised
-        source = read["text"][row : row + 1, : int(read["lengths"][row])].to(norm.device, norm.dtype)
-        tokens = read["targets"][row]
+        source = encoded["text"][row : row + 1, : int(encoded["lengths"][row])].to(norm.device, norm.dtype)
+        tokens = encoded["targets"][row]
         tokens = tokens[tokens >= 0][None, :_MAX_TOKENS].to(norm.device)
         text = conditioner(source, tokens).float()
-        if "target_weights" in read:
-            weights = read["target_weights"][row : row + 1, : tokens.shape[1], None].to(text)
+        if "target_weights" in encoded:
+            weights = encoded["target_weights"][row : row + 1, : tokens.shape[1], None].to(text)
             text = text * F.pad(weights, (0, 0, 0, text.shape[1] - weights.shape[1]))
         made: Tensor = text
         return made

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...core.errors import WeightsError
-from ..anima_names import CONDITIONER, HEAD, OUTSIDE, name_in_diffusers, original_name, path_from_diffusers
+from ..anima_names import CONDITIONER, OUTSIDE, name_in_diffusers, original_name, path_from_diffusers
 from ..anima_names import path_of_tensor as path_of_original_tensor
 from .base import Component, TextEncoderSpec, count_blocks, newer_class, required
 from .qwen3 import qwen3_component
@@ -118,9 +118,10 @@ class AnimaLayout:
         return Component({path: denoiser[name] for path, name in names.items()}, config, names)
 
     def denoiser_of_folder(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """Diffusers' names inside of blocks."""
+        """Diffusers' names inside of blocks; the conditioner's begin with `CONDITIONER`."""
         names = {path_from_diffusers(name): name for name in tensors}
-        return Component({path: tensors[name] for path, name in names.items()}, config, names)
+        own = {**config, "in_channels": config["in_channels"] + MASK_CHANNELS, "concat_padding_mask": False}
+        return Component({path: tensors[name] for path, name in names.items()}, own, names)
 
     def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By renaming alone."""
@@ -152,15 +153,13 @@ class AnimaLayout:
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration from shapes with what they don't show; the channel of the mask is one of the inputs here."""
+    """A configuration from shapes with what they don't show."""
     return {
         **config,
+        # the channel of the mask is one of the inputs here, as diffusers would resize the mask by torchvision
+        "concat_padding_mask": False,
         "max_size": _LARGEST,
         "patch_size": (1, PATCH, PATCH),
         "rope_scale": _STRETCH,
-        "concat_padding_mask": False,  # diffusers resizes the mask by torchvision; here it is made of the right size
         "extra_pos_embed_type": None,
     }
-
-
-__all__ = ["HEAD", "MASK_CHANNELS", "NEEDED", "PATCH", "AnimaLayout", "completed", "make_transformer", "with_frequencies"]
