@@ -7,6 +7,7 @@
     python benchmarks/fit.py --plan --size flux2     FLUX.2 klein 4B; only planned, also on a base in fp8
     python benchmarks/fit.py --plan --size zimage    Z-Image, likewise
     python benchmarks/fit.py --plan --size krea2     Krea 2, likewise
+    python benchmarks/fit.py --plan --size anima     Anima, likewise
 
 Every variant runs in its own process: as it is, with gradient checkpointing, and with that and 8-bit Adam, NF4, or
 both.
@@ -38,7 +39,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "support")]
 sys.dont_write_bytecode = True
 
-WITHOUT_MEMORY = {"flux2": "FLUX.2 klein base 4B", "zimage": "Z-Image", "krea2": "Krea 2"}  # sizes only planned
+WITHOUT_MEMORY = {"flux2": "FLUX.2 klein base 4B", "zimage": "Z-Image", "krea2": "Krea 2", "anima": "Anima"}
+"""Sizes that are only planned, with their names for people."""
+
 UNREAD_TOKENS = 34  # of Krea 2's template, as diffusers' Krea2Pipeline counts them
 TOKENIZER = ROOT / "demo" / "base" / "tokenizer"
 CHECKPOINTING = {"gradient_checkpointing": True}
@@ -178,6 +181,7 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 def without_memory(size: str, *, fp8: bool = False) -> Any:
     """A base model, of which only shapes and types are there; with `fp8` its blocks' projections in eight bits."""
+    from anima_checkpoints import ANIMA, anima_on_meta
     from flux2_checkpoints import KLEIN_4B, flux2_on_meta
     from krea2_checkpoints import KREA_2, krea2_on_meta
     from zimage_checkpoints import Z_IMAGE, zimage_on_meta
@@ -190,6 +194,7 @@ def without_memory(size: str, *, fp8: bool = False) -> Any:
         "flux2": lambda: flux2_on_meta(KLEIN_4B, fp8=fp8),
         "zimage": lambda: zimage_on_meta(Z_IMAGE, fp8=fp8),
         "krea2": lambda: krea2_on_meta(KREA_2, fp8=fp8),
+        "anima": lambda: anima_on_meta(ANIMA, fp8=fp8),
     }[size]()
     layout = family.layout
     config = family.complete(layout.denoiser_config(weights.denoiser))

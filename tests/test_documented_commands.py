@@ -379,6 +379,10 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
             r"^zimage, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, 8-bit Adam, NF4 +[\d.]+ +[\d.]+ +"
         ),
     ),
+    ("python benchmarks/fit.py --plan --size anima",): Smoke(
+        "python benchmarks/fit.py --plan --size anima --resolution 64 --only checkpointing",
+        printed(r"^anima, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, fp8 base +[\d.]+ +[\d.]+ +"),
+    ),
     ("python benchmarks/fit.py --plan --size krea2",): Smoke(
         "python benchmarks/fit.py --plan --size krea2 --resolution 64 --only checkpointing",
         printed(r"^krea2, bf16, 64², batch 1, rank 16; planned in", r"^checkpointing, fp8 base +[\d.]+ +[\d.]+ +"),

@@ -22,6 +22,7 @@ from browser import opened_page  # noqa: E402
 from comfy_host import ComfyServer  # noqa: E402
 from PIL import Image  # noqa: E402
 from workflow_recipes import (  # noqa: E402
+    ANIMA,
     BLUEPRINTS,
     CHECKPOINT,
     KLEIN,
@@ -125,7 +126,7 @@ def prepare(base_dir: Path) -> None:
         (base_dir / "models" / "checkpoints").mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / "checkpoints" / name).write_bytes(b"")
     turbo = ("diffusion_models", KREA_2_TURBO)
-    for folder, name in [*KLEIN.items(), *Z_IMAGE.items(), *KREA_2.items(), turbo]:
+    for folder, name in [*KLEIN.items(), *Z_IMAGE.items(), *KREA_2.items(), *ANIMA.items(), turbo]:
         (base_dir / "models" / folder).mkdir(parents=True, exist_ok=True)
         (base_dir / "models" / folder / name).write_bytes(b"")
     for name in LORAS:

@@ -8,17 +8,19 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import anima_checkpoints
 import flux2_checkpoints
 import krea2_checkpoints
 import numpy as np
 import pytest
 import zimage_checkpoints
+from anima_checkpoints import anima_weights
 from comfy_graphs import drawing, graph, node, picture, run_template
 from comfy_host import CHECKPOINT, ComfyServer, PromptFailed
 from flux2_checkpoints import flux2_weights, in_float8
 from krea2_checkpoints import krea2_weights
 from safetensors.torch import load_file, save_file
-from workflow_recipes import KLEIN, KREA_2, KREA_2_TURBO, Z_IMAGE
+from workflow_recipes import ANIMA, KLEIN, KREA_2, KREA_2_TURBO, Z_IMAGE
 from zimage_checkpoints import zimage_weights
 
 pytestmark = pytest.mark.comfy
@@ -85,6 +87,15 @@ MODELS = {
             (r"lora_unet_blocks_\d+_(attn|mlp)_\w+", 8 * 2),
             "preset animal for krea 2",
             drawn_with=KREA_2_TURBO,
+        ),
+        Small(
+            "anima",
+            lambda: anima_weights(anima_checkpoints.COMFY_SHAPE),
+            ANIMA,
+            "anima",
+            "EmptySD3LatentImage",
+            (r"lora_unet_blocks_\d+_(self_attn|cross_attn|mlp)_\w+", 10 * 2),
+            "preset animal for anima",
         ),
     )
 }

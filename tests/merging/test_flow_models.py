@@ -14,8 +14,10 @@ import torch
 pytest.importorskip("diffusers", minversion="0.37")
 pytest.importorskip("transformers", minversion="4.51")
 
+import anima_checkpoints
 import diffusers
 from adapter_maths import error, merged
+from anima_checkpoints import anima_folder
 from diffusers import Flux2KleinPipeline, ZImagePipeline
 from flux2_checkpoints import flux2_folder
 from helpers import Recorder
@@ -71,6 +73,13 @@ class Kin:
     shown: list[str]
     same: int | None
 
+    def load(self, folder: Path) -> Any:
+        """The pipeline with all of its networks."""
+        pipeline = self.pipeline.from_pretrained(str(folder))
+        if hasattr(pipeline, "load_components"):
+            pipeline.load_components()
+        return pipeline
+
 
 KINS = {
     "flux2": Kin(
@@ -103,6 +112,16 @@ KINS = {
         ["block 0", "block 1", "other"],
         same=2,
     ),
+    "anima": Kin(
+        anima_folder,
+        getattr(diffusers, "AnimaModularPipeline", None),
+        "Anima",
+        "Anima",
+        "^lora_unet_blocks_",
+        {"ss_base_model_version": "anima", "modelspec.architecture": "anima-preview/lora"},
+        ["block 0", "block 1", "other"],
+        same=2 * 10 + 1,  # those of the conditioner
+    ),
 }
 
 
@@ -110,6 +129,8 @@ KINS = {
 def kin(request: pytest.FixtureRequest) -> Kin:
     if request.param == "krea2" and not can_be_made():
         pytest.skip("needs diffusers 0.39 and transformers 4.57")
+    if request.param == "anima" and not anima_checkpoints.can_be_made():
+        pytest.skip("needs diffusers 0.39")
     return KINS[request.param]
 
 
@@ -212,7 +233,7 @@ def test_resizing_is_the_nearest_of_that_rank(base: BaseWeights, weights: dict[s
 
 def transformer_of(kin: Kin, folder: Path) -> dict[str, Tensor]:
     """As diffusers loads it."""
-    tensors: dict[str, Tensor] = kin.pipeline.from_pretrained(folder).transformer.state_dict()
+    tensors: dict[str, Tensor] = kin.load(folder).transformer.state_dict()
     return tensors
 
 
@@ -222,11 +243,11 @@ def tuned(kin: Kin, base: BaseWeights, folder: Path, tmp_path_factory: pytest.Te
     path = tmp_path_factory.mktemp("tuned")
     adapter = random_adapter(base, "LoRA", DENOISER)
     file = write_diffusers(path / "lora.safetensors", adapter, torch.float32)
-    pipeline = kin.pipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(path, weight_name=file.name)
+    pipeline = kin.load(folder)
+    pipeline.load_lora_weights(str(path), weight_name=file.name)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
-    pipeline.save_pretrained(path / "model")
+    pipeline.save_pretrained(str(path / "model"))
     return path / "model"
 
 

@@ -23,8 +23,8 @@ OUTSIDE = {
     "x_embedder": "patch_embed",
     "t_embedder": "time_embed",
     "blocks": "transformer_blocks",
-    "last_norm": "norm_out",
-    "last_linear": "proj_out",
+    "head_norm": "norm_out",
+    "head_linear": "proj_out",
 }
 """What the network's modules outside of blocks are called in diffusers."""
 

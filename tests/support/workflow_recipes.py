@@ -22,6 +22,11 @@ KREA_2 = {
     "text_encoders": "qwen3vl_4b_fp8_scaled.safetensors",
     "vae": "qwen_image_vae.safetensors",
 }
+ANIMA = {
+    "diffusion_models": "anima-base-v1.0.safetensors",
+    "text_encoders": "qwen_3_06b_base.safetensors",
+    "vae": "qwen_image_vae.safetensors",
+}
 KREA_2_TURBO = "krea2_turbo_fp8_scaled.safetensors"
 LORAS = ("dog.safetensors", "pixel-art.safetensors")
 Link = tuple[str, str]
@@ -229,6 +234,11 @@ Prompts are encoded by the CLIP of the graph; nothing is loaded twice. Train on 
 the LoRA fits both. On a card of 16 GB turn on **fit** in Training Settings, or set **base_quantization** to nf4."""
 
 
+ANIMA_NOTE = """Anima **base** is a model of drawings and of anime, of 2 B, in three files: choose them in the loaders.
+Prompts are encoded by the CLIP of the graph; nothing is loaded twice. It reads tags as well as sentences. On a card of
+8 GB turn on **fit** in Training Settings."""
+
+
 KREA_2_NOTE = """Krea 2 **RAW** is the model to train, Krea 2 **Turbo** the one to draw with, in eight steps: the LoRA
 is trained on the first and applied to the second. Choose both, and the two files that they share, in the loaders.
 Prompts are encoded by the CLIP of the graph; nothing is loaded twice. On a card of 24 GB turn on **fit** in Training
@@ -257,11 +267,11 @@ def krea_2_drawing(at: tuple[int, int], prefix: str) -> dict[str, Node]:
     }
 
 
-def z_image_drawing(at: tuple[int, int], prefix: str) -> dict[str, Node]:
-    """Prompt to saved picture as ComfyUI's own template for Z-Image draws, two columns from `at`."""
+def flow_drawing(at: tuple[int, int], prefix: str, *, steps: int, sampler_name: str) -> dict[str, Node]:
+    """Prompt to saved picture as ComfyUI's own templates for Z-Image and Anima draw, two columns from `at`."""
     nodes = drawing(("train", "model"), ("train", "clip"), "a photo of sks dog on the beach", at, prefix, 1024)
     latent, sample, decode = nodes["latent"], nodes["sample"], nodes["decode"]
-    values = {"steps": 25, "cfg": 4.0, "sampler_name": "euler", "scheduler": "simple"}
+    values = {"steps": steps, "cfg": 4.0, "sampler_name": sampler_name, "scheduler": "simple"}
     return nodes | {
         "latent": replace(latent, type="EmptySD3LatentImage"),
         "sample": replace(sample, values={**sample.values, **values}),
@@ -479,7 +489,26 @@ RECIPES: dict[str, Recipe] = {
                 train((390, 40), SUBJECT, name="my-dog-z-image", preset="animal"),
                 links={"model": ("base", "MODEL"), "clip": ("clip", "CLIP"), "vae": ("vae", "VAE")} | SUBJECT,
             ),
-            **z_image_drawing((830, 40), "my-dog-z-image"),
+            **flow_drawing((830, 40), "my-dog-z-image", steps=25, sampler_name="euler"),
+        }
+    ),
+    "anima": Recipe(
+        {
+            "note": note(ANIMA_NOTE, (0, -220), "Anima", (780, 190)),
+            "base": Node("UNETLoader", (0, 40), {"unet_name": ANIMA["diffusion_models"]}, size=(330, 90)),
+            "clip": Node(
+                "CLIPLoader",
+                (0, 180),
+                {"clip_name": ANIMA["text_encoders"], "type": "stable_diffusion"},
+                size=(330, 110),
+            ),
+            "vae": Node("VAELoader", (0, 340), {"vae_name": ANIMA["vae"]}, size=(330, 60)),
+            "subject": subject((0, 460)),
+            "train": replace(
+                train((390, 40), SUBJECT, name="my-dog-anima", preset="animal"),
+                links={"model": ("base", "MODEL"), "clip": ("clip", "CLIP"), "vae": ("vae", "VAE")} | SUBJECT,
+            ),
+            **flow_drawing((830, 40), "my-dog-anima", steps=30, sampler_name="er_sde"),
         }
     ),
     "krea_2": Recipe(

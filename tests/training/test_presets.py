@@ -42,7 +42,7 @@ def test_there_is_a_file_for_every_subject_and_family_and_no_other() -> None:
 
 
 def test_families_have_names_of_their_own() -> None:
-    assert [family.name for family in FAMILIES] == ["sd1", "sd2", "sdxl", "flux2", "zimage", "krea2"]
+    assert [family.name for family in FAMILIES] == ["sd1", "sd2", "sdxl", "flux2", "zimage", "krea2", "anima"]
 
 
 @pytest.mark.parametrize(("subject", "family"), CASES, ids=IDS)

@@ -178,7 +178,7 @@ def test_a_base_that_can_not_be_trained(
         webui.wait_for_idle()
         webui.call("refresh")
     assert failed["problem"] == f"The base model is {title}, which can't be trained here yet."
-    titles = "Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL, FLUX.2 klein, Z-Image, Krea 2"
+    titles = "Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL, FLUX.2 klein, Z-Image, Krea 2, Anima"
     assert failed["remedy"] == f"Use a base model of: {titles}."
     assert not [*webui.loras.iterdir()]
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.errors import AdapterError, suggest
 from ..core.files import write_file
 from ..core.tensor_files import save_tensors
+from ..models.anima_names import CONDITIONER, CONDITIONER_IN_DIFFUSERS
 from ..models.clip_names import without_text_tower
 from ..models.transformers import is_transformer_module
 from ..settings.sharing import shareable_metadata
@@ -80,15 +81,22 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
             raise AdapterError(f"{name} is of the kind {kind}, which diffusers' format does not have.", _RESIZE_REMEDY)
         path = module_path(name, per_block)
         for part, part_layer in in_diffusers_layout(layer, path.path).items():
-            tensors |= _lora_tensors(name, part_layer, f"{_diffusers_folder(path)}.{part}", dtype)
+            tensors |= _lora_tensors(name, part_layer, _name_in_diffusers(path, part), dtype)
     _require_uniform_dora(layers)
     return tensors
 
 
-def _diffusers_folder(path: ModulePath) -> str:
-    """What the names of a network's modules begin with in diffusers' files."""
-    is_transformer = path.component == UNET and is_transformer_module(path.path)
-    return "transformer" if is_transformer else path.component
+def _name_in_diffusers(path: ModulePath, part: str) -> str:
+    """A module's name in diffusers' files, which begins with that of its network.
+
+    Args:
+        path: The module's.
+        part: The path in diffusers' network, or in the network here where that is several of diffusers'.
+    """
+    if path.component != UNET or not is_transformer_module(path.path):
+        return f"{path.component}.{part}"
+    network, dot, rest = part.partition(".")
+    return f"{CONDITIONER_IN_DIFFUSERS}{dot}{rest}" if network == CONDITIONER else f"transformer.{part}"
 
 
 def _lora_tensors(name: str, layer: LoraLayer, path: str, dtype: torch.dtype) -> dict[str, Tensor]:

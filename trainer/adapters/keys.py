@@ -13,7 +13,7 @@ key. A path of known words that no model has is read; `warn_of_strange_modules` 
 | PEFT | base_model.model.down_blocks.0.…, of a text encoder base_model.model.text_model.… |
 | OneTrainer (OMI) | unet.input_blocks.1.…, clip_l.text_model.…, clip_g.text_model.… |
 | ComfyUI, ai-toolkit | diffusion_model.input_blocks.1.…, text_encoders.clip_l.transformer.text_model.… |
-| diffusers, for transformers | transformer.transformer_blocks.0.… |
+| diffusers, for transformers | transformer.transformer_blocks.0.…, of Anima's conditioner text_conditioner.blocks.0.… |
 | OneTrainer, for transformers | lora_transformer_transformer_blocks_0_… |
 
 Each with the levels that torch.compile (`_orig_mod`) and data-parallel training (`module`) put in between. An
@@ -81,6 +81,7 @@ _IN_DIFFUSERS = re.compile(
 # Parts of a layer whose rows are the module's outputs, or a factor of their number; and those whose columns its inputs
 _OF_OUTPUTS = ("lora_up.weight", "hada_w1_a", "lokr_w1", "lokr_w1_a", "lokr_w2", "lokr_w2_a", "diff")
 _OF_INPUTS = ("lora_down.weight", "hada_w1_b", "lokr_w1", "lokr_w1_b", "lokr_w2", "lokr_w2_b", "diff")
+_CONDITIONER = f"{anima_names.CONDITIONER_IN_DIFFUSERS}."
 _WRAPPERS = (PEFT_PREFIX, "_orig_mod.", "module.")
 _WRAPPERS_INSIDE = re.compile(r"(^|_)(?:_orig_mod|module)_")
 _EMBEDDING = "bundle_emb."
@@ -179,7 +180,8 @@ def _renaming(keys: Collection[str], shapes: Mapping[str, Sequence[int]]) -> Cal
             continue
         path = dotted(underscored(match[0]))
         is_krea2 = is_krea2 or krea2_names.is_diffusers_name(path)
-        is_anima = is_anima or anima_names.is_diffusers_name(path)
+        is_inside = re.search(r"\d", parts[0][: match.start()])  # of a level of a UNet, which has such blocks, too
+        is_anima = is_anima or (not is_inside and anima_names.is_diffusers_name(path))
         shape = shapes.get(key, ())
         if re.search(r"\d[._]attn[._]to_k$", match[0]) and len(shape) > 1:
             sizes = sides.setdefault(match[0], [1, 1])
@@ -302,6 +304,8 @@ class _Prefixes:
 
     def parse(self, stem: str, part: str, adapter_name: str) -> TensorKey | None:
         """Parse a key; None if its module is not on the list."""
+        if stem.startswith(_CONDITIONER):
+            stem = f"transformer.{anima_names.CONDITIONER}.{stem.removeprefix(_CONDITIONER)}"
         for prefix, component in self.of_names.items():
             if stem.startswith(prefix) and "." not in stem:
                 rest = _WRAPPERS_INSIDE.sub(r"\1", stem.removeprefix(prefix))

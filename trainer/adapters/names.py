@@ -48,7 +48,7 @@ def name_in_family(name: str, family: Family) -> str:
     A name of Stable Diffusion's original code stays, however many residual layers a level of its UNet has.
     """
     stays = family.original_names and name.startswith(_ORIGINAL_UNET_PREFIXES)
-    return name if stays else kohya_name(module_path(name), family)
+    return name if stays or name in family.adapter_marks.shared_names else kohya_name(module_path(name), family)
 
 
 def shown_family(adapter: Adapter) -> Family | None:

@@ -19,6 +19,7 @@ from ..adapters.prefixes import UNET
 from ..core.errors import AdapterError
 from ..core.files import write_folder
 from ..core.tensor_files import read_header
+from ..models.anima_names import CONDITIONER, CONDITIONER_IN_DIFFUSERS
 from ..models.clip_names import names_as_in
 from ..models.families.base import BaseWeights
 from ..models.families.ldm import UNET_PREFIX
@@ -59,7 +60,11 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
         changed_networks = _changed_by_component(base, apply_to_base(base, adapters))
         if UNET in changed_networks:
             layout = base.family.layout
-            changed_networks[layout.folder] = layout.tensors_of_folder(changed_networks.pop(UNET))
+            for name, tensor in layout.tensors_of_folder(changed_networks.pop(UNET)).items():
+                part, _, rest = name.partition(".")
+                is_network = part == CONDITIONER  # of its own, in diffusers
+                network = CONDITIONER_IN_DIFFUSERS if is_network else layout.folder
+                changed_networks.setdefault(network, {})[rest if is_network else name] = tensor
         return _write_folder(source, changed_networks, output)
     tensors = {name: tensor.contiguous() for name, tensor in read_single_file(source).items()}
     base = open_tensors(tensors, source)

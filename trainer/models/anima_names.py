@@ -17,13 +17,15 @@ OUTSIDE = {
     "x_embedder": "patch_embed",
     "t_embedder": "time_embed",
     "blocks": "transformer_blocks",
-    "last_norm": "norm_out",
-    "last_linear": "proj_out",
+    "head_norm": "norm_out",
+    "head_linear": "proj_out",
 }
 """Part of the network → its name in diffusers."""
 
 CONDITIONER = "llm_adapter"
-"""The part of the network that diffusers has as a network of its own, "text_conditioner"."""
+"""The part of the network that diffusers has as a network of its own, `CONDITIONER_IN_DIFFUSERS`."""
+
+CONDITIONER_IN_DIFFUSERS = "text_conditioner"
 
 BLOCKS = {"blocks": "block"}
 """What paths of modules in blocks begin with → a word for people."""
@@ -32,9 +34,9 @@ _FIXED = {
     "x_embedder.proj": "x_embedder.proj.1",
     "t_embedder.t_embedder.linear_1": "t_embedder.1.linear_1",
     "t_embedder.t_embedder.linear_2": "t_embedder.1.linear_2",
-    "last_norm.linear_1": "final_layer.adaln_modulation.1",
-    "last_norm.linear_2": "final_layer.adaln_modulation.2",
-    "last_linear": "final_layer.linear",
+    "head_norm.linear_1": "final_layer.adaln_modulation.1",
+    "head_norm.linear_2": "final_layer.adaln_modulation.2",
+    "head_linear": "final_layer.linear",
 }
 _IN_BLOCK = {
     **{
@@ -70,7 +72,7 @@ _IN_BLOCK_PATHS = {name: path for path, name in _IN_BLOCK.items()}
 _FIXED_TENSOR_PATHS = {name: path for path, name in _FIXED_TENSORS.items()}
 _TENSOR_PATHS_IN_BLOCK = {name: path for path, name in _TENSORS_IN_BLOCK.items()}
 _OWN_IN_DIFFUSERS = re.compile(
-    r"^(?:transformer_blocks\.\d+\.(?:attn[12]\.to_|ff\.net\.|norm[123]\.linear_)|time_embed\.|patch_embed\.|norm_out\.linear_[12]$)"
+    r"^(?:transformer_blocks\.\d+\.(?:attn[12]\.to_|ff\.net\.|norm[123]\.linear_)|time_embed\.t_embedder\.|patch_embed\.|norm_out\.linear_[12]$)"
 )
 _INSIDE = {name: path for path, name in OUTSIDE.items()}
 UNDERSCORED_WORDS = frozenset(

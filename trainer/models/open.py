@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.errors import SettingsError, UnsupportedModelError, WeightsError, suggest
 from ..core.tensor_files import is_quantization_name
 from ..settings.model import PredictionType
-from .anima_names import CONDITIONER
+from .anima_names import CONDITIONER, CONDITIONER_IN_DIFFUSERS
 from .families import FAMILIES, identify, joined_titles, layout_of, layouts, refuse_foreign_class, refuse_foreign_keys
 from .families.base import (
     CHOSEN,
@@ -45,7 +45,6 @@ from .tokenizer import find_language_tokenizer, find_target_tokenizer, find_toke
 
 logger = logging.getLogger("dreambooth_lora")
 
-_CONDITIONER_FOLDER = "text_conditioner"
 _NET_PREFIX = "net."  # of NVIDIA's code
 _BROKEN = "Use a complete, unchanged model; if it was downloaded, download it again and compare its size."
 
@@ -526,10 +525,10 @@ def _from_folder(folder: Path) -> BaseWeights:
     refuse_foreign_class(str(settings.pop("_class_name", layout.network_class)))
     network_config(folder / layout.folder / "config.json", _DENOISER_CONFIGS[layout.network_class])
     denoiser = _read_plain(folder / layout.folder, "diffusion_pytorch_model")
-    if _CONDITIONER_FOLDER in index:
-        own = network_config(folder / _CONDITIONER_FOLDER / "config.json", _CONDITIONER_CONFIG)
+    if CONDITIONER_IN_DIFFUSERS in index:
+        own = network_config(folder / CONDITIONER_IN_DIFFUSERS / "config.json", _CONDITIONER_CONFIG)
         settings["conditioner"] = {name: value for name, value in own.items() if name != "_class_name"}
-        conditioner = _read_plain(folder / _CONDITIONER_FOLDER, "diffusion_pytorch_model")
+        conditioner = _read_plain(folder / CONDITIONER_IN_DIFFUSERS, "diffusion_pytorch_model")
         denoiser |= {f"{CONDITIONER}.{name}": tensor for name, tensor in conditioner.items()}
     family = identify(settings)
     scheduler = network_config(folder / "scheduler" / "scheduler_config.json", _SCHEDULER_CONFIG)

@@ -180,6 +180,7 @@ class Anima:
         ),
         architecture="anima",
         base_version="anima",
+        shared_names=("lora_unet_final_layer_linear",),
     )
     original_names = True
     transformer_depths: Sequence[int] = (28,)

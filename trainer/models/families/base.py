@@ -144,12 +144,14 @@ class AdapterMarks:
         module_names: Regular expression that is found in names of modules which no other family has; "" without any.
         architecture: What `modelspec.architecture` contains, whatever the version.
         base_version: What `ss_base_model_version` contains, whatever the version.
+        shared_names: Names of modules in its files that another family's modules have, too.
     """
 
     context_width: int
     module_names: str
     architecture: str
     base_version: str
+    shared_names: Collection[str] = ()
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ class Krea2:
     text_targets: Mapping[str, str] = {}
     adapter_marks = AdapterMarks(
         context_width=0,
-        module_names=r"^lora_unet_(txtfusion|txtmlp|tmlp|tproj)_|^lora_unet_blocks_\d+_(attn_(w[qkvo]|gate|to_)|ff_|mlp_(gate|up|down))",
+        module_names=r"^lora_unet_(txtfusion|txtmlp|tmlp|tproj)_|^lora_unet_blocks_\d+_(attn_(w[qkvo]|gate|to_)|(ff|mlp)_(gate|up|down))",
         architecture="Krea-2",
         base_version="krea2",
     )
