@@ -20,8 +20,8 @@ from ..core.errors import AdapterError, UnsupportedModelError, WeightsError
 from ..core.figures import text_table
 from ..merging.profile import profile_adapter
 from ..models.families import identify, layout_of, refuse_foreign_keys
-from ..models.families.ldm import UNET_PREFIX, UnetLayout, with_prefix
-from ..models.open import open_base
+from ..models.families.ldm import UnetLayout
+from ..models.open import denoiser_tensors, open_base
 from ..models.state_dicts import read_single_file
 
 _MODULE_TYPE = re.compile(
@@ -98,7 +98,7 @@ def _describe_base(path: Path) -> dict[str, Any]:
         return {"file": str(path), "kind": "base model", "family": base.family.title, "fingerprint": base.fingerprint}
     tensors = read_single_file(path)
     refuse_foreign_keys(tensors)
-    denoiser = with_prefix(tensors, UNET_PREFIX) or tensors
+    denoiser = denoiser_tensors(tensors)
     layout = layout_of(denoiser) or UnetLayout()
     return {"file": str(path), "kind": "base model", "family": identify(layout.denoiser_config(denoiser)).title}
 

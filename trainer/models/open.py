@@ -160,7 +160,7 @@ class HostTensors:
         denoiser: Original names without prefix.
         vae: Original names without prefix.
         text_encoders: Short name ("clip_l", "clip_h", "clip_g") → tensors, in Hugging Face's or OpenCLIP's layout.
-        tokenizers: Short name → Hugging Face tokenizer.
+        tokenizers: Short name → Hugging Face tokenizer; `TextEncoderSpec.target_tokenizer` → the other one.
         title: Name for people.
         prediction: What the model predicts according to the host; None: to be detected.
         clip_skip: Layer of the text encoders that the host reads, counted from the end; 0: as usual.
@@ -282,7 +282,7 @@ def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
 
 def _denoiser_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     """The denoiser of a file that holds nothing else, of a family whose text encoder is a language model; else None."""
-    denoiser = _denoiser_tensors(tensors)
+    denoiser = denoiser_tensors(tensors)
     layout = layout_of(denoiser)
     if layout is None or len(denoiser) < len(tensors):
         return None
@@ -290,7 +290,7 @@ def _denoiser_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
     return denoiser if any(spec.is_language_model for spec in family.text_encoders) else None
 
 
-def _denoiser_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def denoiser_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What of a file is the denoiser, by the prefixes of original files; all of it where there are none."""
     return with_prefix(tensors, UNET_PREFIX) or with_prefix(tensors, _NET_PREFIX) or dict(tensors)
 
@@ -363,7 +363,12 @@ def _from_file(tensors: Mapping[str, Tensor], path: Path, tokenizer: Path | None
         found = find_language_tokenizer(path, path, tokenizer)
     else:
         found = find_tokenizer(path, tokenizer)
-    return replace(networks, tokenizers=dict.fromkeys(networks.text_encoders, found))
+    others = networks.tokenizers.keys() - networks.text_encoders.keys()
+    return replace(
+        networks,
+        tokenizers=dict.fromkeys(networks.text_encoders, found)
+        | {name: find_target_tokenizer(name, path, path, tokenizer) for name in others},
+    )
 
 
 def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
@@ -405,10 +410,15 @@ def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
         denoiser=denoiser,
         vae=with_prefix(tensors, VAE_PREFIX) or with_prefix(tensors, "vae."),
         text_encoders=text_encoders,
-        tokenizers=dict.fromkeys(text_encoders),
+        tokenizers=dict.fromkeys(name for spec in family.text_encoders for name in _tokenizer_names(spec)),
         title=path.stem,
         prediction=_declared_prediction(tensors),
     )
+
+
+def _tokenizer_names(spec: TextEncoderSpec) -> list[str]:
+    """What a host's tokenizers of a text encoder are called: its own, and that of what is read beside it."""
+    return [name for name in (spec.short_name, spec.target_tokenizer) if name]
 
 
 def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:
@@ -450,7 +460,7 @@ def _from_original(source: HostTensors) -> BaseWeights:
         text_encoders=[
             layout.text_encoder(source.text_encoders.get(spec.short_name, {}), spec) for spec in own_encoders
         ],
-        tokenizers=[source.tokenizers[spec.short_name] for spec in own_encoders],
+        tokenizers=[source.tokenizers[name] for spec in own_encoders for name in _tokenizer_names(spec)],
         scheduler={},
         prediction=source.prediction or family.detect(denoiser),
         clip_skip=source.clip_skip,

@@ -38,8 +38,8 @@ class BaseModelSettings(Settings):
     )
     text_encoder: TidyPath | None = setting(
         None,
-        "Text encoder of a base model whose file holds the transformer alone, such as FLUX.2 klein, Z-Image (Qwen 3) "
-        "or Krea 2 (Qwen 3 VL): a file, or a folder of transformers. Such a model also needs vae.",
+        "Text encoder of a base model whose file holds the transformer alone, such as FLUX.2 klein, Z-Image, Anima "
+        "(Qwen 3) or Krea 2 (Qwen 3 VL): a file, or a folder of transformers. Such a model also needs vae.",
         group="Base model",
         advanced=True,
         path=True,
