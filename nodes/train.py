@@ -39,11 +39,12 @@ _ON_THE_NODE = (
 _WIRED = ("start_from",)
 _PREVIEW = "preview_every"
 _PRESET = "preset"
+_NEWEST = ("timestep_sampling", "timestep_shift")
 _NEWER = (  # last: saved workflows hold the values of widgets by their place
     *(name for name in PreviewSettings.model_fields if name != _PREVIEW),
     "keep_adapters",
     *DataSettings.model_fields,
-    *ObjectiveSettings.model_fields,
+    *(name for name in ObjectiveSettings.model_fields if name not in _NEWEST),
     "log_with",
     *OptimizerSettings.model_fields,
     "fit",
@@ -59,6 +60,7 @@ _NEWER = (  # last: saved workflows hold the values of widgets by their place
     "token_until",
     "token_start",
     *PreservationSettings.model_fields,
+    *_NEWEST,
 )
 _ELSEWHERE = {*_ON_THE_NODE, *_WIRED, *_NEWER, _PREVIEW, _PRESET}
 _FURTHER = (*(name for name in TrainSettings.model_fields if name not in _ELSEWHERE), *_NEWER)

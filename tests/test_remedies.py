@@ -379,6 +379,7 @@ LOKR = Adapter({TO_Q: make_layer(TO_Q, {"lokr_w1": torch.ones(2, 2), "lokr_w2": 
 OFT = Adapter({TO_Q: make_layer(TO_Q, {"oft_blocks": torch.ones(8, 4, 4)}, None)})
 
 model("rescaled schedule of an epsilon model", {"zero_terminal_snr": True})
+model("a shift of flow matching", {"timestep_shift": 2.0})
 for _how, _adapter in {"LoHa": LOHA, "bias": LORA_WITH_BIAS}.items():
     model(f"combined with a {_how}", {"combine": True, "stacked": [_adapter]})
 model("dropout from a LoHa", {"start": LOHA, "dropout": 0.1}, check=targets)

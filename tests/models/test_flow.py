@@ -131,6 +131,33 @@ def test_training_shift_is_that_of_the_references() -> None:
         assert packed.timestep_at(0.5, PLAIN, (16, pixels // 8, pixels // 8)) == pytest.approx(middle)
 
 
+@pytest.mark.parametrize("shift", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("sampling", ["uniform", "logit-normal"])
+def test_noise_levels_are_drawn_as_the_settings_say(sampling: str, shift: float) -> None:
+    """Quantiles beside those of many levels that diffusers draws, shifted as its scheduler does."""
+    from diffusers.training_utils import compute_density_for_timestep_sampling
+
+    settings = ObjectiveSettings(timestep_sampling=sampling, timestep_shift=shift)
+    weighting = "none" if sampling == "uniform" else "logit_normal"
+    generator = torch.Generator().manual_seed(0)
+    drawn = compute_density_for_timestep_sampling(
+        weighting, batch_size=200_000, logit_mean=0.0, logit_std=1.0, generator=generator
+    )
+    theirs = FlowMatchEulerDiscreteScheduler().time_shift(math.log(shift or 2.0), 1.0, drawn)
+    quantiles = torch.tensor([0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99])
+    ours = [flow(math.log(2.0)).timestep_at(float(quantile), settings, (4, 8, 8)) for quantile in quantiles]
+    # 200 000 drawn levels tell a quantile to a few thousandths
+    torch.testing.assert_close(torch.tensor(ours) / 1000, torch.quantile(theirs, quantiles), rtol=0, atol=5e-3)
+
+
+def test_bias_and_range_hold_for_uniform_levels_too() -> None:
+    settings = ObjectiveSettings(
+        timestep_sampling="uniform", timestep_shift=1.0, timestep_bias=1.0, min_timestep=200, max_timestep=600
+    )
+    assert flow().timestep_at(0.25, settings, (4, 8, 8)) == pytest.approx(200 + 400 * 0.5)
+    assert flow().timestep_at(0.0, settings, (4, 8, 8)) == 200
+
+
 def test_shift_is_that_of_diffusers() -> None:
     scheduler = FlowMatchEulerDiscreteScheduler(**KLEIN)
     for mu in (-0.5, 0.0, 0.63, 1.15, 2.02):

@@ -22,6 +22,7 @@ from pack.trainer.data.folder import AnnotationOptions
 from pack.trainer.data.images import load_pictures
 from pack.trainer.merging.merge import WeightedAdapter, merge
 from pack.trainer.models.families import FAMILIES
+from pack.trainer.models.flow import ConstantMu, FlowObjective
 from pack.trainer.models.nf4 import quantize
 from pack.trainer.models.objective import make_objective
 from pack.trainer.models.open import open_base
@@ -151,6 +152,7 @@ def gives(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[str],
         "prior_scheduler": sampled,
         "loss": lambda choice: loss_with(loss=choice),
         "loss_weighting": lambda choice: loss_with(loss_weighting=choice),
+        "timestep_sampling": noise_level,
         "prediction_type": lambda choice: "" if choice == "auto" else sampled_target(choice),
         "optimizer": updated,
         "adapter": lambda choice: "all weights" if choice == "full" else repr(PEFT_METHODS[choice]),
@@ -170,6 +172,11 @@ def sampled_target(prediction_type: str) -> Hashable:
     objective = make_objective(prediction_type)
     latents, noise = random(1, 1, 2, 2), random(1, 1, 2, 2, seed=1)
     return numbers(objective.target(latents, noise, torch.tensor([500])))
+
+
+def noise_level(sampling: str) -> Hashable:
+    objective = FlowObjective(ConstantMu(0.0), ConstantMu(0.0))
+    return objective.timestep_at(0.9, ObjectiveSettings.checked({"timestep_sampling": sampling}), (4, 8, 8))
 
 
 def names_as(layout: str) -> list[str]:

@@ -123,6 +123,8 @@ OTHER: dict[str, Any] = {
     "min_timestep": 10,
     "max_timestep": 900,
     "timestep_bias": 0.5,
+    "timestep_sampling": "uniform",
+    "timestep_shift": 2.5,
     "class_noun": "Hündin",
     "captions": "file-names",
     "masks": "alpha",
@@ -457,6 +459,7 @@ BOUNDS = [
     ("min_timestep", 999, 1000),
     ("max_timestep", 1, 0),
     ("timestep_bias", -4.0, -4.5),
+    ("timestep_shift", 100.0, 101.0),
     ("repeats", 1, 0),
 ]
 

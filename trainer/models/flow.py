@@ -149,13 +149,16 @@ class FlowObjective:
         return (height // self.patch) * (width // self.patch)
 
     def timestep_at(self, fraction: float, settings: ObjectiveSettings, latents_shape: Sequence[int]) -> float:
-        """The timestep at a quantile of the run's distribution: logit-normal, shifted by the tokens of the sample.
+        """The timestep at a quantile of the run's distribution: shifted by the tokens of the sample or by the settings.
 
         The range of the settings counts thousandths of σ; the distribution is scaled into it.
         """
-        biased = max(fraction ** (2.0**-settings.timestep_bias), _SMALLEST)
-        sigma = 1 / (1 + math.exp(-NormalDist().inv_cdf(min(biased, 1 - _SMALLEST))))
-        sigma = shifted(sigma, self.training_mu(self._tokens(latents_shape)))
+        sigma = fraction ** (2.0**-settings.timestep_bias)
+        if settings.timestep_sampling != "uniform":
+            within = min(max(sigma, _SMALLEST), 1 - _SMALLEST)
+            sigma = 1 / (1 + math.exp(-NormalDist().inv_cdf(within)))
+        usual = self.training_mu(self._tokens(latents_shape))
+        sigma = shifted(sigma, math.log(settings.timestep_shift) if settings.timestep_shift else usual)
         return settings.min_timestep + sigma * (settings.max_timestep - settings.min_timestep)
 
     def _sigmas(self, timesteps: Tensor) -> Tensor:

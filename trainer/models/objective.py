@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from typing_extensions import Self
 
-from ..core.errors import WeightsError
+from ..core.errors import SettingsError, WeightsError, suggest
 from ..settings.objective import ObjectiveSettings
 from ..settings.train import SchedulerName
 from .schedulers import MIN_ALPHA, discrete_scheduler
@@ -258,7 +258,17 @@ class DiffusionObjective:
         return self.with_prediction_type(self.prediction_type)
 
     def with_settings(self, settings: ObjectiveSettings) -> DiffusionObjective:
-        """The same prediction type with the schedule, loss and weights that the settings name."""
+        """The same prediction type with the schedule, loss and weights that the settings name.
+
+        Raises:
+            SettingsError: A shift is set, which is for models of flow matching.
+        """
+        if settings.timestep_shift:
+            raise SettingsError(
+                f"{suggest('timestep_shift')} is for models that were trained by flow matching; this one has a "
+                "discrete noise schedule.",
+                f"Set {suggest('timestep_shift', 0.0)}.",
+            )
         schedule = _rescaled(self.alphas_cumprod) if settings.zero_terminal_snr else self.alphas_cumprod
         unweighted = replace(
             self,

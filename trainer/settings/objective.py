@@ -123,6 +123,26 @@ class ObjectiveSettings(Settings):
         advanced=True,
     )
 
+    timestep_sampling: Literal["logit-normal", "uniform"] = setting(
+        "logit-normal",
+        "How noise levels are drawn for models of flow matching; the timesteps of others are uniform. logit-normal: "
+        "those in the middle more often (Esser et al. 2024), as their makers advise. uniform: all alike.",
+        group=_GROUP,
+        advanced=True,
+        neutral=("logit-normal",),
+    )
+    timestep_shift: float = setting(
+        0.0,
+        "By how much noise levels are shifted towards noise for models of flow matching, where shapes are learned; 0: "
+        "as the model is usually trained, for FLUX.2 and Krea 2 more for larger pictures. 1: not at all; 2 to 3 are "
+        "typical.",
+        group=_GROUP,
+        ge=0.0,
+        le=100.0,
+        advanced=True,
+        neutral=(0.0,),
+    )
+
     @model_validator(mode="after")
     def _timesteps_are_left(self) -> Self:
         if self.min_timestep >= self.max_timestep:

@@ -99,6 +99,7 @@ def require_trainable(
             f"Set {suggest('token_vectors', 0)}.",
         )
     model = base.family.build(base)
+    model.objective.with_settings(settings)  # raises if they are for another objective
     if settings.token_vectors:
         TrainedWords(model, settings, words, starting_point.start).require_captioned(model, captions)
     planned_targets(model, settings, starting_point.start)
