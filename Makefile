@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
 BENCH ?= bench
+FAMILY ?= sd1
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-all coverage fuzz mutants lint bench clean
@@ -11,7 +12,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 test test-all: export PYTHONDONTWRITEBYTECODE =
 
 demo: $(READY)
-	$(RUN) -m trainer demo --output-dir demo/output
+	$(RUN) -m trainer demo --output-dir demo/output --family $(FAMILY)
 
 test: $(READY)
 	$(RUN) -m pytest -n 2 --dist worksteal -m "not slow and not comfy and not webui and not browser and not gpu" $(ARGS)

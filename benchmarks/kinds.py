@@ -1,6 +1,7 @@
 """Compares kinds of adapters on the demo world at equal numbers of parameters, and shows two-stage training.
 
     python benchmarks/kinds.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
+    python benchmarks/kinds.py --family flux2 [--part kinds]    # on the world's FLUX.2 klein
     python benchmarks/kinds.py --smoke --out FOLDER --sheets FOLDER    # only tries it out
 
 Every kind learns the striped dog of demo/subject with the same class pictures, steps and batch; its rank is the
@@ -36,6 +37,7 @@ from world import subject_picture  # noqa: E402
 
 from trainer.adapters.apply import merge_into  # noqa: E402
 from trainer.adapters.kohya import Adapter  # noqa: E402
+from trainer.cli.demo import BASES  # noqa: E402
 from trainer.core.events import SilentListener  # noqa: E402
 from trainer.core.figures import SheetRow, contact_sheet  # noqa: E402
 from trainer.core.garbage import own_process  # noqa: E402
@@ -98,6 +100,9 @@ class Effort:
         return settings.model_copy(update={"steps": steps, "checkpoint_every": every})
 
 
+WITH_TEXT_ENCODER = "LoRA + text"
+"""The kind that there is not where a language model encodes prompts."""
+
 FULL = Effort(training_steps=1_000_000, sampling_steps=25, class_pictures=1_000, tiny=False)
 SMOKE = Effort(training_steps=2, sampling_steps=1, class_pictures=2, tiny=True)
 
@@ -146,13 +151,14 @@ class Scores:
 class Bench:
     """The base, its pictures before training, the truth, and the class pictures."""
 
-    def __init__(self, folder: Path, effort: Effort = FULL) -> None:
+    def __init__(self, folder: Path, effort: Effort = FULL, family: str = "sd1") -> None:
         self.folder = folder
         self.effort = effort
         self.scorer = Scorer()
-        self.base = (
-            open_base(tiny_base(folder), DEMO / "base" / "tokenizer") if effort.tiny else open_base(DEMO / "base")
-        )
+        if effort.tiny and family == "sd1":
+            self.base = open_base(tiny_base(folder), DEMO / "base" / "tokenizer")
+        else:
+            self.base = open_base(DEMO / BASES[family][0])
         self.subject = load_pictures(DEMO / "subject", "a photo of sks dog", SilentListener())
         self.priors = self.class_pictures("a photo of a dog", 32)
         rng = random.Random(0)
@@ -373,12 +379,12 @@ def report_kinds(bench: Bench, arguments: argparse.Namespace) -> None:
     table, rows = compare_kinds(bench, arguments.seeds, print)
     text = as_markdown(table, ends, arguments.seeds)
     print(text)
-    (arguments.out / "kinds.json").write_text(json.dumps({"ends": ends, "table": table}, indent=1) + "\n")
-    (arguments.out / "kinds.md").write_text(text, encoding="utf-8")
+    (arguments.out / f"{arguments.stem}.json").write_text(json.dumps({"ends": ends, "table": table}, indent=1) + "\n")
+    (arguments.out / f"{arguments.stem}.md").write_text(text, encoding="utf-8")
     places = [place.split()[-1] for place in PLACES]
     titles = [place for place in places for _ in range(2)] + [f"dog, {place}" for place in places]
     caption = "a photo of sks dog …, where it never was; then a photo of a dog …   (first seed)"
-    contact_sheet(caption, titles, rows, 80).save(arguments.sheets / "kinds.png")
+    contact_sheet(caption, titles, rows, 80).save(arguments.sheets / f"{arguments.stem}.png")
 
 
 def report_two_stages(bench: Bench, arguments: argparse.Namespace) -> None:
@@ -396,13 +402,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     add_arguments(parser)
     parser.add_argument("--only", nargs="*", help="kinds to run")
+    parser.add_argument("--family", choices=BASES, default="sd1", help="of the demo's base")
     parser.add_argument("--part", choices=("both", "kinds", "two-stage"), default="both")
     arguments = parser.parse_args()
+    arguments.stem = "kinds" if arguments.family == "sd1" else f"kinds-{arguments.family}"
+    if arguments.family != "sd1":
+        del KINDS[WITH_TEXT_ENCODER]
+        arguments.part = "kinds"  # two stages are shown on Stable Diffusion
     for name in [name for name in KINDS if arguments.only and name not in arguments.only]:
         del KINDS[name]
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        bench = Bench(Path(scratch), arguments.effort)
+        bench = Bench(Path(scratch), arguments.effort, arguments.family)
         if arguments.part != "two-stage":
             report_kinds(bench, arguments)
         if arguments.part != "kinds":

@@ -18,6 +18,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from anima_checkpoints import anima_files
 from checkpoints import sd15_checkpoint
 from flux2_checkpoints import flux2_weights, write_tokenizer
 from helpers import TINY, Recorder, remembered
@@ -551,6 +552,28 @@ def opened_klein(bench: Bench, values: Values) -> None:
     open_base(klein(bench), **given)
 
 
+def trainable_anima(bench: Bench, values: Values) -> None:
+    """With an adapter of a layer that reads prompts, to start from or, as it is advised, as a part of the base."""
+    files = anima_files(bench.folder / "anima")
+    base = open_base(files.transformer, vae=files.vae, text_encoder=files.text_encoder)
+    stem = "lora_unet_llm_adapter_blocks_0_mlp_2"
+    adapter = Adapter({stem: LoraLayer(torch.ones(2, 128), torch.ones(32, 2), 2.0)})
+    given: Values = {**values, "base": base}
+    if given.pop("base_lora", None):
+        given["stacked"] = [adapter]
+    if given.get("start"):
+        given["start"] = adapter
+    trainable(bench, given)
+
+
+if hasattr(diffusers, "AnimaTextConditioner"):
+    model(
+        "layers that read prompts",
+        {"targets": "none", "include": "llm_adapter.*", "rank": 2},
+        {"include": "blocks.*attn1.*"},
+        check=trainable_anima,
+    )
+    model("an adapter of what reads prompts", {"start": True}, {"start": None, "base_lora": "x"}, check=trainable_anima)
 if hasattr(diffusers, "Flux2KleinPipeline"):
     model("a language model that would be trained", {"text_encoder_lr": 1e-5}, check=trainable_klein)
     model("a side of no whole tokens", {"resolution": 72}, check=trainable_klein)

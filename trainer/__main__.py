@@ -153,6 +153,8 @@ def _dreambench(settings: DreamBenchCommand, terminal: Terminal) -> None:
         print(path)
 
 
+_DEMO_FAMILIES = ("sd1", "flux2")
+
 COMMANDS = (
     Command("train", TrainCommand, _train, "Train a LoRA on pictures of a subject.", continues=True),
     Command(
@@ -226,7 +228,7 @@ def _demo(arguments: argparse.Namespace) -> None:
     from .cli.demo import run_demo
 
     with Terminal() as terminal:
-        paths = run_demo(arguments.output_dir, terminal)
+        paths = run_demo(arguments.output_dir, terminal, arguments.family)
     for path in paths:
         print(path)
 
@@ -271,6 +273,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--output-dir", type=Path, default=Path("demo/output"), metavar="PATH", help="[default: demo/output]"
     )
+    demo.add_argument("--family", choices=_DEMO_FAMILIES, default="sd1", help="of the small base model [default: sd1]")
     return parser
 
 

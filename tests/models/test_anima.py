@@ -311,6 +311,22 @@ def test_what_is_not_trained_is_refused_before_the_run(folder: Path, tmp_path: P
         require_trainable(open_base(folder), settings, paths_in(tmp_path), StartingPoint())
 
 
+def test_what_reads_prompts_is_not_trained(folder: Path, tmp_path: Path) -> None:
+    """Prompts are encoded before the first step: asked for by a pattern, or by an adapter to start from."""
+    base = open_base(folder)
+    stem = "diffusion_model.llm_adapter.blocks.0.mlp.2"
+    down, up = lora(32, 128, 0)
+    start = parse_adapter({f"{stem}{PEFT[0]}": down, f"{stem}{PEFT[1]}": up})
+    asked = TrainSettings(targets="none", include="llm_adapter.*", rank=2)
+    for settings, given, remedy in ((asked, None, "include"), (TrainSettings(), start, "base_lora")):
+        with pytest.raises(SettingsError, match="reads prompts") as caught:
+            require_trainable(base, settings, paths_in(tmp_path), StartingPoint(given))
+        assert remedy in caught.value.remedy
+    require_trainable(base, TrainSettings(targets="all"), paths_in(tmp_path), StartingPoint())
+    stacked = apply_to_base(base, [(start, 1.0)])
+    require_trainable(stacked, TrainSettings(), paths_in(tmp_path), StartingPoint(stacked=[(start, 1.0)]))
+
+
 @pytest.mark.parametrize("title", ["anima_turbo_bf16", "Anima-Lightning-8steps"])
 def test_a_distilled_anima_is_not_trained(folder: Path, tmp_path: Path, title: str) -> None:
     base = replace(open_base(folder), title=title, is_distilled=None)

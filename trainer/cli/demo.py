@@ -17,23 +17,31 @@ from ..settings.train import TrainCommand
 from .train import run_train
 
 _DEMO = Path(__file__).resolve().parents[2] / "demo"
+BASES = {"sd1": ("base", "demo.toml"), "flux2": ("flux2", "demo-flux2.toml")}
+"""Family → folder of the small base model, and file of the settings."""
 _SCENES = ("in the snow", "on the beach", "in the water", "on the grass")  # training pictures show only the last one
 _SEEDS = (7, 8)
 
 
-def run_demo(output_dir: Path, listener: Listener) -> list[Path]:
+def run_demo(output_dir: Path, listener: Listener, family: str = "sd1") -> list[Path]:
     """Generate class pictures, train the subject, generate before | after | prior; returns adapter and contact sheet.
+
+    Args:
+        output_dir: Folder of all that is made.
+        listener: Gets every event.
+        family: Of the small base model: a key of `BASES`.
 
     Raises:
         StorageError: The demo's data are not there.
     """
-    if not (_DEMO / "demo.toml").is_file():
+    base_folder, settings_file = BASES[family]
+    if not (_DEMO / settings_file).is_file():
         raise StorageError(
             f"{_DEMO} holds no demo data.", "Clone the whole repository; the Manager's package leaves the demo out."
         )
-    values = read_toml(_DEMO / "demo.toml")
+    values = read_toml(_DEMO / settings_file)
     settings = TrainCommand.checked(
-        values | {"base": _DEMO / "base", "images": _DEMO / "subject", "output_dir": output_dir}
+        values | {"base": _DEMO / base_folder, "images": _DEMO / "subject", "output_dir": output_dir}
     )
     result = run_train(settings, listener)
     device = pick_device(settings.device)

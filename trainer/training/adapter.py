@@ -319,6 +319,15 @@ def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapt
         AdapterError: `start` does not fit the model.
     """
     targets = _targets_of(model, settings, start)
+    early = model.family.prompt_modules
+    reading = [target.path for target in targets if early and target.component == UNET and re.match(early, target.path)]
+    if reading:
+        raise SettingsError(
+            f"{reading[0]} reads prompts, which it has done before the first step, so it can't be trained.",
+            f"Give the adapter as {suggest('base_lora')}, on top of which is trained."
+            if start
+            else f"Leave such layers out of {suggest('include')}.",
+        )
     largest_rank = max(target.rank for target in targets if target.component == UNET)
     if settings.rank_schedule == "timestep" and settings.min_rank > largest_rank:
         raise SettingsError(

@@ -186,6 +186,7 @@ class Anima:
     transformer_depths: Sequence[int] = (28,)
     kohya_v2 = False
     trains_fully = False
+    prompt_modules = r"llm_adapter\."
     text_encoders: Sequence[TextEncoderSpec] = (
         TextEncoderSpec(
             name="text_encoder",

@@ -375,6 +375,8 @@ class Family(Protocol):
             largest number of its blocks of each kind.
         kohya_v2: Value of `ss_v2`.
         trains_fully: Whether all weights can be trained and written as a checkpoint.
+        prompt_modules: Regular expression of the beginnings of paths of the denoiser's modules that do their work when
+            prompts are encoded, before the first step, so that they can't be trained; "": none does.
     """
 
     @property
@@ -405,6 +407,8 @@ class Family(Protocol):
     def kohya_v2(self) -> bool: ...  # noqa: D102
     @property
     def trains_fully(self) -> bool: ...  # noqa: D102
+    @property
+    def prompt_modules(self) -> str: ...  # noqa: D102
 
     def architecture(self, prediction: Prediction) -> str:
         """Value of `modelspec.architecture` without the `/lora`."""

@@ -113,6 +113,7 @@ class Flux2Klein:
     transformer_depths: Sequence[int] = (8, 24)
     kohya_v2 = False
     trains_fully = False
+    prompt_modules = ""
     text_encoders: Sequence[TextEncoderSpec] = (
         TextEncoderSpec(
             name="text_encoder",

@@ -127,6 +127,7 @@ class Krea2:
     transformer_depths: Sequence[int] = (28,)
     kohya_v2 = False
     trains_fully = False
+    prompt_modules = ""
     text_encoders: Sequence[TextEncoderSpec] = (
         TextEncoderSpec(
             name="text_encoder",

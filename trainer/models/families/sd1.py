@@ -34,6 +34,7 @@ class StableDiffusion1:
     transformer_depths: Sequence[int] = (1, 1, 1, 0)
     kohya_v2 = False
     trains_fully = True
+    prompt_modules = ""
     text_encoders: Sequence[TextEncoderSpec] = (
         TextEncoderSpec(
             name="text_encoder",

@@ -38,6 +38,7 @@ class StableDiffusion2:
     transformer_depths: Sequence[int] = (1, 1, 1, 0)
     kohya_v2 = True
     trains_fully = False
+    prompt_modules = ""
     text_encoders: Sequence[TextEncoderSpec] = (
         TextEncoderSpec(
             name="text_encoder",

@@ -45,6 +45,7 @@ class StableDiffusionXL:
     transformer_depths: Sequence[int] = (0, 2, 10)
     kohya_v2 = False
     trains_fully = False
+    prompt_modules = ""
     text_encoders: Sequence[TextEncoderSpec] = (
         TextEncoderSpec(
             name="text_encoder",

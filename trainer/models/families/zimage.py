@@ -106,6 +106,7 @@ class ZImage:
     transformer_depths: Sequence[int] = (30, 2)
     kohya_v2 = False
     trains_fully = False
+    prompt_modules = ""
     text_encoders: Sequence[TextEncoderSpec] = (
         TextEncoderSpec(
             name="text_encoder",
