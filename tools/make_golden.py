@@ -2,11 +2,11 @@
 
     python tools/make_golden.py PATH-OF-A-KOHYA-CHECKOUT PATH-OF-A-MUSUBI-CHECKOUT
 
-The first checkout is a clone of https://github.com/kohya-ss/sd-scripts, the second, for FLUX.2 klein 4B, Z-Image and
-Krea 2, of https://github.com/kohya-ss/musubi-tuner, by the same author. Its `networks/lora.py` builds LoRAs of rank
-4, and of rank 2 for 3×3 convolutions where these are asked for, around its own UNets (`library/original_unet.py`,
-`library/sdxl_original_unet.py`) and transformers' text encoders, all on the meta device, so nothing is downloaded and
-no weights are needed. Stub modules stand in for what the files import but do not use here.
+The first checkout is a clone of https://github.com/kohya-ss/sd-scripts, also for Anima, the second, for FLUX.2 klein
+4B, Z-Image and Krea 2, of https://github.com/kohya-ss/musubi-tuner, by the same author. `networks/lora.py` of the first
+builds LoRAs of rank 4, and of rank 2 for 3×3 convolutions where these are asked for, around its own UNets
+(`library/original_unet.py`, `library/sdxl_original_unet.py`) and transformers' text encoders, all on the meta device, so
+nothing is downloaded and no weights are needed. Stub modules stand in for what the files import but do not use here.
 
 A file holds names and shapes alone: {kohya name: [shape of lora_down, shape of lora_up]}.
 """
@@ -134,6 +134,33 @@ def krea2_layers(checkout: Path) -> Layers:
     return denoiser_layers(network)
 
 
+def anima_layers() -> Layers:
+    """Names and shapes of all modules of Anima that kohya adapts, those of its conditioner included."""
+    stub("einops", rearrange=None, repeat=None)
+    stub("einops.layers")
+    stub("einops.layers.torch", Rearrange=lambda *_, **__: nn.Identity())
+    from library.anima_models import Anima
+    from networks.lora_anima import create_network
+
+    published = {  # as `load_anima_model` of library/anima_utils.py has it
+        **dict.fromkeys(("max_img_h", "max_img_w"), 512),
+        "max_frames": 128,
+        **dict.fromkeys(("in_channels", "out_channels"), 16),
+        "patch_spatial": 2,
+        "patch_temporal": 1,
+        "model_channels": 2048,
+        "crossattn_emb_channels": 1024,
+        "pos_emb_cls": "rope3d",
+        "use_adaln_lora": True,
+        "num_blocks": 28,
+        "num_heads": 16,
+        "use_llm_adapter": True,
+    }
+    with torch.device("meta"):
+        network = create_network(1.0, RANK, RANK, None, [], Anima(**published), train_llm_adapter="true")
+    return denoiser_layers(network)
+
+
 def denoiser_layers(network: Any) -> Layers:
     """Names and shapes of the layers of a network's denoiser."""
     return {
@@ -157,6 +184,7 @@ def main() -> None:
     for family, build in (("sd15", sd1), ("sd2", sd2), ("sdxl", sdxl)):
         write(f"kohya_{family}_keys", kohya_layers(build))
         write(f"kohya_{family}_conv_keys", kohya_layers(build, conv_dim=CONV_RANK, conv_alpha=CONV_RANK))
+    write("kohya_anima_keys", anima_layers())
     musubi = Path(sys.argv[2]).expanduser().resolve()
     write("musubi_flux2_keys", klein_layers(musubi))
     write("musubi_zimage_keys", zimage_layers(musubi))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ pytest.importorskip("diffusers", minversion="0.39")
 
 from anima_checkpoints import ANIMA, OUTSIDE, anima_folder, anima_on_meta, anima_weights
 from diffusers import AnimaModularPipeline
+from helpers import ROOT
 from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.diffusers_format import write_diffusers
 from pack.trainer.adapters.kohya import parse_adapter, read_adapter, write_adapter
@@ -78,20 +80,20 @@ def test_every_layer_has_the_name_of_the_published_files(model: DiffusionModel, 
 
 
 def test_the_modules_of_the_published_model_are_those_that_kohya_trains() -> None:
-    """By sd-scripts' rules: Linears in blocks but for modulation; if asked for, also those of the conditioner."""
+    """Names and shapes, from kohya's own program: the target attention-mlp, and all blocks of what reads prompts."""
     config = FAMILY.complete(FAMILY.layout.denoiser_config(anima_on_meta(ANIMA).denoiser))
     with torch.device("meta"):
         network = make_transformer(**config)
     modules = {path: module for path, module in network.named_modules() if isinstance(module, nn.Linear)}
     names = FAMILY.layout.original_names(modules, config)
     assert len(names) == len(modules)
-    excluded = re.compile(r".*(_modulation|_norm|_embedder|final_layer).*")
-    trained = {name for name in names.values() if name.startswith("blocks.") and not excluded.fullmatch(name)}
-    chosen = {names[path] for path in modules if re.fullmatch(FAMILY.targets["attention-mlp"], path)}
-    assert chosen == trained
-    assert len(chosen) == 28 * 10
-    of_conditioner = [name for name in names.values() if name.startswith("llm_adapter.blocks.")]
-    assert len(of_conditioner) == 6 * 10
+    pattern = rf"{FAMILY.targets['attention-mlp']}|llm_adapter\.blocks\..*"
+    found = {
+        f"lora_unet_{names[path].replace('.', '_')}": [[4, module.in_features], [module.out_features, 4]]
+        for path, module in modules.items()
+        if re.fullmatch(pattern, path)
+    }
+    assert found == json.loads((ROOT / "tests" / "golden" / "kohya_anima_keys.json").read_text(encoding="utf-8"))
 
 
 # stem of a module's keys by its path; whether that is the path in diffusers or in the published files
