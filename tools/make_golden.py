@@ -5,8 +5,8 @@
 The first checkout is a clone of https://github.com/kohya-ss/sd-scripts, also for Anima, the second, for FLUX.2 klein
 4B, Z-Image and Krea 2, of https://github.com/kohya-ss/musubi-tuner, by the same author. `networks/lora.py` of the first
 builds LoRAs of rank 4, and of rank 2 for 3×3 convolutions where these are asked for, around its own UNets
-(`library/original_unet.py`, `library/sdxl_original_unet.py`) and transformers' text encoders, all on the meta device, so
-nothing is downloaded and no weights are needed. Stub modules stand in for what the files import but do not use here.
+(`library/original_unet.py`, `library/sdxl_original_unet.py`) and transformers' text encoders, all on the meta device,
+so nothing is downloaded and no weights are needed. Stub modules stand in for what the files import but do not use here.
 
 A file holds names and shapes alone: {kohya name: [shape of lora_down, shape of lora_up]}.
 """
