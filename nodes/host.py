@@ -274,7 +274,7 @@ def _clip_prompts(clip: Any, family: Any, width: int) -> ClipPrompts:
     remedy = f"Connect the CLIP of this model; in Load CLIP, choose its file and the type {_CLIP_TYPES[family.name]}."
     modules = vars(clip.cond_stage_model)["_modules"]
     names = [name for name in modules if name.partition("_")[0] == language_model.short_name]
-    if not names:
+    if len(names) != 1:
         found = ", ".join(name for name in modules if hasattr(modules[name], "transformer")) or "nothing"
         raise WeightsError(f"The CLIP is not the model's: it has {found} and not {language_model.short_name}.", remedy)
     [name] = names

@@ -61,6 +61,10 @@ class ClipPrompts:
                     for prompt in new:
                         encoded = self._clip.encode_from_tokens(self._clip.tokenize(prompt), return_dict=True)
                         self._require_width(encoded["cond"].shape[-1])
+                        if self._spec.target_tokenizer and _READ["targets"] not in encoded:
+                            raise WeightsError(
+                                "The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self._remedy
+                            )
                         self._known[prompt] = {
                             name: encoded[key][..., : self._spec.max_tokens, :].float().cpu()
                             if name == "text"

@@ -21,7 +21,7 @@ from pack.trainer.adapters.apply import merge_into
 from pack.trainer.adapters.diffusers_format import write_diffusers
 from pack.trainer.adapters.kohya import parse_adapter, read_adapter, write_adapter
 from pack.trainer.adapters.module_paths import ModulePath, module_path
-from pack.trainer.adapters.names import adapter_names, family_of, modules_by_name
+from pack.trainer.adapters.names import adapter_names, family_of, modules_by_name, with_kohya_names
 from pack.trainer.core.errors import AdapterError
 from pack.trainer.models.families.anima import FAMILY
 from pack.trainer.models.families.anima_network import make_transformer
@@ -132,22 +132,43 @@ def test_the_names_of_every_program_are_read(form: str, base: BaseWeights, origi
 
 
 @pytest.mark.parametrize(
-    "stem",
+    ("stem", "shape"),
     [
-        "diffusion_model.blocks.0.self_attn.q_proj",
-        "transformer.transformer_blocks.0.attn2.to_k",
-        "lora_unet_blocks_3_mlp_layer1",
-        "text_conditioner.blocks.0.cross_attn.o_proj",
+        ("diffusion_model.blocks.0.self_attn.q_proj", (2048, 2048)),
+        ("transformer.transformer_blocks.0.attn2.to_k", (2048, 1024)),  # as wide as Stable Diffusion 2's prompts
+        ("lora_transformer_transformer_blocks_0_attn2_to_v", (2048, 1024)),
+        ("lora_unet_blocks_3_mlp_layer1", (8192, 2048)),
+        ("text_conditioner.blocks.0.cross_attn.o_proj", (1024, 1024)),
     ],
 )
-def test_one_layer_tells_the_family(stem: str) -> None:
-    down, up = lora(256, 256, 0)
+def test_one_layer_of_the_published_size_tells_the_family(stem: str, shape: tuple[int, int]) -> None:
+    down, up = lora(*shape, 0)
     part = KOHYA if stem.startswith("lora_") else PEFT
-    assert family_of(parse_adapter({f"{stem}{part[0]}": down, f"{stem}{part[1]}": up})) == "Anima"
+    adapter = parse_adapter({f"{stem}{part[0]}": down, f"{stem}{part[1]}": up})
+    assert family_of(adapter) == "Anima"
+    [name] = with_kohya_names([adapter])[0].layers
+    published = FAMILY.layout.original_names([module_path(name).path], {})
+    assert name == f"lora_unet_{underscored('')(next(iter(published.values())))}"
+
+
+def test_norms_are_the_models_too() -> None:
+    """LyCORIS trains them."""
+    stem = "lora_unet_blocks_0_self_attn_q_norm"
+    down, up = lora(256, 256, 0)
+    other = "lora_unet_blocks_0_self_attn_q_proj"
+    tensors = {f"{stem}.w_norm": torch.ones(128), f"{other}{KOHYA[0]}": down, f"{other}{KOHYA[1]}": up}
+    adapter = parse_adapter(tensors)
+    assert [key.rpartition(".")[0] for key in adapter.vectors] == [stem]
+    assert module_path(stem).path == "blocks.0.attn1.norm_q"
 
 
 def test_other_shapes_and_blocks_are_refused() -> None:
-    for stem, shape in (("blocks.0.self_attn.q_proj", (256, 128)), ("blocks.28.self_attn.q_proj", (256, 256))):
+    for stem, shape in (
+        ("blocks.0.self_attn.q_proj", (256, 128)),
+        ("blocks.0.self_attn.q_proj", (192, 192)),
+        ("blocks.0.cross_attn.k_proj", (256, 256)),
+        ("blocks.28.self_attn.q_proj", (256, 256)),
+    ):
         down, up = lora(*shape, 0)
         with pytest.raises(AdapterError):
             parse_adapter({f"diffusion_model.{stem}{PEFT[0]}": down, f"diffusion_model.{stem}{PEFT[1]}": up})

@@ -332,6 +332,19 @@ def test_a_width_tells_families_of_like_names(stem: str, width: int) -> None:
     assert f"made for {WIDTHS[stem, width]}" in caught.value.problem
 
 
+@pytest.mark.parametrize("width", [1152, 2048, 2240])  # of PixArt, LTX-Video and Sana
+def test_transformers_that_attend_to_prompts_of_their_own_width_are_not_animas(width: int) -> None:
+    """diffusers calls their attention as Anima's, whose prompts are half as wide as its tokens."""
+    tensors: dict[str, Tensor] = {}
+    for attention in ("attn1", "attn2"):
+        for part in ("to_q", "to_k", "to_v", "to_out.0"):
+            stem = f"transformer.transformer_blocks.0.{attention}.{part}"
+            tensors |= {f"{stem}.lora_A.weight": torch.ones(2, width), f"{stem}.lora_B.weight": torch.ones(width, 2)}
+    with pytest.raises(AdapterError, match="made for") as caught:
+        parse_adapter(tensors)
+    assert "Anima" not in caught.value.problem
+
+
 KINDS = {
     "IA3": [f"base_model.model.{TO_Q}.ia3_l"],
     "IA3 ": [f"{kohya(TO_Q)}.weight", f"{kohya(TO_Q)}.on_input"],

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import anima_checkpoints
 import pytest
 import torch
 from adapter_maths import adapter_of
@@ -184,6 +185,22 @@ def test_columns_are_scaled_and_text_encoders_summed(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.skipif(not anima_checkpoints.can_be_made(), reason="needs diffusers 0.39")
+def test_layers_that_read_prompts_are_summed_as_text_encoders_are(tmp_path: Path) -> None:
+    """Anima's conditioner is a part of the transformer, but has done its work before anything is learned."""
+    base = open_base(anima_checkpoints.anima_folder(tmp_path / "anima"))
+    pattern = r"lora_unet_(llm_adapter_blocks_0_mlp_2|blocks_0_self_attn_q_proj)$"
+    adapters = [random_adapter(base, pattern=pattern, seed=seed, rank=2) for seed in (1, 2)]
+    pair = (WeightedAdapter(adapters[0], "subject", 0.8), WeightedAdapter(adapters[1], "style", 1.2))
+    result = learned(base, pair, learning_rate=0.5, steps=2)
+    found, expected = deltas(result.adapter, weights_of(base)), plain_sum(base, pair)
+    assert len(found) == 2
+    apart = {name: float((found[name] - expected[name]).norm() / expected[name].norm()) for name in found}
+    assert apart.pop("lora_unet_llm_adapter_blocks_0_mlp_2") < 1e-5
+    assert all(share > 1e-2 for share in apart.values())
+
+
 def test_the_same_seed_gives_the_same(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:
     torch.manual_seed(1)
     first = learned(base, pair, steps=1).adapter.state_dict()

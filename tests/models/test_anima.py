@@ -434,6 +434,56 @@ def test_a_transformer_in_eight_bits_is_read(files: AnimaFiles, folder: Path, tm
     assert torch.nn.functional.cosine_similarity(found.flatten(), plain.flatten(), dim=0) > 0.95
 
 
+@torch.no_grad()
+def test_a_file_that_is_wholly_in_eight_bits_reads_prompts(files: AnimaFiles, folder: Path, tmp_path: Path) -> None:
+    """Norms and embeddings, too, as ComfyUI casts a file; what reads prompts computes in sixteen bits."""
+    file = tmp_path / "anima fp8.safetensors"
+    save_file({name: tensor.to(torch.float8_e4m3fn) for name, tensor in anima_weights().denoiser.items()}, file)
+    base = opened(files, transformer=file)
+    model, whole = (one.family.build(one) for one in (base, open_base(folder)))
+    found, plain = (one.encode_prompts(["a dog"])["text"] for one in (model, whole))
+    assert found.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(found[0, :6].flatten(), plain[0, :6].flatten(), dim=0) > 0.95
+
+
+@torch.no_grad()
+def test_types_may_differ_in_a_file(files: AnimaFiles, tmp_path: Path) -> None:
+    file = tmp_path / "anima mixed.safetensors"
+    weights = anima_weights().denoiser
+    save_file({name: tensor.bfloat16() if tensor.ndim == 2 else tensor for name, tensor in weights.items()}, file)
+    base = opened(files, transformer=file)
+    assert base.family.build(base).encode_prompts(["a dog"])["text"].isfinite().all()
+
+
+def test_what_is_computed_may_stand_in_a_file(files: AnimaFiles, tmp_path: Path) -> None:
+    """Buffers, which kohya's full fine-tunes hold."""
+    file = tmp_path / "anima tuned.safetensors"
+    buffers = {f"pos_embedder.{name}": torch.ones(4) for name in ("seq", "dim_spatial_range", "dim_temporal_range")}
+    save_file({f"net.{name}": tensor for name, tensor in {**anima_weights().denoiser, **buffers}.items()}, file)
+    assert opened(files, transformer=file).fingerprint == opened(files).fingerprint
+
+
+@torch.no_grad()
+def test_in_fp16_what_blocks_add_leaves_its_range_unharmed(folder: Path) -> None:
+    """As in ComfyUI, which adds in float32: the sums reach 1e6 here, and fp16 ends at 65504."""
+    base = open_base(folder)
+    large = {
+        name: 300 * tensor if name.endswith(("attn1.to_out.0.weight", "ff.net.2.weight")) else tensor
+        for name, tensor in base.denoiser.tensors.items()
+    }
+    large = {name: 30 * tensor if ".linear_2." in name and "norm" in name else tensor for name, tensor in large.items()}
+    model = base.family.build(replace(base, denoiser=replace(base.denoiser, tensors=large)))
+    sums: list[float] = []
+    model.denoiser.blocks[-1].register_forward_hook(lambda _module, _inputs, output: sums.append(output.abs().max()))
+    noisy, timesteps, text = normal(1, 16, 4, 4), torch.tensor([500.0]), normal(1, 512, 32, seed=1)
+    exact = model.predict(noisy, timesteps, {"text": text})
+    model.denoiser.half()
+    found = model.predict(noisy.half(), timesteps, {"text": text})
+    assert min(sums) > 65504
+    assert found.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(found.float().flatten(), exact.flatten(), dim=0) > 0.99
+
+
 def test_a_model_of_one_block_more_is_another_one(folder: Path) -> None:
     other = open_base(lent(folder, denoiser=anima_weights(AnimaShape(layers=3)).denoiser))
     assert other.fingerprint != open_base(folder).fingerprint

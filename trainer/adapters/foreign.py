@@ -61,11 +61,8 @@ _FAMILIES = (  # the first that fits counts: names that only one family has stan
     _Marks("OmniGen 2", "(?:double|single)_stream_layers~#"),
     _Marks("Stable Diffusion 3", "joint_blocks~#"),
     _Marks("Qwen-Image", "transformer_blocks~#~(?:img|txt)_(?:mlp|mod)"),
-    _Marks("Anima", "llm_adapter"),
     _Marks("Cosmos", "blocks~block#~blocks"),
-    _Marks(
-        "Cosmos or Anima", "blocks~#~(?:(?:self|cross)_attn~(?:[qkv]|output)_proj|mlp~layer[12]|adaln_modulation_.+)"
-    ),
+    _Marks("Cosmos", "blocks~#~(?:(?:self|cross)_attn~(?:[qkv]|output)_proj|mlp~layer[12]|adaln_modulation_.+)"),
     _Marks("PixArt", "blocks~#~(?:cross_attn~(?:q|kv)_linear|attn~(?:qkv|proj)|mlp~fc[12])"),
     _Marks("Wan", "blocks~#~(?:(?:self|cross)_attn~(?:[qkvo]|[kv]_img)|ffn)|lora_unet__blocks"),
     _Marks("PixArt", "pos_embed~proj|ar_embedder|csize_embedder"),
@@ -122,7 +119,6 @@ _FAMILIES_IN_WORDS = (
     ("PixArt", r"pixart"),
     ("AuraFlow", r"auraflow"),
     ("Cosmos", r"cosmos"),
-    ("Anima", r"\banima\b"),
     ("LTX-Video", r"\bltx"),
     ("HiDream", r"hidream"),
     ("Sana", r"\bsana"),

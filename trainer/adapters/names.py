@@ -20,6 +20,7 @@ from ..models import families
 from ..models.families.base import DiffusionModel, Family
 from ..models.ldm_names import ORIGINAL_BLOCKS
 from ..models.stored_weights import StoredLinear
+from ..models.transformers import is_transformer_module
 from .foreign import foreign_family_in_words
 from .kohya import Adapter
 from .layers import Layer, OftLayer, fits
@@ -54,7 +55,8 @@ def name_in_family(name: str, family: Family) -> str:
 def shown_family(adapter: Adapter) -> Family | None:
     """The family that an adapter's modules show, by their names and widths; None if several have such modules."""
     for name, layer in adapter.layers.items():
-        if re.search(r"attn2_to_[kv]$", name) and len(layer.shape) > 1:
+        is_of_unet = re.search(r"attn2_to_[kv]$", name) and not is_transformer_module(module_path(name).path)
+        if is_of_unet and len(layer.shape) > 1:
             width = layer.shape[1]
             fitting = [family for family in families.FAMILIES if family.adapter_marks.context_width == width]
             if fitting:

@@ -27,6 +27,7 @@ from ..models.state_dicts import read_single_file
 _MODULE_TYPE = re.compile(
     r"(attn[12]_to_(?:q|k|v|out_0)|ff_net_(?:0_proj|2)|proj_in|proj_out|conv\d?|conv_shortcut|time_emb_proj"
     r"|self_attn_(?:q|k|v|out)_proj|mlp_fc[12]|(?:img|txt)_(?:attn_qkv|attn_proj|mlp_[02])|linear[12]"
+    r"|(?:self|cross)_attn_(?:q|k|v|o|output)_proj|mlp_layer[12]|adaln_modulation_(?:self_attn|cross_attn|mlp)_[12]"
     r"|attention_to_(?:q|k|v|out_0)|feed_forward_w[123]|adaLN_modulation_\d)$"
 )
 

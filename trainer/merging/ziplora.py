@@ -13,6 +13,7 @@ sampling).
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -236,13 +237,18 @@ class _ZipLoraTrainer:
         return model
 
     def _text_part(self, weighted: WeightedAdapter) -> WeightedAdapter:
-        """What of an adapter belongs to text encoders; perhaps nothing."""
+        """What of an adapter takes part when prompts are encoded; perhaps nothing."""
         adapter = weighted.adapter
-        layers = {name: layer for name, layer in adapter.layers.items() if component_of(name) != UNET}
-        vectors = {key: vector for key, vector in adapter.vectors.items() if component_of(key) != UNET}
+        layers = {name: layer for name, layer in adapter.layers.items() if self._reads_prompts(name)}
+        vectors = {key: vector for key, vector in adapter.vectors.items() if self._reads_prompts(key)}
         paths = [str(module_path(name)) for name in layers]
         blocks = [block for block in weighted.blocks if any(block.pattern.search(path) for path in paths)]
         return replace(weighted, adapter=Adapter(layers, adapter.metadata, vectors), blocks=blocks)
+
+    def _reads_prompts(self, name: str) -> bool:
+        """Whether a module, by its kohya name or a key that begins with it, does its work when prompts are encoded."""
+        early = self.base.family.prompt_modules
+        return component_of(name) != UNET or bool(early and re.match(early, module_path(name).path))
 
     @torch.no_grad()
     def _encode(self, model: DiffusionModel, prompts: Sequence[str]) -> Conditioning:
@@ -256,7 +262,9 @@ class _ZipLoraTrainer:
         """Replace the UNet's layers that an adapter changes; their names in the file → the new ones."""
         modules = modules_by_name(model)
         paths = {id(module): path for path, module in model.denoiser.named_modules()}
-        names = {name for weighted in self.adapters for name in weighted.adapter.layers if component_of(name) == UNET}
+        names = {
+            name for weighted in self.adapters for name in weighted.adapter.layers if not self._reads_prompts(name)
+        }
         layers = {}
         for name in sorted(names):
             module = modules[name]

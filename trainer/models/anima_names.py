@@ -34,6 +34,7 @@ _FIXED = {
     "x_embedder.proj": "x_embedder.proj.1",
     "t_embedder.t_embedder.linear_1": "t_embedder.1.linear_1",
     "t_embedder.t_embedder.linear_2": "t_embedder.1.linear_2",
+    "t_embedder.norm": "t_embedding_norm",
     "head_norm.linear_1": "final_layer.adaln_modulation.1",
     "head_norm.linear_2": "final_layer.adaln_modulation.2",
     "head_linear": "final_layer.linear",
@@ -44,6 +45,11 @@ _IN_BLOCK = {
         for number, attention in ((1, "self_attn"), (2, "cross_attn"))
         for path, name in (("to_q", "q_proj"), ("to_k", "k_proj"), ("to_v", "v_proj"), ("to_out.0", "output_proj"))
     },
+    **{
+        f"attn{number}.norm_{which}": f"{attention}.{which}_norm"
+        for number, attention in ((1, "self_attn"), (2, "cross_attn"))
+        for which in "qk"
+    },
     "ff.net.0.proj": "mlp.layer1",
     "ff.net.2": "mlp.layer2",
     **{
@@ -51,13 +57,6 @@ _IN_BLOCK = {
         for number, what in ((1, "self_attn"), (2, "cross_attn"), (3, "mlp"))
         for layer in (1, 2)
     },
-}
-# of tensors that no linear layer has: those of norms
-_FIXED_TENSORS = {"t_embedder.norm": "t_embedding_norm"}
-_TENSORS_IN_BLOCK = {
-    f"attn{number}.norm_{which}": f"{attention}.{which}_norm"
-    for number, attention in ((1, "self_attn"), (2, "cross_attn"))
-    for which in "qk"
 }
 _IN_TEXT_BLOCK = (
     *(f"{attention}.{which}_proj" for attention in ("self_attn", "cross_attn") for which in "qkvo"),
@@ -69,8 +68,6 @@ _BLOCK = re.compile(r"^blocks\.(\d{1,2})\.(.+)$")
 _TEXT_BLOCK = re.compile(rf"^{CONDITIONER}\.blocks\.(\d)\.(.+)$")
 _FIXED_PATHS = {name: path for path, name in _FIXED.items()}
 _IN_BLOCK_PATHS = {name: path for path, name in _IN_BLOCK.items()}
-_FIXED_TENSOR_PATHS = {name: path for path, name in _FIXED_TENSORS.items()}
-_TENSOR_PATHS_IN_BLOCK = {name: path for path, name in _TENSORS_IN_BLOCK.items()}
 _OWN_IN_DIFFUSERS = re.compile(
     r"^(?:transformer_blocks\.\d+\.(?:attn[12]\.to_|ff\.net\.|norm[123]\.linear_)|time_embed\.t_embedder\.|patch_embed\.|norm_out\.linear_[12]$)"
 )
@@ -126,12 +123,8 @@ def path_of_tensor(original: str) -> str | None:
     if original.startswith(f"{CONDITIONER}."):
         return original
     module, _, kind = original.rpartition(".")
-    place = _in_block(module)
-    if place is None:
-        path = _FIXED_PATHS.get(module) or _FIXED_TENSOR_PATHS.get(module)
-        return f"{path}.{kind}" if path else None
-    inside = _IN_BLOCK_PATHS.get(place[1]) or _TENSOR_PATHS_IN_BLOCK.get(place[1])
-    return f"{place[0]}.{inside}.{kind}" if inside else None
+    path = network_path(module)
+    return f"{path}.{kind}" if path else None
 
 
 def path_from_diffusers(name: str) -> str:
@@ -168,4 +161,8 @@ def fits(path: str, outputs: int, inputs: int) -> bool:
     if place is None:
         return True
     inside = _IN_BLOCK_PATHS.get(place[1], place[1])
-    return outputs == inputs if inside.startswith("attn1.") or inside.endswith(("to_q", "to_out.0")) else True
+    if not inside.startswith("attn"):
+        return True
+    # what diffusers calls alike in LTX-Video, PixArt and Sana attends to prompts as wide as the picture's tokens
+    is_square = not inside.startswith(("attn2.to_k", "attn2.to_v"))
+    return outputs > 0 and outputs % HEAD == 0 and (outputs == inputs) is is_square

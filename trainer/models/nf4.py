@@ -67,14 +67,14 @@ def _compiling_when_called() -> Iterator[None]:
     """Let `torch.compile` import its compiler not before the function that it returns is called."""
     compile_now = torch.compile
 
-    def compile_when_called(function: Any = None, **options: Any) -> Any:
-        if function is None:
+    def compile_when_called(model: Any = None, **options: Any) -> Any:
+        if model is None:
             return lambda decorated: compile_when_called(decorated, **options)
-        if not inspect.isfunction(function):  # of another thread: a network stays one
-            return compile_now(function, **options)
-        compiled = functools.cache(lambda: compile_now(function, **options))
+        if not inspect.isfunction(model):  # of another thread: a network stays one
+            return compile_now(model, **options)
+        compiled = functools.cache(lambda: compile_now(model, **options))
 
-        @functools.wraps(function)
+        @functools.wraps(model)
         def call(*arguments: Any, **keywords: Any) -> Any:
             return compiled()(*arguments, **keywords)
 

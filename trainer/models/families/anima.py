@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...core.errors import WeightsError
+from ...core.devices import to_device
 from ..flow import ConstantMu, FlowObjective
 from ..latents import LatentFormat, NormalizedLatents
 from .anima_network import MASK_CHANNELS, NEEDED, PATCH, AnimaLayout, completed, make_transformer, with_frequencies
@@ -62,6 +62,7 @@ class AnimaModel(LanguageModelConditioned):
             FlowObjective(ConstantMu(0.0), ConstantMu(math.log(_SAMPLING_SHIFT)), patch=PATCH),
         )
         with_frequencies(self.denoiser)
+        _require_one_type(self.denoiser.llm_adapter)
         self._target_tokenizer = weights.tokenizers[1] if len(weights.tokenizers) > 1 else None
 
     @property
@@ -95,17 +96,10 @@ class AnimaModel(LanguageModelConditioned):
         return self._read({**super().encode_tokens(encoder, sources), "targets": targets})
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """As `encode_tokens`, or by the host's language model.
-
-        Raises:
-            WeightsError: The host gave no tokens of T5's tokenizer.
-        """
+        """As `encode_tokens`, or by the host's language model."""
         if self._host_encoder is None:
             return super().encode_prompts(prompts)
-        encoded = self._host_encoder.encode(prompts)
-        if "targets" not in encoded:
-            raise WeightsError("The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self.sizes)
-        return self._read(encoded)
+        return self._read(self._host_encoder.encode(prompts))
 
     def _read(self, encoded: Conditioning) -> Conditioning:
         """What the transformer reads of prompts that the language model has encoded."""
@@ -114,7 +108,7 @@ class AnimaModel(LanguageModelConditioned):
     def _conditioned(self, encoded: Conditioning, row: int) -> Tensor:
         """What the conditioner makes of one prompt, (1, 512, width): of each alone, without another's padding."""
         conditioner = self.denoiser.llm_adapter
-        norm = conditioner.norm.weight  # is never quantised
+        norm = conditioner.norm.weight
         source = encoded["text"][row : row + 1, : int(encoded["lengths"][row])].to(norm.device, norm.dtype)
         tokens = encoded["targets"][row]
         tokens = tokens[tokens >= 0][None, :_MAX_TOKENS].to(norm.device)
@@ -155,6 +149,13 @@ class AnimaModel(LanguageModelConditioned):
             "transformer": [list(self.denoiser.config[name]) for name in ("max_size", "patch_size", "rope_scale")],
             "vae": [self.vae.config[name] for name in ("latents_mean", "latents_std")],
         }
+
+
+def _require_one_type(conditioner: nn.Module) -> None:
+    """Let the conditioner compute in one type; a copy is made if its tensors are in several, or in float8."""
+    types = {parameter.dtype for parameter in conditioner.parameters()}
+    if len(types) > 1 or any(dtype.itemsize == 1 for dtype in types):
+        to_device(conditioner, next(conditioner.parameters()).device, torch.bfloat16)
 
 
 class Anima:

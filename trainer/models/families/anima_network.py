@@ -21,6 +21,7 @@ PATCH = 2  # side of the square of latent pixels that is one token
 MASK_CHANNELS = 1  # which say where a picture is padding: nowhere
 _LARGEST = (128, 240, 240)  # frames, rows and columns of latents for which there are places
 _STRETCH = (1.0, 4.0, 4.0)  # of the places of frames, rows and columns, as Cosmos Predict 2 has it
+_COMPUTED = ("pos_embedder.", "accum_")  # buffers of NVIDIA's code that kohya's full fine-tunes hold, for no module
 _INCOMPLETE = "Use a complete file; if it was downloaded, download it again and compare its size."
 
 
@@ -38,8 +39,32 @@ def make_transformer(conditioner: Mapping[str, Any], **config: Any) -> nn.Module
     for path, name in OUTSIDE.items():
         network._modules[path] = network._modules.pop(name)
     network.llm_adapter = conditioner_class(**conditioner)
+    _add_in_float32(network)
     made: nn.Module = network
     return made
+
+
+def _add_in_float32(network: Any) -> None:
+    """In fp16 let what blocks add to be in float32, as in ComfyUI: it leaves fp16's range. Layers compute in fp16."""
+    computing: dict[str, torch.dtype] = {}
+
+    def widened(_module: nn.Module, _inputs: Any, tokens: Tensor) -> Tensor:
+        return tokens.float() if tokens.dtype == torch.float16 else tokens
+
+    def begun(module: nn.Module, inputs: Any, tokens: Tensor) -> Tensor:
+        computing["dtype"] = tokens.dtype
+        return widened(module, inputs, tokens)
+
+    def narrowed(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].to(computing["dtype"]), *inputs[1:])
+
+    network.x_embedder.register_forward_hook(begun)
+    network.t_embedder.register_forward_pre_hook(narrowed)
+    network.head_linear.register_forward_pre_hook(narrowed)
+    for block in network.blocks:
+        for part in (block.attn1, block.attn2, block.ff):
+            part.register_forward_pre_hook(narrowed)
+            part.register_forward_hook(widened)
 
 
 def with_frequencies(network: Any) -> Any:
@@ -111,6 +136,8 @@ class AnimaLayout:
         """By renaming alone."""
         names: dict[str, str] = {}
         for name in denoiser:
+            if name.startswith(_COMPUTED):
+                continue
             path = path_of_original_tensor(name)
             if path is None:
                 raise WeightsError(f"The base model's transformer has a tensor that is not known: {name}.", _INCOMPLETE)

@@ -227,7 +227,8 @@ class DiffusionModel(Protocol):
     Conditioning has these names, "_2" being the second text encoder: "ids", "ids_2" (tokens, int64), "text", "text_2"
     (hidden states), "lengths" (tokens of each prompt, int64, where the padding behind it is not read), "pooled_2"
     (projected embedding), and "size" (original height and width, top and left of the crop, target height and width, in
-    pixels). Where a host encodes the prompts, there are no tokens, and no text encoders.
+    pixels). Where a host encodes the prompts, there are no tokens, and no text encoders. Behind a language model's
+    tokens stand -1; where another tokenizer's are read beside them, -2 and these come before.
 
     Attributes:
         family: Its family.
