@@ -80,7 +80,7 @@ def _compiling_when_called() -> Iterator[None]:
 
         return call
 
-    torch.compile = compile_when_called  # type: ignore[assignment]
+    torch.compile = compile_when_called
     try:
         yield
     finally:
