@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import make_webui_hosts
 import pytest
 from browser import find_browser
@@ -119,6 +120,14 @@ def check_demo(ran: Ran) -> None:
         assert sheet.width > sheet.height > 4 * 64
 
 
+def check_demo_of_klein(ran: Ran) -> None:
+    folder = ran.tree / "demo" / "output"
+    assert ran.printed.splitlines()[-2:] == ["demo/output/sks-dog-klein.safetensors", "demo/output/contact-sheet.png"]
+    assert (folder / "sks-dog-klein.safetensors").is_file()
+    with Image.open(folder / "contact-sheet.png") as sheet:
+        assert sheet.width > sheet.height > 4 * 64
+
+
 def check_bench(ran: Ran) -> None:
     assert re.search(r"^step of the recipe +[\d.]+ s +bare [\d.]+ s +ratio [\d.]+$", ran.printed, re.MULTILINE)
     facts = ran.json("bench.json")
@@ -131,6 +140,11 @@ def check_kinds(ran: Ran) -> None:
     assert ran.names() == {"kinds.json", "kinds.md", "kinds.png", "two-stage.json", "two-stage.png"}
     assert "LoRA attention" in ran.rows("kinds.md")
     assert "fidelity, combined" in ran.json("two-stage.json")
+
+
+def check_kinds_of_klein(ran: Ran) -> None:
+    assert ran.names() == {"kinds-flux2.json", "kinds-flux2.md", "kinds-flux2.png"}
+    assert "LoRA attention" in ran.rows("kinds-flux2.md")
 
 
 def check_merging(ran: Ran) -> None:
@@ -293,6 +307,7 @@ BROWSER = (
     pytest.mark.browser,
     pytest.mark.skipif(find_browser() is None, reason="no browser: install Chromium and playwright"),
 )
+NEW_DIFFUSERS = pytest.mark.skipif(not hasattr(diffusers, "Flux2KleinPipeline"), reason="needs diffusers 0.37")
 NETWORK = NotHere("It installs packages from the network.")
 LINT = NotHere(".ci/run runs it after the tests.")
 PEER = "It needs a checkout of another project."
@@ -302,6 +317,7 @@ COMMAND_LINE = "tests/cli/test_command_line.py"
 # The first words of commands → how they are tested. Of several that fit, the longest counts.
 COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ("make demo", "python -m trainer demo"): Smoke("make demo", check_demo),
+    ("make demo FAMILY=flux2",): Smoke("make demo FAMILY=flux2", check_demo_of_klein, marks=(NEW_DIFFUSERS,)),
     ("make test",): Smoke(
         'make test ARGS="-n 0 -q --collect-only tests/test_mutants.py"',
         check_everyday_tests,
@@ -334,6 +350,11 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
         'make bench BENCH=merge_speed ARGS="--modules 2 --rounds 1"',
         printed(r"^2 modules, rank 32,", r"^sum, ours( +[\d.e-]+){5}$", r"^svd, ours( +[\d.e-]+){5}$"),
         left_out={"--kohya": PEER, "--kohya-python": PEER, "--limit": "It limits a peer's time."},
+    ),
+    ("python benchmarks/kinds.py --family flux2",): Smoke(
+        'python benchmarks/kinds.py --family flux2 --smoke --seeds 1 --only "LoRA attention" --out OUT --sheets OUT',
+        check_kinds_of_klein,
+        marks=(NEW_DIFFUSERS,),
     ),
     ("python benchmarks/kinds.py",): Smoke(
         'python benchmarks/kinds.py --smoke --seeds 1 --only "LoRA attention" --out OUT --sheets OUT', check_kinds
