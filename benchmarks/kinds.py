@@ -1,7 +1,7 @@
 """Compares kinds of adapters on the demo world at equal numbers of parameters, and shows two-stage training.
 
     python benchmarks/kinds.py [--seeds 3] [--out benchmarks/results] [--sheets docs]
-    python benchmarks/kinds.py --family flux2 [--part kinds]    # on the world's FLUX.2 klein
+    python benchmarks/kinds.py --family flux2    # kinds alone, on the world's FLUX.2 klein
     python benchmarks/kinds.py --smoke --out FOLDER --sheets FOLDER    # only tries it out
 
 Every kind learns the striped dog of demo/subject with the same class pictures, steps and batch; its rank is the

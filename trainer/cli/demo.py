@@ -35,7 +35,7 @@ def run_demo(output_dir: Path, listener: Listener, family: str = "sd1") -> list[
         StorageError: The demo's data are not there.
     """
     base_folder, settings_file = BASES[family]
-    if not (_DEMO / settings_file).is_file():
+    if not (_DEMO / settings_file).is_file() or not (_DEMO / base_folder).is_dir():
         raise StorageError(
             f"{_DEMO} holds no demo data.", "Clone the whole repository; the Manager's package leaves the demo out."
         )
