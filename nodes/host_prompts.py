@@ -7,8 +7,9 @@ from typing import Any
 
 from ..trainer.core.errors import WeightsError
 
-_READ = {"text": "cond", "targets": "t5xxl_ids", "target_weights": "t5xxl_weights"}
-"""What is read of a CLIP's encoding → what ComfyUI calls it."""
+_TARGETS = {"targets": "t5xxl_ids", "target_weights": "t5xxl_weights"}
+"""What is read beside the embedding of a prompt → what ComfyUI calls it."""
+_PADDING = {"targets": -1}
 
 
 class ClipPrompts:
@@ -60,32 +61,35 @@ class ClipPrompts:
                 with torch.inference_mode():
                     for prompt in new:
                         encoded = self._clip.encode_from_tokens(self._clip.tokenize(prompt), return_dict=True)
-                        self._require_width(encoded["cond"].shape[-1])
-                        if self._spec.target_tokenizer and _READ["targets"] not in encoded:
-                            raise WeightsError(
-                                "The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self._remedy
-                            )
-                        self._known[prompt] = {
-                            name: encoded[key][..., : self._spec.max_tokens, :].float().cpu()
-                            if name == "text"
-                            else encoded[key][: self._spec.max_tokens].cpu()
-                            for name, key in _READ.items()
-                            if key in encoded
-                        }
+                        self._known[prompt] = self._read(encoded)
             finally:
                 comfy.model_management.unload_all_models()
         with torch.inference_mode(False):
             known = [self._known[prompt] for prompt in prompts]
             if self._spec.reads_padding:
-                return {"text": torch.cat([encoded["text"] for encoded in known])}
-            rows = {name: [encoded[name].clone() for encoded in known] for name in known[0]}
-            lengths = torch.tensor([text.shape[1] for text in rows["text"]])
-            rows["text"] = [text[0] for text in rows["text"]]
+                return {"text": torch.stack([encoded["text"] for encoded in known])}
             padded = {
-                name: torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=-int(name == "targets"))
-                for name, tensors in rows.items()
+                name: torch.nn.utils.rnn.pad_sequence(
+                    [encoded[name] for encoded in known], batch_first=True, padding_value=_PADDING.get(name, 0)
+                )
+                for name in known[0]
             }
-            return {**padded, "lengths": lengths}
+            return {**padded, "lengths": torch.tensor([len(encoded["text"]) for encoded in known])}
+
+    def _read(self, encoded: Mapping[str, Any]) -> dict[str, Any]:
+        """What the model reads of ComfyUI's encoding of one prompt, on the CPU; "text" is (tokens, width), float32.
+
+        Raises:
+            WeightsError: The CLIP is of another model.
+        """
+        most = self._spec.max_tokens
+        self._require_width(encoded["cond"].shape[-1])
+        read = {"text": encoded["cond"][0, :most].float().cpu()}
+        if self._spec.target_tokenizer:
+            if _TARGETS["targets"] not in encoded:
+                raise WeightsError("The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self._remedy)
+            read |= {name: encoded[key][:most].cpu() for name, key in _TARGETS.items()}
+        return read
 
     def _require_width(self, width: int) -> None:
         if width != self._width:

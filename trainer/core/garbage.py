@@ -1,8 +1,8 @@
-"""Garbage collections that take no time: they search what a run makes, not the libraries that it uses.
+"""Quick garbage collections: they search what a run makes, not the libraries that it uses.
 
 A run collects garbage whenever networks leave it, so that their memory is free at once. A collection looks at every
-object of the process; torch, diffusers and transformers alone make half a million, as many steps of a small model take
-no longer than that. The interpreter's own end collects, too: with everything imported, for a second.
+object of the process, and torch, diffusers and transformers alone make half a million: that takes longer than several
+steps of a small model. The interpreter also collects when it ends, which takes a second or more with all of them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def own_process() -> Iterator[None]:
 
 @contextlib.contextmanager
 def importing_libraries() -> Iterator[None]:
-    """Import inside without collections: what is imported stays. So hundreds of them are saved."""
+    """Import inside without the hundreds of collections that this takes else, since what is imported stays."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -62,7 +62,7 @@ class AnimaModel(LanguageModelConditioned):
             FlowObjective(ConstantMu(0.0), ConstantMu(math.log(_SAMPLING_SHIFT)), patch=PATCH),
         )
         with_frequencies(self.denoiser)
-        _require_one_type(self.denoiser.llm_adapter)
+        _cast_to_one_type(self.denoiser.llm_adapter)
         self._target_tokenizer = weights.tokenizers[1] if len(weights.tokenizers) > 1 else None
 
     @property
@@ -151,8 +151,8 @@ class AnimaModel(LanguageModelConditioned):
         }
 
 
-def _require_one_type(conditioner: nn.Module) -> None:
-    """Let the conditioner compute in one type; a copy is made if its tensors are in several, or in float8."""
+def _cast_to_one_type(conditioner: nn.Module) -> None:
+    """Cast the conditioner to bf16, which copies it, if its tensors are of several types or in float8."""
     types = {parameter.dtype for parameter in conditioner.parameters()}
     if len(types) > 1 or any(dtype.itemsize == 1 for dtype in types):
         to_device(conditioner, next(conditioner.parameters()).device, torch.bfloat16)
