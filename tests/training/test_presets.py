@@ -132,7 +132,7 @@ def test_the_command_line_fills_in_what_neither_flag_nor_file_gives(
     assert chosen == typed.model_copy(update={"preset": subject})
     assert chosen.result_settings() == typed.result_settings()
     [note] = listener.notes
-    rate = {"krea2": "0.0003"}.get(family.name, "0.0001")
+    rate = {"krea2": "0.0003", "anima": "5e-05"}.get(family.name, "0.0001")
     assert note.startswith(f"Preset {subject} for {family.title}: learning_rate {rate}, ")
     assert "rank 16" not in note
     assert note.endswith("; as you set them: steps, rank, flip.")
