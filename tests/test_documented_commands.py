@@ -27,6 +27,7 @@ from comfy_host import find_comfyui
 from documented import Command, documented_commands, flags_in, run_by_make, surroundings
 from helpers import HANGS, ROOT
 from pack.trainer.__main__ import parse
+from pack.trainer.cli.demo import BASES
 from pack.trainer.cli.flags import settings_from
 from PIL import Image
 from setting_values import KINDS, REQUIRED
@@ -495,6 +496,13 @@ def entry_of(command: Command) -> str:
 def test_every_command_has_its_entry() -> None:
     strangers = [f"{command.where}: {command.text}" for command in documented_commands() if not entry_of(command)]
     assert strangers == [], "add them to COMMANDS, with a smaller run, the test that runs them, or a reason"
+
+
+def test_every_base_of_the_demo_can_be_chosen() -> None:
+    assert {parse(["demo", "--family", family]).family for family in BASES} == set(BASES)
+    assert all(
+        (ROOT / "demo" / folder).is_dir() and (ROOT / "demo" / file).is_file() for folder, file in BASES.values()
+    )
 
 
 def test_every_entry_is_needed() -> None:
