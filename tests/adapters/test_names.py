@@ -1,4 +1,4 @@
-"""Names of modules: kohya's lists, every program's naming of one module, and the family that names and shapes tell."""
+"""Names of modules: kohya's lists of UNets, every program's naming of one module, and the family that names and shapes tell."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pack.trainer.models.families import FAMILIES
 from pack.trainer.settings.merge import MergeSettings
 from torch import Tensor
 
-GOLDEN = sorted((ROOT / "tests" / "golden").glob("kohya_*_keys.json"))
+GOLDEN = sorted((ROOT / "tests" / "golden").glob("kohya_sd*_keys.json"))
 XL = ROOT / "tests" / "golden" / "kohya_sdxl_conv_keys.json"
 SD1 = ROOT / "tests" / "golden" / "kohya_sd15_conv_keys.json"
 SHAPE = (4, 3)

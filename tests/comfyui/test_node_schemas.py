@@ -20,6 +20,8 @@ from pack.trainer.core.errors import SettingsError, suggest
 from setting_words import TEXTS, settings_names, suggested_names
 
 GOLDEN = ROOT / "tests" / "golden" / "node_schemas.json"
+WORKFLOWS = sorted(path for folder in ("example_workflows", "subgraphs") for path in (ROOT / folder).glob("*.json"))
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,21 @@ def as_lines(schemas: dict[str, Any]) -> str:
         )
         parts.append(f' {json.dumps(name)}: {{\n{others}  "inputs": [\n{inputs}\n  ]\n }}')
     return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
+def test_saved_workflows_have_every_widget(path: Path) -> None:
+    """A template or subgraph that lacks one was not made again (tools/make_workflows.py)."""
+    schemas = json.loads(GOLDEN.read_text(encoding="utf-8"))
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    graphs = [saved, *(saved.get("definitions") or {}).get("subgraphs", [])]
+    ours = [node for graph in graphs for node in graph["nodes"] if node["type"] in schemas]
+    assert ours
+    for node in ours:
+        inputs = schemas[node["type"]]["inputs"]
+        widgets = [each["id"] for each in inputs if each["type"] in WIDGETS and not each.get("force_input")]
+        shown = [each["widget"]["name"] for each in node["inputs"] if each.get("widget")]
+        assert [name for name in shown if "." not in name] == widgets, node["type"]  # "." is in those of a choice
 
 
 def test_the_extension_gives_all_nodes(nodes: Any) -> None:

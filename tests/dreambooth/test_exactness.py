@@ -529,6 +529,8 @@ OTHER_VALUES: dict[str, Any] = {
     "min_timestep": 10,
     "max_timestep": 900,
     "timestep_bias": 0.5,
+    "timestep_sampling": "uniform",
+    "timestep_shift": 2.0,
     "preset": "animal",
     "log_with": "tensorboard",
 }
