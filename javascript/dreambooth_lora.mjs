@@ -83,8 +83,8 @@ class JobPanel {
 
   show() {
     const state = this.facts?.state ?? "idle";
-    const hasEnded = ENDED.includes(state) || state === "idle";
-    this.stopButton.hidden = hasEnded;
+    const hasEnded = [state, this.panel.feed.state].some((one) => ENDED.includes(one)); // the run's folder may tell first
+    this.stopButton.hidden = hasEnded || state === "idle";
     this.resumeButton.hidden = !(this.facts?.run && (state === "stopped" || state === "failed"));
     this.sendButton.hidden = !this.facts?.card;
     this.warnings.replaceChildren(...(this.facts?.warnings ?? []).map((text) => make("div", { textContent: text })));
