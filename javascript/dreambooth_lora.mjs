@@ -48,6 +48,7 @@ class JobPanel {
     this.element.style.height = "auto";
     this.panel.element.style.height = "420px";
     this.panel.attach();
+    this.panel.whenShown = () => this.show();
     this.show();
   }
 

@@ -76,9 +76,9 @@ def press(page: Any, text: str) -> None:
 
 
 def wait_for(page: Any, condition: str) -> dict[str, Any]:
-    """Wait until the panel is so, and say how it is."""
-    page.wait_for_function(f"() => {{ const panel = ({PANEL})(); return {condition}; }}")
-    return dict(page.evaluate(PANEL))
+    """Wait until the panel is so, and say how it is then."""
+    found = page.wait_for_function(f"() => {{ const panel = ({PANEL})(); return ({condition}) && panel; }}")
+    return dict(found.json_value())
 
 
 def shot(page: Any, name: str) -> None:

@@ -10,6 +10,8 @@ import { RunFeed } from "./run_feed.js";
 const SHOWN = 6; // sample pictures of a step
 
 export class TrainingPanel {
+  /** Called whenever the state of the run is shown anew. */
+  whenShown = () => {};
   /** The step whose sample pictures are shown; null: the newest. @type {number | null} */
   #step = null;
   /** URLs. @type {string[]} */
@@ -66,6 +68,7 @@ export class TrainingPanel {
     this.error.hidden = !this.error.textContent;
     this.chart.total = facts.steps ?? 0;
     this.chart.schedule();
+    this.whenShown();
   }
 
   showCurve() {
