@@ -85,9 +85,12 @@ class ClipPrompts:
         most = self._spec.max_tokens
         self._require_width(encoded["cond"].shape[-1])
         read = {"text": encoded["cond"][0, :most].float().cpu()}
-        if self._spec.target_tokenizer:
-            if _TARGETS["targets"] not in encoded:
-                raise WeightsError("The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self._remedy)
+        has_targets = _TARGETS["targets"] in encoded
+        if self._spec.target_tokenizer and not has_targets:
+            raise WeightsError("The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self._remedy)
+        if has_targets and not self._spec.target_tokenizer:
+            raise WeightsError("The CLIP is not the model's: it gives tokens of T5's tokenizer.", self._remedy)
+        if has_targets:
             read |= {name: encoded[key][:most].cpu() for name, key in _TARGETS.items()}
         return read
 
