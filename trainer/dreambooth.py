@@ -24,6 +24,7 @@ from .adapters.names import networks
 from .adapters.prefixes import UNET
 from .core.devices import (
     DTYPES,
+    NumberOnItsWay,
     explained_memory_errors,
     pick_device,
     pick_precision,
@@ -257,7 +258,8 @@ class DreamBooth:
         self.measurements = Measurements()
         self._session: Session | None = None
         self._throughput = Throughput(settings.steps, 0, device)
-        self._pending: tuple[int, float, Tensor] | None = None  # step, learning rate and loss that are not reported yet
+        # step, learning rate and loss that are not reported yet
+        self._pending: tuple[int, float, NumberOnItsWay] | None = None
         self._mid_update = False  # whether weights, optimiser and step don't belong together at the moment
 
     def _fingerprint(self, settings: TrainSettings | None = None, *, as_given: bool = False) -> str:
@@ -507,7 +509,7 @@ class DreamBooth:
                 factor = session.learning_rate_factor(self.step)
                 loss = self.train_step(factor)
                 self._report_pending()  # one step late, so that one process alone never waits for its device
-                self._pending = (self.step, settings.learning_rate * factor, loss)
+                self._pending = (self.step, settings.learning_rate * factor, NumberOnItsWay(loss))
 
                 stop = self.processes.any_process(self.listener.should_stop(), self.device)
                 # early stop may export the step of any preview, so each has a checkpoint

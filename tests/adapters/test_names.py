@@ -1,4 +1,4 @@
-"""Names of modules: kohya's lists of UNets, every program's naming of one module, and the family that names and shapes tell."""
+"""Names of modules: kohya's lists of UNets, every program's naming of one module, and what names and shapes tell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices: choosing one and a precision, moving networks to it, measuring memory, explaining out-of-memory errors."""
+"""Devices: choosing one and a precision, moving networks and numbers, measuring memory, explaining when it is out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import OutOfMemoryError, SettingsError, suggest
 
@@ -88,6 +88,39 @@ def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> n
     keeps_layout = device.type == "mps" or is_of_videos  # MPS has trouble with another
     layout = torch.preserve_format if keeps_layout else torch.channels_last
     return nn.Module.to(network, device=device, dtype=dtype, memory_format=layout)  # type: ignore[call-overload, no-any-return]
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device; the program goes on at once, and a GPU waits for the copy when it needs it.
+
+    Only page-locked memory can be copied so. Both are PyTorch's business: it keeps that memory, and the order.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class NumberOnItsWay:
+    """A number of a device that will be read later, without waiting for what the device was asked to do since then."""
+
+    def __init__(self, number: Tensor) -> None:
+        """Ask for it.
+
+        Args:
+            number: 0-D.
+        """
+        self._number = number.detach()
+        self._arrived: torch.cuda.Event | None = None
+        if number.device.type == "cuda":
+            self._number = self._number.to("cpu", non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def __float__(self) -> float:
+        """The number, as soon as it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._number)
 
 
 def release(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.devices import sent
 from ..core.seeding import Draw, draw_sample
 from ..models.objective import Objective, perturbed_noise, shaped_noise
 from ..settings.train import TrainSettings
@@ -19,14 +20,14 @@ SINGLE_PROCESS = (0, 1)
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples of one shape for one forward pass, on the device.
+    """Samples of one shape for one forward pass, on the device but for `captions`.
 
     Attributes:
         latents: (batch, channels, height, width), float32.
         noise: As `latents`: the noise that the loss compares with.
         added_noise: As `latents`: the noise that is added; another than `noise` if that is perturbed.
         timesteps: (batch,); int64 of a discrete schedule, float32 of a continuous one.
-        captions: Row of each sample's caption, (batch,), int64.
+        captions: Row of each sample's caption, (batch,), int64, on the CPU.
         sizes: Size and crop of each sample's picture, (batch, 6), float32.
         weights: Weight of each sample's loss in the loss of the micro-batch, (batch,), float32.
         masks: Weight of each latent pixel, (batch, 1, height, width), float32; None: all the same.
@@ -44,11 +45,12 @@ class Batch:
     subject: int = 0
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
+        """The same on a device; see `sent`."""
         moved: dict[str, Any] = {}
         for field in fields(self):
             value = getattr(self, field.name)
-            moved[field.name] = value.to(device) if isinstance(value, Tensor) else value
+            travels = isinstance(value, Tensor) and field.name != "captions"
+            moved[field.name] = sent(value, device) if travels else value
         return Batch(**moved)
 
 

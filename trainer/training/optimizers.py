@@ -70,6 +70,13 @@ def _build(param_groups: list[dict[str, Any]], settings: TrainSettings) -> torch
     """An optimiser of the chosen class with its options."""
     optimizer_class = _import_class(settings)
     options = settings.extra_options
+    usual = dict(settings.optimizer_class.fixed)
+    if (
+        settings.optimizer == "adamw"
+        and param_groups[0]["params"][0].device.type == "cuda"
+        and "foreach" not in options
+    ):
+        usual["fused"] = True  # one kernel for all; and it alone skips what a GradScaler rejects without being asked
     known = set(inspect.signature(optimizer_class).parameters) - _RESERVED_ARGUMENTS - {"kwargs"}
     unknown = [name for name in options if name not in known]
     if unknown:
@@ -83,7 +90,7 @@ def _build(param_groups: list[dict[str, Any]], settings: TrainSettings) -> torch
             param_groups,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
-            **{**settings.optimizer_class.fixed, **options},
+            **{**usual, **options},
         )
     except Exception as error:  # packages have types of their own for a bad value
         raise SettingsError(

@@ -373,7 +373,7 @@ def _likeness(
     noise = torch.randn(clean.shape, generator=generator("prediction type", number)).to(device)
     timesteps = torch.tensor([int(timestep_fraction * velocity.timesteps)], device=device)
     noisy = velocity.add_noise(clean, noise, timesteps)
-    conditioning = text.rows(latents.captions[picture][:1].to(device))
+    conditioning = text.rows(latents.captions[picture][:1])
     conditioning["size"] = latents.size[picture][None].to(device)
     output = model.predict(noisy.to(dtype), timesteps, conditioning).float()
     target = noise

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..core.devices import sent
 from ..core.errors import suggest
 from ..core.seeding import Draw
 from ..data.batches import SINGLE_PROCESS, draw_slots
@@ -71,7 +72,7 @@ class Prediction(Protocol):
         Args:
             noisy: (batch, channels, height, width), float32.
             timesteps: (batch,).
-            captions: Row of each sample's prompt, (batch,), int64.
+            captions: Row of each sample's prompt, (batch,), int64, on the CPU.
             sizes: Size and crop of each sample's picture, (batch, 6), float32.
         """
 
@@ -216,15 +217,15 @@ class BaseTeacher:
             pictures = [cache.instance.order[draw.item] for draw in draws]
             prompts = [self._prompt(picture, draw) for picture, draw in zip(pictures, draws, strict=True)]
             timesteps = [
-                torch.tensor([self._timestep(position, draw, shape) for draw in draws], device=device)
+                sent(torch.tensor([self._timestep(position, draw, shape) for draw in draws]), device)
                 for position in range(TRAJECTORY_LENGTH)
             ]
             trajectories.append(
                 _Trajectories(
-                    torch.stack([draw.noise for draw in draws]).to(device),
+                    sent(torch.stack([draw.noise for draw in draws]), device),
                     timesteps,
-                    torch.tensor(prompts, device=device),
-                    torch.stack([cache.instance.size[picture] for picture in pictures]).to(device),
+                    torch.tensor(prompts),
+                    sent(torch.stack([cache.instance.size[picture] for picture in pictures]), device),
                     self._objective,
                 )
             )

@@ -180,8 +180,8 @@ class Previews:
         kind = "subject" if of_subject else "class"
         number_of_kind = number if of_subject else number - len(self._prompts)
         prompt = [*self._prompts, *self._class_prompts][number]
-        prompt_row = torch.tensor([self._first_row + 1 + number], device=self._device)
-        empty_row = torch.tensor([self._first_row], device=self._device)
+        prompt_row = torch.tensor([self._first_row + 1 + number])
+        empty_row = torch.tensor([self._first_row])
         pictures = []
         for index in range(self._settings.preview_count):
             with torch.no_grad():

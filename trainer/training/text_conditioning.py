@@ -11,9 +11,11 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
-from ..core.devices import to_device
+from ..core.devices import sent, to_device
 from ..data.latent_cache import encode_tokens_in_batches
 from ..models.families.base import Conditioning, DiffusionModel, token_ids_key
+
+_FOR_THE_PROGRAM = ("lengths",)  # numbers that decide about shapes; on the CPU, where reading them takes no waiting
 
 
 class TextConditioning:
@@ -41,11 +43,13 @@ class TextConditioning:
             base: The embeddings by these as they were before the training; None: those are not needed.
         """
         self._model = model
+        self._device = device
         self._dtype = dtype
         self._autocast = autocast
         self._trained = list(trained)
         self._rows = {
-            name: rows.to(device, dtype if rows.is_floating_point() else rows.dtype) for name, rows in encoded.items()
+            name: rows if name in _FOR_THE_PROGRAM else rows.to(device, dtype if rows.is_floating_point() else None)
+            for name, rows in encoded.items()
         }
         self._base_rows = {name: rows.to(device, dtype) for name, rows in (base or {}).items()}
 
@@ -55,8 +59,12 @@ class TextConditioning:
         return list(self._trained)
 
     def rows(self, rows: Tensor) -> Conditioning:
-        """The conditioning on the captions of these rows, (batch,) int64; gradients reach the trained encoders."""
-        conditioning = {name: encoded[rows] for name, encoded in self._rows.items()}
+        """The conditioning on the captions of these rows; gradients reach the trained encoders.
+
+        Args:
+            rows: (batch,), int64, on the CPU.
+        """
+        conditioning = self._chosen(self._rows, rows)
         with self._autocast():
             for encoder in self._trained:
                 conditioning |= self._model.encode_tokens(encoder, conditioning[token_ids_key(encoder)])
@@ -64,7 +72,11 @@ class TextConditioning:
 
     def base_rows(self, rows: Tensor) -> Conditioning:
         """The conditioning on the captions of these rows by the text encoders as they were before the training."""
-        return {name: encoded[rows] for name, encoded in (self._rows | self._base_rows).items()}
+        return self._chosen(self._rows | self._base_rows, rows)
+
+    def _chosen(self, encoded: Conditioning, rows: Tensor) -> Conditioning:
+        sent_rows = sent(rows, self._device)
+        return {name: tensor[rows if name in _FOR_THE_PROGRAM else sent_rows] for name, tensor in encoded.items()}
 
     def freeze(self, encoders: Collection[str] | None = None) -> None:
         """Encode all captions one last time by these text encoders, all by default; they leave device and model."""

@@ -61,7 +61,7 @@ def _loss_at(
     timestep = objective.timestep_at(timestep_fraction, ObjectiveSettings(), latents.shape[1:])
     timesteps = torch.tensor([timestep], device=device)
     noisy = objective.add_noise(latents, noise, timesteps).to(dtype)
-    conditioning = text.rows(held_out.captions[picture][:1].to(device))
+    conditioning = text.rows(held_out.captions[picture][:1])
     conditioning["size"] = held_out.size[picture][None].to(device)
     prediction = model.predict(noisy, timesteps, conditioning)
     return objective.loss(prediction, latents, noise, timesteps)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...core.devices import sent
 from ..flow import FlowObjective, LinearMu, flux2_sampling_mu
 from ..latents import LatentFormat, PatchedLatents
 from .base import (
@@ -63,8 +64,8 @@ class Flux2Model(LanguageModelConditioned):
             hidden_states=latents.flatten(2).transpose(1, 2),
             encoder_hidden_states=text,
             timestep=timesteps / self.objective.timesteps,
-            img_ids=_places(1, height, width, 1).to(latents.device),
-            txt_ids=_places(1, 1, 1, text.shape[1]).to(latents.device),
+            img_ids=sent(_places(1, height, width, 1), latents.device),
+            txt_ids=sent(_places(1, 1, 1, text.shape[1]), latents.device),
             return_dict=False,
         )[0]
         return output.transpose(1, 2).reshape(latents.shape)

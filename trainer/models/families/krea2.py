@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core.devices import sent
 from ..flow import FlowObjective, LinearMu
 from ..latents import LatentFormat, NormalizedLatents
 from .base import (
@@ -69,7 +70,7 @@ class Krea2Model(LanguageModelConditioned):
             hidden_states=F.pixel_unshuffle(latents, PATCH).flatten(2).transpose(1, 2),
             encoder_hidden_states=text.to(latents.dtype).reshape(*text.shape[:2], tapped, -1),
             timestep=timesteps.to(latents.device, torch.float32) / self.objective.timesteps,
-            position_ids=_places(text.shape[1], rows, columns).to(latents.device),
+            position_ids=sent(_places(text.shape[1], rows, columns), latents.device),
             encoder_attention_mask=mask,
             return_dict=False,
         )[0]
@@ -93,7 +94,7 @@ def _read_text(conditioning: Conditioning) -> tuple[Tensor, Tensor | None]:
         return text, None
     longest = int(lengths.max())
     mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
-    return text[:, :longest], None if mask.all() else mask.to(text.device)
+    return text[:, :longest], None if mask.all() else sent(mask, text.device)
 
 
 def _places(text_tokens: int, rows: int, columns: int) -> Tensor:

@@ -35,7 +35,8 @@ _WORKSPACES = GB // 4  # bytes of cuBLAS and cuDNN
 _FRAGMENTATION = 0.05  # share of the peak that the allocator can't use
 _ALLOCATOR_BLOCK = 512  # bytes; CUDA's allocator rounds up to a multiple
 _META = torch.device("meta")
-_UPDATES_TENSOR_BY_TENSOR = ("adafactor", "adamw-8bit", "adamw-8bit-paged")  # the others make temporaries of them all
+# the others make temporaries of all tensors; adamw's kernel is a fused one on CUDA
+_UPDATES_IN_PLACE = ("adamw", "adafactor", "adamw-8bit", "adamw-8bit-paged")
 _FLOAT32_BYTES = 4
 
 # of bitsandbytes, in numbers
@@ -169,7 +170,7 @@ class Planner:
         untrained = weights if self._settings.adapter == "full" and self._settings.needs_base else 0
         averages = weights if self._settings.ema_decay else 0
         states = sum(state_bytes(optimizer, parameter.shape) for parameter in parameters)
-        update_temporaries = 0 if optimizer in _UPDATES_TENSOR_BY_TENSOR else weights
+        update_temporaries = 0 if optimizer in _UPDATES_IN_PLACE else weights
 
         if (quantization, saving) not in self._step_peaks:
             self._step_peaks[quantization, saving] = self._measure_step(prepared, saving)

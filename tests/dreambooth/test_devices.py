@@ -1,0 +1,149 @@
+"""The recipe on a GPU, as far as a computer without one can show it: see tests/support/emulated_cuda.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anima_checkpoints
+import krea2_checkpoints
+import pytest
+import torch
+from anima_checkpoints import anima_folder
+from cases import mostly_slow
+from emulated_cuda import DEVICE, OnDevice, emulated_cuda
+from flux2_checkpoints import flux2_folder
+from helpers import Recorder
+from krea2_checkpoints import krea2_folder
+from pack.trainer.core.devices import NumberOnItsWay
+from pack.trainer.data.folder import AnnotationOptions
+from pack.trainer.data.images import load_pictures
+from pack.trainer.dreambooth import DreamBooth
+from pack.trainer.models.open import open_base
+from pack.trainer.settings.train import TrainSettings
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from worlds import BOTH_TEXTS, COMMON, PROMPT, SHAPES, TEXT, World, noisy_pictures, paths_in, pictures_of
+from zimage_checkpoints import zimage_folder
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+EVERYTHING: dict[str, Any] = {
+    "targets": "all",
+    "batch_size": 2,
+    "gradient_accumulation": 2,
+    "aspect_buckets": True,
+    "bucket_step": 16,
+    "flip": True,
+    "mask_background": 0.25,
+    "caption_dropout": 0.3,
+    "noise_offset": 0.05,
+    "multires_noise_iterations": 2,
+    "input_perturbation": 0.1,
+    "loss": "huber-snr",
+    "loss_weighting": "min-snr",
+    "dropout": 0.1,
+    "max_norm": 1.0,
+    "ema_decay": 0.7,
+    **TEXT,
+}
+TAUGHT: dict[str, Any] = {"prior": "model", "prior_empty": 0.5, "dco_beta": 100.0, "weight_penalty": 0.01}
+WAYS: dict[str, dict[str, Any]] = {
+    "LoRA": {},
+    "everything": EVERYTHING,
+    "the base as the teacher": TAUGHT,
+    "T-LoRA": {"rank_schedule": "timestep", "targets": "all"},
+    "DoRA": {"adapter": "dora"},
+    "LoKr": {"adapter": "lokr"},
+    "OFT": {"adapter": "oft", "rank": 4},
+    "a word": {"token_vectors": 2, "token": "sks"},
+    "checkpointing": {"gradient_checkpointing": True, **TEXT},
+    "in four bits": {"base_quantization": "nf4"},
+    "pictures and measures": {"preview_every": 2, "preview_steps": 2, "preview_count": 1, "validation_pictures": 1},
+    "all weights": {"adapter": "full", "learning_rate": 1e-4, **TEXT},
+}
+
+
+def recipe_on(
+    device: torch.device, world: World, folder: Path, listener: Recorder | None = None, **changes: Any
+) -> DreamBooth:
+    settings = TrainSettings(**{**COMMON, "fit": "off", **changes})
+    return DreamBooth(world.base, world.subject, world.priors, settings, paths_in(folder), device, listener)
+
+
+def losses_on(device: torch.device, world: World, folder: Path, **changes: Any) -> list[float]:
+    listener = Recorder()
+    recipe_on(device, world, folder, listener, **changes).run()
+    assert len(listener.losses) >= COMMON["steps"]  # also those of held-out pictures
+    return listener.losses
+
+
+def waits_of_steps(world: World, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> list[str]:
+    """Where a program would wait for its GPU in the second and third step of a run."""
+    recipe = recipe_on(DEVICE, world, folder, **changes)
+    with emulated_cuda(monkeypatch) as cuda:
+        recipe.open_run()
+        recipe.prepare()
+        assert all(isinstance(parameter, OnDevice) for parameter in recipe.session.trainable.parameters())
+        recipe.train_step(1.0)
+        cuda.waits.clear()
+        for _ in range(2):
+            loss = NumberOnItsWay(recipe.train_step(1.0))
+        waits = list(cuda.waits)
+        assert float(loss) > 0
+    return waits
+
+
+@pytest.fixture(scope="module")
+def varied(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
+    """With pictures of many shapes, masks and class captions."""
+    pictures = pictures_of(tmp_path_factory.mktemp("shapes") / "shapes", SHAPES, PROMPT, masked=True)
+    return replace(world, subject=[replace(picture, class_captions=("a photo of a dog",)) for picture in pictures])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_on_a_device_is_the_one_on_the_cpu(
+    way: str, varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the order of sums: the device's copy of the weights is laid out for convolutions, and so is what dropout
+    drops, which is left out.
+    """
+    changes = {**WAYS[way], "dropout": 0.0}
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = losses_on(torch.device("cpu"), varied, tmp_path / "cpu", **changes)
+    with emulated_cuda(monkeypatch):
+        found = losses_on(DEVICE, varied, tmp_path / "cuda", precision="fp32", **changes)
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("way", mostly_slow(WAYS, "everything"))
+def test_no_step_waits(way: str, varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GradScaler, too."""
+    assert waits_of_steps(varied, tmp_path, monkeypatch, precision="fp16", **WAYS[way]) == []
+
+
+@pytest.mark.slow
+def test_no_step_of_sdxl_waits(xl: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert waits_of_steps(xl, tmp_path, monkeypatch, precision="bf16", **BOTH_TEXTS) == []
+
+
+FLOW: dict[str, tuple[Callable[[Path], Path], Callable[[], bool]]] = {
+    "flux2": (flux2_folder, lambda: True),
+    "zimage": (zimage_folder, lambda: True),
+    "krea2": (krea2_folder, krea2_checkpoints.can_be_made),
+    "anima": (anima_folder, anima_checkpoints.can_be_made),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FLOW)
+def test_no_step_of_flow_matching_waits(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_folder, can_be_made = FLOW[family]
+    if not can_be_made():
+        pytest.skip("needs newer libraries")
+    pictures = noisy_pictures(tmp_path / "subject", 3, 0)
+    subject = load_pictures(pictures, PROMPT, Recorder(), AnnotationOptions(token="sks"))
+    world = World(open_base(make_folder(tmp_path / "base")), subject)
+    assert waits_of_steps(world, tmp_path, monkeypatch, precision="bf16", batch_size=2, prior="none") == []
