@@ -39,7 +39,13 @@ _ON_THE_NODE = (
 _WIRED = ("start_from",)
 _PREVIEW = "preview_every"
 _PRESET = "preset"
-_NEWEST = ("timestep_sampling", "timestep_shift")
+_NEWEST = (
+    "timestep_sampling",
+    "timestep_shift",
+    "gradient_checkpointing_interval",
+    "swap_blocks",
+    "compile",
+)
 _NEWER = (  # last: saved workflows hold the values of widgets by their place
     *(name for name in PreviewSettings.model_fields if name != _PREVIEW),
     "keep_adapters",

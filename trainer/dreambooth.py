@@ -40,6 +40,7 @@ from .core.throughput import Throughput
 from .data.batches import Batch, draw_batches
 from .data.images import Picture, split_validation
 from .data.latent_cache import LatentCache, build_cache, drop_frozen_text_encoders
+from .models.blocks import enable_gradient_checkpointing
 from .models.families.base import BaseWeights, DiffusionModel
 from .models.nf4 import require_quantizable
 from .models.objective import Objective, consistency_loss
@@ -50,7 +51,6 @@ from .training.export import export
 from .training.memory.fit import MemoryBudget
 from .training.optimizers import (
     WORDS,
-    enable_gradient_checkpointing,
     learning_rate_factor,
     make_optimizer,
     set_learning_rates,
@@ -393,7 +393,7 @@ class DreamBooth:
         if settings.base_quantization == "none" and settings.adapter != "full":
             ways.append(f"set {suggest('base_quantization', 'nf4')}")
         remedy = f"{' or '.join(ways)}, which begins a new run"
-        if not settings.gradient_checkpointing:
+        if not settings.checkpointing_interval:
             remedy += f"; or set {suggest('gradient_checkpointing', True)}, with which this run resumes"
         return explained_memory_errors(remedy)
 
@@ -421,15 +421,19 @@ class DreamBooth:
 
         dtype = DTYPES[self.precision]
         trainable = make_trainable(model, settings, self.device, dtype, self.starting_point.start, words)
-        if settings.gradient_checkpointing:
+        if settings.checkpointing_interval:
             for network in networks(model).values():
-                enable_gradient_checkpointing(network)
+                enable_gradient_checkpointing(network, settings.checkpointing_interval)
+        if settings.swap_blocks and self.device.type != "cuda":
+            self.listener.report(
+                Note(f"{suggest('swap_blocks')} is for CUDA, and has no effect on {self.device.type}.")
+            )
         optimizer = make_optimizer(trainable.groups(), settings, trainable.starting_at_zero())
         averaging = WeightAveraging(trainable.parameters(), optimizer, settings)
         factor = learning_rate_factor(optimizer, settings)
         accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         # autocast, but no DistributedDataParallel: train_step averages the gradients itself
-        model.denoiser = accelerator.prepare_model(model.denoiser, evaluation_mode=True)
+        model.denoiser = accelerator.prepare_model(model.denoiser, device_placement=False, evaluation_mode=True)
         text = TextConditioning(
             model,
             encoded=self.previews.joined(cache.text),

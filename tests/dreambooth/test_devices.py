@@ -21,6 +21,8 @@ from pack.trainer.core.devices import NumberOnItsWay
 from pack.trainer.data.folder import AnnotationOptions
 from pack.trainer.data.images import load_pictures
 from pack.trainer.dreambooth import DreamBooth
+from pack.trainer.models.block_swap import PLACES, BlockSwap
+from pack.trainer.models.blocks import blocks_of
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -127,6 +129,62 @@ def test_no_step_waits(way: str, varied: World, tmp_path: Path, monkeypatch: pyt
 @pytest.mark.slow
 def test_no_step_of_sdxl_waits(xl: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert waits_of_steps(xl, tmp_path, monkeypatch, precision="bf16", **BOTH_TEXTS) == []
+
+
+def two_steps(world: World, folder: Path, **changes: Any) -> tuple[list[float], list[torch.Tensor]]:
+    """The losses of two steps on the emulated device, and what is trained after them."""
+    recipe = recipe_on(DEVICE, world, folder, precision="fp32", **changes)
+    recipe.open_run()
+    recipe.prepare()
+    losses = [float(recipe.train_step(1.0)) for _ in range(2)]
+    return losses, [parameter.detach().cpu() for parameter in recipe.session.trainable.parameters()]
+
+
+SWAPPED_WAYS = [way for way in WAYS if way not in ("all weights", "checkpointing", "pictures and measures")]
+
+
+@pytest.mark.parametrize("way", mostly_slow(SWAPPED_WAYS, "LoRA"))
+def test_swapped_blocks_change_nothing(
+    way: str, varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the last bit."""
+    with emulated_cuda(monkeypatch):
+        losses, trained = two_steps(varied, tmp_path / "plain", **WAYS[way])
+        swapped_losses, swapped_trained = two_steps(varied, tmp_path / "swapped", **WAYS[way], swap_blocks=5)
+    assert swapped_losses == losses
+    assert all(torch.equal(*pair) for pair in zip(swapped_trained, trained, strict=True))
+
+
+def test_swapped_blocks_travel_ahead_and_leave(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of them are on the device, the others in the computer's memory; after the first step all have come before
+    they compute, and none is waited for."""
+    with emulated_cuda(monkeypatch) as cuda:
+        recipe = recipe_on(DEVICE, world, tmp_path, precision="fp32", swap_blocks=1000)
+        recipe.open_run()
+        recipe.prepare()
+        blocks = blocks_of(recipe.session.model.denoiser)
+        recipe.train_step(1.0)
+        cuda.waits.clear()
+        brought: list[bool] = []
+        real = BlockSwap.fetch
+
+        def fetch(self: BlockSwap, visitor: Any) -> None:
+            brought.append(visitor.place is None)
+            real(self, visitor)
+
+        monkeypatch.setattr(BlockSwap, "fetch", fetch)
+        recipe.train_step(1.0)
+        devices = [
+            {parameter.device.type for parameter in block.parameters() if not parameter.requires_grad}
+            for block in blocks
+        ]
+        trained = {parameter.device.type for parameter in recipe.session.trainable.parameters()}
+    assert cuda.waits == []
+    assert len(brought) > len(blocks)  # also to compute again
+    assert not any(brought)
+    assert all(len(kinds) == 1 for kinds in devices)
+    assert 1 <= sum(kinds == {"cuda"} for kinds in devices) <= PLACES
+    assert trained == {"cuda"}
 
 
 FLOW: dict[str, tuple[Callable[[Path], Path], Callable[[], bool]]] = {

@@ -182,10 +182,11 @@ class _AsPythonSees(TorchFunctionMode):
         keywords = dict(kwargs or {})
         if func == Tensor.data.__get__ and isinstance(args[0], OnDevice):  # type: ignore[attr-defined]
             return args[0].detach()
-        if func == Tensor.data.__set__ and isinstance(args[1], OnDevice):  # type: ignore[attr-defined]
-            if not isinstance(args[0], OnDevice):
+        if func == Tensor.data.__set__:  # type: ignore[attr-defined]
+            if isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice):
                 return torch.utils.swap_tensors(args[0], torch.nn.Parameter(args[1], args[0].requires_grad))
-            args[0].inner = args[1].inner
+            if isinstance(args[0], OnDevice):
+                args[0].inner = args[1].inner
         if func is Tensor.backward:  # which no mode accompanies, into what is computed again
             with self:
                 return _backward(*args, **(kwargs or {}))

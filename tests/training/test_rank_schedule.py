@@ -17,11 +17,11 @@ from pack.trainer.adapters.kohya import read_adapter, write_adapter
 from pack.trainer.adapters.layers import LoraLayer
 from pack.trainer.adapters.orthogonal import DOWN, SINGULAR_VALUES, UP, plain_factors
 from pack.trainer.core.errors import AdapterError, SettingsError
+from pack.trainer.models.blocks import enable_gradient_checkpointing
 from pack.trainer.models.families.base import BaseWeights, DiffusionModel
 from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import StartingPoint, TrainableAdapter
-from pack.trainer.training.optimizers import enable_gradient_checkpointing
 from pack.trainer.training.rank_schedule import RankSchedule, active_ranks
 from pack.trainer.training.runs.checkpoint import Saved
 from pack.trainer.training.trainable import evaluating

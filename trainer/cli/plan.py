@@ -59,7 +59,7 @@ def run_plan(settings: PlanCommand) -> str:
     base = open_base_model(settings)
     memory = _planned_memory(settings, base, precision, device)
     planner = Planner(base, settings, precision, start, priors=_trains_class_pictures(settings))
-    savings = memory_savings(settings)
+    savings = memory_savings(settings, planner.blocks)
     rows = [_Row(saving.described(settings) or "as set", planner.need(saving)) for saving in savings]
     lossy = _lossy_rows(rows[-1].title, savings[-1], settings, planner)
     lines = [

@@ -33,6 +33,7 @@ from ..core.events import Listener, Phase, stop_if_asked
 from ..core.prompts import split_prompts
 from ..core.seeding import generator
 from ..core.throughput import Throughput
+from ..models.blocks import enable_gradient_checkpointing
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel, as_ordinary
 from ..models.sampling import GenerationConfig, denoise, starting_noise
 from ..settings.merge import LearnedMergeSettings, MergeSettings
@@ -328,7 +329,7 @@ class _ZipLoraTrainer:
     def _train(self, model: DiffusionModel, embeddings: Sequence[_PromptEmbeddings], latents: Sequence[Tensor]) -> None:
         settings = self.settings
         if settings.gradient_checkpointing:
-            model.denoiser.enable_gradient_checkpointing()
+            enable_gradient_checkpointing(model.denoiser)
         coefficients = [parameter for layer in self.layers.values() for parameter in layer.coefficients.values()]
         accelerator = make_accelerator(self.device, self.precision, 1)
         model.objective = model.objective.to(self.device)

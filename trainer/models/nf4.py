@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -156,6 +156,19 @@ class Nf4Linear(nn.Linear):
         else:
             weight = self._functional.dequantize_4bit(self.packed, self._state)
         return nn.Parameter(weight, requires_grad=False)
+
+    def held(self) -> Sequence[Tensor]:
+        """What the weight is stored in, but for its scales."""
+        return [self.packed]
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Read the weight from other tensors than those of `held`, with the same content."""
+        [self.packed] = tensors
+
+    def move_scales(self, device: torch.device) -> None:
+        """Move what belongs to the weight beside those."""
+        if self._state is not None:
+            self._state.to(device)
 
     @property
     def quantized_bytes(self) -> int:

@@ -155,6 +155,14 @@ class StoredLinear(nn.Linear):
         """Move its weight, which keeps its type."""
         raise NotImplementedError
 
+    def held(self) -> Sequence[Tensor]:
+        """What the weight is stored in; of a weight with a scale, without that."""
+        raise NotImplementedError
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """Read the weight from other tensors than those of `held`, with the same content."""
+        raise NotImplementedError
+
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
         """The dequantised weight, (out, in); a new tensor at every access."""
@@ -231,6 +239,14 @@ class Fp8Linear(StoredLinear):
         if self._scale is not None:
             self._scale = self._scale.to(device)
 
+    def held(self) -> Sequence[Tensor]:
+        """See `StoredLinear.held`."""
+        return [self.packed]
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """See `StoredLinear.hold`."""
+        [self.packed] = tensors
+
 
 class PackedLinear(StoredLinear):
     """A layer whose weight a host unpacks.
@@ -271,19 +287,35 @@ class PackedLinear(StoredLinear):
         self._buffers.clear()
         self._show()
 
+    def held(self) -> Sequence[Tensor]:
+        """See `StoredLinear.held`."""
+        return self._packed.stored
+
+    def hold(self, tensors: Sequence[Tensor]) -> None:
+        """See `StoredLinear.hold`."""
+        self._packed = replace(self._packed, stored=tuple(tensors))
+        self._buffers.clear()
+        self._show()
+
 
 class LinearWithoutSaving(torch.autograd.Function):
-    """x · Wᵀ + b, which saves neither x nor W: the backward pass needs only W, and dequantises it again."""
+    """x · Wᵀ + b, which saves neither x nor W: the backward pass needs only W, and dequantises it again.
+
+    It saves an empty tensor. Reading that has gradient checkpointing compute the layer's block again before, which may
+    have to be brought to the device for it.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Any) -> Tensor:
         """(…, in) → (…, out)."""
         ctx.layer = layer
+        ctx.save_for_backward(x.new_empty(0))
         return F.linear(x, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """(…, out) → (…, in)."""
+        _ = ctx.saved_tensors
         return gradients[0] @ ctx.layer.weight, None
 
 

@@ -285,6 +285,39 @@ class TrainSettings(
         needs=Needs("lr_schedule", ("polynomial",)),
         neutral=(1.0,),
     )
+    gradient_checkpointing_interval: int = setting(
+        1,
+        "Gradient checkpointing of every n-th block alone: 1 is every block, 2 every second one, which is faster and "
+        "takes more memory.",
+        unit="blocks",
+        group="Memory",
+        ge=1,
+        le=1000,
+        advanced=True,
+        affects_result=False,
+        needs=Needs("gradient_checkpointing"),
+    )
+    swap_blocks: int = setting(
+        0,
+        "Number of the base model's blocks that stay in the computer's memory and are copied to a CUDA GPU whenever "
+        "they compute. Saves their memory, costs some speed, and turns gradient checkpointing on. With fit = auto it "
+        "is chosen where nothing else is enough. 0: none.",
+        unit="blocks",
+        group="Memory",
+        ge=0,
+        le=1000,
+        advanced=True,
+        affects_result=False,
+    )
+    compile: Literal["off", "auto", "blocks"] = setting(
+        "off",
+        "blocks: compile the base model's blocks (torch.compile), which takes a minute or more before the first step "
+        "and makes the others faster. auto: once the first steps show that it pays for itself in those that are left; "
+        "on CUDA with Triton. If compiling fails, training continues without.",
+        group="Speed",
+        advanced=True,
+        affects_result=False,
+    )
 
     @field_validator("name")
     @classmethod
@@ -302,6 +335,15 @@ class TrainSettings(
             raise ValueError(
                 f"{suggest('preset')} is for adapters, but {suggest('adapter')} is 'full': "
                 f"unset {suggest('preset')} or choose {suggest('adapter', 'lora')}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_blocks_are_swapped(self) -> Self:
+        if self.swap_blocks and self.adapter == "full":
+            raise ValueError(
+                f"{suggest('swap_blocks')} is for weights that are not trained, but {suggest('adapter')} is 'full': "
+                f"set {suggest('swap_blocks', 0)} or choose {suggest('adapter', 'lora')}"
             )
         return self
 
@@ -368,6 +410,13 @@ class TrainSettings(
     def token_steps(self) -> int:
         """Step after which the rare word's vectors stay as they are."""
         return max(1, round(self.steps * self.token_until))
+
+    @property
+    def checkpointing_interval(self) -> int:
+        """Every how many blocks one makes its activations again; 0: none does. All do if some are swapped."""
+        if self.swap_blocks:
+            return 1
+        return self.gradient_checkpointing_interval if self.gradient_checkpointing else 0
 
     @property
     def trains_class_pictures(self) -> bool:

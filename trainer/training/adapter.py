@@ -98,7 +98,13 @@ class TrainableAdapter:
         layers: Name of a module in the file → its layer.
     """
 
-    def __init__(self, model: DiffusionModel, settings: TrainSettings, start: Adapter | None = None) -> None:
+    def __init__(
+        self,
+        model: DiffusionModel,
+        settings: TrainSettings,
+        start: Adapter | None = None,
+        device: torch.device | None = None,
+    ) -> None:
         """Inject the adapter.
 
         Its initial values depend on the seed and each module's name alone, and leave the model's predictions as they
@@ -108,11 +114,13 @@ class TrainableAdapter:
             model: A built model; its networks get PEFT's layers.
             settings: Kind, modules, ranks, seed.
             start: An adapter to go on from: its kind, modules, ranks and alphas replace the settings'.
+            device: Where the adapter is trained; None: where the weights of each module are.
 
         Raises:
             SettingsError: The settings do not fit the model.
             AdapterError: `start` does not.
         """
+        self._device = device
         self._method = PEFT_METHODS[_method_name(start) if start else settings.adapter]
         if start is None and settings.lora_init == "orthogonal":
             self._method = ORTHOGONAL_LORA
@@ -164,7 +172,9 @@ class TrainableAdapter:
         """Give a layer its initial values, in float32 whatever type PEFT chose, and make it trainable."""
         for suffix, parameter in layer.parameters.items():
             for tensor in (parameter, layer.initial.get(suffix, parameter)):
-                tensor.data = torch.empty_like(tensor, dtype=torch.float32, memory_format=torch.contiguous_format)
+                tensor.data = torch.empty_like(
+                    tensor, dtype=torch.float32, device=self._device, memory_format=torch.contiguous_format
+                )
             if not parameter.is_meta:  # as it is while a run's memory is planned
                 source = generator(seed, "start", layer.target.name, suffix)
                 values = initial_values(self._method, suffix, parameter.shape, module, source)

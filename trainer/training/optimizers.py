@@ -1,4 +1,4 @@
-"""Optimiser and learning-rate schedule of a run, and gradient checkpointing of its networks."""
+"""Optimiser and learning-rate schedule of a run."""
 
 from __future__ import annotations
 
@@ -219,29 +219,3 @@ def learning_rate_factor(optimizer: torch.optim.Optimizer, settings: TrainSettin
         )
     factor: Callable[[int], float] = schedule.lr_lambdas[0]
     return factor
-
-
-def enable_gradient_checkpointing(network: Any) -> None:
-    """Let a network compute its activations again in the backward pass instead of keeping them.
-
-    Args:
-        network: Of diffusers or of transformers, which call it differently.
-    """
-    if hasattr(network, "enable_gradient_checkpointing"):  # diffusers
-        network.enable_gradient_checkpointing()
-        return
-    enable = getattr(
-        network, "activation_checkpointing_enable", None
-    )  # transformers; the other name leaves with its version 6
-    enable = enable or network.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-
-
-def disable_gradient_checkpointing(network: Any) -> None:
-    """Let a network keep its activations for the backward pass; see `enable_gradient_checkpointing`."""
-    if hasattr(network, "disable_gradient_checkpointing"):
-        network.disable_gradient_checkpointing()
-        return
-    disable = getattr(network, "activation_checkpointing_disable", None)
-    disable = disable or network.gradient_checkpointing_disable
-    disable()

@@ -14,6 +14,7 @@ from ..adapters.names import networks
 from ..adapters.prefixes import UNET
 from ..core.devices import to_device
 from ..core.errors import AdapterError, suggest
+from ..models.block_swap import BlockSwap, set_aside, swapped_blocks
 from ..models.families.base import DiffusionModel
 from ..models.nf4 import quantize
 from ..models.stored_weights import as_ordinary_layers
@@ -77,16 +78,24 @@ def make_trainable(
         AdapterError: `start` does not.
     """
     full = settings.adapter == "full"
+    swapped = swapped_blocks(model.denoiser, settings.swap_blocks) if device.type == "cuda" else []
+    for block in swapped:  # one after the other, so that the device never holds all of them
+        if settings.base_quantization == "nf4":
+            quantize(block, device, dtype)
+        to_device(block, torch.device("cpu"), dtype)
     for component, network in networks(model).items():
         if component == UNET or settings.text_encoders_in_steps([component]):
             if component == UNET and settings.base_quantization == "nf4":
                 quantize(network, device, dtype)
             if full:
                 as_ordinary_layers(network)
-            to_device(network, device, torch.float32 if full else dtype)
+            with set_aside(network, swapped):
+                to_device(network, device, torch.float32 if full else dtype)
     if full:
         return FullFinetune(model, settings)
-    adapter = TrainableAdapter(model, settings, start)
+    adapter = TrainableAdapter(model, settings, start, device)
+    if swapped:
+        BlockSwap(swapped, device)
     if words is None:
         return adapter
     words.to_device(device)

@@ -14,12 +14,22 @@ import torch
 from ...adapters.kohya import Adapter
 from ...core.devices import free_memory, used_memory
 from ...core.distributed import ProcessGroup
-from ...core.errors import OutOfMemoryError
+from ...core.errors import OutOfMemoryError, suggest
 from ...core.events import Listener, Note
 from ...models.families.base import BaseWeights
 from ...settings.train import TrainSettings
 from ..runs.folder import RunFolder
-from .plan import GB, MemoryNeed, Plan, Planner, make_plan, memory_savings, remedies, resident_bytes
+from .plan import (
+    GB,
+    MemoryNeed,
+    Plan,
+    Planner,
+    checkpointing_title,
+    make_plan,
+    memory_savings,
+    remedies,
+    resident_bytes,
+)
 
 ResultT = TypeVar("ResultT", covariant=True)
 
@@ -82,12 +92,14 @@ class MemoryBudget:
         """Choose the fastest option that fits into the memory that is free."""
         settings = self._requested
         memory = free_memory(self.device) + resident_bytes(base, settings, precision, self.device)
+        planner = Planner(base, settings, precision, start, priors)
         try:
-            plan = make_plan(Planner(base, settings, precision, start, priors), settings, memory)
+            plan = make_plan(planner, settings, memory)
         except RuntimeError as error:  # torch's own: an operation can't be computed without values
             text = f"The memory could not be planned ({error}), so everything stays as it is set."
             listener.report(Note(text, warning=True))
             return
+        self._options = memory_savings(settings, planner.blocks)
         self._chosen = self._options.index(plan.chosen.saving)
         self._need = plan.chosen.need
         listener.report(plan_note(plan, settings))
@@ -121,7 +133,7 @@ class MemoryBudget:
                 recipe.clean_up()
             del recipe
             self._is_second_try = True
-            self._chosen += 1
+            self._chosen = self._smaller()
             step = self.folder.newest(self._requested.steps) if self.folder else 0
             origin = f"from step {step}" if step else "from the start"
             change = self._options[self._chosen].described(self._requested)
@@ -129,9 +141,14 @@ class MemoryBudget:
 
     def _may_try_again(self) -> bool:
         """Whether there is an option that takes less; several processes would wait for each other for ever."""
-        has_smaller_option = self._chosen + 1 < len(self._options)
+        has_smaller_option = self._smaller() < len(self._options)
         allowed = self._requested.fit != "off" and self.processes.count == 1
         return allowed and has_smaller_option and not self._is_second_try
+
+    def _smaller(self) -> int:
+        """Index of the next option; since there is one more try alone, none that saves only a little."""
+        smaller = range(self._chosen + 1, len(self._options))
+        return next((index for index in smaller if self._options[index].checkpointing == 1), len(self._options))
 
 
 def plan_note(plan: Plan, settings: TrainSettings) -> Note:
@@ -145,9 +162,13 @@ def plan_note(plan: Plan, settings: TrainSettings) -> Note:
         text = f"This training needs about {need:.1f} GB, and {free:.1f} GB are free{even_with}. {remedies(settings)}."
         return Note(text, warning=True)
     changed = []
-    if saving.checkpointing and not settings.gradient_checkpointing:
-        changed.append("gradient checkpointing is turned on")
+    if saving.checkpointing != settings.checkpointing_interval:
+        changed.append(f"{checkpointing_title(saving.checkpointing)} is turned on")
     if saving.split > 1:
         changed.append(f"a batch of {settings.batch_size} is computed in {saving.split} parts")
+    if saving.swap > settings.swap_blocks:
+        changed.append(
+            f"{saving.swap} blocks of the base model stay in the computer's memory ({suggest('swap_blocks')})"
+        )
     text = f"This training needs about {need:.1f} GB of the {free:.1f} GB that are free"
     return Note(f"{text}: {', and '.join(changed)}." if changed else f"{text}.")

@@ -20,11 +20,13 @@ from ...adapters.names import networks
 from ...core.devices import DTYPES, to_device
 from ...core.errors import suggest
 from ...core.prompts import PromptWords
+from ...models.block_swap import swapped_blocks, swapped_bytes
+from ...models.blocks import blocks_of, disable_gradient_checkpointing, enable_gradient_checkpointing
 from ...models.families.base import BaseWeights, Component, Conditioning, DiffusionModel, token_ids_key
 from ...models.nf4 import Nf4Linear
 from ...settings.optimizer import OPTIMIZERS
 from ...settings.train import TrainSettings
-from ..optimizers import disable_gradient_checkpointing, enable_gradient_checkpointing, usual_rate
+from ..optimizers import usual_rate
 from ..trainable import Trainable, make_trainable
 from ..words import TrainedWords
 from .meter import CudaEmulation, LiveBytes
@@ -39,6 +41,9 @@ _META = torch.device("meta")
 _UPDATES_IN_PLACE = ("adamw", "adafactor", "adamw-8bit", "adamw-8bit-paged")
 _FLOAT32_BYTES = 4
 
+_ORDINALS = {4: "fourth", 2: "second"}  # intervals of gradient checkpointing that are tried
+_SWAPPED_SHARES = (0.25, 0.5, 0.75, 1.0)  # of all blocks
+
 # of bitsandbytes, in numbers
 _MIN_SIZE_8BIT = 4096  # smaller tensors have states in float32
 _BLOCK_SIZE_8BIT = 256  # numbers that share a scale
@@ -50,42 +55,67 @@ class MemorySaving:
     """What saves memory without changing what is learned, but for rounding.
 
     Attributes:
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: Every how many blocks one computes its activations again in the backward pass; 0: none does.
         split: Into how many parts every batch is cut; a step has that many times more passes. A sample is drawn for
             its index in the whole step, so the samples stay the same.
+        swap: How many blocks stay in the computer's memory; those of the settings at least.
     """
 
-    checkpointing: bool
+    checkpointing: int
     split: int = 1
+    swap: int = 0
 
     def applied(self, settings: TrainSettings) -> TrainSettings:
         """The settings to compute with; those that were given stay in the run's fingerprint and file."""
         changes = {
-            "gradient_checkpointing": self.checkpointing,
+            "gradient_checkpointing": self.checkpointing > 0,
+            "gradient_checkpointing_interval": self.checkpointing or settings.gradient_checkpointing_interval,
             "batch_size": settings.batch_size // self.split,
             "gradient_accumulation": settings.gradient_accumulation * self.split,
+            "swap_blocks": max(self.swap, settings.swap_blocks),
         }
         return settings.model_copy(update=changes)
 
     def described(self, settings: TrainSettings) -> str:
         """What differs from the settings, such as "gradient checkpointing"; "" if nothing does."""
         changes = []
-        if self.checkpointing and not settings.gradient_checkpointing:
-            changes.append("gradient checkpointing")
+        if self.checkpointing != settings.checkpointing_interval:
+            changes.append(checkpointing_title(self.checkpointing))
         if self.split > 1:
             changes.append(f"batches of {settings.batch_size} computed in {self.split} parts")
+        if self.swap > settings.swap_blocks:
+            changes.append(f"{self.swap} blocks swapped")
         return ", ".join(changes)
 
 
-def memory_savings(settings: TrainSettings) -> list[MemorySaving]:
-    """What can be tried, fastest first: as set, gradient checkpointing, then smaller and smaller parts of a batch.
+def checkpointing_title(interval: int) -> str:
+    """Gradient checkpointing of every so many blocks, for people."""
+    return (
+        "gradient checkpointing"
+        if interval == 1
+        else f"gradient checkpointing of every {_ORDINALS.get(interval, f'{interval}th')} block"
+    )
 
-    With dropout a batch is not cut, since what is dropped depends on the pass.
+
+def memory_savings(settings: TrainSettings, blocks: int = 0) -> list[MemorySaving]:
+    """What can be tried, fastest first.
+
+    First as set, then gradient checkpointing of some blocks, of all; then smaller and smaller parts of a batch; then
+    more and more blocks that are swapped. With dropout a batch is not cut, since what is dropped depends on the pass.
+
+    Args:
+        settings: Of the run.
+        blocks: How many there are that can be swapped.
     """
-    whole_batch = [MemorySaving(settings.gradient_checkpointing), MemorySaving(True)]
+    as_set = settings.checkpointing_interval
+    intervals = [interval for interval in (*_ORDINALS, 1) if not as_set or interval < as_set]
+    whole_batch = [MemorySaving(interval, swap=settings.swap_blocks) for interval in (as_set, *intervals)]
     max_split = 1 if settings.dropout else settings.batch_size
     splits = [split for split in range(2, max_split + 1) if max_split % split == 0]
-    return list(dict.fromkeys(whole_batch)) + [MemorySaving(True, split) for split in splits]
+    parts = [MemorySaving(1, split, settings.swap_blocks) for split in splits]
+    swaps = [math.ceil(blocks * share) for share in _SWAPPED_SHARES]
+    swapped = [MemorySaving(1, max_split, count) for count in dict.fromkeys(swaps) if count > settings.swap_blocks]
+    return list(dict.fromkeys([*whole_batch, *parts, *swapped]))
 
 
 @dataclass(frozen=True)
@@ -150,6 +180,13 @@ class Planner:
         self._step_peaks: dict[tuple[str, MemorySaving], int] = {}
         self._result_cache: dict[Hashable, Any] = {}
 
+    @functools.cached_property
+    def blocks(self) -> int:
+        """How many blocks can be swapped."""
+        if self._settings.adapter == "full":
+            return 0
+        return len(blocks_of(self._prepare(self._settings.base_quantization).model.denoiser))
+
     def need(
         self, saving: MemorySaving, *, quantization: str | None = None, optimizer: str | None = None
     ) -> MemoryNeed:
@@ -172,13 +209,15 @@ class Planner:
         states = sum(state_bytes(optimizer, parameter.shape) for parameter in parameters)
         update_temporaries = 0 if optimizer in _UPDATES_IN_PLACE else weights
 
-        if (quantization, saving) not in self._step_peaks:
-            self._step_peaks[quantization, saving] = self._measure_step(prepared, saving)
+        step = replace(saving, swap=0)  # which changes nothing of what is allocated
+        if (quantization, step) not in self._step_peaks:
+            self._step_peaks[quantization, step] = self._measure_step(prepared, step)
         inside = {id(parameter) for network in networks(prepared.model).values() for parameter in network.parameters()}
         trained_inside = sum(parameter.nbytes for parameter in parameters if id(parameter) in inside)
-        step_peak = max(self._step_peaks[quantization, saving], gradients + update_temporaries)
+        step_peak = max(self._step_peaks[quantization, step], gradients + update_temporaries)
+        swapped = swapped_bytes(swapped_blocks(prepared.model.denoiser, saving.swap))
         return MemoryNeed(
-            base=_weight_bytes(networks(prepared.model).values()) - trained_inside + untrained,
+            base=_weight_bytes(networks(prepared.model).values()) - trained_inside + untrained - swapped,
             trained=weights + gradients + states + averages,
             activations=step_peak - gradients,
             encoding=prepared.encoding,
@@ -201,8 +240,8 @@ class Planner:
         parameters = prepared.trainable.parameters()
         for network in networks(model).values():
             network.train()
-            if settings.gradient_checkpointing:
-                enable_gradient_checkpointing(network)
+            if settings.checkpointing_interval:
+                enable_gradient_checkpointing(network, settings.checkpointing_interval)
             else:
                 disable_gradient_checkpointing(network)
         for parameter in parameters:  # earlier passes of the step have left their gradients
@@ -427,7 +466,7 @@ def make_plan(planner: Planner, settings: TrainSettings, memory: int) -> Plan:
         memory: Bytes that can be used, without `CUDA_CONTEXT`.
     """
     measured = []
-    for saving in memory_savings(settings):
+    for saving in memory_savings(settings, planner.blocks):
         option = PlanOption(saving, planner.need(saving))
         measured.append(option)
         if option.need.total <= memory:
