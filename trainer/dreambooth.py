@@ -36,11 +36,12 @@ from .core.errors import CancelledError, DivergedError, suggest
 from .core.events import Listener, Note, RunOpened, SilentListener, Validation
 from .core.prompts import PromptWords
 from .core.seeding import seeded
-from .core.throughput import Throughput
+from .core.throughput import Investment, Throughput
 from .data.batches import Batch, draw_batches
 from .data.images import Picture, split_validation
 from .data.latent_cache import LatentCache, build_cache, drop_frozen_text_encoders
 from .models.blocks import enable_gradient_checkpointing
+from .models.compiled_blocks import CompiledBlocks, can_compile
 from .models.families.base import BaseWeights, DiffusionModel
 from .models.nf4 import require_quantizable
 from .models.objective import Objective, consistency_loss
@@ -69,6 +70,9 @@ from .training.validation import validation_loss
 from .training.words import TrainedWords
 
 logger = logging.getLogger("dreambooth_lora")
+
+_COMPILING = Investment(seconds=120.0, saves=0.2)
+"""What compiling costs and gives, by others' figures: a minute or two, and 25 to 35 % of a transformer's time."""
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ class Session:
         text: Conditioning on the captions and on the previews' prompts.
         teacher: Gives the samples for which the base model's prediction is learned.
         dtype: Type of the frozen weights and of the denoiser's input.
+        compiled: The denoiser's blocks, if they are compiled.
         ended: Parts of what is trained that stay as they are from now on.
     """
 
@@ -180,6 +185,7 @@ class Session:
     text: TextConditioning
     teacher: BaseTeacher
     dtype: torch.dtype
+    compiled: CompiledBlocks | None = None
     ended: set[str] = field(default_factory=set)
 
     @property
@@ -510,8 +516,9 @@ class DreamBooth:
             while self.step < settings.steps and stop_at is None:
                 if session.text.trained:
                     self.freeze_text()
+                self._compile_if_due()
                 factor = session.learning_rate_factor(self.step)
-                loss = self.train_step(factor)
+                loss = self._compiled_step(factor) if session.compiled else self.train_step(factor)
                 self._report_pending()  # one step late, so that one process alone never waits for its device
                 self._pending = (self.step, settings.learning_rate * factor, NumberOnItsWay(loss))
 
@@ -530,6 +537,42 @@ class DreamBooth:
         note = f"Stopped early: step {stop_at} shows the subject best; since then the class drifts."
         self.listener.report(Note(note))
         return stop_at
+
+    def _compile_if_due(self) -> None:
+        """Have the denoiser's blocks compiled from this step on, if the settings say so."""
+        session = self.session
+        choice = self.settings.compile
+        if session.compiled or choice == "off" or (choice == "auto" and not self._throughput.pays_for(_COMPILING)):
+            return
+        self.settings = self.settings.model_copy(update={"compile": "off"})  # it is decided
+        if not can_compile(self.device):
+            missing = "Triton" if self.device.type == "cuda" else "a compiler for this device"
+            self.listener.report(Note(f"Nothing is compiled: {missing} is missing."))
+            return
+        self.listener.report(Note("The base model's blocks are compiled; the next steps take longer."))
+        session.compiled = CompiledBlocks(session.model.denoiser)
+
+    def _compiled_step(self, learning_rate_factor: float) -> Tensor:
+        """`train_step`, and once more without compiled blocks if they fail; compiling is no part of the rate."""
+        session = self.session
+        assert session.compiled is not None
+        graphs = session.compiled.graphs
+        try:
+            loss = self.train_step(learning_rate_factor)
+        except Exception as error:  # of the backward pass, which is compiled when it first runs
+            if self._mid_update:
+                raise
+            session.compiled.give_up(error)
+            session.optimizer.zero_grad(set_to_none=True)
+            session.accelerator.step = 0
+            loss = self.train_step(learning_rate_factor)
+        if session.compiled.graphs != graphs:
+            self._throughput.pause()
+        if session.compiled.trouble:
+            self.listener.report(Note(f"Compiling failed; training goes on without. {session.compiled.trouble}"))
+            session.compiled.close()
+            session.compiled = None
+        return loss
 
     def train_step(self, learning_rate_factor: float) -> Tensor:
         """One optimiser step over all its micro-batches. Returns the mean loss, 0-D, on the device.
@@ -844,6 +887,8 @@ class DreamBooth:
     def clean_up(self) -> None:
         """Drop everything that was built and give the device's memory back."""
         if self._session is not None:
+            if self._session.compiled is not None:
+                self._session.compiled.close()
             self._session.accelerator.free_memory()
         self._session = None
         release(self.device)

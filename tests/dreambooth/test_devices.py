@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import anima_checkpoints
-import krea2_checkpoints
 import pytest
 import torch
-from anima_checkpoints import anima_folder
 from cases import mostly_slow
 from emulated_cuda import DEVICE, OnDevice, emulated_cuda
-from flux2_checkpoints import flux2_folder
+from families import family_world
 from helpers import Recorder
-from krea2_checkpoints import krea2_folder
 from pack.trainer.core.devices import NumberOnItsWay
-from pack.trainer.data.folder import AnnotationOptions
-from pack.trainer.data.images import load_pictures
 from pack.trainer.dreambooth import DreamBooth
 from pack.trainer.models.block_swap import PLACES, BlockSwap
 from pack.trainer.models.blocks import blocks_of
-from pack.trainer.models.open import open_base
 from pack.trainer.settings.train import TrainSettings
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from worlds import BOTH_TEXTS, COMMON, PROMPT, SHAPES, TEXT, World, noisy_pictures, paths_in, pictures_of
-from zimage_checkpoints import zimage_folder
+from worlds import BOTH_TEXTS, COMMON, PROMPT, SHAPES, TEXT, World, paths_in, pictures_of
 
 pytestmark = pytest.mark.usefixtures("quick")
 
@@ -187,21 +178,8 @@ def test_swapped_blocks_travel_ahead_and_leave(world: World, tmp_path: Path, mon
     assert trained == {"cuda"}
 
 
-FLOW: dict[str, tuple[Callable[[Path], Path], Callable[[], bool]]] = {
-    "flux2": (flux2_folder, lambda: True),
-    "zimage": (zimage_folder, lambda: True),
-    "krea2": (krea2_folder, krea2_checkpoints.can_be_made),
-    "anima": (anima_folder, anima_checkpoints.can_be_made),
-}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FLOW)
+@pytest.mark.parametrize("family", ["flux2", "zimage", "krea2", "anima"])
 def test_no_step_of_flow_matching_waits(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make_folder, can_be_made = FLOW[family]
-    if not can_be_made():
-        pytest.skip("needs newer libraries")
-    pictures = noisy_pictures(tmp_path / "subject", 3, 0)
-    subject = load_pictures(pictures, PROMPT, Recorder(), AnnotationOptions(token="sks"))
-    world = World(open_base(make_folder(tmp_path / "base")), subject)
+    world = family_world(family, tmp_path)
     assert waits_of_steps(world, tmp_path, monkeypatch, precision="bf16", batch_size=2, prior="none") == []

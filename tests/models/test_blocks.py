@@ -2,53 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import anima_checkpoints
-import krea2_checkpoints
 import pytest
 import torch
-from anima_checkpoints import anima_folder
 from cases import mostly_slow
-from checkpoints import sd15_checkpoint, sdxl_checkpoint
-from flux2_checkpoints import flux2_folder
-from helpers import TINY, Recorder
-from krea2_checkpoints import krea2_folder
-from pack.trainer.data.folder import AnnotationOptions
-from pack.trainer.data.images import load_pictures
+from families import FAMILY_WORLDS, family_world
 from pack.trainer.models.blocks import blocks_of, disable_gradient_checkpointing, enable_gradient_checkpointing
-from pack.trainer.models.open import open_base
-from worlds import BOTH_TEXTS, PROMPT, TOKENIZER, World, noisy_pictures
-from zimage_checkpoints import zimage_folder
+from worlds import BOTH_TEXTS, World
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def always() -> bool:
-    return True
-
-
-MAKERS: dict[str, tuple[Callable[[Path], Any], Callable[[], bool]]] = {
-    "sd1": (lambda path: open_base(sd15_checkpoint(path / "sd.safetensors", size=TINY), TOKENIZER), always),
-    "sdxl": (lambda path: open_base(sdxl_checkpoint(path / "xl.safetensors", size="tiny"), TOKENIZER), always),
-    "flux2": (lambda path: open_base(flux2_folder(path / "base")), always),
-    "zimage": (lambda path: open_base(zimage_folder(path / "base")), always),
-    "krea2": (lambda path: open_base(krea2_folder(path / "base")), krea2_checkpoints.can_be_made),
-    "anima": (lambda path: open_base(anima_folder(path / "base")), anima_checkpoints.can_be_made),
-}
-
-
-@pytest.fixture(params=mostly_slow(MAKERS, "sd1"))
+@pytest.fixture(params=mostly_slow(FAMILY_WORLDS, "sd1"))
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> World:
     """A small model of a family, and pictures."""
-    make, can_be_made = MAKERS[request.param]
-    if not can_be_made():
-        pytest.skip("needs newer libraries")
-    pictures = noisy_pictures(tmp_path / "subject", 3, 0)
-    subject = load_pictures(pictures, PROMPT, Recorder(), AnnotationOptions(token="sks"))
-    return World(make(tmp_path), subject)
+    return family_world(request.param, tmp_path)
 
 
 def test_all_that_diffusers_checkpoints_is_in_a_block(world: World, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -10,6 +11,20 @@ from .devices import used_memory
 from .events import Step
 
 _SMOOTHING = 0.9
+_STEPS_TO_JUDGE = 10  # that were measured
+
+
+@dataclass(frozen=True)
+class Investment:
+    """Something that takes time once and saves some in every step.
+
+    Attributes:
+        seconds: What it takes.
+        saves: Share of a step's time, in (0, 1).
+    """
+
+    seconds: float
+    saves: float
 
 
 class Throughput:
@@ -28,12 +43,23 @@ class Throughput:
         self._last_step = started_from
         self._last_time: float | None = None
         self._seconds_per_step = 0.0
+        self._measured = 0
+
+    def pause(self) -> None:
+        """Leave out the time until the next step that is reported."""
+        self._last_time = None
+
+    def pays_for(self, investment: Investment) -> bool:
+        """Whether, by the steps so far, something would pay for itself twice in those that are left."""
+        saved = investment.saves * self._seconds_per_step * (self._steps - self._last_step)
+        return self._measured >= _STEPS_TO_JUDGE and saved > 2 * investment.seconds
 
     def event(self, step: int, loss: float, learning_rate: float) -> Step:
         """The event of a step that has just finished."""
         now = time.monotonic()
         if self._last_time is not None:
             seconds = (now - self._last_time) / max(1, step - self._last_step)
+            self._measured += 1
             previous = self._seconds_per_step or seconds
             self._seconds_per_step = _SMOOTHING * previous + (1 - _SMOOTHING) * seconds
         self._last_time = now

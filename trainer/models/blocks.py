@@ -37,6 +37,17 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
     return [block for block in found if not any(id(inner) in kept for inner in block.modules() if inner is not block)]
 
 
+def innermost(block: nn.Module) -> tuple[Callable[..., Any], Callable[[Callable[..., Any]], None]]:
+    """A block's own forward pass, inside of all that was put around it, and what replaces it there.
+
+    What is put around a forward pass has it as its attribute `forward`.
+    """
+    owner: Any = block
+    while hasattr(owner.forward, "forward"):
+        owner = owner.forward
+    return owner.forward, lambda forward: setattr(owner, "forward", forward)
+
+
 class _Recomputed:
     """A block's forward pass whose activations are not kept, but made again in the backward pass (Chen et al. 2016)."""
 

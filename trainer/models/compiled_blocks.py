@@ -1,0 +1,114 @@
+"""The blocks of a network compiled (`torch.compile`), all of one class at once; and as they were, if that fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .blocks import blocks_of, innermost
+
+logger = logging.getLogger("dreambooth_lora")
+
+_RECOMPILATIONS = 64  # of one class: for its sizes, for what is trained in it, for shapes of pictures
+_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
+
+
+def compilable_blocks(network: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a network of diffusers: alike, so that they are compiled once for all.
+
+    The residual blocks of a UNet differ in their sizes, and their convolutions gain little.
+    """
+    return [block for block in blocks_of(network) if type(block).__name__ != "ResnetBlock2D"]
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether what compiling needs is there: Triton on CUDA, a C++ compiler on the CPU."""
+    if device.type == "cuda":
+        from torch.utils._triton import has_triton
+
+        return bool(has_triton())
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            return bool(get_cpp_compiler())
+        except InvalidCxxCompiler:
+            return False
+    return False
+
+
+class CompiledBlocks:
+    """A network's blocks, compiled when they first compute; never a reason for a run to fail.
+
+    Attributes:
+        trouble: Why they compute as they are; "" while they are compiled.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        """Have the blocks compiled, inside of what makes activations again or swaps them.
+
+        Args:
+            network: Of diffusers, with what is trained in it.
+        """
+        import torch._dynamo
+
+        self.trouble = ""
+        self._limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(self._limit, _RECOMPILATIONS)
+        self._blocks = compilable_blocks(network)
+        for block in self._blocks:
+            forward, replace = innermost(block)
+            replace(_Compiled(self, forward))
+
+    def give_up(self, error: Exception) -> None:
+        """Let the blocks compute as they are from now on; raises the error again if it is of another kind."""
+        if self.trouble or any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY):
+            raise error
+        first_paragraph = " ".join(str(error).partition("\n\n")[0].split())
+        self.trouble = f"{type(error).__name__}: {first_paragraph}"
+        logger.warning("Compiling failed, so training continues without. %s", self.trouble)
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs PyTorch has compiled in this process."""
+        from torch._dynamo.utils import counters
+
+        return int(counters["stats"]["unique_graphs"])
+
+    def close(self) -> None:
+        """Let go of the blocks; what was compiled is forgotten by PyTorch with them."""
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = self._limit
+        for block in self._blocks:
+            forward, replace = innermost(block)
+            if isinstance(forward, _Compiled):
+                replace(forward.plain)
+        self._blocks = []
+
+
+class _Compiled:
+    """A block's forward pass, compiled."""
+
+    def __init__(self, blocks: CompiledBlocks, forward: Callable[..., Any]) -> None:
+        """Take the block's own forward pass."""
+        self.plain = forward
+        self._blocks = blocks
+        self._compiled = torch.compile(forward)
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """Compute."""
+        from torch._dynamo.exc import TorchDynamoException
+
+        if self._blocks.trouble:
+            return self.plain(*args, **keywords)
+        try:
+            return self._compiled(*args, **keywords)
+        except TorchDynamoException as error:  # also what its backends raise; others pass through here by intention
+            self._blocks.give_up(error)
+            return self.plain(*args, **keywords)
