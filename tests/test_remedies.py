@@ -115,6 +115,7 @@ def notes(label: str, kind: type[Settings], values: Values, *tries: Values, **mo
 # Settings that contradict each other
 
 settings("out of range", TrainCommand, {"steps": 0}, {"steps": 1})
+settings("trained blocks can't be swapped", TrainCommand, {"adapter": "full", "swap_blocks": 4})
 settings("no words for a template", TrainCommand, {"instance_prompt": "a {class}"}, {"instance_prompt": "a dog"})
 for _name, _value in {
     "include": "mid",
@@ -972,6 +973,8 @@ UNTRIED: dict[tuple[str, str], str] = {
     ("trainer/__main__.py", "advice"): _HINT,
     ("trainer/dreambooth.py", "_save_interrupted"): _HINT,
     ("trainer/dreambooth.py", "_go_on_without_preservation"): _HINT,
+    ("trainer/dreambooth.py", "prepare"): _HINT,
+    ("trainer/training/memory/fit.py", "plan_note"): _HINT,
     ("trainer/training/preservation.py", "unpreserved_note"): _HINT,
     ("trainer/data/folder.py", "_chosen_folders"): _HINT,
     ("trainer/evaluation/comparison.py", "checkpoint_candidates"): _HINT,

@@ -533,12 +533,18 @@ OTHER_VALUES: dict[str, Any] = {
     "timestep_shift": 2.0,
     "preset": "animal",
     "log_with": "tensorboard",
+    "gradient_checkpointing_interval": 3,
+    "swap_blocks": 4,
+    "compile": "blocks",
 }
 WITHOUT_EFFECT = {
     "preset",  # its values have
     "log_with",
     "name",
     "gradient_checkpointing",
+    "gradient_checkpointing_interval",
+    "swap_blocks",
+    "compile",
     "fit",
     "checkpoint_every",
     "keep_checkpoints",

@@ -64,7 +64,7 @@ def met(needs: Needs) -> Any:
     """A value with which the other setting has an effect."""
     if needs.values:
         return needs.values[0]
-    if needs.setting in ("aspect_buckets", "shuffle_tags"):
+    if needs.setting in ("aspect_buckets", "gradient_checkpointing", "shuffle_tags"):
         return True
     return "x" if needs.setting in ("class_images", "clip", "token") else 7
 

@@ -125,6 +125,9 @@ OTHER: dict[str, Any] = {
     "timestep_bias": 0.5,
     "timestep_sampling": "uniform",
     "timestep_shift": 2.5,
+    "gradient_checkpointing_interval": 3,
+    "swap_blocks": 12,
+    "compile": "blocks",
     "class_noun": "Hündin",
     "captions": "file-names",
     "masks": "alpha",
@@ -789,7 +792,7 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values["lr_warmup_steps"] %= values.get("steps", 800)
     kind = values.get("adapter", "lora")
     unfit = {
-        "full": [*FOR_ADAPTERS, *FOR_LORA, "lora_plus_ratio"],
+        "full": [*FOR_ADAPTERS, *FOR_LORA, "lora_plus_ratio", "swap_blocks"],
         "dora": ["combine", *FOR_LORA],
         "loha": ["combine", "dropout", "rank_stabilized", *FOR_LORA],
         "lokr": ["combine", "dropout", "rank_stabilized", "alpha", "conv_alpha", "block_ranks", *FOR_LORA],

@@ -222,8 +222,9 @@ class TrainSettings(
     fit: Literal["auto", "off"] = setting(
         "auto",
         "auto: on a CUDA GPU the memory of a step is estimated before the first one and, if needed, reduced in ways "
-        "that don't change what is learned: gradient checkpointing, then batches in several parts. If memory runs out "
-        "all the same, the run continues once with less. off: everything as set.",
+        "that don't change what is learned: gradient checkpointing of some blocks, of all, batches in several parts, "
+        "blocks that are swapped. If memory runs out all the same, the run continues once with less. off: everything "
+        "as set.",
         group="Memory",
         advanced=True,
         affects_result=False,
