@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("--only", choices=VARIANTS, help="only this way of saving memory")
     parser.add_argument("--out", type=Path, help="file for the figures, such as benchmarks/results/fit-4060.json")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--changes", type=json.loads, help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
@@ -144,15 +145,28 @@ def settings_for(variant: str, arguments: argparse.Namespace) -> Any:
         checkpoint_every=0,
         resume="never",
         fit="off",
-        **VARIANTS[variant],
+        **(VARIANTS[variant] if arguments.changes is None else arguments.changes),
     )
 
 
 def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Variant → planned bytes."""
+    from trainer.training.memory.plan import MemorySaving
+
+    plans = {}
+    for addition, planner in planners(arguments).items():
+        for variant, changes in VARIANTS.items():
+            if arguments.only in (None, variant):
+                saving = MemorySaving(int(bool(changes.get("gradient_checkpointing"))))
+                plans[variant + addition] = planned(planner, saving, changes)
+    return plans
+
+
+def planners(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What plans a training on each base of the size: as it is and, where that is usual, in fp8."""
     from trainer.models.open import open_base
     from trainer.settings.train import TrainSettings
-    from trainer.training.memory.plan import MemorySaving, Planner
+    from trainer.training.memory.plan import Planner
 
     if arguments.size in WITHOUT_MEMORY:
         bases = {"": without_memory(arguments.size), ", fp8 base": without_memory(arguments.size, fp8=True)}
@@ -161,22 +175,16 @@ def plan_all(arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     settings = TrainSettings(
         rank=arguments.rank, resolution=arguments.resolution, batch_size=arguments.batch_size, precision="bf16"
     )
-    plans = {}
-    for (addition, base), (variant, changes) in itertools.product(bases.items(), VARIANTS.items()):
-        if arguments.only not in (None, variant):
-            continue
-        planner = Planner(base, settings, precision="bf16", start=None, priors=False)
-        need = planner.need(
-            MemorySaving(bool(changes.get("gradient_checkpointing"))),
-            quantization=changes.get("base_quantization"),
-            optimizer=changes.get("optimizer"),
-        )
-        plans[variant + addition] = {
-            "encoding": need.encoding,
-            "steps": need.base + need.trained + need.activations,
-            "in all": need.total,
-        }
-    return plans
+    return {
+        addition: Planner(base, settings, precision="bf16", start=None, priors=False)
+        for addition, base in bases.items()
+    }
+
+
+def planned(planner: Any, saving: Any, changes: dict[str, Any]) -> dict[str, int]:
+    """What a way needs, in bytes."""
+    need = planner.need(saving, quantization=changes.get("base_quantization"), optimizer=changes.get("optimizer"))
+    return {"encoding": need.encoding, "steps": need.base + need.trained + need.activations, "in all": need.total}
 
 
 def without_memory(size: str, *, fp8: bool = False) -> Any:
@@ -218,6 +226,8 @@ def run_variant(variant: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for name in ("resolution", "rank", "batch_size", "card"):
         if getattr(arguments, name) is not None:
             command += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
+    if arguments.changes is not None:
+        command += ["--changes", json.dumps(arguments.changes)]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return dict(json.loads(output.splitlines()[-1]))
 
@@ -238,6 +248,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         torch.cuda.set_per_process_memory_fraction(min(1.0, (arguments.card - 0.5) * GB / total_memory))
     figures: dict[str, Any] = {}
     times: list[float] = []
+    began = time.perf_counter()
 
     class Clock:
         """The recipe asks whether to stop right after every step."""
@@ -268,6 +279,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     seconds = [after - before for before, after in itertools.pairwise(times)][WARM_UP_STEPS:]
     if seconds:
         figures["rate"] = 1 / statistics.median(seconds)
+    if times:
+        figures["first step"] = times[0] - began
     return figures
 
 

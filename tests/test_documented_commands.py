@@ -137,6 +137,15 @@ def check_bench(ran: Ran) -> None:
     assert {"ratio", "first_step", "peak", "steps_per_second"} <= set(facts)
 
 
+def check_cards(ran: Ran) -> None:
+    figures = ran.json("cards.json")
+    assert figures["device"] == "planned"
+    assert list(figures["families"]) == ["sd15 64", "flux2 64"]
+    small = {way: found["planned"] for way, found in figures["families"]["sd15 64"].items()}
+    assert small["all blocks swapped"] < small["half of the blocks swapped"] < small["every block again"]
+    assert "every block again, fp8 base" in figures["families"]["flux2 64"]
+
+
 def check_kinds(ran: Ran) -> None:
     assert ran.names() == {"kinds.json", "kinds.md", "kinds.png", "two-stage.json", "two-stage.png"}
     assert "LoRA attention" in ran.rows("kinds.md")
@@ -388,6 +397,11 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ),
     ("python benchmarks/learning.py search",): Smoke(
         "python benchmarks/learning.py search --smoke --trials 1 --keep 1 --seeds 0 --out OUT", check_learning_search
+    ),
+    ("python benchmarks/cards.py",): Smoke(
+        "python benchmarks/cards.py --plan --families sd15 flux2 --resolution 64 --out OUT/cards.json",
+        check_cards,
+        left_out={"--card": "It needs a CUDA device.", "--diffusers": "It needs a CUDA device."},
     ),
     ("python benchmarks/fit.py --plan --size flux2",): Smoke(
         "python benchmarks/fit.py --plan --size flux2 --resolution 64",

@@ -52,8 +52,12 @@ def test_every_precision_learns_and_frees(world: World, tmp_path: Path, precisio
         {"text_encoder_lr": 1e-4, "text_encoder_until": 0.5, "gradient_checkpointing": True},
         {"dropout": 0.2, "max_norm": 1.0},
         {"adapter": "full", "learning_rate": 1e-5, "text_encoder_lr": 1e-5},
+        {"gradient_checkpointing": True, "gradient_checkpointing_interval": 2},
+        {"swap_blocks": 5},
+        {"swap_blocks": 1000, "base_quantization": "nf4"},
+        {"compile": "blocks"},
     ],
-    ids=["dora", "loha", "lokr", "text encoder", "dropout, norm", "full"],
+    ids=["dora", "loha", "lokr", "text encoder", "dropout, norm", "full", "interval", "swap", "swap, nf4", "compile"],
 )
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_everything_trains_in_half_precision(
@@ -65,6 +69,14 @@ def test_everything_trains_in_half_precision(
     assert all(
         torch.isfinite(part).all() for layer in result.adapter.layers.values() for part in layer.tensors().values()
     )
+
+
+def test_swapped_blocks_change_nothing(world: World, tmp_path: Path) -> None:
+    """Kernels of a GPU may differ in the last bits."""
+    plain, swapped = Recorder(), Recorder()
+    run(world, tmp_path / "plain", plain, precision="bf16", gradient_checkpointing=True)
+    run(world, tmp_path / "swapped", swapped, precision="bf16", swap_blocks=1000)
+    assert swapped.losses == pytest.approx(plain.losses, rel=1e-2)
 
 
 def test_fp16_resumes_with_its_gradient_scaler(world: World, tmp_path: Path) -> None:
