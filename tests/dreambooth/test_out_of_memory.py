@@ -20,7 +20,7 @@ from torch import Tensor
 from worlds import Finished, World, assert_same_end, differing, newest_step, runs_in, steps_in
 
 pytestmark = pytest.mark.usefixtures("quick")
-PROBES = 4  # forward passes of a new run that ask the base model what it predicts
+PROBES = 2  # forward passes of a new run that ask the base model what it predicts
 MORE_THAN_THERE_IS = 2**50  # bytes
 CUT = {"batch_size": 2, "gradient_checkpointing": True}
 

@@ -45,8 +45,9 @@ _KEPT_OF_START = (  # settings that an adapter to start from replaces by its own
 _ADAPTER_BYTES = 50_000_000  # that an adapter and its checkpoints take at the least
 _EMBEDDING_BYTES = 1_000_000
 _BYTES_PER_WEIGHT = 4  # of a trained number in a checkpoint file, at the most
-_EPSILON_FRACTIONS = (0.9, 0.9)  # of the timesteps, at which a model's output is compared with the noise
-_VELOCITY_FRACTIONS = (0.3, 0.5)  # and with the velocity
+# Of the timesteps, at which a model's output is compared with what each type predicts.
+_FRACTIONS = {"epsilon": (0.9, 0.9), "v_prediction": (0.3, 0.5)}
+_UNCLEAR = {"epsilon": (0.3, 0.8), "v_prediction": (0.2, 0.65)}  # cosines between which a second probe is asked
 _IS_NOISE, _IS_NOT_NOISE, _IS_VELOCITY = 0.8, 0.5, 0.4  # cosines above or below which it counts as such
 
 
@@ -330,22 +331,15 @@ def require_prediction_type(
     if not isinstance(model.objective, DiffusionObjective):
         return  # the others have one prediction type
     velocity = model.objective.with_prediction_type("v_prediction")
-    likeness: dict[str, list[float]] = {"epsilon": [], "v_prediction": []}
-    fractions = [("epsilon", fraction) for fraction in _EPSILON_FRACTIONS]
-    fractions += [("v_prediction", fraction) for fraction in _VELOCITY_FRACTIONS]
     with evaluating(model):  # no dropout
-        for number, (prediction_type, fraction) in enumerate(fractions):
-            cosine = _likeness(model, velocity, latents, text, dtype, number, prediction_type, fraction)
-            likeness[prediction_type].append(cosine)
-    noise_like, velocity_like = (sum(cosines) / len(cosines) for cosines in likeness.values())
-    if prediction.type == "v_prediction":
-        other = "epsilon"
-        is_other = noise_like > _IS_NOISE
-    else:
-        other = "v_prediction"
-        is_other = noise_like < _IS_NOT_NOISE and velocity_like > _IS_VELOCITY
-    if not is_other:
+        noise_like = _likeness(model, velocity, latents, text, dtype, "epsilon")
+        expects_noise = prediction.type != "v_prediction"
+        if (noise_like >= _IS_NOT_NOISE) if expects_noise else (noise_like <= _IS_NOISE):
+            return
+        velocity_like = _likeness(model, velocity, latents, text, dtype, "v_prediction")
+    if expects_noise and velocity_like <= _IS_VELOCITY:
         return
+    other = "v_prediction" if expects_noise else "epsilon"
     problem = (
         f"The base model would be trained as {prediction.type} (according to {prediction.source}), but it predicts "
         f"{other}: its output is like the noise by {noise_like:.2f} and like the velocity by {velocity_like:.2f}."
@@ -357,6 +351,24 @@ def require_prediction_type(
 
 
 def _likeness(
+    model: DiffusionModel,
+    velocity: DiffusionObjective,
+    latents: LatentDataset,
+    text: TextConditioning,
+    dtype: torch.dtype,
+    prediction_type: str,
+) -> float:
+    """The cosine of the model's output with what that prediction type would be, a mean over probes, or a clear one."""
+    cosines: list[float] = []
+    for number, fraction in enumerate(_FRACTIONS[prediction_type]):
+        cosines.append(_cosine(model, velocity, latents, text, dtype, number, prediction_type, fraction))
+        low, high = _UNCLEAR[prediction_type]
+        if not low < cosines[0] < high:
+            break
+    return sum(cosines) / len(cosines)
+
+
+def _cosine(
     model: DiffusionModel,
     velocity: DiffusionObjective,
     latents: LatentDataset,
