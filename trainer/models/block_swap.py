@@ -134,10 +134,11 @@ class _Place:
 
 
 class BlockSwap:
-    """Exchanges blocks between the computer's memory and a device; see `BlockSwap.compute`.
+    """Exchanges blocks between the computer's memory and a device; see `BlockSwap.fetch`.
 
-    A block's weights stay until another one is asked for three blocks later, so that its backward pass, for which it
-    computes again, has them to its end. It must make its activations again, or autograd would keep the weights.
+    Blocks must make their activations again in the backward pass, or autograd would keep the weights. A block's weights
+    stay at least until the next one computes: autograd takes the operations of a backward pass in the reverse order of
+    the forward pass, so all of a block's are asked for when the block before it computes again.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -228,7 +229,7 @@ def _packed(block: nn.Module) -> _Visitor:
     tensors = _frozen_tensors(block)
     now = [list(each.read()) for each in tensors]
     size = sum(_rounded(tensor.nbytes) for each in now for tensor in each)
-    home = _page_locked(torch.empty(size, dtype=torch.uint8))
+    home = _page_locked(size)
     views: list[list[Tensor]] = []
     offset = 0
     for each in now:
@@ -243,11 +244,13 @@ def _packed(block: nn.Module) -> _Visitor:
     return visitor
 
 
-def _page_locked(memory: Tensor) -> Tensor:
+def _page_locked(size: int) -> Tensor:
+    """Memory of the computer of so many bytes, from which a GPU copies while the program goes on."""
+    memory = torch.empty(size, dtype=torch.uint8)
     try:
         return memory.pin_memory()
     except RuntimeError as error:  # the system allows no more of it
-        logger.info("Blocks are swapped from ordinary memory, which is slower: %s", error)
+        logger.warning("Blocks are swapped from ordinary memory, which is slower: %s", error)
         return memory
 
 

@@ -27,18 +27,17 @@ def compilable_blocks(network: nn.Module) -> list[nn.Module]:
 
 def can_compile(device: torch.device) -> bool:
     """Whether what compiling needs is there: Triton on CUDA, a C++ compiler on the CPU."""
-    if device.type == "cuda":
-        from torch.utils._triton import has_triton
+    try:
+        if device.type == "cuda":
+            from torch.utils._triton import has_triton
 
-        return bool(has_triton())
-    if device.type == "cpu":
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
+            return bool(has_triton())
+        if device.type == "cpu":
+            from torch._inductor.cpp_builder import get_cpp_compiler
 
-        try:
             return bool(get_cpp_compiler())
-        except InvalidCxxCompiler:
-            return False
+    except (ImportError, RuntimeError, OSError):  # an older PyTorch, or no compiler
+        return False
     return False
 
 
@@ -58,8 +57,10 @@ class CompiledBlocks:
         import torch._dynamo
 
         self.trouble = ""
-        self._limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(self._limit, _RECOMPILATIONS)
+        config: Any = torch._dynamo.config
+        self._limit_name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+        self._limit = getattr(config, self._limit_name)
+        setattr(config, self._limit_name, max(self._limit, _RECOMPILATIONS))
         self._blocks = compilable_blocks(network)
         for block in self._blocks:
             forward, replace = innermost(block)
@@ -84,7 +85,7 @@ class CompiledBlocks:
         """Let go of the blocks; what was compiled is forgotten by PyTorch with them."""
         import torch._dynamo
 
-        torch._dynamo.config.recompile_limit = self._limit
+        setattr(torch._dynamo.config, self._limit_name, self._limit)
         for block in self._blocks:
             forward, replace = innermost(block)
             if isinstance(forward, _Compiled):
