@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("quick")
 EVERYTHING: dict[str, Any] = {
     "targets": "all",
     "batch_size": 2,
-    "gradient_accumulation": 2,
     "aspect_buckets": True,
     "bucket_step": 16,
     "flip": True,
@@ -56,6 +55,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "pictures and measures": {"preview_every": 2, "preview_steps": 2, "preview_count": 1, "validation_pictures": 1},
     "all weights": {"adapter": "full", "learning_rate": 1e-4, **TEXT},
 }
+
+ALIKE = ("DoRA", "LoKr", "OFT")  # their layers compute as LoRA's do; swapping tries them
 
 
 def recipe_on(
@@ -96,7 +97,9 @@ def varied(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "way", ["everything", "T-LoRA", "a word", "checkpointing", "in four bits", "pictures and measures", "all weights"]
+)
 def test_a_run_on_a_device_is_the_one_on_the_cpu(
     way: str, varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +114,7 @@ def test_a_run_on_a_device_is_the_one_on_the_cpu(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("way", mostly_slow(WAYS, "everything"))
+@pytest.mark.parametrize("way", mostly_slow([way for way in WAYS if way not in ALIKE], "LoRA"))
 def test_no_step_waits(way: str, varied: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a GradScaler, too."""
     assert waits_of_steps(varied, tmp_path, monkeypatch, precision="fp16", **WAYS[way]) == []

@@ -64,7 +64,6 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WAYS: dict[str, dict[str, Any]] = {
     "T-LoRA": KINDS["T-LoRA"],
-    "DoRA": KINDS["DoRA"],
     "LoKr, checkpointing": {**KINDS["LoKr"], "gradient_checkpointing": True, **TEXT},
     "NF4, bf16, dropout, some checkpointing": {
         "base_quantization": "nf4",
@@ -73,7 +72,6 @@ WAYS: dict[str, dict[str, Any]] = {
         "gradient_checkpointing": True,
         "gradient_checkpointing_interval": 2,
     },
-    "the base as the teacher": {"dco_beta": 100.0},
 }
 
 
