@@ -56,6 +56,14 @@ def test_checkpointing_of_some_blocks_changes_nothing(world: World, tmp_path: Pa
         assert all(torch.equal(*pair) for pair in zip(trained, ends[0][1], strict=True))
 
 
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_the_layers_of_text_encoders_are_blocks(family: str, tmp_path: Path) -> None:
+    base = family_world(family, tmp_path).base
+    for encoder in base.family.build(base).text_encoders.values():
+        layers = getattr(encoder, "config").num_hidden_layers  # noqa: B009
+        assert len(blocks_of(encoder)) == layers > 0
+
+
 def test_it_can_be_turned_off_again(world: World) -> None:
     denoiser = world.base.family.build(world.base).denoiser
     for interval in (1, 3):

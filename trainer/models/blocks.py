@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 # Classes of diffusers and transformers name those that must not be split over devices; these are always among them.
-_ALWAYS = frozenset({"ResnetBlock2D", "BasicTransformerBlock"})
+_ALWAYS = frozenset({"ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer"})
 
 
 def blocks_of(network: nn.Module) -> list[nn.Module]:
