@@ -113,7 +113,6 @@ def test_what_fails_in_the_backward_pass_is_left_out(
     expected = losses_of(world.prepared(tmp_path / "plain", **changes), 2)
     recipe = world.prepared(tmp_path / "compiled", **changes)
     recipe.session.compiled = CompiledBlocks(recipe.session.model.denoiser)
-    recipe.session.compiled.trouble = ""
     for block in recipe.session.compiled._blocks:
         block.forward._compiled = block.forward.plain
     real = recipe.session.accelerator.backward

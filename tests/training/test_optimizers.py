@@ -18,7 +18,13 @@ from pack.trainer.core.errors import SettingsError
 from pack.trainer.settings.optimizer import OPTIMIZERS, OptimizerName
 from pack.trainer.settings.train import TrainSettings
 from pack.trainer.training.adapter import TrainableAdapter
-from pack.trainer.training.optimizers import learning_rate_factor, make_optimizer, require_optimizer, set_learning_rates
+from pack.trainer.training.optimizers import (
+    learning_rate_factor,
+    make_optimizer,
+    require_optimizer,
+    restore_optimizer,
+    set_learning_rates,
+)
 from torch import Tensor, nn
 from worlds import BOTH_TEXTS, COMMON, KINDS, TEXT, World
 
@@ -408,3 +414,19 @@ def test_the_recipe_of_a_small_card_runs(world: World, tmp_path: Path) -> None:
     )
     assert len(listener.losses) == 2
     assert any(layer_is_learned(layer) for layer in read_adapter(result.path).layers.values())
+
+
+def test_a_state_of_the_fused_kernel_goes_on_without_it_elsewhere() -> None:
+    """A GPU's run that is resumed on the CPU: the step is that of a run that was never fused."""
+    ends = []
+    for fused in (False, True):
+        parameter = nn.Parameter(torch.linspace(-1, 1, 8))
+        began = torch.optim.AdamW([parameter], lr=0.1, fused=fused)
+        parameter.grad = torch.linspace(1, 2, 8)
+        began.step()
+        resumed = torch.optim.AdamW([parameter], lr=0.1)
+        restore_optimizer(resumed, began.state_dict())
+        assert not resumed.param_groups[0]["fused"]
+        resumed.step()
+        ends.append(parameter.detach())
+    torch.testing.assert_close(*ends, rtol=1e-6, atol=1e-7)  # the two kernels round differently

@@ -156,6 +156,12 @@ def used_memory(device: torch.device) -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, in the words of any device."""
+    message = str(error).lower()
+    return isinstance(error, MemoryError) or any(phrase in message for phrase in _OUT_OF_MEMORY)
+
+
 @contextlib.contextmanager
 def explained_memory_errors(what_to_lower: str) -> Iterator[None]:
     """Turn out-of-memory errors of any device into `OutOfMemoryError`.
@@ -166,8 +172,7 @@ def explained_memory_errors(what_to_lower: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        message = str(error).lower()
-        if not isinstance(error, MemoryError) and not any(phrase in message for phrase in _OUT_OF_MEMORY):
+        if not is_out_of_memory(error):
             raise
         for exception in (error, error.__context__):
             if exception is not None:

@@ -97,23 +97,29 @@ class _Visitor:
         home: All of them, one behind the other, in page-locked memory where there is some: (bytes,), uint8.
         at_home: Views of `home`, for each entry of `tensors`.
         place: Index of the place on the device where it is or will be; None: it is at home.
+        away: Index of a place → the same views of its memory; made once, since that takes longer than using them.
     """
 
     tensors: Sequence[_Tensors]
     home: Tensor
     at_home: Sequence[Sequence[Tensor]]
     place: int | None = None
+    away: dict[int, Sequence[Sequence[Tensor]]] = field(default_factory=dict)
 
-    def show(self, flat: Tensor) -> None:
-        """Let the block's layers find their weights in `flat`, which is laid out as `home`."""
-        for tensors, views in zip(self.tensors, self.at_home, strict=True):
-            tensors.replace([_view(flat, view) for view in views])
+    def show(self, place: int, flat: Tensor) -> None:
+        """Let the block's layers find their weights in the memory `flat` of a place, laid out as `home`."""
+        if place not in self.away:
+            self.away[place] = [[_view(flat, view) for view in views] for views in self.at_home]
+        self._read(self.away[place])
 
     def leave(self) -> None:
         """Let the block's layers find their weights at home again."""
         self.place = None
-        for tensors, views in zip(self.tensors, self.at_home, strict=True):
-            tensors.replace(views)
+        self._read(self.at_home)
+
+    def _read(self, views: Sequence[Sequence[Tensor]]) -> None:
+        for tensors, replacements in zip(self.tensors, views, strict=True):
+            tensors.replace(replacements)
 
 
 @dataclass
@@ -177,7 +183,7 @@ class BlockSwap:
         assert visitor.place is not None
         place = self._places[visitor.place]
         computing.wait_event(place.arrived)
-        visitor.show(place.memory)
+        visitor.show(visitor.place, place.memory)
 
     def _following(self, visitor: _Visitor, before: _Visitor | None) -> list[_Visitor]:
         """The two blocks that probably compute after this one.

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..core.devices import is_out_of_memory
 from .blocks import blocks_of, innermost
 
 logger = logging.getLogger("dreambooth_lora")
 
 _RECOMPILATIONS = 64  # of one class: for its sizes, for what is trained in it, for shapes of pictures
-_OUT_OF_MEMORY = ("out of memory", "not enough memory", "can't allocate memory")
 
 
 def compilable_blocks(network: nn.Module) -> list[nn.Module]:
@@ -68,7 +68,7 @@ class CompiledBlocks:
 
     def give_up(self, error: Exception) -> None:
         """Let the blocks compute as they are from now on; raises the error again if it is of another kind."""
-        if self.trouble or any(phrase in str(error).lower() for phrase in _OUT_OF_MEMORY):
+        if self.trouble or is_out_of_memory(error):
             raise error
         first_paragraph = " ".join(str(error).partition("\n\n")[0].split())
         self.trouble = f"{type(error).__name__}: {first_paragraph}"
@@ -98,18 +98,19 @@ class _Compiled:
 
     def __init__(self, blocks: CompiledBlocks, forward: Callable[..., Any]) -> None:
         """Take the block's own forward pass."""
+        from torch._dynamo.exc import TorchDynamoException
+
         self.plain = forward
         self._blocks = blocks
+        self._failure = TorchDynamoException  # also of its backends; errors of other kinds pass through by intention
         self._compiled = torch.compile(forward)
 
     def __call__(self, *args: Any, **keywords: Any) -> Any:
         """Compute."""
-        from torch._dynamo.exc import TorchDynamoException
-
         if self._blocks.trouble:
             return self.plain(*args, **keywords)
         try:
             return self._compiled(*args, **keywords)
-        except TorchDynamoException as error:  # also what its backends raise; others pass through here by intention
+        except self._failure as error:
             self._blocks.give_up(error)
             return self.plain(*args, **keywords)

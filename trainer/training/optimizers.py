@@ -174,11 +174,16 @@ def require_optimizer(settings: TrainSettings, device: torch.device | None = Non
 def restore_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
     """Go on from a saved state; a paged optimiser gets its state in paged memory again.
 
+    A state that a GPU's fused kernel made goes on without it on another device, where PyTorch may have none.
+
     Args:
         optimizer: The optimiser, or accelerate's wrapper of it.
         state: What its `state_dict()` was.
     """
     optimizer.load_state_dict(state)
+    for group in optimizer.param_groups:
+        if group.get("fused") and group["params"][0].device.type != "cuda":
+            group["fused"] = False
     unwrapped = getattr(optimizer, "optimizer", optimizer)
     if not getattr(unwrapped, "is_paged", False):
         return
