@@ -37,13 +37,13 @@ NF4 = {"base_quantization": "nf4"}
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "compiled": {"compile": "blocks"},
-    "every fourth block again": {**EVERY_BLOCK, "gradient_checkpointing_interval": 4},
-    "every second block again": {**EVERY_BLOCK, "gradient_checkpointing_interval": 2},
-    "every block again": EVERY_BLOCK,
-    "every block again, compiled": {**EVERY_BLOCK, "compile": "blocks"},
+    "every fourth block recomputed": {**EVERY_BLOCK, "gradient_checkpointing_interval": 4},
+    "every second block recomputed": {**EVERY_BLOCK, "gradient_checkpointing_interval": 2},
+    "every block recomputed": EVERY_BLOCK,
+    "every block recomputed, compiled": {**EVERY_BLOCK, "compile": "blocks"},
     "half of the blocks swapped": {**EVERY_BLOCK, "swap_blocks": 0.5},
     "all blocks swapped": {**EVERY_BLOCK, "swap_blocks": 1.0},
-    "NF4, every block again": {**EVERY_BLOCK, **NF4},
+    "NF4, every block recomputed": {**EVERY_BLOCK, **NF4},
     "NF4, all blocks swapped": {**EVERY_BLOCK, **NF4, "swap_blocks": 1.0},
 }
 """Way → settings; of `swap_blocks` the share of all blocks."""
