@@ -122,7 +122,7 @@ def make_site(base_dir: Path, runs: Path | None = None) -> Site:
     runs = runs or base_dir / "output" / "dreambooth" / "runs"
     runs.mkdir(parents=True, exist_ok=True)
     run = _finished_run(runs)
-    shutil.copytree(run, base_dir / _COPY, dirs_exist_ok=True)  # a worker may come back to these tests
+    shutil.copytree(run, base_dir / _COPY)
     _fill_secret(base_dir / "secret", run)
     (runs / "linked").symlink_to(base_dir / "secret", target_is_directory=True)
     _fill_input(base_dir / "input", base_dir / "secret")

@@ -179,7 +179,9 @@ class WebUI:
         return path
 
     def tidy(self) -> None:
-        """Take away what trainings left."""
+        """Take away what trainings left; one that goes on, after a test that failed, is stopped."""
+        if self.facts()["followed"]:
+            self.post("/job/stop")
         self.wait_for_idle()
         shutil.rmtree(self.data, ignore_errors=True)
         for path in self.loras.iterdir():

@@ -35,11 +35,10 @@ ROUTES = {
 @pytest.fixture(scope="module")
 def site(webui: WebUI) -> Iterator[WebUISite]:
     """The web UI with a finished run."""
-    yield make_webui_site(webui.folder, webui.url)
-    shutil.rmtree(webui.data)
-    shutil.rmtree(webui.folder / "secret")
-    for path in webui.loras.iterdir():
-        path.unlink()
+    made = make_webui_site(webui.folder, webui.url)
+    yield made
+    made.remove()
+    webui.tidy()
 
 
 # Login
