@@ -45,6 +45,7 @@ _NEWEST = (
     "gradient_checkpointing_interval",
     "swap_blocks",
     "compile",
+    "fused_backward_pass",
 )
 _NEWER = (  # last: saved workflows hold the values of widgets by their place
     *(name for name in PreviewSettings.model_fields if name != _PREVIEW),

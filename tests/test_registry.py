@@ -33,7 +33,7 @@ def project() -> dict[str, Any]:
 
 
 def package() -> set[str]:
-    """Tracked files that .comfyignore lets into the package; its patterns are those of .gitignore."""
+    """The repository's files that .comfyignore lets into the package; its patterns are those of .gitignore."""
     if shutil.which("git") is None or not (ROOT / ".git").exists():
         pytest.skip("no git repository: the pack was copied without it")
 
@@ -41,7 +41,8 @@ def package() -> set[str]:
         command = ["git", "-C", str(ROOT), "ls-files", "-z", *arguments]
         return set(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")) - {""}
 
-    return listed() - listed("--cached", "--ignored", "--exclude-from=.comfyignore")
+    files = ("--cached", "--others")
+    return listed(*files, "--exclude-standard") - listed(*files, "--ignored", "--exclude-from=.comfyignore")
 
 
 def is_the_same(path: Path, made: Image.Image) -> bool:

@@ -57,7 +57,7 @@ from pack.trainer.settings.merge import (
     MergeSettings,
 )
 from pack.trainer.settings.train import GenerateCommand, PlanCommand, PriorsCommand, TrainCommand, TrainSettings
-from pack.trainer.training import optimizers
+from pack.trainer.training import optimizers, preflight
 from pack.trainer.training.adapter import StartingPoint, planned_targets
 from pack.trainer.training.memory.plan import remedies
 from pack.trainer.training.optimizers import require_optimizer
@@ -116,6 +116,18 @@ def notes(label: str, kind: type[Settings], values: Values, *tries: Values, **mo
 
 settings("out of range", TrainCommand, {"steps": 0}, {"steps": 1})
 settings("trained blocks can't be swapped", TrainCommand, {"adapter": "full", "swap_blocks": 4})
+settings("clipped gradients can't be freed early", TrainCommand, {"fused_backward_pass": True, "max_grad_norm": 1.0})
+settings(
+    "this optimizer needs all gradients",
+    TrainCommand,
+    {"fused_backward_pass": True, "max_grad_norm": 0.0, "optimizer": "lion"},
+    {"fused_backward_pass": ABSENT},
+)
+settings(
+    "compiled blocks with early updates",
+    TrainCommand,
+    {"fused_backward_pass": True, "max_grad_norm": 0.0, "compile": "auto"},
+)
 settings("no words for a template", TrainCommand, {"instance_prompt": "a {class}"}, {"instance_prompt": "a dog"})
 for _name, _value in {
     "include": "mid",
@@ -671,6 +683,16 @@ def precision(bench: Bench, values: Values) -> None:
     pick_precision(values["precision"], CPU)
 
 
+def fused_on_a_gpu(bench: Bench, values: Values) -> None:
+    """On one that has half precision of both kinds."""
+    bench.monkeypatch.setattr(preflight, "pick_precision", lambda wanted, _: wanted)
+    preflight.require_fused_backward(TrainSettings(**values), torch.device("cuda"))
+
+
+def fused_on_several(bench: Bench, values: Values) -> None:
+    preflight.require_fused_backward(TrainSettings(**values), CPU, processes=2)
+
+
 model("no package of the optimizer", {"optimizer": "lion"}, check=without("pytorch_optimizer.optimizer.lion"))
 model(
     "an optimizer without its kernels",
@@ -685,6 +707,9 @@ model(
     {"optimizer": "adafactor", "learning_rate": 1e-4},
     check=without("pytorch_optimizer.optimizer.prodigy"),
 )
+EARLY = {"fused_backward_pass": True, "max_grad_norm": 0.0}
+model("scaled gradients can't be freed early", EARLY | {"precision": "fp16"}, check=fused_on_a_gpu)
+model("averaged gradients can't be freed early", EARLY, check=fused_on_several)
 model("no package for four bits", {"base_quantization": "nf4"}, check=without_bitsandbytes)
 model("a broken package for four bits", {"base_quantization": "nf4"}, check=with_broken_bitsandbytes)
 model("no tracker", {"log_with": "wandb"}, check=without("wandb"))

@@ -12,6 +12,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ from .settings.train import TrainSettings
 from .training.adapter import StartingPoint
 from .training.averaging import WeightAveraging
 from .training.export import export
+from .training.fused_backward import FusedBackward
 from .training.memory.fit import MemoryBudget
 from .training.optimizers import (
     WORDS,
@@ -56,7 +58,12 @@ from .training.optimizers import (
     make_optimizer,
     set_learning_rates,
 )
-from .training.preflight import require_prediction_type, require_preservable, require_trainable
+from .training.preflight import (
+    require_fused_backward,
+    require_prediction_type,
+    require_preservable,
+    require_trainable,
+)
 from .training.preservation import BaseTeacher, TaughtBatch, chosen_prior, unpreserved_note
 from .training.previews import Previews
 from .training.runs.checkpoint import Measurements
@@ -170,6 +177,7 @@ class Session:
         text: Conditioning on the captions and on the previews' prompts.
         teacher: Gives the samples for which the base model's prediction is learned.
         dtype: Type of the frozen weights and of the denoiser's input.
+        fused_backward: Updates the weights in the backward pass, if the settings say so.
         compiled: The denoiser's blocks, if they are compiled.
         ended: Parts of what is trained that stay as they are from now on.
     """
@@ -185,6 +193,7 @@ class Session:
     text: TextConditioning
     teacher: BaseTeacher
     dtype: torch.dtype
+    fused_backward: FusedBackward | None = None
     compiled: CompiledBlocks | None = None
     ended: set[str] = field(default_factory=set)
 
@@ -256,6 +265,7 @@ class DreamBooth:
         self.budget = budget or MemoryBudget(settings, device)
         self.processes = self.budget.processes
         self.precision = pick_precision(settings.precision, device)
+        require_fused_backward(settings, device, self.processes.count)
         self.training_pictures, self.held_out = split_validation(
             self.subject, settings.validation_pictures, settings.seed
         )
@@ -436,6 +446,7 @@ class DreamBooth:
             )
         optimizer = make_optimizer(trainable.groups(), settings, trainable.starting_at_zero())
         averaging = WeightAveraging(trainable.parameters(), optimizer, settings)
+        fused_backward = FusedBackward(optimizer) if settings.fused_backward_pass else None
         factor = learning_rate_factor(optimizer, settings)
         accelerator = make_accelerator(self.device, self.precision, settings.gradient_accumulation)
         # autocast, but no DistributedDataParallel: train_step averages the gradients itself
@@ -463,6 +474,7 @@ class DreamBooth:
                 cache, settings, training_objective, self.base_prediction, self.device, self.processes.share
             ),
             dtype=dtype,
+            fused_backward=fused_backward,
         )
 
     def _encode(self, model: DiffusionModel) -> LatentCache:
@@ -588,8 +600,12 @@ class DreamBooth:
 
         for micro_step in range(settings.gradient_accumulation):
             with accelerator.accumulate(session.model.denoiser):
-                for loss in self.losses(micro_step):
-                    accelerator.backward(loss)  # divides by gradient_accumulation
+                losses = self.losses(micro_step)
+                for number, part_of_loss in enumerate(losses, 1):
+                    loss = part_of_loss()
+                    is_last = accelerator.sync_gradients and number == len(losses)
+                    with self._updates_in_backward() if is_last else contextlib.nullcontext():
+                        accelerator.backward(loss)  # divides by gradient_accumulation
                     step_loss = step_loss + loss.detach() / settings.gradient_accumulation
                 if accelerator.sync_gradients:  # after the last micro-batch
                     parameters = session.trainable.parameters()
@@ -606,16 +622,34 @@ class DreamBooth:
         self._mid_update = False
         return step_loss
 
-    def losses(self, micro_step: int) -> Iterator[Tensor]:
-        """The parts that a micro-batch's loss is the sum of, 0-D each: one of each batch, and the weights' penalty."""
-        for batch in self.batches(micro_step):
-            yield self.batch_loss(batch, micro_step)
-        for taught in self.session.teacher.batches(self.step, micro_step):
-            yield self.preservation_loss(taught, micro_step)
-        if self.settings.weight_penalty:
-            session = self.session
-            trained = [part for part in (UNET, *session.text.trained) if part not in session.ended]
-            yield self.settings.weight_penalty * session.trainable.squared_change(trained)
+    @contextlib.contextmanager
+    def _updates_in_backward(self) -> Iterator[None]:
+        """Around the last backward pass of a step: weights are updated in it, if the settings say so."""
+        fused_backward = self.session.fused_backward
+        if fused_backward is None:
+            yield
+            return
+        self._mid_update = True
+        with fused_backward.last_pass():
+            yield
+
+    def losses(self, micro_step: int) -> list[Callable[[], Tensor]]:
+        """Functions for the parts that a micro-batch's loss is the sum of, 0-D each: of each batch, and the penalty.
+
+        Computed one after the other, each before its own backward pass, they take the memory of one.
+        """
+        session = self.session
+        batches = [partial(self.batch_loss, batch, micro_step) for batch in self.batches(micro_step)]
+        taught = session.teacher.batches(self.step, micro_step)
+        preserved = [partial(self.preservation_loss, batch, micro_step) for batch in taught]
+        penalties = [self.penalty_loss] if self.settings.weight_penalty else []
+        return [*batches, *preserved, *penalties]
+
+    def penalty_loss(self) -> Tensor:
+        """The part of a micro-batch's loss that keeps the weights near those of the base, 0-D."""
+        session = self.session
+        trained = [part for part in (UNET, *session.text.trained) if part not in session.ended]
+        return self.settings.weight_penalty * session.trainable.squared_change(trained)
 
     def batches(self, micro_step: int) -> Iterator[Batch]:
         """The samples of a micro-batch of this step, a batch for each shape of their latents."""

@@ -536,6 +536,7 @@ OTHER_VALUES: dict[str, Any] = {
     "gradient_checkpointing_interval": 3,
     "swap_blocks": 4,
     "compile": "blocks",
+    "fused_backward_pass": True,
 }
 WITHOUT_EFFECT = {
     "preset",  # its values have
@@ -545,6 +546,7 @@ WITHOUT_EFFECT = {
     "gradient_checkpointing_interval",
     "swap_blocks",
     "compile",
+    "fused_backward_pass",
     "fit",
     "checkpoint_every",
     "keep_checkpoints",
@@ -576,6 +578,7 @@ COMPANY: dict[str, dict[str, Any]] = {
     "multires_noise_discount": {"multires_noise_iterations": 6},
     "bucket_step": {"aspect_buckets": True},
     "keep_tags": {"shuffle_tags": True},
+    "fused_backward_pass": {"max_grad_norm": 0.0},
 }
 
 

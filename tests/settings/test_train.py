@@ -20,6 +20,7 @@ from pack.trainer.core.toml import read_toml
 from pack.trainer.settings.base import Settings, field_extra
 from pack.trainer.settings.data import DataSettings
 from pack.trainer.settings.objective import ObjectiveSettings
+from pack.trainer.settings.optimizer import FUSABLE
 from pack.trainer.settings.preservation import PreservationSettings
 from pack.trainer.settings.train import GenerateCommand, PriorsCommand, TrainCommand, TrainSettings
 from pydantic.fields import FieldInfo
@@ -128,6 +129,7 @@ OTHER: dict[str, Any] = {
     "gradient_checkpointing_interval": 3,
     "swap_blocks": 12,
     "compile": "blocks",
+    "fused_backward_pass": True,
     "class_noun": "Hündin",
     "captions": "file-names",
     "masks": "alpha",
@@ -190,8 +192,10 @@ COMPANY: dict[str, dict[str, Any]] = {
     "multires_noise_discount": {"multires_noise_iterations": 6},
     "bucket_step": {"aspect_buckets": True},
     "keep_tags": {"shuffle_tags": True},
+    "fused_backward_pass": {"max_grad_norm": 0.0},
 }
-APART = {  # which do not go with DoRA
+APART = {  # which do not go with DoRA, or with Lion
+    "fused_backward_pass",
     "lokr_factor",
     "combine",
     "rank_schedule",
@@ -823,6 +827,11 @@ def repaired(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("base_quantization", None)
     if kind in ("dora", "oft", "boft"):
         values.pop("weight_penalty", None)
+    if values.get("fused_backward_pass"):
+        values["max_grad_norm"] = 0.0
+        values.pop("compile", None)
+        if values.get("optimizer", "adamw") not in FUSABLE:
+            values["fused_backward_pass"] = False
     most_cycles = max(1, (values.get("steps", 800) - values.get("lr_warmup_steps", 0)) // 2)
     values["lr_cycles"] = min(values.get("lr_cycles", 3), most_cycles)
     return values

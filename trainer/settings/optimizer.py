@@ -57,6 +57,10 @@ OPTIMIZERS: Mapping[str, OptimizerClass] = {
 }
 
 
+FUSABLE = ("adamw", "adamw-8bit", "adamw-8bit-paged", "adafactor")
+"""Those whose update of a parameter depends on that parameter's gradient alone, so that it can be done by itself."""
+
+
 class OptimizerSettings(Settings):
     """How the weights are updated, and whether they are averaged."""
 

@@ -15,7 +15,7 @@ from .base import MAX_SEED, Needs, Settings, TidyPath, field_extra, filled_promp
 from .data import DataSettings, SubjectSettings, SubjectTable
 from .model import BaseModelSettings, Precision, SavePrecision
 from .objective import ObjectiveSettings
-from .optimizer import OptimizerSettings
+from .optimizer import FUSABLE, OptimizerSettings
 from .preservation import PreservationSettings
 from .preview import PreviewSettings
 
@@ -319,6 +319,15 @@ class TrainSettings(
         advanced=True,
         affects_result=False,
     )
+    fused_backward_pass: bool = setting(
+        False,
+        "Update each weight during the backward pass and free its gradient at once. Saves the memory of all gradients, "
+        "which matters for full fine-tuning: 3.4 GB with Stable Diffusion 1.5. The result is the same. Needs "
+        "max_grad_norm 0 and AdamW, its 8-bit variants or Adafactor; not for fp16 on CUDA or several GPUs.",
+        group="Memory",
+        advanced=True,
+        affects_result=False,
+    )
 
     @field_validator("name")
     @classmethod
@@ -345,6 +354,27 @@ class TrainSettings(
             raise ValueError(
                 f"{suggest('swap_blocks')} is for weights that are not trained, but {suggest('adapter')} is 'full': "
                 f"set {suggest('swap_blocks', 0)} or choose {suggest('adapter', 'lora')}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _nothing_needs_all_gradients(self) -> Self:
+        if not self.fused_backward_pass:
+            return self
+        if self.max_grad_norm:
+            raise ValueError(
+                f"{suggest('fused_backward_pass')} updates weights before the norm of all gradients is known: set "
+                f"{suggest('max_grad_norm', 0)} or {suggest('fused_backward_pass', False)}"
+            )
+        if self.optimizer not in FUSABLE:
+            raise ValueError(
+                f"{suggest('fused_backward_pass')} works with optimizers that update each weight on its own, and "
+                f"{self.optimizer} does not: choose {' or '.join(FUSABLE)}"
+            )
+        if self.compile != "off":
+            raise ValueError(
+                f"{suggest('fused_backward_pass')} can't be combined with {suggest('compile', self.compile)}: set "
+                f"{suggest('compile', 'off')} or {suggest('fused_backward_pass', False)}"
             )
         return self
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from ..core.devices import DTYPES
+from ..core.devices import DTYPES, pick_precision
 from ..core.errors import SettingsError, UnsupportedModelError, WeightsError, suggest
 from ..core.events import Listener, Note
 from ..core.files import require_writable
@@ -49,6 +49,33 @@ _BYTES_PER_WEIGHT = 4  # of a trained number in a checkpoint file, at the most
 _FRACTIONS = {"epsilon": (0.9, 0.9), "v_prediction": (0.3, 0.5)}
 _UNCLEAR = {"epsilon": (0.3, 0.8), "v_prediction": (0.2, 0.65)}  # cosines between which a second probe is asked
 _IS_NOISE, _IS_NOT_NOISE, _IS_VELOCITY = 0.8, 0.5, 0.4  # cosines above or below which it counts as such
+
+
+def require_fused_backward(settings: TrainSettings, device: torch.device, processes: int = 1) -> None:
+    """Check that nothing needs the gradients of a step together, if weights are updated in the backward pass.
+
+    Args:
+        settings: Of the run.
+        device: Where it trains.
+        processes: That train together.
+
+    Raises:
+        SettingsError: Gradients are averaged over several processes, or scaled.
+    """
+    if not settings.fused_backward_pass:
+        return
+    option = suggest("fused_backward_pass", True)
+    if processes > 1:
+        raise SettingsError(
+            f"{option} updates the weights before several processes could average their gradients.",
+            f"Set {suggest('fused_backward_pass', False)}, or train with one process.",
+        )
+    if device.type == "cuda" and pick_precision(settings.precision, device) == "fp16":
+        raise SettingsError(
+            f"{option} does not work in fp16, where a step is taken only if all of its gradients are finite.",
+            f"Set {suggest('precision', 'bf16')} (or fp32, where the GPU has no bf16), or "
+            f"{suggest('fused_backward_pass', False)}.",
+        )
 
 
 def require_trainable(
@@ -99,6 +126,8 @@ def require_trainable(
             "a language model.",
             f"Set {suggest('token_vectors', 0)}.",
         )
+    if device is not None:
+        require_fused_backward(settings, device)
     model = base.family.build(base)
     model.objective.with_settings(settings)  # raises if they are for another objective
     if settings.token_vectors:

@@ -6,9 +6,10 @@ run's own networks, with its own adapter, go through a step on the meta device, 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -203,7 +204,7 @@ class Planner:
         parameters = prepared.trainable.parameters()
 
         weights = _FLOAT32_BYTES * sum(parameter.numel() for parameter in parameters)
-        gradients = weights
+        gradients = 0 if self._settings.fused_backward_pass else weights
         untrained = weights if self._settings.adapter == "full" and self._settings.needs_base else 0
         averages = weights if self._settings.ema_decay else 0
         states = sum(state_bytes(optimizer, parameter.shape) for parameter in parameters)
@@ -273,11 +274,30 @@ class Planner:
                 prediction = model.predict(noisy, timesteps, text)
                 loss = (prediction.float() - torch.zeros_like(prediction, dtype=torch.float32)).pow(2).mean()
             del prediction, text
-            cuda.backward(loss)
+            if settings.fused_backward_pass and settings.gradient_accumulation == 1:
+                with _freed_gradients(parameters):
+                    cuda.backward(loss)
+            else:
+                cuda.backward(loss)
         peak = live.peak + sum(gradient.nbytes for gradient in gradients)
         for parameter in parameters:
             parameter.grad = None
         return peak
+
+
+@contextlib.contextmanager
+def _freed_gradients(parameters: Iterable[Any]) -> Iterator[None]:
+    """Inside the block gradients are freed as they are complete, as `FusedBackward` does once it has used them."""
+
+    def free(parameter: Tensor) -> None:
+        parameter.grad = None
+
+    hooks = [parameter.register_post_accumulate_grad_hook(free) for parameter in parameters]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @dataclass(frozen=True)
