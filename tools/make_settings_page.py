@@ -76,24 +76,27 @@ _GROUP_ORDER = (
 _TYPE_NAMES = {int: "whole number", float: "number", bool: "on or off", str: "text", Path: "path"}
 _HEAD = """# Settings
 
-Every setting of every command. Written by `tools/make_settings_page.py` from the definitions in `trainer/`: change it
-there.
+Every setting of every command. `tools/make_settings_page.py` writes this page from the definitions in `trainer/`:
+change them there.
 
-A setting has one name everywhere. It is a key of a TOML file (`python -m trainer train run.toml`) and a flag; in both,
-dashes count as underscores. A key in both spellings is refused. Flags win over the file, and of a flag that is given
-twice the last one counts. What is on or off is `true` or `false` in TOML, and as a flag `--flip` or `--no-flip`. A
-list is a TOML list, or a flag given several times. In TOML numbers and `true` have no quotes, texts have.
+A setting has the same name everywhere. It is a key in a TOML file (`python -m trainer train run.toml`) and a flag on
+the command line; in both, dashes and underscores mean the same. Giving a key in both spellings is an error. Flags
+override the file, and if a flag is given twice, the last one counts. On or off is `true` or `false` in TOML, and
+`--flip` or `--no-flip` as a flag. A list is a TOML list, or a flag given several times. In TOML, texts need quotes;
+numbers and `true` must have none.
 
-Relative paths count from the folder in which the command runs, also those in a settings file. `~` is your home folder.
-Variables such as `$HOME` or `%USERPROFILE%` are replaced by shells, not here: a path with one is refused.
+Relative paths start from the folder in which the command runs, also those in a settings file. `~` is your home
+folder. Variables such as `$HOME` or `%USERPROFILE%` are expanded by shells, not here: a path that contains one is an
+error.
 
-A setting without effect (**What it is** says what it needs) is reported before the run, and begins no new run.
+A setting that has no effect (**What it is** says what it needs) is reported before the run and does not start a new
+run.
 
-**Result** tells whether what is learned depends on the setting. If so, another value makes another run; if not, the
-same run continues, or is found again, whatever the value. The run's length counts only if the learning rate depends on
-it. A preset counts by the values that it sets.
+**Result** says whether a setting changes what is learned. If so, another value starts another run; if not, the same
+run continues, or is found again, whatever the value. The length of the run counts only if the learning rate depends
+on it. A preset counts through the values that it sets.
 
-**Nodes** are the nodes of ComfyUI that have the setting as an input.
+**Nodes** lists the ComfyUI nodes that have the setting as an input.
 """
 
 
@@ -178,7 +181,7 @@ def _cells(
     field, extra = kind.model_fields[name], field_extra(kind, name)
     given_by = "given without a flag" if positional else f"`{flag(name)}`"
     if is_table(field):
-        given_by = "in a settings file alone"
+        given_by = "only in a settings file"
     description = " ".join([field.description or "", *_needs(kind, extra["needs"])])
     cells = [f"`{name}`<br>{given_by}", value_of(field, extra["unit"]), _default(field), description]
     if learns:
@@ -248,7 +251,7 @@ def _number(value: float) -> str:
 
 def _default(field: FieldInfo) -> str:
     if field.is_required():
-        return "must be given"
+        return "required"
     if field.default in (None, "", ()):
         return "none"
     if isinstance(field.default, bool):

@@ -51,40 +51,44 @@ class AdapterSettings(Settings):
 
     adapter: AdapterKind = setting(
         "lora",
-        "Kind of adapter. lora: low rank (LoCon with targets 'all'). dora: LoRA with trained magnitudes. loha: "
-        "Hadamard product of two low-rank matrices. lokr: Kronecker product, the smallest file. oft: rotates "
-        "the outputs of each layer, in blocks. boft: the same with blocks that overlap (butterfly). full: no adapter; "
-        "all weights are trained (Stable Diffusion 1.x) and saved as a checkpoint and as a LoRA extracted from it.",
+        "Kind of adapter to train. lora: low-rank matrices, the usual choice (LoCon with targets 'all'). dora: LoRA "
+        "with separately trained magnitudes; closer to full fine-tuning, slower. loha: Hadamard product of two "
+        "low-rank matrices. lokr: Kronecker product, the smallest file. oft: rotates each layer's outputs in blocks. "
+        "boft: the same with overlapping (butterfly) blocks. full: no adapter; all weights are trained (Stable "
+        "Diffusion 1.x only) and saved as a checkpoint, with a LoRA extracted from it.",
         group="Adapter",
     )
     rank: int = setting(
         16,
-        "Rank of the adapter: its capacity. Of oft and boft: the size of a block, at most; a layer has the largest "
-        "that its outputs can be divided into.",
+        "Rank of the adapter, which sets its capacity and file size. 4 to 32 are typical for one subject. For oft "
+        "and boft it is the maximum block size: each layer uses the largest block that divides its outputs evenly.",
         group="Adapter",
         ge=1,
         le=1024,
     )
     alpha: float | None = setting(
-        None, "LoRA alpha; the adapter is scaled by alpha / rank. Not set: equal to the rank.", group="Adapter", gt=0.0
+        None,
+        "LoRA alpha: the adapter's output is scaled by alpha / rank. If unset, it equals the rank.",
+        group="Adapter",
+        gt=0.0,
     )
     rank_stabilized: bool = setting(
         False,
-        "rsLoRA: scale by alpha / √rank instead of alpha / rank, for high ranks.",
+        "rsLoRA: scale by alpha / √rank instead of alpha / rank. Worth trying at ranks of 64 and above.",
         group="Adapter",
         advanced=True,
     )
     targets: Literal["attention", "attention-mlp", "all", "b-lora-content", "b-lora-style", "none"] = setting(
         "attention-mlp",
-        "Layers of the UNet that get an adapter. attention: the attention projections (diffusers' choice). "
-        "attention-mlp: every linear layer and 1×1 convolution of the attention blocks (kohya's choice). all: also the "
-        "layers of the residual blocks and resamplers (LoCon). b-lora-content, b-lora-style: one block of SDXL each "
-        "(B-LoRA). none: only those in 'include'.",
+        "Which layers of the model get an adapter. attention: the attention projections (diffusers' choice). "
+        "attention-mlp: every linear layer and 1×1 convolution in the attention blocks (kohya's choice). all: also "
+        "the residual blocks and resamplers (LoCon). b-lora-content, b-lora-style: a single SDXL block each "
+        "(B-LoRA). none: only the layers named in 'include'.",
         group="Adapter",
     )
     conv_rank: int = setting(
         0,
-        "Rank of 3×3 convolutions (kohya's conv_dim); 0: same as rank.",
+        "Rank of 3×3 convolutions (kohya's conv_dim), which targets 'all' includes. 0: same as rank.",
         group="Adapter",
         advanced=True,
         ge=0,
@@ -92,15 +96,15 @@ class AdapterSettings(Settings):
     )
     conv_alpha: float | None = setting(
         None,
-        "Alpha of 3×3 convolutions (kohya's conv_alpha). Not set: equal to their rank.",
+        "Alpha of 3×3 convolutions (kohya's conv_alpha). If unset, it equals their rank.",
         group="Adapter",
         advanced=True,
         gt=0.0,
     )
     include: str = setting(
         "",
-        "Additional layers: regular expressions, separated by spaces, that are searched for in diffusers' names of the "
-        r"UNet's layers, such as ^conv_in$ or mid_block\..*to_v.",
+        "Additional layers to train: regular expressions, separated by spaces, that match anywhere in diffusers' "
+        r"layer names, such as ^conv_in$ or mid_block\..*to_v.",
         group="Adapter",
         advanced=True,
     )
@@ -113,13 +117,14 @@ class AdapterSettings(Settings):
     block_ranks: str = setting(
         "",
         "Different ranks for parts of the model: PATTERN=RANK or PATTERN=RANK:ALPHA, separated by spaces, such as "
-        r"down_blocks=4 mid_block=32:16 ff\.net=8; the last match counts. Rank 0: no adapter there.",
+        r"down_blocks=4 mid_block=32:16 ff\.net=8. The last match wins; rank 0 leaves those layers without an adapter.",
         group="Adapter",
         advanced=True,
     )
     lokr_factor: int = setting(
         -1,
-        "LoKr: size of the Kronecker product's smaller factor; -1: as even as possible (the smallest file).",
+        "Size of the smaller factor in LoKr's Kronecker product. -1: split as evenly as possible, which gives the "
+        "smallest file.",
         group="Adapter",
         advanced=True,
         ge=-1,
@@ -127,7 +132,7 @@ class AdapterSettings(Settings):
     )
     dropout: float = setting(
         0.0,
-        "Fraction of an adapter's inputs that is dropped in each step.",
+        "Fraction of the adapter's inputs dropped at each step, against overfitting. 0.1 to 0.3 are typical; 0: off.",
         group="Adapter",
         advanced=True,
         step=0.01,
@@ -136,39 +141,40 @@ class AdapterSettings(Settings):
     )
     max_norm: float = setting(
         0.0,
-        "Maximum norm of each layer's weight delta (kohya's scale_weight_norms), of oft and boft of each "
-        "rotation's generator Q; 0: no limit. 1 is typical.",
+        "Maximum norm of each layer's weight change (kohya's scale_weight_norms); for oft and boft, of each "
+        "rotation's generator Q. Stops single layers from growing out of proportion. 1 is typical; 0: no limit.",
         group="Adapter",
         advanced=True,
         ge=0.0,
     )
     start_from: TidyPath | None = setting(
         None,
-        "Adapter file to continue training. Its kind, layers, ranks and alphas are kept.",
+        "Adapter file to continue training from. Its kind, layers, ranks and alphas are kept.",
         group="Adapter",
         advanced=True,
         path=True,
     )
     combine: bool = setting(
         False,
-        "With adapters applied to the base (two-stage training): save one standalone file that includes them. Off: "
-        "the new file holds only what was learned now, and is used together with them.",
+        "Two-stage training: save one standalone file that includes the adapters applied to the base model. Off: the "
+        "file holds only what was newly learned and is loaded together with them.",
         group="Adapter",
         advanced=True,
         affects_result=False,
     )
     rank_schedule: Literal["constant", "timestep"] = setting(
         "constant",
-        "LoRA: how many of its components act. constant: all. timestep: fewer at more noise (T-LoRA), since noisy "
-        "timesteps overfit first; for a subject with one or a few pictures. Files and previews have all at every "
-        "timestep.",
+        "How many of a LoRA's rank components are active at each timestep. constant: all of them. timestep: fewer at "
+        "high noise (T-LoRA), since noisy timesteps overfit first; for a subject with only one or a few pictures. "
+        "Previews and saved files use all components at every timestep.",
         group="Adapter",
         advanced=True,
         neutral=("constant",),
     )
     min_rank: int = setting(
         0,
-        "T-LoRA: components that act at the noisiest timestep. 0: half of each layer's rank, as its authors have it.",
+        "T-LoRA: number of rank components active at the noisiest timestep. 0: half of each layer's rank, as in the "
+        "paper.",
         group="Adapter",
         advanced=True,
         ge=0,
@@ -178,7 +184,8 @@ class AdapterSettings(Settings):
     )
     rank_power: float = setting(
         1.0,
-        "T-LoRA: exponent of the schedule. 1: the rank grows evenly as the noise falls; above: later; below: sooner.",
+        "T-LoRA: exponent of the rank schedule. 1: the rank grows evenly as the noise falls; above 1: later; below "
+        "1: sooner.",
         group="Adapter",
         advanced=True,
         gt=0.0,
@@ -188,22 +195,25 @@ class AdapterSettings(Settings):
     )
     lora_init: Literal["default", "orthogonal"] = setting(
         "default",
-        "LoRA's initial weights. default: random, and zero. orthogonal: orthonormal components whose initial product "
-        "is subtracted (Ortho-LoRA, for T-LoRA); the file has twice the rank.",
+        "How LoRA weights are initialised. default: one factor random, the other zero. orthogonal: orthonormal "
+        "components whose initial product is subtracted (Ortho-LoRA, made for T-LoRA); the saved file has twice the "
+        "rank.",
         group="Adapter",
         advanced=True,
         neutral=("default",),
     )
     base_quantization: Literal["none", "nf4"] = setting(
         "none",
-        "Store the linear layers of the frozen UNet in fewer bits. nf4: in four (QLoRA), with bitsandbytes; "
-        "needs less memory, is slower, and changes the result slightly. The adapter is an ordinary one.",
+        "Quantise the linear layers of the frozen UNet or transformer. nf4: 4 bits (QLoRA, needs bitsandbytes); "
+        "saves memory on small cards, but is slower and changes the result slightly. The adapter itself is an "
+        "ordinary one.",
         group="Memory",
         advanced=True,
     )
     text_encoder_lr: float = setting(
         0.0,
-        "Learning rate of the text encoder (of SDXL's first, CLIP-L). 0: it is not trained. 5e-6 to 5e-5 are typical.",
+        "Learning rate of the text encoder (of SDXL's first one, CLIP-L). Training it helps with faces and unusual "
+        "words. 5e-6 to 5e-5 are typical; 0: not trained.",
         group="Text encoders",
         step=0.000001,
         ge=0.0,
@@ -211,7 +221,7 @@ class AdapterSettings(Settings):
     )
     text_encoder_2_lr: float = setting(
         0.0,
-        "Learning rate of SDXL's second text encoder, CLIP-G. 0: it is not trained.",
+        "Learning rate of SDXL's second text encoder, CLIP-G. 0: not trained.",
         group="Text encoders",
         advanced=True,
         step=0.000001,
@@ -220,7 +230,8 @@ class AdapterSettings(Settings):
     )
     text_encoder_until: float = setting(
         1.0,
-        "Fraction of the steps after which the text encoders are frozen and leave the device.",
+        "Fraction of the steps after which the text encoders are frozen and removed from GPU memory. 1: trained to "
+        "the end.",
         group="Text encoders",
         advanced=True,
         step=0.05,
@@ -230,9 +241,9 @@ class AdapterSettings(Settings):
 
     token_vectors: int = setting(
         0,
-        "Pivotal tuning: also learn this many vectors for the subject's rare word (textual inversion), for which it "
-        "stands in every prompt. 0: off; 1 to 4 are typical. They are in the adapter's file and in an embedding file "
-        "of their own: of the run dog and the word sks, prompts in ComfyUI call it embedding:dog-sks.",
+        "Pivotal tuning: also learn this many embedding vectors for the rare word (textual inversion), which replace "
+        "it in every prompt. 1 to 4 are typical; 0: off. They are saved in the adapter file and in an embedding file "
+        "of their own: after a run named dog with the word sks, write embedding:dog-sks in ComfyUI prompts.",
         unit="vectors",
         group=_PIVOTAL,
         ge=0,
@@ -241,7 +252,7 @@ class AdapterSettings(Settings):
     )
     token_lr: float = setting(
         5e-4,
-        "Learning rate of the rare word's vectors.",
+        "Learning rate of the rare word's embedding vectors.",
         group=_PIVOTAL,
         advanced=True,
         step=0.0001,
@@ -252,8 +263,8 @@ class AdapterSettings(Settings):
     )
     token_until: float = setting(
         0.5,
-        "The pivot: the fraction of the steps after which the rare word's vectors stay as they are and the adapter "
-        "alone is trained. Until then the text encoders run in every step.",
+        "The pivot: fraction of the steps after which the rare word's vectors are frozen and only the adapter is "
+        "trained. Until then the text encoders run at every step.",
         group=_PIVOTAL,
         advanced=True,
         step=0.05,
@@ -264,8 +275,8 @@ class AdapterSettings(Settings):
     )
     token_start: str = setting(
         "",
-        "Words whose embeddings the rare word's vectors start from. Empty: the class noun; without one, the rare word "
-        "itself.",
+        "Words whose embeddings the rare word's vectors start from. Empty: the class noun or, without one, the rare "
+        "word itself.",
         group=_PIVOTAL,
         advanced=True,
         needs=Needs("token_vectors"),
@@ -313,7 +324,7 @@ class AdapterSettings(Settings):
                 f"{suggest('block_ranks')}, and control the strength with {suggest('learning_rate')}"
             )
         if self.lokr_factor == 0:
-            raise ValueError(f"{suggest('lokr_factor')} is 0: choose -1 (as even as possible) or 1 and more")
+            raise ValueError(f"{suggest('lokr_factor')} is 0: choose -1 (split as evenly as possible), or 1 or more")
         if self.lokr_factor != -1 and kind != "lokr":
             raise ValueError(
                 f"{suggest('lokr_factor')} is for LoKr, but {suggest('adapter')} is '{kind}': unset it or choose "

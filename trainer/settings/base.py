@@ -82,7 +82,7 @@ def setting(
 
     Args:
         default: Its default; `...` if it is required.
-        help: One or two sentences for users.
+        help: For users, in one to three short sentences: what it does, when to change it, typical values.
         unit: Of its value.
         group: Heading under which it is listed.
         advanced: Whether a node hides it among its advanced inputs.
@@ -314,7 +314,7 @@ def _without_variables(value: Any) -> Any:
         name = next(group for group in match.groups() if group)
         if name in os.environ and not os.path.lexists(value):
             whole = value.replace(match[0], os.environ[name])
-            raise ValueError(f"has {match[0]} in it, which only a shell replaces; write {whole}")
+            raise ValueError(f"contains {match[0]}, which only a shell expands; write {whole}")
     return os.path.expanduser(value) if value.startswith("~") else value
 
 

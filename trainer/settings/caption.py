@@ -18,24 +18,29 @@ _PLACEHOLDERS = ("caption", "token", "class")
 class CaptionSettings(Settings):
     """What a caption is made of."""
 
-    text: str = setting("", "How captions begin, such as 'a photo of'. Empty: BLIP decides.", group=_GROUP)
-    template: str = setting(
-        "{caption}",
-        "How a caption is composed of {caption}, {token} and {class}. If {token} is not in it, the rare word is "
-        "inserted before the class noun in BLIP's caption, or both are put in front of it.",
+    text: str = setting(
+        "",
+        "Text that every caption starts with, such as 'a photo of'; BLIP continues from there. Empty: BLIP writes "
+        "the whole caption.",
         group=_GROUP,
     )
-    token: str = setting("", "The rare word that stands for the subject, such as sks.", group=_GROUP)
+    template: str = setting(
+        "{caption}",
+        "How each caption is built from {caption}, {token} and {class}. Without {token}, the rare word is inserted "
+        "before the class noun in BLIP's caption; if BLIP doesn't use that noun, both are put in front.",
+        group=_GROUP,
+    )
+    token: str = setting("", "Rare word that stands for the subject, such as sks.", group=_GROUP)
     class_noun: str = setting("", "What the subject is: dog, backpack, man, toy …", group=_GROUP, needs=Needs("token"))
     beams: int = setting(
         3,
-        "Number of beams in the search for the most likely caption; 1 is fastest.",
+        "Number of beams in the caption search. More beams find more likely captions; 1 is fastest.",
         group="Search",
         ge=1,
         le=16,
     )
     max_tokens: int = setting(
-        40, "Maximum length of a caption.", unit="tokens", group="Search", advanced=True, ge=1, le=200
+        40, "Maximum length of a caption in tokens.", unit="tokens", group="Search", advanced=True, ge=1, le=200
     )
 
     @field_validator("template")
@@ -67,18 +72,19 @@ class CaptionSettings(Settings):
 class CaptionCommand(CaptionSettings):
     """Everything that `caption` takes."""
 
-    images: TidyPath = setting(..., "Folder of pictures; each gets a text file of the same name.", path=True)
+    images: TidyPath = setting(..., "Folder of pictures to caption. Each gets a text file of the same name.", path=True)
     model: str = setting(
         ...,
-        "BLIP model: a folder as saved by transformers, or a hub name such as Salesforce/blip-image-captioning-base.",
+        "BLIP model: a folder saved by transformers, or a Hugging Face model ID such as "
+        "Salesforce/blip-image-captioning-base.",
         group="Model",
         path=True,
     )
     download: bool = setting(
-        False, "Download a model that is given by hub name if it is not on this computer yet.", group="Model"
+        False, "Download the model from Hugging Face if it isn't on this computer yet.", group="Model"
     )
     device: str = same_setting(BaseModelSettings, "device")
-    overwrite: bool = setting(False, "Also overwrite captions that exist already.", group="Saving")
+    overwrite: bool = setting(False, "Replace captions that already exist. Off: they are kept.", group="Saving")
 
     @field_validator("model")
     @classmethod

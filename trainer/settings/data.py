@@ -20,33 +20,34 @@ class PictureSettings(Settings):
 
     instance_prompt: str = setting(
         "a photo of sks dog",
-        "Caption of every picture that has none of its own: a rare word and the class of the subject. If there are "
-        "several, separated by '|', each sample picks one at random. {token} stands for the setting token, {class} "
-        "for class_noun.",
+        "Caption of pictures that have none of their own: the rare word and the class of the subject. Separate "
+        "several with '|' to have one picked at random for each sample. {token} and {class} stand for the settings "
+        "token and class_noun.",
         group=_SUBJECT,
         min_length=1,
     )
     class_noun: str = setting(
-        "", "What {class} in captions and prompts stands for: dog, backpack, man, toy.", group=_SUBJECT
+        "", "What the subject is: dog, backpack, man, toy. Stands for {class} in captions and prompts.", group=_SUBJECT
     )
     captions: Literal["files", "file-names", "prompt"] = setting(
         "files",
-        "Where captions come from. files: a text file of the same name (.txt, .caption), or metadata.jsonl or .csv, or "
-        "the name of a folder like '10_sks dog', else the prompt. file-names: the names of the pictures. prompt: "
-        "always the prompt.",
+        "Where captions come from. files: a text file of the same name (.txt, .caption), metadata.jsonl or .csv, or "
+        "a folder name such as '10_sks dog'; otherwise the instance prompt. file-names: the names of the picture "
+        "files. prompt: always the instance prompt.",
         group=_SUBJECT,
         advanced=True,
     )
     masks: Literal["files", "alpha", "off"] = setting(
         "files",
-        "Where masks of the subject come from (white: the subject). files: x-masklabel.png, x_mask.png or masks/x.png "
-        "beside x.jpg. alpha: these, or else the picture's alpha channel. off: no masks.",
+        "Where masks of the subject come from (white marks the subject). files: x-masklabel.png, x_mask.png or "
+        "masks/x.png for a picture x.jpg. alpha: as files, or else the picture's alpha channel. off: no masks.",
         group=_SUBJECT,
         advanced=True,
     )
     repeats: int = setting(
         1,
-        "How many times each picture is used per epoch; balances several subjects.",
+        "How many times each picture is used per epoch. Raise it to give a subject with few pictures the same weight "
+        "as one with many.",
         unit="times",
         group=_SUBJECT,
         ge=1,
@@ -66,16 +67,20 @@ class SubjectTable(PictureSettings):
     """One of several subjects: a table [[subject]] in a settings file."""
 
     images: TidyPath = setting(..., "Pictures of the subject: a folder or a zip file.", group=_SUBJECT, path=True)
-    token: str = setting("sks", "Rare word that {token} stands for.", group=_SUBJECT)
+    token: str = setting("sks", "Rare word that {token} stands for, such as sks.", group=_SUBJECT)
     class_prompt: str = setting(
-        "", "Prompt of this subject's class pictures, without the rare word; empty: none.", group=_SUBJECT
+        "", "Prompt for this subject's class pictures, without the rare word. Empty: no class pictures.", group=_SUBJECT
     )
     prior_count: int | None = setting(
-        None, "Class pictures of this subject. Not set: the run's prior_count.", group=_SUBJECT, ge=0, le=10_000
+        None,
+        "Number of class pictures for this subject. If unset, the run's prior_count applies.",
+        group=_SUBJECT,
+        ge=0,
+        le=10_000,
     )
     class_images: TidyPath | None = setting(
         None,
-        "Your own class pictures: a folder or a zip file, used instead of generating some.",
+        "Your own class pictures, a folder or a zip file, used instead of generated ones.",
         group=_SUBJECT,
         path=True,
     )
@@ -98,7 +103,7 @@ class SubjectSettings(PictureSettings):
     )
     class_images: TidyPath | None = setting(
         None,
-        "Your own class pictures: a folder or a zip file, used instead of generating some.",
+        "Your own class pictures, a folder or a zip file, used instead of generated ones.",
         group="Class pictures",
         advanced=True,
         path=True,
@@ -106,8 +111,8 @@ class SubjectSettings(PictureSettings):
     )
     subject: tuple[SubjectTable, ...] = setting(
         (),
-        "Several subjects in one run: tables [[subject]] in a settings file, each with images, instance_prompt, token, "
-        "class_noun, class_prompt, prior_count, class_images, captions, masks and repeats.",
+        "Several subjects in one run: [[subject]] tables in a settings file, each with images, instance_prompt, "
+        "token, class_noun, class_prompt, prior_count, class_images, captions, masks and repeats.",
         group=_SUBJECT,
     )
 
@@ -132,14 +137,14 @@ class DataSettings(Settings):
 
     aspect_buckets: bool = setting(
         False,
-        "Train every picture close to its own aspect ratio, with as many pixels as a square of `resolution`, instead "
-        "of cropping the square in its middle.",
+        "Train each picture close to its own aspect ratio, with about as many pixels as a square of `resolution`, "
+        "instead of cropping it to a centre square. Turn it on for portrait and landscape pictures.",
         group=_PICTURES,
         advanced=True,
     )
     bucket_step: int = setting(
         64,
-        "Sides of buckets are multiples of this.",
+        "Bucket sides are multiples of this many pixels. Smaller steps crop less but make more buckets.",
         unit="pixels",
         group=_PICTURES,
         ge=8,
@@ -150,7 +155,7 @@ class DataSettings(Settings):
     )
     mask_background: float = setting(
         0.1,
-        "Weight of the loss outside a picture's mask, if it has one; 1: masks are ignored.",
+        "Loss weight outside a picture's mask, if it has one. 0: ignore the background; 1: ignore the mask.",
         group=_PICTURES,
         ge=0.0,
         le=1.0,
@@ -160,7 +165,7 @@ class DataSettings(Settings):
     )
     caption_dropout: float = setting(
         0.0,
-        "Fraction of the subject's samples that is trained with an empty caption; 0.05 to 0.1 are typical for styles.",
+        "Fraction of the subject's samples trained with an empty caption. 0.05 to 0.1 are typical for styles.",
         group=_PICTURES,
         ge=0.0,
         le=1.0,
@@ -169,14 +174,15 @@ class DataSettings(Settings):
     )
     shuffle_tags: bool = setting(
         False,
-        "Shuffle the comma-separated parts of a caption for each sample.",
+        "Shuffle the comma-separated tags of a caption for each sample.",
         group=_PICTURES,
         advanced=True,
     )
     keep_tags: int = setting(
         1,
-        "How many parts at the beginning of a caption stay in place (kohya's keep_tokens): the rare word should lead.",
-        unit="parts",
+        "Number of tags at the start of a caption that are not shuffled (kohya's keep_tokens), so that the rare word "
+        "stays first.",
+        unit="tags",
         group=_PICTURES,
         ge=0,
         le=100,
@@ -185,8 +191,8 @@ class DataSettings(Settings):
     )
     validation_pictures: int = setting(
         0,
-        "Pictures of the subject that are held out: the loss on them, always with the same noise, is reported at "
-        "every checkpoint. It rises when the run starts to memorise its training pictures. 0: none.",
+        "Number of the subject's pictures to hold out for validation. Their loss, always with the same noise, is "
+        "reported at every checkpoint; when it rises, the run is starting to memorise its training pictures. 0: none.",
         unit="pictures",
         group=_PICTURES,
         ge=0,

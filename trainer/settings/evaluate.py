@@ -30,19 +30,20 @@ class FeatureExtractorSettings(Settings):
 
     clip: str = setting(
         "",
-        "CLIP model for CLIP-T and CLIP-I: a folder as saved by transformers, a safetensors file, or a hub name. The "
-        "papers use openai/clip-vit-base-patch32.",
+        "CLIP model for CLIP-T and CLIP-I: a folder saved by transformers, a safetensors file, or a Hugging Face "
+        "model ID. The papers use openai/clip-vit-base-patch32.",
         group="Models",
         path=True,
     )
     dino: str = setting(
         "",
-        "DINO or DINOv2 model: a folder, a file or a hub name. The DreamBooth paper uses facebook/dino-vits16.",
+        "DINO or DINOv2 model for subject fidelity: a folder, a file, or a Hugging Face model ID. The DreamBooth "
+        "paper uses facebook/dino-vits16.",
         group="Models",
         path=True,
     )
     download: bool = setting(
-        False, "Download models that are given by hub name if they are not on this computer yet.", group="Models"
+        False, "Download models from Hugging Face if they aren't on this computer yet.", group="Models"
     )
 
     @model_validator(mode="after")
@@ -58,14 +59,16 @@ class FeatureExtractorSettings(Settings):
 class ScoreCommand(FeatureExtractorSettings):
     """Everything that `score` takes."""
 
-    pictures: TidyPath = setting(..., "Folder or zip file of the pictures to score.", path=True)
+    pictures: TidyPath = setting(..., "Pictures to score: a folder or a zip file.", path=True)
     prompt: str = setting(
         "",
-        "What they should show, for CLIP-T. A text file of the same name holds a picture's own prompt.",
+        "What the pictures should show, for CLIP-T. A text file of the same name overrides it for that picture.",
         needs=Needs("clip"),
     )
     subject: TidyPath | None = setting(None, "Folder of real pictures of the subject, for CLIP-I and DINO.", path=True)
-    output: TidyPath | None = setting(None, "Also write the scores: FILE.csv or FILE.json.", group="Saving", path=True)
+    output: TidyPath | None = setting(
+        None, "Also write the scores to a file: FILE.csv or FILE.json.", group="Saving", path=True
+    )
     device: str = same_setting(BaseModelSettings, "device")
 
     @field_validator("prompt")
@@ -73,7 +76,7 @@ class ScoreCommand(FeatureExtractorSettings):
     def _there_is_one_prompt(cls, prompt: str) -> str:
         if len(split_prompts(filled_prompts("prompt", prompt, PromptWords()))) > 1:
             raise ValueError(
-                "holds several prompts: give one, or write each picture's own prompt into a text file beside it"
+                "contains several prompts: give one, or write each picture's own prompt into a text file beside it"
             )
         return prompt
 
@@ -100,15 +103,26 @@ class EvaluationSettings(Settings):
     """How pictures for an evaluation are generated."""
 
     count: int = setting(
-        4, "Pictures per prompt; the paper uses four.", unit="pictures", group=_PICTURES, ge=1, le=1000
+        4,
+        "Pictures generated per prompt. The DreamBooth paper uses four; more give steadier scores.",
+        unit="pictures",
+        group=_PICTURES,
+        ge=1,
+        le=1000,
     )
-    guidance: float = setting(7.5, "Classifier-free guidance; 1 is none.", group=_PICTURES, ge=0.0, le=100.0)
+    guidance: float = setting(
+        7.5, "Classifier-free guidance scale. 7.5 is typical; 1: no guidance.", group=_PICTURES, ge=0.0, le=100.0
+    )
     picture_seed: int = setting(
-        0, "Seed of the first picture of every prompt; the same for every adapter.", group=_PICTURES, ge=0, le=MAX_SEED
+        0,
+        "Seed of each prompt's first picture, the same for every adapter so that scores are comparable.",
+        group=_PICTURES,
+        ge=0,
+        le=MAX_SEED,
     )
     picture_batch_size: int = setting(
         4,
-        "Pictures generated at once; lower it if memory runs out.",
+        "Pictures generated at once. Lower it if you run out of memory.",
         unit="pictures",
         group=_PICTURES,
         advanced=True,
@@ -122,14 +136,16 @@ class CompareSettings(EvaluationSettings, SizeSettings):
 
     prompts: str = setting(
         ...,
-        "What to generate: prompts separated by '|', with the rare word in each, such as 'a photo of sks dog in the "
-        "snow'.",
+        "Prompts to generate, separated by '|', each with the rare word, such as 'a photo of sks dog in the snow'.",
         group=_PICTURES,
     )
     token: str = same_setting(TrainSettings, "token")
-    schedulers: str = setting("ddim", "Samplers, separated by spaces, such as 'ddim pndm'.", group=_PICTURES)
+    schedulers: str = setting("ddim", "Samplers to compare, separated by spaces, such as 'ddim pndm'.", group=_PICTURES)
     steps: str = setting(
-        "30", "Numbers of denoising steps, separated by spaces, such as '50 80'.", unit="steps", group=_PICTURES
+        "30",
+        "Numbers of denoising steps to compare, separated by spaces, such as '50 80'.",
+        unit="steps",
+        group=_PICTURES,
     )
 
     @field_validator("prompts")
@@ -176,15 +192,17 @@ class CompareCommand(CompareSettings, FeatureExtractorSettings, BaseModelSetting
     """Everything that `compare` takes."""
 
     runs: tuple[str, ...] = setting(
-        (), "Run folders and adapter files, with an optional strength: RUN or FILE:0.8.", path=True
+        (), "Run folders and adapter files to compare, each with an optional strength: RUN or FILE:0.8.", path=True
     )
     checkpoints: str = setting(
         "auto",
-        "Checkpoints of each run folder: 'all', the 'last' one, or steps such as '200 400'. auto: all of a single run, "
-        "the last one of each of several.",
+        "Which checkpoints of each run folder to compare: 'all', 'last', or steps such as '200 400'. auto: all of a "
+        "single run, the last one of each of several.",
     )
     subject: TidyPath = setting(..., "Folder of real pictures of the subject.", path=True)
-    with_base: bool = setting(True, "Also generate pictures with the base model alone.", group=_PICTURES)
+    with_base: bool = setting(
+        True, "Also generate pictures with the base model alone, for comparison.", group=_PICTURES
+    )
     output_dir: TidyPath = setting(
         Path("output/compare"),
         "Folder for the tables, the contact sheet and the generated pictures.",
@@ -226,18 +244,18 @@ class DreamBenchCommand(TrainSettings, EvaluationSettings, FeatureExtractorSetti
 
     data: TidyPath = setting(
         ...,
-        "Folder of the DreamBooth dataset: a folder for each subject, and prompts_and_classes.txt.",
+        "Folder of the DreamBooth dataset: one subfolder per subject, and prompts_and_classes.txt.",
         group="Subjects",
         path=True,
     )
-    subjects: str = setting("", "Only these subjects, separated by spaces. Empty: all.", group="Subjects")
+    subjects: str = setting("", "Only these subjects, separated by spaces. Empty: all of them.", group="Subjects")
     live: str = setting(
         "cat dog", "Classes that get the prompts for live subjects, separated by spaces.", group="Subjects"
     )
-    scheduler: SchedulerName = setting("ddim", "Sampler.", group=_PICTURES)
-    picture_steps: int = setting(50, "Denoising steps.", unit="steps", group=_PICTURES, ge=1, le=1000)
+    scheduler: SchedulerName = setting("ddim", "Sampler to generate with.", group=_PICTURES)
+    picture_steps: int = setting(50, "Denoising steps per picture.", unit="steps", group=_PICTURES, ge=1, le=1000)
     drift: bool = setting(
-        False, "Also generate the class with and without the adapter, to measure the drift.", group=_PICTURES
+        False, "Also generate the class with and without the adapter, to measure drift.", group=_PICTURES
     )
     prior_count: int = same_setting(PriorSettings, "prior_count")
     prior_scheduler: SchedulerName = same_setting(PriorSettings, "prior_scheduler")

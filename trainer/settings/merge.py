@@ -43,11 +43,12 @@ class BlockWeight:
 class TruncationSettings(Settings):
     """How far a result is truncated."""
 
-    rank: int = setting(32, "Maximum rank of the result; 0: no limit.", group="Size", ge=0)
-    conv_rank: int = setting(0, "Maximum rank of 3×3 convolutions; 0: same as rank.", group="Size", advanced=True, ge=0)
+    rank: int = setting(32, "Maximum rank of the result. 4 to 256 are usual; 0: no limit.", group="Size", ge=0)
+    conv_rank: int = setting(0, "Maximum rank of 3×3 convolutions. 0: same as rank.", group="Size", advanced=True, ge=0)
     energy: float = setting(
         1.0,
-        "Minimum share of each layer's energy (squared norm) to keep: lower ranks where little is lost. 1: all.",
+        "Minimum share of each layer's energy (squared norm) to keep. Below 1, layers get a lower rank where little "
+        "is lost: 0.95 often makes the file several times smaller. 1: keep everything.",
         group="Size",
         step=0.01,
         gt=0.0,
@@ -55,8 +56,8 @@ class TruncationSettings(Settings):
     )
     ratio: float = setting(
         0.0,
-        "Maximum ratio of a layer's largest singular value to the smallest that is kept (kohya's sv_ratio); "
-        "0: no limit.",
+        "Maximum ratio between a layer's largest singular value and the smallest one kept (kohya's sv_ratio). 0: no "
+        "limit.",
         group="Size",
         advanced=True,
         ge=0.0,
@@ -82,14 +83,15 @@ class MergeSettings(TruncationSettings):
 
     method: MethodName = setting(
         "sum",
-        "Merge method. sum: the exact sum; the ranks add up. svd: the same, truncated to a rank. ties: small values "
-        "dropped, signs elected. dare, dare-ties: values dropped at random and the rest rescaled. prune: small values "
-        "dropped. orthogonal: the first stays as it is, the others leave its inputs alone.",
+        "How to merge. sum: the exact sum; ranks add up. svd: the sum, truncated to a rank. ties: drops small values "
+        "and resolves conflicting signs. dare, dare-ties: drop values at random and rescale the rest; dare-ties also "
+        "resolves signs. prune: drops small values. orthogonal: leaves the first adapter untouched and keeps the "
+        "others away from its inputs.",
         group="Method",
     )
     density: float = setting(
         0.5,
-        "Fraction of the values to keep, for ties, dare, dare-ties and prune.",
+        "Fraction of the values that ties, dare, dare-ties and prune keep.",
         group="Method",
         gt=0.0,
         le=1.0,
@@ -97,7 +99,8 @@ class MergeSettings(TruncationSettings):
     )
     protected: float = setting(
         1.0,
-        "Share of an adapter's energy whose inputs later adapters must leave alone, for orthogonal.",
+        "For orthogonal: share of an adapter's energy whose inputs later adapters must leave alone. Lower it to give "
+        "them more room.",
         group="Method",
         gt=0.0,
         le=1.0,
@@ -105,7 +108,7 @@ class MergeSettings(TruncationSettings):
     )
     seed: int = setting(
         0,
-        "Seed of the random drops, for dare and dare-ties.",
+        "Seed of the random drops in dare and dare-ties.",
         group="Method",
         ge=0,
         le=MAX_SEED,
@@ -143,18 +146,18 @@ class MergeSettings(TruncationSettings):
 class _FileSettings(Settings):
     """What every command that computes and writes an adapter takes."""
 
-    output: TidyPath = setting(..., "File to write; an existing one is never overwritten.", group="Saving", path=True)
+    output: TidyPath = setting(..., "File to write. An existing file is never overwritten.", group="Saving", path=True)
     save_precision: SavePrecision = same_setting(TrainSettings, "save_precision")
     report: TidyPath | None = setting(
         None,
-        "Also write the report: FILE.json, or FILE.png for a heat map by block.",
+        "Also write a report to a file: FILE.json, or FILE.png for a heat map by block.",
         group="Saving",
         path=True,
     )
     base: TidyPath | None = setting(
         None,
-        "Base model that the adapters were made for: a .safetensors or .ckpt file, or a diffusers folder. Needed for "
-        "DoRA and OFT, whose weight delta depends on it.",
+        "Base model that the adapters were trained on: a .safetensors or .ckpt file, or a diffusers folder. Needed "
+        "for DoRA and OFT, whose weight change depends on it.",
         group="Base model",
         path=True,
     )
@@ -184,13 +187,14 @@ class MergeCommand(MergeSettings, _FileSettings):
 
     loras: tuple[str, ...] = setting(
         ...,
-        "Adapter files with an optional strength: FILE, FILE:0.8, or FILE:0.8:0.5 for UNet and text encoders.",
+        "Adapter files with an optional strength: FILE, FILE:0.8, or FILE:0.8:0.5 for the UNet and the text encoders.",
         path=True,
     )
     block_weights: tuple[str, ...] = setting(
         (),
-        "Factors for parts of the first adapter; given again, for those of the second, and so on: PATTERN=FACTOR, "
-        "separated by spaces, such as 'down_blocks=0.5 mid_block=0'; the last match in a layer's name counts.",
+        "Strength factors for parts of the first adapter: PATTERN=FACTOR, separated by spaces, such as "
+        "'down_blocks=0.5 mid_block=0'. The last match in a layer's name wins. Given again, it applies to the second "
+        "adapter, and so on.",
         group="Method",
         advanced=True,
     )
@@ -217,20 +221,24 @@ class LearnedMergeSettings(Settings):
 
     subject_prompt: str = setting(
         ...,
-        "What the first adapter was trained on, such as 'a photo of sks dog'; several prompts are separated by '|'.",
+        "Prompts that the first adapter was trained on, such as 'a photo of sks dog'. Separate several with '|'.",
         group="Prompts",
     )
     style_prompt: str = setting(
         ...,
-        "What the second adapter was trained on, such as 'pixel art, a house'; several prompts are separated by '|'. "
-        "Prompts about different things keep the style independent of any of them.",
+        "Prompts that the second adapter was trained on, such as 'pixel art, a house'. Separate several with '|'; "
+        "varied subjects keep the style independent of any one of them.",
         group="Prompts",
     )
-    steps: int = setting(100, "Optimiser steps.", unit="steps", ge=1, le=100_000)
-    learning_rate: float = setting(0.01, "Learning rate of the coefficients.", gt=0.0, le=1.0, step=0.000001)
+    steps: int = setting(
+        100, "Number of optimiser steps for the coefficients. The paper uses 100.", unit="steps", ge=1, le=100_000
+    )
+    learning_rate: float = setting(
+        0.01, "Learning rate of the coefficients. The paper uses 0.01.", gt=0.0, le=1.0, step=0.000001
+    )
     overlap_weight: float = setting(
         0.01,
-        "Weight of the penalty for inputs that both adapters use (ZipLoRA's λ).",
+        "Weight of the penalty on inputs that both adapters use (ZipLoRA's λ).",
         ge=0.0,
         le=100.0,
         advanced=True,
@@ -238,23 +246,29 @@ class LearnedMergeSettings(Settings):
     )
     split: float = setting(
         0.6,
-        "Noise level, as a fraction of the timesteps, that separates the two: from it upwards the subject's "
-        "predictions are matched, below it the style's, since shape is decided at high noise and texture at low noise. "
-        "0: both are matched at every noise level, as in the paper.",
+        "Noise level, as a fraction of the timesteps, that divides the two adapters: above it the subject's "
+        "predictions are matched, below it the style's, since shape is decided at high noise and texture at low "
+        "noise. Lower it for more of the subject, raise it for more of the style. 0: both at every noise level, as "
+        "in the paper.",
         ge=0.0,
         le=0.95,
         advanced=True,
         step=0.05,
     )
     pictures: int = setting(
-        8, "Latents generated with each adapter to learn from.", unit="pictures", ge=1, le=1000, advanced=True
+        8,
+        "Pictures generated with each adapter, as latents, to learn from.",
+        unit="pictures",
+        ge=1,
+        le=1000,
+        advanced=True,
     )
-    sampling_steps: int = setting(20, "Denoising steps of these latents.", unit="steps", ge=1, le=200, advanced=True)
+    sampling_steps: int = setting(20, "Denoising steps for these pictures.", unit="steps", ge=1, le=200, advanced=True)
     guidance: float = setting(
-        5.0, "Classifier-free guidance of these latents; 1 is none.", ge=0.0, le=100.0, advanced=True
+        5.0, "Classifier-free guidance scale for these pictures. 1: no guidance.", ge=0.0, le=100.0, advanced=True
     )
     resolution: int = same_setting(TrainSettings, "resolution")
-    seed: int = setting(0, "Seed of latents, timesteps and noise.", ge=0, le=MAX_SEED)
+    seed: int = setting(0, "Seed of the latents, timesteps and noise.", ge=0, le=MAX_SEED)
     precision: Precision = same_setting(TrainSettings, "precision")
     gradient_checkpointing: bool = same_setting(TrainSettings, "gradient_checkpointing")
 
@@ -270,9 +284,9 @@ class LearnedMergeCommand(LearnedMergeSettings, BaseModelSettings):
     """Everything that `learned-merge` takes."""
 
     loras: tuple[str, ...] = setting(
-        ..., "Two adapter files, the subject's and the style's, with optional strengths.", path=True
+        ..., "Two adapter files, the subject's first and then the style's, each with an optional strength.", path=True
     )
-    output: TidyPath = setting(..., "File to write; an existing one is never overwritten.", group="Saving", path=True)
+    output: TidyPath = setting(..., "File to write. An existing file is never overwritten.", group="Saving", path=True)
     save_precision: SavePrecision = same_setting(TrainSettings, "save_precision")
     report: TidyPath | None = same_setting(_FileSettings, "report")
 
@@ -287,7 +301,7 @@ class ExtractSettings(TruncationSettings):
     """How a LoRA is extracted from two models."""
 
     biases: bool = setting(
-        False, "Also extract changes of biases and norms; not every program can load them.", group="Size", advanced=True
+        False, "Also extract changes to biases and norms. Not every program can load them.", group="Size", advanced=True
     )
 
 
@@ -295,7 +309,7 @@ class ExtractCommand(ExtractSettings, _FileSettings):
     """Everything that `extract` takes."""
 
     tuned: TidyPath = setting(..., "Fine-tuned model to extract from: a file or a diffusers folder.", path=True)
-    base: TidyPath = setting(..., "Model that it was fine-tuned from.", group="Base model", path=True)
+    base: TidyPath = setting(..., "Model it was fine-tuned from.", group="Base model", path=True)
 
 
 class ConvertCommand(Settings):
@@ -304,7 +318,7 @@ class ConvertCommand(Settings):
     lora: TidyPath = setting(..., "Adapter file or PEFT folder to convert.", path=True)
     format: Literal["kohya", "diffusers"] = setting(
         "kohya",
-        "Names of the layers. kohya: for ComfyUI, Automatic1111, Forge and Civitai. diffusers: for diffusers' "
+        "How layers are named. kohya: for ComfyUI, Automatic1111, Forge and Civitai. diffusers: for diffusers' "
         "load_lora_weights and PEFT.",
     )
     output: TidyPath = same_setting(_FileSettings, "output")
@@ -320,12 +334,12 @@ class FuseCommand(Settings):
     """Everything that `fuse` takes."""
 
     base: TidyPath = setting(
-        ..., "Model to add the adapters to: a .safetensors or .ckpt file, or a diffusers folder.", path=True
+        ..., "Model to fuse the adapters into: a .safetensors or .ckpt file, or a diffusers folder.", path=True
     )
     lora: tuple[str, ...] = same_setting(GenerateCommand, "lora")
     output: TidyPath = setting(
         ...,
-        "Checkpoint file to write, or folder if the model is one; an existing one is never overwritten.",
+        "Checkpoint file to write, or a folder if the model is one. An existing one is never overwritten.",
         path=True,
     )
 

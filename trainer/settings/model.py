@@ -22,8 +22,8 @@ class BaseModelSettings(Settings):
     )
     tokenizer: TidyPath | None = setting(
         None,
-        "Folder with the tokenizer (vocab.json, merges.txt): CLIP's, or that of text_encoder. Needed only for single "
-        "files outside a ComfyUI installation; found automatically otherwise.",
+        "Tokenizer folder (vocab.json, merges.txt): CLIP's, or that of text_encoder. Needed only for single files "
+        "outside a ComfyUI installation; otherwise found automatically.",
         group="Base model",
         advanced=True,
         affects_result=False,
@@ -31,30 +31,31 @@ class BaseModelSettings(Settings):
     )
     vae: TidyPath | None = setting(
         None,
-        "Another autoencoder: a file or a diffusers folder. It runs in fp32, so SDXL's own works, too.",
+        "VAE to use instead of the base model's own: a file or a diffusers folder. It runs in fp32, so SDXL's "
+        "original VAE works too.",
         group="Base model",
         advanced=True,
         path=True,
     )
     text_encoder: TidyPath | None = setting(
         None,
-        "Text encoder of a base model whose file holds the transformer alone, such as FLUX.2 klein, Z-Image, Anima "
-        "(Qwen 3) or Krea 2 (Qwen 3 VL): a file, or a folder of transformers. Such a model also needs vae.",
+        "Text encoder for a base model whose file holds only the transformer, such as FLUX.2 klein, Z-Image, Anima "
+        "(Qwen 3) or Krea 2 (Qwen 3 VL): a file, or a transformers folder. Such a model also needs vae.",
         group="Base model",
         advanced=True,
         path=True,
     )
     prediction_type: PredictionType = setting(
         "auto",
-        "What the base model predicts. auto: taken from the checkpoint or folder; for Stable Diffusion 2.x detected "
+        "What the base model predicts. auto: read from the checkpoint or folder; for Stable Diffusion 2.x detected "
         "from the weights.",
         group="Base model",
         advanced=True,
     )
     clip_skip: int = setting(
         0,
-        "Layer of the text encoders whose output is used, counted from the end (2: the last but one); 0: the family's "
-        "default.",
+        "Text encoder layer whose output is used, counted from the end (2: the second to last). 0: the model "
+        "family's default.",
         unit="layers",
         group="Base model",
         advanced=True,

@@ -18,8 +18,9 @@ class ObjectiveSettings(Settings):
 
     loss: Literal["mse", "huber", "huber-snr"] = setting(
         "mse",
-        "How errors count. mse: squared. huber: pseudo-Huber, linear for large errors, so that flawed pictures count "
-        "less. huber-snr: the same, linear from smaller errors on at noisier timesteps (kohya's schedule 'snr').",
+        "Loss function. mse: squared error. huber: pseudo-Huber, linear for large errors, so that flawed pictures "
+        "count less. huber-snr: the same, but linear from smaller errors at noisier timesteps (kohya's 'snr' "
+        "schedule).",
         group=_GROUP,
         advanced=True,
     )
@@ -35,14 +36,14 @@ class ObjectiveSettings(Settings):
     )
     loss_weighting: Literal["constant", "min-snr", "debiased"] = setting(
         "constant",
-        "How timesteps are weighted. min-snr: those with little noise count less, which balances them (Hang et al. "
-        "2023). debiased: those with much noise count more, in favour of large shapes (Yu et al. 2023).",
+        "How the loss is weighted by timestep. min-snr: less weight at low noise, which balances the timesteps (Hang "
+        "et al. 2023). debiased: more weight at high noise, in favour of large shapes (Yu et al. 2023).",
         group=_GROUP,
         advanced=True,
     )
     min_snr_gamma: float = setting(
         5.0,
-        "Signal-to-noise ratio above which min-snr lowers the weight.",
+        "Signal-to-noise ratio above which min-snr lowers the weight. 5 is typical.",
         group=_GROUP,
         gt=0.0,
         le=1000.0,
@@ -51,8 +52,8 @@ class ObjectiveSettings(Settings):
     )
     noise_offset: float = setting(
         0.0,
-        "Strength of noise that is constant over a whole channel, so that very dark and bright pictures can be "
-        "learned; 0: none. 0.05 to 0.1 are typical.",
+        "Strength of noise that is constant across each channel, which lets the model learn very dark and very "
+        "bright pictures. 0.05 to 0.1 are typical; 0: off.",
         group=_GROUP,
         ge=0.0,
         le=10.0,
@@ -61,8 +62,8 @@ class ObjectiveSettings(Settings):
     )
     multires_noise_iterations: int = setting(
         0,
-        "Levels of coarser noise that are added (pyramid noise), for the same purpose as noise_offset; 0: none. 6 is "
-        "typical.",
+        "Number of coarser noise levels to add (pyramid noise), for the same purpose as noise_offset. 6 is typical; "
+        "0: off.",
         unit="levels",
         group=_GROUP,
         ge=0,
@@ -71,7 +72,7 @@ class ObjectiveSettings(Settings):
     )
     multires_noise_discount: float = setting(
         0.3,
-        "Strength of each level of noise relative to the one before.",
+        "Strength of each noise level relative to the one before.",
         group=_GROUP,
         gt=0.0,
         le=1.0,
@@ -81,7 +82,8 @@ class ObjectiveSettings(Settings):
     )
     input_perturbation: float = setting(
         0.0,
-        "Extra noise in the model's input that is not in its target (Ning et al. 2023); 0: none. 0.1 is typical.",
+        "Extra noise added to the model's input but not to its target (Ning et al. 2023), against overfitting. 0.1 "
+        "is typical; 0: off.",
         group=_GROUP,
         ge=0.0,
         le=10.0,
@@ -90,14 +92,14 @@ class ObjectiveSettings(Settings):
     )
     zero_terminal_snr: bool = setting(
         False,
-        "Rescale the noise schedule so that the last timestep is pure noise (Lin et al. 2023), for v-prediction models "
-        "that were trained this way. Generate with the same schedule: ModelSamplingDiscrete's zsnr in ComfyUI.",
+        "Rescale the noise schedule so that the last timestep is pure noise (Lin et al. 2023), for v-prediction "
+        "models trained that way. Generate with the same schedule: zsnr on ComfyUI's ModelSamplingDiscrete.",
         group=_GROUP,
         advanced=True,
     )
     min_timestep: int = setting(
         0,
-        "First timestep that is trained; 0 has the least noise.",
+        "Lowest of the timesteps to train; 0 has the least noise. Raise it to leave fine detail alone.",
         unit="timesteps",
         group=_GROUP,
         ge=0,
@@ -106,7 +108,7 @@ class ObjectiveSettings(Settings):
     )
     max_timestep: int = setting(
         1000,
-        "Timestep before which training stops; 1000: all.",
+        "Timesteps from this one up are not trained. 1000: all are trained.",
         unit="timesteps",
         group=_GROUP,
         ge=1,
@@ -115,8 +117,9 @@ class ObjectiveSettings(Settings):
     )
     timestep_bias: float = setting(
         0.0,
-        "Above 0: noisy timesteps, where shapes are learned, are drawn more often; below 0: those with little noise, "
-        "where details are learned. The share of timesteps below x is x to the power of 2^bias.",
+        "Above 0, noisy timesteps, where shapes are learned, are sampled more often; below 0, those with little "
+        "noise, where details are learned. The share of samples below a fraction x of the timesteps is x to the "
+        "power of 2^bias.",
         group=_GROUP,
         ge=-4.0,
         le=4.0,
@@ -125,17 +128,18 @@ class ObjectiveSettings(Settings):
 
     timestep_sampling: Literal["logit-normal", "uniform"] = setting(
         "logit-normal",
-        "How noise levels are drawn for models of flow matching; the timesteps of others are uniform. logit-normal: "
-        "those in the middle more often (Esser et al. 2024), as their makers advise. uniform: all alike.",
+        "How noise levels are sampled for flow-matching models; other models sample timesteps uniformly. "
+        "logit-normal: middle levels more often (Esser et al. 2024), as their makers recommend. uniform: all equally "
+        "often.",
         group=_GROUP,
         advanced=True,
         neutral=("logit-normal",),
     )
     timestep_shift: float = setting(
         0.0,
-        "By how much noise levels are shifted towards noise for models of flow matching, where shapes are learned; 0: "
-        "as the model is usually trained, for FLUX.2 and Krea 2 more for larger pictures. 1: not at all; 2 to 3 are "
-        "typical.",
+        "How far noise levels are shifted towards high noise, where shapes are learned, for flow-matching models. 0: "
+        "as the model is usually trained, which for FLUX.2 and Krea 2 means more for larger pictures. 2 to 3 are "
+        "typical; 1: no shift.",
         group=_GROUP,
         ge=0.0,
         le=100.0,

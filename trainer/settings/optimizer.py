@@ -66,26 +66,26 @@ class OptimizerSettings(Settings):
 
     optimizer: OptimizerName = setting(
         "adamw",
-        "Optimiser. adamw: the usual one, learning rate about 1e-4. adamw-8bit: the same with a quarter of its memory, "
-        "same learning rates (bitsandbytes); for small cards and full fine-tuning. adamw-8bit-paged: also lets CUDA "
-        "move its memory to the computer's when the card is full. adafactor: the least memory, learning rates as for "
-        "adamw. lion: half of adamw's memory, a third to a tenth of its learning rate (3e-5). prodigy: finds the "
-        "learning rate itself, set learning_rate to 1; four floats per weight. adamw-schedule-free: needs no schedule, "
-        "uses an average of its weights, one to ten times adamw's learning rate.",
+        "Optimiser. adamw: the usual choice, learning rate about 1e-4. adamw-8bit: same rates, a quarter of the "
+        "memory (needs bitsandbytes); for small cards and full fine-tuning. adamw-8bit-paged: also moves that memory "
+        "to system RAM when the card is full. adafactor: least memory, rates as for adamw. lion: half of adamw's "
+        "memory, a third to a tenth of its rate (3e-5). prodigy: finds the rate itself (set learning_rate to 1); "
+        "needs four floats per weight. adamw-schedule-free: needs no schedule, uses averaged weights, one to ten "
+        "times adamw's rate.",
         group=_GROUP,
         advanced=True,
     )
     optimizer_options: str = setting(
         "",
-        "Further options of the optimiser: KEY=VALUE, separated by spaces, such as betas=(0.9,0.99) eps=1e-6 or, for "
-        "prodigy, d_coef=2.",
+        "Additional options for the optimiser: KEY=VALUE, separated by spaces, such as betas=(0.9,0.99) eps=1e-6 or, "
+        "for prodigy, d_coef=2.",
         group=_GROUP,
         advanced=True,
     )
     lora_plus_ratio: float = setting(
         0.0,
-        "LoRA+: multiplies the learning rate of those parts of an adapter that start at zero (of LoRA and DoRA "
-        "lora_up, of LoHa hada_w2_b, of LoKr lokr_w1; oft and boft have no such parts); 16 is typical. 0: off.",
+        "LoRA+: multiplies the learning rate of the factors that start at zero (lora_up in LoRA and DoRA, hada_w2_b "
+        "in LoHa, lokr_w1 in LoKr; oft and boft have none). 16 is typical; 0: off.",
         group=_GROUP,
         advanced=True,
         ge=0.0,
@@ -93,8 +93,8 @@ class OptimizerSettings(Settings):
     )
     ema_decay: float = setting(
         0.0,
-        "Use and save an exponential moving average of the weights instead of the last ones: less noise, slightly "
-        "behind. 0.999 is typical, 0.9999 for thousands of steps; the decay starts lower. 0: off.",
+        "Use and save an exponential moving average of the weights instead of the latest ones: less noisy, but it "
+        "lags slightly. 0.999 is typical, 0.9999 for thousands of steps; the decay starts lower. 0: off.",
         group=_GROUP,
         advanced=True,
         ge=0.0,
@@ -176,8 +176,8 @@ class OptimizerSettings(Settings):
         """Prodigy estimates one distance for all parameters; learning rates are factors of it, and must be equal."""
         if learning_rate < _LEAST_PRODIGY_RATE:
             raise ValueError(
-                f"prodigy finds the learning rate itself and {suggest('learning_rate')} is a factor of it, but it is "
-                f"{learning_rate:g}: set {suggest('learning_rate', 1)} (and for less, d_coef=0.5 in "
+                f"prodigy finds the learning rate itself and multiplies it by {suggest('learning_rate')}, which is "
+                f"{learning_rate:g}: set {suggest('learning_rate', 1)} (for a lower rate, use d_coef=0.5 in "
                 f"{suggest('optimizer_options')})"
             )
         for component, rate in text_encoder_rates.items():

@@ -15,17 +15,18 @@ class PreservationSettings(Settings):
 
     prior: Literal["auto", "none", "class-pictures", "model"] = setting(
         "auto",
-        "What keeps the class as it is. class-pictures: pictures of the class, trained beside the subject's (Ruiz et "
-        "al. 2023). model: for prompts without the rare word, the target is what the base model itself predicts; it "
-        "needs no pictures. none: nothing. auto: class pictures if there are any; without any, model if an adapter is "
-        "trained and every caption holds the rare word, else none.",
+        "How the class is preserved, so that not every dog turns into yours. class-pictures: pictures of the class "
+        "are trained alongside the subject's (Ruiz et al. 2023). model: for prompts without the rare word, the "
+        "target is the base model's own prediction; needs no pictures. none: not at all. auto: class-pictures if "
+        "there are any; otherwise model, if an adapter is trained and every caption contains the rare word; "
+        "otherwise none.",
         group=_GROUP,
         neutral=("auto", "none", "class-pictures"),  # which pictures there are is in the fingerprint already
     )
     prior_every: int = setting(
         2,
-        "Every how many steps the base model's predictions are learned; those samples count as many times as much. "
-        "1: in every step, which takes more than twice as long as without.",
+        "Interval in steps at which the base model's predictions are learned as well; their weight is scaled up to "
+        "make up for it. 1: every step, which takes more than twice as long as training without.",
         unit="steps",
         group=_GROUP,
         ge=1,
@@ -36,7 +37,8 @@ class PreservationSettings(Settings):
     )
     prior_prompts: str = setting(
         "",
-        "Further prompts, separated by '|', for which the model stays as it is: a photo of a cat | a house.",
+        "More prompts, separated by '|', for which the model should stay as it is, such as 'a photo of a cat | a "
+        "house'.",
         group=_GROUP,
         advanced=True,
         needs=_TEACHER,
@@ -44,7 +46,7 @@ class PreservationSettings(Settings):
     )
     prior_empty: float = setting(
         0.0,
-        "Fraction of these samples that has an empty prompt.",
+        "Fraction of the class-preserving samples that use an empty prompt.",
         group=_GROUP,
         ge=0.0,
         le=1.0,
@@ -55,8 +57,8 @@ class PreservationSettings(Settings):
     )
     dco_beta: float = setting(
         0.0,
-        "Direct consistency optimisation (Lee et al. 2024): what the base model predicts well already is learned less; "
-        "the larger, the sooner a sample counts as learned. 0: off. 1000 is the authors' value.",
+        "Direct consistency optimisation (Lee et al. 2024): samples that the model already predicts better than the "
+        "base model count less; the larger the value, the sooner. The authors use 1000; 0: off.",
         group=_GROUP,
         ge=0.0,
         le=1_000_000.0,
@@ -66,8 +68,8 @@ class PreservationSettings(Settings):
     )
     weight_penalty: float = setting(
         0.0,
-        "Penalty on the squared change of the weights, λ‖ΔW‖² (Kim et al. 2025), which keeps everything nearer to the "
-        "base model; 0: none. 0.0001 to 0.01 are typical.",
+        "Penalty on the squared weight change, λ‖ΔW‖² (Kim et al. 2025), which keeps the model close to its base. "
+        "0.0001 to 0.01 are typical; 0: off.",
         group=_GROUP,
         ge=0.0,
         le=1000.0,

@@ -17,8 +17,8 @@ class PreviewSettings(Settings):
 
     preview_every: int = setting(
         0,
-        "Steps between previews: pictures generated with the weights of that step, for which a checkpoint is saved, "
-        "too. 0: none.",
+        "Steps between previews: pictures generated with the weights of that step. Each also saves a checkpoint. 0: "
+        "no previews.",
         unit="steps",
         group=_GROUP,
         ge=0,
@@ -26,7 +26,7 @@ class PreviewSettings(Settings):
     )
     preview_prompts: str = setting(
         "",
-        "Prompts of the previews, separated by '|'; {token} and {class} stand for the subject's words. Empty: the "
+        "Prompts for the previews, separated by '|'; {token} and {class} stand for the subject's words. Empty: the "
         "caption of the first picture.",
         group=_GROUP,
         advanced=True,
@@ -35,7 +35,7 @@ class PreviewSettings(Settings):
     )
     preview_count: int = setting(
         1,
-        "Pictures per preview prompt; 4 or more for stable scores.",
+        "Pictures per preview prompt. Use 4 or more for stable scores.",
         unit="pictures",
         group=_GROUP,
         ge=1,
@@ -46,7 +46,7 @@ class PreviewSettings(Settings):
     )
     preview_steps: int = setting(
         20,
-        "Denoising steps of a preview.",
+        "Denoising steps per preview picture.",
         unit="steps",
         group=_GROUP,
         ge=1,
@@ -57,7 +57,7 @@ class PreviewSettings(Settings):
     )
     preview_guidance: float = setting(
         7.5,
-        "Classifier-free guidance of the previews; 1 is none.",
+        "Classifier-free guidance scale for the previews. 7.5 is typical; 1: no guidance.",
         group=_GROUP,
         ge=0.0,
         le=100.0,
@@ -67,7 +67,7 @@ class PreviewSettings(Settings):
     )
     preview_seed: int = setting(
         0,
-        "Seed of the first preview picture of every prompt; the same at every step.",
+        "Seed of each prompt's first preview picture, the same at every step.",
         group=_GROUP,
         ge=0,
         le=MAX_SEED,
@@ -77,16 +77,16 @@ class PreviewSettings(Settings):
     )
     token: str = setting(
         "sks",
-        "Rare word of the subject. Scores use the prompts without it, since CLIP does not know it; drift is measured "
-        "with what is left, such as 'a photo of a dog'.",
+        "Rare word (trigger word) of the subject. Scores leave it out of the prompts, since CLIP doesn't know it; "
+        "drift is measured on what remains, such as 'a photo of a dog'.",
         group=_GROUP,
         advanced=True,
         affects_result=False,
     )
     score_clip: str = setting(
         "",
-        "CLIP model that scores the previews (CLIP-T, CLIP-I, drift): a folder or a hub name, such as "
-        "openai/clip-vit-base-patch32. Empty: none. It runs on the CPU and takes no GPU memory.",
+        "CLIP model that scores the previews (CLIP-T, CLIP-I, drift): a folder or a Hugging Face model ID such as "
+        "openai/clip-vit-base-patch32. It runs on the CPU and takes no GPU memory. Empty: no CLIP scores.",
         group=_GROUP,
         advanced=True,
         affects_result=False,
@@ -94,7 +94,7 @@ class PreviewSettings(Settings):
     )
     score_dino: str = setting(
         "",
-        "DINO or DINOv2 model that scores the previews, such as facebook/dino-vits16. Empty: none.",
+        "DINO or DINOv2 model that scores the previews, such as facebook/dino-vits16. Empty: no DINO scores.",
         group=_GROUP,
         advanced=True,
         affects_result=False,
@@ -103,7 +103,7 @@ class PreviewSettings(Settings):
     early_stop: int = setting(
         0,
         "Stop after this many previews in a row in which the subject gets no better while the class keeps drifting, "
-        "and keep the best one. 0: train all steps.",
+        "and keep the best checkpoint. 0: train all steps.",
         unit="previews",
         group=_GROUP,
         ge=0,

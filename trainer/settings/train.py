@@ -36,14 +36,14 @@ class PriorSettings(Settings):
 
     class_prompt: str = setting(
         "",
-        "Prompt of the class pictures, without the rare word: a photo of a dog. If there are several, separated by "
-        "'|', each has its share of the pictures.",
+        "Prompt for the class pictures, without the rare word, such as 'a photo of a dog'. Separate several with '|' "
+        "to divide the pictures among them.",
         group="Class pictures",
         needs=(Needs("prior_count"), Needs("class_images"), Needs("prior", ("model",))),
     )
     prior_count: int = setting(
         0,
-        "Class pictures to generate; 0: train without them. 100 to 200 are typical.",
+        "Number of class pictures to generate. 100 to 200 are typical; 0: none.",
         unit="pictures",
         group="Class pictures",
         ge=0,
@@ -51,14 +51,14 @@ class PriorSettings(Settings):
         needs=_CLASS_PICTURES,
     )
     prior_scheduler: SchedulerName = setting(
-        "dpm++", "Sampler of the class pictures.", group="Class pictures", needs=_PRIORS
+        "dpm++", "Sampler for the class pictures.", group="Class pictures", needs=_PRIORS
     )
     prior_steps: int = setting(
         15, "Denoising steps per class picture.", unit="steps", group="Class pictures", ge=1, le=200, needs=_PRIORS
     )
     prior_guidance: float = setting(
         7.5,
-        "Classifier-free guidance of the class pictures; 1 is none.",
+        "Classifier-free guidance scale for the class pictures. 7.5 is typical; 1: no guidance.",
         group="Class pictures",
         ge=0.0,
         le=100.0,
@@ -69,7 +69,7 @@ class PriorSettings(Settings):
     )
     prior_batch_size: int = setting(
         4,
-        "Class pictures generated at once; lower it if memory runs out.",
+        "Class pictures generated at once. Lower it if you run out of memory.",
         unit="pictures",
         group="Class pictures",
         advanced=True,
@@ -80,8 +80,8 @@ class PriorSettings(Settings):
     )
     prior_guidance_start: float = setting(
         0.2,
-        "Where guidance begins, as a part of the denoising: 0 is the first step, 1 the end. Guided steps take twice as "
-        "long, and guidance in the first ones makes the pictures alike (Kynkäänniemi et al. 2024).",
+        "Point in the denoising at which guidance starts: 0 is the first step, 1 the end. Guided steps take twice as "
+        "long, and guidance in the first ones makes the pictures look alike (Kynkäänniemi et al. 2024).",
         group="Class pictures",
         advanced=True,
         ge=0.0,
@@ -91,7 +91,7 @@ class PriorSettings(Settings):
     )
     prior_guidance_end: float = setting(
         0.8,
-        "Where guidance ends, as a part of the denoising; the last steps hardly need it. 1: with the last step.",
+        "Point in the denoising at which guidance ends. The last steps hardly need it; 1: guided to the last step.",
         group="Class pictures",
         advanced=True,
         ge=0.0,
@@ -162,76 +162,125 @@ class TrainSettings(
 
     preset: Literal["none", "object", "animal", "person", "style"] = setting(
         "none",
-        "Recommended values for this kind of subject and the model's family; they replace every setting that was not "
-        "given. The values and their sources are in trainer/training/presets/.",
+        "Recommended values for this kind of subject and the model's family. They replace every setting that you did "
+        "not change; trainer/training/presets/ lists the values and their sources.",
         affects_result=False,  # its values do
     )
     name: str = setting(
         "my-subject",
-        "Name of the adapter file, without its extension.",
+        "Name of the adapter file, without the extension.",
         affects_result=False,
         min_length=1,
         max_length=100,
         pattern=r'^[^<>:"/\\|?*\x00-\x1f]+$',
     )
-    steps: int = setting(800, "Optimiser steps of the whole run.", unit="steps", ge=1, le=1_000_000)
-    learning_rate: float = setting(1e-4, "Peak learning rate.", gt=0.0, le=1.0, step=0.000001)
+    steps: int = setting(
+        800,
+        "Number of optimiser steps. 400 to 1200 are typical; with too many, pictures look alike and repeat the "
+        "training backgrounds.",
+        unit="steps",
+        ge=1,
+        le=1_000_000,
+    )
+    learning_rate: float = setting(
+        1e-4,
+        "Peak learning rate. 1e-4 is a good start for adapters, 2e-6 to 5e-6 for full fine-tuning. Lower it if "
+        "pictures turn to noise.",
+        gt=0.0,
+        le=1.0,
+        step=0.000001,
+    )
     resolution: int = setting(
-        512, "Side of the training pictures; a multiple of 8.", unit="pixels", ge=32, le=4096, multiple_of=8
+        512,
+        "Side of the training pictures in pixels, a multiple of 8. Use the base model's own: 512 for Stable "
+        "Diffusion 1.x, 768 for 2.x v-prediction, 1024 for SDXL and newer models.",
+        unit="pixels",
+        ge=32,
+        le=4096,
+        multiple_of=8,
     )
     seed: int = setting(
-        0, "Seed of the run: order, timesteps, noise and initial weights of the adapter.", ge=0, le=MAX_SEED
+        0, "Seed of the run: order of samples, timesteps, noise, and the adapter's initial weights.", ge=0, le=MAX_SEED
     )
-    batch_size: int = setting(1, "Subject pictures per forward pass.", unit="pictures", ge=1, le=256, advanced=True)
+    batch_size: int = setting(
+        1,
+        "Subject pictures per forward pass. Larger batches train more steadily but need more memory.",
+        unit="pictures",
+        ge=1,
+        le=256,
+        advanced=True,
+    )
     gradient_accumulation: int = setting(
-        1, "Forward passes per optimiser step.", unit="passes", ge=1, le=1024, advanced=True
+        1,
+        "Forward passes per optimiser step. Works like a larger batch without the extra memory, but is slower.",
+        unit="passes",
+        ge=1,
+        le=1024,
+        advanced=True,
     )
     prior_weight: float = setting(
-        1.0, "Weight λ of the loss that preserves the class (prior preservation).", ge=0.0, le=100.0, advanced=True
+        1.0,
+        "Weight λ of the loss that preserves the class (prior preservation). Raise it if the class still drifts.",
+        ge=0.0,
+        le=100.0,
+        advanced=True,
     )
     flip: bool = setting(
-        False, "Mirror half of the samples. Not for faces, text or anything asymmetric.", advanced=True
+        False, "Mirror half of the samples. Leave it off for faces, text and anything asymmetric.", advanced=True
     )
     lr_schedule: Literal[
         "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
     ] = setting(
         "constant",
-        "Learning rate schedule. linear, cosine: falls to zero. cosine_with_restarts: does so lr_cycles times, each "
-        "from the peak. polynomial: like linear, to the power of lr_power.",
+        "How the learning rate changes over the run. constant_with_warmup: constant after lr_warmup_steps. linear, "
+        "cosine: falls to zero. cosine_with_restarts: falls to zero lr_cycles times, each time from the peak. "
+        "polynomial: falls to zero with the exponent lr_power.",
         advanced=True,
     )
     lr_warmup_steps: int = setting(
-        0, "Steps over which the learning rate rises to its peak.", unit="steps", ge=0, advanced=True
+        0, "Number of steps over which the learning rate rises to its peak.", unit="steps", ge=0, advanced=True
     )
     max_grad_norm: float = setting(
-        1.0, "Gradients are clipped to this norm; 0: not clipped.", ge=0.0, le=1000.0, advanced=True
+        1.0,
+        "Clip gradients to this norm, which limits the damage of outliers. 0: no clipping.",
+        ge=0.0,
+        le=1000.0,
+        advanced=True,
     )
-    weight_decay: float = setting(0.01, "Weight decay of the optimiser.", ge=0.0, le=1.0, advanced=True, step=0.001)
+    weight_decay: float = setting(
+        0.01,
+        "Weight decay: how strongly the optimiser pulls trained weights towards zero.",
+        ge=0.0,
+        le=1.0,
+        advanced=True,
+        step=0.001,
+    )
     precision: Precision = setting(
         "auto",
-        "Precision of the base model during training. auto: bf16 where the GPU supports it, else fp16 on CUDA and fp32 "
-        "elsewhere. The adapter itself is always trained in fp32.",
+        "Precision of the base model. auto: bf16 if the GPU supports it, otherwise fp16 on CUDA and fp32 elsewhere. "
+        "The adapter itself is always trained in fp32.",
         advanced=True,
     )
     gradient_checkpointing: bool = setting(
         False,
-        "Recompute activations in the backward pass: about half the memory, about a third slower.",
+        "Recompute activations in the backward pass instead of storing them: about half the memory, about a third "
+        "slower. For small cards.",
         advanced=True,
         affects_result=False,
     )
     fit: Literal["auto", "off"] = setting(
         "auto",
-        "auto: on a CUDA GPU the memory of a step is estimated before the first one and, if needed, reduced in ways "
-        "that don't change what is learned: gradient checkpointing of some blocks, of all, batches in several parts, "
-        "blocks that are swapped. If memory runs out all the same, the run continues once with less. off: everything "
-        "as set.",
+        "auto: on a CUDA GPU, estimate the memory of a step before training and, if it doesn't fit, reduce it in "
+        "ways that don't change what is learned: gradient checkpointing of some or all blocks, batches split into "
+        "parts, block swapping. If memory runs out anyway, the run continues once with a smaller plan. off: "
+        "everything as set.",
         group="Memory",
         advanced=True,
         affects_result=False,
     )
     checkpoint_every: int = setting(
         100,
-        "Steps between checkpoints; 0: only at the end.",
+        "Steps between checkpoints. 0: only one at the end.",
         unit="steps",
         group="Saving",
         ge=0,
@@ -239,12 +288,18 @@ class TrainSettings(
         affects_result=False,
     )
     keep_checkpoints: int = setting(
-        3, "Number of checkpoints to keep.", group="Saving", ge=1, le=1000, advanced=True, affects_result=False
+        3,
+        "Number of checkpoints to keep; older ones are deleted.",
+        group="Saving",
+        ge=1,
+        le=1000,
+        advanced=True,
+        affects_result=False,
     )
     keep_adapters: bool = setting(
         True,
-        "Keep the adapter of every checkpoint, without the state needed to resume from it, so that the best one can be "
-        "picked later.",
+        "Keep the adapter of every checkpoint, without the state needed to resume from it, so that the best one can "
+        "be picked later.",
         group="Saving",
         advanced=True,
         affects_result=False,
@@ -257,19 +312,19 @@ class TrainSettings(
         affects_result=False,
     )
     save_precision: SavePrecision = setting(
-        "fp16", "Precision of the adapter file.", group="Saving", advanced=True, affects_result=False
+        "fp16", "Precision of the saved adapter file.", group="Saving", advanced=True, affects_result=False
     )
     log_with: Literal["none", "tensorboard", "wandb"] = setting(
         "none",
-        "Also log losses, scores and previews with TensorBoard (into logs/ in the run's folder) or Weights & Biases "
-        "(sends them to its server, unless the environment says WANDB_MODE=offline).",
+        "Also log losses, scores and previews to TensorBoard (logs/ in the run's folder) or Weights & Biases (sent "
+        "to its server unless WANDB_MODE=offline is set).",
         group="Watching",
         advanced=True,
         affects_result=False,
     )
     lr_cycles: int = setting(
         3,
-        "How many times cosine_with_restarts falls from the peak to zero. With 1 it is cosine.",
+        "Number of cycles in which cosine_with_restarts falls from the peak to zero. 1 is the same as cosine.",
         unit="cycles",
         ge=1,
         le=1000,
@@ -279,7 +334,8 @@ class TrainSettings(
     )
     lr_power: float = setting(
         2.0,
-        "Exponent of polynomial: above 1 the rate falls fast at first and slowly at the end. With 1 it is linear.",
+        "Exponent of the polynomial schedule. Above 1, the rate falls fast at first and slowly at the end; 1 is "
+        "linear.",
         gt=0.0,
         le=10.0,
         advanced=True,
@@ -288,8 +344,8 @@ class TrainSettings(
     )
     gradient_checkpointing_interval: int = setting(
         1,
-        "Gradient checkpointing of every n-th block alone: 1 is every block, 2 every second one, which is faster and "
-        "takes more memory.",
+        "Apply gradient checkpointing to every n-th of the blocks. 1: all of them; 2: every second one, which is "
+        "faster but takes more memory.",
         unit="blocks",
         group="Memory",
         ge=1,
@@ -300,9 +356,9 @@ class TrainSettings(
     )
     swap_blocks: int = setting(
         0,
-        "Number of the base model's blocks that stay in the computer's memory and are copied to a CUDA GPU whenever "
-        "they compute. Saves their memory, costs some speed, and turns gradient checkpointing on. With fit = auto it "
-        "is chosen where nothing else is enough. 0: none.",
+        "Number of the base model's blocks that are kept in system RAM and copied to a CUDA GPU only to compute. "
+        "Saves GPU memory, costs some speed, and turns gradient checkpointing on. With fit = auto it is chosen if "
+        "nothing else is enough. 0: none.",
         unit="blocks",
         group="Memory",
         ge=0,
@@ -312,9 +368,9 @@ class TrainSettings(
     )
     compile: Literal["off", "auto", "blocks"] = setting(
         "off",
-        "blocks: compile the base model's blocks (torch.compile), which takes a minute or more before the first step "
-        "and makes the others faster. auto: once the first steps show that it pays for itself in those that are left; "
-        "on CUDA with Triton. If compiling fails, training continues without.",
+        "blocks: compile the base model's blocks with torch.compile, which takes a minute or more before the first "
+        "step and makes the others faster. auto: only once the first steps show that it will pay off in the "
+        "remaining ones; on CUDA with Triton. If compiling fails, training continues without it.",
         group="Speed",
         advanced=True,
         affects_result=False,
@@ -510,8 +566,8 @@ class BaseLoraSettings(Settings):
 
     base_lora: tuple[str, ...] = setting(
         (),
-        "Adapter to apply to the base before training, with an optional strength: FILE or FILE:0.8. May be given "
-        "several times.",
+        "Adapter to apply to the base model before training, with an optional strength: FILE or FILE:0.8. Can be "
+        "given several times.",
         group="Base model",
         path=True,
     )
@@ -522,7 +578,7 @@ class OutputSettings(Settings):
 
     output_dir: TidyPath = setting(
         Path("output"),
-        "Folder for the adapter file; run state and class pictures go into runs/ and class-pictures/ in it.",
+        "Folder for the adapter file. Run state and class pictures go into its subfolders runs/ and class-pictures/.",
         group="Saving",
         affects_result=False,
         path=True,
@@ -635,10 +691,12 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
 class PlanCommand(TrainCommand):
     """Everything that `plan` takes: what `train` takes, and the memory to plan for. Pictures are not needed yet."""
 
-    images: TidyPath | None = setting(None, "Pictures of the subject; not needed to plan.", group="Subject", path=True)
+    images: TidyPath | None = setting(
+        None, "Pictures of the subject. Not needed for planning.", group="Subject", path=True
+    )
     memory: float | None = setting(
         None,
-        "Memory of the graphics card to plan for. Not set: what is free on the device.",
+        "GPU memory to plan for. If unset, what is free on the device.",
         unit="GB",
         group="Memory",
         affects_result=False,
@@ -676,7 +734,7 @@ class SizeSettings(Settings):
     """The size of generated pictures."""
 
     size: str = setting(
-        "512", "Size of the pictures: SIDE or WIDTHxHEIGHT, multiples of 8.", unit="pixels", group="Picture"
+        "512", "Size of the pictures in pixels: SIDE or WIDTHxHEIGHT, multiples of 8.", unit="pixels", group="Picture"
     )
 
     @field_validator("size")
@@ -701,29 +759,36 @@ class GenerateCommand(BaseModelSettings, SizeSettings):
 
     lora: tuple[str, ...] = setting(
         (),
-        "Adapter file, with an optional strength: FILE or FILE:0.8. May be given several times.",
+        "Adapter file, with an optional strength: FILE or FILE:0.8. Can be given several times.",
         group="Picture",
         path=True,
     )
     embedding: tuple[str, ...] = setting(
         (),
-        "Embedding file (textual inversion): its name stands for its vectors in the prompts. May be given several "
-        "times. Those in an adapter's file need not be given.",
+        "Embedding file (textual inversion): its name stands for its vectors in prompts. Can be given several times. "
+        "Embeddings bundled in an adapter file need not be given.",
         group="Picture",
         path=True,
     )
-    prompt: str = setting(..., "What to generate; several prompts are separated by '|'.", group="Picture")
+    prompt: str = setting(..., "What to generate. Separate several prompts with '|'.", group="Picture")
     negative_prompt: str = setting(
-        "", "What not to generate: one prompt for all.", group="Picture", needs=Needs("guidance", other_than=1.0)
+        "",
+        "What the pictures should not show: one prompt for all of them.",
+        group="Picture",
+        needs=Needs("guidance", other_than=1.0),
     )
-    steps: int = setting(30, "Denoising steps.", unit="steps", group="Picture", ge=1, le=200)
-    scheduler: SchedulerName = setting("ddim", "Sampler.", group="Picture")
-    guidance: float = setting(7.5, "Classifier-free guidance; 1 is none.", group="Picture", ge=0.0, le=100.0)
-    seed: int = setting(0, "Seed of the first picture; the next pictures count up.", group="Picture", ge=0, le=MAX_SEED)
-    count: int = setting(1, "Pictures of each prompt.", unit="pictures", group="Picture", ge=1, le=10_000)
+    steps: int = setting(30, "Denoising steps per picture.", unit="steps", group="Picture", ge=1, le=200)
+    scheduler: SchedulerName = setting("ddim", "Sampler to generate with.", group="Picture")
+    guidance: float = setting(
+        7.5, "Classifier-free guidance scale. 7.5 is typical; 1: no guidance.", group="Picture", ge=0.0, le=100.0
+    )
+    seed: int = setting(
+        0, "Seed of the first picture; each further picture adds 1.", group="Picture", ge=0, le=MAX_SEED
+    )
+    count: int = setting(1, "Pictures per prompt.", unit="pictures", group="Picture", ge=1, le=10_000)
     output: TidyPath = setting(
         Path("picture.png"),
-        "File to write; if there are several pictures, a number is added.",
+        "File to write. If there are several pictures, a number is added to its name.",
         group="Picture",
         path=True,
     )
@@ -744,5 +809,5 @@ class GenerateCommand(BaseModelSettings, SizeSettings):
     @classmethod
     def _there_is_one_negative_prompt(cls, prompt: str) -> str:
         if len(split_prompts(prompt)) > 1:
-            raise ValueError("holds several prompts, but there is one for all pictures: separate its parts by commas")
+            raise ValueError("contains several prompts, but all pictures share one: separate its parts by commas")
         return prompt
