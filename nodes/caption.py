@@ -22,17 +22,17 @@ class CaptionImages(Node):
             node_id="DreamBoothCaptionImages",
             display_name="Caption Images (DreamBooth)",
             category=CATEGORY,
-            description="Captions each picture by BLIP, with your subject's rare word put in. Captions separate the "
-            "subject from what else is in its pictures.",
+            description="Captions each picture with BLIP and puts your subject's rare word in. Captions separate the "
+            "subject from everything else in its pictures.",
             search_aliases=["blip", "caption", "tag", "describe", "interrogate", "image to text"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The pictures."),
+                io.Image.Input("images", tooltip="Pictures to caption."),
                 io.String.Input(
                     "model",
                     default="Salesforce/blip-image-captioning-base",
-                    tooltip="A folder in models/BLIP (config.json, model.safetensors, preprocessor_config.json and the "
-                    "tokenizer's files), a path, or a hub name.",
+                    tooltip="BLIP model: a folder in models/BLIP (config.json, model.safetensors, "
+                    "preprocessor_config.json and the tokenizer's files), a path, or a Hugging Face model ID.",
                 ),
                 widget(CaptionSettings, "token", default="sks"),
                 widget(CaptionSettings, "class_noun", default="dog"),
@@ -40,10 +40,12 @@ class CaptionImages(Node):
                 widget(CaptionSettings, "template", advanced=True),
                 widget(CaptionSettings, "beams", advanced=True),
                 io.Boolean.Input(
-                    "download", default=False, tooltip="Fetch a model that is given by its hub name and is not there."
+                    "download", default=False, tooltip="Download the model from Hugging Face if it isn't there yet."
                 ),
             ],
-            outputs=[io.String.Output(display_name="captions", tooltip="A line for each picture.")],
+            outputs=[
+                io.String.Output(display_name="captions", tooltip="One caption per line, in the order of the pictures.")
+            ],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -46,12 +46,17 @@ class LoadLoraFile(Node):
             node_id="DreamBoothLoadLora",
             display_name="Load LoRA File (DreamBooth)",
             category=CATEGORY,
-            description="Reads an adapter file in kohya's, diffusers' or PEFT's naming.",
+            description="Loads an adapter file in the naming of kohya, diffusers or PEFT, to apply, merge, inspect or "
+            "convert it.",
             search_aliases=["load lora", "open lora", "lora file"],
             inputs=[
                 io.Combo.Input("file", options=host.lora_names(), tooltip="File in one of ComfyUI's LoRA folders.")
             ],
-            outputs=[io.LoraModel.Output(display_name="lora")],
+            outputs=[
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="The adapter, for Apply LoRA and ComfyUI's own LoRA nodes."
+                )
+            ],
         )
 
     @classmethod
@@ -81,16 +86,23 @@ class ApplyLora(Node):
             node_id="DreamBoothApplyLora",
             display_name="Apply LoRA (DreamBooth)",
             category=CATEGORY,
-            description="Puts an adapter on a model, as Load LoRA does. Refuses one that was made for another family.",
+            description="Applies an adapter to a model, as Load LoRA does. Refuses adapters made for another model "
+            "family.",
             search_aliases=["use lora", "lora strength"],
             inputs=[
-                io.Model.Input("model", tooltip="Model to put the adapter on."),
-                io.Clip.Input("clip", optional=True, tooltip="Its text encoder, if the adapter has a part for it."),
-                io.LoraModel.Input("lora", tooltip="From Train LoRA or Load LoRA File."),
-                strength_input("strength_model", "Strength on the UNet; 1 is as trained."),
-                strength_input("strength_clip", "Strength on the text encoder; 1 is as trained."),
+                io.Model.Input("model", tooltip="Model to apply the adapter to."),
+                io.Clip.Input("clip", optional=True, tooltip="Its text encoder, for adapters that also change it."),
+                io.LoraModel.Input("lora", tooltip="Adapter from Train LoRA or Load LoRA File."),
+                strength_input(
+                    "strength_model",
+                    "Strength on the UNet or transformer. 1 is as trained; 0.6 to 0.8 often looks more natural.",
+                ),
+                strength_input("strength_clip", "Strength on the text encoder. 1 is as trained."),
             ],
-            outputs=[io.Model.Output(display_name="model"), io.Clip.Output(display_name="clip")],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="The model with the adapter applied."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoder with the adapter applied."),
+            ],
         )
 
     @classmethod
@@ -111,15 +123,16 @@ class SaveLora(Node):
             node_id="DreamBoothSaveLora",
             display_name="Save LoRA (DreamBooth)",
             category=CATEGORY,
-            description="Writes a LoRA file into ComfyUI's LoRA folder. An existing file is never overwritten.",
+            description="Saves an adapter as a LoRA file in ComfyUI's LoRA folder. An existing file is never "
+            "overwritten.",
             search_aliases=["export lora", "write lora"],
             is_output_node=True,
             inputs=[
-                io.LoraModel.Input("lora", tooltip="The adapter to write."),
+                io.LoraModel.Input("lora", tooltip="Adapter to save."),
                 widget(TrainSettings, "name"),
                 widget(TrainSettings, "save_precision", id="precision", advanced=None),
             ],
-            outputs=[io.String.Output(display_name="path")],
+            outputs=[io.String.Output(display_name="path", tooltip="Path of the adapter file.")],
         )
 
     @classmethod

@@ -25,15 +25,18 @@ class ResizeLora(Node):
             node_id="DreamBoothResizeLora",
             display_name="Resize LoRA (DreamBooth)",
             category=CATEGORY,
-            description="Makes a smaller adapter of one of any kind: the nearest LoRA of a rank, or of the lowest rank "
-            "that keeps a share of its energy in each layer.",
+            description="Makes an adapter of any kind smaller: the closest LoRA of a given rank, or of the lowest "
+            "rank that keeps a given share of each layer's energy.",
             search_aliases=["lora rank", "shrink lora", "compress lora", "convert lycoris"],
             inputs=[
                 io.LoraModel.Input("lora", tooltip="Adapter of any kind."),
                 *(widget(TruncationSettings, name) for name in TruncationSettings.model_fields),
                 *base_inputs(),
             ],
-            outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
+            outputs=[
+                io.LoraModel.Output(display_name="lora", tooltip="The smaller adapter, a plain LoRA."),
+                *report_outputs(),
+            ],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -66,16 +69,18 @@ class ExtractLora(Node):
             node_id="DreamBoothExtractLora",
             display_name="Extract LoRA (DreamBooth)",
             category=CATEGORY,
-            description="Makes a LoRA of what a tuned model has learned beyond its base.",
+            description="Extracts what a fine-tuned model has learned beyond its base as a LoRA.",
             search_aliases=["model difference", "checkpoint to lora", "subtract models"],
             inputs=[
-                io.Model.Input("model", tooltip="The tuned model."),
-                io.Model.Input("base_model", tooltip="The model that it was tuned from."),
-                io.Clip.Input("clip", optional=True, tooltip="The tuned text encoder, if it is to be extracted, too."),
-                io.Clip.Input("base_clip", optional=True, tooltip="The text encoder that it was tuned from."),
+                io.Model.Input("model", tooltip="The fine-tuned model."),
+                io.Model.Input("base_model", tooltip="The model it was fine-tuned from."),
+                io.Clip.Input(
+                    "clip", optional=True, tooltip="The fine-tuned text encoder, to extract its change as well."
+                ),
+                io.Clip.Input("base_clip", optional=True, tooltip="The text encoder it was fine-tuned from."),
                 *(widget(ExtractSettings, name) for name in TruncationSettings.model_fields),
             ],
-            outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
+            outputs=[io.LoraModel.Output(display_name="lora", tooltip="The extracted LoRA."), *report_outputs()],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -115,19 +120,19 @@ class InspectLora(Node):
             node_id="DreamBoothInspectLora",
             display_name="Inspect LoRA (DreamBooth)",
             category=CATEGORY,
-            description="Shows what an adapter is, in which blocks it works, how much of its rank it uses, and how far "
-            "it overlaps with another one.",
+            description="Shows what an adapter is, which blocks it acts on, how much of its rank it uses, and how "
+            "much it overlaps with another one.",
             search_aliases=["lora info", "lora metadata", "lora blocks", "compare loras"],
             is_output_node=True,
             inputs=[
-                io.LoraModel.Input("lora", tooltip="The adapter."),
-                io.LoraModel.Input("other", optional=True, tooltip="Another one, to compare with."),
+                io.LoraModel.Input("lora", tooltip="Adapter to inspect."),
+                io.LoraModel.Input("other", optional=True, tooltip="Another adapter, to compare with."),
                 *base_inputs(),
             ],
             outputs=[
-                io.String.Output(display_name="text"),
-                io.Image.Output(display_name="heat_map", tooltip="Blocks: energy, rank used, overlap."),
-                io.String.Output(display_name="json", tooltip="All of it, for other programs."),
+                io.String.Output(display_name="text", tooltip="The description as text."),
+                io.Image.Output(display_name="heat_map", tooltip="Energy, used rank and overlap by block."),
+                io.String.Output(display_name="json", tooltip="Everything as JSON, for other programs."),
             ],
         )
 

@@ -42,7 +42,7 @@ _EXAMPLE_PROMPTS = {
 
 def base_inputs() -> list[io.Input]:
     """The base model, for the types of adapters that need it."""
-    tooltip = "For DoRA and OFT, whose change depends on the model that they were made for."
+    tooltip = "Only needed for DoRA and OFT, whose weight change depends on the base model."
     return [
         io.Model.Input("model", optional=True, tooltip=tooltip),
         io.Clip.Input("clip", optional=True, tooltip=tooltip),
@@ -52,7 +52,7 @@ def base_inputs() -> list[io.Input]:
 def report_outputs() -> list[io.Output]:
     """The outputs that show how much is kept of each adapter."""
     return [
-        io.String.Output(display_name="report", tooltip="What is kept of each adapter, by block, and warnings."),
+        io.String.Output(display_name="report", tooltip="How much of each adapter is kept, by block, and warnings."),
         io.Image.Output(display_name="heat_map", tooltip="The report as a picture."),
     ]
 
@@ -97,16 +97,18 @@ class MergeLoras(Node):
             node_id="DreamBoothMergeLoras",
             display_name="Merge LoRAs (DreamBooth)",
             category=CATEGORY,
-            description="Makes one adapter of several: exactly their sum, or one that keeps them out of each other's "
-            "way. Connect one, and the next input appears.",
+            description="Merges several adapters into one: their exact sum, or with less interference between them. "
+            "Connect one and the next input appears.",
             search_aliases=["combine loras", "merge lora", "add loras", "ties", "dare", "svd merge"],
             inputs=[
-                io.Autogrow.Input("loras", template=template, tooltip="Adapters of any kind, of the same family."),
+                io.Autogrow.Input(
+                    "loras", template=template, tooltip="Adapters of any kind, for the same model family."
+                ),
                 io.String.Input(
                     "strengths",
                     default=_DEFAULT_STRENGTHS,
-                    tooltip="A number for each adapter, in order; two with a colon for UNet and text encoder, such as "
-                    "1.0, 0.7:0.5. What is not given is 1. Negative: subtracted.",
+                    tooltip="One number per adapter, in order; two with a colon for UNet and text encoder, such as "
+                    "1.0, 0.7:0.5. Missing ones are 1; negative ones subtract.",
                 ),
                 io.DynamicCombo.Input(
                     "method",
@@ -115,7 +117,7 @@ class MergeLoras(Node):
                 ),
                 *base_inputs(),
             ],
-            outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
+            outputs=[io.LoraModel.Output(display_name="lora", tooltip="The merged adapter."), *report_outputs()],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -184,19 +186,19 @@ class ScaleLora(Node):
             description="Makes an adapter stronger or weaker, as a whole or block by block.",
             search_aliases=["lora block weight", "lora strength", "lbw"],
             inputs=[
-                io.LoraModel.Input("lora", tooltip="The adapter."),
-                strength_input("strength_model", "Factor of its part for the UNet."),
-                strength_input("strength_clip", "Factor of its part for the text encoder."),
+                io.LoraModel.Input("lora", tooltip="Adapter to scale."),
+                strength_input("strength_model", "Factor for its UNet or transformer layers."),
+                strength_input("strength_clip", "Factor for its text encoder layers."),
                 io.String.Input(
                     "block_weights",
                     default="",
                     multiline=True,
-                    tooltip="Further factors of parts of the model: PATTERN=FACTOR, separated by spaces, such as "
-                    "down_blocks=0.5 mid_block=0 attn1=0.8; the last that is found in a layer's path counts.",
+                    tooltip="Additional factors for parts of the model: PATTERN=FACTOR, separated by spaces, such as "
+                    "down_blocks=0.5 mid_block=0 attn1=0.8. The last match in a layer's path wins.",
                 ),
                 *base_inputs(),
             ],
-            outputs=[io.LoraModel.Output(display_name="lora")],
+            outputs=[io.LoraModel.Output(display_name="lora", tooltip="The scaled adapter.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -234,20 +236,20 @@ class LearnedMerge(Node):
             node_id="DreamBoothLearnedMerge",
             display_name="Learned Merge (DreamBooth)",
             category=CATEGORY,
-            description="Makes one adapter of a subject's and a style's, so that each keeps to its own inputs: trains "
-            "a coefficient for every column of both (ZipLoRA). Takes about as long as 400 training steps.",
+            description="Merges a subject's and a style's adapter so that they interfere less, by training a "
+            "coefficient for every column of both (ZipLoRA). Takes about as long as 400 training steps.",
             search_aliases=["ziplora", "merge subject and style", "combine loras"],
             inputs=[
-                io.Model.Input("model", tooltip="The base model of both adapters, without them."),
+                io.Model.Input("model", tooltip="Base model of both adapters, without them."),
                 io.Clip.Input("clip", tooltip="Its text encoders."),
                 io.Vae.Input("vae", tooltip="Its VAE."),
                 io.LoraModel.Input("subject_lora", tooltip="The subject's adapter."),
                 io.LoraModel.Input("style_lora", tooltip="The style's adapter."),
                 *(widget(LearnedMergeSettings, name, **_EXAMPLE_PROMPTS.get(name, {})) for name in _SHOWN),
-                strength_input("subject_strength", "Strength of the subject; 1 is as trained."),
-                strength_input("style_strength", "Strength of the style; 1 is as trained."),
+                strength_input("subject_strength", "Strength of the subject's adapter. 1 is as trained."),
+                strength_input("style_strength", "Strength of the style's adapter. 1 is as trained."),
             ],
-            outputs=[io.LoraModel.Output(display_name="lora"), *report_outputs()],
+            outputs=[io.LoraModel.Output(display_name="lora", tooltip="The merged adapter."), *report_outputs()],
             hidden=[io.Hidden.unique_id],
         )
 

@@ -32,7 +32,7 @@ class PickBestCheckpoint(Node):
             "prompts": {
                 "multiline": True,
                 "default": _PROMPTS,
-                "tooltip": "A line for each prompt. {subject} stands for the caption of the subject's pictures.",
+                "tooltip": "One prompt per line. {subject} stands for the caption of the subject's pictures.",
             },
             "guidance": {"advanced": True},
             "picture_seed": {"advanced": True},
@@ -42,20 +42,20 @@ class PickBestCheckpoint(Node):
             node_id="DreamBoothPickBest",
             display_name="Pick Best Checkpoint (DreamBooth)",
             category=CATEGORY,
-            description="Generates pictures with every checkpoint of a run and with the base, measures likeness, "
-            "prompt following and drift of the class, and gives the adapter of the best step. Generated pictures are "
-            "kept.",
+            description="Generates pictures with every checkpoint of a run and with the base model, measures subject "
+            "fidelity, prompt following and class drift, and outputs the adapter of the best step. Generated pictures "
+            "are kept and reused.",
             search_aliases=["best epoch", "choose checkpoint", "overfitting", "evaluate lora", "compare checkpoints"],
             is_output_node=True,
             inputs=[
                 io.Model.Input("model", tooltip="The model that the run was trained on, without its adapter."),
                 io.Clip.Input("clip", tooltip="Its text encoders."),
                 io.Vae.Input("vae", tooltip="Its VAE."),
-                SUBJECT.Input("subject", tooltip="The pictures that the run learned from, or others of the subject."),
+                SUBJECT.Input("subject", tooltip="The pictures that the run was trained on, or others of the subject."),
                 io.String.Input(
                     "run",
                     default="",
-                    tooltip="From Train LoRA's output 'run', or the name of a folder in output/dreambooth/runs.",
+                    tooltip="Train LoRA's output 'run', or the name of a folder in output/dreambooth/runs.",
                 ),
                 *(widget(CompareSettings, name, **options.get(name, {})) for name in _SHOWN),
                 clip_input(),
@@ -64,11 +64,11 @@ class PickBestCheckpoint(Node):
                 widget(TrainSettings, "precision"),
             ],
             outputs=[
-                io.LoraModel.Output(display_name="lora", tooltip="The adapter of the best step."),
+                io.LoraModel.Output(display_name="lora", tooltip="Adapter of the best step."),
                 io.Int.Output(display_name="step", tooltip="The best step."),
-                io.Image.Output(display_name="plot", tooltip="Fidelity against prompt following and drift."),
-                io.Image.Output(display_name="sheet", tooltip="The first picture of every prompt, step by step."),
-                io.String.Output(display_name="table", tooltip="All measures, as Markdown."),
+                io.Image.Output(display_name="plot", tooltip="Subject fidelity against prompt following and drift."),
+                io.Image.Output(display_name="sheet", tooltip="The first picture of each prompt at each step."),
+                io.String.Output(display_name="table", tooltip="All metrics as Markdown."),
             ],
             hidden=[io.Hidden.unique_id],
         )

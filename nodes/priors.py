@@ -36,17 +36,17 @@ class ClassPriors(Node):
             node_id="DreamBoothClassPriors",
             display_name="Class Priors (DreamBooth)",
             category=CATEGORY,
-            description="Generates pictures of the class with the base model. Training on them, too, keeps other dogs "
-            "from turning into yours. They are kept on disk and used again.",
+            description="Generates pictures of the class with the base model. Trained alongside your subject, they "
+            "keep other dogs from turning into yours. They are kept on disk and reused.",
             search_aliases=["prior preservation", "regularization images", "class images", "reg images"],
             inputs=[
                 io.Model.Input("model", tooltip="The base model, without your subject."),
                 io.Clip.Input("clip", tooltip="Its text encoder."),
-                io.Vae.Input("vae", tooltip="Its VAE, which turns latents into pictures."),
+                io.Vae.Input("vae", tooltip="Its VAE, which decodes latents into pictures."),
                 SUBJECT.Input(
                     "subject",
                     optional=True,
-                    tooltip="Gives the prompt, unless one is typed; if chained, several.",
+                    tooltip="Supplies the prompt unless you type one. Chained subjects supply one each.",
                 ),
                 widget(PriorSettings, "class_prompt", id="prompt", advanced=None),
                 widget(PriorSettings, "prior_count", id="count", default=100, min=1),
@@ -60,8 +60,8 @@ class ClassPriors(Node):
                 *(widget(PriorSettings, f"prior_{name}", id=name, optional=True) for name in _NEWER),
             ],
             outputs=[
-                PRIORS.Output(display_name="priors"),
-                io.Image.Output(display_name="images", tooltip=f"The first {_SHOWN} of them, to look at."),
+                PRIORS.Output(display_name="priors", tooltip="For Train LoRA or Fine-tune Checkpoint."),
+                io.Image.Output(display_name="images", tooltip=f"The first {_SHOWN} of them, for a look."),
             ],
             hidden=[io.Hidden.unique_id],
         )

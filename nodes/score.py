@@ -14,13 +14,14 @@ from .subject import SubjectValue
 from .widgets import CATEGORY, SUBJECT, as_setting
 
 _CLIP_TOOLTIP = (
-    "A folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json and the tokenizer's "
-    "files), a file in models/clip_vision (for prompts a whole CLIP, or vision file + text file), a path, or a hub "
-    "name. The papers' is openai/clip-vit-base-patch32."
+    "CLIP model: a folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json and the "
+    "tokenizer's files), a file in models/clip_vision (for prompts a whole CLIP, or vision file + text file), a "
+    "path, or a Hugging Face model ID. The papers use openai/clip-vit-base-patch32."
 )
 _DINO_TOOLTIP = (
-    "A folder in models/feature_models (config.json, model.safetensors, preprocessor_config.json), a file in "
-    "models/clip_vision, a path, or a hub name. The DreamBooth paper's is facebook/dino-vits16. Empty: not measured."
+    "DINO or DINOv2 model: a folder in models/feature_models (config.json, model.safetensors, "
+    "preprocessor_config.json), a file in models/clip_vision, a path, or a Hugging Face model ID. The DreamBooth "
+    "paper uses facebook/dino-vits16. Empty: no DINO scores."
 )
 
 
@@ -37,7 +38,7 @@ def dino_input(default: str = "facebook/dino-vits16") -> io.Input:
 
 def download_input() -> io.Input:
     """Whether the models may be fetched."""
-    tooltip = "Fetch a model that is given by its hub name and is not there yet."
+    tooltip = "Download models from Hugging Face if they aren't there yet."
     return io.Boolean.Input("download", default=False, tooltip=tooltip)
 
 
@@ -103,21 +104,24 @@ class ClipScore(Node):
             node_id="DreamBoothClipScore",
             display_name="CLIP Score (DreamBooth)",
             category=CATEGORY,
-            description="How well pictures follow their prompts: CLIP-T.",
+            description="Measures how well pictures follow their prompts (CLIP-T).",
             search_aliases=["clip-t", "clip score", "prompt following", "evaluate"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The pictures."),
+                io.Image.Input("images", tooltip="Pictures to score."),
                 io.String.Input(
-                    "prompts", multiline=True, default="", tooltip="One prompt for all, or a line for each picture."
+                    "prompts",
+                    multiline=True,
+                    default="",
+                    tooltip="One prompt for all pictures, or one line per picture.",
                 ),
                 clip_input(),
                 download_input(),
             ],
             outputs=[
-                io.Float.Output(display_name="clip_t", tooltip="Mean cosine of picture and prompt."),
+                io.Float.Output(display_name="clip_t", tooltip="Mean cosine similarity between picture and prompt."),
                 io.Float.Output(display_name="clip_score", tooltip="Mean of 100 · max(cosine, 0)."),
-                io.String.Output(display_name="table", tooltip="A line for each picture."),
+                io.String.Output(display_name="table", tooltip="One line per picture."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -146,20 +150,25 @@ class SubjectScore(Node):
             node_id="DreamBoothSubjectScore",
             display_name="Subject Score (DreamBooth)",
             category=CATEGORY,
-            description="How much pictures show your subject: CLIP-I and DINO, the mean cosine to its real pictures.",
+            description="Measures how closely pictures match your subject: mean cosine similarity to its real "
+            "pictures by CLIP (CLIP-I) and DINO.",
             search_aliases=["clip-i", "dino", "subject fidelity", "evaluate", "likeness"],
             is_output_node=True,
             inputs=[
-                io.Image.Input("images", tooltip="The pictures."),
-                SUBJECT.Input("subject", tooltip="The real pictures."),
+                io.Image.Input("images", tooltip="Pictures to score."),
+                SUBJECT.Input("subject", tooltip="Real pictures of the subject, to compare with."),
                 clip_input(),
                 dino_input(),
                 download_input(),
             ],
             outputs=[
-                io.Float.Output(display_name="clip_i", tooltip="Mean over the pictures; NaN without a CLIP model."),
-                io.Float.Output(display_name="dino", tooltip="Mean over the pictures; NaN without a DINO model."),
-                io.String.Output(display_name="table", tooltip="A line for each picture."),
+                io.Float.Output(
+                    display_name="clip_i", tooltip="Mean CLIP-I of the pictures; NaN without a CLIP model."
+                ),
+                io.Float.Output(
+                    display_name="dino", tooltip="Mean DINO score of the pictures; NaN without a DINO model."
+                ),
+                io.String.Output(display_name="table", tooltip="One line per picture."),
             ],
             hidden=[io.Hidden.unique_id],
         )

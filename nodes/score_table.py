@@ -29,41 +29,43 @@ class ScoreTable(Node):
             node_id="DreamBoothScoreTable",
             display_name="Score Table (DreamBooth)",
             category=CATEGORY,
-            description="The pictures of several settings side by side, a row for each, a column for each prompt, with "
-            "their scores. Connect one, and the next input appears. Also written as CSV and JSON.",
+            description="Compares pictures of several settings: a row per setting, a column per prompt, with scores. "
+            "Connect one and the next input appears. Also saved as CSV, JSON and PNG.",
             search_aliases=["compare", "xy plot", "grid", "evaluate", "benchmark", "clip score table"],
             is_output_node=True,
             inputs=[
                 io.Autogrow.Input(
                     "settings",
                     template=template,
-                    tooltip="The pictures of one setting each: with and without the adapter, other steps, samplers …",
+                    tooltip="Pictures of one setting per input: with and without the adapter, other steps, samplers …",
                 ),
                 io.String.Input(
                     "titles",
                     multiline=True,
                     default="base\nwith LoRA",
-                    tooltip="A line for each setting, in the order of the inputs.",
+                    tooltip="One title per line, in the order of the inputs.",
                 ),
                 io.String.Input(
                     "prompts",
                     multiline=True,
                     default="",
-                    tooltip="A line for each prompt. Every setting has the same number of pictures of each, in this "
+                    tooltip="One prompt per line. Every setting needs the same number of pictures for each, in this "
                     "order. Leave the rare word out: CLIP does not know it.",
                 ),
-                SUBJECT.Input("subject", optional=True, tooltip="The real pictures, for CLIP-I and DINO."),
+                SUBJECT.Input("subject", optional=True, tooltip="Real pictures of the subject, for CLIP-I and DINO."),
                 clip_input(),
                 dino_input(""),
                 download_input(),
                 io.String.Input(
-                    "name", default="scores", tooltip="The files: output/dreambooth/scores/NAME.csv, .json and .png."
+                    "name",
+                    default="scores",
+                    tooltip="Name of the files: output/dreambooth/scores/NAME.csv, .json and .png.",
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="table", tooltip="Thumbnails and numbers."),
-                io.String.Output(display_name="csv", tooltip="A line for every picture."),
-                io.String.Output(display_name="json", tooltip="Everything."),
+                io.Image.Output(display_name="table", tooltip="Thumbnails and scores."),
+                io.String.Output(display_name="csv", tooltip="One line per picture."),
+                io.String.Output(display_name="json", tooltip="Everything as JSON."),
             ],
             hidden=[io.Hidden.unique_id],
         )

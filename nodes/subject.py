@@ -47,7 +47,8 @@ class Subject(Node):
             node_id="DreamBoothSubject",
             display_name="Subject (DreamBooth)",
             category=CATEGORY,
-            description="Pictures of one subject, and the words for it in prompts.",
+            description="Loads the pictures of one subject and the words for it in prompts. Chain several to train "
+            "them in one run.",
             search_aliases=["training images", "dataset", "load images", "dreambooth", "instance images"],
             inputs=[
                 as_setting(
@@ -55,14 +56,14 @@ class Subject(Node):
                     io.Combo.Input(
                         "folder",
                         options=host.subject_folders(),
-                        tooltip="Folder or zip file with 3 to 20 pictures, in ComfyUI's input folder. A text file of "
-                        "the same name is a picture's own caption. Press R to refresh the list.",
+                        tooltip="Folder or zip file in ComfyUI's input folder with 3 to 20 pictures. A text file of "
+                        "the same name holds a picture's own caption. Press R to refresh the list.",
                     ),
                 ),
                 io.String.Input(
                     "token",
                     default="sks",
-                    tooltip="Rare word for the subject, one that the model does not know yet.",
+                    tooltip="Rare word for the subject that the model does not know yet, such as sks.",
                 ),
                 io.String.Input("class_noun", default="dog", tooltip="What the subject is: dog, backpack, man, toy …"),
                 as_setting(
@@ -70,35 +71,35 @@ class Subject(Node):
                     io.String.Input(
                         "caption",
                         default="a photo of {token} {class}",
-                        tooltip="Caption of the pictures; {token} and {class} stand for the words above. Several, "
-                        "separated by '|', are chosen from at random.",
+                        tooltip="Caption of the pictures; {token} and {class} stand for the words above. Separate "
+                        "several with '|' to have one picked at random for each sample.",
                         advanced=True,
                     ),
                 ),
-                io.Image.Input("images", optional=True, tooltip="Pictures from other nodes, instead of a folder."),
+                io.Image.Input("images", optional=True, tooltip="Pictures from other nodes, used instead of a folder."),
                 SUBJECT.Input(
-                    "subject", optional=True, tooltip="Another subject that is learned in the same run: chain nodes."
+                    "subject", optional=True, tooltip="Another Subject node, to learn several subjects in one run."
                 ),
                 io.String.Input(
                     "captions",
                     optional=True,
                     force_input=True,
-                    tooltip="Captions of the connected images, one per line, e.g. from Caption Images.",
+                    tooltip="Captions for the connected images, one per line, for example from Caption Images.",
                 ),
                 io.Mask.Input(
                     "mask",
                     optional=True,
-                    tooltip="Masks of the connected images, white where the subject is. (Load Image's are the other "
-                    "way round: use InvertMask.)",
+                    tooltip="Masks for the connected images, white where the subject is. Load Image's masks are the "
+                    "other way round: put InvertMask in between.",
                 ),
                 widget(PictureSettings, "captions", id="captions_from", optional=True),
                 widget(PictureSettings, "masks", id="masks_from", optional=True),
                 widget(PictureSettings, "repeats", optional=True),
             ],
             outputs=[
-                SUBJECT.Output(display_name="subject"),
-                io.String.Output(display_name="instance_prompt", tooltip="Prompt for the subject."),
-                io.String.Output(display_name="class_prompt", tooltip="The same without the rare word."),
+                SUBJECT.Output(display_name="subject", tooltip="For Train LoRA and Class Priors."),
+                io.String.Output(display_name="instance_prompt", tooltip="Prompt that calls for the subject."),
+                io.String.Output(display_name="class_prompt", tooltip="The same prompt without the rare word."),
             ],
             hidden=[io.Hidden.unique_id],
         )

@@ -102,12 +102,16 @@ _COMMON = frozenset(  # not folded away
     }
 )
 _LORA_OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "adapter": {"options": ["lora", "dora", "loha", "lokr", "oft", "boft"]},  # "full" is Fine-tune Checkpoint's
+    "adapter": {  # "full" is Fine-tune Checkpoint's
+        "options": ["lora", "dora", "loha", "lokr", "oft", "boft"],
+        "tooltip": str(TrainSettings.model_fields["adapter"].description).partition(" full:")[0],
+    },
 }
 _FINE_TUNING_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "name": {"tooltip": "Name of the checkpoint and LoRA files, without the extension."},
     "learning_rate": {"default": 2e-6},
-    "rank": {"default": 64, "tooltip": "Rank of the extracted LoRA."},
-    "targets": {"tooltip": "Layers of the extracted LoRA; all weights are trained.", "default": "all"},
+    "rank": {"default": 64, "tooltip": "Rank of the LoRA extracted from the result."},
+    "targets": {"tooltip": "Layers of the extracted LoRA. The training itself changes all weights.", "default": "all"},
 }
 
 
@@ -121,13 +125,14 @@ class TrainingSettings(Node):
             node_id="DreamBoothTrainingSettings",
             display_name="Training Settings (DreamBooth)",
             category=CATEGORY,
-            description="Batch size, schedule, precision, checkpoints and so on. Train LoRA works without this node.",
+            description="All other training settings: batch size, schedule, optimiser, precision, checkpoints and "
+            "more. Train LoRA also works without this node.",
             search_aliases=["optimizer", "learning rate schedule", "gradient checkpointing", "batch size"],
             inputs=[
                 widget(TrainSettings, name, advanced=None if name in _COMMON else True, optional=True)
                 for name in _FURTHER
             ],
-            outputs=[SETTINGS.Output(display_name="settings")],
+            outputs=[SETTINGS.Output(display_name="settings", tooltip="For Train LoRA or Fine-tune Checkpoint.")],
         )
 
     @classmethod
@@ -142,10 +147,14 @@ def _sources(model: str) -> list[io.Input]:
     return [
         io.Model.Input("model", tooltip=model),
         io.Clip.Input("clip", tooltip="The model's text encoders."),
-        io.Vae.Input("vae", tooltip="The model's VAE, which turns pictures into latents."),
-        SUBJECT.Input("subject", tooltip="The pictures to learn from."),
-        PRIORS.Input("priors", optional=True, tooltip="Class pictures that keep the class as it is."),
-        io.Image.Input("class_images", optional=True, tooltip="Class pictures of your own, instead of priors."),
+        io.Vae.Input("vae", tooltip="The model's VAE, which encodes pictures into latents."),
+        SUBJECT.Input("subject", tooltip="The subject to learn, from a Subject node."),
+        PRIORS.Input("priors", optional=True, tooltip="Class pictures from Class Priors, which preserve the class."),
+        io.Image.Input(
+            "class_images",
+            optional=True,
+            tooltip="Your own class pictures, instead of those from Class Priors or in addition to them.",
+        ),
     ]
 
 
@@ -164,33 +173,37 @@ class TrainLora(Node):
             node_id="DreamBoothTrainLora",
             display_name="Train LoRA (DreamBooth)",
             category=CATEGORY,
-            description="Teaches the model your subject. Cancel at any moment: queue again and it resumes where it "
-            "stopped. The adapter file lands in ComfyUI's LoRA folder.",
+            description="Trains a LoRA that teaches the model your subject. Cancel at any time: queue it again and it "
+            "resumes where it stopped. The file is saved in ComfyUI's LoRA folder.",
             search_aliases=["dreambooth", "fine-tune", "lora training", "kohya", "train lora"],
             is_output_node=True,
             inputs=[
-                *_sources("Base model, from any loader; LoRAs that are applied to it count as part of it."),
+                *_sources("Base model from any loader. LoRAs already applied to it become part of the base."),
                 io.LoraModel.Input(
-                    "start_from", optional=True, tooltip="Adapter to continue training; its layers and ranks are kept."
+                    "start_from",
+                    optional=True,
+                    tooltip="Adapter to continue training from. Its layers and ranks are kept.",
                 ),
                 io.LoraModel.Input(
                     "base_lora",
                     optional=True,
-                    tooltip="Adapter that is put on the model before training (first stage), so that the new one is "
-                    "learned on top; with 'combine' in Training Settings the file holds both.",
+                    tooltip="Adapter applied to the model before training (two-stage training); the new one is "
+                    "trained on top of it. With 'combine' in Training Settings the file holds both.",
                 ),
-                SETTINGS.Input("settings", optional=True, tooltip="Everything else."),
+                SETTINGS.Input("settings", optional=True, tooltip="All other settings, from Training Settings."),
                 *(widget(TrainSettings, name, **_LORA_OPTIONS.get(name, {})) for name in _ON_THE_NODE),
                 strength_input("base_lora_strength", "Strength of base_lora, if one is connected.", advanced=True),
                 _preview_input(),
                 widget(TrainSettings, _PRESET, optional=True),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The model with the new adapter."),
-                io.Clip.Output(display_name="clip"),
-                io.LoraModel.Output(display_name="lora"),
-                io.String.Output(display_name="path", tooltip="The adapter file."),
-                io.String.Output(display_name="run", tooltip="The run's folder, for Pick Best Checkpoint."),
+                io.Model.Output(display_name="model", tooltip="The model with the new adapter applied."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoders with the new adapter applied."),
+                io.LoraModel.Output(
+                    display_name="lora", tooltip="The adapter, for Apply LoRA, Save LoRA and ComfyUI's own LoRA nodes."
+                ),
+                io.String.Output(display_name="path", tooltip="Path of the adapter file."),
+                io.String.Output(display_name="run", tooltip="Folder of the run, for Pick Best Checkpoint."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )
@@ -250,14 +263,16 @@ class FineTuneCheckpoint(Node):
             node_id="DreamBoothFineTune",
             display_name="Fine-tune Checkpoint (DreamBooth)",
             category=CATEGORY,
-            description="Trains all weights of a Stable Diffusion 1.x model instead of an adapter. That takes 16 "
-            "bytes of memory for every weight (14 GB and what the activations need), and 12 bytes of disk for each "
-            "checkpoint kept (10 GB). Gives a checkpoint file, and a LoRA extracted from it.",
+            description="Trains all weights of a Stable Diffusion 1.x model instead of an adapter. Saves a "
+            "checkpoint, and a LoRA extracted from it. Needs 16 bytes of memory per weight (14 GB, plus activations) "
+            "and 12 bytes of disk per weight for each checkpoint kept (10 GB).",
             search_aliases=["dreambooth", "full fine-tuning", "train checkpoint"],
             is_output_node=True,
             inputs=[
-                *_sources("Stable Diffusion 1.x, from any loader; LoRAs that are applied to it become part of it."),
-                SETTINGS.Input("settings", optional=True, tooltip="Everything else."),
+                *_sources(
+                    "Stable Diffusion 1.x from any loader. LoRAs already applied to it become part of the checkpoint."
+                ),
+                SETTINGS.Input("settings", optional=True, tooltip="All other settings, from Training Settings."),
                 *(
                     widget(TrainSettings, name, **_FINE_TUNING_OPTIONS.get(name, {}))
                     for name in _ON_THE_NODE
@@ -266,11 +281,11 @@ class FineTuneCheckpoint(Node):
                 _preview_input(),
             ],
             outputs=[
-                io.Model.Output(display_name="model", tooltip="The tuned model, loaded from its file."),
-                io.Clip.Output(display_name="clip"),
-                io.Vae.Output(display_name="vae"),
-                io.LoraModel.Output(display_name="lora", tooltip="What changed, as a LoRA of the given rank."),
-                io.String.Output(display_name="path", tooltip="The checkpoint file."),
+                io.Model.Output(display_name="model", tooltip="The fine-tuned model, loaded from its file."),
+                io.Clip.Output(display_name="clip", tooltip="The text encoders of the fine-tuned model."),
+                io.Vae.Output(display_name="vae", tooltip="The VAE of the fine-tuned model."),
+                io.LoraModel.Output(display_name="lora", tooltip="The change as a LoRA of the given rank."),
+                io.String.Output(display_name="path", tooltip="Path of the checkpoint file."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.extra_pnginfo],
         )

@@ -33,7 +33,7 @@ def widget(settings: type[Settings], name: str, *, id: str | None = None, **chan
     optional_number = field.default is None and float in types
     options: dict[str, Any] = {
         "default": 0.0 if optional_number else field.default,
-        "tooltip": f"{field.description}{f' In {unit}.' if unit else ''}{' 0: not set.' if optional_number else ''}",
+        "tooltip": f"{field.description}{f' In {unit}.' if unit else ''}{' 0: unset.' if optional_number else ''}",
         "advanced": extra["advanced"] or None,
     }
     options |= changes
