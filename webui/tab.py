@@ -63,7 +63,9 @@ def _build_training() -> dict[str, Any]:
                 elem_id=element_id("images"),
             )
             folder = gr.Textbox(
-                label="Folder", placeholder="or a folder or zip file on this computer", elem_id=element_id("folder")
+                label="Folder",
+                placeholder="or the path of a folder or zip file on this computer",
+                elem_id=element_id("folder"),
             )
             report = gr.HTML(elem_id=element_id("report"))
             widgets: dict[str, Any] = {}
@@ -156,7 +158,7 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
     words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
     queue.submit(queue.jobs().make(TRAIN, name, command, words=words))
-    return "<p>Begun. It goes on if you close this page.</p>"
+    return "<p>Training started. It keeps running if you close this page.</p>"
 
 
 def _pictures(upload: Any, folder: str, name: str, root: Path) -> Path:

@@ -67,8 +67,8 @@ def _build_merge(lists: _Lists) -> None:
 
 
 def _build_learned_merge(lists: _Lists) -> None:
-    subject = _loras_widget(lists, "learned_merge_subject", label="The subject's LoRA")
-    style = _loras_widget(lists, "learned_merge_style", label="The style's LoRA")
+    subject = _loras_widget(lists, "learned_merge_subject", label="Subject LoRA")
+    style = _loras_widget(lists, "learned_merge_style", label="Style LoRA")
     base = _bases_widget(lists, "learned_merge_base", "Base model")
     name = gr.Textbox(label="Name of the merged LoRA", max_lines=1, elem_id=element_id("learned_merge_name"))
     settings = _widgets(LEARNED_MERGE, _LEARNED_MERGE_SETTINGS)
@@ -79,7 +79,7 @@ def _build_learned_merge(lists: _Lists) -> None:
 
 def _build_extract(lists: _Lists) -> None:
     tuned = _bases_widget(lists, "extract_tuned", "Fine-tuned model")
-    base = _bases_widget(lists, "extract_base", "Model that it was fine-tuned from")
+    base = _bases_widget(lists, "extract_base", "Model it was fine-tuned from")
     name = gr.Textbox(label="Name of the LoRA", max_lines=1, elem_id=element_id("extract_name"))
     settings = _widgets(EXTRACT, _EXTRACT_SETTINGS)
     start = _start("Extract", "extract")
@@ -109,7 +109,7 @@ def _build_compare(lists: _Lists) -> None:
     run = _listed(lists, _run_names, "compare_run", label="Run")
     settings = _widgets(COMPARE, _COMPARE_SETTINGS)
     start = _start("Compare", "compare")
-    outputs = [_result_widget("compare"), gr.Image(label="The best", elem_id=element_id("compare_plot"))]
+    outputs = [_result_widget("compare"), gr.Image(label="Best checkpoint", elem_id=element_id("compare_plot"))]
     start.click(_compare, inputs=[run, *settings], outputs=outputs, show_progress="hidden")
 
 
@@ -128,7 +128,7 @@ def _widgets(command: str, names: Sequence[str]) -> list[Any]:
 def _strengths_widget(id: str) -> Any:
     return gr.Textbox(
         label="Strengths",
-        info="One for each, separated by commas: 1, 0.8. Two for the UNet and the text encoder: 1:0.5.",
+        info="One per LoRA, separated by commas: 1, 0.8. Two with a colon for UNet and text encoder: 1:0.5. Empty: 1.",
         max_lines=1,
         elem_id=element_id(id),
     )

@@ -17,11 +17,23 @@ _IN_THE_TAB = {
     "output": "the web UI's LoRA folder",
     "output_dir": "the web UI's data folder",
 }
+_SPELLED = {  # words of settings' names that are written otherwise
+    "clip": "CLIP",
+    "dco": "DCO",
+    "dino": "DINO",
+    "ema": "EMA",
+    "lokr": "LoKr",
+    "lora": "LoRA",
+    "loras": "LoRAs",
+    "lr": "LR",
+    "snr": "SNR",
+    "vae": "VAE",
+}
 
 
 def label(setting: str) -> str:
-    """What a setting's widget is called: "Steps", or the setting's own name without underscores."""
-    return _IN_THE_TAB.get(setting, setting.replace("_", " "))
+    """What a setting's widget is called: "Steps", or the setting's own name in words, such as "EMA decay"."""
+    return _IN_THE_TAB.get(setting) or " ".join(_SPELLED.get(word, word) for word in setting.split("_"))
 
 
 def title(setting: str) -> str:

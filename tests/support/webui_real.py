@@ -104,7 +104,7 @@ class RealWebUI(WebUI):
         deadline = time.monotonic() + HANGS
         while True:
             [message] = self.call("start", **settings)
-            if text_of(message).startswith("Begun."):
+            if text_of(message).startswith("Training started."):
                 break
             assert "still at work" in text_of(message), text_of(message)
             assert time.monotonic() < deadline

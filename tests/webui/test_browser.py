@@ -34,7 +34,7 @@ def test_from_pictures_to_a_prompt(webui: WebUI, picture_folder: Callable[..., P
         fill(page, class_noun="dog", name=name, steps=1_000_000, resolution=64)
         shot(page, f"{name}-before")
         page.locator("button#dreambooth_start:visible").first.click()
-        wait_for_text(page, "#dreambooth_message", "Begun.")
+        wait_for_text(page, "#dreambooth_message", "Training started.")
         page.locator("#dreambooth-training-panel").first.scroll_into_view_if_needed()
         begun = wait_for(page, "panel.state === 'training' && panel.samples > 0")
         assert begun["buttons"] == ["Stop"]

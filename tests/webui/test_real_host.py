@@ -75,7 +75,7 @@ def test_what_is_trained_is_drawn(real: RealWebUI, picture_folder: Callable[...,
     settings = {"class_noun": "dog", "resolution": 64, "rank": 4, "learning_rate": 1e-2, "checkpoint_every": 5}
     settings |= {"name": "dög", "steps": LONG, "preview_every": 20, "preview_steps": 1, "preview_count": 1}
     [message] = real.call("start", images=real.upload(*sorted(picture_folder(3).iterdir())), **settings)
-    assert text_of(message).startswith("Begun.")
+    assert text_of(message).startswith("Training started.")
     real.wait_for_job("training", "preview", step=1)
     real.kill()
     real.start()

@@ -177,7 +177,7 @@ def test_uploaded_pictures_are_kept_once_for_training(webui: WebUI, pictures: Pa
     for name in ("dog", "dog", "cat"):
         with drawing(webui):
             uploaded = webui.upload(*sorted(pictures.iterdir()))
-            assert train(webui, images=uploaded, name=name, class_noun="dog").startswith("Begun.")
+            assert train(webui, images=uploaded, name=name, class_noun="dog").startswith("Training started.")
             webui.post("/job/stop")
     kept = sorted((webui.data / "pictures").iterdir())
     assert [folder.name.split("-")[0] for folder in kept] == ["cat", "dog"]
@@ -300,7 +300,7 @@ def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path)
     """And may be stopped while it waits: it never begins."""
     calls = webui.facts()["calls"]
     with drawing(webui):
-        assert train(webui, folder=str(pictures), name="waits", class_noun="dog").startswith("Begun.")
+        assert train(webui, folder=str(pictures), name="waits", class_noun="dog").startswith("Training started.")
         assert webui.job()["state"] == "waiting"
         assert "is still at work" in train(webui, folder=str(pictures), name="second", class_noun="dog")
         webui.post("/job/stop")
@@ -370,7 +370,7 @@ def test_what_was_changed_is_given(
 ) -> None:
     """And no more: a preset may fill in the rest."""
     with drawing(webui):
-        assert train(webui, folder=str(pictures), name="dög", **chosen).startswith("Begun.")
+        assert train(webui, folder=str(pictures), name="dög", **chosen).startswith("Training started.")
         webui.post("/job/stop")
     settings = read_toml(webui.data / "jobs" / "dög" / "job.toml")
     assert (Path(settings.pop("tokenizer")) / "vocab.json").is_file()
@@ -431,7 +431,7 @@ def refilled(webui: WebUI, run: str) -> dict[str, Any]:
 def test_the_settings_of_a_run_are_trained_again(chosen: dict[str, Any], webui: WebUI, pictures: Path) -> None:
     """What was given for it is given again, whatever the fields held meanwhile."""
     with drawing(webui):
-        assert train(webui, folder=str(pictures), name="dög", **chosen).startswith("Begun.")
+        assert train(webui, folder=str(pictures), name="dög", **chosen).startswith("Training started.")
         webui.post("/job/stop")
     run = made_run(webui, "dög")
     job = webui.data / "jobs" / "dög"
@@ -440,7 +440,7 @@ def test_the_settings_of_a_run_are_trained_again(chosen: dict[str, Any], webui: 
     assert text_of(values.pop("message")) == "These are the settings of 'dög'."
     assert values.pop("images") is None
     with drawing(webui):
-        assert train(webui, **values).startswith("Begun.")
+        assert train(webui, **values).startswith("Training started.")
         webui.post("/job/stop")
     assert read_toml(webui.data / "jobs" / "dög-2" / "job.toml") == read_toml(job / "job.toml")
 
@@ -451,9 +451,9 @@ def test_the_settings_of_a_run_that_was_begun_elsewhere(webui: WebUI, pictures: 
     settings |= {"instance_prompt": "my dog", "base": "/gone/base.safetensors", "images": str(pictures), "steps": 900}
     values = refilled(webui, made_run(webui, "cli", **settings))
     assert text_of(values["message"]) == (
-        "These are the settings of 'cli'. Targets: 'of old' is no longer known. The base model /gone/base.safetensors "
-        "is none of this web UI's: choose one. Instance prompt was 'my dog'. Here it is 'a photo of {token}', made of "
-        "Word and Class."
+        "These are the settings of 'cli'. Targets: 'of old' is no longer a choice. The base model "
+        "/gone/base.safetensors is not one of this web UI's: choose another. Instance prompt was 'my dog'. Here it is "
+        "'a photo of {token}', from Word and Class."
     )
     assert "base" not in values
     wanted = {"name": "cli", "preset": "none", "rank": 4, "alpha": "2.0", "flip": True, "steps": 900}

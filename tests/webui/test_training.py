@@ -54,7 +54,7 @@ def own_webui(webui: WebUI, tmp_path: Path, tiny_checkpoint: Path) -> Iterator[W
 def begin(webui: WebUI, folder: Path, **settings: Any) -> Path:
     """Press Train; the folder of the job."""
     [message] = webui.call("start", images=webui.upload(*sorted(folder.iterdir())), **SETTINGS | settings)
-    assert text_of(message) == "Begun. It goes on if you close this page."
+    assert text_of(message) == "Training started. It keeps running if you close this page."
     return webui.data / "jobs" / settings["name"]
 
 
