@@ -287,6 +287,11 @@ def check_locales(ran: Ran) -> None:
     assert written == (ROOT / "locales" / "en" / "nodeDefs.json").read_bytes()
 
 
+def check_translated_texts(ran: Ran) -> None:
+    written = (ran.out / "texts.json").read_bytes()
+    assert written == (ROOT / "tests" / "golden" / "translated_texts.json").read_bytes()
+
+
 def check_workflow(ran: Ran) -> None:
     name = "train_then_generate"
     assert ran.names() == {f"example_workflows/{name}.json", f"example_workflows/{name}.jpg"}
@@ -454,6 +459,9 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ),
     ("python tools/make_version_golden.py",): Smoke(
         "python tools/make_version_golden.py 9.9.9 --pack . --output OUT", check_version
+    ),
+    ("python tools/make_translated_texts.py",): Smoke(
+        "python tools/make_translated_texts.py --out OUT/texts.json", check_translated_texts
     ),
     ("python tools/make_locales.py",): Smoke("python tools/make_locales.py --out OUT", check_locales, marks=COMFY),
     ("python tools/make_workflows.py",): Smoke(

@@ -1,19 +1,14 @@
 """Writes locales/en/nodeDefs.json from the nodes' own schemas, as a real ComfyUI describes them.
 
     python tools/make_locales.py [--out FOLDER]
-    python tools/make_locales.py --translated
 
 Run it when a node, an input, an output or one of their texts has changed. The other languages are written by hand; the
 texts that they lack are listed, and ComfyUI shows these in English. Needs a ComfyUI (see CONTRIBUTING.md).
-
-With --translated it records instead, in tests/golden/translated_texts.json, that the other languages translate the
-English texts as they are now. Needs no ComfyUI.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -27,7 +22,6 @@ from comfy_host import ComfyServer  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 LOCALES = ROOT / "locales"
-TRANSLATED = ROOT / "tests" / "golden" / "translated_texts.json"
 MODULE = "custom_nodes.dreambooth-lora"
 # Characters that vue-i18n takes for its syntax: in names and descriptions always, in tooltips in frontends of 2025.
 SYNTAX = frozenset("{}@|")
@@ -47,21 +41,6 @@ def missing(english: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
         for part in ("inputs", "outputs"):
             keys += [f"{node}.{part}.{key}" for key in english[node][part] if key not in other[node][part]]
     return sorted(keys)
-
-
-def explanations(texts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Descriptions and tooltips, each after its place, such as DreamBoothTrainLora.inputs.rank."""
-    for node, node_texts in texts.items():
-        yield node, node_texts["description"]
-        for part in ("inputs", "outputs"):
-            for key, shown in node_texts[part].items():
-                if "tooltip" in shown:
-                    yield f"{node}.{part}.{key}", shown["tooltip"]
-
-
-def digest(text: str) -> str:
-    """Eight hexadecimal digits that change with a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def as_file(texts: Mapping[str, Any]) -> str:
@@ -109,15 +88,7 @@ def main() -> None:
     """Write the English file and list what the others lack."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=LOCALES, metavar="FOLDER", help="default: locales")
-    parser.add_argument(
-        "--translated", action="store_true", help="record that all languages translate the texts of now"
-    )
     arguments = parser.parse_args()
-    if arguments.translated:
-        current = json.loads((LOCALES / "en" / "nodeDefs.json").read_text(encoding="utf-8"))
-        digests = sorted({digest(text) for _, text in explanations(current)})
-        TRANSLATED.write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
-        return
     with tempfile.TemporaryDirectory() as scratch, ComfyServer(Path(scratch), pack=ROOT) as server:
         texts = english(server.object_info())
     (arguments.out / "en").mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 from comfy_host import ComfyServer
 from helpers import ROOT
-from make_locales import LOCALES, SYNTAX, TRANSLATED, as_file, digest, english, explanations, missing
+from make_locales import LOCALES, SYNTAX, as_file, english, missing
+from make_translated_texts import FILE, digest, explanations
 
 LANGUAGES = ("de", "en", "ja", "zh")
 OTHERS = ("de", "ja", "zh")
@@ -91,8 +92,8 @@ def test_every_tooltip_is_translated(language: str) -> None:
 
 
 def test_no_translation_is_left_behind_by_a_change_of_the_english() -> None:
-    """After a change: translate the text anew in every language, then run python tools/make_locales.py --translated."""
-    translated = set(json.loads(TRANSLATED.read_text(encoding="utf-8")))
+    """After a change: translate the text anew in every language, then run tools/make_translated_texts.py."""
+    translated = set(json.loads(FILE.read_text(encoding="utf-8")))
     texts = dict(explanations(texts_of("en")))
     assert {place: text for place, text in texts.items() if digest(text) not in translated} == {}
     assert translated == {digest(text) for text in texts.values()}
