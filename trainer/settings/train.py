@@ -318,7 +318,7 @@ class TrainSettings(
         "none",
         "Also log losses, scores and previews to TensorBoard (logs/ in the run's folder) or Weights & Biases (sent "
         "to its server unless WANDB_MODE=offline is set).",
-        group="Watching",
+        group="Logging",
         advanced=True,
         affects_result=False,
     )
