@@ -30,7 +30,7 @@ OUR_PACKAGES = ("diffusers", "peft", "accelerate")
 HOST_PACKAGES = ("transformers", "tokenizers", "huggingface-hub", "safetensors", "numpy", "torch")
 _PREFIX = "[DreamBooth LoRA]"
 _STAMP = "dreambooth_lora.json"
-_ALLOW = "Give the web UI's user permission to write there, or free space on that disk,"
+_ALLOW = "Give the web UI's user write permission there, or free some space on that disk,"
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
@@ -61,7 +61,7 @@ def missing_requirements(requirements: str) -> list[str]:
     try:
         version("torch")
     except PackageNotFoundError:
-        messages.append("PyTorch is missing: it comes with ComfyUI; run this with ComfyUI's own Python.")
+        messages.append("PyTorch is missing. It comes with ComfyUI: run this with ComfyUI's own Python.")
     return messages
 
 
@@ -106,9 +106,9 @@ def replace_incompatible_packages(requirements: str) -> None:
         return
     arguments = pip_arguments(names, requirements)
     verb = "does" if len(names) == 1 else "do"
-    print(f"{_PREFIX} {', '.join(names)} {verb} not fit this ComfyUI's packages; installing a compatible version.")
+    print(f"{_PREFIX} {', '.join(names)} {verb} not match this ComfyUI's packages; installing a compatible version.")
     if subprocess.run([sys.executable, "-m", "pip", *arguments], check=False).returncode:
-        print(f"{_PREFIX} That failed. By hand: {sys.executable} -m pip {' '.join(arguments)}")
+        print(f"{_PREFIX} That failed. To install manually: {sys.executable} -m pip {' '.join(arguments)}")
 
 
 def is_in_web_ui(folder: Path) -> bool:
@@ -147,7 +147,7 @@ def make_environment(requirements: str, folder: Path = ENVIRONMENT) -> str:
     Returns:
         "" or, if it can't be made, one line that says why and what to do.
     """
-    meanwhile = "The web UI itself works as before; only training does not."
+    meanwhile = "The web UI itself still works; only training does not."
     try:
         if folder.exists():
             shutil.rmtree(folder)
@@ -159,7 +159,9 @@ def make_environment(requirements: str, folder: Path = ENVIRONMENT) -> str:
             if re.search("No module named|ensurepip", made.stdout + made.stderr):
                 remedy = "Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart."
             where = f"in {folder} with {sys.executable}"
-            return f"An environment for the pack can't be made {where}: {_last_line(made)} {remedy} {meanwhile}"
+            return (
+                f"The extension's Python environment can't be created {where}: {_last_line(made)} {remedy} {meanwhile}"
+            )
         _lend_packages(folder)
         constraint = folder / "host.txt"
         torch = _torch_version()
@@ -168,12 +170,13 @@ def make_environment(requirements: str, folder: Path = ENVIRONMENT) -> str:
         python = str(environment_python(folder))
         pip = _run(python, "-m", "pip", "install", "--disable-pip-version-check", "-c", str(constraint), *bounds)
         if pip.returncode:
-            return f"Packages for training can't be installed: {_last_line(pip)} Restart to try again. {meanwhile}"
+            return f"The packages for training can't be installed: {_last_line(pip)} Restart to try again. {meanwhile}"
         stamp = json.dumps(environment_stamp(requirements))
         (folder / _STAMP).write_text(stamp, encoding="utf-8")
     except OSError as error:
         reason = error.strerror or error
-        return f"An environment for the pack can't be made in {folder}: {reason}. {_ALLOW} and restart. {meanwhile}"
+        problem = f"The extension's Python environment can't be created in {folder}: {reason}."
+        return f"{problem} {_ALLOW} and restart. {meanwhile}"
     return ""
 
 
@@ -214,7 +217,10 @@ def install_in_web_ui(requirements: str) -> None:
         print(f"{_PREFIX} Ready: the tab 'DreamBooth LoRA' trains with the web UI's own packages.")
         return
     if not is_ready(requirements):
-        print(f"{_PREFIX} Making an environment for training in {ENVIRONMENT}, once; the web UI stays as it is.")
+        print(
+            f"{_PREFIX} Creating a Python environment for training in {ENVIRONMENT}, once; the web UI's own is not "
+            "changed."
+        )
         failure = make_environment(requirements)
         if failure:
             print(f"{_PREFIX} {failure}")

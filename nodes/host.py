@@ -49,7 +49,7 @@ def input_path(name: str) -> Path:
     root = Path(folder_paths.get_input_directory()).resolve()
     path = (root / name).absolute()
     if ".." in Path(name).parts or not path.is_relative_to(root):
-        raise WeightsError(f"{name} is outside of ComfyUI's input folder.", "Choose a folder from the list.")
+        raise WeightsError(f"{name} is outside ComfyUI's input folder.", "Choose a folder from the list.")
     return path
 
 
@@ -153,7 +153,7 @@ def run_path(run: str) -> Path:
     path = (root / run.strip()).resolve()
     if not run.strip() or path.parent != root:
         raise SettingsError(
-            f"'{run}' is not a run in {root}.", "Connect Train LoRA's output 'run', or give a folder's name."
+            f"'{run}' is not a run in {root}.", "Connect the output 'run' of Train LoRA, or enter a folder name."
         )
     return path
 
@@ -164,7 +164,7 @@ def device_name() -> str:
 
     device = comfy.model_management.get_torch_device()
     if device.type not in ("cuda", "mps", "cpu"):
-        logger.warning("Training runs on the CPU, since the device %s is not supported; that is slow.", device)
+        logger.warning("Training on the CPU, which is slow: the device %s is not supported.", device)
         return "cpu"
     return str(device)
 
@@ -240,7 +240,7 @@ def borrow_base(model: Any, clip: Any, vae: Any) -> Any:
         packed=packed,
     )
     if getattr(model, "injections", None):
-        logger.warning("Adapters that were applied in bypass mode don't count in training; apply them as usual.")
+        logger.warning("Adapters applied in bypass mode are ignored in training; apply them the normal way.")
     return open_base(tensors)
 
 
@@ -271,12 +271,14 @@ def _clip_prompts(clip: Any, family: Any, width: int) -> ClipPrompts:
         WeightsError: It is another kind of CLIP.
     """
     [language_model] = family.text_encoders
-    remedy = f"Connect the CLIP of this model; in Load CLIP, choose its file and the type {_CLIP_TYPES[family.name]}."
+    remedy = f"Connect this model's CLIP; in Load CLIP, choose its file and the type {_CLIP_TYPES[family.name]}."
     modules = vars(clip.cond_stage_model)["_modules"]
     names = [name for name in modules if name.partition("_")[0] == language_model.short_name]
     if len(names) != 1:
         found = ", ".join(name for name in modules if hasattr(modules[name], "transformer")) or "nothing"
-        raise WeightsError(f"The CLIP is not the model's: it has {found} and not {language_model.short_name}.", remedy)
+        raise WeightsError(
+            f"The CLIP does not match the model: it contains {found}, not {language_model.short_name}.", remedy
+        )
     [name] = names
     tensors = _patched_tensors(modules[name].transformer, clip.patcher.patches, f"{name}.transformer.")
     return ClipPrompts(clip, tensors, language_model, width, remedy)
@@ -303,8 +305,9 @@ def _prediction(model: Any) -> Any:
     if hasattr(model.model.diffusion_model, "input_blocks"):
         name = " with ".join(base.__name__ for base in type(sampling).__bases__)
         raise WeightsError(
-            f"The model is sampled as {name}, which can't be trained.",
-            "Connect a Stable Diffusion model that predicts epsilon or velocity, without a sampling node for others.",
+            f"The model's sampling is {name}, which is not supported in training.",
+            "Connect a Stable Diffusion model that predicts epsilon or velocity, without a node that changes its "
+            "sampling to another type.",
         )
     return None
 
@@ -571,8 +574,9 @@ def _left_out(weights: _Weights, model: Any, clip: Any, adapter: Any) -> set[str
         shape = weights.shape(name)
         if shape is not None and not fits(layer, shape):
             raise AdapterError(
-                f"The adapter does not fit this model: {name} has the shape {layer.shape} there and {shape} here.",
-                "Use an adapter that was made for the model's family.",
+                f"The adapter does not fit this model: {name} has shape {layer.shape} in the adapter and {shape} in "
+                "the model.",
+                "Use an adapter made for this model family.",
             )
     by_component: dict[str, list[str]] = {}
     for name in names:
@@ -581,25 +585,25 @@ def _left_out(weights: _Weights, model: Any, clip: Any, adapter: Any) -> set[str
         given = model if component == UNET else clip
         if given is not None and missing.issuperset(of_component):
             raise AdapterError(
-                f"The adapter does not fit this model: none of its {len(of_component)} modules for the {component} has "
-                f"a counterpart there (e.g. {of_component[0]}).",
-                "Use an adapter that was made for the model's family.",
+                f"The adapter does not fit this model: none of its {len(of_component)} modules for the {component} "
+                f"exists in it (e.g. {of_component[0]}).",
+                "Use an adapter made for this model family.",
             )
     if len(missing) == len(names):
         raise AdapterError(
-            f"The adapter changes nothing of what is connected, but e.g. {names[0]}.",
+            f"The adapter changes nothing in what is connected; it changes e.g. {names[0]}.",
             "Connect the model, or the text encoder (clip), that the adapter changes.",
         )
     if missing:
         logger.warning(
-            "%d of the adapter's %d modules don't exist in what is connected and are left out, e.g. %s",
+            "%d of the adapter's %d modules do not exist in what is connected and are skipped, e.g. %s",
             len(missing),
             len(names),
             min(missing),
         )
     if adapter.embeddings and clip is None:
         logger.warning(
-            "The adapter bundles embeddings, which prompts can't call without a clip: %s",
+            "The adapter contains embeddings, which prompts can't use unless clip is connected: %s",
             ", ".join(embedding_names(adapter.embeddings)),
         )
     return missing

@@ -38,7 +38,7 @@ def with_words(clip: Any, embeddings: Mapping[str, Any]) -> Any:
         folder = _folder_with(name, {key: tensor for key, tensor in embeddings.items() if key.startswith(start)})
         if _is_taken(clip, name, folder):
             logger.warning(
-                "embedding:%s stands for another embedding of that name that is there already, not for the adapter's.",
+                "embedding:%s refers to an existing embedding of the same name, not to the adapter's.",
                 name,
             )
         else:

@@ -89,7 +89,7 @@ def _inside(folder: str) -> Path:
     root = host.input_path("").resolve()
     exists = path != root and os.path.exists(path)  # unlike Path.exists, no error for a path that no system takes
     if not exists or not path.resolve().is_relative_to(root):
-        raise PicturesError(f"There is no folder '{folder[:80]}' to show.", "Press R to refresh the list.")
+        raise PicturesError(f"There is no folder '{folder[:80]}'.", "Press R to refresh the list.")
     return path
 
 

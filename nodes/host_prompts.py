@@ -87,9 +87,9 @@ class ClipPrompts:
         read = {"text": encoded["cond"][0, :most].float().cpu()}
         has_targets = _TARGETS["targets"] in encoded
         if self._spec.target_tokenizer and not has_targets:
-            raise WeightsError("The CLIP is not the model's: it gives no tokens of T5's tokenizer.", self._remedy)
+            raise WeightsError("The CLIP does not match the model: it returns no T5 tokens.", self._remedy)
         if has_targets and not self._spec.target_tokenizer:
-            raise WeightsError("The CLIP is not the model's: it gives tokens of T5's tokenizer.", self._remedy)
+            raise WeightsError("The CLIP does not match the model: it returns T5 tokens.", self._remedy)
         if has_targets:
             read |= {name: encoded[key][:most].cpu() for name, key in _TARGETS.items()}
         return read
@@ -97,7 +97,7 @@ class ClipPrompts:
     def _require_width(self, width: int) -> None:
         if width != self._width:
             raise WeightsError(
-                f"The CLIP is not the model's: it gives {width} numbers for each token, and the model reads "
+                f"The CLIP does not match the model: its embeddings have {width} dimensions, but the model expects "
                 f"{self._width}.",
                 self._remedy,
             )

@@ -95,9 +95,7 @@ class ExtractLora(Node):
         from ..trainer.merging.extract import extract_between
 
         if (clip is None) != (base_clip is None):
-            raise SettingsError(
-                "Only one of the two text encoders is connected.", "Connect both clip and base_clip, or neither."
-            )
+            raise SettingsError("Only one of clip and base_clip is connected.", "Connect both or neither.")
         settings = ExtractSettings.checked(values)
         with host.interruptible():
             extracted = extract_between(

@@ -159,7 +159,7 @@ def read_strengths(text: str, count: int) -> list[tuple[float, float]]:
     entries = [entry.strip() for entry in text.replace("\n", ",").split(",") if entry.strip()]
     if len(entries) > count and text.strip() != _DEFAULT_STRENGTHS:
         raise SettingsError(
-            f"strengths names {len(entries)} numbers for {count} adapters.", "Give one number for each adapter."
+            f"strengths has {len(entries)} numbers for {count} adapters.", "Enter one number for each adapter."
         )
     strengths = []
     for entry in entries[:count]:

@@ -68,7 +68,7 @@ def prompt_lines(text: str) -> list[str]:
     for line in text.splitlines():
         prompts = AnnotationOptions().prompts(line, f"The prompt '{line.strip()}'")
         if len(prompts) > 1:
-            raise PicturesError(f"'{line.strip()}' holds {len(prompts)} prompts.", "Write one on each line.")
+            raise PicturesError(f"'{line.strip()}' contains {len(prompts)} prompts.", "Write one per line.")
         lines += prompts
     return lines
 
@@ -134,7 +134,7 @@ class ClipScore(Node):
 
         lines = prompt_lines(prompts)
         if not lines:
-            raise PicturesError("There is no prompt to score by.", "Write what the pictures should show.")
+            raise PicturesError("There are no prompts to score against.", "Write what the pictures should show.")
         table = _score(cls, images, prompts=lines, clip=clip_model, download=download)
         text = table.as_text()
         return io.NodeOutput(table.means[CLIP_T], table.means[CLIP_SCORE], text, ui={"text": [text]})

@@ -131,7 +131,7 @@ class Subject(Node):
 
         connected = folder == host.NO_FOLDER
         if connected and images is None:
-            raise PicturesError("No pictures are given.", "Choose a folder, or connect pictures to 'images'.")
+            raise PicturesError("No pictures were chosen.", "Choose a folder, or connect pictures to 'images'.")
         if not connected and (captions.strip() or mask is not None):
             raise PicturesError(
                 "Captions or masks are connected, but the pictures come from a folder.",

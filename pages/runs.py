@@ -24,7 +24,7 @@ def take_checkpoint(run: RunLayout, step: int, folder: Path) -> Path:
     adapters = run.adapters()
     if step not in adapters:
         steps = ", ".join(map(str, adapters)) or "none"
-        raise AdapterError(f"{run.path.name} has no adapter of step {step}.", f"Choose one of: {steps}.")
+        raise AdapterError(f"{run.path.name} has no adapter for step {step}.", f"Choose one of: {steps}.")
     return write_atomic(folder / checkpoint_name(run, step), adapters[step].read_bytes(), replace=False)
 
 

@@ -303,7 +303,7 @@ class DreamBooth:
             finished_at = self.previews.finished_at(self.run_folder.measurements())
             self.processes.wait_for_everyone()  # before the main process writes into the folder that all looked at
             if finished_at is not None:
-                self.listener.report(Note(f"This run is finished already: {self.run_folder.path}"))
+                self.listener.report(Note(f"This run is already finished: {self.run_folder.path}"))
                 result = self.write_files(finished_at, started_from=finished_at)
                 if self.processes.is_main_process:
                     record_done(self.run_folder.metrics_path, finished_at)
@@ -386,8 +386,8 @@ class DreamBooth:
     def _go_on_without_preservation(self) -> None:
         self.requested = self.requested.model_copy(update={"prior": "none"})
         self.settings = self.requested
-        new = f"With {suggest('prior', 'model')} a new one begins, which preserves it."
-        note = f"This run was begun without preservation of the class, and goes on without. {new}"
+        new = f"To start a new run that preserves it, set {suggest('prior', 'model')}."
+        note = f"This run was started without class preservation and continues without it. {new}"
         self.listener.report(Note(note))
 
     @contextlib.contextmanager
@@ -408,9 +408,9 @@ class DreamBooth:
             ways.append(suggest("batch_size"))
         if settings.base_quantization == "none" and settings.adapter != "full":
             ways.append(f"set {suggest('base_quantization', 'nf4')}")
-        remedy = f"{' or '.join(ways)}, which begins a new run"
+        remedy = f"{' or '.join(ways)}, which starts a new run"
         if not settings.checkpointing_interval:
-            remedy += f"; or set {suggest('gradient_checkpointing', True)}, with which this run resumes"
+            remedy += f"; or set {suggest('gradient_checkpointing', True)}, which resumes this run"
         return explained_memory_errors(remedy)
 
     def prepare(self) -> None:
@@ -441,9 +441,7 @@ class DreamBooth:
             for network in networks(model).values():
                 enable_gradient_checkpointing(network, settings.checkpointing_interval)
         if settings.swap_blocks and self.device.type != "cuda":
-            self.listener.report(
-                Note(f"{suggest('swap_blocks')} is for CUDA, and has no effect on {self.device.type}.")
-            )
+            self.listener.report(Note(f"{suggest('swap_blocks')} needs CUDA and has no effect on {self.device.type}."))
         optimizer = make_optimizer(trainable.groups(), settings, trainable.starting_at_zero())
         averaging = WeightAveraging(trainable.parameters(), optimizer, settings)
         fused_backward = FusedBackward(optimizer) if settings.fused_backward_pass else None
@@ -508,10 +506,11 @@ class DreamBooth:
         """Load the checkpoint of that step."""
         self.session.state.restore(self.run_folder.load(step))
         self.step = step
-        self.listener.report(Note(f"Going on after step {self.step}: {self.run_folder.path}"))
+        self.listener.report(Note(f"Resuming from step {self.step}: {self.run_folder.path}"))
         if self.previews.differ_from(self.measurements):
             note = (
-                "The previews so far were generated or scored with other settings; early stop compares the coming ones."
+                "The previews so far were generated or scored with different settings, so early stop only compares new "
+                "ones."
             )
             self.listener.report(Note(note))
 
@@ -546,7 +545,7 @@ class DreamBooth:
 
         if stop_at is None:
             return self.step
-        note = f"Stopped early: step {stop_at} shows the subject best; since then the class drifts."
+        note = f"Stopped early: subject fidelity peaked at step {stop_at}, and the class has drifted since then."
         self.listener.report(Note(note))
         return stop_at
 
@@ -559,9 +558,9 @@ class DreamBooth:
         self.settings = self.settings.model_copy(update={"compile": "off"})  # it is decided
         if not can_compile(self.device):
             missing = "Triton" if self.device.type == "cuda" else "a compiler for this device"
-            self.listener.report(Note(f"Nothing is compiled: {missing} is missing."))
+            self.listener.report(Note(f"Compilation is skipped: {missing} is missing."))
             return
-        self.listener.report(Note("The base model's blocks are compiled; the next steps take longer."))
+        self.listener.report(Note("Compiling the base model's blocks; the next steps take longer."))
         session.compiled = CompiledBlocks(session.model.denoiser)
 
     def _compiled_step(self, learning_rate_factor: float) -> Tensor:
@@ -581,7 +580,7 @@ class DreamBooth:
         if session.compiled.graphs != graphs:
             self._throughput.pause()
         if session.compiled.trouble:
-            self.listener.report(Note(f"Compiling failed; training goes on without. {session.compiled.trouble}"))
+            self.listener.report(Note(f"Compilation failed; training continues without it. {session.compiled.trouble}"))
             session.compiled.close()
             session.compiled = None
         return loss
@@ -740,9 +739,9 @@ class DreamBooth:
             session.text.freeze([name for name in session.text.trained if name not in trained - ended])
             release(self.device)
         if ended - {WORDS}:
-            self.listener.report(Note(f"The text encoders stay as they are after step {self.step}."))
+            self.listener.report(Note(f"The text encoders are frozen after step {self.step}."))
         if WORDS in ended:
-            self.listener.report(Note(f"The rare word's vectors stay as they are after step {self.step}."))
+            self.listener.report(Note(f"The rare word's vectors are frozen after step {self.step}."))
 
     def evaluate(self) -> int | None:
         """Generate and score previews and compute the loss on held-out pictures, as far as they are due at this step.
@@ -824,7 +823,7 @@ class DreamBooth:
         if not session.trainable.is_finite():
             raise DivergedError(
                 f"The trained weights are no longer finite at step {self.step}; the run was stopped.",
-                f"Lower {suggest('learning_rate')}, which begins a new run; the last good checkpoint is kept.",
+                f"Lower {suggest('learning_rate')}, which starts a new run; the last good checkpoint is kept.",
             )
         if not self.processes.is_main_process:
             return
@@ -866,7 +865,7 @@ class DreamBooth:
         self.save_checkpoint()
         if self.processes.is_main_process:
             never = f", with {suggest('resume', 'auto')}" if self.settings.resume == "never" else ""
-            note = f"Stopped; step {self.step} is saved and the run can go on{never}: {self.run_folder.path}"
+            note = f"Stopped; step {self.step} is saved and the run can be resumed{never}: {self.run_folder.path}"
             self.listener.report(Note(note))
 
     def write_files(self, step: int, started_from: int) -> TrainResult:
@@ -888,7 +887,7 @@ class DreamBooth:
             self.listener.report(Note(f"Checkpoint: {files.checkpoint}"))
         self.listener.report(Note(f"Adapter: {files.path}"))
         for word, path in files.embeddings.items():
-            self.listener.report(Note(f"Embedding of '{word}' (in ComfyUI embedding:{path.stem}): {path}"))
+            self.listener.report(Note(f"Embedding of '{word}' (embedding:{path.stem} in ComfyUI): {path}"))
         return TrainResult(
             adapter=files.adapter,
             path=files.path,

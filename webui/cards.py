@@ -41,10 +41,12 @@ def made_by(job: Job) -> Path:
         return made[-1]
     if job.kind == TRAIN:
         raise StorageError(
-            f"The training '{job.name}' is done, but its file is gone.",
+            f"The training '{job.name}' is done, but its file no longer exists.",
             "Open the run in the list of runs, and use one of its checkpoints.",
         )
-    raise StorageError(f"'{job.name}' is made, but its file is gone.", f"Make it again: {job.kind} changes no LoRA.")
+    raise StorageError(
+        f"'{job.name}' is done, but its file no longer exists.", f"Run it again: {job.kind} does not change any LoRA."
+    )
 
 
 def deliver(job: Job) -> Path:
@@ -153,7 +155,7 @@ def _metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError as error:
         raise StorageError(
-            f"{path} is no whole LoRA file: {error}.", "Remove it, and use another checkpoint of its run."
+            f"{path} is not a complete LoRA file: {error}.", "Delete it, and use another checkpoint of its run."
         ) from error
 
 

@@ -22,6 +22,7 @@ def python() -> Path:
     if install.is_ready(requirements):
         return install.environment_python()
     raise SettingsError(
-        f"Packages are missing: {'; '.join(missing)}.",
-        "Restart the web UI: it installs them for the pack alone. If they are missing even then, its console says why.",
+        f"Required packages are missing: {'; '.join(missing)}.",
+        "Restart the web UI, which installs them for this extension only. If they are still missing, see its console "
+        "for the reason.",
     )

@@ -88,7 +88,7 @@ def base_file(title: str) -> Path:
     if match is None:
         raise SettingsError(
             f"There is no checkpoint '{title}'." if title else "No base model is chosen.",
-            "Choose one of the list; the button beside it looks for new ones.",
+            "Choose one from the list; the button next to it refreshes the list.",
         )
     return Path(match.filename)
 

@@ -258,11 +258,11 @@ class Job:
             words = (self.folder / _LOG).read_text(encoding="utf-8", errors="replace")[-_LAST_WORDS:]
         except OSError:
             words = ""
-        last = words.strip().splitlines()[-1:] or ["it wrote nothing"]
+        last = words.strip().splitlines()[-1:] or ["(empty)"]
         return {
-            "problem": f"The process ended without a word; the last line of its log: {last[0][:300]}",
-            "remedy": f"It was killed, perhaps for want of memory, or the computer was shut down. Press Resume: what "
-            f"was saved is kept. All it wrote is in {self.folder / _LOG}.",
+            "problem": f"The process ended unexpectedly. The last line of its log: {last[0][:300]}",
+            "remedy": f"It was killed, perhaps because the system ran out of memory, or the computer was shut down. "
+            f"Press Resume to continue from what was saved. The full log is {self.folder / _LOG}.",
         }
 
     def output(self) -> list[str]:
@@ -348,7 +348,8 @@ class Jobs:
         running = self.running()
         if running is not None:
             raise BusyError(
-                f"'{running.name}' is still at work.", "Wait until it is done, or press Stop; one job runs at a time."
+                f"'{running.name}' is still running.",
+                "Wait until it is done, or press Stop; only one job can run at a time.",
             )
 
     @contextlib.contextmanager
@@ -391,6 +392,6 @@ def require_file_name(name: str) -> None:
     """
     if not name or name.strip(" .") != name or any(character in '/\\:*?"<>|' or character < " " for character in name):
         raise SettingsError(
-            f"'{name}' can't be a file name." if name else "There is no name.",
-            "Give a name of letters, digits, '-' and '_'; it becomes the name of the LoRA file.",
+            f"'{name}' is not a valid file name." if name else "The name is empty.",
+            "Enter a name of letters, digits, '-' and '_'; it becomes the name of the LoRA file.",
         )

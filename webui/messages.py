@@ -25,7 +25,7 @@ def error_message(error: TrainerError | ValueError) -> str:
     """The same of an error. Python's own are those of a name that no file can have."""
     if isinstance(error, TrainerError):
         return failure(error.problem_in(wording), error.remedy_in(wording))
-    return failure(f"A name or a path can't be used: {error}.", "Type it again, without characters that can't be seen.")
+    return failure(f"A name or path can't be used: {error}.", "Type it again, without invisible characters.")
 
 
 def saying_errors(function: Callable[..., str]) -> Callable[..., str]:

@@ -79,7 +79,7 @@ def _is_ending() -> bool:
 
 def _require_idle() -> Path:
     if _followed is not None:
-        raise BusyError(f"'{_followed.name}' is still at work.", "Wait until it is done, or press Stop.")
+        raise BusyError(f"'{_followed.name}' is still running.", "Wait until it is done, or press Stop.")
     jobs().require_idle()
     return environment.python()
 
@@ -113,7 +113,7 @@ def attach() -> None:
         running = jobs().running()
         _followed = running
     if running is not None:
-        logger.info("DreamBooth LoRA: '%s' is still at work; taking it up.", running.name)
+        logger.info("DreamBooth LoRA: '%s' is still running; reconnecting to it.", running.name)
         _in_thread(lambda: _run(running, None))
     for job in jobs().all():
         if job is not running and not job.is_alive():
@@ -153,7 +153,7 @@ def _run(job: Job, python: Path | None) -> None:
         logger.error("DreamBooth LoRA: %s", error)
     except Exception as error:
         job.note(failed=[f"{type(error).__name__}: {error}", ""])
-        logger.exception("DreamBooth LoRA: the job could not be followed")
+        logger.exception("DreamBooth LoRA: lost track of the job")
     finally:
         with _lock:
             _followed = None

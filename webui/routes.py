@@ -85,7 +85,7 @@ async def _refusal(request: Request) -> Response | None:
     if not length.isdecimal() or int(length) > LARGEST_BODY or "transfer-encoding" in request.headers:
         return _answer({"problem": "The request is too large.", "remedy": ""}, 413)
     if "content-encoding" in request.headers:  # of any length once it is unpacked
-        return _answer({"problem": "The request is packed.", "remedy": ""}, 415)
+        return _answer({"problem": "Compressed requests are not accepted.", "remedy": ""}, 415)
     request.state.body = await request.body()
     return None
 
@@ -172,7 +172,9 @@ def _resume(request: Request) -> dict[str, Any]:
     run = request.path_params["run"]
     job = queue.job_of(run)
     if job is None:
-        raise SettingsError(f"Nothing is known of how '{run}' was begun.", "Train with the same settings: it goes on.")
+        raise SettingsError(
+            f"The settings of '{run}' were not found.", "Start training with the same settings; the run will resume."
+        )
     queue.submit(job)
     return {}
 

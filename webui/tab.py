@@ -158,7 +158,7 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
     words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
     queue.submit(queue.jobs().make(TRAIN, name, command, words=words))
-    return "<p>Training started. It keeps running if you close this page.</p>"
+    return "<p>Started. Training continues if you close this page.</p>"
 
 
 def _pictures(upload: Any, folder: str, name: str, root: Path) -> Path:
@@ -177,9 +177,9 @@ def _pictures(upload: Any, folder: str, name: str, root: Path) -> Path:
     files = [Path(getattr(file, "name", file)) for file in upload or []]
     folder = (folder or "").strip().strip('"')
     if files and folder:
-        raise PicturesError("Pictures were uploaded and a folder was given, too.", "Remove one of the two.")
+        raise PicturesError("Pictures were uploaded, but a folder was also entered.", "Remove one of the two.")
     if not files and not folder:
-        raise PicturesError("There are no pictures.", "Drop some on the field above, or give their folder.")
+        raise PicturesError("There are no pictures.", "Drop some on the field above, or enter their folder.")
     if folder:
         return Path(folder).expanduser()
     if name:

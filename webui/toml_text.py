@@ -29,7 +29,7 @@ def toml_text(values: Mapping[str, Any]) -> str:
         except UnicodeEncodeError:
             shown = str(value).encode(errors="backslashreplace").decode()
             raise SettingsError(
-                f"{title(name)}: '{shown}' is no UTF-8, so no settings file can hold it.",
+                f"{title(name)}: '{shown}' is not valid UTF-8, so it can't be saved in a settings file.",
                 "Rename the file or folder, or type the text again.",
             ) from None
         lines.append(line)

@@ -197,7 +197,7 @@ def _lora(name: str | None) -> Path:
     files = _loras()
     if name not in files:
         raise SettingsError(
-            f"There is no LoRA '{name}'." if name else "No LoRA is chosen.", "Choose one; ⟳ reads the list anew."
+            f"There is no LoRA '{name}'." if name else "No LoRA is chosen.", "Choose one; ⟳ refreshes the list."
         )
     return files[name]
 
@@ -286,11 +286,13 @@ def _compare(run: str | None, *values: Any) -> Iterator[tuple[str, str | None]]:
     """Compare the checkpoints of a run; what is shown meanwhile and at the end: text, and the plot with the best."""
     try:
         if not run:
-            raise SettingsError("No run is chosen.", "Choose one; ⟳ reads the list anew.")
+            raise SettingsError("No run is chosen.", "Choose one; ⟳ refreshes the list.")
         folder = _runs().run(run)
         begun = queue.job_of(run)
         if begun is None:
-            raise SettingsError(f"Nothing is known of how '{run}' was begun.", "Choose a run that this tab began.")
+            raise SettingsError(
+                f"The settings of '{run}' were not found.", "Choose a run that was started in this tab."
+            )
         known = begun.settings()
         settings = {key: known[key] for key in ("base", "tokenizer", "vae", "token") if key in known}
         settings |= {"runs": [str(folder.path)], "subject": known["images"]}
@@ -334,14 +336,14 @@ def _strengths(chosen: Sequence[str] | None, text: str) -> list[str]:
         return ["1"] * len(chosen or ())
     if len(parts) != len(chosen or ()):
         raise SettingsError(
-            f"There are {len(parts)} strengths for {len(chosen or ())} LoRAs.", "Give one for each, in their order."
+            f"There are {len(parts)} strengths for {len(chosen or ())} LoRAs.", "Enter one for each, in the same order."
         )
     for part in parts:
         for number in part.split(":"):
             try:
                 float(number)
             except ValueError:
-                raise SettingsError(f"The strength '{part}' is no number.", "Write 0.8, or 1:0.5.") from None
+                raise SettingsError(f"The strength '{part}' is not a number.", "Write 0.8, or 1:0.5.") from None
     return parts
 
 
@@ -353,7 +355,7 @@ def _output(name: str) -> Path:
     """
     name = (name or "").strip()
     if not name:
-        raise SettingsError("The result has no name.", "Give one; it becomes the name of the file.")
+        raise SettingsError("The result has no name.", "Enter one; it becomes the file name.")
     require_file_name(name)
     return host.loras_folder() / f"{name}.safetensors"
 

@@ -58,8 +58,8 @@ def refill(run: str) -> Refill:
         settings["preset"] = None  # its values are among the settings
     if settings.get("subject"):
         raise SettingsError(
-            f"'{layout.name}' has several subjects, which this tab can't train.",
-            "Train it again from a command line, with its settings file.",
+            f"'{layout.name}' has several subjects, which this tab does not support.",
+            "Train it from the command line with its settings file.",
         )
     values, notes = {}, []
     for name, setting in settings_of(TRAIN).items():
@@ -67,13 +67,13 @@ def refill(run: str) -> Refill:
             continue
         value = settings.get(name)
         if setting["kind"] == "choice" and value is not None and value not in setting["choices"]:
-            notes.append(f"{title(name)}: '{value}' is no longer a choice.")
+            notes.append(f"{title(name)}: '{value}' is no longer available.")
             value = None
         values[name] = _shown(setting, _default(name, setting) if value is None else value)
     values |= _left_to_the_tab(settings)
     base = _title_of(settings.get("base"))
     if base is None:
-        notes.append(f"The base model {settings.get('base')} is not one of this web UI's: choose another.")
+        notes.append(f"The base model {settings.get('base')} is not in this web UI's list: choose another.")
     else:
         values["base"] = base
     notes += _other_prompts(settings)
@@ -116,5 +116,5 @@ def _other_prompts(settings: Mapping[str, Any]) -> Iterator[str]:
     for name, made in ({"instance_prompt": "", "class_prompt": ""} | prompts_of(settings)).items():
         given = settings.get(name)
         if name != "preview_prompts" and given and given != made:
-            here = f"Here it is '{made}', from Word and Class." if made else "Here there is none."
+            here = f"Here it is '{made}', built from Word and Class." if made else "Here it is empty."
             yield f"{title(name)} was '{given}'. {here}"

@@ -84,4 +84,4 @@ def _number(name: str, value: Any, *, is_whole: bool) -> int | float:
         return int(value) if is_whole else float(value)
     except (ValueError, OverflowError):
         kind, example = ("whole number", "8") if is_whole else ("number", "0.5")
-        raise SettingsError(f"{title(name)}: '{value}' is no {kind}.", f"Write one such as {example}.") from None
+        raise SettingsError(f"{title(name)}: '{value}' is not a {kind}.", f"Enter one such as {example}.") from None

@@ -96,9 +96,9 @@ def find_files(path: Path) -> list[AdapterFile]:
     if files:
         return list({file.component: file for file in reversed(files)}.values())  # of two forms the first
     inner = [folder.parent for folder in sorted(path.glob(f"*/{_CONFIG_FILE}"))]
-    remedy = f"Give {inner[0]}." if inner else "Give the adapter's file."
+    remedy = f"Use {inner[0]}." if inner else "Use the adapter's file."
     raise AdapterError(
-        f"The folder {path} can't be read: it holds no adapter ({_PEFT_FILES[0]} or {_DIFFUSERS_FILES[0]}).", remedy
+        f"The folder {path} can't be read: it contains no adapter ({_PEFT_FILES[0]} or {_DIFFUSERS_FILES[0]}).", remedy
     )
 
 
@@ -118,7 +118,7 @@ def _file_of_peft(path: Path, component: str = "") -> AdapterFile:
     config = path.parent / _CONFIG_FILE
     if not config.is_file():
         raise AdapterError(
-            f"{path.parent} holds {path.name} but no {_CONFIG_FILE}, where the adapter's scale stands.",
-            f"Copy {_CONFIG_FILE} of the same adapter into that folder.",
+            f"{path.parent} contains {path.name} but no {_CONFIG_FILE}, which stores the adapter's scale.",
+            f"Copy the same adapter's {_CONFIG_FILE} into that folder.",
         )
     return AdapterFile(path, parse_config(config.read_bytes(), str(config)), component)

@@ -43,7 +43,7 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
     additions = _additions(model, adapter)  # all are checked before the first is added
     learn_bundled(model, adapter.embeddings)
     if strength == 0:
-        logger.warning("An adapter has the strength 0: it adds nothing.")
+        logger.warning("An adapter has a strength of 0, so it has no effect.")
         return
     for addition in additions:
         parameter = getattr(addition.module, addition.parameter).detach()
@@ -61,8 +61,8 @@ def _sum(name: str, weight: torch.Tensor, delta: torch.Tensor, strength: float) 
     if not is_finite(merged):
         dtype = str(weight.dtype).removeprefix("torch.")
         raise NotFiniteError(
-            f"The adapter at strength {strength:g} makes numbers in the weights of {name} that {dtype} can't hold.",
-            "Choose a lower strength, or another adapter or base model if it is about 1 already.",
+            f"At strength {strength:g}, the adapter makes the weights of {name} overflow {dtype}.",
+            "Use a lower strength; if it is already about 1, use another adapter or base model.",
         )
     return nn.Parameter(merged, requires_grad=False)
 
@@ -112,14 +112,14 @@ def _additions(model: DiffusionModel, adapter: Adapter) -> list[_Addition]:
             continue
         parameter = getattr(modules[name], parameter_name, None)
         if parameter is None or parameter.shape != vector.shape:
-            has = "none" if parameter is None else f"one of the shape {tuple(parameter.shape)}"
-            what = f"{key} is for a {parameter_name} of {len(vector)} numbers, but the model has {has}"
+            has = "none" if parameter is None else f"one of shape {tuple(parameter.shape)}"
+            what = f"{key} is for a {parameter_name} of {len(vector)} values, but the model has {has}"
             raise _misfit(model.family, words, what)
         additions.append(_Addition(key, modules[name], parameter_name, _always(vector)))
     _require_no_part_missing(model, adapter, missing, words)
     if words:
         logger.warning(
-            "The adapter's metadata name another family (%s), but its modules fit this %s model: it is applied.",
+            "The adapter's metadata names another family (%s), but its modules fit this %s model, so it is applied.",
             words,
             model.family.title,
         )
@@ -141,10 +141,10 @@ def _misfit(family: Family, words: str | None, what: str) -> AdapterError:
     if words:
         return AdapterError(
             f"The adapter was made for {words}, but the base model is {family.title}: its {what}.",
-            "Use a base model of the adapter's family, or an adapter of the base model's family.",
+            "Use a base model of the adapter's family, or an adapter for the base model's family.",
         )
     return AdapterError(
-        f"The adapter's {what}.", f"Use an adapter that was made for a model of this family ({family.title}) and shape."
+        f"The adapter's {what}.", f"Use an adapter made for a model of this family ({family.title}) and size."
     )
 
 
@@ -158,7 +158,7 @@ def _require_no_part_missing(model: DiffusionModel, adapter: Adapter, missing: l
         return
     names = {*adapter.layers, *(key.rpartition(".")[0] for key in adapter.vectors)}
     if len({*missing}) == len(names):
-        raise _misfit(model.family, words, f"{len(names)} modules don't exist in this model, e.g. {min(missing)}")
+        raise _misfit(model.family, words, f"{len(names)} modules do not exist in this model, e.g. {min(missing)}")
     per_block = layers_per_block(names)
     for name in sorted(missing):
         path = module_path(name, per_block)
@@ -169,10 +169,10 @@ def _require_no_part_missing(model: DiffusionModel, adapter: Adapter, missing: l
         by_component.setdefault(component_of(name), []).append(name)
     for component, of_component in by_component.items():
         if set(of_component) <= {*missing} and not all(name.endswith("_text_projection") for name in of_component):
-            raise _misfit(model.family, words, f"whole part for the {component} has no counterpart in this model")
+            raise _misfit(model.family, words, f"part for the {component} has no counterpart in this model")
     logger.warning(
-        "%d of the adapter's %d modules don't exist in this model, which is smaller than others of its family, and are "
-        "left out, e.g. %s",
+        "%d of the adapter's %d modules do not exist in this model, which is smaller than others of its family, and "
+        "are skipped, e.g. %s",
         len({*missing}),
         len(names),
         min(missing),

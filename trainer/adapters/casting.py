@@ -28,7 +28,7 @@ _FACTORS: Mapping[type, tuple[str, ...]] = {  # fields whose product, of one kin
     LokrLayer: ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"),
 }
 _WHOLE: Mapping[type, tuple[str, ...]] = {FullLayer: ("diff",), OftLayer: ("blocks", "rescale")}
-_REMEDY = "Choose a lower strength or other files; nothing was written."
+_REMEDY = "Use a lower strength or other files; nothing was written."
 _COMFORTABLE = 6  # powers of two, up or down, that typical numbers of a factor may be away from 1
 
 
@@ -55,7 +55,7 @@ def cast_layer(name: str, layer: LayerT, dtype: torch.dtype, *, fixed_alpha: boo
     has_alpha = not (isinstance(layer, LokrLayer) and layer.is_whole)
     alpha = layer.alpha
     if not all(map(is_finite, fields.values())):
-        raise NotFiniteError(f"{name} has numbers that are not finite.", _REMEDY)
+        raise NotFiniteError(f"{name} has NaN or infinite values.", _REMEDY)
     if not math.isfinite(alpha):
         raise NotFiniteError(f"{name} has an alpha of {alpha:g}.", _REMEDY)
     if has_alpha and abs(alpha) < torch.finfo(torch.float32).tiny:
@@ -67,7 +67,7 @@ def cast_layer(name: str, layer: LayerT, dtype: torch.dtype, *, fixed_alpha: boo
         if has_alpha and not fixed_alpha and not _are_kept(fields, dtype):
             fields, alpha = _with_scale_in_alpha(fields, alpha)
     if abs(alpha) > torch.finfo(torch.float32).max:
-        raise NotFiniteError(f"{name} has an alpha of {alpha:g}, which is too large for a file.", _REMEDY)
+        raise NotFiniteError(f"{name} has an alpha of {alpha:g}, which is too large to be saved.", _REMEDY)
     tensors = {field: cast_tensor(name, tensor, dtype) for field, tensor in fields.items()}
     scale: Tensor | None = getattr(layer, "dora_scale", None)
     if scale is not None:

@@ -33,7 +33,7 @@ logger = logging.getLogger("dreambooth_lora")
 
 _KEYS_OF_SOURCE_FILE = ("sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256")
 _RESIZE_REMEDY = (
-    f"Make a plain LoRA of it first by resizing it, or keep it in kohya's format ({suggest('format', 'kohya')})."
+    f"Convert it to a plain LoRA first by resizing it, or keep it in kohya's format ({suggest('format', 'kohya')})."
 )
 
 
@@ -69,7 +69,7 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
         )
     if adapter.embeddings:
         logger.warning(
-            "diffusers' format holds no embeddings; these are left out: %s",
+            "diffusers' format can't store embeddings; these are left out: %s",
             ", ".join(embedding_names(adapter.embeddings)),
         )
     tensors: dict[str, Tensor] = {}
@@ -77,8 +77,8 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
     per_block = layers_per_block(layers)
     for name, layer in layers.items():
         if not isinstance(layer, LoraLayer) or layer.mid is not None:
-            kind = f"{layer.kind}, with a core" if isinstance(layer, LoraLayer) else layer.kind
-            raise AdapterError(f"{name} is of the kind {kind}, which diffusers' format does not have.", _RESIZE_REMEDY)
+            kind = f"{layer.kind} with a core tensor" if isinstance(layer, LoraLayer) else layer.kind
+            raise AdapterError(f"{name} is of type {kind}, which diffusers' format does not support.", _RESIZE_REMEDY)
         path = module_path(name, per_block)
         for part, part_layer in in_diffusers_layout(layer, path.path).items():
             tensors |= _lora_tensors(name, part_layer, _name_in_diffusers(path, part), dtype)
@@ -131,8 +131,8 @@ def _require_uniform_dora(layers: Mapping[str, Layer]) -> None:
     for component, names in examples.items():
         if len(names) > 1:
             raise AdapterError(
-                f"{names['DoRA']} is a DoRA and {names['LoRA']} of the same {component} is none, which diffusers' "
-                "format does not have.",
+                f"{names['DoRA']} is a DoRA but {names['LoRA']} of the same {component} is a plain LoRA; diffusers' "
+                "format does not support such a mix.",
                 _RESIZE_REMEDY,
             )
 
@@ -141,7 +141,7 @@ def _peft_magnitude(scale: Tensor, name: str) -> Tensor:
     """DoRA's magnitudes as PEFT holds them: (out,) of a matrix, (1, out, 1, 1) of a convolution."""
     if scale.shape[0] == 1 and scale.numel() > 1:
         raise AdapterError(
-            f"{name} is a DoRA with a magnitude for each input, which diffusers' format does not have.",
+            f"{name} is a DoRA with a magnitude for each input, which diffusers' format does not support.",
             _RESIZE_REMEDY,
         )
     flat = scale.float().flatten().contiguous()

@@ -68,11 +68,12 @@ def read_embedding(path: Path, family: Family) -> LearnedWord:
     except (OSError, ValueError) as error:
         raise AdapterError(
             f"The embedding {path} can't be read: {error}.",
-            "Check the path; the file must be a whole .safetensors file.",
+            "Check the path; the file must be a complete .safetensors file.",
         ) from error
     if any(is_embedding(key) for key in tensors):
         raise AdapterError(
-            f"{path.name} is an adapter that bundles embeddings.", "Give it as an adapter, which brings them along."
+            f"{path.name} is an adapter with bundled embeddings, not an embedding.",
+            "Load it as an adapter; its embeddings are loaded with it.",
         )
     try:
         return _word(path.stem, tensors, family)
@@ -102,7 +103,7 @@ def learn(model: DiffusionModel, word: LearnedWord) -> None:
     for other in model.words:
         if other.word.lower() == word.word.lower() and not _are_equal(other, word):
             raise AdapterError(
-                f"Two different embeddings are called '{word.word}'.", "Use one of the two, or rename its file."
+                f"Two different embeddings have the name '{word.word}'.", "Use one of the two, or rename its file."
             )
     model.learn([*(other for other in model.words if other.word.lower() != word.word.lower()), word])
 
@@ -120,7 +121,7 @@ def learn_bundled(model: DiffusionModel, embeddings: Mapping[str, Tensor]) -> No
             [word] = words_of(parts, model.family)
             _require_width(model, word)
         except AdapterError as error:
-            logger.warning("A bundled embedding is not used. %s", error.problem)
+            logger.warning("A bundled embedding was skipped. %s", error.problem)
             continue
         learn(model, word)
 
@@ -135,9 +136,9 @@ def _require_width(model: DiffusionModel, word: LearnedWord) -> None:
         width = model.token_embeddings(encoder, "").shape[-1]
         if vectors.shape[-1] != width:
             raise AdapterError(
-                f"The embedding '{word.word}' has {vectors.shape[-1]} numbers in a vector, and the {encoder} of this "
-                f"model reads {width}.",
-                f"Use an embedding that was made for a model of this family ({model.family.title}) and shape.",
+                f"The vectors of the embedding '{word.word}' have {vectors.shape[-1]} dimensions, but this model's "
+                f"{encoder} expects {width}.",
+                f"Use an embedding made for a model of this family ({model.family.title}) and size.",
             )
 
 
@@ -183,16 +184,16 @@ def _word(name: str, parts: Mapping[str, Tensor], family: Family) -> LearnedWord
         vectors = {encoders[0].name: next(iter(parts.values()))}  # whatever its program calls it
     if len(vectors) != len(parts) or not vectors:
         raise AdapterError(
-            f"The embedding '{name}' has the parts {', '.join(sorted(parts)) or 'none'}, which {family.title} does not "
-            "read.",
-            f"Use an embedding that was made for a model of this family: {' and '.join(_names(family))}.",
+            f"The embedding '{name}' has the parts {', '.join(sorted(parts)) or 'none'}, which do not match "
+            f"{family.title}.",
+            f"Use an embedding made for a model of this family: {' and '.join(_names(family))}.",
         )
     for part, tensor in parts.items():
         if tensor.ndim not in (1, 2) or not tensor.is_floating_point() or not tensor.numel():
             raise AdapterError(
-                f"The embedding '{name}' is damaged: {part} has the shape {tuple(tensor.shape)} and the type "
+                f"The embedding '{name}' is damaged: {part} has shape {tuple(tensor.shape)} and type "
                 f"{str(tensor.dtype).removeprefix('torch.')}.",
-                "Use an embedding file of textual inversion in safetensors format.",
+                "Use a textual inversion embedding in safetensors format.",
             )
     return LearnedWord(name, {encoder: tensor.reshape(-1, tensor.shape[-1]) for encoder, tensor in vectors.items()})
 

@@ -85,7 +85,7 @@ _CONDITIONER = f"{anima_names.CONDITIONER_IN_DIFFUSERS}."
 _WRAPPERS = (PEFT_PREFIX, "_orig_mod.", "module.")
 _WRAPPERS_INSIDE = re.compile(r"(^|_)(?:_orig_mod|module)_")
 _EMBEDDING = "bundle_emb."
-_REMEDY_KINDS = "Use a LoRA, LoCon, DoRA, LoHa, LoKr or OFT file, or one with full differences."
+_REMEDY_KINDS = "Use a LoRA, LoCon, DoRA, LoHa, LoKr or OFT file, or one with full weight differences."
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,11 @@ def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None
     if parts_of_unknown or unknown:
         _refuse(parts_of_unknown, unknown, shapes or {}, has_layers=bool(parsed))
     if not parsed:
-        raise _no_lora(f"only embeddings ({', '.join(embedding_names(keys))})" if keys else "nothing")
+        raise _no_lora(f"only embeddings ({', '.join(embedding_names(keys))})" if keys else "no tensors")
     names = sorted({key.adapter_name for key in parsed.values()} - {""})
     if len(names) > 1:
         raise AdapterError(
-            f"The file holds several adapters: {', '.join(names)}.", "Save each in a file of its own and choose one."
+            f"The file contains several adapters: {', '.join(names)}.", "Save each to its own file and choose one."
         )
     return parsed
 
@@ -222,7 +222,7 @@ def _readable_families() -> str:
 
 def _no_lora(content: str) -> AdapterError:
     return AdapterError(
-        f"The file holds no LoRA, but {content}.", "Choose an adapter file (LoRA) in safetensors format."
+        f"The file contains no LoRA: it has {content}.", "Choose an adapter file (LoRA) in safetensors format."
     )
 
 
@@ -243,22 +243,20 @@ def _refuse(with_part: list[str], others: list[str], shapes: Mapping[str, Sequen
     if family:
         title, key = family
         raise AdapterError(
-            f"The adapter was made for {title}, which can't be read: it has the tensor {key}.",
-            f"Use an adapter for a model of: {_readable_families()}.",
+            f"The adapter was made for {title}, which is not supported: it has the tensor {key}.",
+            f"Use an adapter for one of: {_readable_families()}.",
         )
     if kind:
         title, key = kind
-        raise AdapterError(
-            f"The adapter is of the kind {title}, which can't be read yet: it has the tensor {key}.", _REMEDY_KINDS
-        )
+        raise AdapterError(f"The adapter's type, {title}, is not supported: it has the tensor {key}.", _REMEDY_KINDS)
     refuse_unread_parts([*with_part, *others])
     if not has_layers and not with_part:
-        raise _no_lora(f"tensors with names such as {others[0]}")
+        raise _no_lora(f"tensors such as {others[0]}")
     keys = sorted([*with_part, *others])
     more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
     raise AdapterError(
-        f"The adapter has a tensor whose name is not known: {keys[0]}{more}. Without it, its result would differ.",
-        f"Use an adapter for a model of: {_readable_families()}; save one that is in kohya's or diffusers' naming.",
+        f"The adapter has an unknown tensor: {keys[0]}{more}. Ignoring it would change the adapter's effect.",
+        f"Use an adapter for one of: {_readable_families()}, saved with kohya's or diffusers' tensor names.",
     )
 
 
@@ -374,7 +372,7 @@ def warn_of_strange_modules(keys: Iterable[TensorKey]) -> None:
     strange = [key.module for key in keys if not key.is_known_module]
     if strange:
         logger.warning(
-            "The adapter changes modules that models of %s don't have: %s", _readable_families(), min(strange)
+            "The adapter changes modules that do not exist in any of %s: %s", _readable_families(), min(strange)
         )
 
 
@@ -428,8 +426,8 @@ def _require_same(
     for one, other in pairs:
         if one is None or other is None or not _are_equal(tensors[one], tensors[other]):
             raise AdapterError(
-                f"The adapter has one module under two names, with different numbers: {first} and {second}.",
-                "Save it again with the program that it was trained with, which writes one of the two.",
+                f"The adapter has one module under two names, with different values: {first} and {second}.",
+                "Save it again with the program that trained it, which writes only one of the two.",
             )
 
 

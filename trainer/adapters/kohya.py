@@ -133,7 +133,7 @@ def parse_adapter(
     """
     keys, repeated = without_repeats(_readable_keys(tensors), tensors)
     if repeated:
-        logger.warning("A module stands in the file twice, with the same numbers; it is read once: %s", repeated[0])
+        logger.warning("The file contains a module twice, with the same values; it is read once: %s", repeated[0])
     warn_of_strange_modules(keys.values())
     metadata = dict(metadata or {})
     configs = configs or configs_in_metadata(metadata)
@@ -179,14 +179,14 @@ def _require_numbers(tensor: Tensor, key: str, *, is_alpha: bool) -> None:
     if not (tensor.is_floating_point() or (is_alpha and is_integer)):
         dtype = str(tensor.dtype).removeprefix("torch.")
         raise AdapterError(
-            f"{key} is of the type {dtype}, which the numbers of an adapter can't have.",
+            f"{key} has the type {dtype}, which is not supported for adapter weights.",
             "Use a version of the adapter in fp32, fp16 or bf16.",
         )
 
 
 def _require_finite(vector: Tensor, key: str) -> Tensor:
     if not torch.isfinite(vector.float()).all():
-        raise AdapterError(f"The adapter is damaged: {key} has numbers that are not finite.", DAMAGED_FILE_REMEDY)
+        raise AdapterError(f"The adapter is damaged: {key} has NaN or infinite values.", DAMAGED_FILE_REMEDY)
     return vector
 
 
@@ -198,7 +198,7 @@ def _parse_layer(name: str, tensors: dict[str, Tensor], config: PeftConfig | Non
     """
     alpha_tensor = tensors.pop("alpha", None)
     if alpha_tensor is not None and alpha_tensor.numel() != 1:
-        raise AdapterError(f"The adapter is damaged: the alpha of {name} is no number.", DAMAGED_FILE_REMEDY)
+        raise AdapterError(f"The adapter is damaged: the alpha of {name} is not a number.", DAMAGED_FILE_REMEDY)
     layer = make_layer(name, tensors, None if alpha_tensor is None else float(alpha_tensor))
     if alpha_tensor is not None or config is None or isinstance(layer, FullLayer | OftLayer):
         return layer
@@ -238,13 +238,14 @@ def read_adapter(path: Path) -> Adapter:
                 configs[component_of_folder(file.component)] = file.config
         if not configs and HEADER_KEY not in metadata and any(name.startswith(PEFT_PREFIX) for name in tensors):
             logger.warning(
-                "%s: PEFT's adapter_config.json, where the scale stands, is not beside it; the scale is taken as 1",
+                "%s: PEFT's adapter_config.json, which stores the scale, is not in the same folder; using a scale of 1",
                 path,
             )
         return parse_adapter(tensors, metadata, PeftConfigs(configs, configs.get("")) if configs else None)
     except (OSError, ValueError) as error:
         raise AdapterError(
-            f"The adapter {path} can't be read: {error}.", "Check the path; the file must be a whole .safetensors file."
+            f"The adapter {path} can't be read: {error}.",
+            "Check the path; the file must be a complete .safetensors file.",
         ) from error
     except AdapterError as error:
         raise error.about(path.name) from None
@@ -259,14 +260,14 @@ def _readable_keys(keys: Collection[str] | Mapping[str, Tensor]) -> dict[str, Te
     scale = next((key for key in sorted(keys) if is_quantization_name(key)), None)
     if scale is not None:
         raise AdapterError(
-            f"The adapter is quantised: {scale} belongs to numbers that can't be read without it.",
+            f"The adapter is quantised ({scale}), which is not supported.",
             "Use a version of the adapter in fp32, fp16 or bf16.",
         )
     tensors = keys if isinstance(keys, Mapping) else {}
     for key, tensor in tensors.items():
         if not isinstance(tensor, Tensor):  # as a wire of another pack may have it
             raise AdapterError(
-                f"{key} is no tensor but a {type(tensor).__name__}.", "Use a file in safetensors format."
+                f"{key} is not a tensor but a {type(tensor).__name__}.", "Use a file in safetensors format."
             )
     return parse_keys(keys, {key: tensor.shape for key, tensor in tensors.items()})
 
@@ -313,7 +314,7 @@ def _tell_of_float32(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     ]
     if kept:
         logger.warning(
-            "%d tensors stay in float32, since their numbers are too small for %s, such as %s",
+            "%d tensors were kept in float32, since their values are too small for %s, e.g. %s",
             len(kept),
             str(dtype).removeprefix("torch."),
             kept[0],

@@ -309,8 +309,8 @@ def weight_shape(name: str, layers: Sequence[Layer], weight: Tensor | None) -> t
     unfitting = [layer.shape for layer in layers if not fits(layer, shape)]
     if unfitting:
         raise AdapterError(
-            f"The module {name} has the shape {unfitting[0]} in one adapter and {shape} in another or in the base.",
-            "Merge adapters that were made for models of the same shape.",
+            f"The module {name} has shape {unfitting[0]} in one adapter and {shape} in another or in the base model.",
+            "Merge adapters made for models of the same size.",
         )
     if weight is None and len(shape) == 2 and shape[1] % 9 == 0 and is_3x3_convolution(name):
         return (shape[0], shape[1] // 9, 3, 3)

@@ -29,12 +29,12 @@ _READABLE_METHODS = ("LORA", "LOHA", "LOKR")
 _STARTS_FROM_THE_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica", "lycoris")
 _STARTS_CHANGING_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # they subtract from it
 _UNREADABLE_OPTIONS = {
-    "alora_invocation_tokens": "it acts after certain words of a prompt only",
+    "alora_invocation_tokens": "it is only active after certain words of a prompt",
     "arrow_config": "it is routed between several adapters",
-    "kasa_config": "it belongs to weights that PEFT changed",
-    "layer_replication": "it belongs to a model whose layers were repeated",
-    "monteclora_config": "it is a distribution of adapters",
-    "target_parameters": "it changes parameters that are no layers",
+    "kasa_config": "it only fits weights that PEFT changed",
+    "layer_replication": "it only fits a model whose layers were repeated",
+    "monteclora_config": "it is a distribution over adapters",
+    "target_parameters": "it changes parameters that are not layers",
     "use_bdlora": "its factors are block-diagonal",
     "use_qalora": "its inputs are averaged in groups",
 }
@@ -76,7 +76,7 @@ _WITHOUT_EFFECT = frozenset(  # which modules have a layer, and how it was train
     }
 )
 _PARTS = (  # of PEFT's files, by the ends of their tensors' names
-    (re.compile(r"\.(lora_E|ranknum)(\.\w+)?$"), "AdaLoRA, which can't be read", ""),
+    (re.compile(r"\.(lora_E|ranknum)(\.\w+)?$"), "AdaLoRA, which is not supported", ""),
     (re.compile(r"\.lora_embedding_[AB](\.\w+)?$"), "a LoRA of a token embedding", "without embeddings as targets"),
     (re.compile(r"trainable_tokens_"), "trained tokens (trainable_token_indices)", "without trained tokens"),
     (re.compile(r"\.bias$"), "biases of the model itself (bias or modules_to_save)", "with bias='none' or lora_bias"),
@@ -94,7 +94,7 @@ def _require_expressions(patterns: Any) -> Any:
         try:
             _compiled(pattern)
         except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(f"has the key {pattern}, which is no regular expression ({error}),") from None
+            raise ValueError(f"has the key {pattern}, which is not a valid regular expression ({error}),") from None
     return patterns
 
 
@@ -232,18 +232,18 @@ def _require_readable(config: PeftConfig, source: str) -> None:
     """
     if config.peft_type is not None and config.peft_type.upper() not in _READABLE_METHODS:
         raise AdapterError(
-            f"The adapter is of PEFT's method {config.peft_type}, which can't be read.",
+            f"The adapter's PEFT method, {config.peft_type}, is not supported.",
             "Use a LoRA, DoRA, LoHa or LoKr.",
         )
     start = str(config.init_lora_weights).lower()
     if start.startswith(_STARTS_CHANGING_THE_BASE):
         raise AdapterError(
-            f"The adapter belongs to weights that PEFT changed before training (init_lora_weights {start}).",
+            f"The adapter only fits base weights that PEFT changed before training (init_lora_weights {start}).",
             "Save it again with PEFT's path_initial_model_for_weight_conversion.",
         )
     if start not in _STARTS_FROM_THE_BASE:
         raise AdapterError(
-            f"{source} has init_lora_weights {start}, which is not known: PEFT may have changed the base's weights.",
+            f"{source} has an unknown init_lora_weights, {start}: PEFT may have changed the base weights.",
             "Save it again with PEFT's path_initial_model_for_weight_conversion.",
         )
     options = config.model_extra or {}
@@ -251,13 +251,13 @@ def _require_readable(config: PeftConfig, source: str) -> None:
     for name in set_options:
         if name in _UNREADABLE_OPTIONS:
             raise AdapterError(
-                f"The adapter was made with PEFT's {name}: {_UNREADABLE_OPTIONS[name]}, so it can't be read.",
+                f"The adapter was made with PEFT's {name}, which is not supported: {_UNREADABLE_OPTIONS[name]}.",
                 f"Train one without {name}.",
             )
     unknown = sorted(set(set_options) - _WITHOUT_EFFECT)
     if unknown:
         logger.warning(
-            "%s has options that are not known (%s): if they change what the adapter adds, it adds something else here",
+            "%s has unknown options (%s), which are ignored: the adapter may have a different effect here",
             source,
             ", ".join(unknown),
         )
@@ -278,9 +278,11 @@ def refuse_unread_parts(unread_names: Collection[str]) -> None:
         for pattern, part, option in _PARTS:
             if pattern.search(name):
                 remedy = f"Train one {option}." if option else "Use a LoRA, DoRA, LoHa or LoKr."
-                raise AdapterError(f"The adapter holds {part}: {name}. Without it, its result would differ.", remedy)
+                raise AdapterError(
+                    f"The adapter contains {part}: {name}. Ignoring it would change the adapter's effect.", remedy
+                )
         raise AdapterError(
-            f"The adapter holds the tensor {name} of PEFT, which is not known. Without it, its result would differ.",
+            f"The adapter contains the unknown PEFT tensor {name}. Ignoring it would change the adapter's effect.",
             "Use a LoRA, DoRA, LoHa or LoKr.",
         )
 

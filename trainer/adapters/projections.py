@@ -104,9 +104,9 @@ def _split(layer: Layer, name: str, parts: Sequence[str], others: Collection[str
         return dict(zip(parts, _thirds(layer), strict=True))
     if layer.needs_weight:
         raise AdapterError(
-            f"The adapter's {name} is of the kind {layer.kind} for query, key and value together, which can't be split "
-            "into the three layers that they are in the network.",
-            "Use a LoRA, or a file in which they are three layers.",
+            f"The adapter's {name} is of type {layer.kind} for query, key and value together, which can't be split "
+            "into the network's three separate layers.",
+            "Use a LoRA, or a file with three separate layers.",
         )
     return {part: FullLayer(delta) for part, delta in zip(parts, layer.delta().chunk(3), strict=True)}
 
@@ -126,11 +126,11 @@ def _joined(parts: Mapping[int, Layer], name: str) -> Layer:
     """
     shapes = {layer.shape for layer in parts.values()}
     if len(shapes) > 1 or any(isinstance(layer, OftLayer) for layer in parts.values()):
-        raise _not_joinable(name, "kinds or shapes that don't stand in one layer")
+        raise _not_joinable(name, "types or shapes that can't be in one layer")
     loras = {number: layer for number, layer in parts.items() if isinstance(layer, LoraLayer) and layer.mid is None}
     if len(loras) < len(parts):
         if any(layer.needs_weight for layer in parts.values()):
-            raise _not_joinable(name, "a DoRA of a kind that can't be joined")
+            raise _not_joinable(name, "a DoRA of a type that can't be joined")
         return FullLayer(torch.cat([_delta(parts.get(number), *shapes) for number in range(3)]))
     magnitudes = {number: layer.dora_scale for number, layer in loras.items() if layer.dora_scale is not None}
     per_output = all(len(scale) == len(loras[number].up) for number, scale in magnitudes.items())
@@ -162,7 +162,7 @@ def _with_swapped_halves(layer: Layer, name: str) -> Layer:
         return _lora_with_swapped_halves(layer)
     if layer.needs_weight:
         raise AdapterError(
-            f"The adapter's {name} is of the kind {layer.kind}, whose rows can't be put in the order of the network.",
+            f"The adapter's {name} is of type {layer.kind}, whose rows can't be reordered for the network.",
             "Use an adapter without this layer.",
         )
     return FullLayer(torch.cat(layer.delta().chunk(2)[::-1]))
@@ -187,5 +187,5 @@ def _delta(layer: Layer | None, shape: Sequence[int]) -> Tensor:
 def _not_joinable(name: str, why: str) -> AdapterError:
     return AdapterError(
         f"The adapter splits query, key and value of {name} into {why}.",
-        "Use a LoRA, or a file in which they are one layer, as the original code of the model has them.",
+        "Use a LoRA, or a file in which they are one layer, as in the model's original code.",
     )

@@ -71,8 +71,8 @@ def choose_targets(model: DiffusionModel, settings: AdapterSettings) -> list[Tar
         trained = [target for target in component_targets if target.rank]
         if not trained:
             raise SettingsError(
-                f"No layer of the {component} is left to train: {suggest('targets')}, {suggest('include')}, "
-                f"{suggest('exclude')} and {suggest('block_ranks')} together choose none.",
+                f"No layers of the {component} are left to train: {suggest('targets')}, {suggest('include')}, "
+                f"{suggest('exclude')} and {suggest('block_ranks')} together select none.",
                 _ways_to_more_layers(settings),
             )
         targets += sorted(trained, key=lambda target: target.name)
@@ -83,7 +83,7 @@ def choose_targets(model: DiffusionModel, settings: AdapterSettings) -> list[Tar
 
 def _ways_to_more_layers(settings: AdapterSettings) -> str:
     """What to change of the settings that leave no layer, as an instruction."""
-    ways = [f"choose other {suggest('targets')}"]
+    ways = [f"choose different {suggest('targets')}"]
     if settings.exclude:
         ways.append(f"shorten {suggest('exclude')}")
     if settings.block_ranks:
@@ -109,22 +109,21 @@ def require_family_fits(family: Family, settings: AdapterSettings) -> None:
     if settings.text_encoder_rates and not family.text_targets:
         rate = f"{min(settings.text_encoder_rates)}_lr"
         raise SettingsError(
-            f"{suggest(rate)} trains a text encoder, but that of {family.title} is a language model, which stays as "
-            "it is.",
+            f"{suggest(rate)} trains a text encoder, but {family.title}'s is a language model, which can't be trained.",
             f"Set {suggest(rate, 0)}.",
         )
     if settings.targets != "none" and settings.targets not in family.targets:
         fitting = [other for other in families.FAMILIES if settings.targets in other.targets]
         raise SettingsError(
-            f"{suggest('targets', settings.targets)} does not exist for {family.title}.",
-            f"Choose {suggest('targets')} from: {', '.join(family.targets)}; or a base model of "
+            f"{suggest('targets', settings.targets)} is not available for {family.title}.",
+            f"Choose {suggest('targets')} from: {', '.join(family.targets)}; or use a base model of "
             f"{joined_titles(fitting)}.",
         )
     if settings.adapter == "full" and not family.trains_fully:
         fitting = [other for other in families.FAMILIES if other.trains_fully]
         raise SettingsError(
-            f"{suggest('adapter', 'full')} (fine-tuning all weights) does not exist for {family.title}.",
-            f"Choose lora, dora, loha, lokr, oft or boft for {suggest('adapter')}, or a base model of "
+            f"{suggest('adapter', 'full')} (fine-tuning all weights) is not available for {family.title}.",
+            f"Choose lora, dora, loha, lokr, oft or boft for {suggest('adapter')}, or use a base model of "
             f"{joined_titles(fitting)}.",
         )
 
@@ -160,7 +159,7 @@ def _require_patterns_match(model: DiffusionModel, settings: AdapterSettings) ->
     for setting, pattern, searched_paths in searched:
         if not any(pattern.search(path) for path in searched_paths):
             raise SettingsError(
-                f"{suggest(setting)} '{pattern.pattern}' matches no layer.",
+                f"{suggest(setting)} '{pattern.pattern}' matches no layers.",
                 f"Layers are named like {unet_paths[0]} and {unet_paths[len(unet_paths) // 2]}.",
             )
 
@@ -203,13 +202,13 @@ def _require_rank_fits(target: Target, module: Adaptable, settings: AdapterSetti
     if target.rank > smallest and settings.adapter != "lokr":
         setting, _, _ = _rank_of(target.path, module, settings)
         if setting == "block_ranks":
-            remedy = f"Give it a rank of at most {smallest} in {suggest('block_ranks')}; 4 to 32 are usual."
+            remedy = f"Set its rank to at most {smallest} in {suggest('block_ranks')}; 4 to 32 is usual."
         else:
             remedy = (
-                f"Set {suggest(setting)} to at most {smallest}; 4 to 32 are usual. ({suggest('block_ranks')} sets it "
+                f"Set {suggest(setting)} to at most {smallest}; 4 to 32 is usual. ({suggest('block_ranks')} sets it "
                 "for parts of the model.)"
             )
-        raise SettingsError(f"rank {target.rank} is above the size of the layer {target.path} ({smallest}).", remedy)
+        raise SettingsError(f"Rank {target.rank} is larger than the layer {target.path} ({smallest}).", remedy)
 
 
 def _small_blocks(target: Target, module: Adaptable, settings: AdapterSettings) -> SettingsError:
@@ -219,9 +218,9 @@ def _small_blocks(target: Target, module: Adaptable, settings: AdapterSettings) 
     sizes = (size for size in range(2, outputs + 1) if block_size(outputs, size, butterfly=butterfly))
     smallest = next(sizes)  # every layer has an even number of outputs, which is a block itself
     return SettingsError(
-        f"rank {rank} is below the smallest block of {settings.adapter.upper()} for the layer {target.path} with "
+        f"Rank {rank} is below the smallest {settings.adapter.upper()} block for the layer {target.path} with "
         f"{outputs} outputs ({smallest}).",
-        f"Give it a rank of at least {smallest} in {suggest('block_ranks')}."
+        f"Set its rank to at least {smallest} in {suggest('block_ranks')}."
         if setting == "block_ranks"
         else f"Set {suggest(setting)} to at least {smallest}.",
     )
@@ -238,12 +237,12 @@ def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:
     if adapter.vectors:
         raise AdapterError(
             f"The adapter to start from also changes biases or norms ({next(iter(adapter.vectors))}).",
-            "Start from one that does not; such changes can't be trained on.",
+            "Start from one that does not; training can't continue from these.",
         )
     lost = [name for name in embedding_names(adapter.embeddings) if name not in {word.word for word in model.words}]
     if lost:
         logger.warning(
-            "The adapter to start from bundles embeddings, which the new file won't have: %s", ", ".join(lost)
+            "The adapter to start from bundles embeddings, which will not be in the new file: %s", ", ".join(lost)
         )
     modules = modules_by_name(model)
     names = canonical_names(model)
@@ -253,8 +252,8 @@ def fit_start_adapter(model: DiffusionModel, adapter: Adapter) -> Adapter:
         if module is None or not fits(layer, module.weight.shape):
             raise AdapterError(
                 f"The adapter to start from has the module {name}, which this {model.family.title} model lacks or has "
-                "in another shape.",
-                "Start from an adapter that was trained on a model of this shape.",
+                "with another shape.",
+                "Start from an adapter trained on a model of this size.",
             )
         if isinstance(layer, LokrLayer):
             layer = _with_unit_scale(layer)
@@ -283,15 +282,15 @@ def _without_limit(name: str, layer: OftLayer) -> OftLayer:
     """
     if layer.rescale is not None:
         raise AdapterError(
-            f"The adapter to start from also scales the outputs of the module {name} (rescale), which can't be trained "
-            "on.",
-            "Start from one without rescale.",
+            f"The adapter to start from also rescales the outputs of the module {name}, which is not supported in "
+            "training.",
+            "Start from one without 'rescale'.",
         )
     if layer.kind == "BOFT" and len(layer.blocks) != butterfly_factors(layer.shape[0], layer.rank):
         raise AdapterError(
-            f"The adapter to start from has {len(layer.blocks)} butterfly factors for the module {name}, and "
-            f"{butterfly_factors(layer.shape[0], layer.rank)} are trained here.",
-            "Start from one with as many as LyCORIS makes.",
+            f"The adapter to start from has {len(layer.blocks)} butterfly factors for the module {name}, but "
+            f"{butterfly_factors(layer.shape[0], layer.rank)} are needed here.",
+            "Start from one with the number of factors that LyCORIS uses.",
         )
     return layer.without_limit()
 

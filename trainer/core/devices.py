@@ -27,13 +27,13 @@ def pick_device(name: str) -> torch.device:
     if several_processes and (name == "mps" or ":" in name):
         raise SettingsError(
             f"Several processes can't share the device {name}.",
-            f"Use {suggest('device', 'auto')}, so that each takes its own GPU.",
+            f"Use {suggest('device', 'auto')}, so that each process gets its own GPU.",
         )
     device = torch.device(_best_device() if name == "auto" else name)
     if not _is_available(device):
         raise SettingsError(
-            f"This computer has no device {device}.",
-            f"Use {suggest('device', 'auto')}, or install PyTorch for your GPU.",
+            f"The device {device} is not available on this computer.",
+            f"Use {suggest('device', 'auto')}, or install a PyTorch build that supports your GPU.",
         )
     return device
 

@@ -129,14 +129,14 @@ class DivergedError(TrainerError):
         """
         if step == 1:
             return cls(
-                f"The base model itself gives a loss of {loss} before anything was learned.",
+                f"The base model itself gives a loss of {loss} before any training.",
                 f"Choose another {suggest('precision')} (fp32 or bf16), another VAE or another checkpoint.",
             )
         safer = f" or choose {suggest('precision', 'bf16')} or fp32" if precision == "fp16" else ""
-        kept = f"The adapter of step {kept_step} is kept in {run}." if kept_step else "Nothing was saved yet."
+        kept = f"The adapter from step {kept_step} was saved in {run}." if kept_step else "Nothing had been saved yet."
         return cls(
             f"The loss became {loss} at step {step}; the run was stopped.",
-            f"Lower {suggest('learning_rate')} (it was {learning_rate:g}){safer}, which begins a new run. {kept}",
+            f"Lower {suggest('learning_rate')} (it was {learning_rate:g}){safer}, which starts a new run. {kept}",
         )
 
 

@@ -51,17 +51,16 @@ def explained_os_errors(path: Path, needed_bytes: int = 0) -> Iterator[None]:
             size = f" (about {needed_bytes / 1e6:.0f} MB are needed)" if needed_bytes else ""
             raise StorageError(
                 f"No space left on the disk that holds {path}{size}.",
-                "Free some space or choose another output folder; everything written before is intact.",
+                "Free some space or choose another output folder; everything already written is intact.",
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise StorageError(
                 f"{path} can't be written: {error.strerror}.",
-                "Choose another output folder, give yourself permission to write there, "
-                "or close the program that has the file open.",
+                "Choose another output folder, make this one writable, or close the program that has the file open.",
             ) from error
         if error.errno == errno.EFBIG:
             raise StorageError(
-                f"{path} is larger than the disk's format allows.", "Choose an output folder on another disk."
+                f"{path} is too large for the disk's file system.", "Choose an output folder on another disk."
             ) from error
         if error.errno == errno.ENAMETOOLONG:
             longest = max(path.parts, key=len)
@@ -285,7 +284,7 @@ def _names_a_folder(path: Path) -> bool:
         StorageError: The system can't have that name.
     """
     if _IS_WINDOWS and _NOT_ON_WINDOWS.search(path.name):
-        raise StorageError(f"Windows allows no file of the name {path.name}.", "Choose letters, digits, '-' and '_'.")
+        raise StorageError(f"Windows does not allow a file named {path.name}.", "Use letters, digits, '-' and '_'.")
     with explained_os_errors(path):
         try:
             return stat.S_ISDIR(path.stat().st_mode)

@@ -31,7 +31,7 @@ def parse_json(content: str | bytes, shape: TypeAdapter[ShapeT]) -> ShapeT:
     except RecursionError:
         raise ValueError("its JSON is nested too deeply") from None
     except ValueError as error:
-        raise ValueError(f"it is no JSON ({error})") from None
+        raise ValueError(f"it is not valid JSON ({error})") from None
     return checked_shape(value, shape)
 
 
@@ -61,4 +61,4 @@ def _first_mismatch(error: ValidationError) -> str:
     except (TypeError, ValueError, RecursionError):
         given = f"a {type(details['input']).__name__}"
     shown = given if len(given) <= _SHOWN else f"{given[:_SHOWN]}…"
-    return f"{key or 'its content'} {message} and is {shown}"
+    return f"{key or 'its content'} {message}, but is {shown}"

@@ -59,7 +59,7 @@ class Owner:
         if self.host != platform.node():
             return f"process {self.process} on {self.host} (since {since})"
         if self.process == os.getpid():
-            return f"this very process, {self.process} (since {since})"
+            return f"this process, {self.process} (since {since})"
         return f"process {self.process} (since {since})"
 
 
@@ -123,7 +123,11 @@ class FolderLock:
                 return False
             if error.errno not in _WITHOUT_LOCKS:
                 raise
-            logger.warning("The disk of %s has no locks (%s); use it from one program at a time.", self.folder, error)
+            logger.warning(
+                "The file system of %s does not support file locks (%s); use the folder from one program at a time.",
+                self.folder,
+                error,
+            )
         return True
 
     def release(self) -> None:
@@ -187,7 +191,7 @@ class FolderLock:
         is_reported = False
         while not self.acquire():
             if not is_reported:
-                listener.report(Note(f"{what} by {self.owner or 'another program'}; waiting until it is done."))
+                listener.report(Note(f"{what} by {self.owner or 'another program'}; waiting for it to finish."))
                 is_reported = True
             stop_if_asked(listener)
             time.sleep(_PAUSE)

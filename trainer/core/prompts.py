@@ -79,7 +79,7 @@ def parse_prompts(text: str, words: PromptWords) -> list[str]:
     for match in _BRACES.finditer(text):
         _require_known(*match.groups(), words=words)
     if unclosed := _UNCLOSED.search(_BRACES.sub("", text)):
-        raise PromptError(f"holds {unclosed[0]} without a closing brace", "Write {token} and {class}.")
+        raise PromptError(f"contains {unclosed[0]} without a closing brace", "Write {token} and {class}.")
     values = {"token": (words.token or "").strip(), "class": (words.class_noun or "").strip()}
     return [_BRACES.sub(lambda match: values.get(match[2], match[0]), prompt).strip() for prompt in split_prompts(text)]
 
@@ -93,25 +93,24 @@ def _require_known(opening: str, name: str, closing: str, *, words: PromptWords)
     braced = f"{opening}{name}{closing}"
     if "|" in name or "\n" in name.strip():
         raise PromptError(
-            f"holds {' '.join(braced.split())}, but alternatives are not written in braces",
-            "Write whole prompts, separated by '|': a red dog | a blue dog.",
+            f"contains {' '.join(braced.split())}, but braces can't list alternatives",
+            "Write complete prompts, separated by '|': a red dog | a blue dog.",
         )
     settings = {"token": ("token", words.token, "sks"), "class": ("class_noun", words.class_noun, "dog")}
     if len(braced) != len(name) + 2 or name not in settings:
         if _WORDS_ALONE.fullmatch(name):
             raise PromptError(
-                f"holds {braced}, which is not known",
-                "Write {token} for the rare word and {class} for the class noun, and leave braces around other words "
-                "out.",
+                f"contains the unknown placeholder {braced}",
+                "Use {token} for the rare word and {class} for the class noun, and no braces around other words.",
             )
         return
     setting, value, example = settings[name]
     if value is None:
-        raise PromptError(f"holds {braced}, which stands for nothing here", "Write the words themselves.")
+        raise PromptError(f"contains {braced}, which has no value here", "Write out the words themselves.")
     if not value.strip():
         raise PromptError(
-            f"holds {braced}, but {suggest(setting)} is empty",
-            f"Give {suggest(setting, example)}, for example, or write the word itself instead of {braced}.",
+            f"contains {braced}, but {suggest(setting)} is empty",
+            f"Set {suggest(setting, example)}, for example, or write the word itself instead of {braced}.",
         )
 
 

@@ -90,14 +90,14 @@ def read_header(path: Path) -> Header:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > min(size - 8, _LONGEST_HEADER):
-            raise ValueError("it is no safetensors file, or is cut off in its header")
+            raise ValueError("it is not a safetensors file, or its header is truncated")
         content = file.read(length)
     try:
         values = parse_json(content.decode(), OBJECT)
         metadata = checked_shape(values.pop("__metadata__", None), _METADATA)
         entries = checked_shape(values, _ENTRIES)
     except ValueError as error:  # also of bytes that are no text
-        raise ValueError(f"it has no safetensors header: {error}") from None
+        raise ValueError(f"it has no valid safetensors header: {error}") from None
     _require_whole(entries, size - 8 - length)
     return Header(entries, metadata or {})
 
@@ -112,16 +112,14 @@ def _require_whole(entries: Mapping[str, TensorEntry], data_size: int) -> None:
     for name, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
         begin, end = entry.data_offsets
         if entry.dtype not in _BITS:
-            raise ValueError(f"its tensor {name} is of the type {entry.dtype}, which can't be read")
+            raise ValueError(f"its tensor {name} has the unsupported type {entry.dtype}")
         if (end - begin) * 8 != math.prod(entry.shape) * _BITS[entry.dtype]:
-            raise ValueError(
-                f"its tensor {name} has {end - begin} bytes, which is not what its shape {entry.shape} has"
-            )
+            raise ValueError(f"its tensor {name} has {end - begin} bytes, which does not match its shape {entry.shape}")
         if begin != position:
-            raise ValueError(f"its tensor {name} begins at byte {begin} of the data instead of {position}")
+            raise ValueError(f"its tensor {name} starts at byte {begin} of the data instead of {position}")
         position = end
     if position != data_size:
-        raise ValueError(f"its tensors have {position} bytes, and the file holds {data_size}: it is cut off or damaged")
+        raise ValueError(f"its tensors take {position} bytes, but the file has {data_size}: it is truncated or damaged")
 
 
 def is_quantization_name(name: str) -> bool:
@@ -179,15 +177,15 @@ def cast_finite(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return cast
     if not is_finite(tensor):
         raise NotFiniteError(
-            f"{name} has numbers that are not finite.",
-            "Choose a lower strength or other files; nothing was written.",
+            f"{name} has NaN or infinite values.",
+            "Use a lower strength or other files; nothing was written.",
         )
     largest = float(tensor.abs().max())
-    remedy = "Choose a lower strength or other files; nothing was written."
+    remedy = "Use a lower strength or other files; nothing was written."
     if is_finite(tensor.to(torch.bfloat16)):
-        remedy = f"Set {suggest('save_precision', 'bf16')} or fp32, which hold larger ones, or choose a lower strength."
+        remedy = f"Set {suggest('save_precision', 'bf16')} or fp32, which have a larger range, or use a lower strength."
     raise NotFiniteError(
-        f"{name} has numbers up to {largest:.3g}, which {str(dtype).removeprefix('torch.')} can't hold.", remedy
+        f"{name} has values up to {largest:.3g}, which {str(dtype).removeprefix('torch.')} can't represent.", remedy
     )
 
 
@@ -222,8 +220,8 @@ def save_tensors(
     for name, tensor in tensors.items():
         if name not in copied and not is_finite(tensor):
             raise NotFiniteError(
-                f"{name} has numbers that are not finite, so the file is not written.",
-                "Choose a lower strength or other files.",
+                f"{name} has NaN or infinite values, so the file was not written.",
+                "Use a lower strength or other files.",
             )
     path.touch()
     mode = path.stat().st_mode

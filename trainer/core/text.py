@@ -35,7 +35,7 @@ def decode_text(content: bytes) -> str:
     except UnicodeDecodeError:
         raise ValueError("is neither UTF-8 nor UTF-16") from None
     if _NO_TEXT.search(text):
-        raise ValueError("is no text in UTF-8 or UTF-16: it holds control characters")
+        raise ValueError("is not UTF-8 or UTF-16 text: it contains control characters")
     return text
 
 

@@ -48,7 +48,9 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         table = tomllib.loads(text)
     except RecursionError as error:
-        raise SettingsError(f"{path} holds lists in lists without an end.", "Write one list for a setting.") from error
+        raise SettingsError(
+            f"{path} contains lists that are nested too deeply.", "Write a single list for each setting."
+        ) from error
     except ValueError as error:  # tomllib's own, and Python's for a number of more than 4300 digits
         raise _syntax_error(path, text, str(error)) from error
     return _with_underscores(path, table)
@@ -72,7 +74,7 @@ def _syntax_error(path: Path, text: str, message: str) -> SettingsError:
     elif "\\" in line:
         remedy = "Put Windows paths in single quotes: base = 'C:\\models\\x.safetensors'."
     elif re.match(r"(?i)[\w-]+\s*=\s*(true|false|none|null|yes|no|on|off)\b", line):
-        remedy = "Write true or false for what is on or off, and leave out what is not set."
+        remedy = "Write true or false for switches, and leave out settings that are not set."
     elif re.match(r"[\w-]+\s*=\s*[^\s\"'\[{\d+-]", line):
         remedy = f'Put the text in quotes: {line.partition("=")[0].strip()} = "…".'
     return SettingsError(f"{problem}: {line[:200]}" if line else f"{problem}.", remedy)
@@ -91,7 +93,7 @@ def _with_underscores(path: Path, table: dict[str, Any]) -> dict[str, Any]:
         name = key.replace("-", "_")
         if name in renamed:
             raise SettingsError(
-                f"{path} gives {name} twice, with a dash and with an underscore.", "Leave one of the two out."
+                f"{path} sets {name} twice: with a dash and with an underscore.", "Remove one of the two."
             )
         renamed[name] = value
     return renamed

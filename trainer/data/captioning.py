@@ -76,7 +76,7 @@ class Captioner:
             inputs |= self.tokenizer(prompts, return_tensors="pt", return_token_type_ids=False).to(device)
             free_tokens -= inputs["input_ids"].shape[1]
         if free_tokens < 1:
-            raise SettingsError(f"text is longer than {self.name} reads: {text[:40]} …", "Give a few words only.")
+            raise SettingsError(f"text is too long for {self.name}: {text[:40]} …", "Use only a few words.")
         sequences = self.network.generate(
             **inputs, num_beams=beams, do_sample=False, max_new_tokens=min(max_tokens, free_tokens)
         )
@@ -109,8 +109,8 @@ def open_captioner(source: str, device: torch.device, *, download: bool = False)
     missing = sorted(name for name in loading_info["missing_keys"] if ".layer" in name)  # not tied or computed ones
     if missing:  # a BLIP for retrieval; transformers would write captions with random weights
         raise WeightsError(
-            f"{source} has no {missing[0]} ({len(missing)} tensors are missing), so it can't write captions.",
-            "Give a BLIP for captions, such as Salesforce/blip-image-captioning-base.",
+            f"{source} lacks the tensor {missing[0]} ({len(missing)} are missing), so it can't generate captions.",
+            "Use a BLIP captioning model, such as Salesforce/blip-image-captioning-base.",
         )
     with explained_memory_errors(_WHAT_TO_LOWER):
         to_device(network, device, torch.float32)
@@ -184,7 +184,7 @@ def _open_pictures(pictures: Sequence[Picture], listener: Listener) -> Iterator[
         try:
             yield picture, picture.open()
         except ValueError as error:
-            listener.report(Note(f"{picture.name} is left out: {error}.", warning=True, picture=picture.name))
+            listener.report(Note(f"{picture.name} is skipped: {error}.", warning=True, picture=picture.name))
 
 
 def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, str]:
@@ -214,7 +214,7 @@ def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, st
     written: dict[str, str] = {}
     for picture, caption in caption_pictures(captioner, pictures, settings, listener):
         if not caption:
-            text = f"{picture.name} gets no caption: the model has no words for it."
+            text = f"{picture.name} gets no caption: the model generated none."
             listener.report(Note(text, warning=True, picture=picture.name))
             continue
         write_atomic(target_of[picture.name], f"{caption}\n".encode())
@@ -237,20 +237,20 @@ def _pictures_to_caption(folder: Path, overwrite: bool, listener: Listener) -> l
     """
     with opened_tree(folder) as tree:
         if tree.is_archive:
-            raise PicturesError(f"{folder} is a file.", "Give a folder; unpack a zip file first, and give its folder.")
+            raise PicturesError(f"{folder} is a file.", "Use a folder; if this is a zip file, unpack it first.")
         selection = select_pictures(tree, listener)
         captions = selection.captions(listener)
     first_of: dict[str, TreeFile] = {}
     for file in selection.pictures:
         first = first_of.setdefault(unicodedata.normalize("NFC", stem_of(file.name)).casefold(), file)
         if first != file:
-            text = f"{file.name} is left out: its caption would stand where that of {first.name} does. Rename one."
+            text = f"{file.name} is skipped: its caption would overwrite that of {first.name}. Rename one of the two."
             listener.report(Note(text, warning=True, picture=file.name))
     pictures = list(first_of.values())
     captioned = {*captions.own, *captions.unreadable}
     to_caption = [file for file in pictures if overwrite or file.name not in captioned]
     if len(to_caption) < len(pictures):
-        text = f"{len(pictures) - len(to_caption)} of {len(pictures)} pictures have captions already; they stay."
+        text = f"{len(pictures) - len(to_caption)} of {len(pictures)} pictures already have captions, which are kept."
         listener.report(Note(text))
     return [(file, _text_file(file, captions)) for file in to_caption]
 

@@ -138,8 +138,8 @@ def read_captions(
     if foreign:
         raise PicturesError(
             f"{'; '.join(foreign[:3])}{f'; and {len(foreign) - 3} more' if len(foreign) > 3 else ''}.",
-            "Save captions as UTF-8, which every editor can (in Notepad: Save as, Encoding), or take no captions from "
-            f"files: {suggest('captions', 'prompt')}.",
+            "Save the captions as UTF-8 (in Notepad: Save as, Encoding), or use the prompt as the caption of every "
+            f"picture: {suggest('captions', 'prompt')}.",
         )
     captions.empty = {picture: file for picture, file in captions.empty.items() if picture not in captions.own}
     return captions
@@ -161,8 +161,8 @@ def _files_of_pictures(
     used = {file.name for of_picture in files.values() for file in of_picture}
     unused = [file.name for file in caption_files if file.name not in used]
     if unused:
-        verb = "goes" if len(unused) == 1 else "go"
-        listener.report(Note(f"{listed(unused)} {verb} with no picture of that name.", warning=True))
+        verb = "matches" if len(unused) == 1 else "match"
+        listener.report(Note(f"{listed(unused)} {verb} no picture by name.", warning=True))
     return files
 
 
@@ -193,7 +193,7 @@ def _read_metadata(
     if missing:
         names = " and ".join(dict.fromkeys(PurePosixPath(file.name).name for file in files))
         verb = "name" if " and " in names else "names"
-        text = f"{names} {verb} pictures that are not there: {listed(missing, 3)}."
+        text = f"{names} {verb} pictures that do not exist: {listed(missing, 3)}."
         listener.report(Note(text, warning=True))
     return NameIndex(described.items())
 
@@ -226,11 +226,11 @@ def _metadata_rows(file: TreeFile) -> Iterator[tuple[Mapping[str, Any], str]]:
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise PicturesError(f"{location} is no JSON: {error}.", remedy) from error
+                raise PicturesError(f"{location} is not valid JSON: {error}.", remedy) from error
             yield (row if isinstance(row, dict) else {}), location
 
 
 def _metadata_remedy(file: TreeFile) -> str:
     if file.name.lower().endswith(".csv"):
-        return "Write it in UTF-8, with the line file_name,text first and then one line for each picture: 1.jpg,a dog."
-    return 'Write one line for each picture, in UTF-8: {"file_name": "1.jpg", "text": "a photo of sks dog"}.'
+        return "Save it as UTF-8, with the header file_name,text and then one line per picture: 1.jpg,a dog."
+    return 'Write one line per picture, as UTF-8: {"file_name": "1.jpg", "text": "a photo of sks dog"}.'

@@ -135,9 +135,11 @@ def _images_of_prompt(
                     _generate_missing(base, settings, resolution, cache, missing, device, precision, listener)
         release(device)
     else:
-        note = f"{settings.prior_count} class pictures are there already: {cache.folder}"
+        note = f"{settings.prior_count} class pictures already exist: {cache.folder}"
         if cache.folder != _own_cache(root, base, settings, resolution, precision).folder:
-            note += ". An earlier version generated them with its own defaults; without this folder, new ones are made."
+            note += (
+                ". An earlier version generated them with different defaults; to generate new ones, delete this folder."
+            )
         listener.report(Note(note))
     return [cache.load(_file_name(number), settings.class_prompt) for number in range(settings.prior_count)]
 

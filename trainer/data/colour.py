@@ -34,7 +34,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         if space == "RGB" and image.mode == "L":  # as programs write greyscale pictures without changing the profile
             image = image.convert("RGB")
         if _MODES.get(space) != image.mode:
-            raise ColourProfileError(f"is one for {space} pictures and was ignored")
+            raise ColourProfileError(f"is for {space} pictures and was ignored")
         transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), image.mode, "RGB")
         if image.mode in ("RGB", "L") and _changes_nothing(transform, image.mode):
             return image.convert("RGB")

@@ -27,7 +27,7 @@ _TRANSPOSITIONS = {  # EXIF orientation → what turns the picture upright
 }
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF 6.0
 _WHITE_IS_ZERO, _SIGNED = 0, 2
-_SAVE_OTHERWISE = "save it with 8 or 16 bits"
+_SAVE_OTHERWISE = "save it with 8 or 16 bits per channel"
 
 
 class _RefusedError(ValueError):
@@ -95,9 +95,9 @@ def _attempt(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> I
             image: Image.Image = Image.open(io.BytesIO(content))
             width, height = image.size
             if width * height > MAX_PIXELS:
-                raise _RefusedError(f"{width}×{height} is too large; scale it down to at most 8000 pixels a side")
+                raise _RefusedError(f"{width}×{height} is too large; scale it down to at most 8000 pixels per side")
             if min(width, height) < MIN_SIDE:
-                raise _RefusedError(f"{width}×{height} is too small; at least {MIN_SIDE} pixels a side are needed")
+                raise _RefusedError(f"{width}×{height} is too small; at least {MIN_SIDE} pixels per side are needed")
             image.draft("RGB", (4096, 4096))  # lets the JPEG decoder skip detail that no resolution uses
             image.seek(0)
             image.load()
@@ -107,9 +107,9 @@ def _attempt(content: bytes, convert: Callable[[Image.Image], Image.Image]) -> I
     except _RefusedError:
         raise
     except Image.DecompressionBombError as error:
-        raise _RefusedError("it is too large; scale it down to at most 8000 pixels a side") from error
+        raise _RefusedError("it is too large; scale it down to at most 8000 pixels per side") from error
     except UnidentifiedImageError as error:
-        raise ValueError("it is no picture of a known format; save it as JPEG or PNG") from error
+        raise ValueError("it is not a picture in a supported format; save it as JPEG or PNG") from error
     except Exception as error:  # Pillow's readers fail on damaged files in many ways
         raise ValueError(f"it can't be decoded ({error})") from error
 
@@ -156,13 +156,13 @@ def _integers_in_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
     values = np.asarray(image)
     if _tag(image, _SAMPLE_FORMAT, 1) == _SIGNED:
         if values.min() < 0:
-            raise _RefusedError(f"it holds negative numbers; {_SAVE_OTHERWISE}")
+            raise _RefusedError(f"it has negative values; {_SAVE_OTHERWISE}")
         bits -= 1
     white = 2**bits - 1
     if bits > 16:
         values = values.view(np.uint32)  # Pillow keeps them as signed numbers
         if 0 < values.max() < white / 256:
-            raise _RefusedError(f"its brightest pixel is {values.max()} of {white}, which is black; {_SAVE_OTHERWISE}")
+            raise _RefusedError(f"its brightest pixel is {values.max()} of {white}, so it is black; {_SAVE_OTHERWISE}")
     scaled: NDArray[Any] = values.astype(np.float32 if bits <= 16 else np.float64) / (white / 255)
     return scaled.clip(0, 255).astype(np.uint8)
 
@@ -170,12 +170,12 @@ def _integers_in_eight_bits(image: Image.Image) -> NDArray[np.uint8]:
 def _reals_in_eight_bits(values: NDArray[np.float64]) -> NDArray[np.uint8]:
     """Real numbers in 8 bits: white is 1, or 255, or 65535, whichever the brightest pixel comes near to."""
     if not np.isfinite(values).all():
-        raise _RefusedError(f"it holds numbers that are not finite; {_SAVE_OTHERWISE}")
+        raise _RefusedError(f"it has NaN or infinite values; {_SAVE_OTHERWISE}")
     brightest = values.max()
     ranges = {1: (0, 1.01), 255: (16, 257), 65535: (4096, 66_000)}  # with some room for what resampling adds
     white = next((white for white, (above, most) in ranges.items() if above < brightest <= most), int(brightest == 0))
     if not white or values.min() < -0.01 * white:
-        text = f"its numbers go from {values.min():g} to {brightest:g}, of which white is not known"
+        text = f"its values range from {values.min():g} to {brightest:g}, so its white level is unknown"
         raise _RefusedError(f"{text}; {_SAVE_OTHERWISE}")
     return (values * (255 / white)).clip(0, 255).astype(np.uint8)
 
@@ -207,7 +207,9 @@ def _in_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
         converted = to_srgb(opaque, b"" if image.mode == "LAB" else profile)
     except ColourProfileError as error:
         if image.mode == "LAB":
-            raise ValueError("it is Lab, which this Pillow does not convert; save it as RGB") from error
+            raise ValueError(
+                "it is in the Lab colour space, which this version of Pillow can't convert; save it as RGB"
+            ) from error
         notes.append(f"its colour profile {error}")
         return image
     if alpha is not None:

@@ -187,7 +187,7 @@ def select_pictures(tree: FileTree, listener: Listener) -> PictureSelection:
     counts = Counter(_folder_of(name) for name in tree.files if is_picture(name))
     with_pictures = {folder: counts[folder] for folder in sorted(counts) if not _is_mask_folder(folder, counts)}
     if not with_pictures:
-        raise PicturesError(f"{tree.location} holds no pictures.", "Put 3 to 20 pictures of the subject into it.")
+        raise PicturesError(f"{tree.location} contains no pictures.", "Put 3 to 20 pictures of the subject into it.")
     folders = _chosen_folders(tree, with_pictures, listener)
     inside = {*folders, *(folder for folder in counts if _is_mask_folder(folder, folders))}
     image_names = [name for name in tree.files if is_picture(name) and _folder_of(name) in inside]
@@ -195,9 +195,9 @@ def select_pictures(tree: FileTree, listener: Listener) -> PictureSelection:
     unused = sorted(masks - set(mask_of.values()))
     if unused:
         verb = "is" if len(unused) == 1 else "are"
-        text = f"{listed(unused)} {verb} named like a mask, but no picture uses it; it is left out."
+        text = f"{listed(unused)} {verb} named like a mask, but no picture uses it; it is ignored."
         if len(unused) > 1:
-            text = f"{listed(unused)} {verb} named like masks, but no pictures use them; they are left out."
+            text = f"{listed(unused)} {verb} named like masks, but no pictures use them; they are ignored."
         listener.report(Note(text, warning=True, picture=unused[0] if len(unused) == 1 else ""))
     return PictureSelection(
         pictures=[tree.files[name] for name in image_names if name not in masks],
@@ -257,12 +257,12 @@ def _chosen_folders(tree: FileTree, counts: Mapping[str, int], listener: Listene
     where = listed([folder or f"{tree.title} itself" for folder in chosen])
     if left_out:
         pictures = listed([f"{folder or f'{tree.title} itself'} ({counts[folder]})" for folder in left_out])
-        text = f"The pictures in {pictures} are left out; only those in {where} are read."
+        text = f"The pictures in {pictures} are ignored; only those in {where} are used."
         if any(folder in left_out for folder in of_class):
-            text += f" Class pictures are given with {suggest('class_images')}."
+            text += f" For class pictures, use {suggest('class_images')}."
         listener.report(Note(text, warning=True))
     elif len(chosen) > 1 and chosen[0] not in repeated:
-        text = f"The pictures in {where} are read as pictures of one subject."
+        text = f"The pictures in {where} are all used as pictures of one subject."
         listener.report(Note(text, warning=True))
     return chosen
 
@@ -321,11 +321,11 @@ def _read_pictures(
             mask = selection.mask_of[name].read() if name in selection.mask_of and options.masks != "off" else None
         except UnreadableFileError as error:
             problems.append(f"{name}: {error}")
-            listener.report(Note(f"{name} is left out: {error}.", warning=True, picture=name))
+            listener.report(Note(f"{name} is skipped: {error}.", warning=True, picture=name))
             continue
         own_captions = _captions_of(file, tree, captions, options)
         if name in captions.empty:
-            text = f"{captions.empty[name]} is empty; '{[*own_captions, prompt][0]}' is used."
+            text = f"{captions.empty[name]} is empty; '{[*own_captions, prompt][0]}' is used instead."
             listener.report(Note(text, warning=True, picture=name))
         if name in captions.own and len(captions.own[name].text.splitlines()) > 1 and len(own_captions) > 1:
             several_lines.append(captions.own[name].source)
@@ -341,7 +341,7 @@ def _read_pictures(
             )
         )
     if several_lines:
-        text = f"{listed(several_lines)}: each line is a caption of its own, and each sample takes one of them."
+        text = f"{listed(several_lines)}: each line is a separate caption, and each sample uses one of them."
         listener.report(Note(text))
     return pictures, problems
 
@@ -357,13 +357,13 @@ def _read_again(file: TreeFile, digest: str) -> bytes:
         content = file.read()
     except UnreadableFileError as error:
         raise PicturesError(
-            f"{shown} was read when the pictures were checked, and now {error}.",
-            "Put it back, and leave the pictures alone until the end; or start again without it.",
+            f"{shown} was readable when the pictures were checked, but now {error}.",
+            "Restore it and don't change the pictures until training ends, or start again without it.",
         ) from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise PicturesError(
             f"{shown} has changed since the pictures were checked.",
-            "Start again with the new picture, and leave the pictures alone until the end.",
+            "Start again, and don't change the pictures until training ends.",
         )
     return content
 
@@ -398,8 +398,8 @@ def _require_text(name: str) -> None:
     shown = shown_name(name)
     if shown != name:
         raise PicturesError(
-            f"The name {shown} holds bytes that are no text, so it can't be a caption.",
-            f"Rename it, or take the prompt for all pictures: {suggest('captions', 'prompt')}.",
+            f"The name {shown} contains bytes that are not valid text, so it can't be used as a caption.",
+            f"Rename it, or use the prompt as the caption of every picture: {suggest('captions', 'prompt')}.",
         )
 
 
@@ -420,8 +420,10 @@ def _report_kohyas_name(
     """Say so if the name of the given folder itself is read as kohya's trainer reads it."""
     match = _REPEATED.fullmatch(tree.title)
     if match and "" in selection.folders:
-        caption = f" and '{match[2]}' is their caption" if options.captions == "files" else ""
-        listener.report(Note(f"By the name of {tree.title}, its pictures count {int(match[1]) or 1} times{caption}."))
+        caption = f", with the caption '{match[2]}'" if options.captions == "files" else ""
+        listener.report(
+            Note(f"The name of {tree.title} means that its pictures are repeated {int(match[1]) or 1} times{caption}.")
+        )
 
 
 def _report_counters(selection: PictureSelection, options: AnnotationOptions, listener: Listener) -> None:
@@ -431,5 +433,5 @@ def _report_counters(selection: PictureSelection, options: AnnotationOptions, li
     counted = [file.name for file in selection.pictures if words_of_name(file.name)[1]]
     if counted:
         words, number = words_of_name(counted[0])
-        text = f"Numbers that count pictures are left out of captions: {counted[0]} is '{words}', without {number}."
+        text = f"Counters in file names are left out of captions: {counted[0]} becomes '{words}', without {number}."
         listener.report(Note(text))

@@ -85,11 +85,11 @@ def _reopened(path: Path, digest: str) -> Image.Image:
     Raises:
         StorageError: It is gone, can't be read, or is another.
     """
-    remedy = "Start again, which generates it anew, and leave the folder alone until the end."
+    remedy = "Start again, which regenerates it, and don't change the folder until training ends."
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise StorageError(f"{path} can't be read any more: {error.strerror or error}.", remedy) from error
+        raise StorageError(f"{path} can no longer be read: {error.strerror or error}.", remedy) from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise StorageError(f"{path} has changed since it was generated.", remedy)
     return decode(content)

@@ -205,11 +205,11 @@ def image_advice(
     dark = [picture for picture in full if picture.brightness < MIN_BRIGHTNESS]
     advice = []
     if empty:
-        text = f"{_names(empty)} {_is_or_are(empty)} nearly empty, of one colour: leave {_it_or_them(empty)} out."
+        text = f"{_names(empty)} {_is_or_are(empty)} almost a single colour: leave {_it_or_them(empty)} out."
         advice.append(_warning(text, empty))
     for group in near_duplicates([picture.hash for picture in full]):
         similar = [full[index] for index in group]
-        text = f"{_names(similar)} look almost the same: keep the best one, or the model learns it by heart."
+        text = f"{_names(similar)} look almost the same: keep only the best one, or the model will overfit to it."
         advice.append(_warning(text, similar))
     if cropped:
         advice.append(_too_much_cropped(cropped, shapes))
@@ -217,12 +217,12 @@ def image_advice(
         advice.append(_warning(_too_small(small, resolution), small))
     if len(blurred) > 1 and 2 * len(blurred) > len(full):
         text = (
-            f"{_names(blurred)} have no sharp edges, and so will what the model generates. If that is not the style "
-            "you want, take sharper pictures."
+            f"{_names(blurred)} have no sharp edges, and neither will the generated pictures. Unless you want that "
+            "style, use sharper pictures."
         )
         advice.append(_warning(text, blurred))
     elif blurred:
-        text = f"{_names(blurred)} {_is_or_are(blurred)} blurred: take {_better(blurred, 'sharper')}."
+        text = f"{_names(blurred)} {_is_or_are(blurred)} blurred: use {_better(blurred, 'sharper')}."
         advice.append(_warning(text, blurred))
     if dark:
         pronoun = _it_or_them(dark)
@@ -249,11 +249,11 @@ def _cut_share(picture: PictureMeasurements, shapes: Sequence[tuple[int, int]]) 
 def _too_much_cropped(pictures: Sequence[PictureMeasurements], shapes: Sequence[tuple[int, int]]) -> Note:
     is_square = len(shapes) == 1
     names = _names(pictures, lambda picture: f"{picture.name} ({100 * _cut_share(picture, shapes):.0f} %)")
-    shape = "the square in the middle is left" if is_square else "a shape of at most 4:1 is left"
+    shape = "a square" if is_square else "an aspect ratio of at most 4:1"
     buckets = f"set {suggest('aspect_buckets', True)}, or " if is_square else ""
     pronoun = _it_or_them(pictures)
     return _warning(
-        f"Much of {names} is cut away, so that {shape}: {buckets}crop {pronoun} around the subject yourself.", pictures
+        f"Cropping to {shape} removes much of {names}: {buckets}crop {pronoun} around the subject yourself.", pictures
     )
 
 
@@ -263,7 +263,7 @@ def _too_small(pictures: Sequence[PictureMeasurements], resolution: int) -> str:
     factor = f"{largest:.1f} times" if len(pictures) == 1 else f"up to {largest:.1f} times"
     return (
         f"{names} {_is_or_are(pictures)} smaller than the training resolution {resolution} and will be scaled up "
-        f"{factor}, which blurs: take {_better(pictures, 'larger')}, or lower the resolution."
+        f"{factor}, which blurs {_it_or_them(pictures)}: use {_better(pictures, 'larger')}, or lower the resolution."
     )
 
 

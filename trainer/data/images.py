@@ -148,7 +148,7 @@ def load_pictures(
             size = decode_first(notes).size
         except ValueError as error:
             problems.append(f"{picture.name}: {error}")
-            listener.report(Note(f"{picture.name} is left out: {error}.", warning=True, picture=picture.name))
+            listener.report(Note(f"{picture.name} is skipped: {error}.", warning=True, picture=picture.name))
         else:
             usable.append(_with_checked_mask(picture, size, listener))
         for note in notes:
@@ -159,8 +159,8 @@ def load_pictures(
         location = shown_name(str(source)) if isinstance(source, Path) else "the connected images"
         detail = f" ({'; '.join(problems[:3])})" if problems else ""
         raise PicturesError(
-            f"There is no usable picture in {location}{detail}.",
-            "Give 3 to 20 pictures of the subject as JPEG, PNG or WebP.",
+            f"There are no usable pictures in {location}{detail}.",
+            "Provide 3 to 20 pictures of the subject as JPEG, PNG or WebP.",
         )
     _warn_of_few_pictures(usable, listener)
     _warn_of_duplicates(usable, listener)
@@ -181,7 +181,7 @@ def split_validation(pictures: Sequence[Picture], count: int, seed: int) -> tupl
     if count >= len(pictures):
         raise PicturesError(
             f"validation_pictures is {count}, but there are only {len(pictures)} pictures.",
-            f"Lower {suggest('validation_pictures')}, so that some are left to learn from.",
+            f"Lower {suggest('validation_pictures')}, so that some are left to train on.",
         )
     held_out = set(torch.randperm(len(pictures), generator=generator(seed, "validation"))[:count].tolist())
     training = [picture for index, picture in enumerate(pictures) if index not in held_out]
@@ -225,11 +225,11 @@ def _with_checked_mask(picture: Picture, size: tuple[int, int], listener: Listen
     width, height = size
     stretch = (mask.width * height) / (mask.height * width)
     if max(stretch, 1 / stretch) > 1 + _ASPECT_TOLERANCE:
-        text = f"The mask of {picture.name} is {mask.width}×{mask.height}, the picture {width}×{height}: "
-        listener.report(Note(f"{text}it is stretched.", warning=True, picture=picture.name))
+        text = f"The mask of {picture.name} is {mask.width}×{mask.height} but the picture is {width}×{height}; "
+        listener.report(Note(f"{text}the mask is stretched.", warning=True, picture=picture.name))
     darkest, brightest = mask.getextrema()
     if brightest == 0:
-        text = f"The mask of {picture.name} is black all over; it is left out."
+        text = f"The mask of {picture.name} is entirely black; it is ignored."
         listener.report(Note(text, warning=True, picture=picture.name))
     is_uniform = darkest == 255 or brightest == 0
     return replace(picture, mask=None, mask_digest="") if is_uniform else picture
@@ -237,7 +237,7 @@ def _with_checked_mask(picture: Picture, size: tuple[int, int], listener: Listen
 
 def _warn_of_few_pictures(pictures: Sequence[Picture], listener: Listener) -> None:
     if len(pictures) < 3:
-        text = f"Only {len(pictures)} picture(s): 3 to 20 from several sides and in several places teach better."
+        text = f"Only {len(pictures)} picture(s): 3 to 20, from different angles and in different places, work better."
         listener.report(Note(text, warning=True))
 
 

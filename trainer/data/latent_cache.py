@@ -245,7 +245,7 @@ def build_cache(
                 stop_if_asked(listener)
                 latents = _encode_picture(model, picture, settings, flip, device)
                 if picture.mask and latents.mask is None:
-                    message = f"The mask of {picture.name} is cut away with the picture's edges."
+                    message = f"The masked part of {picture.name} is cropped away; the mask is ignored."
                     listener.report(Note(message, warning=True, picture=picture.name))
                 encoded.append(latents)
                 done += 1
@@ -291,7 +291,7 @@ def _warn_of_long_captions(model: DiffusionModel, pictures: Sequence[Picture], l
             owners.setdefault(caption, []).append(picture)
     for caption, captioned in owners.items():
         if model.overlong(caption):
-            text = f"This caption is longer than the text encoder reads and is cut: {caption[:80]}…"
+            text = f"This caption is too long for the text encoder and is truncated: {caption[:80]}…"
             listener.report(Note(text, warning=True, picture=captioned[0].name if len(captioned) == 1 else ""))
 
 
@@ -372,9 +372,7 @@ def _encode_pixels(
     for version in [pixels, pixels.flip(-1)] if flip else [pixels]:
         mean, std = model.family.latents.encode(model.vae, version[None].to(device))
         if not torch.isfinite(mean).all():
-            raise WeightsError(
-                f"The VAE turns {name} into numbers that are not finite.", "Choose another VAE or checkpoint."
-            )
+            raise WeightsError(f"The VAE encodes {name} to NaN or infinite values.", "Use another VAE or checkpoint.")
         means.append(mean[0])
         stds.append(std[0])
     return torch.stack(means).cpu(), torch.stack(stds).cpu()

@@ -99,13 +99,13 @@ def opened_tree(typed: Path) -> Iterator[FileTree]:
     if not os.path.isfile(path):
         raise PicturesError(
             f"The picture folder {shown} does not exist.",
-            "Check the path for a typing error." + _about_variables(path),
+            "Check the path for typos." + _about_variables(path),
         )
     with _explained(path):
         if not zipfile.is_zipfile(path) and path.suffix.lower() != ".zip":
             raise PicturesError(
                 f"{shown} is neither a folder nor a zip file.",
-                "Give the folder or zip file that holds the pictures.",
+                "Use the folder or zip file that contains the pictures.",
             )
         archive = zipfile.ZipFile(path)
     with archive:
@@ -126,7 +126,11 @@ def _escaped(code: int) -> str:
 
 def _about_variables(path: Path) -> str:
     """A sentence about environment variables, which the shell fills in and nobody else."""
-    return " Variables are not filled in: write the path out." if re.search(r"\$\w|\$\{|%\w+%", str(path)) else ""
+    return (
+        " Environment variables are not expanded: write out the full path."
+        if re.search(r"\$\w|\$\{|%\w+%", str(path))
+        else ""
+    )
 
 
 @contextlib.contextmanager
@@ -139,7 +143,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise PicturesError(f"The zip file {shown} is damaged: {error}.", "Create the zip file again.") from error
     except OSError as error:
         reason = error.strerror or error
-        raise PicturesError(f"{shown} can't be read: {reason}.", "Check the path, and that you may read it.") from error
+        raise PicturesError(f"{shown} can't be read: {reason}.", "Check the path and its permissions.") from error
 
 
 def _is_system_file(name: str) -> bool:
@@ -167,13 +171,13 @@ def _folder_tree(folder: Path, title: str, location: str) -> FileTree:
         except OSError as error:
             if not prefix:
                 raise
-            left_out.append(f"The folder {shown_name(prefix)[:-1]} can't be read ({error.strerror}); it is left out.")
+            left_out.append(f"The folder {shown_name(prefix)[:-1]} can't be read ({error.strerror}); it is skipped.")
             continue
         below += len(entries) if prefix else 0
         if below > _MAX_FILES_BELOW:
             raise PicturesError(
-                f"The folders of {shown_name(title)} hold more than {_MAX_FILES_BELOW} files.",
-                "Give the folder that holds the pictures themselves.",
+                f"The subfolders of {shown_name(title)} contain more than {_MAX_FILES_BELOW} files.",
+                "Use the folder that contains the pictures themselves.",
             )
         for entry in entries:
             name = prefix + entry.name
@@ -202,11 +206,11 @@ def _read_file(path: Path) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise UnreadableFileError("it is no file")
+            raise UnreadableFileError("it is not a regular file")
         _require_size(status.st_size)
         return path.read_bytes()
     except FileNotFoundError as error:
-        raise UnreadableFileError("it is not there") from error
+        raise UnreadableFileError("it does not exist") from error
     except OSError as error:
         raise UnreadableFileError(f"it can't be read ({error.strerror or error})") from error
 
@@ -218,7 +222,7 @@ def _require_size(size: int) -> None:
         UnreadableFileError: It can't.
     """
     if size > MAX_FILE_BYTES:
-        raise UnreadableFileError(f"it has {size / 1e6:.0f} MB; at most {MAX_FILE_BYTES / 1e6:.0f} MB are read")
+        raise UnreadableFileError(f"it is {size / 1e6:.0f} MB; the limit is {MAX_FILE_BYTES / 1e6:.0f} MB")
 
 
 def _zip_tree(archive: zipfile.ZipFile, title: str, location: str) -> FileTree:
@@ -233,7 +237,7 @@ def _zip_tree(archive: zipfile.ZipFile, title: str, location: str) -> FileTree:
         name = "/".join(parts)
         shown = shown_name(name)
         if shown in files:
-            left_out.append(f"The zip file holds {shown} twice; the later one is read.")
+            left_out.append(f"The zip file contains {shown} twice; the later one is used.")
         files[shown] = TreeFile(shown, name, None, read=partial(_read_entry, archive, entry))
     return FileTree(
         shown_name(title), title, location, dict(sorted(files.items())), is_archive=True, left_out=tuple(left_out)
@@ -259,13 +263,13 @@ def _read_entry(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> bytes:
         UnreadableFileError: It is encrypted, damaged, too large, or a link.
     """
     if entry.flag_bits & 0x1:
-        raise UnreadableFileError("it is encrypted; make the zip file without a password")
+        raise UnreadableFileError("it is encrypted; create the zip file without a password")
     if stat.S_ISLNK(entry.external_attr >> 16):
-        raise UnreadableFileError("it is a link")
+        raise UnreadableFileError("it is a symbolic link")
     _require_size(entry.file_size)
     try:
         return archive.read(entry)
     except NotImplementedError as error:
-        raise UnreadableFileError("it is compressed in a way that is not known; make the zip file anew") from error
+        raise UnreadableFileError("its compression method is not supported; create the zip file again") from error
     except Exception as error:  # each way of compressing has errors of its own
-        raise UnreadableFileError("it is damaged in the zip file; make that anew") from error
+        raise UnreadableFileError("it is damaged in the zip file; create the zip file again") from error

@@ -123,9 +123,9 @@ def checkpoint_candidates(adapters: Mapping[int, Path], run_name: str, strength:
     """
     if not adapters:
         raise AdapterError(
-            f"The run {run_name} holds no adapter of any checkpoint.",
-            "Give the folder of a run that trained a LoRA, below runs/; it writes one as often as "
-            f"{suggest('checkpoint_every')} says.",
+            f"The run {run_name} contains no checkpoint with an adapter.",
+            "Use the folder of a LoRA training run, in runs/. "
+            f"{suggest('checkpoint_every')} sets how often a run saves one.",
         )
     return [adapter_candidate(path, strength, f"{run_name}, step {step}", step) for step, path in adapters.items()]
 

@@ -63,8 +63,8 @@ def as_markdown(comparison: Comparison) -> str:
     lines += ["", *(f"{name}: {model}." for name, model in comparison.models.items())]
     if best:
         lines.append(
-            f"Best: {best.candidate.title}. Of those that show the subject and follow the prompt as well as any, it "
-            "lets the class drift least."
+            f"Best: {best.candidate.title}. Of the candidates that match the best in subject fidelity and prompt "
+            "following, it has the least class drift."
         )
     return "\n".join(lines) + "\n"
 

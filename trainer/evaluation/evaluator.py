@@ -87,9 +87,9 @@ class Evaluator:
             PicturesError: There is no picture of the subject.
         """
         if not prompts:
-            raise SettingsError("There is no prompt to generate from.", "Give one or more, separated by '|'.")
+            raise SettingsError("There are no prompts to generate from.", "Provide one or more, separated by '|'.")
         if not references:
-            raise PicturesError("There are no pictures of the subject to compare with.", "Give its folder.")
+            raise PicturesError("There are no pictures of the subject to compare with.", "Provide their folder.")
         self.extractors = extractors
         self.references = list(references)
         self.listener = listener
@@ -98,8 +98,9 @@ class Evaluator:
         for prompt, class_prompt in zip(self.prompts, self.class_prompts, strict=True):
             if prompt == class_prompt:
                 raise SettingsError(
-                    f"The prompt '{prompt}' does not hold the rare word '{token}', so it shows no subject.",
-                    f"Write the rare word into every prompt, or set {suggest('token')} to the one that the adapter was "
+                    f"The prompt '{prompt}' does not contain the rare word '{token}', so it would not show the "
+                    "subject.",
+                    f"Put the rare word into every prompt, or set {suggest('token')} to the one that the adapter was "
                     "trained with.",
                 )
 

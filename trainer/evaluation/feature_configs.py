@@ -25,8 +25,8 @@ _VISION_HEAD_CHANNELS = {1280: 80, 1408: 88, 1664: 104}  # of OpenCLIP's ViT-H, 
 _OPENAI_VISION_WIDTHS = (768, 1024)  # of ViT-B and ViT-L
 _OPENAI_TEXT_WIDTHS = (512, 768)
 SUPPORTED_MODELS = (
-    "Give a CLIP, a CLIP vision tower with its projection, a DINO ViT or a DINOv2 in the names of transformers (CLIP "
-    "also in OpenCLIP's). Others, such as SigLIP, DINOv3 and DINOv2 with registers, are not read."
+    "Use a CLIP, a CLIP vision tower with its projection, a DINO ViT or a DINOv2 with transformers' tensor names (for "
+    "CLIP, also OpenCLIP's). Others, such as SigLIP, DINOv3 and DINOv2 with registers, are not supported."
 )
 
 
@@ -69,10 +69,10 @@ class FeatureWeights:
         """
         tensor = self.tensors.get(name)
         if tensor is None:
-            raise WeightsError(f"{self.name} lacks the tensor {name}.", f"Take a complete file. {SUPPORTED_MODELS}")
+            raise WeightsError(f"{self.name} lacks the tensor {name}.", f"Use a complete file. {SUPPORTED_MODELS}")
         if tensor.ndim != dimensions:
             raise WeightsError(
-                f"{self.name} has a tensor of another shape: {name} {tuple(tensor.shape)}.", SUPPORTED_MODELS
+                f"{self.name} has a tensor of the wrong shape: {name} {tuple(tensor.shape)}.", SUPPORTED_MODELS
             )
         return tuple(tensor.shape)
 
@@ -115,7 +115,8 @@ def inferred_config(weights: FeatureWeights) -> tuple[str, dict[str, Any]]:
         return "clip_vision_model", _vision_config(weights)
     if weights.has_text_tower:
         raise WeightsError(
-            f"{weights.name} holds a text tower alone.", 'Join it with its vision tower: "vision file + text file".'
+            f"{weights.name} contains only a text tower.",
+            'Combine it with its vision tower: "vision file + text file".',
         )
     if "embeddings.cls_token" in weights.tensors:
         has_layer_scale = any(name.endswith(".layer_scale1.lambda1") for name in weights.tensors)
@@ -142,10 +143,10 @@ def clip_config(vision: FeatureWeights, text: FeatureWeights) -> dict[str, Any]:
     text_width = text_config["projection_dim"]
     if vision_width != text_width:
         raise WeightsError(
-            f"The towers don't belong together: {vision.name} gives features of width {vision_width}, {text.name} of "
+            f"The towers do not belong together: {vision.name} has feature width {vision_width}, {text.name} has "
             f"{text_width}.",
-            "Join towers of one CLIP: clip_l with a ViT-L (768), clip_h with a ViT-H (1024), clip_g with a ViT-bigG "
-            "(1280).",
+            "Combine towers of the same CLIP: clip_l with a ViT-L (768), clip_h with a ViT-H (1024), clip_g with a "
+            "ViT-bigG (1280).",
         )
     return {"vision_config": vision_config, "text_config": text_config, "projection_dim": vision_width}
 
@@ -198,7 +199,7 @@ def _text_projection(weights: FeatureWeights) -> int:
     fault = "has no" if projection is None else "has the identity as its"
     raise WeightsError(
         f"The text tower {weights.name} {fault} text_projection.weight, so prompts can't be compared with pictures.",
-        "Give a file that has a trained one, such as the whole CLIP: model.safetensors of "
+        "Use a file that has a trained one, such as the whole CLIP: model.safetensors of "
         "openai/clip-vit-large-patch14.",
     )
 
@@ -225,8 +226,8 @@ def _dinov2_config(weights: FeatureWeights) -> dict[str, Any]:
 def _vit_config(weights: FeatureWeights) -> dict[str, Any]:
     if "pooler.dense.weight" in weights.tensors and weights.config is None:
         raise WeightsError(
-            f"{weights.name} is a ViT with a pooler, which DINO does not have; its preprocessing is not known.",
-            "Give its folder, with config.json and preprocessor_config.json.",
+            f"{weights.name} is a ViT with a pooler, so it is not a DINO and its preprocessing is unknown.",
+            "Use its folder, with config.json and preprocessor_config.json.",
         )
     return _common_vit_config(weights, layer_norm_eps=1e-12) | {
         "intermediate_size": weights.shape("encoder.layer.0.intermediate.dense.weight", 2)[0]
@@ -256,8 +257,8 @@ def _heads(weights: FeatureWeights, width: int, channels: int = _HEAD_CHANNELS) 
     """How many heads of attention there are; a model narrower than a head has one."""
     if width > channels and width % channels and weights.config is None:
         raise WeightsError(
-            f"{weights.name} is {width} channels wide, which is not a multiple of {channels}, the width of a head.",
-            "Give its folder, with config.json.",
+            f"{weights.name} is {width} channels wide, which is not a multiple of the head width {channels}.",
+            "Use its folder, with config.json.",
         )
     return max(1, width // channels)
 
@@ -267,7 +268,7 @@ def _image_size(weights: FeatureWeights, patch_size: int, positions: int) -> int
     side = math.isqrt(max(positions - 1, 0))
     if side * side != positions - 1 or side == 0:
         raise WeightsError(
-            f"{weights.name} has {positions} positions, which are not a square of patches and one more.",
+            f"{weights.name} has {positions} positions, which is not a square number of patches plus one.",
             SUPPORTED_MODELS,
         )
     return patch_size * side

@@ -91,8 +91,8 @@ class FeatureModel:
         """
         if self.tokenizer is None:
             raise WeightsError(
-                f"{self.name} reads no text, so it can't compare pictures with prompts.",
-                "Give a whole CLIP model, such as openai/clip-vit-base-patch32.",
+                f"{self.name} has no text encoder, so it can't compare pictures with prompts.",
+                "Use a whole CLIP model, such as openai/clip-vit-base-patch32.",
             )
         tokens = self.tokenizer(
             list(prompts),
@@ -176,7 +176,8 @@ class FeatureExtractors:
         """
         if not (clip.strip() or dino.strip()):
             raise SettingsError(
-                "There is no model to score by.", "Name a CLIP or a DINO model, such as openai/clip-vit-base-patch32."
+                "There is no model to score with.",
+                "Choose a CLIP or a DINO model, such as openai/clip-vit-base-patch32.",
             )
 
         def opened(source: str) -> FeatureModel | None:
@@ -238,7 +239,7 @@ class FeatureExtractors:
                     features = model.pixel_features(pixels[name])
                     if not torch.isfinite(features).all():
                         raise PicturesError(
-                            f"{model.name} gives numbers that are not finite.", "Choose another model file."
+                            f"{model.name} computes NaN or infinite features.", "Use another model file."
                         )
                     for picture, row in zip(pictures[start : start + BATCH], features, strict=True):
                         self._image_features[name][picture.digest] = row

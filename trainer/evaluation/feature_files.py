@@ -85,7 +85,7 @@ def open_feature_files(source: str | Path, tokenizer: Path | None = None) -> Ope
     paths = [name] if os.path.isfile(name) else [path.strip() for path in name.split(TOWER_SEPARATOR)]
     loaded = [_read_weights(path) for path in paths]
     if len(loaded) > 2:
-        raise WeightsError(f"{source} names {len(loaded)} files.", 'Give one file, or "vision file + text file".')
+        raise WeightsError(f"{source} names {len(loaded)} files.", 'Use one file, or "vision file + text file".')
     if len(loaded) == 2:
         vision, text = _vision_and_text(*loaded)
         return _open_clip(vision, text, tokenizer)
@@ -140,7 +140,7 @@ def _read_weights(source: str) -> FeatureWeights:
     if not os.path.exists(source):
         raise WeightsError(
             f"The feature model file {source} does not exist.",
-            "Check its name. Files are given by their path; in ComfyUI also by their name in models/clip_vision or "
+            "Check its name. Use the file's path or, in ComfyUI, its name in models/clip_vision or "
             "models/text_encoders.",
         )
     if not path.is_file():
@@ -181,9 +181,9 @@ def _vision_and_text(first: FeatureWeights, second: FeatureWeights) -> tuple[Fea
         if vision.has_vision_tower and text.has_text_tower:
             return vision, text
     raise WeightsError(
-        f"{first.name} and {second.name} are no CLIP together: the first holds {_held_towers(first)}, the second "
+        f"{first.name} and {second.name} do not form a CLIP: the first contains {_held_towers(first)}, the second "
         f"{_held_towers(second)}.",
-        'Give "vision file + text file".',
+        'Use "vision file + text file".',
     )
 
 
@@ -193,7 +193,7 @@ def _held_towers(weights: FeatureWeights) -> str:
         towers.append("a vision tower")
     if weights.has_text_tower:
         towers.append("a text tower")
-    return " and ".join(towers) or "no tower of a CLIP"
+    return " and ".join(towers) or "no CLIP tower"
 
 
 def _open_clip(vision: FeatureWeights, text: FeatureWeights, tokenizer_folder: Path | None) -> OpenedFeatureModel:
@@ -232,18 +232,18 @@ def _build(kind: str, config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
             **options,
         )
     except (ValueError, RuntimeError, KeyError) as error:
-        raise WeightsError(f"{name} can't be built as a {kind}: {error}.", SUPPORTED_MODELS) from error
+        raise WeightsError(f"{name} can't be loaded as a {kind}: {error}.", SUPPORTED_MODELS) from error
     faults = {
         "lacks": loading_info["missing_keys"],
-        "has a tensor of another shape:": [fault[0] for fault in loading_info["mismatched_keys"]],
-        "has a tensor that is not known:": set(loading_info["unexpected_keys"]) - {"logit_scale"},
+        "has a tensor of the wrong shape:": [fault[0] for fault in loading_info["mismatched_keys"]],
+        "has an unknown tensor:": set(loading_info["unexpected_keys"]) - {"logit_scale"},
     }
     for fault, names in faults.items():
         if names:
             first, *others = sorted(names)
             shown = f"{first} (and {len(others)} more)" if others else first
             raise WeightsError(
-                f"{name}, opened as a {kind}, {fault} {shown}.", f"Take a complete file. {SUPPORTED_MODELS}"
+                f"{name}, loaded as a {kind}, {fault} {shown}.", f"Use a complete file. {SUPPORTED_MODELS}"
             )
     return network
 
@@ -272,14 +272,15 @@ def _open_tokenizer(weights: FeatureWeights, given: Path | None, text_config: Ma
             raise
         raise WeightsError(
             f"No CLIP tokenizer was found for the text tower {weights.name}.",
-            "Put one beside the file: vocab.json and merges.txt, or tokenizer.json, as in ComfyUI/comfy/sd1_tokenizer.",
+            "Put one next to the file: vocab.json and merges.txt, or tokenizer.json, as in "
+            "ComfyUI/comfy/sd1_tokenizer.",
         ) from error
     end_token = text_config["vocab_size"] - 1
     if tokenizer.eos_token_id != end_token:
         raise WeightsError(
             f"The tokenizer does not belong to the text tower {weights.name}: its end token is "
             f"{tokenizer.eos_token_id} instead of {end_token}.",
-            f"Give that CLIP's tokenizer{f'; there is another in {weights.folder}' if is_beside else ''}.",
+            f"Use that CLIP's tokenizer{f'; there is another in {weights.folder}' if is_beside else ''}.",
         )
     tokenizer.model_max_length = text_config["max_position_embeddings"]
     return tokenizer

@@ -40,7 +40,7 @@ def clip_t(pictures: Tensor, prompts: Tensor) -> Tensor:
     if len(prompts) not in (1, len(pictures)):
         raise PicturesError(
             f"There are {len(prompts)} prompts for {len(pictures)} pictures.",
-            "Give one prompt, or one for each picture.",
+            "Provide one prompt, or one for each picture.",
         )
     return (pictures * prompts).sum(dim=1)
 
@@ -65,7 +65,8 @@ def subject_score(pictures: Tensor, references: Tensor, same: Tensor | None = No
     counted = torch.ones_like(cosines) if same is None else (~same).to(cosines)
     if not counted.any(dim=1).all():
         raise PicturesError(
-            "A picture has no reference but itself.", "Give further pictures of the subject, or leave that picture out."
+            "A picture has no reference other than itself.",
+            "Add more pictures of the subject, or leave that picture out.",
         )
     return (cosines * counted).sum(dim=1) / counted.sum(dim=1)
 
@@ -87,7 +88,7 @@ def diversity(pictures: Tensor) -> float:
     """
     count = len(pictures)
     if count < 2:
-        raise PicturesError("Diversity needs at least two pictures.", "Make more pictures.")
+        raise PicturesError("Diversity needs at least two pictures.", "Generate more pictures.")
     cosines = pictures @ pictures.T
     return 1 - float((cosines.sum() - cosines.diagonal().sum()) / (count * (count - 1)))
 

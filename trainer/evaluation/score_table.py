@@ -154,11 +154,11 @@ def score_pictures(
         CancelledError: The listener asked to stop.
     """
     if not pictures:
-        raise PicturesError("There are no pictures to score.", "Give picture files or a folder of them.")
+        raise PicturesError("There are no pictures to score.", "Provide picture files or a folder of them.")
     if len(prompts) > 1 and len(prompts) != len(pictures):
         raise PicturesError(
             f"There are {len(prompts)} prompts for {len(pictures)} pictures.",
-            "Give one prompt, or one for each picture.",
+            "Provide one prompt, or one for each picture.",
         )
     columns: dict[str, Tensor] = {}
     means_of_all: dict[str, float] = {}
@@ -188,13 +188,11 @@ def score_pictures(
         raise PicturesError(
             "There is nothing to measure: CLIP-T needs prompts and a CLIP model, CLIP-I and DINO need pictures of the "
             "subject and a model.",
-            "Give prompts with a CLIP model, or the subject's pictures with a CLIP or DINO model.",
+            "Provide prompts and a CLIP model, or the subject's pictures and a CLIP or DINO model.",
         )
     notes = []
     if same.any():
-        notes.append(
-            f"{int(same.sum())} of the pictures are references themselves; they are not compared with themselves."
-        )
+        notes.append(f"{int(same.sum())} of the pictures are also references; they are not compared with themselves.")
     prompt_of_each = list(prompts) if len(prompts) > 1 else [prompts[0] if prompts else ""] * len(pictures)
     rows = [
         {_PICTURE: picture.name, _PROMPT: prompt} | {name: float(values[index]) for name, values in columns.items()}
@@ -226,15 +224,17 @@ def score_grid(
         CancelledError: The listener asked to stop.
     """
     if not prompts:
-        raise PicturesError("There is no prompt to score by.", "Write what the pictures should show, a line each.")
+        raise PicturesError(
+            "There are no prompts to score against.", "Write what the pictures should show, one prompt per line."
+        )
     if not settings:
-        raise PicturesError("There are no pictures to score.", "Connect the pictures of one setting or more.")
+        raise PicturesError("There are no pictures to score.", "Connect pictures for at least one setting.")
     tables = {}
     for title, pictures in settings.items():
         if not pictures or len(pictures) % len(prompts):
             raise PicturesError(
                 f"'{title}' has {len(pictures)} pictures for {len(prompts)} prompts.",
-                "Give the same number of pictures of every prompt, in the prompts' order.",
+                "Provide the same number of pictures for every prompt, in the order of the prompts.",
             )
         per_prompt = len(pictures) // len(prompts)
         prompt_of_each = [prompt for prompt in prompts for _ in range(per_prompt)]

@@ -64,9 +64,7 @@ class Delta:
         """
         if all(is_finite(part) for part in (self.up, self.down) if part is not None):
             return self
-        raise NotFiniteError(
-            f"What is added to {name} has numbers that are not finite.", "Choose lower strengths or other files."
-        )
+        raise NotFiniteError(f"The change to {name} has NaN or infinite values.", "Use lower strengths or other files.")
 
     def inner(self, other: Delta) -> float:
         """Frobenius inner product, without multiplying factors out."""

@@ -100,7 +100,7 @@ def extract_between(
         module_reports.append(compare_with_inputs(name, {0: whole}, truncated))
     listener.report(Phase("extracting", len(base), len(base)))
     if not layers:
-        raise AdapterError("The two models don't differ in any layer.", "Give the tuned model and its base.")
+        raise AdapterError("The two models do not differ in any layer.", "Use a fine-tuned model and its base model.")
     return MergeResult(Adapter(layers, {}, vectors), MergeReport(["difference"], "extract", module_reports))
 
 
@@ -114,8 +114,9 @@ def _vector_key(name: str) -> str:
 def _different_layers(name: str, base: Tensor | None, tuned: Tensor | None) -> AdapterError:
     base_shape, tuned_shape = ("missing" if weight is None else tuple(weight.shape) for weight in (base, tuned))
     return AdapterError(
-        f"The models have different layers: {name} is {base_shape} in the base and {tuned_shape} in the tuned model.",
-        "Give a model and the base that it was tuned from.",
+        f"The models have different layers: {name} is {base_shape} in the base and {tuned_shape} in the fine-tuned "
+        "model.",
+        "Use a fine-tuned model and the base model that it was fine-tuned from.",
     )
 
 

@@ -49,10 +49,12 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
     """
     embeddings = [name for adapter, _ in adapters for name in embedding_names(adapter.embeddings)]
     if embeddings:
-        logger.warning("A model holds no embeddings; these are left out: %s", ", ".join(sorted({*embeddings})))
+        logger.warning(
+            "Embeddings can't be fused into a model; these are left out: %s", ", ".join(sorted({*embeddings}))
+        )
         adapters = [(replace(adapter, embeddings={}), strength) for adapter, strength in adapters]
     if not any(strength for _, strength in adapters):
-        raise AdapterError("Every adapter has the strength 0: nothing would be added.", "Give a strength such as 1.")
+        raise AdapterError("Every adapter has a strength of 0, so nothing would be added.", "Use a strength such as 1.")
     if os.path.isdir(source):
         if output.resolve().is_relative_to(source.resolve()):
             raise AdapterError(f"{output} is inside the model's own folder.", "Choose an output folder elsewhere.")
@@ -70,7 +72,7 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
     base = open_tensors(tensors, source)
     if base.denoiser.scales:
         raise AdapterError(
-            f"{source.name} is quantised with scales, into which nothing can be added.",
+            f"{source.name} is quantised with scales, so adapters can't be fused into it.",
             "Fuse into a bf16 or fp16 version of the model.",
         )
     fused = dict(tensors)
@@ -110,8 +112,8 @@ def _changed_by_component(before: BaseWeights, after: BaseWeights) -> dict[str, 
             changed[name] = tensors
     if not changed:
         raise AdapterError(
-            "The adapters change no number of the model: what they add is zero, or lost in its rounding.",
-            "Give a higher strength, or an adapter that was trained.",
+            "The adapters do not change the model: what they add is zero, or is lost to rounding.",
+            "Use a higher strength, or a trained adapter.",
         )
     return changed
 
@@ -137,7 +139,7 @@ class _FileViews:
             if 0 <= start <= tensor.numel() - weight.numel():
                 return key
         raise AdapterError(
-            f"A weight of the shape {tuple(weight.shape)} is not in the file as it is in the model.",
+            f"A weight of shape {tuple(weight.shape)} is stored differently in the file and in the model.",
             "Use another version of the model, such as the original checkpoint.",
         )
 

@@ -226,7 +226,7 @@ def with_common_names(adapters: Sequence[WeightedAdapter]) -> tuple[list[Weighte
     """
     if not adapters:
         raise SettingsError(
-            "There are no adapters to merge.", "Give at least one adapter file, such as dog.safetensors."
+            "There are no adapters to merge.", "Specify at least one adapter file, such as dog.safetensors."
         )
     families = [(weighted.title, family_of(weighted.adapter)) for weighted in adapters]
     shown = [(weighted.title, shown_family(weighted.adapter)) for weighted in adapters]
@@ -240,21 +240,21 @@ def with_common_names(adapters: Sequence[WeightedAdapter]) -> tuple[list[Weighte
         if not common or not all(_fit_each_other(name, named) for name in common):
             raise _different_families(families)
         listed = _listed(families)
-        warnings.append(f"The adapters' metadata name different families ({listed}), but their modules fit each other.")
+        warnings.append(f"The adapters' metadata names different families ({listed}), but their modules match.")
     if len(named) > 1 and not common:
         if any(family is None for _, family in families):
             examples = " and ".join(next(iter(weighted.adapter.layers), "nothing") for weighted in named[:2])
             raise AdapterError(
-                f"The adapters have no module in common: they change {examples}, for example.",
-                "Merge adapters that were made for the same family of models.",
+                f"The adapters have no modules in common: they change {examples}, for example.",
+                "Merge adapters made for the same model family.",
             )
-        warnings.append("The adapters have no module in common, so the result is all of them side by side.")
+        warnings.append("The adapters have no modules in common, so the result simply contains all of them.")
     return named, warnings
 
 
 def _different_families(families: Sequence[tuple[str, str | None]]) -> AdapterError:
     return AdapterError(
-        f"The adapters are of different families: {_listed(families)}.", "Merge adapters of the same family."
+        f"The adapters are for different model families: {_listed(families)}.", "Merge adapters for the same family."
     )
 
 
@@ -276,7 +276,7 @@ def _warnings_of_no_effect(adapters: Sequence[WeightedAdapter]) -> list[str]:
     for weighted in adapters:
         modules = [*weighted.adapter.layers, *(key.rpartition(".")[0] for key in weighted.adapter.vectors)]
         if not any(weighted.module_strength(name) for name in modules):
-            warnings.append(f"{weighted.title} has the strength 0 and adds nothing.")
+            warnings.append(f"{weighted.title} has a strength of 0, so it has no effect.")
     return warnings
 
 
@@ -286,7 +286,7 @@ def _warnings_of_different_bases(adapters: Sequence[WeightedAdapter]) -> list[st
     if len(bases) < 2:
         return []
     listed = ", ".join(sorted(bases))
-    return [f"The adapters were trained on different base models ({listed}): the result may be weaker."]
+    return [f"The adapters were trained on different base models ({listed}), so the result may be weaker."]
 
 
 def _require_patterns_match(adapters: Sequence[WeightedAdapter], names: Iterable[str]) -> None:
@@ -297,8 +297,8 @@ def _require_patterns_match(adapters: Sequence[WeightedAdapter], names: Iterable
             if not any(block.pattern.search(path) for path in paths):
                 examples = " or ".join(sorted({paths[0], paths[-1]}))
                 raise SettingsError(
-                    f"The block weight '{block.pattern.pattern}' of {weighted.title} matches no module.",
-                    f"Write a part of a module's path, such as that of {examples}.",
+                    f"The block weight '{block.pattern.pattern}' of {weighted.title} matches no modules.",
+                    f"Use part of a module's path; paths look like {examples}.",
                 )
 
 
@@ -315,9 +315,9 @@ def _require_weights(
             if is_alone and weighted.module_strength(name) in (0, 1):
                 continue  # it stays as it is, or is left out
             raise AdapterError(
-                f"{weighted.title} is of the kind {layer.kind}: what it adds depends on the base model's weights, and "
-                f"there is none for {name}.",
-                f"Give the base model that the adapter was made for ({suggest('base')}).",
+                f"{weighted.title} is of type {layer.kind}, which depends on the base model's weights, but none "
+                f"was given for {name}.",
+                f"Provide the base model that the adapter was made for ({suggest('base')}).",
             )
 
 
@@ -335,10 +335,10 @@ def require_layers_fit(adapters: Sequence[WeightedAdapter], weights: Mapping[str
         for name, layer in weighted.adapter.layers.items():
             if name in weights and fits(layer, weights[name].shape):
                 continue
-            difference = f"in the shape {tuple(weights[name].shape)}" if name in weights else "not"
+            difference = f"has with shape {tuple(weights[name].shape)}" if name in weights else "does not have"
             raise AdapterError(
-                f"{weighted.title} changes {name} of the shape {layer.shape}, which the base model has {difference}.",
-                "Use the base model's family that the adapter was made for.",
+                f"{weighted.title} changes {name} of shape {layer.shape}, which the base model {difference}.",
+                "Use a base model of the family that the adapter was made for.",
             )
 
 
@@ -350,8 +350,8 @@ def _merged_vectors(adapters: Sequence[WeightedAdapter]) -> dict[str, Tensor]:
             scaled = vector.float() * weighted.module_strength(key.rpartition(".")[0])
             if key in sums and sums[key].shape != scaled.shape:
                 raise AdapterError(
-                    f"{key} has {len(scaled)} numbers in {weighted.title} and {len(sums[key])} in another adapter.",
-                    "Merge adapters that were made for models of the same shape.",
+                    f"{key} has {len(scaled)} values in {weighted.title} and {len(sums[key])} in another adapter.",
+                    "Merge adapters made for models of the same size.",
                 )
             sums[key] = sums[key] + scaled if key in sums else scaled
     return sums
@@ -369,7 +369,8 @@ def merged_embeddings(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
             other = embeddings.setdefault(key, tensor)
             if other.shape != tensor.shape or not torch.equal(other, tensor):
                 raise AdapterError(
-                    f"Two of the adapters bundle different embeddings of one name: {key}.", "Use only one of the two."
+                    f"Two of the adapters contain different embeddings with the same name: {key}.",
+                    "Use only one of the two.",
                 )
     return embeddings
 

@@ -102,10 +102,10 @@ def overlap_warnings(modules: Sequence[ModuleReport], titles: Sequence[str]) -> 
     for first, second in pairs:
         cosine = _overall_cosine(modules, first, second)
         if abs(cosine) > _STRONG_OVERLAP:
-            effect = "do the same twice" if cosine > 0 else "undo each other"
+            effect = "reinforce each other" if cosine > 0 else "cancel each other out"
             warnings.append(
                 f"{titles[first]} and {titles[second]} overlap strongly (cosine {cosine:.2f}) and partly {effect}: "
-                "lower their strengths, or choose the method orthogonal or a learned merge."
+                "lower their strengths, or use the method orthogonal or a learned merge."
             )
     return warnings
 

@@ -282,7 +282,7 @@ class _ZipLoraTrainer:
             setattr(model.denoiser.get_submodule(parent), child, layers[name])
         if not any(len(layer.coefficients) > 1 for layer in layers.values()):
             raise AdapterError(
-                "The adapters have no layer of the UNet in common, so there is nothing to learn.",
+                "The adapters have no UNet layers in common, so there is nothing to learn.",
                 f"Merge them with {suggest('method', 'sum')} instead.",
             )
         return layers
@@ -348,7 +348,7 @@ class _ZipLoraTrainer:
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise DivergedError(
-                    f"The loss became {value} in step {step + 1}.",
+                    f"The loss became {value} at step {step + 1}.",
                     f"Lower {suggest('learning_rate')}, or choose {suggest('precision', 'fp32')}.",
                 )
             self.listener.report(throughput.event(step + 1, value, settings.learning_rate))

@@ -256,7 +256,9 @@ def _page_locked(size: int) -> Tensor:
     try:
         return memory.pin_memory()
     except RuntimeError as error:  # the system allows no more of it
-        logger.warning("Blocks are swapped from ordinary memory, which is slower: %s", error)
+        logger.warning(
+            "Can't allocate pinned memory, so blocks are swapped from pageable memory, which is slower: %s", error
+        )
         return memory
 
 

@@ -72,7 +72,7 @@ class CompiledBlocks:
             raise error
         first_paragraph = " ".join(str(error).partition("\n\n")[0].split())
         self.trouble = f"{type(error).__name__}: {first_paragraph}"
-        logger.warning("Compiling failed, so training continues without. %s", self.trouble)
+        logger.warning("Compilation failed; training continues without it. %s", self.trouble)
 
     @property
     def graphs(self) -> int:

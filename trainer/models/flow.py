@@ -134,8 +134,8 @@ class FlowObjective:
             usual = getattr(defaults, name)
             if getattr(settings, name) != usual:
                 raise SettingsError(
-                    f"{suggest(name)} is for models with a discrete noise schedule; this one was trained by flow "
-                    "matching.",
+                    f"{suggest(name)} is for models with a discrete noise schedule, but this one was trained with "
+                    "flow matching.",
                     f"Set {suggest(name, usual)}.",
                 )
         return replace(self, elementwise_loss=ELEMENTWISE_LOSSES[settings.loss], huber_c=settings.huber_c)
@@ -200,7 +200,7 @@ class FlowObjective:
         """
         if name not in (*_EULER_NAMES, "dpm++"):
             raise SettingsError(
-                f"The sampler {name} can't be used with a model that was trained by flow matching.",
+                f"The sampler {name} can't be used with a flow-matching model.",
                 f"Use {suggest('scheduler', 'euler')}.",
             )
         mu = self.sampling_mu(self._tokens(latents_shape), steps)

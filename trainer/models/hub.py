@@ -34,8 +34,8 @@ def explained_opening(description: str, source: str, files: str, folder: str) ->
     except Exception as error:  # transformers raises anything for files of another shape
         raise WeightsError(
             f"The {description} {source} can't be opened: {error}".split("\n")[0].rstrip(".") + ".",
-            f"Put {files} into a folder, such as {folder}/{Path(source).name}, and give that; or give a hub name, "
-            f"with {suggest('download', True)} where there is that setting.",
+            f"Put {files} into a folder such as {folder}/{Path(source).name} and use that, or use a hub name with "
+            f"{suggest('download', True)}, where that setting exists.",
         ) from error
 
 
@@ -51,11 +51,11 @@ def model_type(source: str, known: Collection[str], *, download: bool) -> str:
     if os.path.isfile(source):
         raise OSError("it is a file, not a folder")
     if not os.path.isdir(source) and not _HUB_NAME.fullmatch(source):
-        raise OSError("there is no such folder")
+        raise OSError("the folder does not exist")
     name = str(transformers.AutoConfig.from_pretrained(source, local_files_only=not download).model_type)
     if name not in known:
-        wanted = "one of: " if len(known) > 1 else "a model of the kind "
-        raise WeightsError(f"{source} is a {name} model.", f"Give {wanted}{', '.join(known)}.")
+        wanted = "one of: " if len(known) > 1 else "a model of type "
+        raise WeightsError(f"{source} is a {name} model.", f"Use {wanted}{', '.join(known)}.")
     return name
 
 

@@ -50,7 +50,7 @@ def load_bitsandbytes() -> Any:
         return bitsandbytes
     except (ImportError, OSError, RuntimeError, AttributeError) as error:
         raise SettingsError(
-            f"The package bitsandbytes is needed and can't be used: {error}.",
+            f"The package bitsandbytes is required but can't be used: {error}.",
             f'Install it: "{sys.executable}" -m pip install bitsandbytes; or set '
             f"{suggest('base_quantization', 'none')}.",
         ) from error
@@ -111,7 +111,7 @@ def require_quantizable(quantization: str, device: torch.device) -> None:
         functional.dequantize_4bit(packed, state)
     except Exception as error:  # the library raises different ones on every platform
         raise SettingsError(
-            f"bitsandbytes can't hold weights in four bits on {device}: {error}.",
+            f"bitsandbytes can't store 4-bit weights on {device}: {error}.",
             f"Update it (pip install -U bitsandbytes), or set {suggest('base_quantization', 'none')}.",
         ) from error
 

@@ -22,7 +22,7 @@ from ..settings.objective import ObjectiveSettings
 from ..settings.train import SchedulerName
 from .schedulers import MIN_ALPHA, discrete_scheduler
 
-_SCHEDULER_REMEDY = "Copy scheduler/scheduler_config.json of the model's source again."
+_SCHEDULER_REMEDY = "Copy scheduler/scheduler_config.json again from the model's source."
 _MAX_SNR = 1000.0  # limits of debiasing: above as kohya has it; below, since pure noise has a ratio of 0
 _MIN_SNR = 0.001
 
@@ -265,8 +265,7 @@ class DiffusionObjective:
         """
         if settings.timestep_shift:
             raise SettingsError(
-                f"{suggest('timestep_shift')} is for models that were trained by flow matching; this one has a "
-                "discrete noise schedule.",
+                f"{suggest('timestep_shift')} is for flow-matching models, but this one has a discrete noise schedule.",
                 f"Set {suggest('timestep_shift', 0.0)}.",
             )
         schedule = _rescaled(self.alphas_cumprod) if settings.zero_terminal_snr else self.alphas_cumprod
@@ -380,9 +379,9 @@ def make_objective(
         try:
             schedule = DDPMScheduler.from_config(config).alphas_cumprod
         except Exception as error:  # diffusers and torch raise anything for values that make no schedule
-            raise WeightsError(f"The scheduler's configuration can't be used: {error}.", _SCHEDULER_REMEDY) from error
+            raise WeightsError(f"The scheduler's configuration is invalid: {error}.", _SCHEDULER_REMEDY) from error
         if not bool(((schedule >= 0) & (schedule <= 1)).all()):
-            raise WeightsError("The scheduler's configuration gives no schedule of noise.", _SCHEDULER_REMEDY)
+            raise WeightsError("The scheduler's configuration does not give a valid noise schedule.", _SCHEDULER_REMEDY)
     else:
         schedule = scaled_linear_alphas_cumprod()
     if zero_terminal_snr:

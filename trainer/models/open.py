@@ -215,7 +215,7 @@ def open_base(
         if prediction_type != "auto" and weights.prediction.type == "flow":
             raise SettingsError(
                 f"{suggest('prediction_type')} is for models with a discrete noise schedule; "
-                f"{weights.family.title} was trained by flow matching.",
+                f"{weights.family.title} was trained with flow matching.",
                 f"Set {suggest('prediction_type', 'auto')}.",
             )
         if prediction_type != "auto":
@@ -223,7 +223,7 @@ def open_base(
             weights = replace(weights, prediction=Prediction(prediction_type, rescaled, CHOSEN))
         if clip_skip and not weights.family.text_targets:
             raise SettingsError(
-                f"{suggest('clip_skip')} chooses a layer of CLIP, which {weights.family.title} does not have.",
+                f"{suggest('clip_skip')} selects a layer of CLIP, but {weights.family.title} has no CLIP.",
                 f"Set {suggest('clip_skip', 0)}.",
             )
         skip = clip_skip or weights.clip_skip
@@ -238,8 +238,8 @@ def _open_path(source: Path, tokenizer: Path | None, vae: Path | None, text_enco
     denoiser = _denoiser_alone(tensors)
     if text_encoder is not None and denoiser is None and (is_folder or tensors):
         raise SettingsError(
-            f"{suggest('text_encoder')} is for a file that holds the transformer of FLUX.2 klein, Z-Image, Krea 2 or "
-            f"Anima alone, which {source.name} is not.",
+            f"{suggest('text_encoder')} is only for a file that contains just the transformer of FLUX.2 klein, "
+            f"Z-Image, Krea 2 or Anima, which {source.name} is not.",
             f"Leave {suggest('text_encoder')} out.",
         )
     if is_folder:
@@ -248,7 +248,7 @@ def _open_path(source: Path, tokenizer: Path | None, vae: Path | None, text_enco
         return _from_parts(denoiser, source, tokenizer, vae, text_encoder)
     if os.path.isfile(source):
         return _from_original(_from_file(tensors, source, tokenizer))
-    raise WeightsError(f"The base model {source} does not exist.", "Check the path for a typing error.")
+    raise WeightsError(f"The base model {source} does not exist.", "Check the path for typos.")
 
 
 @contextlib.contextmanager
@@ -260,7 +260,7 @@ def _explained_damage(path: Path) -> Iterator[None]:
         if "out of memory" in str(error).lower():
             raise
         raise WeightsError(
-            f"{path} is no model that can be opened ({type(error).__name__}: {error}).", _BROKEN
+            f"{path} is not a model that can be loaded ({type(error).__name__}: {error}).", _BROKEN
         ) from error
 
 
@@ -309,8 +309,8 @@ def _from_parts(
     if vae is None or text_encoder is None:
         lacking = [suggest(name) for name, part in (("vae", vae), ("text_encoder", text_encoder)) if part is None]
         raise WeightsError(
-            f"{path.name} holds the transformer of {family.title} alone.",
-            f"Give its other files by {' and '.join(lacking)}; or a folder in diffusers' layout. In ComfyUI, connect "
+            f"{path.name} contains only the transformer of {family.title}.",
+            f"Set {' and '.join(lacking)} to its other files, or use a folder in diffusers format. In ComfyUI, connect "
             "Load Diffusion Model, Load CLIP and Load VAE.",
         )
     with _explained_damage(vae):
@@ -350,7 +350,7 @@ def _text_encoder_tensors(path: Path) -> dict[str, Tensor]:
     if os.path.isdir(path):
         return _read_plain(path / "text_encoder" if (path / "text_encoder").is_dir() else path, "model")
     if not os.path.isfile(path):
-        raise WeightsError(f"The text encoder {path} does not exist.", "Check the path for a typing error.")
+        raise WeightsError(f"The text encoder {path} does not exist.", "Check the path for typos.")
     tensors = read_single_file(path)
     _require_plain_floats(tensors, f"The text encoder {path.name}")
     return tensors
@@ -377,22 +377,22 @@ def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
     alone = layout_of(tensors) or layout_of(with_prefix(tensors, _NET_PREFIX))
     if alone is not None:
         raise WeightsError(
-            f"{path.name} holds the denoiser of a model alone ({alone.network_class}).",
-            "Give a full checkpoint (denoiser, VAE and text encoder in one file) or a folder in diffusers' layout; in "
+            f"{path.name} contains only a model's denoiser ({alone.network_class}).",
+            "Use a full checkpoint (denoiser, VAE and text encoder in one file) or a folder in diffusers format; in "
             "ComfyUI, connect Load Diffusion Model, Load CLIP and Load VAE.",
         )
     if any(
         name.startswith(("double_stream_modulation_img.linear.", "all_x_embedder.", "text_fusion.")) for name in tensors
     ):
         raise WeightsError(
-            f"{path.name} is the transformer of a folder in diffusers' layout.",
-            "Give the whole folder (model_index.json, transformer, vae, text_encoder, tokenizer).",
+            f"{path.name} is only the transformer of a model in diffusers format.",
+            "Use the whole folder (model_index.json, transformer, vae, text_encoder, tokenizer).",
         )
     denoiser = with_prefix(tensors, UNET_PREFIX)
     if not denoiser:
         raise WeightsError(
-            f"{path.name} holds no Stable Diffusion UNet.",
-            "Give a full checkpoint (UNet, VAE and text encoder in one file).",
+            f"{path.name} contains no Stable Diffusion UNet.",
+            "Use a full checkpoint (UNet, VAE and text encoder in one file).",
         )
     layout = _layout(denoiser)
     family = identify(layout.denoiser_config(denoiser))  # it is reported before a missing tokenizer or text encoder
@@ -402,8 +402,8 @@ def _networks_in_file(tensors: Mapping[str, Tensor], path: Path) -> HostTensors:
         text_encoder = next((candidate for candidate in candidates if candidate), None)
         if text_encoder is None:
             raise WeightsError(
-                f"{path.name} lacks a text encoder of {family.title} ({spec.short_name}).",
-                "Give a full checkpoint, not a UNet alone.",
+                f"{path.name} lacks {family.title}'s text encoder ({spec.short_name}).",
+                "Use a full checkpoint, not just a UNet.",
             )
         text_encoders[spec.short_name] = text_encoder
     return HostTensors(
@@ -425,7 +425,7 @@ def _declared_prediction(tensors: Mapping[str, Tensor]) -> Prediction | None:
     """What a checkpoint states by the keys `v_pred` and `ztsnr`, as ComfyUI reads them; None without them."""
     if "edm_mean" in tensors or "edm_vpred.sigma_max" in tensors:
         raise UnsupportedModelError(
-            "The base model was trained in the EDM formulation (Playground 2.5 …), which can't be trained yet.",
+            "The base model uses the EDM formulation (such as Playground 2.5), which is not supported.",
             "Use a model that predicts epsilon or velocity.",
         )
     if "v_pred" not in tensors:
@@ -444,8 +444,8 @@ def _from_original(source: HostTensors) -> BaseWeights:
     layout = layout_of(denoiser)
     if layout is None:
         raise WeightsError(
-            "The model holds no Stable Diffusion UNet.",
-            f"Connect a complete model of: {joined_titles(FAMILIES)}.",
+            "The model contains no Stable Diffusion UNet.",
+            f"Connect one of these models: {joined_titles(FAMILIES)}.",
         )
     config = layout.denoiser_config(denoiser)
     family = identify(config)
@@ -522,10 +522,10 @@ def _require_plain_floats(tensors: Mapping[str, Tensor], what: str = "The base m
         if is_quantization_name(name) or tensor.dtype in (torch.uint8, torch.int8):
             raise WeightsError(
                 f"{what} is quantised ({name}: {tensor.dtype}).",
-                "Use an fp16, bf16 or fp32 version of the model for training; the adapter fits the quantised one too.",
+                "Train on an fp16, bf16 or fp32 version of the model; the adapter also works with the quantised one.",
             )
         if not tensor.is_floating_point() and not name.endswith(("position_ids", "num_batches_tracked")):
-            raise WeightsError(f"{what} has numbers of the type {tensor.dtype}: {name}.", _BROKEN)
+            raise WeightsError(f"{what} has weights of the unsupported type {tensor.dtype}: {name}.", _BROKEN)
 
 
 def _from_folder(folder: Path) -> BaseWeights:
@@ -611,7 +611,7 @@ def _scheduled_prediction(scheduler: Mapping[str, Any], family: Family) -> Predi
     prediction_type = scheduler.get("prediction_type", "epsilon")
     if prediction_type not in ("epsilon", "v_prediction"):
         raise WeightsError(
-            f"The model predicts {prediction_type}, which can't be trained.",
+            f"The model predicts {prediction_type}, which is not supported.",
             "Use a model that predicts epsilon or velocity (v_prediction).",
         )
     return Prediction(prediction_type, bool(scheduler.get("rescale_betas_zero_snr")), "the scheduler's configuration")
@@ -641,7 +641,7 @@ def _open_vae(path: Path, family: Family) -> Component:
     if os.path.isdir(path):
         return _vae_folder(path / "vae" if (path / "vae").is_dir() else path)
     if not os.path.isfile(path):
-        raise WeightsError(f"The VAE {path} does not exist.", "Check the path for a typing error.")
+        raise WeightsError(f"The VAE {path} does not exist.", "Check the path for typos.")
     tensors = read_single_file(path)
     _require_plain_floats(tensors)
     return family.layout.vae(with_prefix(tensors, VAE_PREFIX) or tensors, family.scaling_factor)

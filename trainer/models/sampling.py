@@ -182,9 +182,9 @@ def generate_latents(
     step = model.family.latents.granularity(vae.config)
     if config.width % step or config.height % step:
         raise SettingsError(
-            f"{model.family.title} has no pictures of {config.width} × {config.height} pixels: their sides are "
+            f"{model.family.title} can't generate pictures of {config.width} × {config.height} pixels: sides must be "
             f"multiples of {step}.",
-            f"Choose sides such as {_multiple(config.width, step)} × {_multiple(config.height, step)}.",
+            f"Use a size such as {_multiple(config.width, step)} × {_multiple(config.height, step)}.",
         )
     noise = starting_noise(seeds, model.family.latents.shape(vae, config.height, config.width))
     size = torch.tensor([[config.height, config.width, 0, 0, config.height, config.width]], dtype=torch.float32)

@@ -46,7 +46,7 @@ def read_single_file(path: Path, *, mapped: bool = True) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise WeightsError(
-                f"{path.name} has the tensor {name} in a form that can't be read.",
+                f"{path.name} has the tensor {name} in an unsupported format.",
                 "Use the .safetensors version of the model.",
             )
     return tensors
@@ -63,7 +63,7 @@ def _unpickled(path: Path, *, mapped: bool) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # a damaged pickle raises anything
         raise WeightsError(
-            f"{path.name} is damaged, or holds more than plain weights, such as code, and was not loaded.",
+            f"{path.name} was not loaded: it is damaged, or contains more than plain weights, such as code.",
             "Use the .safetensors version of the model.",
         ) from error
 
@@ -91,8 +91,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise WeightsError(
             f"{path} can't be read: {error}.",
-            "Give a folder in diffusers' layout (model_index.json, unet, vae, text_encoder, tokenizer, scheduler) "
-            "or a single checkpoint file.",
+            "Use a folder in diffusers format (model_index.json, unet, vae, text_encoder, tokenizer, scheduler) or a "
+            "single checkpoint file.",
         ) from error
 
 
@@ -146,7 +146,7 @@ def read_component(folder: Path, stem: str) -> dict[str, Tensor]:
     for name in ("diffusion_pytorch_model.bin", "pytorch_model.bin"):
         if (folder / name).is_file():
             return read_single_file(folder / name)
-    raise WeightsError(f"{folder} holds no weights ({stem}.safetensors).", _BROKEN)
+    raise WeightsError(f"{folder} contains no weights ({stem}.safetensors).", _BROKEN)
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
@@ -158,16 +158,14 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     try:
         places = _INDEX.validate_python(read_json(index).get("weight_map"))
     except ValueError as error:
-        raise WeightsError(f"{index} has no weight_map of tensors and their files.", _BROKEN) from error
+        raise WeightsError(f"{index} has no valid weight_map.", _BROKEN) from error
     for file_name in set(places.values()):
         if Path(file_name).name != file_name or not (index.parent / file_name).is_file():
-            raise WeightsError(f"{index.parent} lacks the file {file_name}, which {index.name} names.", _BROKEN)
+            raise WeightsError(f"{index.parent} lacks the file {file_name}, which {index.name} refers to.", _BROKEN)
     tensors = _joined(index.parent / file_name for file_name in sorted(set(places.values())))
     lacking = sorted(places.keys() - tensors.keys())
     if lacking:
-        raise WeightsError(
-            f"{index.name} says that {places[lacking[0]]} holds {lacking[0]}, which it doesn't.", _BROKEN
-        )
+        raise WeightsError(f"{places[lacking[0]]} lacks the tensor {lacking[0]}, which {index.name} lists.", _BROKEN)
     return tensors
 
 
@@ -182,7 +180,7 @@ def _require_all_shards(shards: list[Path]) -> None:
     counts = {int(match[2]) for match in numbers if match}
     missing = sorted(set(range(1, max(counts, default=0) + 1)) - found)
     if missing or len(counts) > 1:
-        raise WeightsError(f"{shards[0].parent} lacks files beside {shards[0].name}.", _BROKEN)
+        raise WeightsError(f"{shards[0].parent} lacks some of the files that belong to {shards[0].name}.", _BROKEN)
 
 
 def _joined(files: Iterable[Path]) -> dict[str, Tensor]:

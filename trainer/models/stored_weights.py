@@ -21,7 +21,7 @@ _FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _FLOAT8 = tuple(getattr(torch, name) for name in _FORMATS if hasattr(torch, name))  # before 2.1 there are none
 _FORMAT = ".comfy_quant"
 _SCALE = ".weight_scale"
-_REMEDY = "Use a bf16, fp16 or fp8 version of the model; the adapter fits the quantised one, too."
+_REMEDY = "Use a bf16, fp16 or fp8 version of the model; the adapter also works with the quantised one."
 _INPUT_SCALE = ".input_scale"  # with which a host may quantise inputs; not needed to read the weight
 
 
@@ -50,8 +50,7 @@ def without_scales(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         weight = plain.get(name)
         if weight is None or weight.dtype not in _FLOAT8 or scale.numel() != 1:
             raise WeightsError(
-                f"The base model is quantised in a way that can't be read: {name} has scales of the shape "
-                f"{tuple(scale.shape)}.",
+                f"The base model's quantisation is not supported: {name} has scales of shape {tuple(scale.shape)}.",
                 _REMEDY,
             )
     return plain, scales
@@ -69,8 +68,8 @@ def _require_format(module: str, stated: Tensor) -> None:
         kind = "an unknown format"
     if kind not in _FORMATS:
         raise WeightsError(
-            f"The base model is quantised as {kind} ({module}), which can't be read for training.",
-            f"{_REMEDY} In ComfyUI, it can be trained on as it is.",
+            f"The base model is quantised as {kind} ({module}), which is not supported for training.",
+            f"{_REMEDY} In ComfyUI, it can be used as it is.",
         )
 
 
@@ -107,7 +106,7 @@ class PackedWeight:
         is_split = rows % count == 0 and self.stored[0].shape[0] == rows
         if not is_split or any(tensor.ndim and tensor.shape[0] not in (1, rows) for tensor in self.stored):
             raise WeightsError(
-                f"A weight of the shape {self.shape} is quantised in a way in which it can't be split into {count}.",
+                f"A weight of shape {self.shape} is quantised in such a way that it can't be split into {count} parts.",
                 _REMEDY,
             )
         parts = [tensor.chunk(count)[number] if tensor.ndim and len(tensor) > 1 else tensor for tensor in self.stored]
@@ -361,7 +360,11 @@ def keep_as_stored(
     if left:
         name = min(left)
         shown = file_names.get(name, name)
-        how = "has a scale, which only Linear layers can have" if name in scales else "is quantised and no Linear layer"
+        how = (
+            "has a scale, which only Linear layers can have"
+            if name in scales
+            else "is quantised but not a Linear layer"
+        )
         raise WeightsError(
             f"The base model's {shown} {how}.",
             "Use a bf16 or fp16 version of the model.",

@@ -28,8 +28,8 @@ def load_tokenizer(folder: Path, *, clip: bool = True) -> Any:
 
     if not _holds_tokenizer(folder):
         raise WeightsError(
-            f"{folder} holds no {'CLIP ' if clip else ''}tokenizer (vocab.json and merges.txt, or tokenizer.json).",
-            "Give a folder that does.",
+            f"{folder} contains no {'CLIP ' if clip else ''}tokenizer (vocab.json and merges.txt, or tokenizer.json).",
+            "Use a folder that does.",
         )
     tokenizer_class: Any = CLIPTokenizer if (folder / "vocab.json").is_file() else CLIPTokenizerFast
     if not clip:
@@ -79,7 +79,7 @@ def find_language_tokenizer(text_encoder: Path, base: Path, given: Path | None) 
         if given is not None or _holds_tokenizer(folder):
             return load_tokenizer(folder, clip=False)
     raise WeightsError(
-        f"No tokenizer was found for {text_encoder.name}; a single file holds none.",
+        f"No tokenizer was found for {text_encoder.name}; a single file does not include one.",
         f"Set {suggest('tokenizer')} to a folder such as ComfyUI/comfy/text_encoders/qwen25_tokenizer, or the "
         "tokenizer folder of a diffusers model.",
     )
@@ -105,8 +105,8 @@ def find_target_tokenizer(folder_name: str, text_encoder: Path, base: Path, give
         if _holds_tokenizer(parent / folder_name):
             return load_tokenizer(parent / folder_name, clip=False)
     raise WeightsError(
-        f"No {folder_name} was found beside {text_encoder.name}; the model reads a prompt by two tokenizers.",
-        f"Copy that folder beside it, from ComfyUI/comfy/text_encoders/{folder_name} or the model's folder.",
+        f"No {folder_name} was found next to {text_encoder.name}; this model needs two tokenizers.",
+        f"Copy that folder next to it from ComfyUI/comfy/text_encoders/{folder_name} or the model's folder.",
     )
 
 
@@ -126,7 +126,7 @@ def find_tokenizer(checkpoint: Path, given: Path | None) -> Any:
         if _holds_tokenizer(folder):
             return load_tokenizer(folder)
     raise WeightsError(
-        f"No CLIP tokenizer was found for {checkpoint.name}; a single-file checkpoint holds none.",
+        f"No CLIP tokenizer was found for {checkpoint.name}; a single-file checkpoint does not include one.",
         f"Set {suggest('tokenizer')} to a folder such as ComfyUI/comfy/sd1_tokenizer, or the tokenizer folder of a "
         "diffusers model.",
     )

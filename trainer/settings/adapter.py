@@ -309,14 +309,14 @@ class AdapterSettings(Settings):
         self._require_lora()
         if kind in ("loha", "lokr", *ROTATIONS) and (self.dropout or self.rank_stabilized):
             raise ValueError(
-                f"{suggest('dropout')} and {suggest('rank_stabilized')} are for lora and dora only, and "
+                f"{suggest('dropout')} and {suggest('rank_stabilized')} are only for lora and dora, but "
                 f"{suggest('adapter')} is '{kind}': unset them"
             )
         alphas = [self.alpha, self.conv_alpha, *(block.alpha for block in self.ranks_by_block)]
         if kind in ROTATIONS and any(alpha is not None for alpha in alphas):
             raise ValueError(
                 f"{kind.upper()} is not scaled by an alpha: unset {suggest('alpha')}, {suggest('conv_alpha')} and the "
-                f"alphas in {suggest('block_ranks')}, and limit the rotations with {suggest('max_norm')}"
+                f"alphas in {suggest('block_ranks')}, and limit the rotation with {suggest('max_norm')}"
             )
         if kind == "lokr" and any(alpha is not None for alpha in alphas):
             raise ValueError(
@@ -324,7 +324,7 @@ class AdapterSettings(Settings):
                 f"{suggest('block_ranks')}, and control the strength with {suggest('learning_rate')}"
             )
         if self.lokr_factor == 0:
-            raise ValueError(f"{suggest('lokr_factor')} is 0: choose -1 (split as evenly as possible), or 1 or more")
+            raise ValueError(f"{suggest('lokr_factor')} is 0: choose -1 (as even as possible), or 1 or more")
         if self.lokr_factor != -1 and kind != "lokr":
             raise ValueError(
                 f"{suggest('lokr_factor')} is for LoKr, but {suggest('adapter')} is '{kind}': unset it or choose "
@@ -332,7 +332,7 @@ class AdapterSettings(Settings):
             )
         if self.combine and kind not in ("lora", "full"):
             raise ValueError(
-                f"{suggest('combine')} adds up adapters, which is exact for LoRA only, and {suggest('adapter')} is "
+                f"{suggest('combine')} adds up adapters, which is only exact for LoRA, but {suggest('adapter')} is "
                 f"'{kind}': choose {suggest('adapter', 'lora')}, or set {suggest('combine', False)} and use both files"
             )
         return self
@@ -348,7 +348,7 @@ class AdapterSettings(Settings):
                 )
         if self.lora_init == "orthogonal" and self.max_norm:
             raise ValueError(
-                f"{suggest('max_norm')} shrinks factors whose product is the change of the weight, but with "
+                f"{suggest('max_norm')} scales factors whose product is the weight's change, but with "
                 f"{suggest('lora_init', 'orthogonal')} the change is a difference of two products: set "
                 f"{suggest('max_norm', 0)} or {suggest('lora_init', 'default')}"
             )
@@ -358,7 +358,7 @@ class AdapterSettings(Settings):
         if self.targets == "none" and not self.include.strip():
             raise ValueError(
                 f"{suggest('targets')} is 'none' and {suggest('include')} names no layers either: "
-                f"give {suggest('include')}, or choose {suggest('targets')}"
+                f"set {suggest('include')} or choose other {suggest('targets')}"
             )
         if (self.conv_rank or self.conv_alpha) and self.targets != "all" and not self.include.strip():
             raise ValueError(
@@ -368,7 +368,7 @@ class AdapterSettings(Settings):
         if self.text_encoder_until < 1 and not self.text_encoder_rates:
             raise ValueError(
                 f"{suggest('text_encoder_until')} ends the training of text encoders, but none is trained: "
-                f"give {suggest('text_encoder_lr')} or set {suggest('text_encoder_until', 1)}"
+                f"set {suggest('text_encoder_lr')} or set {suggest('text_encoder_until', 1)}"
             )
         return self
 
@@ -412,7 +412,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"'{pattern}' is not a regular expression ({error}); put \\ before a dot or bracket") from None
+        raise ValueError(
+            f"'{pattern}' is not a valid regular expression ({error}); put \\ before a dot or bracket"
+        ) from None
 
 
 def _parse_block_ranks(text: str) -> list[BlockRank]:

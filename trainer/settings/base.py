@@ -224,14 +224,14 @@ def _require_list(name: str, annotation: Any, value: Any) -> None:
     entry = get_args(annotation)[0]
     if isinstance(entry, type) and issubclass(entry, Settings):
         if isinstance(value, Mapping):
-            raise ValueError(f"is a single table: write [[{name}]] in place of [{name}]")
+            raise ValueError(f"is a single table: write [[{name}]] instead of [{name}]")
         if not isinstance(value, list | tuple) or not all(isinstance(each, Mapping | Settings) for each in value):
-            raise ValueError(f"must be tables that are written [[{name}]]")
+            raise ValueError(f"must be tables, written as [[{name}]]")
         return
     if isinstance(value, str | Path):
         raise ValueError(f"must be a list: {name} = [{json.dumps(str(value), ensure_ascii=False)}]")
     if not isinstance(value, list | tuple) or not all(isinstance(each, str) for each in value):
-        raise ValueError(f'must be a list of texts in quotes: {name} = ["…", "…"]')
+        raise ValueError(f'must be a list of quoted strings: {name} = ["…", "…"]')
     for each in value:
         _require_unicode(each)
 
@@ -246,7 +246,7 @@ def _require_unicode(text: str) -> None:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            "holds bytes that are no text; rename the file, or run in a UTF-8 locale, such as LC_ALL=C.UTF-8"
+            "contains bytes that are not valid text; rename the file, or use a UTF-8 locale such as LC_ALL=C.UTF-8"
         ) from None
 
 
@@ -283,7 +283,7 @@ def _settings_error(settings: type[Settings], error: ValidationError) -> Setting
             question = _did_you_mean(str(location[-1]), table.model_fields)
             problems.append(f"{name} is not a setting of this table. {question}".rstrip(" ?."))
         elif details["type"] == "missing":
-            problems.append(f"{label} is required and was not given")
+            problems.append(f"{label} is required but was not given")
         elif name:
             problems.append(f"{label}: {message} (given: {_shown(details['input'])})")
         else:
@@ -314,7 +314,7 @@ def _without_variables(value: Any) -> Any:
         name = next(group for group in match.groups() if group)
         if name in os.environ and not os.path.lexists(value):
             whole = value.replace(match[0], os.environ[name])
-            raise ValueError(f"contains {match[0]}, which only a shell expands; write {whole}")
+            raise ValueError(f"contains {match[0]}, but environment variables are not expanded; write {whole}")
     return os.path.expanduser(value) if value.startswith("~") else value
 
 
@@ -326,7 +326,7 @@ def _tidy_path(value: Any) -> Any:
         return Path(value)
     text = str(value).strip().strip("\"'")
     if not text:
-        raise ValueError("is empty; give a path")
+        raise ValueError("is empty; enter a path")
     if "\0" in text:
         raise ValueError("contains a NUL character; type the path again")
     try:

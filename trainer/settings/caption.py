@@ -49,16 +49,16 @@ class CaptionSettings(Settings):
         placeholders = re.findall(r"\{(\w*)\}", template)
         unknown = [name for name in placeholders if name not in _PLACEHOLDERS]
         if unknown:
-            raise ValueError(f"has {{{unknown[0]}}}; it may have {{caption}}, {{token}} and {{class}}")
+            raise ValueError(f"has the unknown placeholder {{{unknown[0]}}}; use {{caption}}, {{token}} and {{class}}")
         if "caption" not in placeholders:
-            raise ValueError("must have {caption}, where BLIP's caption goes")
+            raise ValueError("must contain {caption}, where BLIP's caption goes")
         return template
 
     @model_validator(mode="after")
     def _template_has_its_words(self) -> Self:
         for placeholder, name in (("token", "token"), ("class", "class_noun")):
             if f"{{{placeholder}}}" in self.template and not getattr(self, name).strip():
-                raise ValueError(f"{suggest('template')} has {{{placeholder}}} but {suggest(name)} is not given")
+                raise ValueError(f"{suggest('template')} contains {{{placeholder}}} but {suggest(name)} is not set")
         return self
 
     def without_effect(self) -> dict[str, tuple[Needs, ...]]:

@@ -59,7 +59,7 @@ class PictureSettings(Settings):
     @classmethod
     def _prompt_has_words(cls, prompt: str) -> str:
         if not prompt.replace("|", " ").strip():
-            raise ValueError("is blank; give a prompt such as 'a photo of sks dog'")
+            raise ValueError("is blank; enter a prompt such as 'a photo of sks dog'")
         return prompt
 
 
@@ -88,7 +88,7 @@ class SubjectTable(PictureSettings):
     @model_validator(mode="after")
     def _class_prompt_is_given(self) -> Self:
         if self.prior_count and not self.class_prompt.strip() and self.class_images is None:
-            raise ValueError("prior_count asks for class pictures but class_prompt is empty: give class_prompt")
+            raise ValueError("prior_count asks for class pictures but class_prompt is empty: set class_prompt")
         return self
 
 
@@ -120,15 +120,15 @@ class SubjectSettings(PictureSettings):
     def _one_subject_or_several(self) -> Self:
         if self.subject and self.images:
             raise ValueError(
-                f"{suggest('images')} and tables [[subject]] are both given: move {suggest('images')} into a table of "
-                "its own, with its prompts"
+                f"{suggest('images')} and tables [[subject]] are both given: move {suggest('images')} into its own "
+                "table, with its prompts"
             )
         outside = self.model_fields_set & set(SubjectTable.model_fields) - _ALSO_OF_THE_RUN
         if self.subject and outside:
             names = ", ".join(suggest(name) for name in sorted(outside))
             raise ValueError(f"{names} and tables [[subject]] are both given: move {names} into the tables")
         if not self.subject and self.images is None:
-            raise ValueError(f"{suggest('images')} is required and was not given")
+            raise ValueError(f"{suggest('images')} is required but was not given")
         return self
 
 
@@ -205,7 +205,7 @@ class DataSettings(Settings):
         resolution = getattr(self, "resolution", 0)
         if self.aspect_buckets and resolution and self.bucket_step * 2 > resolution:
             raise ValueError(
-                f"{suggest('bucket_step')} ({self.bucket_step}) leaves no shapes to choose from at "
+                f"{suggest('bucket_step')} ({self.bucket_step}) leaves no bucket shapes to choose from at "
                 f"{suggest('resolution')} {resolution}: lower {suggest('bucket_step')}"
             )
         return self

@@ -50,7 +50,7 @@ class FeatureExtractorSettings(Settings):
     def _models_are_given(self) -> Self:
         if not (self.clip.strip() or self.dino.strip()):
             raise ValueError(
-                f"neither {suggest('clip')} nor {suggest('dino')} is given: name a model, such as "
+                f"neither {suggest('clip')} nor {suggest('dino')} is set: choose a model, such as "
                 f"{suggest('clip', 'openai/clip-vit-base-patch32')}"
             )
         return self
@@ -76,7 +76,7 @@ class ScoreCommand(FeatureExtractorSettings):
     def _there_is_one_prompt(cls, prompt: str) -> str:
         if len(split_prompts(filled_prompts("prompt", prompt, PromptWords()))) > 1:
             raise ValueError(
-                "contains several prompts: give one, or write each picture's own prompt into a text file beside it"
+                "contains several prompts: use one, or put each picture's own prompt into a text file next to it"
             )
         return prompt
 
@@ -90,10 +90,10 @@ class ScoreCommand(FeatureExtractorSettings):
     @model_validator(mode="after")
     def _something_to_compare_with(self) -> Self:
         if self.dino and not self.subject:
-            raise ValueError(f"{suggest('dino')} compares with the subject's pictures: give {suggest('subject')}")
+            raise ValueError(f"{suggest('dino')} compares with the subject's pictures: set {suggest('subject')}")
         if self.clip and not self.subject and not self.prompt:
             raise ValueError(
-                f"{suggest('clip')} compares with prompts or with the subject's pictures: give {suggest('prompt')} or "
+                f"{suggest('clip')} compares with prompts or with the subject's pictures: set {suggest('prompt')} or "
                 f"{suggest('subject')}"
             )
         return self
@@ -152,7 +152,7 @@ class CompareSettings(EvaluationSettings, SizeSettings):
     @classmethod
     def _there_is_a_prompt(cls, prompts: str) -> str:
         if not split_prompts(prompts):
-            raise ValueError("is blank; give one or more, separated by '|'")
+            raise ValueError("is blank; enter one or more, separated by '|'")
         return prompts
 
     @model_validator(mode="after")
@@ -278,8 +278,8 @@ class DreamBenchCommand(TrainSettings, EvaluationSettings, FeatureExtractorSetti
     def _every_subject_has_its_own_prompts(self) -> Self:
         if self.preview_prompts:
             raise ValueError(
-                f"{suggest('preview_prompts')} would be the same for every subject: leave it empty, for each subject's "
-                "own caption"
+                f"{suggest('preview_prompts')} would be the same for every subject: leave it empty to use each "
+                "subject's own caption"
             )
         if self.combine:
             raise ValueError(

@@ -74,7 +74,7 @@ class TruncationSettings(Settings):
     @classmethod
     def _rank_is_plausible(cls, rank: int) -> int:
         if rank > 10_000:
-            raise ValueError("is above every layer's size; 4 to 256 are usual")
+            raise ValueError("is larger than any layer; 4 to 256 is usual")
         return rank
 
 
@@ -121,13 +121,13 @@ class MergeSettings(TruncationSettings):
         for name in unused:
             if name in _TRUNCATION:
                 raise ValueError(
-                    f"method '{self.method}' is exact, so {suggest(name)} does not apply: leave it out, or choose "
+                    f"method '{self.method}' is exact, so {suggest(name)} does not apply: remove it, or choose "
                     f"{suggest('method', 'svd')}"
                 )
         for name in unused:
             if name in ("density", "protected"):
                 raise ValueError(
-                    f"{suggest(name)} does not apply to method '{self.method}': leave it out, or choose another "
+                    f"{suggest(name)} does not apply to method '{self.method}': remove it, or choose another "
                     f"{suggest('method')}"
                 )
         return self
@@ -276,7 +276,7 @@ class LearnedMergeSettings(Settings):
     @classmethod
     def _prompts_are_given(cls, text: str, info: ValidationInfo) -> str:
         if not split_prompts(filled_prompts(str(info.field_name), text, PromptWords())):
-            raise ValueError("is empty; write what the adapter was trained on")
+            raise ValueError("is empty; enter what the adapter was trained on")
         return text
 
 
@@ -347,7 +347,7 @@ class FuseCommand(Settings):
     def _something_to_add(self) -> Self:
         if not self.lora:
             raise ValueError(
-                f"{suggest('lora')} is not given, so there is nothing to add: give {suggest('lora', 'FILE:STRENGTH')}"
+                f"{suggest('lora')} is not given, so there is nothing to add: set {suggest('lora', 'FILE:STRENGTH')}"
             )
         return self
 

@@ -159,7 +159,7 @@ class OptimizerSettings(Settings):
             )
         if self.lora_plus_ratio and adapter in ROTATIONS:
             raise ValueError(
-                f"{suggest('lora_plus_ratio')} tells an adapter's factors apart, and {adapter} has none: set "
+                f"{suggest('lora_plus_ratio')} needs an adapter with two factors, unlike {adapter}: set "
                 f"{suggest('lora_plus_ratio', 0)}, and choose {suggest('learning_rate')}"
             )
         if self.optimizer == "prodigy":
@@ -176,8 +176,8 @@ class OptimizerSettings(Settings):
         """Prodigy estimates one distance for all parameters; learning rates are factors of it, and must be equal."""
         if learning_rate < _LEAST_PRODIGY_RATE:
             raise ValueError(
-                f"prodigy finds the learning rate itself and multiplies it by {suggest('learning_rate')}, which is "
-                f"{learning_rate:g}: set {suggest('learning_rate', 1)} (for a lower rate, use d_coef=0.5 in "
+                f"prodigy finds the learning rate itself and {suggest('learning_rate')} only scales it, but it is "
+                f"{learning_rate:g}: set {suggest('learning_rate', 1)} (and for a lower one, d_coef=0.5 in "
                 f"{suggest('optimizer_options')})"
             )
         for component, rate in text_encoder_rates.items():
@@ -217,7 +217,7 @@ def _parse_options(text: str) -> dict[str, Any]:
         key = match[1]
         literal = match[2].strip()
         if key in options:
-            raise ValueError(f"'{key}' is given twice; leave one out")
+            raise ValueError(f"'{key}' is given twice; remove one")
         try:
             value = ast.literal_eval(literal)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):

@@ -126,7 +126,7 @@ class PreviewSettings(Settings):
             )
         if self.early_stop and not (self.score_clip or self.score_dino):
             raise ValueError(
-                f"{suggest('early_stop')} needs scores: name a model in {suggest('score_clip')} or "
+                f"{suggest('early_stop')} needs scores: choose a model for {suggest('score_clip')} or "
                 f"{suggest('score_dino')}"
             )
         return self

@@ -130,7 +130,7 @@ def require_guidance_interval(settings: Any) -> None:
     if start >= end:
         raise ValueError(
             f"{suggest('prior_guidance_start')} ({start:g}) must be less than {suggest('prior_guidance_end')} "
-            f"({end:g}): lower the one or raise the other"
+            f"({end:g}): lower the first or raise the second"
         )
 
 
@@ -151,7 +151,7 @@ def _require_class_prompt(settings: PriorSettings, otherwise: str = "") -> None:
     if settings.prior_count and not settings.class_prompt.strip():
         raise ValueError(
             f"{suggest('prior_count')} asks for class pictures but {suggest('class_prompt')} is empty: "
-            f"give {suggest('class_prompt', 'a photo of a dog')}, for example{otherwise}"
+            f"set {suggest('class_prompt', 'a photo of a dog')}, for example{otherwise}"
         )
 
 
@@ -390,7 +390,7 @@ class TrainSettings(
     def _name_is_a_file_name(cls, name: str) -> str:
         reserved = {"con", "prn", "aux", "nul"} | {f"{kind}{digit}" for kind in ("com", "lpt") for digit in range(10)}
         if name.strip(" .") != name or name.split(".")[0].lower() in reserved:
-            raise ValueError("can't be a file name on every system; choose letters, digits, '-' and '_'")
+            raise ValueError("is not a valid file name on every system; use letters, digits, '-' and '_'")
         if len(name.encode()) > 180:
             raise ValueError("is too long for a file name; choose a shorter one")
         return name
@@ -438,8 +438,9 @@ class TrainSettings(
     def _changes_can_be_measured(self) -> Self:
         if self.weight_penalty and self.adapter in ("dora", *ROTATIONS):
             raise ValueError(
-                f"{suggest('weight_penalty')} needs the change of each weight, which the parameters of {self.adapter} "
-                f"alone don't give: set {suggest('weight_penalty', 0)} or choose {suggest('adapter', 'lora')}"
+                f"{suggest('weight_penalty')} needs the change of each weight, which can't be computed from the "
+                f"parameters of {self.adapter} alone: set {suggest('weight_penalty', 0)} or choose "
+                f"{suggest('adapter', 'lora')}"
             )
         return self
 
@@ -465,7 +466,7 @@ class TrainSettings(
         )  # a run of a few steps only tries out
         if self.lr_schedule == "cosine_with_restarts" and is_chosen and self.lr_cycles > most:
             raise ValueError(
-                f"{suggest('lr_cycles')} ({self.lr_cycles}) leaves less than two steps to a cycle: "
+                f"{suggest('lr_cycles')} ({self.lr_cycles}) leaves fewer than two steps per cycle: "
                 f"set {suggest('lr_cycles', most)} or less, or raise {suggest('steps')}"
             )
         return self
@@ -482,7 +483,7 @@ class TrainSettings(
         )
         if self.lora_plus_ratio and self.lora_init == "orthogonal":
             raise ValueError(
-                f"{suggest('lora_plus_ratio')} is for the part of an adapter that starts at zero, and with "
+                f"{suggest('lora_plus_ratio')} is for the factor of an adapter that starts at zero, but with "
                 f"{suggest('lora_init', 'orthogonal')} none does: set {suggest('lora_plus_ratio', 0)} or "
                 f"{suggest('lora_init', 'default')}"
             )
@@ -596,7 +597,7 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
             return self
         if self.prior_count and not any(table.class_prompt.strip() or table.class_images for table in self.subject):
             raise ValueError(
-                f"{suggest('prior_count')} asks for class pictures: give tables [[subject]] a class_prompt"
+                f"{suggest('prior_count')} asks for class pictures: set class_prompt in the tables [[subject]]"
             )
         return self
 
@@ -605,7 +606,7 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
         subjects = self.subjects
         if self.prior == "class-pictures" and not any(each.prior_count or each.class_images for each in subjects):
             raise ValueError(
-                f"{suggest('prior')} is 'class-pictures' but there are none: give {suggest('prior_count', 100)} and "
+                f"{suggest('prior')} is 'class-pictures' but there are none: set {suggest('prior_count', 100)} and "
                 f"{suggest('class_prompt', 'a photo of a dog')}, or {suggest('class_images')}, or choose "
                 f"{suggest('prior', 'model')}, which needs none"
             )
@@ -653,7 +654,7 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
     def _something_to_combine(self) -> Self:
         if self.combine and not self.base_lora:
             raise ValueError(
-                f"{suggest('combine')} is on but there is nothing to combine with: give {suggest('base_lora')} or set "
+                f"{suggest('combine')} is on but there is nothing to combine with: set {suggest('base_lora')} or "
                 f"{suggest('combine', False)}"
             )
         return self
@@ -720,7 +721,7 @@ class PriorsCommand(BaseLoraSettings, BaseModelSettings, PriorSettings, OutputSe
         if not self.prior_count:
             raise ValueError(
                 f"{suggest('prior_count')} is 0, so there is nothing to generate: "
-                f"give {suggest('prior_count', 100)}, for example"
+                f"set {suggest('prior_count', 100)}, for example"
             )
         return self
 
@@ -809,5 +810,5 @@ class GenerateCommand(BaseModelSettings, SizeSettings):
     @classmethod
     def _there_is_one_negative_prompt(cls, prompt: str) -> str:
         if len(split_prompts(prompt)) > 1:
-            raise ValueError("contains several prompts, but all pictures share one: separate its parts by commas")
+            raise ValueError("contains several prompts, but all pictures share one: separate its parts with commas")
         return prompt

@@ -233,7 +233,7 @@ class TrainableAdapter:
             expected_shapes = {suffix: layer.saved_shape(suffix) for suffix in layer.parameters}
             if loaded_shapes != expected_shapes:
                 raise AdapterError(
-                    f"{name} of the adapter has the tensors {loaded_shapes}, and this run trains {expected_shapes}.",
+                    f"{name} of the adapter has the tensors {loaded_shapes}, but this run trains {expected_shapes}.",
                     f"Start from an adapter that was trained here, with the same settings ({suggest('lokr_factor')}).",
                 )
             with torch.no_grad():
@@ -316,8 +316,8 @@ def _require_same_modules(saved: Collection[str], own: Collection[str]) -> None:
     """
     if set(saved) != set(own):
         raise AdapterError(
-            "The checkpoint adapts other modules than this run.",
-            f"Start again with {suggest('resume', 'never')}, or with another {suggest('name')}.",
+            "The checkpoint adapts different modules from this run.",
+            f"Start again with {suggest('resume', 'never')} or another {suggest('name')}.",
         )
 
 
@@ -333,17 +333,18 @@ def planned_targets(model: DiffusionModel, settings: TrainSettings, start: Adapt
     reading = [target.path for target in targets if early and target.component == UNET and re.match(early, target.path)]
     if reading:
         raise SettingsError(
-            f"{reading[0]} reads prompts, which it has done before the first step, so it can't be trained.",
-            f"Give the adapter as {suggest('base_lora')}, on top of which is trained."
+            f"{reading[0]} encodes prompts, which are cached before the first step, so it can't be trained.",
+            f"Use the adapter as {suggest('base_lora')} and train on top of it."
             if start
-            else f"Leave such layers out of {suggest('include')}.",
+            else f"Remove such layers from {suggest('include')}.",
         )
     largest_rank = max(target.rank for target in targets if target.component == UNET)
     if settings.rank_schedule == "timestep" and settings.min_rank > largest_rank:
         raise SettingsError(
-            f"{suggest('min_rank', settings.min_rank)} is above the rank of every layer ({largest_rank} at most).",
-            f"Set {suggest('min_rank', 0)} for half of each layer's rank, or "
-            f"{suggest('rank_schedule', 'constant')} for all of it at every timestep.",
+            f"{suggest('min_rank', settings.min_rank)} is higher than the rank of every layer (at most "
+            f"{largest_rank}).",
+            f"Set {suggest('min_rank', 0)} to use half of each layer's rank, or "
+            f"{suggest('rank_schedule', 'constant')} to use the full rank at every timestep.",
         )
     return targets
 
@@ -354,25 +355,26 @@ def _targets_of(model: DiffusionModel, settings: TrainSettings, start: Adapter |
         return choose_targets(model, settings)
     if settings.rank_schedule == "timestep" and _method_name(start) != "lora":
         raise SettingsError(
-            f"{suggest('rank_schedule', 'timestep')} exists for LoRA only, and the adapter to start from is a "
+            f"{suggest('rank_schedule', 'timestep')} is only available for LoRA, but the adapter to start from is a "
             f"{start.kind}.",
             f"Set {suggest('rank_schedule', 'constant')}.",
         )
     if settings.dropout and _method_name(start) not in ("lora", "dora"):
         raise SettingsError(
-            f"{suggest('dropout')} exists for LoRA and DoRA only, and the adapter to start from is a {start.kind}.",
+            f"{suggest('dropout')} is only available for LoRA and DoRA, but the adapter to start from is a "
+            f"{start.kind}.",
             f"Set {suggest('dropout', 0)}.",
         )
     if settings.weight_penalty and _method_name(start) in ("dora", *ROTATIONS):
         raise SettingsError(
-            f"{suggest('weight_penalty')} needs the change of each weight, and the adapter to start from is a "
-            f"{start.kind}, whose parameters alone don't give it.",
+            f"{suggest('weight_penalty')} needs the change of each weight, which can't be computed from the parameters "
+            f"of the adapter to start from, a {start.kind}.",
             f"Set {suggest('weight_penalty', 0)}.",
         )
     if settings.lora_plus_ratio and _method_name(start) in ROTATIONS:
         raise SettingsError(
-            f"{suggest('lora_plus_ratio')} tells an adapter's factors apart, and the adapter to start from is a "
-            f"{start.kind}, which has none.",
+            f"{suggest('lora_plus_ratio')} needs an adapter with two factors, but the adapter to start from is a "
+            f"{start.kind}.",
             f"Set {suggest('lora_plus_ratio', 0)}.",
         )
     targets = targets_of_adapter(model, fit_start_adapter(model, start))
@@ -381,13 +383,13 @@ def _targets_of(model: DiffusionModel, settings: TrainSettings, start: Adapter |
     for component in components - {UNET} - set(rates):
         rate = suggest(f"{component}_lr")
         raise SettingsError(
-            f"The adapter to start from has a part for the {component}, and {rate} is 0.",
-            f"Set {rate}, such as 5e-5, so that this part is trained on, too.",
+            f"The adapter to start from has a part for the {component}, but {rate} is 0.",
+            f"Set {rate} (for example 5e-5), so that this part is trained too.",
         )
     for component in set(rates) - components:
         raise SettingsError(
             f"{suggest(f'{component}_lr')} is set, but the adapter to start from has no part for the {component}.",
-            f"Set {suggest(f'{component}_lr', 0)}, or start without an adapter.",
+            f"Set {suggest(f'{component}_lr', 0)}, or start without that adapter.",
         )
     return targets
 
@@ -402,7 +404,7 @@ def _method_name(adapter: Adapter) -> str:
         if method.title == adapter.kind:
             return name
     raise AdapterError(
-        f"The adapter to start from is of the kind {adapter.kind}, which can't be trained on.",
+        f"The adapter to start from is of type {adapter.kind}, from which training can't continue.",
         f"Start from one of: {', '.join(method.title for method in PEFT_METHODS.values())}.",
     )
 

@@ -133,13 +133,13 @@ def require_combinable(adapter: Adapter) -> None:
     """
     if adapter.vectors:
         raise SettingsError(
-            f"combine adds LoRAs up; an adapter also changes biases or norms ({min(adapter.vectors)}).",
+            f"combine can only add up LoRAs, but an adapter also changes biases or norms ({min(adapter.vectors)}).",
             f"Set {suggest('combine', False)} and use both files, or apply a LoRA.",
         )
     for name, layer in adapter.layers.items():
         if not isinstance(layer, LoraLayer) or layer.mid is not None or layer.dora_scale is not None:
             raise SettingsError(
-                f"combine adds adapters up, which is exact for LoRA only; {name} is of the kind {layer.kind}.",
+                f"combine adds up adapters, which is only exact for LoRA, but {name} is of type {layer.kind}.",
                 f"Set {suggest('combine', False)} and use both files, or apply a LoRA.",
             )
 

@@ -82,8 +82,8 @@ def _build(param_groups: list[dict[str, Any]], settings: TrainSettings) -> torch
     if unknown:
         raise SettingsError(
             f"The optimizer {settings.optimizer} has no option '{unknown[0]}' ({suggest('optimizer_options')}).",
-            f"Choose from: {', '.join(sorted(known))}. Learning rates and {suggest('weight_decay')} are settings of "
-            "their own.",
+            f"Choose from: {', '.join(sorted(known))}. Learning rates and {suggest('weight_decay')} are separate "
+            "settings.",
         )
     try:
         optimizer: torch.optim.Optimizer = optimizer_class(
@@ -94,9 +94,9 @@ def _build(param_groups: list[dict[str, Any]], settings: TrainSettings) -> torch
         )
     except Exception as error:  # packages have types of their own for a bad value
         raise SettingsError(
-            f"The optimizer {settings.optimizer} refuses {suggest('optimizer_options')} "
+            f"The optimizer {settings.optimizer} rejects {suggest('optimizer_options')} "
             f"'{settings.optimizer_options}': {error}.",
-            "Correct the value, or leave the option out.",
+            "Correct the value, or remove the option.",
         ) from error
     return optimizer
 

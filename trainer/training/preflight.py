@@ -109,8 +109,8 @@ def require_trainable(
     _require_whole_tokens(base, settings)
     if settings.zero_terminal_snr and base.prediction.type != "v_prediction":
         raise SettingsError(
-            "zero_terminal_snr is for models that predict the velocity: to predict the noise of pure noise teaches "
-            f"nothing. This one predicts {base.prediction.type}.",
+            "zero_terminal_snr is for v-prediction models, since predicting the noise from pure noise teaches nothing; "
+            f"this model predicts {base.prediction.type}.",
             f"Set {suggest('zero_terminal_snr', False)}.",
         )
     require_tracker(settings.log_with)
@@ -122,8 +122,8 @@ def require_trainable(
             require_combinable(starting_point.start)
     if settings.token_vectors and not base.family.text_targets:
         raise SettingsError(
-            f"{suggest('token_vectors')} needs a text encoder that reads vectors of one's own; {base.family.title} has "
-            "a language model.",
+            f"{suggest('token_vectors')} needs a text encoder with trainable word embeddings, but "
+            f"{base.family.title}'s is a language model.",
             f"Set {suggest('token_vectors', 0)}.",
         )
     if device is not None:
@@ -155,7 +155,7 @@ def _require_whole_tokens(base: BaseWeights, settings: TrainSettings) -> None:
     for name, side in sides.items():
         if side % step:
             raise SettingsError(
-                f"{suggest(name, side)} is no multiple of {step}, which {base.family.title} needs.",
+                f"{suggest(name, side)} is not a multiple of {step}, which {base.family.title} requires.",
                 f"Set {suggest(name, max(1, round(side / step)) * step)}.",
             )
 
@@ -169,15 +169,15 @@ def _require_undistilled(base: BaseWeights) -> None:
     original = base.family.base_of_distilled(base.title)
     if base.is_distilled:
         raise UnsupportedModelError(
-            f"{base.title} is distilled to generate in a few steps, which training would undo.",
-            f"Train on {original or 'the base model that it was made of'}; the adapter fits the distilled model, too.",
+            f"{base.title} is distilled for few-step sampling, which training would undo.",
+            f"Train on {original or 'the base model that it was distilled from'}; the adapter also works with the "
+            "distilled model.",
         )
     if base.is_distilled is None and original is not None:
         raise UnsupportedModelError(
-            f"{base.title} is called like a model that was distilled to generate in a few steps, which training would "
-            "undo.",
-            f"Train on {original}; the adapter fits the distilled model, too. If this is no distilled model, put "
-            "'base' into its file's name.",
+            f"By its name, {base.title} is a model distilled for few-step sampling, which training would undo.",
+            f"Train on {original}; the adapter also works with the distilled model. If this is not a distilled model, "
+            "add 'base' to its file name.",
         )
 
 
@@ -196,8 +196,8 @@ def require_preservable(
     """
     if settings.prior == "class-pictures" and not class_pictures:
         raise SettingsError(
-            f"{suggest('prior', 'class-pictures')} is chosen, but there are no class pictures.",
-            f"Give {suggest('prior_count', 100)} or {suggest('class_images')}, or choose {suggest('prior', 'model')}, "
+            f"{suggest('prior', 'class-pictures')} is set, but there are no class pictures.",
+            f"Set {suggest('prior_count', 100)} or {suggest('class_images')}, or choose {suggest('prior', 'model')}, "
             "which needs none.",
         )
     if settings.prior != "model":
@@ -205,9 +205,9 @@ def require_preservable(
     for picture in pictures:
         if not picture.class_captions:
             raise SettingsError(
-                f"The caption of {picture.name}, '{picture.caption[:80]}', does not hold the rare word, so it is not "
-                "known what the picture shows to the base model.",
-                f"Put {suggest('token')} into every caption, give {suggest('class_prompt', 'a photo of a dog')}, or "
+                f"The caption of {picture.name}, '{picture.caption[:80]}', does not contain the rare word, so it "
+                "can't be turned into a caption for the class.",
+                f"Put {suggest('token')} into every caption, set {suggest('class_prompt', 'a photo of a dog')}, or "
                 f"choose {suggest('prior', 'none')}.",
             )
 
@@ -245,8 +245,8 @@ def _require_usual_heads(base: BaseWeights) -> None:
     )
     if is_unet_unusual or is_encoder_unusual:
         raise SettingsError(
-            f"The base model has another number of attention heads than {base.family.title}; a checkpoint file "
-            "can't tell it, so the tuned model would compute otherwise.",
+            f"The base model has a different number of attention heads from {base.family.title}; a checkpoint file "
+            "can't store that, so the fine-tuned model would give different results.",
             f"Train an adapter instead: {suggest('adapter', 'lora')}.",
         )
 
@@ -285,14 +285,14 @@ def report_settings_without_effect(
         caption.count(",") > settings.keep_tags for picture in pictures for caption in picture.captions
     ):
         notes.append(
-            f"{suggest('shuffle_tags')} has no effect: no caption has two parts between commas after the first "
-            f"{settings.keep_tags}."
+            f"{suggest('shuffle_tags')} has no effect: no caption has two or more comma-separated parts after the "
+            f"first {settings.keep_tags}."
         )
     if starts_from_adapter:
         replaced = [suggest(name) for name in _KEPT_OF_START if name in given]
         if replaced:
             names = " and ".join(replaced)
-            notes.append(f"{names}: no effect, since {suggest('start_from')} has a kind, layers and ranks of its own.")
+            notes.append(f"{names}: no effect, since {suggest('start_from')} determines the type, layers and ranks.")
     notes += _unused_words(settings, pictures, class_prompts)
     for note in notes:
         listener.report(Note(note, warning=True))
@@ -308,7 +308,7 @@ def _unused_words(settings: TrainSettings, pictures: Sequence[Picture], class_pr
             is_used = any(each in text for text in texts for each in (word, placeholder))
             if name in owner.changed() and word and not is_used:
                 label = suggest(name) if owner is settings else name
-                yield f"{label} '{word}' has no effect: no caption or prompt holds {placeholder} or the word itself."
+                yield f"{label} '{word}' has no effect: no caption or prompt contains {placeholder} or the word itself."
 
 
 def _by_level(heads: object, levels: int) -> tuple[object, ...]:
@@ -371,7 +371,8 @@ def require_prediction_type(
     other = "v_prediction" if expects_noise else "epsilon"
     problem = (
         f"The base model would be trained as {prediction.type} (according to {prediction.source}), but it predicts "
-        f"{other}: its output is like the noise by {noise_like:.2f} and like the velocity by {velocity_like:.2f}."
+        f"{other}: the cosine similarity of its output is {noise_like:.2f} with the noise and {velocity_like:.2f} with "
+        "the velocity."
     )
     if prediction.source == CHOSEN:
         listener.report(Note(problem, warning=True))

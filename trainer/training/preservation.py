@@ -57,10 +57,10 @@ def unpreserved_note(settings: TrainSettings) -> str:
         reason = "there are no class pictures"
         ways.append(suggest("prior", "model"))
     else:
-        reason = "there are no class pictures, and not every caption holds the rare word"
+        reason = "there are no class pictures, and not every caption contains the rare word"
         ways += [suggest("token"), suggest("class_prompt", "a photo of a dog")]
-    meant = f"{suggest('prior', 'none')} says that it is meant so."
-    return f"Nothing keeps the class as it is: {reason}. Give {', '.join(ways[:-1])} or {ways[-1]}; {meant}"
+    meant = f"or set {suggest('prior', 'none')} if this is intended."
+    return f"Nothing preserves the class: {reason}. Set {', '.join(ways[:-1])} or {ways[-1]}, {meant}"
 
 
 class Prediction(Protocol):

@@ -28,7 +28,7 @@ from .runs.folder import RunFolder
 from .runs.layout import preview_name
 from .trainable import evaluating
 
-_MEMORY_REMEDY = f"{suggest('resolution')}, which begins a new run, or set {suggest('preview_every', 0)}"
+_MEMORY_REMEDY = f"{suggest('resolution')}, which starts a new run, or set {suggest('preview_every', 0)}"
 
 
 class Previews:

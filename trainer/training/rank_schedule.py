@@ -86,9 +86,9 @@ class RankSchedule:
         mask = self._masks[components.shape[axis]].to(components.dtype)
         if len(mask) > 1 and len(components) != len(mask):
             raise SettingsError(
-                f"{suggest('rank_schedule', 'timestep')} can't limit a layer that reads all samples of a batch in one "
-                "row, such as the embedders of Z-Image or the fusion of text in Krea 2.",
-                f"Choose {suggest('targets')} without it, or set {suggest('batch_size', 1)}.",
+                f"{suggest('rank_schedule', 'timestep')} does not support layers that process all samples of a batch "
+                "as one sequence, such as the embedders of Z-Image or the text fusion of Krea 2.",
+                f"Choose {suggest('targets')} without such layers, or set {suggest('batch_size', 1)}.",
             )
         shape = [1] * components.ndim
         shape[0], shape[axis] = mask.shape

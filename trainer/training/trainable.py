@@ -168,8 +168,8 @@ class FullFinetune:
         weights = saved.weights or {}
         if set(parameters) != set(weights):
             raise AdapterError(
-                "The checkpoint holds other weights than this run trains.",
-                f"Start again with {suggest('resume', 'never')}, or with another {suggest('name')}.",
+                "The checkpoint contains different weights from those that this run trains.",
+                f"Start again with {suggest('resume', 'never')} or another {suggest('name')}.",
             )
         with torch.no_grad():
             for name, parameter in parameters.items():

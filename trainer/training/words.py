@@ -54,7 +54,7 @@ class TrainedWords:
         for word, text in _initial_texts(words, settings).items():
             if word.lower() in known:
                 raise SettingsError(
-                    f"The base model has learned the word '{word}' already, from an adapter that was applied to it.",
+                    f"The base model already has an embedding for '{word}', from an adapter that was applied to it.",
                     f"Choose another {suggest('token')}, or set {suggest('token_vectors', 0)} to keep its vectors.",
                 )
             vectors = _vectors_of(started[word], settings) if word in started else _initial(model, settings, text)
@@ -90,8 +90,8 @@ class TrainedWords:
                 loaded = saved.get(word.word, {}).get(encoder)
                 if loaded is None or loaded.shape != vectors.shape:
                     raise AdapterError(
-                        f"The checkpoint holds another embedding of '{word.word}' than this run trains.",
-                        f"Start again with {suggest('resume', 'never')}, or with another {suggest('name')}.",
+                        f"The checkpoint's embedding of '{word.word}' differs from the one that this run trains.",
+                        f"Start again with {suggest('resume', 'never')} or another {suggest('name')}.",
                     )
                 vectors.copy_(loaded)
 
@@ -112,10 +112,9 @@ class TrainedWords:
                 model.learn([word])
                 if not bool((model.tokenize(captions)[first] < 0).any()):
                     raise SettingsError(
-                        f"{suggest('token_vectors')} learns the word '{word.word}', but no caption holds it, such as "
+                        f"{suggest('token_vectors')} learns the word '{word.word}', but no caption contains it; one is "
                         f"'{captions[0][:80]}'.",
-                        f"Put the word, or {{token}}, into the captions; or set {suggest('token')} to the word that "
-                        "they hold.",
+                        f"Put the word, or {{token}}, into the captions; or set {suggest('token')} to a word in them.",
                     )
         finally:
             model.learn(before)
@@ -186,11 +185,11 @@ def _initial_texts(words: Sequence[PromptWords], settings: TrainSettings) -> dic
         if not word:
             raise SettingsError(
                 f"{suggest('token_vectors')} learns the rare word, but {suggest('token')} is empty.",
-                f"Give {suggest('token', 'sks')}, for example, and put {{token}} into the captions.",
+                f"Set {suggest('token', 'sks')}, for example, and put {{token}} into the captions.",
             )
         if "." in word:
             raise SettingsError(
-                f"The rare word '{word}' has a dot in it, with which no file can bundle its embedding.",
+                f"The rare word '{word}' contains a dot, so its embedding can't be saved.",
                 f"Choose a {suggest('token')} without dots.",
             )
         text = settings.token_start.strip() or (subject.class_noun or "").strip() or word
@@ -198,7 +197,7 @@ def _initial_texts(words: Sequence[PromptWords], settings: TrainSettings) -> dic
         if first != text:
             raise SettingsError(
                 f"Two subjects share the rare word '{word}', but one is a {first} and the other a {text}.",
-                f"Give each a word of its own, or say with {suggest('token_start')} what the shared one starts from.",
+                f"Give each its own word, or set {suggest('token_start')} to initialise the shared one.",
             )
     return texts
 
@@ -221,7 +220,7 @@ def _vectors_of(word: LearnedWord, settings: TrainSettings) -> Mapping[str, torc
     for vectors in word.vectors.values():
         if len(vectors) != settings.token_vectors:
             raise AdapterError(
-                f"The embedding of '{word.word}' in the adapter to start from has {len(vectors)} vectors, and "
+                f"The embedding of '{word.word}' in the adapter to start from has {len(vectors)} vectors, but "
                 f"{suggest('token_vectors')} is {settings.token_vectors}.",
                 f"Set {suggest('token_vectors', len(vectors))}.",
             )

@@ -81,7 +81,7 @@ def make_layer(name: str, tensors: Mapping[str, Tensor], alpha: float | None) ->
         )
     for tensor in (*tensors.values(), torch.tensor(alpha or 0.0)):
         if not torch.isfinite(tensor.float()).all():
-            raise AdapterError(f"The adapter is damaged: {name} has numbers that are not finite.", DAMAGED_FILE_REMEDY)
+            raise AdapterError(f"The adapter is damaged: {name} has NaN or infinite values.", DAMAGED_FILE_REMEDY)
     layer_tensors = LayerTensors(name, title, tensors)
     layer = layer_type.make(layer_tensors, alpha)
     scale = getattr(layer, DORA_SCALE, None)

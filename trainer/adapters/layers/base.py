@@ -92,7 +92,7 @@ class LayerTensors:
             )
         tensor = self.tensors[suffix]
         if tensor.ndim < 2 or not tensor.numel():
-            raise self.shape_error([suffix], "but should be a matrix")
+            raise self.shape_error([suffix], "but it should be a matrix")
         return tensor
 
     def require_factors(self, outer: str, inner: str, core: str) -> None:
@@ -195,8 +195,8 @@ def require_weight(weight: Tensor | None, kind: str) -> Tensor:
     """
     if weight is None:
         raise AdapterError(
-            f"What {kind} adds depends on the weight that it changes, and no weight was given.",
-            "Give the base model along with the adapter.",
+            f"A {kind} depends on the weight that it changes, but no weight was given.",
+            "Provide the base model along with the adapter.",
         )
     return weight
 
@@ -219,8 +219,8 @@ def dora_delta(delta: Tensor, scale: Tensor | None, weight: Tensor | None) -> Te
     fits = delta.numel() == weight.numel() and (per_output or scale.numel() == weight.shape[1])
     if not fits:
         raise AdapterError(
-            f"A DoRA for a weight of {tuple(delta.shape)} doesn't fit a weight of {tuple(weight.shape)}.",
-            "Use an adapter that was made for a model of this shape.",
+            f"A DoRA for a weight of shape {tuple(delta.shape)} does not fit a weight of shape {tuple(weight.shape)}.",
+            "Use an adapter made for a model of this size.",
         )
     original = weight.to(delta.device, torch.float32)
     delta = delta.reshape(weight.shape)

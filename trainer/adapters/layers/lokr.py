@@ -140,6 +140,6 @@ def make_lokr(tensors: LayerTensors, alpha: float | None) -> LokrLayer:
             tensors.require_factors(outer, inner, f"lokr_t{side}")
     small = [suffix for suffix in ("lokr_w1", "lokr_w1_a", "lokr_w1_b") if suffix in tensors.tensors]
     if any(tensors.tensors[suffix].ndim != 2 for suffix in small):
-        raise tensors.shape_error(small, "but should be matrices")
+        raise tensors.shape_error(small, "but they should be matrices")
     layer = LokrLayer(alpha=0.0, **tensors.by_field())
     return replace(layer, alpha=float(layer.rank if alpha is None else alpha))

@@ -71,8 +71,8 @@ class OftLayer:
         weight = require_weight(weight, self.kind)
         if weight.shape[0] != self.shape[0]:
             raise AdapterError(
-                f"An {self.kind} for {self.shape[0]} outputs doesn't fit a weight of {tuple(weight.shape)}.",
-                "Use an adapter that was made for a model of this shape.",
+                f"An {self.kind} for {self.shape[0]} outputs does not fit a weight of shape {tuple(weight.shape)}.",
+                "Use an adapter made for a model of this size.",
             )
         original = weight.to(self.blocks.device, torch.float32)
         delta = rotation_delta(rotations_less_identity(self.blocks.float(), self.alpha * self.shape[0]), original)
@@ -161,10 +161,10 @@ def make_oft(tensors: LayerTensors, alpha: float | None) -> OftLayer:
     """An OFT; see `make_layer`."""
     blocks = tensors.require("oft_blocks")
     if blocks.ndim not in (3, 4) or blocks.shape[-1] != blocks.shape[-2]:
-        raise tensors.shape_error(["oft_blocks"], "but should be square blocks")
+        raise tensors.shape_error(["oft_blocks"], "but they should be square blocks")
     layer = OftLayer(alpha=alpha or 0.0, **tensors.by_field())
     if layer.kind == "BOFT" and (layer.rank % 2 or layer.shape[0] % (2 ** (len(blocks) - 1) * layer.rank)):
-        raise tensors.shape_error(["oft_blocks"], "which are no butterfly factors")
+        raise tensors.shape_error(["oft_blocks"], "which are not butterfly factors")
     if layer.rescale is not None and layer.rescale.numel() != layer.shape[0]:
         raise tensors.shape_error(["oft_blocks", "rescale"], "which don't fit")
     return layer

@@ -83,8 +83,8 @@ def joined_titles(families: Iterable[Family]) -> str:
 
 def _refuse(name: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"The base model is {name}, which can't be trained here yet.",
-        f"Use a base model of: {joined_titles(FAMILIES)}.",
+        f"The base model is {name}, which is not supported.",
+        f"Use one of these base models: {joined_titles(FAMILIES)}.",
     )
 
 
@@ -112,7 +112,7 @@ def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
     if any(name.startswith("lora_") or any(part in name for part in parts) for name in tensors):
         raise WeightsError(
             "This file is an adapter (LoRA), not a base model.",
-            "Give the checkpoint that the adapter was made for; adapters are given by a setting of their own.",
+            "Use the checkpoint that the adapter was made for; adapters have a separate setting.",
         )
     for part, name in _FOREIGN_KEYS:
         if any(part in key for key in tensors):

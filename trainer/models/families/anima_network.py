@@ -140,7 +140,7 @@ class AnimaLayout:
                 continue
             path = path_of_original_tensor(name)
             if path is None:
-                raise WeightsError(f"The base model's transformer has a tensor that is not known: {name}.", _INCOMPLETE)
+                raise WeightsError(f"The base model's transformer has an unknown tensor: {name}.", _INCOMPLETE)
             names[path] = name
         return Component({path: denoiser[name] for path, name in names.items()}, config, names)
 

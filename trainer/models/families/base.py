@@ -487,7 +487,9 @@ def on_meta(make: Callable[..., nn.Module], config: Mapping[str, Any]) -> nn.Mod
     except TrainerError:
         raise
     except Exception as error:  # the libraries raise anything for numbers that make no network
-        raise WeightsError(f"No network can be built in the base model's shape: {error}.", _INCOMPLETE) from error
+        raise WeightsError(
+            f"No network can be built with the base model's tensor shapes: {error}.", _INCOMPLETE
+        ) from error
 
 
 def build_around(network: nn.Module, component: Component) -> nn.Module:
@@ -506,9 +508,7 @@ def build_around(network: nn.Module, component: Component) -> nn.Module:
     for name in component.tensors:
         if name not in expected:
             file_name = component.file_names.get(name, name)
-            raise WeightsError(
-                f"The base model's {class_name} has a tensor that is not known: {file_name}.", _INCOMPLETE
-            )
+            raise WeightsError(f"The base model's {class_name} has an unknown tensor: {file_name}.", _INCOMPLETE)
     borrowed = {}
     for name, meta in expected.items():
         tensor = component.tensors.get(name)
@@ -518,7 +518,7 @@ def build_around(network: nn.Module, component: Component) -> nn.Module:
             file_name = component.file_names.get(name, name)
             shapes = f"{tuple(tensor.shape)} instead of {tuple(meta.shape)}"
             raise WeightsError(
-                f"The base model's {class_name} has a tensor of another shape: {file_name} is {shapes}.", _INCOMPLETE
+                f"The base model's {class_name} has a tensor of the wrong shape: {file_name} is {shapes}.", _INCOMPLETE
             )
         borrowed[name] = as_ordinary(tensor)
     network.load_state_dict(borrowed, assign=True, strict=True)

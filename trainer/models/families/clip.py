@@ -41,7 +41,7 @@ def text_component(
     embedding = named.get("text_model.embeddings.token_embedding.weight")
     if embedding is None:
         raise WeightsError(
-            f"The checkpoint holds no CLIP text encoder ({spec.short_name}).",
+            f"The checkpoint contains no CLIP text encoder ({spec.short_name}).",
             "Use a full checkpoint (UNet, VAE and text encoder).",
         )
     if config is not None:
@@ -65,7 +65,7 @@ def text_component(
         }
     except KeyError as error:
         raise WeightsError(
-            f"The base model lacks the tensor {error.args[0]} of its text encoder {spec.short_name}.",
+            f"The base model's text encoder {spec.short_name} lacks the tensor {error.args[0]}.",
             "Use a complete checkpoint; if it was downloaded, download it again and compare its size.",
         ) from None
     return Component(named, config)
@@ -91,9 +91,9 @@ class ClipTextEncoder:
         self._layer = (clip_skip or spec.layer + spec.unused_layers) - spec.unused_layers
         if not 1 <= self._layer <= layers:
             raise SettingsError(
-                f"clip_skip {clip_skip} does not exist in {spec.short_name}.",
-                f"Use {suggest('clip_skip', 0)}, the family's own layer, or one from {1 + spec.unused_layers} to "
-                f"{layers + spec.unused_layers}, counted from the last.",
+                f"clip_skip {clip_skip} is out of range for {spec.short_name}.",
+                f"Use {suggest('clip_skip', 0)}, the family's default layer, or a value from {1 + spec.unused_layers} "
+                f"to {layers + spec.unused_layers}, counted from the last.",
             )
 
     def learn(self, words: Mapping[str, Tensor]) -> None:

@@ -107,7 +107,7 @@ class Flux2Layout:
             module, _, kind = name.rpartition(".")
             path = network_path(module)
             if path is None:
-                raise WeightsError(f"The base model's transformer has a tensor that is not known: {name}.", _INCOMPLETE)
+                raise WeightsError(f"The base model's transformer has an unknown tensor: {name}.", _INCOMPLETE)
             own = f"{path}.{'weight' if kind == 'scale' else kind}"  # of norms, in the files of Black Forest Labs
             tensors[own] = tensor
             file_names[own] = name
@@ -153,7 +153,7 @@ class Flux2Layout:
         lacking = next((name for name in _STATISTICS[:2] if name not in tensors), None)
         if lacking:
             raise WeightsError(
-                f"The VAE is not FLUX.2's: it lacks the tensor {lacking}.", "Use the VAE of FLUX.2 (flux2-vae)."
+                f"This is not the FLUX.2 VAE: it lacks the tensor {lacking}.", "Use the FLUX.2 VAE (flux2-vae)."
             )
         networks = {name: tensor for name, tensor in tensors.items() if not name.startswith("bn.")}
         component = UnetLayout().vae(networks, scaling_factor)

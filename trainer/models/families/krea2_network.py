@@ -94,7 +94,7 @@ class Krea2Layout:
         for name, tensor in denoiser.items():
             path = path_of_tensor(name)
             if path is None:
-                raise WeightsError(f"The base model's transformer has a tensor that is not known: {name}.", _INCOMPLETE)
+                raise WeightsError(f"The base model's transformer has an unknown tensor: {name}.", _INCOMPLETE)
             is_flat = path.endswith(MODULATION) and tensor.ndim == 1
             tensors[path] = tensor.view(6, -1) if is_flat else tensor
             file_names[path] = name

@@ -67,8 +67,8 @@ class LanguageModelConditioned:
             width = len(self.text_layers) * int(component.config["hidden_size"])
             if width != self.context_width:
                 raise WeightsError(
-                    f"The text encoder is of another size than the transformer: its hidden states have {width} "
-                    f"numbers, and the transformer reads {self.context_width}.",
+                    f"The text encoder does not match the transformer: its hidden states have {width} dimensions, but "
+                    f"the transformer expects {self.context_width}.",
                     self.sizes,
                 )
             encoder = Qwen3TextEncoder(component, tokenizer, spec, self.text_layers, self.template, self.unread_start)
@@ -94,7 +94,7 @@ class LanguageModelConditioned:
             ValueError: There are some.
         """
         if words:
-            raise ValueError("no words can be learned by a language model")
+            raise ValueError("a language model can't learn words")
 
     def token_embeddings(self, encoder: str, text: str) -> Tensor:
         """What the text encoder reads for a text's own tokens: (tokens, width)."""

@@ -59,7 +59,7 @@ class UnetLayout:
         """In the original layout or in that of diffusers."""
         if "encoder.conv_in.weight" in tensors and "quant_conv.weight" not in tensors:
             raise WeightsError(
-                "The VAE is not Stable Diffusion's: it lacks the tensor quant_conv.weight.",
+                "This is not a Stable Diffusion VAE: it lacks the tensor quant_conv.weight.",
                 "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD, a decoder alone or FLUX's).",
             )
         return autoencoder_component(tensors, scaling_factor)
@@ -129,7 +129,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         depths[-1].append(_depth(tensors, f"input_blocks.{index}.1"))
     layers = len(depths[0])
     if not channels or any(len(level) != layers for level in depths):
-        raise WeightsError("The UNet's levels have different numbers of layers; no such UNet is known.", _INCOMPLETE)
+        raise WeightsError("The UNet's levels have different numbers of layers, which is not supported.", _INCOMPLETE)
     depths_up = [
         [_depth(tensors, f"output_blocks.{level * (layers + 1) + layer}.1") for layer in range(layers + 1)]
         for level in range(len(depths))
@@ -138,7 +138,7 @@ def unet_config(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     key = next((tensor for name, tensor in tensors.items() if name.endswith("attn2.to_k.weight")), None)
     projection = next((tensor for name, tensor in tensors.items() if name.endswith("1.proj_in.weight")), None)
     if key is None or projection is None:
-        raise WeightsError("The UNet has no cross-attention, so no prompt can steer it.", _INCOMPLETE)
+        raise WeightsError("The UNet has no cross-attention, so prompts would have no effect on it.", _INCOMPLETE)
     config = {
         "in_channels": conv_in.shape[1],
         "out_channels": _required(tensors, "out.2.weight").shape[0],
@@ -181,7 +181,7 @@ def unet_component(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> 
     new_names = {id(tensor): name for name, tensor in renamed.items()}
     for name, tensor in tensors.items():
         if id(tensor) not in new_names:
-            raise WeightsError(f"The UNet has a tensor that is not known: {name}.", _INCOMPLETE)
+            raise WeightsError(f"The UNet has an unknown tensor: {name}.", _INCOMPLETE)
     file_names = {new_names[id(tensor)]: name for name, tensor in tensors.items()}
     return Component({name: tensor for name, tensor in renamed.items() if tensor is not None}, config, file_names)
 
@@ -246,7 +246,7 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
 
     if "encoder.conv_in.weight" not in tensors or "encoder.conv_out.weight" not in tensors:
         raise WeightsError(
-            "The VAE has no encoder of Stable Diffusion's kind, so pictures can't be turned into latents.",
+            "The VAE has no Stable Diffusion encoder, so pictures can't be encoded into latents.",
             "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD or a decoder alone).",
         )
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")

@@ -52,8 +52,8 @@ def qwen3_component(
     numbers = {int(match[1]) for name in named if (match := re.match(r"layers\.(\d+)\.", name))}
     if len(numbers) < spec.layer:
         raise WeightsError(
-            f"The text encoder has {len(numbers)} layers, but the hidden states of layer {spec.layer} are read.",
-            "Use the text encoder of this model family (Qwen 3).",
+            f"The text encoder has {len(numbers)} layers, but the hidden states of layer {spec.layer} are needed.",
+            "Use this model family's text encoder (Qwen 3).",
         )
     read = {
         name: tensor
@@ -93,8 +93,8 @@ def _require_kind(tensors: Mapping[str, Tensor], config: Mapping[str, Any] | Non
     if given != sees and tensors:
         names = ("Qwen 3", "Qwen 3 VL")
         raise WeightsError(
-            f"The text encoder is {names[given]}, and the model reads {names[sees]}.",
-            f"Use {names[sees]}, with all of its tensors.",
+            f"The text encoder is {names[given]}, but the model needs {names[sees]}.",
+            f"Use a complete {names[sees]} file.",
         )
 
 

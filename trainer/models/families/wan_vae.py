@@ -24,7 +24,7 @@ def wan_autoencoder(tensors: Mapping[str, Tensor]) -> Component:
     """
     is_original = _ORIGINAL in tensors and _LARGER not in tensors
     if not is_original and _DIFFUSERS not in tensors:
-        raise WeightsError("The VAE is not Wan's and Qwen-Image's.", "Use the VAE of Qwen-Image (qwen_image_vae).")
+        raise WeightsError("This is not the Wan or Qwen-Image VAE.", "Use the Qwen-Image VAE (qwen_image_vae).")
     names: Mapping[str, str] = {name: name for name in tensors}
     if is_original:
         names = _names_in_diffusers(tensors)

@@ -79,9 +79,7 @@ class ZImageLayout:
             elif name != _UNUSED:
                 paths = paths_of_tensor(module)
                 if not paths:
-                    raise WeightsError(
-                        f"The base model's transformer has a tensor that is not known: {name}.", _INCOMPLETE
-                    )
+                    raise WeightsError(f"The base model's transformer has an unknown tensor: {name}.", _INCOMPLETE)
                 for path, part in zip(paths, tensor.chunk(len(paths)), strict=True):
                     tensors[f"{path}.{kind}"] = part
                     file_names[f"{path}.{kind}"] = name
@@ -100,7 +98,9 @@ class ZImageLayout:
         from .ldm import autoencoder_component
 
         if "quant_conv.weight" in tensors or "bn.running_mean" in tensors:
-            raise WeightsError("The VAE is not Z-Image's.", "Use the VAE of Z-Image and FLUX.1 (ae.safetensors).")
+            raise WeightsError(
+                "This is not the Z-Image VAE.", "Use the VAE that Z-Image shares with FLUX.1 (ae.safetensors)."
+            )
         component = autoencoder_component(tensors, scaling_factor)
         return Component(component.tensors, {**component.config, "shift_factor": _SHIFT}, component.file_names)
 

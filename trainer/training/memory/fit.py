@@ -96,7 +96,7 @@ class MemoryBudget:
         try:
             plan = make_plan(planner, settings, memory)
         except RuntimeError as error:  # torch's own: an operation can't be computed without values
-            text = f"The memory could not be planned ({error}), so everything stays as it is set."
+            text = f"Memory use could not be estimated ({error}), so all settings stay as they are."
             listener.report(Note(text, warning=True))
             return
         self._options = memory_savings(settings, planner.blocks)
@@ -110,7 +110,7 @@ class MemoryBudget:
             return
         used = used_memory(self.device) / GB
         planned = self._need.peak / GB
-        listener.report(Note(f"Tensors took up to {used:.1f} GB of the GPU; {planned:.1f} GB were planned."))
+        listener.report(Note(f"Peak GPU memory allocated was {used:.1f} GB; the estimate was {planned:.1f} GB."))
 
     def attempt(self, make_recipe: Callable[[], Recipe[ResultT]], listener: Listener) -> ResultT:
         """Run; if memory runs out, free everything and go on once from the newest checkpoint with less.
@@ -137,7 +137,7 @@ class MemoryBudget:
             step = self.folder.newest(self._requested.steps) if self.folder else 0
             origin = f"from step {step}" if step else "from the start"
             change = self._options[self._chosen].described(self._requested)
-            listener.report(Note(f"Out of memory. Going on {origin} with {change}.", warning=True))
+            listener.report(Note(f"Out of memory. Retrying {origin} with {change}.", warning=True))
 
     def _may_try_again(self) -> bool:
         """Whether there is an option that takes less; several processes would wait for each other for ever."""
@@ -159,16 +159,16 @@ def plan_note(plan: Plan, settings: TrainSettings) -> Note:
     if not plan.fits:
         changes = saving.described(settings)
         even_with = f", even with {changes}" if changes else ""
-        text = f"This training needs about {need:.1f} GB, and {free:.1f} GB are free{even_with}. {remedies(settings)}."
-        return Note(text, warning=True)
+        text = f"This training needs about {need:.1f} GB{even_with}, but only {free:.1f} GB are free."
+        return Note(f"{text} {remedies(settings)}.", warning=True)
     changed = []
     if saving.checkpointing != settings.checkpointing_interval:
-        changed.append(f"{checkpointing_title(saving.checkpointing)} is turned on")
+        changed.append(f"{checkpointing_title(saving.checkpointing)} was turned on")
     if saving.split > 1:
-        changed.append(f"a batch of {settings.batch_size} is computed in {saving.split} parts")
+        changed.append(f"batches of {settings.batch_size} are computed in {saving.split} micro-batches")
     if saving.swap > settings.swap_blocks:
         changed.append(
-            f"{saving.swap} blocks of the base model stay in the computer's memory ({suggest('swap_blocks')})"
+            f"{saving.swap} blocks of the base model are swapped to system memory ({suggest('swap_blocks')})"
         )
     text = f"This training needs about {need:.1f} GB of the {free:.1f} GB that are free"
     return Note(f"{text}: {', and '.join(changed)}." if changed else f"{text}.")

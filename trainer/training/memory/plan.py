@@ -83,7 +83,7 @@ class MemorySaving:
         if self.checkpointing != settings.checkpointing_interval:
             changes.append(checkpointing_title(self.checkpointing))
         if self.split > 1:
-            changes.append(f"batches of {settings.batch_size} computed in {self.split} parts")
+            changes.append(f"batches of {settings.batch_size} in {self.split} micro-batches")
         if self.swap > settings.swap_blocks:
             changes.append(f"{self.swap} blocks swapped")
         return ", ".join(changes)

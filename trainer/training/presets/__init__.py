@@ -60,13 +60,13 @@ def load_preset(subject: str, family: Family) -> Preset:
     if not path.is_file():
         raise SettingsError(
             f"There is no preset '{subject}' for {family.title}.",
-            f"Leave the preset out ({suggest('preset', NONE)}) and choose {suggest('steps')}, "
+            f"Use no preset ({suggest('preset', NONE)}) and choose {suggest('steps')}, "
             f"{suggest('learning_rate')}, {suggest('rank')} and {suggest('resolution')} yourself.",
         )
     content = read_toml(path)
     if set(content) != _KEYS:
         wrong_keys = ", ".join(sorted(_KEYS ^ set(content)))
-        raise SettingsError(f"{path} has too many or too few keys: {wrong_keys}.", "Reinstall this pack.")
+        raise SettingsError(f"{path} has unexpected or missing keys: {wrong_keys}.", "Reinstall this pack.")
     return Preset(
         title=content["title"],
         why=content["why"],
@@ -136,5 +136,5 @@ def _summary(subject: str, family: Family, taken: Mapping[str, Any], kept: Colle
     """Such as "Preset animal for Stable Diffusion 1.x: steps 800, rank 16; as you set them: resolution."."""
     values = [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in taken.items()]
     text = ", ".join(values).lower() or "nothing"
-    kept_text = f"; as you set them: {', '.join(kept)}" if kept else ""
+    kept_text = f"; kept as you set them: {', '.join(kept)}" if kept else ""
     return f"Preset {subject} for {family.title}: {text}{kept_text}."

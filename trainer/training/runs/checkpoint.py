@@ -128,8 +128,8 @@ def write_checkpoint_files(folder: Path, checkpoint: Checkpoint) -> None:
     except (OSError, StorageError) as error:
         reason = error.problem if isinstance(error, StorageError) else error
         raise StorageError(
-            f"The checkpoint of step {checkpoint.step} can't be written to {folder.parent}: {reason}",
-            "Free some space on the disk and start again: the run resumes.",
+            f"The checkpoint at step {checkpoint.step} can't be written to {folder.parent}: {reason}",
+            "Free some space on the disk and start again; the run will resume.",
         ) from error
     state: dict[str, Any] = {"step": checkpoint.step, "optimizer": rest, "extra": checkpoint.extra}
     if checkpoint.live:
@@ -210,7 +210,7 @@ def explained_damage(path: Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:
         raise StorageError(
             f"The checkpoint {path} is damaged: {error}.",
-            f"Delete that {'file' if path.suffix else 'folder'}: the run goes on from the checkpoint before it.",
+            f"Delete that {'file' if path.suffix else 'folder'}; the run will resume from the previous checkpoint.",
         ) from error
 
 

@@ -158,8 +158,8 @@ class RunFolder(RunLayout):
         if not self.lock.acquire():
             raise self.lock.refusal(
                 f"The run {self.path} is being trained",
-                "Wait until it is done, or stop it; then start again, and this one goes on where it ended. For a run "
-                f"of its own set {suggest('resume', 'never')}.",
+                "Wait until it is done, or stop it; then start again, and it resumes where it ended. For a separate "
+                f"run, set {suggest('resume', 'never')}.",
             )
 
     def __reduce__(self) -> tuple[type[RunFolder], tuple[Path]]:
@@ -174,9 +174,7 @@ class RunFolder(RunLayout):
             StorageError: It is not the folder of a run.
         """
         if not read_record(path).get("fingerprint"):
-            raise StorageError(
-                f"{path} is not the folder of a run.", "Give a folder below runs/, with a run.json in it."
-            )
+            raise StorageError(f"{path} is not a run folder.", "Use a folder in runs/ that contains a run.json.")
         return cls(path)
 
     def save(self, checkpoint: Checkpoint, keep: int, *, best: int = 0, keep_adapters: bool = False) -> Path:

@@ -89,7 +89,7 @@ class RecordedListener:
         except OSError as error:
             raise StorageError(
                 f"{self._path} can't be written: {error.strerror}.",
-                "Free some space on the disk and start again: the run resumes.",
+                "Free some space on the disk and start again; the run will resume.",
             ) from error
 
 

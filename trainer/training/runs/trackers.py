@@ -52,9 +52,9 @@ def require_tracker(log_with: str) -> None:
         )
     if log_with == "wandb" and not _wandb_can_start():
         raise SettingsError(
-            f"{suggest('log_with')} is '{log_with}', but {title} knows no API key.",
+            f"{suggest('log_with')} is '{log_with}', but {title} has no API key.",
             f'Log in with "{sys.executable}" -m wandb login, or set the environment variable WANDB_MODE=offline, which '
-            "keeps the log on this machine.",
+            "keeps the log on this computer.",
         )
 
 
@@ -131,8 +131,8 @@ class TrackedListener:
         except Exception as error:
             raise SettingsError(
                 f"{title} can't start: {type(error).__name__}: {error}.",
-                f"Solve this, or set {suggest('log_with', 'none')}. Weights & Biases needs no server with "
-                "WANDB_MODE=offline.",
+                f"Fix this, or set {suggest('log_with', 'none')}. With WANDB_MODE=offline, Weights & Biases needs no "
+                "server.",
             ) from error
 
     def __enter__(self) -> TrackedListener:
@@ -144,7 +144,9 @@ class TrackedListener:
         finishing.start()
         finishing.join(_FINISH_TIMEOUT)
         if finishing.is_alive():
-            text = f"{self._title} is still busy with the log; what it has not sent is in the run's folder, in logs/."
+            text = (
+                f"{self._title} has not finished uploading the log; what it has not sent is in logs/ in the run folder."
+            )
             self._listener.report(Note(text, warning=True))
 
     def report(self, event: Event) -> None:
@@ -176,8 +178,8 @@ class TrackedListener:
         except Exception as error:
             self._tracker = None
             text = (
-                f"{self._title} failed and gets no more: {type(error).__name__}: {error}. The training goes on; "
-                "metrics.jsonl in the run's folder holds everything."
+                f"Logging to {self._title} failed and was stopped: {type(error).__name__}: {error}. Training "
+                "continues; metrics.jsonl in the run folder has all metrics."
             )
             self._listener.report(Note(text, warning=True))
 
