@@ -830,7 +830,7 @@ def wide(bench: Bench, values: Values) -> list[str]:
     listener = Recorder()
     settings = TrainSettings(**{**COMMON, "bucket_step": 32, **values})
     check_pictures(loaded(bench, folder_of(bench, "0.png", size=(256, 80)), {}), settings, listener)
-    return [text for text in unworded(listener) if "cut away" in text]
+    return [text for text in unworded(listener) if "Cropping to" in text]
 
 
 def class_pictures(bench: Bench, values: Values) -> None:

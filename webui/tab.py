@@ -158,7 +158,7 @@ def _train(names: Sequence[str], upload: Any, folder: str, *values: Any) -> str:
     command |= {"name": name, "base": str(base), "images": str(images), "output_dir": str(host.data_folder())}
     words = f"{chosen.get('token') or 'sks'} {chosen.get('class_noun') or ''}".strip()
     queue.submit(queue.jobs().make(TRAIN, name, command, words=words))
-    return "<p>Started. Training continues if you close this page.</p>"
+    return "<p>Training started. It keeps running if you close this page.</p>"
 
 
 def _pictures(upload: Any, folder: str, name: str, root: Path) -> Path:

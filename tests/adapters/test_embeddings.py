@@ -113,11 +113,11 @@ def test_a_model_learns_beside_what_it_has_learned(model: DiffusionModel) -> Non
     learn(model, word("ohwx", value=0.25))
     learn(model, word("SKS"))
     assert sorted(each.word for each in model.words) == ["SKS", "ohwx"]
-    with pytest.raises(AdapterError, match="Two different embeddings are called 'sks'"):
+    with pytest.raises(AdapterError, match="Two different embeddings have the name 'sks'"):
         learn(model, word("sks", value=0.75))
     wide = LearnedWord("wide", {"text_encoder": torch.zeros(1, WIDTH + 1)})
     with pytest.raises(
-        AdapterError, match=f"'wide' has {WIDTH + 1} numbers in a vector, and the text_encoder .* {WIDTH}"
+        AdapterError, match=f"'wide' have {WIDTH + 1} dimensions, but this model's text_encoder expects {WIDTH}"
     ):
         learn(model, wide)
 
@@ -193,7 +193,7 @@ def test_files_of_one_text_encoder_are_read_whatever_their_key(key: str, tmp_pat
         (SD1, {"emb_params": torch.ones(1, 2, 8)}, r"is damaged: emb_params has the shape \(1, 2, 8\)"),
         (SD1, {"emb_params": torch.ones(1, 8, dtype=torch.int64)}, "the type int64"),
         (SD1, {"emb_params": torch.ones(0, 8)}, "is damaged"),
-        (SD1, {"bundle_emb.sks.clip_l": torch.ones(1, 8)}, "is an adapter that bundles embeddings"),
+        (SD1, {"bundle_emb.sks.clip_l": torch.ones(1, 8)}, "is an adapter with bundled embeddings"),
     ],
 )
 def test_what_is_no_embedding_is_refused(

@@ -225,8 +225,8 @@ def test_lokr_in_three_parts_becomes_a_full_difference() -> None:
         ({0: "DoRA", 1: "DoRA"}, "a DoRA without value"),
         ({1: "DoRA", 0: "LoRA", 2: "DoRA"}, "a DoRA without query"),
         (dict.fromkeys(range(3), "DoRA, per input"), "magnitudes of its inputs"),
-        (dict.fromkeys(range(3), "LoHa with DoRA"), "a DoRA of a kind that can't be joined"),
-        (dict.fromkeys(range(3), "OFT"), "don't stand in one layer"),
+        (dict.fromkeys(range(3), "LoHa with DoRA"), "a DoRA of a type that can't be joined"),
+        (dict.fromkeys(range(3), "OFT"), "can't be in one layer"),
     ],
     ids=str,
 )
@@ -387,7 +387,7 @@ def test_flux_1_is_refused_by_name(what: str) -> None:
     for name, out, width in ((stem, outputs, inputs), ("lora_unet_double_blocks_0_img_attn_qkv", 9216, 3072)):
         down, up = lora(out, width, 0, rank=1)
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
-    with pytest.raises(AdapterError, match=r"was made for Flux, .*which can't be read"):
+    with pytest.raises(AdapterError, match=r"was made for Flux, .*which is not supported"):
         parse_adapter(tensors)
 
 

@@ -138,8 +138,8 @@ SHAPES_OF_HEADERS = {
     "null": ("null", "an object"),
     "a list": ("[1]", "an object"),
     "a number": ("3", "an object"),
-    "no JSON": ("{", "no JSON"),
-    "empty": ("", "no JSON"),
+    "no JSON": ("{", "not valid JSON"),
+    "empty": ("", "not valid JSON"),
     "nested without end": ("[" * 100_000, "nested"),
     "patterns that are a list": ('{"unet.alpha_pattern": ["to_q"]}', "alpha_pattern"),
     "patterns that are a string": ('{"unet.alpha_pattern": "to_q"}', "alpha_pattern"),
@@ -514,7 +514,7 @@ def test_numbers_of_other_types_are_refused(suffix: str, dtype: torch.dtype, tmp
 @pytest.mark.parametrize("value", [None, 3, "lora", [1.0], {}], ids=str)
 def test_what_is_no_tensor_is_refused(value: Any) -> None:
     """A LORA_MODEL wire may come from any pack."""
-    with pytest.raises(AdapterError, match=f"{UP} is no tensor"):
+    with pytest.raises(AdapterError, match=f"{UP} is not a tensor"):
         parse_adapter(lora() | {UP: value})
 
 
@@ -525,7 +525,7 @@ def test_an_alpha_may_be_an_integer(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.bool], ids=str)
 def test_an_alpha_is_a_number(dtype: torch.dtype) -> None:
-    with pytest.raises(AdapterError, match=r"alpha is of the type"):
+    with pytest.raises(AdapterError, match=r"alpha has the type"):
         parse_adapter(lora() | {f"{NAME}.alpha": torch.ones((), dtype=dtype)})
 
 

@@ -370,7 +370,7 @@ def test_other_kinds_are_refused_by_name(kind: str) -> None:
 
 @pytest.mark.parametrize("keys", [["model.diffusion_model.input_blocks.0.0.weight"], ["conv_in.weight", "x"]])
 def test_what_is_no_adapter_is_told_with_what_it_holds(keys: list[str]) -> None:
-    with pytest.raises(AdapterError, match="holds no LoRA") as caught:
+    with pytest.raises(AdapterError, match="contains no LoRA") as caught:
         parse_adapter({key: torch.ones(2, 2) for key in keys})
     assert keys[0] in caught.value.problem
 
@@ -591,7 +591,7 @@ def test_bundled_embeddings_that_can_not_be_kept_are_told(caplog: pytest.LogCapt
     layer = LoraLayer(torch.ones(1, inputs), torch.ones(outputs, 1), 1.0)
     with caplog.at_level(logging.WARNING):
         merge_into(model, Adapter({name: layer}, embeddings=EMBEDDING), 1.0)
-    assert "A bundled embedding is not used. The embedding 'sks' has the parts clip_g, clip_l" in caplog.text
+    assert "A bundled embedding was skipped. The embedding 'sks' has the parts clip_g, clip_l" in caplog.text
 
 
 def test_a_bundled_embedding_is_inspected() -> None:

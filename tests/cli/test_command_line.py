@@ -151,7 +151,7 @@ def test_a_learned_word_is_drawn_from_either_file(
     more = ["--token-vectors", "2", "--token-lr", "0.1", "--learning-rate", "1e-9", "--class-noun", "dog"]
     assert run(*train_words, *more) == 0, run.errors
     embedding = tmp_path / "out" / "embeddings" / "dog-sks.safetensors"
-    assert f"Embedding of 'sks' (in ComfyUI embedding:dog-sks): {embedding}" in run.errors
+    assert f"Embedding of 'sks' (embedding:dog-sks in ComfyUI): {embedding}" in run.errors
     drawn: dict[str, bytes] = {}
     words = {
         "plain": [],
@@ -255,7 +255,7 @@ def test_new_settings_reach_the_run(run: Shell, train_words: list[str], tmp_path
     ]
     words += ["--exclude", "up_blocks", "--text-encoder-lr", "1e-3", "--text-encoder-until", "0.5", "--max-norm", "1"]
     assert run(*train_words, *words, "--dropout", "0.1", "--clip-skip", "2") == 0, run.errors
-    assert "text encoders stay as they are after step 1" in run.errors
+    assert "text encoders are frozen after step 1" in run.errors
     assert run("inspect", run.lines[-1], "--json") == 0
     facts = json.loads(run.output)
     assert facts["kind"] == "DoRA"
@@ -307,7 +307,7 @@ def test_finished_run_is_not_trained_twice(run: Shell, trained: tuple[list[str],
     adapter = Path(shutil.copytree(folder, tmp_path / "out")) / "dog.safetensors"
     content = adapter.read_bytes()
     assert run(*words, "--output-dir", tmp_path / "out") == 0
-    assert "finished already" in run.errors
+    assert "already finished" in run.errors
     assert run.lines == [str(adapter)]
     assert adapter.read_bytes() == content
 
@@ -492,7 +492,7 @@ def test_ctrl_c_keeps_the_work_and_the_same_command_goes_on(
     assert json.loads(run.output)["metadata"]["ss_steps"] == str(step)
 
     assert run(*train_words, "--steps", step + 1) == 0
-    assert f"Going on after step {step}" in run.errors
+    assert f"Resuming from step {step}" in run.errors
     assert run.lines == [str(tmp_path / "out" / "dog.safetensors")]
 
 

@@ -232,7 +232,7 @@ def test_the_same_call_does_nothing_twice(
     assert main(words(tiny_checkpoint, data, benched, drift=True)) == 0
     captured = capsys.readouterr()
     assert stamps(benched) | stamps(benched, "*.safetensors") == before
-    assert captured.err.count("finished already") == 2
+    assert captured.err.count("already finished") == 2
     assert captured.out.startswith(table)
     assert captured.out.splitlines()[-2:] == [str(benched / "table.md"), str(benched / "table.json")]
 
@@ -385,10 +385,10 @@ def test_a_data_set_without_its_file_is_named(tmp_path: Path) -> None:
         ({"data": "{nothing}"}, ["{nothing}"]),
         ({"subjects": "my_cup horse"}, ["{data} has no subject horse", "Choose from: my_cup, puppy, kitten"]),
         ({"subjects": "red_bear"}, ["{data} has no subject red_bear", "Choose from"]),
-        ({"subjects": "kitten"}, ["{data}/kitten holds no pictures", "3 to 20"]),
-        ({}, ["{data}/kitten holds no pictures", "3 to 20"]),
-        ({"data": "{plain}"}, ["'a green cup' does not hold the rare word 'sks'", "token"]),
-        ({"token": " "}, ["does not hold the rare word", "token"]),
+        ({"subjects": "kitten"}, ["{data}/kitten contains no pictures", "3 to 20"]),
+        ({}, ["{data}/kitten contains no pictures", "3 to 20"]),
+        ({"data": "{plain}"}, ["'a green cup' does not contain the rare word 'sks'", "token"]),
+        ({"token": " "}, ["does not contain the rare word", "token"]),
         ({"clip": ""}, ["neither --clip nor --dino", "openai/clip-vit-base-patch32"]),
         ({"clip": "nobody/nothing"}, ["nobody/nothing", "preprocessor_config.json"]),
         ({"base": "{nothing}"}, ["{nothing}"]),

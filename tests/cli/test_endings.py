@@ -192,7 +192,7 @@ def test_after_resume_never_what_is_said_is_true(start: Callable[..., Training],
         training.process.send_signal(signal.SIGINT)
         status, errors = training.end()
         assert status == 130
-        assert "the run can go on, with --resume auto: " in errors
+        assert "the run can be resumed, with --resume auto: " in errors
         expected = "Stopped. To continue, run the same command with --resume auto; with --resume never it starts over."
         assert errors.splitlines()[-1] == expected
         stopped.append(_last_run(training.folder))
@@ -200,7 +200,7 @@ def test_after_resume_never_what_is_said_is_true(start: Callable[..., Training],
     newest = max(RunFolder(stopped[-1]).steps())
     output = str(stopped[-1].parent.parent)
     assert run("train", *words, "--output-dir", output, "--steps", newest + 1, "--resume", "auto") == 0
-    assert f"Going on after step {newest}: {stopped[-1]}" in run.errors
+    assert f"Resuming from step {newest}: {stopped[-1]}" in run.errors
 
 
 def _last_run(folder: Path) -> Path:
@@ -236,7 +236,7 @@ def test_the_second_of_two_is_told_at_once(start: Callable[..., Training], run: 
     record["started_at"] = time.time()  # the newest run goes on, which is that of --resume never
     (killed / "run.json").write_text(json.dumps(record))
     assert run(*again, "--steps", newest + 1) == 0
-    assert f"Going on after step {newest}" in run.errors
+    assert f"Resuming from step {newest}" in run.errors
     lines = read_metrics(killed / "metrics.jsonl")
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, newest + 2))
     assert not list(killed.rglob(".tmp-*"))
@@ -284,7 +284,7 @@ def test_a_killed_export_leaves_nothing_for_good(words: list[str], run: Shell, t
     assert left.name.startswith(".tmp-")
     assert not list(left.rglob("*.safetensors")), "no program lists it as a model"
     assert run(*command) == 0
-    assert "finished already" in run.errors
+    assert "already finished" in run.errors
     assert sorted(path.name for path in folder.iterdir()) == ["dog.safetensors", "runs"]
 
 

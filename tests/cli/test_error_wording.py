@@ -118,7 +118,7 @@ def test_the_engine_speaks_of_no_flag() -> None:
         (["train", "--base", "x", "--images", "y", "--combine"], "--combine is on"),
         (["train", "--base", "x", "--images", "y", "--steps", "0"], "error: --steps: Input should be"),
         (["train", "--base", "x"], "error: --images is required"),
-        (["train", "--base", "x", "--images", "y", "--prior-count", "5"], 'give --class-prompt "a photo of a dog"'),
+        (["train", "--base", "x", "--images", "y", "--prior-count", "5"], 'set --class-prompt "a photo of a dog"'),
         (["fuse", "--base", "x", "--output", "y"], "give --lora FILE:STRENGTH"),
         (["merge", "--output", "x.safetensors"], "error: loras is required"),
         (["plan", "--base", "x", "--device", "cpu"], "\n→ Give a graphics card's memory in GB: --memory 8."),
@@ -134,7 +134,7 @@ def test_messages_on_the_command_line_show_flags(run: Shell, words: list[str], e
 def test_the_same_messages_are_plain_in_code() -> None:
     with pytest.raises(SettingsError) as caught:
         TrainCommand.checked({"base": "x", "images": "y", "prior_count": 5})
-    assert "give class_prompt = a photo of a dog" in caught.value.problem
+    assert "set class_prompt = a photo of a dog" in caught.value.problem
     assert "⟦" not in str(caught.value)
 
 

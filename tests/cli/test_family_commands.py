@@ -128,7 +128,7 @@ def test_priors_alone_are_used_again(family: str, files: dict[str, Path], tmp_pa
     assert len(made) == 2
     listener = Recorder()
     run_train(train_command(files[family], tmp_path, steps=1), listener)
-    assert any("are there already" in note for note in listener.notes)
+    assert any("already exist" in note for note in listener.notes)
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == made
     for prediction in ("epsilon", "v_prediction"):  # another kind of model, other pictures
         other = PriorsCommand(**common(files[family], tmp_path), **asked, prediction_type=prediction)

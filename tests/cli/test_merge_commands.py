@@ -491,7 +491,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "merge: a very long name": (["merge", "x" * 5000, "--output", "O"], ("can't be read",)),
     "merge: a folder": (["merge", "FOLDER", "--output", "O"], ("can't be read",)),
     "merge: a checkpoint": (["merge", "BASE", "--output", "O"], ("sd15.safetensors", "no LoRA")),
-    "merge: not a number inside": (["merge", "NAN", "--output", "O"], ("nan.safetensors", "not finite")),
+    "merge: not a number inside": (["merge", "NAN", "--output", "O"], ("nan.safetensors", "NaN or infinite")),
     "merge: a text file": (["merge", "TEXT", "--output", "O"], ("note.safetensors", "can't be read")),
     "merge: an empty file": (["merge", "EMPTY", "--output", "O"], ("empty.safetensors", "can't be read")),
     "merge: no output": (["merge", "DOG"], ("output is required",)),
@@ -544,7 +544,7 @@ BAD: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "resize: a rank of a typing error": (["resize", "DOG", "--output", "O", "--rank", "99999"], ("rank",)),
     "resize: a DoRA without its base": (["resize", "DORA", "--output", "O"], ("dora", "DoRA")),
     "extract: one model": (["extract", "--base", "BASE", "--output", "O"], ("tuned", "required")),
-    "extract: equal models": (["extract", "--base", "BASE", "--tuned", "BASE", "--output", "O"], ("don't differ",)),
+    "extract: equal models": (["extract", "--base", "BASE", "--tuned", "BASE", "--output", "O"], ("do not differ",)),
     "extract: an adapter": (
         ["extract", "--base", "BASE", "--tuned", "DOG", "--output", "O"],
         ("adapter", "not a base model"),

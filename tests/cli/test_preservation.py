@@ -58,7 +58,7 @@ def test_a_class_prompt_says_what_captions_without_the_rare_word_show(
     tiny_checkpoint: Path, picture_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     wanted = values(tiny_checkpoint, picture_folder(3), tmp_path, instance_prompt="rex on a chair")
-    with pytest.raises(SettingsError, match="does not hold the rare word"):
+    with pytest.raises(SettingsError, match="does not contain the rare word"):
         run_train(TrainCommand.checked(wanted), Recorder())
     result = run_train(TrainCommand.checked({**wanted, "class_prompt": "a photo of a dog"}), Recorder())
     assert result.step == 2

@@ -58,7 +58,7 @@ def test_connected_pictures_have_their_captions_and_masks(host: Host) -> None:
     given = host.subject(bridge.NO_FOLDER, images=images, captions="one\n\ntwo\nthree", mask=masks)
     assert [one.caption for one in given.pictures] == ["one", "two", "three"]
     assert [one.mask().getextrema()[1] for one in given.pictures if one.mask] == [64, 128, 191]
-    with pytest.raises(Exception, match="No pictures are given"):
+    with pytest.raises(Exception, match="No pictures were chosen"):
         host.subject(bridge.NO_FOLDER)
     with pytest.raises(Exception, match="come from a folder"):
         host.subject(captions="one")

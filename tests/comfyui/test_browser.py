@@ -134,7 +134,7 @@ def test_a_training_is_watched_reloaded_cancelled_and_resumed(renderer: str, ser
         wait_for_panel(page, steps=1 + last // 8)  # the base, and every eighth step
         assert page.evaluate(PANEL)["steps"] == 1 + last // 8
         shot(page, f"{renderer}-5-done")
-    assert server.log().count(f"Going on after step {done}") >= 1
+    assert server.log().count(f"Resuming from step {done}") >= 1
 
 
 def test_a_node_inside_a_subgraph_is_watched(server: ComfyServer) -> None:

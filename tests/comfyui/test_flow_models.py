@@ -232,5 +232,5 @@ def test_the_clip_of_another_model_is_named(clip: str, small: Small, server: Com
         clips = [{"sd": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)}]
         prompt["train"]["inputs"]["clip"] = ["sd", 1]
     for loader in clips:
-        with pytest.raises(PromptFailed, match="CLIP is not the model's"):
+        with pytest.raises(PromptFailed, match="CLIP does not match the model"):
             server.wait(server.queue(prompt | loader))

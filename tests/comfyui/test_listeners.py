@@ -67,7 +67,7 @@ def step(number: int, steps: int = 1000) -> Step:
 OFTEN = (
     st.builds(step, st.integers(1, 999))
     | st.builds(Phase, st.just("encoding pictures"), st.integers(1, 49), st.just(50))
-    | st.builds(Note, st.just("0.png is left out."), st.booleans())
+    | st.builds(Note, st.just("0.png is skipped."), st.booleans())
 )
 
 
@@ -81,7 +81,7 @@ def test_what_happens_often_is_not_sent_often(listener: str, progress: Any, even
 
 def test_many_notes_are_not_many_messages(progress: Any) -> None:
     node = Node(progress, "NodeListener")
-    node.report([(0.01, Note(f"{number}.png is left out.", warning=True)) for number in range(300)])
+    node.report([(0.01, Note(f"{number}.png is skipped.", warning=True)) for number in range(300)])
     assert 2 * 3 <= len(node.sent) <= MOST_A_SECOND * 4
     assert node.busiest_second() <= MOST_A_SECOND
 

@@ -153,7 +153,7 @@ def test_two_stages_in_one_node(server: ComfyServer) -> None:
     assert ranks == [4, 8]
     _, facts = read_header(server.base_dir / "models" / "loras" / "person-2.safetensors")
     assert (facts["ss_network_dim"], facts["ss_network_alpha"]) == ("8", "8.0")
-    assert "Going on after step" not in server.log().split("combine")[-1]
+    assert "Resuming from step" not in server.log().split("combine")[-1]
 
 
 def test_fine_tuned_checkpoint_is_loaded(server: ComfyServer) -> None:
@@ -179,7 +179,7 @@ def test_finished_run_is_returned_after_the_cache_is_gone(server: ComfyServer) -
     server.free()  # before the next prompt
     server.wait(server.queue(graph(name="again")))
     assert file.stat().st_mtime_ns == written
-    assert "This run is finished already" in server.log()
+    assert "This run is already finished" in server.log()
 
 
 def test_cancel_keeps_a_checkpoint_and_queueing_again_resumes_exactly(server: ComfyServer) -> None:
@@ -197,7 +197,7 @@ def test_cancel_keeps_a_checkpoint_and_queueing_again_resumes_exactly(server: Co
     assert step > 0
     prompt["train"]["inputs"]["steps"] = step + 5
     server.wait(server.queue(prompt))
-    assert f"Going on after step {step}" in server.log()
+    assert f"Resuming from step {step}" in server.log()
     straight = graph(name="straight", steps=step + 5, settings=["anew", 0])
     straight["anew"] = node("DreamBoothTrainingSettings", **further_settings(resume="never"))
     server.wait(server.queue(straight))
@@ -264,7 +264,7 @@ def test_borrowed_weights_stay_as_they_are(server: ComfyServer) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 512}, "rank 512 is above the size of the layer"),
+        ({"rank": 512}, "Rank 512 is larger than the layer"),
         ({"name": "a/b"}, "name"),
         ({"resolution": 100}, "resolution"),
     ],

@@ -230,7 +230,7 @@ def test_pictures_are_reported_as_a_run_would_find_them(site: Site) -> None:
 def test_a_folder_without_pictures_says_why(site: Site) -> None:
     report = site.get("/folders/pictures?folder=empty")
     assert (report["pictures"], report["warnings"]) == ([], [])
-    assert "holds no pictures" in report["problem"]
+    assert "contains no pictures" in report["problem"]
 
 
 def test_no_name_in_a_zip_file_leads_out_of_it(site: Site) -> None:

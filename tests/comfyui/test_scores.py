@@ -149,7 +149,7 @@ def test_the_example_graph_trains_picks_and_scores(server: ComfyServer) -> None:
         ("DreamBoothScoreTable", {"prompts": ""}, ("no prompt",)),
         ("DreamBoothScoreTable", {"prompts": "a\nb"}, ("1 pictures for 2 prompts", "same number")),
         ("DreamBoothScoreTable", {"name": "../x"}, ("name",)),
-        ("DreamBoothScoreTable", {"clip_model": ""}, ("no model", "Name a CLIP")),
+        ("DreamBoothScoreTable", {"clip_model": ""}, ("no model", "Choose a CLIP")),
         ("DreamBoothClipScore", {"prompts": "a\nb"}, ("2 prompts for 1 pictures",)),
     ],
 )

@@ -36,7 +36,7 @@ def test_auto_takes_cuda_then_mps_then_the_cpu(computer: pytest.MonkeyPatch) -> 
 def test_a_device_that_is_not_there_is_refused(name: str, computer: pytest.MonkeyPatch) -> None:
     with pytest.raises(SettingsError) as refused:
         devices.pick_device(name)
-    assert refused.value.problem == f"This computer has no device {name}."
+    assert refused.value.problem == f"The device {name} is not available on this computer."
     computer.setattr(torch.cuda, "device_count", lambda: 2)
     if name == "cuda:2":  # the third of two
         with pytest.raises(SettingsError):

@@ -459,9 +459,9 @@ def test_names_that_windows_cant_have_are_refused_there(
     """On NTFS a colon would write into a hidden stream of another file."""
     require_writable_file(tmp_path / name, 1)
     monkeypatch.setattr(files, "_IS_WINDOWS", True)
-    with pytest.raises(StorageError, match="Windows allows no file"):
+    with pytest.raises(StorageError, match="Windows does not allow a file"):
         require_writable_file(tmp_path / name, 1)
-    with pytest.raises(StorageError, match="Windows allows no file"):
+    with pytest.raises(StorageError, match="Windows does not allow a file"):
         write_file(tmp_path / name, Path.touch, replace=False)
     require_writable_file(tmp_path / "größe 犬 (1).safetensors", 1)
 

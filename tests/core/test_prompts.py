@@ -58,7 +58,7 @@ def test_an_open_brace_is_refused(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["a {red|blue} dog", "{a\nb}", "{token|class}"])
 def test_alternatives_in_braces_are_refused(text: str) -> None:
-    with pytest.raises(PromptError, match="alternatives are not written in braces") as caught:
+    with pytest.raises(PromptError, match="braces can't list alternatives") as caught:
         parse_prompts(text, DOG)
     example = caught.value.remedy.rpartition(": ")[2].rstrip(".")
     assert parse_prompts(example, DOG) == ["a red dog", "a blue dog"]  # the remedy works
@@ -140,9 +140,9 @@ def test_every_prompt_refuses_what_is_not_known(make: Make, template: str) -> No
 
 @pytest.mark.parametrize("make", WITHOUT_WORDS.values(), ids=WITHOUT_WORDS)
 def test_where_there_is_no_class_noun_its_template_is_refused(make: Make) -> None:
-    with pytest.raises(SettingsError, match=r"\{class\}, which stands for nothing here") as caught:
+    with pytest.raises(SettingsError, match=r"\{class\}, which has no value here") as caught:
         make("a {class}")
-    assert caught.value.remedy == "Write the words themselves."
+    assert caught.value.remedy == "Write out the words themselves."
     make("a dog")
 
 
@@ -178,7 +178,7 @@ def test_previews_of_several_subjects_know_what_these_have_in_common() -> None:
     values = {"base": "b", "subject": tables, "preview_every": 1}
     settings = TrainCommand.checked(values | {"preview_prompts": "sks {class}"})
     assert settings.with_filled_previews().preview_prompts == "sks dog"
-    with pytest.raises(SettingsError, match=r"\{token\}, which stands for nothing here"):
+    with pytest.raises(SettingsError, match=r"\{token\}, which has no value here"):
         TrainCommand.checked(values | {"preview_prompts": "{token} {class}"})
 
 
@@ -189,9 +189,9 @@ def test_a_node_knows_of_a_template_that_is_unknown_before_it_knows_the_words() 
 
 
 def test_one_prompt_where_there_is_one() -> None:
-    with pytest.raises(SettingsError, match="separate its parts by commas"):
+    with pytest.raises(SettingsError, match="separate its parts with commas"):
         GenerateCommand.checked({"base": "b", "prompt": "x", "negative_prompt": "blurry | dark"})
-    with pytest.raises(SettingsError, match="a text file beside it"):
+    with pytest.raises(SettingsError, match="a text file next to it"):
         ScoreCommand.checked({"pictures": "x", "clip": "c", "prompt": "a dog | a cat"})
     assert GenerateCommand.checked({"base": "b", "prompt": "x | y"}).prompts == ["x", "y"]
 

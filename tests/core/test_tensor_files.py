@@ -48,7 +48,7 @@ def test_what_is_no_file_is_an_os_error(read: object, tmp_path: Path) -> None:
 def test_a_type_is_named_with_its_tensor(tmp_path: Path) -> None:
     path = tmp_path / "scaled.safetensors"
     path.write_bytes(BROKEN_FILES["F8_E8M0"])
-    with pytest.raises(ValueError, match=f"{DOWN} is of the type F8_E8M0"):
+    with pytest.raises(ValueError, match=f"{DOWN} has the unsupported type F8_E8M0"):
         read_header(path)
 
 
@@ -105,8 +105,8 @@ def test_integers_are_finite() -> None:
     [
         (torch.tensor([1.0, 70000.0]), torch.float16, "up to 7e+04, which float16 can't hold"),
         (torch.tensor([-1e39], dtype=torch.float64), torch.float32, "up to 1e+39, which float32 can't hold"),
-        (torch.tensor([math.nan]), torch.float16, "not finite"),
-        (torch.tensor([math.inf]), torch.bfloat16, "not finite"),
+        (torch.tensor([math.nan]), torch.float16, "NaN or infinite"),
+        (torch.tensor([math.inf]), torch.bfloat16, "NaN or infinite"),
     ],
 )
 def test_what_a_type_cant_hold_is_named(tensor: torch.Tensor, dtype: torch.dtype, told: str) -> None:

@@ -148,7 +148,7 @@ def _is_prefixed(parts: list[str]) -> bool:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"template": "a photo"}, r"must have \{caption\}"),
+        ({"template": "a photo"}, r"must contain \{caption\}"),
         ({"template": "{caption} {noun}"}, r"has \{noun\}"),
         ({"template": "{caption} {}"}, r"has \{\}"),
         ({"template": "{token} {caption}", "token": " "}, "token is not given"),
@@ -167,7 +167,7 @@ def test_a_file_is_written_beside_each_picture_and_none_is_overwritten(folder: P
     assert list(captions) == ["0.png", "1.png", "3.png", "söfa.JPG"]
     assert sorted(path.name for path in folder.glob("*.txt")) == ["0.txt", "1.txt", "2.txt", "3.txt", "söfa.txt"]
     assert (folder / "2.txt").read_text(encoding="utf-8") == "my own words"
-    assert recorder.notes == ["1 of 5 pictures have captions already; they stay."]
+    assert recorder.notes == ["1 of 5 pictures already have captions, which are kept."]
     shown = [Image.open(folder / name) for name in captions]
     direct = open_captioner(str(blip), CPU).describe(shown, beams=3, max_tokens=8)
     expected = [apply_template(one, words()) for one in direct]
@@ -212,7 +212,7 @@ def test_what_has_a_caption_keeps_it(kind: str, where: str, tmp_path: Path) -> N
     recorder = Recorder()
     written = caption_folder(CaptionCommand.checked({"images": folder, "model": "any", "device": "cpu"}), recorder)
     assert written == {f"{where}{name}": WRITTEN[0] for name in sorted(THREE) if name not in kept}
-    assert recorder.notes == [f"{len(kept)} of 3 pictures have captions already; they stay."]
+    assert recorder.notes == [f"{len(kept)} of 3 pictures already have captions, which are kept."]
     pictures, _ = load(folder, token="sks")
     assert captions(pictures) == {f"{where}{name}": kept.get(name, WRITTEN) for name in sorted(THREE)}
 
@@ -225,7 +225,7 @@ def test_a_caption_that_cannot_be_read_now_is_not_replaced(tmp_path: Path) -> No
     recorder = Recorder()
     written = caption_folder(CaptionCommand.checked({"images": folder, "model": "any", "device": "cpu"}), recorder)
     assert list(written) == ["b.png", "c.png"]
-    assert recorder.notes == ["1 of 3 pictures have captions already; they stay."]
+    assert recorder.notes == ["1 of 3 pictures already have captions, which are kept."]
     assert (folder / "a.txt").stat().st_size == MAX_FILE_BYTES + 1
 
 
@@ -264,7 +264,7 @@ def test_a_second_call_does_not_even_open_the_model(folder: Path, blip: Path) ->
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*.txt")}
     recorder = Recorder()
     assert caption_folder(command(folder, blip.parent / "nowhere"), recorder) == {}
-    assert recorder.notes == ["5 of 5 pictures have captions already; they stay."]
+    assert recorder.notes == ["5 of 5 pictures already have captions, which are kept."]
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.txt")} == written
     assert len(caption_folder(command(folder, blip, overwrite=True), Recorder())) == 5
     assert (folder / "2.txt").read_text(encoding="utf-8") != "my own words"
@@ -291,7 +291,7 @@ def test_pictures_that_cannot_be_read_are_left_out(folder: Path, blip: Path) -> 
     assert list(captions) == ["0.png", "3.png", "söfa.JPG"]
     assert not (folder / "1.txt").exists()
     problems = "\n".join(recorder.warnings)
-    for problem in ("0.webp is left out: its caption would stand", "1.png is left out", "tiny.png is left out"):
+    for problem in ("0.webp is skipped: its caption would overwrite", "1.png is skipped", "tiny.png is skipped"):
         assert problem in problems
 
 
@@ -300,7 +300,7 @@ def test_a_picture_without_words_gets_no_file_unless_the_subject_has_some(folder
     recorder = Recorder()
     assert caption_folder(command(folder, silent), recorder) == {}
     assert not (folder / "0.txt").exists()
-    assert recorder.warnings[0] == "0.png gets no caption: the model has no words for it."
+    assert recorder.warnings[0] == "0.png gets no caption: the model generated none."
     found = caption_folder(command(folder, silent, token="sks", template="a {token}, {caption}"), Recorder())
     assert set(found.values()) == {"a sks"}
 
@@ -320,8 +320,8 @@ def test_bad_folders_are_named_before_the_model_is_opened(tmp_path: Path, folder
     (tmp_path / "empty").mkdir()
     for place, message in (
         (tmp_path / "missing", "does not exist"),
-        (tmp_path / "zipped.zip", "unpack a zip file"),
-        (tmp_path / "empty", "holds no pictures"),
+        (tmp_path / "zipped.zip", "if this is a zip file, unpack it"),
+        (tmp_path / "empty", "contains no pictures"),
     ):
         with pytest.raises(PicturesError, match=message):
             caption_folder(command(place, nowhere), Recorder())
@@ -352,7 +352,7 @@ def test_another_model_is_refused_by_its_kind(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match="is a clip model") as failure:
         open_captioner(str(DEMO / "scorer"), CPU)
     assert "blip" in failure.value.remedy
-    with pytest.raises(WeightsError, match="can't write captions"):
+    with pytest.raises(WeightsError, match="can't generate captions"):
         open_captioner(str(tiny_blip(tmp_path / "retrieval", "BlipForImageTextRetrieval")), CPU)
 
 
@@ -398,7 +398,7 @@ def test_the_node_says_what_the_engine_says(server: ComfyServer) -> None:
 @pytest.mark.usefixtures("captioned")
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"model": "nobody/here"}, "models/BLIP"), ({"template": "x"}, "must have {caption}")],
+    [({"model": "nobody/here"}, "models/BLIP"), ({"template": "x"}, "must contain {caption}")],
     ids=["model", "template"],
 )
 def test_the_node_names_bad_input(changes: dict[str, Any], message: str, server: ComfyServer) -> None:

@@ -180,7 +180,7 @@ def test_a_mask_has_no_colours() -> None:
         (b"no profile", "is damaged and was ignored"),
         (rgb_profile(ADOBE, 2.2)[:200], "is damaged and was ignored"),
         (profile(b"RGB ", []), "is damaged and was ignored"),
-        (profile(b"CMYK", []), "is one for CMYK pictures and was ignored"),
+        (profile(b"CMYK", []), "is for CMYK pictures and was ignored"),
     ],
     ids=["no profile", "cut", "empty", "of another space"],
 )
@@ -202,7 +202,7 @@ def test_without_littlecms_profiles_are_ignored_and_told(monkeypatch: pytest.Mon
     stored = picture(3)
     assert decode(saved(stored, icc_profile=WIDE["Adobe RGB"]), notes).tobytes() == stored.tobytes()
     assert notes == ["its colour profile was ignored: this Pillow was built without littleCMS"]
-    with pytest.raises(ValueError, match="it is Lab"):
+    with pytest.raises(ValueError, match="it is in the Lab colour space"):
         decode(saved(Image.new("LAB", SIZE), "TIFF"))
 
 
@@ -259,15 +259,15 @@ def test_where_white_is_zero_it_stays_so(bits: int, value: float, dtype: type[np
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (tiff(flat(60_000, np.uint32), 32), "its brightest pixel is 60000 of 4294967295, which is black"),
-        (tiff(flat(-5, np.int32), 32, 2), "negative numbers"),
-        (tiff(flat(-5, np.int16), 16, 2), "negative numbers"),
-        (tiff(flat(3.2, np.float32), 32, 3), "go from 0 to 3.2, of which white is not known"),
-        (tiff(flat(1e6, np.float32), 32, 3), "white is not known"),
-        (tiff(flat(float("nan"), np.float32), 32, 3), "not finite"),
+        (tiff(flat(60_000, np.uint32), 32), "its brightest pixel is 60000 of 4294967295, so it is black"),
+        (tiff(flat(-5, np.int32), 32, 2), "negative values"),
+        (tiff(flat(-5, np.int16), 16, 2), "negative values"),
+        (tiff(flat(3.2, np.float32), 32, 3), "range from 0 to 3.2, so its white level is unknown"),
+        (tiff(flat(1e6, np.float32), 32, 3), "white level is unknown"),
+        (tiff(flat(float("nan"), np.float32), 32, 3), "NaN or infinite"),
         (
             tiff(flat(-0.5, np.float32), 32, 3),
-            "white is not known",
+            "white level is unknown",
         ),
     ],
     ids=["dark 32 bits", "negative 32", "negative 16", "between", "beyond", "nan", "negative reals"],
@@ -279,7 +279,7 @@ def test_numbers_whose_white_is_not_known_are_left_out_with_a_remedy(
     assert [one.name for one in pictures] == sorted(THREE)
     [warning] = recorder.warnings
     assert words in warning
-    assert "save it with 8 or 16 bits" in warning
+    assert "save it with 8 or 16 bits per channel" in warning
 
 
 def test_black_is_no_error() -> None:

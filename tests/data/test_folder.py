@@ -115,7 +115,7 @@ def test_metadata_in_folders_of_a_zip_is_of_these_folders(tmp_path: Path) -> Non
         "z/2.png": PROMPT,
     }
     assert [text for text in listener.notes if "same picture" not in text] == [
-        "The pictures in x, y and z are read as pictures of one subject."
+        "The pictures in x, y and z are all used as pictures of one subject."
     ]
 
 
@@ -123,8 +123,8 @@ def test_metadata_in_folders_of_a_zip_is_of_these_folders(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        (b'{"file_name": "b.png", "text": "x"', "no JSON"),
-        (b"b.png: a dog", "no JSON"),
+        (b'{"file_name": "b.png", "text": "x"', "not valid JSON"),
+        (b"b.png: a dog", "not valid JSON"),
         (b'["b.png", "a dog"]', "names no picture"),
         (b'{"text": "a dog"}', "names no picture"),
         (b'{"file_name": 3, "text": "a dog"}', "names no picture"),
@@ -230,7 +230,7 @@ def test_kohyas_folders(kind: str, tmp_path: Path) -> None:
         ("2_{token} cat/d.png", "rraj cat", 6),
     ]
     assert listener.notes == [
-        "The pictures in 0_x (1) are left out; only those in 10_sks dög and 2_{token} cat are read."
+        "The pictures in 0_x (1) are ignored; only those in 10_sks dög and 2_{token} cat are used."
     ]
 
 
@@ -240,7 +240,7 @@ def test_pictures_beside_kohyas_folders_are_told(kind: str, tmp_path: Path) -> N
     pictures, listener = load(place(tmp_path, files, kind))
     assert [(one.name, one.repeats) for one in pictures] == [(name, 1) for name in sorted(THREE)]
     assert listener.notes == [
-        "The pictures in 10_sks dog (1) and old (1) are left out; only those in dög pictures itself are read."
+        "The pictures in 10_sks dog (1) and old (1) are ignored; only those in dög pictures itself are used."
     ]
 
 

@@ -189,20 +189,20 @@ def test_a_blurred_picture_is_named_and_the_sharp_ones_are_not() -> None:
     assert texts(sharp, 64) == []
     for at in range(5):
         looks = [*sharp[:at], look(f"{at}.png", softened(4)(scene(at))), *sharp[at + 1 :]]
-        assert texts(looks, 64) == [f"{at}.png is blurred: take a sharper one."]
+        assert texts(looks, 64) == [f"{at}.png is blurred: use a sharper one."]
 
 
 def test_a_picture_softer_than_the_others_is_found_that_alone_is_not() -> None:
     images = {f"{seed}.png": scene(seed) for seed in range(5)}
     soft = softened(1.6)(images["0.png"])
     assert advice_on(**{"0.png": soft}) == []
-    assert advice_on(**images | {"0.png": soft}) == ["0.png is blurred: take a sharper one."]
+    assert advice_on(**images | {"0.png": soft}) == ["0.png is blurred: use a sharper one."]
 
 
 def test_a_soft_style_is_one_sentence() -> None:
     [text] = advice_on(**{f"{seed}.png": softened(5)(scene(seed)) for seed in range(8)})
     assert text.startswith("0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 2 more have no sharp edges")
-    assert "If that is not the style you want" in text
+    assert "Unless you want that style" in text
 
 
 def test_a_sharp_subject_before_a_blurred_background_is_sharp() -> None:
@@ -241,7 +241,7 @@ def test_a_sharp_drawing_is_not_called_blurred_and_a_blurred_one_is(name: str) -
     image = drawings()[name]
     assert advice_on(resolution=32, **{name: image}) == []
     large = image.resize((512, 384), Image.Resampling.NEAREST)
-    assert advice_on(resolution=32, **{name: softened(7)(large)}) == [f"{name} is blurred: take a sharper one."]
+    assert advice_on(resolution=32, **{name: softened(7)(large)}) == [f"{name} is blurred: use a sharper one."]
 
 
 @pytest.mark.parametrize("colour", ["white", "black", (90, 140, 20)], ids=str)
@@ -250,9 +250,9 @@ def test_an_empty_picture_gets_one_message(colour: str | tuple[int, int, int]) -
     ImageDraw.Draw(empty).rectangle((20, 20, 30, 30), fill=(200, 10, 10))
     others = {"a.png": scene(0), "b.png": scene(1)}
     [text] = advice_on(**others, **{"c.png": empty})
-    assert text == "c.png is nearly empty, of one colour: leave it out."
+    assert text == "c.png is almost a single colour: leave it out."
     [text] = advice_on(**others, **{"c.png": empty, "d.png": empty})
-    assert text == "c.png and d.png are nearly empty, of one colour: leave them out."
+    assert text == "c.png and d.png are almost a single colour: leave them out."
 
 
 def test_a_dark_picture_is_named_and_a_lamp_in_the_dark_is_not() -> None:
@@ -268,8 +268,8 @@ def test_small_pictures_say_how_much_they_are_scaled_up() -> None:
     images = {"a.png": scene(0, 512, 600), "b.png": scene(1, 256, 380), "c.png": scene(2, 500, 480)}
     looks = [look(name, image) for name, image in images.items()]
     assert texts(looks, 512) == [
-        "b.png (256×380) is smaller than the training resolution 512 and will be scaled up 2.0 times, which blurs: "
-        "take a larger one, or lower the resolution."
+        "b.png (256×380) is smaller than the training resolution 512 and will be scaled up 2.0 times, which blurs it: "
+        "use a larger one, or lower the resolution."
     ]
     [text] = texts(looks, 1024)
     assert text.startswith("a.png (512×600), b.png (256×380) and c.png (500×480) are smaller")
@@ -292,7 +292,7 @@ def test_look_alikes_are_one_message_a_group_and_exact_copies_are_left_to_others
     check_pictures(pictures, TrainSettings(resolution=128), recorder)
     assert len([text for text in recorder.warnings[:before] if "same picture" in text]) == 1
     assert recorder.warnings[before:] == [
-        "a copy.png, b.jpg and c.png look almost the same: keep the best one, or the model learns it by heart."
+        "a copy.png, b.jpg and c.png look almost the same: keep only the best one, or the model will overfit to it."
     ]
 
 
@@ -352,7 +352,7 @@ def test_what_is_cut_away_is_told_if_it_is_much(size: tuple[int, int], cut: int)
     recorder = Recorder()
     pictures = [as_picture("wide.png", scene(0, 320, 320).resize(size)), as_picture("b.png", scene(1, 320, 320))]
     check_pictures(pictures, TrainSettings(resolution=64), recorder)
-    told = [text for text in recorder.warnings if "cut away" in text]
+    told = [text for text in recorder.warnings if "Cropping to" in text]
     assert len(told) == bool(cut)
     if cut:
         assert f"wide.png ({cut} %)" in told[0]
@@ -364,8 +364,8 @@ def test_with_buckets_only_panoramas_are_cut() -> None:
     recorder = Recorder()
     pictures = [as_picture(f"{width}.png", scene(0, 320, 320).resize((width, 100))) for width in (200, 390, 1200)]
     check_pictures(pictures, TrainSettings(resolution=512, aspect_buckets=True), recorder)
-    [told] = [text for text in recorder.warnings if "cut away" in text]
-    assert told.startswith("Much of 1200.png (67 %) is cut away")
+    [told] = [text for text in recorder.warnings if "Cropping to" in text]
+    assert told.startswith("Cropping to an aspect ratio of at most 4:1 removes much of 1200.png (67 %)")
     assert "aspect_buckets" not in told
 
 
@@ -376,8 +376,8 @@ def test_many_pictures_are_counted_and_can_be_stopped() -> None:
     check_pictures(pictures, TrainSettings(resolution=64), recorder)
     assert [event.done for event in recorder.events if hasattr(event, "done")] == [32]
     assert recorder.warnings == [
-        "0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 34 more look almost the same: keep the best one, or the model "
-        "learns it by heart."
+        "0.png, 1.png, 2.png, 3.png, 4.png, 5.png and 34 more look almost the same: keep only the best one, or the "
+        "model will overfit to it."
     ]
     with pytest.raises(CancelledError):
         check_pictures(pictures, TrainSettings(resolution=64), Recorder(stop_after=1))
@@ -394,6 +394,6 @@ def test_the_command_gives_the_advice_before_it_trains(tiny_checkpoint: Path, tm
     values |= {"instance_prompt": "a photo of sks dog", "output_dir": tmp_path / "out", "device": "cpu"}
     recorder = Recorder()
     run_train(TrainCommand.checked(values), recorder)
-    assert recorder.warnings == ["soft.png is blurred: take a sharper one."]
+    assert recorder.warnings == ["soft.png is blurred: use a sharper one."]
     kinds = ["Step" if hasattr(event, "loss") else getattr(event, "text", "") for event in recorder.events]
-    assert kinds.index("soft.png is blurred: take a sharper one.") < kinds.index("Step")
+    assert kinds.index("soft.png is blurred: use a sharper one.") < kinds.index("Step")

@@ -45,22 +45,22 @@ LEVELS: dict[str, tuple[dict[str, bytes], list[str], list[str]]] = {  # files, p
     "pictures and a folder": (
         THREE | photos("more/1.png", "more/2.png", "more/3.png", "more/4.png"),
         ["a.png", "b.png", "c.png"],
-        ["The pictures in more (4) are left out; only those in tree itself are read."],
+        ["The pictures in more (4) are ignored; only those in tree itself are used."],
     ),
     "few pictures and a folder": (
         photos("cover.png", "more/1.png", "more/2.png"),
         ["cover.png", "more/1.png", "more/2.png"],
-        ["The pictures in tree itself and more are read as pictures of one subject."],
+        ["The pictures in tree itself and more are all used as pictures of one subject."],
     ),
     "folders": (
         photos("x/1.png", "y/z/2.png", "y/3.png"),
         ["x/1.png", "y/3.png", "y/z/2.png"],
-        ["The pictures in x, y and y/z are read as pictures of one subject."],
+        ["The pictures in x, y and y/z are all used as pictures of one subject."],
     ),
     "pictures below one folder": (
         {f"rex/{name}": content for name, content in (THREE | photos("old/1.png")).items()},
         ["rex/a.png", "rex/b.png", "rex/c.png"],
-        ["The pictures in rex/old (1) are left out; only those in rex are read."],
+        ["The pictures in rex/old (1) are ignored; only those in rex are used."],
     ),
     "kohya's folders": (
         photos("10_zwx cat/1.png", "2_zwx cat/2.png", "2_zwx cat/3.png"),
@@ -70,18 +70,18 @@ LEVELS: dict[str, tuple[dict[str, bytes], list[str], list[str]]] = {  # files, p
     "kohya's folders and others": (
         photos("10_zwx cat/1.png", "10_zwx cat/2.png", "10_zwx cat/3.png", "sample/x.png", "cover.png"),
         ["10_zwx cat/1.png", "10_zwx cat/2.png", "10_zwx cat/3.png"],
-        ["The pictures in tree itself (1) and sample (1) are left out; only those in 10_zwx cat are read."],
+        ["The pictures in tree itself (1) and sample (1) are ignored; only those in 10_zwx cat are used."],
     ),
     "kohya's project": (
         photos("img/10_zwx cat/1.png", "img/10_zwx cat/2.png", "img/10_zwx cat/3.png", "reg/1_cat/4.png")
         | {"log/x.txt": b"x", "model/y.json": b"{}"},
         ["img/10_zwx cat/1.png", "img/10_zwx cat/2.png", "img/10_zwx cat/3.png"],
-        ["The pictures in reg/1_cat (1) are left out; only those in img/10_zwx cat are read. Class pictures are given"],
+        ["The pictures in reg/1_cat (1) are ignored; only those in img/10_zwx cat are used. For class pictures, use"],
     ),
     "masks": (
         {**THREE, "masks/a.png": photo(1), "more/masks/x.png": photo(2)},
         ["a.png", "b.png", "c.png"],
-        ["The pictures in more/masks (1) are left out; only those in tree itself are read."],
+        ["The pictures in more/masks (1) are ignored; only those in tree itself are used."],
     ),
     "hidden and systems' files": (
         {
@@ -127,11 +127,13 @@ def test_kohyas_folders_mean_the_same_at_every_level(kind: str, level: str, tmp_
     pictures, recorder = load(put_as(kind, place, files), repeats=2)
     assert [picture.captions for picture in pictures] == [("zwx cat",), ("own",), ("zwx cat",)]
     assert [picture.repeats for picture in pictures] == [20, 20, 20]
-    told = ["By the name of 10_zwx cat, its pictures count 10 times and 'zwx cat' is their caption."]
+    told = ["The name of 10_zwx cat means that its pictures are repeated 10 times, with the caption 'zwx cat'."]
     assert recorder.notes == (told if level == "itself" else [])
     without, recorder = load(put_as(kind, place, files), captions="prompt")
     assert [picture.captions for picture in without] == [OWN] * 3
-    assert recorder.notes == (["By the name of 10_zwx cat, its pictures count 10 times."] if level == "itself" else [])
+    assert recorder.notes == (
+        ["The name of 10_zwx cat means that its pictures are repeated 10 times."] if level == "itself" else []
+    )
 
 
 def test_kohyas_folder_is_known_by_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +189,7 @@ def test_a_link_that_leads_back_is_walked_once(tmp_path: Path) -> None:
     (folder / "x" / "gone.png").symlink_to(folder / "nowhere.png")
     pictures, recorder = load(folder)
     assert [picture.name for picture in pictures] == ["x/a.png", "x/b.png", "x/c.png"]
-    assert recorder.warnings == ["x/gone.png is left out: it is not there."]
+    assert recorder.warnings == ["x/gone.png is skipped: it does not exist."]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
@@ -195,7 +197,7 @@ def test_a_pipe_is_no_picture(tmp_path: Path) -> None:
     os.mkfifo(put(tmp_path / "tree", THREE) / "d.png")
     pictures, recorder = load(tmp_path / "tree")
     assert len(pictures) == 3
-    assert recorder.warnings == ["d.png is left out: it is no file."]
+    assert recorder.warnings == ["d.png is skipped: it is not a regular file."]
 
 
 def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +212,7 @@ def test_a_folder_that_cannot_be_listed_is_told(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "scandir", guarded)
     pictures, recorder = load(folder)
     assert len(pictures) == 3
-    assert recorder.warnings == ["The folder secret can't be read (Permission denied); it is left out."]
+    assert recorder.warnings == ["The folder secret can't be read (Permission denied); it is skipped."]
 
 
 # ---- side files
@@ -268,8 +270,8 @@ def test_side_files_of_no_picture_are_told_once(kind: str, tmp_path: Path) -> No
     pictures, recorder = load(put_as(kind, tmp_path / "tree", files))
     assert captions(pictures) == {"a.png": OWN, "b.png": OWN, "c.png": OWN, "d_mask.png": OWN}
     assert recorder.warnings == [
-        "masks/y.png and x-masklabel.png are named like masks, but no pictures use them; they are left out.",
-        "a.png.txt, captions/b.txt, d.txt and e.caption go with no picture of that name.",
+        "masks/y.png and x-masklabel.png are named like masks, but no pictures use them; they are ignored.",
+        "a.png.txt, captions/b.txt, d.txt and e.caption match no picture by name.",
     ]
     assert not load(put_as(kind, tmp_path / "tree", files), captions="prompt")[1].warnings[1:]
 
@@ -278,7 +280,7 @@ def test_side_files_of_no_picture_are_told_once(kind: str, tmp_path: Path) -> No
 def test_many_side_files_of_no_picture_are_one_short_sentence(kind: str, tmp_path: Path) -> None:
     files = THREE | {f"{number:02}.txt": b"x" for number in range(30)}
     _, recorder = load(put_as(kind, tmp_path / "tree", files))
-    assert recorder.warnings == ["00.txt, 01.txt, 02.txt, 03.txt, 04.txt and 25 more go with no picture of that name."]
+    assert recorder.warnings == ["00.txt, 01.txt, 02.txt, 03.txt, 04.txt and 25 more match no picture by name."]
 
 
 @BOTH
@@ -370,7 +372,7 @@ def test_lines_and_bars_separate_captions(kind: str, tmp_path: Path) -> None:
         "b.png": ("one line",),
         "c.png": ("sks", "a dog"),
     }
-    assert recorder.notes == ["a.txt: each line is a caption of its own, and each sample takes one of them."]
+    assert recorder.notes == ["a.txt: each line is a separate caption, and each sample uses one of them."]
 
 
 SOURCES: dict[str, Callable[[str], tuple[dict[str, bytes], dict[str, Any]]]] = {
@@ -435,7 +437,7 @@ def test_names_that_are_not_utf8_are_no_captions(tmp_path: Path) -> None:
         ({b"10_caf\xe9/a.png": photo()}, {}),
     ):
         place = tmp_path / str(len(options))
-        with pytest.raises(PicturesError, match=r"caf\\xe9.* holds bytes that are no text") as caught:
+        with pytest.raises(PicturesError, match=r"caf\\xe9.* contains bytes that are not valid text") as caught:
             load(put_bytes(place, content), **options)
         assert suggest("captions", "prompt") in caught.value.unworded[1]
         assert len(load(place, captions="prompt")[0]) == 1  # the remedy works
@@ -499,17 +501,23 @@ def patched(path: Path, signature: bytes, offset: int, change: bytes, entry: int
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "encrypted": (lambda path: patched(path, b"PK\1\2", 8, b"\1", 1), "it is encrypted; make the zip file without a"),
+    "encrypted": (lambda path: patched(path, b"PK\1\2", 8, b"\1", 1), "it is encrypted; create the zip file without a"),
     "damaged": (
         lambda path: patched(path, b"PK\3\4", 30 + 5 + 40, b"\x55\xaa\x55", 1),
         "it is damaged in the zip file",
     ),
-    "unknown compression": (lambda path: patched(path, b"PK\1\2", 10, b"\x63", 1), "it is compressed in a way"),
+    "unknown compression": (
+        lambda path: patched(path, b"PK\1\2", 10, b"\x63", 1),
+        "its compression method is not supported",
+    ),
     "huge": (
         lambda path: patched(path, b"PK\1\2", 24, struct.pack("<I", 600_000_000), 1),
-        "it has 600 MB; at most 537 MB",
+        "it is 600 MB; the limit is 537 MB",
     ),
-    "a link": (lambda path: patched(path, b"PK\1\2", 38, struct.pack("<I", 0o120777 << 16), 1), "it is a link"),
+    "a link": (
+        lambda path: patched(path, b"PK\1\2", 38, struct.pack("<I", 0o120777 << 16), 1),
+        "it is a symbolic link",
+    ),
 }
 
 
@@ -523,7 +531,7 @@ def test_an_entry_of_a_zip_that_cannot_be_read_is_told_and_left_out(name: str, d
     pictures, recorder = load(source)
     left_out = "b.png" if name == "b.png" else "a.png"
     assert [picture.name for picture in pictures] == sorted({"a.png", "b.png", "c.png"} & files.keys() - {left_out})
-    assert recorder.warnings[0].startswith(f"{left_out} is left out: ")
+    assert recorder.warnings[0].startswith(f"{left_out} is skipped: ")
     assert words in recorder.warnings[0]
     assert name in recorder.warnings[0]
 
@@ -542,7 +550,7 @@ def test_a_zip_of_which_nothing_can_be_read_says_why(tmp_path: Path) -> None:
         patched(source, b"PK\1\2", 8, b"\1", entry)
     with pytest.raises(PicturesError) as caught:
         load(source)
-    assert "a.png: it is encrypted; make the zip file without a password" in caught.value.problem
+    assert "a.png: it is encrypted; create the zip file without a password" in caught.value.problem
 
 
 def test_a_name_that_is_twice_in_a_zip_is_told(tmp_path: Path) -> None:
@@ -551,7 +559,7 @@ def test_a_name_that_is_twice_in_a_zip_is_told(tmp_path: Path) -> None:
         archive.writestr("a.png", photo(4))
     pictures, recorder = load(tmp_path / "tree.zip")
     assert [picture.name for picture in pictures] == ["a.png", "b.png", "c.png"]
-    assert recorder.warnings == ["The zip file holds a.png twice; the later one is read."]
+    assert recorder.warnings == ["The zip file contains a.png twice; the later one is used."]
 
 
 def test_names_in_zips_of_macos_are_utf8_without_saying_so(tmp_path: Path) -> None:
@@ -600,7 +608,7 @@ def test_variables_are_not_filled_in_and_that_is_said(path: str) -> None:
     with pytest.raises(PicturesError) as caught:
         load(Path(path))
     assert path in caught.value.problem
-    assert "Variables are not filled in" in caught.value.remedy
+    assert "variables are not expanded" in caught.value.remedy
     with pytest.raises(PicturesError) as caught:
         load(Path("rex 100% $"))
     assert "Variables" not in caught.value.remedy
@@ -611,7 +619,7 @@ def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     put(tmp_path / "tree", photos(*(f"x/{number}.png" for number in range(6))))
     monkeypatch.setattr(module, "_MAX_FILES_BELOW", 5)
-    with pytest.raises(PicturesError, match="hold more than 5 files"):
+    with pytest.raises(PicturesError, match="contain more than 5 files"):
         load(tmp_path / "tree")
     assert len(names(tmp_path / "tree" / "x")) == 6  # of the folder itself, any number
 

@@ -175,7 +175,7 @@ def folder_without_pictures(world: World) -> Values:
     return {"images": world.path / "texts"}
 
 
-@mistake(TRAINING, PicturesError, "good", "denied", remedy="may read")
+@mistake(TRAINING, PicturesError, "good", "denied", remedy="permissions")
 def unreadable_folder(world: World) -> Values:
     def guard(function: Callable[..., Any]) -> Callable[..., Any]:
         def guarded(path: Any = ".") -> Any:
@@ -275,14 +275,14 @@ def truncated_zip(world: World) -> Values:
     return {"images": path}
 
 
-@mistake(TRAINING, PicturesError, "dog.zip", "0.png", "damaged", "make that anew")
+@mistake(TRAINING, PicturesError, "dog.zip", "0.png", "damaged", "create the zip file again")
 def zip_with_a_broken_entry(world: World) -> Values:
     path = zipped(world, good_entries(world), zipfile.ZIP_DEFLATED)
     patched(path, b"PK\3\4", 30 + len("0.png"), b"\x07")  # a deflate block of the reserved type
     return {"images": path}
 
 
-@mistake(TRAINING, PicturesError, "dog.zip", "0.png", "damaged", "make that anew")
+@mistake(TRAINING, PicturesError, "dog.zip", "0.png", "damaged", "create the zip file again")
 def zip_with_a_wrong_checksum(world: World) -> Values:
     path = zipped(world, good_entries(world))
     patched(path, b"PK\3\4", 30 + len("0.png") + 40, b"\x55\xaa\x55")
@@ -296,7 +296,7 @@ def zip_bomb(world: World) -> Values:
     return {"images": path}
 
 
-@mistake(TRAINING, PicturesError, "The zip file", "dog.zip", "holds no pictures", remedy="3 to 20")
+@mistake(TRAINING, PicturesError, "The zip file", "dog.zip", "contains no pictures", remedy="3 to 20")
 def zip_without_pictures(world: World) -> Values:
     return {"images": zipped(world, {"readme.txt": b"hello"})}
 
@@ -613,7 +613,7 @@ def base_to_start_from(world: World) -> Values:
     return {"start_from": world.base}
 
 
-@mistake(TRAINING, AdapterError, "lora_unet_input_blocks_4_1_proj_in", remedy="model of this shape")
+@mistake(TRAINING, AdapterError, "lora_unet_input_blocks_4_1_proj_in", remedy="model of this size")
 def adapter_to_start_from_with_other_modules(world: World) -> Values:
     layer = LoraLayer(torch.ones(2, 32), torch.ones(32, 2), 2.0)
     return {"start_from": written(world, Adapter({"lora_unet_input_blocks_4_1_proj_in": layer}))}

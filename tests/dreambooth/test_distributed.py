@@ -191,7 +191,7 @@ def test_the_leader_alone_speaks(course: Course) -> None:
     assert first == second  # both runs give the same adapter, and its file is there
     assert [str(path) for path in course.values["output_dir"].glob("*.safetensors")] == [first]
     assert ended.errors.count("Adapter: ") == 3
-    assert ended.errors.count(f"Going on after step {course.kept}") == 1
+    assert ended.errors.count(f"Resuming from step {course.kept}") == 1
     assert ended.errors.count(f"Validation loss after step {course.steps}:") == 2
 
 

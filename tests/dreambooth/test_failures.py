@@ -57,7 +57,7 @@ def test_nan_stops_the_run_and_names_the_step(
     assert "learning_rate" in caught.value.remedy
     kept = newest_step(run)
     assert 2 <= kept < wrong
-    assert f"step {kept} is kept in {run}" in caught.value.remedy
+    assert f"step {kept} was saved in {run}" in caught.value.remedy
     for step in steps_in(run):
         assert_good(run, step)
     assert contents_below(tmp_path).items() >= earlier.items()

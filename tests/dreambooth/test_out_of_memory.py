@@ -94,7 +94,7 @@ def test_it_begins_anew_with_a_batch_in_parts(world: World, tmp_path: Path, monk
     assert adapter_differs(result, halved) == []
     for name, layer in whole.adapter.layers.items():
         torch.testing.assert_close(result.adapter.layers[name].tensors(), layer.tensors(), rtol=1e-3, atol=1e-4)
-    assert "from the start with batches of 2 computed in 2 parts" in listener.warnings[0]
+    assert "from the start with batches of 2 in 2 micro-batches" in listener.warnings[0]
     assert len(hungry.networks) == PROBES + 1 + PROBES + 4 * 2
 
 

@@ -93,7 +93,7 @@ def test_after_the_pivot_the_adapter_is_trained_alone(
         for name, layer in layers[0].items()
     )
     assert [note for note in listener.notes if "stay as they are" in note] == [
-        "The rare word's vectors stay as they are after step 2."
+        "The rare word's vectors are frozen after step 2."
     ]
 
 
@@ -102,8 +102,8 @@ def test_parts_end_one_after_the_other(xl: World, tmp_path: Path) -> None:
     changes = {**WORD, **BOTH_TEXTS, "text_encoder_2_lr": 0.0, "text_encoder_until": 0.25, "token_until": 0.5}
     result = xl.train(tmp_path, listener := Recorder(), **changes, checkpoint_every=1)
     assert [note for note in listener.notes if "stay as they are" in note] == [
-        "The text encoders stay as they are after step 1.",
-        "The rare word's vectors stay as they are after step 2.",
+        "The text encoders are frozen after step 1.",
+        "The rare word's vectors are frozen after step 2.",
     ]
     text = [
         {
@@ -263,7 +263,7 @@ def test_a_second_stage_reads_what_the_first_has_learned(tiny_world: World, tmp_
     assert listener.losses != other.losses
     assert same(dict(second.adapter.embeddings), dict(first.adapter.embeddings))
     assert not plain.adapter.embeddings
-    with pytest.raises(SettingsError, match="learned the word 'sks' already"):
+    with pytest.raises(SettingsError, match="already has an embedding for 'sks'"):
         upper.train(tmp_path / "third", starting_point=point, **WORD)
 
 
@@ -274,8 +274,8 @@ def test_a_second_stage_reads_what_the_first_has_learned(tiny_world: World, tmp_
     ("changes", "problem"),
     [
         ({"token": ""}, "token is empty"),
-        ({"token": "s.k.s"}, "has a dot in it"),
-        ({"token": "ohwx"}, "learns the word 'ohwx', but no caption holds it, such as 'a photo of sks dog'"),
+        ({"token": "s.k.s"}, "contains a dot"),
+        ({"token": "ohwx"}, "learns the word 'ohwx', but no caption contains it; one is 'a photo of sks dog'"),
     ],
 )
 def test_a_word_that_can_not_be_learned(

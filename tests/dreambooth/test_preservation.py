@@ -302,7 +302,7 @@ def test_a_run_that_preserves_nothing_says_so_unless_it_is_meant(world: World, k
     ):
         listener = Recorder()
         one.train(tmp_path / str(number), listener, steps=1, **changes)
-        told.append([note for note in listener.notes if "Nothing keeps the class" in note])
+        told.append([note for note in listener.notes if "Nothing preserves the class" in note])
     assert [len(notes) for notes in told] == [1, 0, 0, 1]
     assert suggest("class_prompt", "a photo of a dog") in told[0][0]
     assert "rare word" not in told[3][0]
@@ -315,7 +315,7 @@ def test_a_run_that_was_begun_without_preservation_goes_on_without(known: World,
     listener = Recorder()
     result = known.train(tmp_path / "begun", listener)
     assert result.started_from == 2
-    assert any("begun without preservation" in note for note in listener.notes)
+    assert any("started without class preservation" in note for note in listener.notes)
     assert_same_end(result, straight)
     other = known.train(tmp_path / "begun", prior="model")
     assert (other.started_from, other.run != result.run) == (0, True)
@@ -332,7 +332,7 @@ def test_what_the_pictures_show_is_part_of_the_run(known: World, tmp_path: Path)
 
 
 def test_what_is_not_known_is_told_before_any_work(world: World, known: World, tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="does not hold the rare word"):
+    with pytest.raises(SettingsError, match="does not contain the rare word"):
         world.train(tmp_path, **TEACHER)
     with pytest.raises(SettingsError, match="there are no class pictures"):
         known.train(tmp_path, prior="class-pictures")

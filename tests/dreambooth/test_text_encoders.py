@@ -172,7 +172,7 @@ def test_text_encoders_stay_as_they_are_after_their_time(name: str, worlds: dict
         assert same(at[1], at[2])
         assert same(at[2], at[3])
     assert not same(layers_at(result, 3, "lora_unet_"), layers_at(result, 4, "lora_unet_"))
-    assert sum("text encoders stay as they are after step 2" in note for note in listener.notes) == 1
+    assert sum("text encoders are frozen after step 2" in note for note in listener.notes) == 1
     assert {layer.split("text_model")[0] for layer in result.adapter.layers if "_te" in layer[:7]} == prefixes
 
 

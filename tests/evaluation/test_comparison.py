@@ -593,11 +593,11 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     for content in (None, "{", "[]", "{}"):
         if content is not None:
             (tmp_path / "run.json").write_text(content)
-        with pytest.raises(StorageError, match="is not the folder of a run"):
+        with pytest.raises(StorageError, match="is not a run folder"):
             RunFolder.existing(tmp_path)
     (tmp_path / "run.json").write_text('{"fingerprint": "1"}')
     assert RunFolder.existing(tmp_path).name == tmp_path.name
-    with pytest.raises(AdapterError, match="holds no adapter"):
+    with pytest.raises(AdapterError, match="contains no checkpoint with an adapter"):
         checkpoint_candidates(RunFolder.existing(tmp_path).adapters(), "empty")
 
 
@@ -612,11 +612,11 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         (["{plain}", "--steps", "abc"], ["steps", "'abc'", "numbers"]),
         (["{plain}", "--steps", ""], ["steps", "numbers"]),
         (["{plain}", "--size", "65"], ["size", "multiples of 8"]),
-        (["{folder}"], ["{folder} is not the folder of a run", "run.json"]),
+        (["{folder}"], ["{folder} is not a run folder", "run.json"]),
         (["{folder}/nothing"], ["nothing is neither a file nor a folder", "run folder or an adapter file"]),
         (["{plain}:much"], ["{plain}:much", "0.8"]),
         (["{plain}", "{text}"], ["{text}"]),
-        (["{bare}"], ["The run bare holds no adapter", "checkpoint_every"]),
+        (["{bare}"], ["The run bare contains no checkpoint with an adapter", "checkpoint_every"]),
         (["{plain}", "--checkpoints", "9"], ["{plain} has no checkpoint of step 9", "It has: 1, 2, 3"]),
         (["{plain}", "--checkpoints", "2 9"], ["{plain} has no checkpoint of step 9", "It has: 1, 2, 3"]),
         (["{plain}", "--checkpoints", "best"], ["checkpoints", "auto, all, last"]),
@@ -625,7 +625,7 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
         (["{plain}", "--token", "ohwx"], ["rare word 'ohwx'", "token"]),
         (["{plain}", "--clip", "", "--dino", ""], ["neither --clip nor --dino", "openai/clip-vit-base-patch32"]),
         (["{plain}", "--clip", "nobody/nothing"], ["nobody/nothing", "preprocessor_config.json"]),
-        (["{plain}", "--subject", "{folder}"], ["{folder} holds no pictures"]),
+        (["{plain}", "--subject", "{folder}"], ["{folder} contains no pictures"]),
         (["{plain}", "--subject", "{folder}/nothing"], ["{folder}/nothing"]),
         (["{plain}", "--base", "{folder}/nothing"], ["{folder}/nothing"]),
         (["{plain}", "--count", "0"], ["count"]),

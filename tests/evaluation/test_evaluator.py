@@ -171,11 +171,11 @@ def test_marking_can_be_stopped(clip: FeatureModel, subject: list[Picture], othe
     [
         ({"prompts": []}, SettingsError, "no prompt"),
         ({"references": []}, PicturesError, "no pictures of the subject"),
-        ({"prompts": ["a photo of a dog"]}, SettingsError, "'a photo of a dog' does not hold the rare word 'sks'"),
-        ({"prompts": ["sks dog", "a  photo\nof a dog "]}, SettingsError, "does not hold the rare word 'sks'"),
-        ({"prompts": ["a photo of sksy dog"]}, SettingsError, "does not hold the rare word 'sks'"),
-        ({"token": "ohwx"}, SettingsError, "does not hold the rare word 'ohwx'"),
-        ({"token": " "}, SettingsError, "does not hold the rare word"),
+        ({"prompts": ["a photo of a dog"]}, SettingsError, "'a photo of a dog' does not contain the rare word 'sks'"),
+        ({"prompts": ["sks dog", "a  photo\nof a dog "]}, SettingsError, "does not contain the rare word 'sks'"),
+        ({"prompts": ["a photo of sksy dog"]}, SettingsError, "does not contain the rare word 'sks'"),
+        ({"token": "ohwx"}, SettingsError, "does not contain the rare word 'ohwx'"),
+        ({"token": " "}, SettingsError, "does not contain the rare word"),
     ],
     ids=str,
 )

@@ -385,7 +385,7 @@ def test_without_a_tokenizer_it_says_what_to_give(world: Path, monkeypatch: pyte
     with pytest.raises(WeightsError, match="No CLIP tokenizer was found for the text tower clip") as caught:
         open_feature_model(world / "files" / "clip.safetensors", CPU)
     assert "vocab.json and merges.txt" in caught.value.remedy
-    with pytest.raises(WeightsError, match="holds no CLIP tokenizer"):
+    with pytest.raises(WeightsError, match="contains no CLIP tokenizer"):
         open_feature_model(world / "files" / "clip.safetensors", CPU, tokenizer=world / "files")
 
 
@@ -411,7 +411,7 @@ def with_(name: str, shape: tuple[int, ...]) -> Change:
         ("clip", with_("vision_model.encoder.layers.1.mlp.fc2.bias", (3,)), "another shape: vision_model.enc", "compl"),
         ("clip", without("text_projection.weight"), "has no text_projection.weight", "clip-vit-large-patch14"),
         ("clip", without("visual_projection.weight"), "lacks the tensor visual_projection.weight", "complete"),
-        ("clip", with_("text_projection.weight", (16, 64)), "features of width 32, clip of 16", "one CLIP"),
+        ("clip", with_("text_projection.weight", (16, 64)), "feature width 32, clip has 16", "the same CLIP"),
         ("clip_vision_model", without("visual_projection.weight"), "lacks the tensor visual_projection", "projection"),
         ("clip_vision_model", with_("vision_model.embeddings.position_embedding.weight", (7, 1280)), "7 positions", ""),
         ("clip_vision_model", with_("vision_model.embeddings.patch_embedding.weight", (9, 9)), "another shape", "CLIP"),
@@ -423,7 +423,7 @@ def with_(name: str, shape: tuple[int, ...]) -> Change:
         (
             "vit",
             with_("pooler.dense.weight", (128, 128)),
-            "a pooler, which DINO does not have",
+            "a pooler, so it is not a DINO",
             "preprocessor_config.json",
         ),
         ("vit", with_("embeddings.patch_embeddings.projection.weight", (100, 3, 16, 16)), "100 channels wide", "fold"),
@@ -457,11 +457,11 @@ def test_bad_sources_are_named(world: Path, tmp_path: Path) -> None:
         f"{tmp_path / 'none.safetensors'}": "none.safetensors does not exist",
         f"{eyes} + none": "file none does not exist",
         f"{eyes} + {eyes} + {words}": "names 3 files",
-        f"{eyes} + {eyes}": "eyes and eyes are no CLIP together: the first holds a vision tower, the second a vision",
-        f"{dino} + {words}": "the first holds no tower of a CLIP, the second a text tower",
-        f"{words}": "words holds a text tower alone",
+        f"{eyes} + {eyes}": "eyes and eyes do not form a CLIP: the first contains a vision tower, the second a vision",
+        f"{dino} + {words}": "the first contains no CLIP tower, the second a text tower",
+        f"{words}": "words contains only a text tower",
         f"{tmp_path / 'damaged.safetensors'}": "damaged.safetensors is not a readable safetensors file",
-        f"{eyes} + {tmp_path / 'empty'}": "holds no weights",
+        f"{eyes} + {tmp_path / 'empty'}": "contains no weights",
     }.items():
         with pytest.raises(WeightsError) as caught:
             open_feature_model(source, CPU, tokenizer=world / "words")

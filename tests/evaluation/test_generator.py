@@ -300,7 +300,7 @@ def test_what_can_not_be_drawn_is_named(
 ) -> None:
     how = replace(SMALL, count=1)
     foreign = Adapter({"lora_unet_nowhere": LoraLayer(torch.ones(1, 4), torch.ones(4, 1), 1.0)})
-    with pytest.raises(AdapterError, match="1 modules don't exist in this model"):
+    with pytest.raises(AdapterError, match="1 modules do not exist in this model"):
         studio(base, tmp_path).generate([(foreign, 1.0)], [DOG], how, "pictures")
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="is a file"):

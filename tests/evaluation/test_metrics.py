@@ -182,7 +182,7 @@ def test_a_reference_is_not_compared_with_itself() -> None:
     pictures = rows((1, 0), (0, 1))
     same = torch.eye(2, dtype=torch.bool)
     assert subject_score(pictures, pictures, same).tolist() == pytest.approx([0, 0])
-    with pytest.raises(PicturesError, match="no reference but itself"):
+    with pytest.raises(PicturesError, match="no reference other than itself"):
         subject_score(pictures[:1], pictures[:1], same[:1, :1])
     with pytest.raises(PicturesError, match="two pictures"):
         diversity(pictures[:1])
@@ -198,7 +198,7 @@ def test_a_table_of_all_measures(folders: dict[str, Path], tmp_path: Path) -> No
     table = score_pictures(subject[:2], ["a dog"], subject, FeatureExtractors(clip, dino), listener)
     assert list(table.rows[0]) == ["picture", "prompt", "CLIP-T", "CLIPScore", "CLIP-I", "DINO"]
     assert table.models == {"CLIP-T": "scorer", "CLIP-I": "scorer", "DINO": "dino"}
-    assert "2 of the pictures are references themselves" in table.notes[0]
+    assert "2 of the pictures are also references" in table.notes[0]
     features = clip.image_features([one.open() for one in subject])
     assert table.rows[0]["CLIP-I"] == pytest.approx(float((features[0] @ features[1:].T).mean()), abs=1e-5)
     assert json.loads(json.dumps(table.as_json(), allow_nan=False))["means"]["DINO"] == table.means["DINO"]
@@ -288,7 +288,7 @@ def test_bad_input_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
         score_pictures(subject, ["a"] * 7, [], FeatureExtractors(clip, None), Recorder())
     with pytest.raises(PicturesError, match="nothing to measure"):
         score_pictures(subject, [], [], FeatureExtractors(clip, None), Recorder())
-    with pytest.raises(WeightsError, match="reads no text") as caught:
+    with pytest.raises(WeightsError, match="has no text encoder") as caught:
         score_pictures(subject, ["a"], [], FeatureExtractors(vision, None), Recorder())
     assert "whole CLIP" in caught.value.remedy
     with pytest.raises(WeightsError, match="can't be opened") as caught:
@@ -297,5 +297,5 @@ def test_bad_input_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     broken = FeatureModel(
         clip.name, clip.kind, clip.network, lambda *_, **__: {"pixel_values": torch.full((5, 3, 64, 64), torch.nan)}
     )
-    with pytest.raises(PicturesError, match="not finite"):
+    with pytest.raises(PicturesError, match="NaN or infinite"):
         score_pictures(subject, [], subject, FeatureExtractors(broken, None), Recorder())

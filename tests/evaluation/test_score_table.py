@@ -157,8 +157,8 @@ def test_without_a_subject_only_the_prompts_count(
 @pytest.mark.parametrize(
     ("count", "prompts", "told"),
     [
-        ([2], [], ("no prompt", "a line each")),
-        ([], PROMPTS, ("no pictures", "one setting or more")),
+        ([2], [], ("no prompt", "one prompt per line")),
+        ([], PROMPTS, ("no pictures", "at least one setting")),
         ([2, 0], PROMPTS, ("'1' has 0 pictures for 2 prompts", "same number")),
         ([2, 3], PROMPTS, ("'1' has 3 pictures for 2 prompts", "same number")),
         ([1], PROMPTS, ("'0' has 1 pictures for 2 prompts", "same number")),

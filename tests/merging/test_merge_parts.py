@@ -173,8 +173,8 @@ def test_the_module_whose_weight_is_missing_is_named() -> None:
         assert list(adapter.layers) == [TEXT, NAME]
         with pytest.raises(AdapterError) as refused:
             merged(shared, adapter)
-        assert refused.value.problem.startswith("B is of the kind DoRA")
-        assert f"none for {NAME}." in refused.value.problem
+        assert refused.value.problem.startswith("B is of type DoRA")
+        assert f"none was given for {NAME}." in refused.value.problem
         merged(shared, adapter, weights={NAME: random_weight(SHAPE)})
 
 
@@ -183,9 +183,9 @@ def test_a_layer_without_its_weight_is_named() -> None:
     parts = [WeightedAdapter(adapter, "dog")]
     weight = random_weight(SHAPE)
     require_layers_fit(parts, {NAME: weight, OTHER: weight})
-    with pytest.raises(AdapterError, match=rf"dog changes {OTHER} of the shape \(12, 20\), .* has not\."):
+    with pytest.raises(AdapterError, match=rf"dog changes {OTHER} of shape \(12, 20\), .* does not have\."):
         require_layers_fit(parts, {NAME: weight})
-    with pytest.raises(AdapterError, match=rf"dog changes {OTHER} .* has in the shape \(20, 12\)\."):
+    with pytest.raises(AdapterError, match=rf"dog changes {OTHER} .* has with shape \(20, 12\)\."):
         require_layers_fit(parts, {NAME: weight, OTHER: weight.T})
 
 
@@ -268,7 +268,7 @@ def test_an_adapter_of_biases_has_the_strength_of_its_part(strengths: tuple[floa
 def test_block_weights_of_biases_alone_are_checked_against_an_example() -> None:
     adapter = Adapter({}, vectors={f"{NAME}.diff_b": torch.ones(12)})
     merge([WeightedAdapter(adapter, "A", blocks=parse_block_weights("^unet.mid_block=0.5"))], settings())
-    with pytest.raises(SettingsError, match="matches no module"):
+    with pytest.raises(SettingsError, match="matches no modules"):
         merge([WeightedAdapter(adapter, "A", blocks=parse_block_weights("^up_blocks=0.5"))], settings())
 
 

@@ -36,9 +36,9 @@ def text_encoder(folder: Path) -> dict[str, Tensor]:
         (Adapter({}, vectors={f"{PROJ_IN}.diff": torch.ones(64)}), 1.0, f"{PROJ_IN}.diff"),
         (Adapter({"lora_unet_up_blocks_3_resnets_0_norm1": lora().layers[TO_Q]}), 1.0, "norm1"),
         (lora(), 0.0, "strength 0"),
-        (lora(0), 1.0, "change no number"),
-        (lora(), 1e-30, "change no number"),
-        (Adapter({}), 1.0, "change no number"),
+        (lora(0), 1.0, "do not change the model"),
+        (lora(), 1e-30, "do not change the model"),
+        (Adapter({}), 1.0, "do not change the model"),
     ],
     ids=[
         "a bias of a layer without one",

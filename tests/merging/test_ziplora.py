@@ -564,7 +564,7 @@ def test_adapters_without_a_common_layer_are_refused(base: BaseWeights) -> None:
     only_text = (WeightedAdapter(text, "a"), WeightedAdapter(text, "b"))
     with pytest.raises(AdapterError) as raised:
         learned(base, only_text)
-    refused(raised.value, "no layer of the UNet in common")
+    refused(raised.value, "no UNet layers in common")
 
 
 def test_fp16_on_the_cpu_is_refused(base: BaseWeights, pair: tuple[WeightedAdapter, WeightedAdapter]) -> None:

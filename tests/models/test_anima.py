@@ -241,10 +241,10 @@ def without(tensors: Any, name: str) -> dict[str, Tensor]:
 UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
     "a VAE of Stable Diffusion": (
         lambda host: replace(host, vae=below(sd15_state_dict(), "first_stage_model.")),
-        "VAE is not Wan's",
+        "not the Wan",
     ),
-    "a VAE of FLUX.1": (lambda host: replace(host, vae=zimage_weights().vae), "VAE is not Wan's"),
-    "no VAE": (lambda host: replace(host, vae={}), "VAE is not Wan's"),
+    "a VAE of FLUX.1": (lambda host: replace(host, vae=zimage_weights().vae), "not the Wan"),
+    "no VAE": (lambda host: replace(host, vae={}), "not the Wan"),
     "a tensor too many": (
         lambda host: replace(host, denoiser={**host.denoiser, "blocks.0.mlp.extra.weight": torch.ones(1)}),
         r"blocks\.0\.mlp\.extra\.weight",
@@ -275,14 +275,14 @@ UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
         lambda host: replace(
             host, text_encoders={"qwen3": flux2_weights(Flux2Shape(text_width=60, text_layers=28)).text}
         ),
-        "another size",
+        "does not match the transformer",
     ),
     "a Qwen 3 that sees": (
         lambda host: replace(
             host,
             text_encoders={"qwen3": {**anima_weights().text, "visual.patch_embed.proj.bias": torch.ones(4)}},
         ),
-        "is Qwen 3 VL, and the model reads Qwen 3",
+        "is Qwen 3 VL, but the model needs Qwen 3",
     ),
 }
 
@@ -319,7 +319,7 @@ def test_what_reads_prompts_is_not_trained(folder: Path, tmp_path: Path) -> None
     start = parse_adapter({f"{stem}{PEFT[0]}": down, f"{stem}{PEFT[1]}": up})
     asked = TrainSettings(targets="none", include="llm_adapter.*", rank=2)
     for settings, given, remedy in ((asked, None, "include"), (TrainSettings(), start, "base_lora")):
-        with pytest.raises(SettingsError, match="reads prompts") as caught:
+        with pytest.raises(SettingsError, match="encodes prompts") as caught:
             require_trainable(base, settings, paths_in(tmp_path), StartingPoint(given))
         assert remedy in caught.value.remedy
     require_trainable(base, TrainSettings(targets="all"), paths_in(tmp_path), StartingPoint())
@@ -403,7 +403,7 @@ def test_the_other_tokenizer_is_asked_for(files: AnimaFiles, tmp_path: Path) -> 
     given = {"vae": files.vae, "text_encoder": text, "tokenizer": alone / "tokenizer"}
     base = shutil.copy(files.transformer, alone / "anima.safetensors")
     shutil.copytree(files.transformer.parent / "tokenizer", alone / "tokenizer")
-    with pytest.raises(WeightsError, match=r"No t5_tokenizer was found beside qwen\.safetensors") as caught:
+    with pytest.raises(WeightsError, match=r"No t5_tokenizer was found next to qwen\.safetensors") as caught:
         open_base(base, **given)
     assert "t5_tokenizer" in caught.value.remedy
     write_target_tokenizer(alone / "t5_tokenizer")

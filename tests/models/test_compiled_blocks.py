@@ -101,7 +101,7 @@ def test_what_fails_in_the_forward_pass_is_left_out(
     recipe = world.prepared(tmp_path / "compiled", listener := Recorder(), **SMALL_STEPS, compile="blocks")
     assert losses_of(recipe, 2) == expected
     assert recipe.session.compiled is None
-    assert any("training goes on without" in note and "no such machine" in note for note in listener.notes)
+    assert any("training continues without" in note and "no such machine" in note for note in listener.notes)
     assert all(not hasattr(block.forward, "plain") for block in blocks_of(recipe.session.model.denoiser))
 
 
@@ -144,7 +144,7 @@ def test_where_nothing_can_compile_it_is_said(world: World, tmp_path: Path, monk
     recipe = world.prepared(tmp_path, listener := Recorder(), compile="blocks")
     assert len(losses_of(recipe, 2)) == 2
     assert [note for note in listener.notes if "compiled" in note] == [
-        "Nothing is compiled: a compiler for this device is missing."
+        "Compilation is skipped: a compiler for this device is missing."
     ]
 
 

@@ -42,7 +42,7 @@ def named(*keys: str) -> str:
         refuse_foreign_keys(dict.fromkeys(keys, torch.zeros(1)))
     problem, remedy = caught.value.unworded
     assert "Stable Diffusion XL" in remedy
-    return problem.removeprefix("The base model is ").removesuffix(", which can't be trained here yet.")
+    return problem.removeprefix("The base model is ").removesuffix(", which is not supported.")
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -251,10 +251,10 @@ def without(tensors: Any, name: str) -> dict[str, Tensor]:
 UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
     "a VAE of Stable Diffusion": (
         lambda host: replace(host, vae=below(sd15_state_dict(), "first_stage_model.")),
-        "VAE is not Wan's",
+        "not the Wan",
     ),
-    "a VAE of FLUX.1": (lambda host: replace(host, vae=zimage_weights().vae), "VAE is not Wan's"),
-    "no VAE": (lambda host: replace(host, vae={}), "VAE is not Wan's"),
+    "a VAE of FLUX.1": (lambda host: replace(host, vae=zimage_weights().vae), "not the Wan"),
+    "no VAE": (lambda host: replace(host, vae={}), "not the Wan"),
     "half a VAE": (
         lambda host: replace(host, vae=without(host.vae, "decoder.head.0.gamma")),
         r"lacks the tensor decoder\.norm_out\.gamma",
@@ -277,11 +277,11 @@ UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
         lambda host: replace(
             host, text_encoders={"qwen3vl": {**flux2_weights(Flux2Shape(text_width=60, text_layers=36)).text, **SIGHT}}
         ),
-        "another size",
+        "does not match the transformer",
     ),
     "a Qwen 3 that sees nothing": (
         lambda host: replace(host, text_encoders={"qwen3vl": krea2_weights().text}),
-        "is Qwen 3, and the model reads Qwen 3 VL",
+        "is Qwen 3, but the model needs Qwen 3 VL",
     ),
 }
 
@@ -393,7 +393,7 @@ def test_a_file_of_the_transformer_alone_asks_for_the_others(parts: dict[str, Pa
 
 
 def test_the_file_of_a_folders_transformer_asks_for_the_folder(folder: Path) -> None:
-    with pytest.raises(WeightsError, match="diffusers' layout"):
+    with pytest.raises(WeightsError, match="diffusers format"):
         open_base(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 

@@ -135,6 +135,6 @@ def test_other_programs_names_become_the_familys(trained: Path) -> None:
 
 
 def test_a_setting_of_another_family_names_those_that_have_it(made_up: MadeUp, checkpoint: Path) -> None:
-    with pytest.raises(SettingsError, match="does not exist for Made-Up Diffusion") as failure:
+    with pytest.raises(SettingsError, match="is not available for Made-Up Diffusion") as failure:
         require_family_fits(made_up, TrainSettings(targets="b-lora-style"))
     assert "Stable Diffusion XL" in failure.value.remedy

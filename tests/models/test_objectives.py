@@ -603,7 +603,7 @@ def test_every_objective_learns_something_else(world: World, tmp_path: Path) -> 
 
 def test_an_epsilon_model_is_not_taught_pure_noise(world: World, tmp_path: Path) -> None:
     listener = Recorder()
-    with pytest.raises(SettingsError, match=r"predict the velocity.*This one predicts epsilon") as refused:
+    with pytest.raises(SettingsError, match=r"v-prediction models.*this model predicts epsilon") as refused:
         world.train(tmp_path, listener, zero_terminal_snr=True)
     assert "zero_terminal_snr = off" in refused.value.remedy
     assert not listener.events

@@ -181,7 +181,7 @@ def test_shards_without_an_index_are_read_if_all_are_there(tmp_path: Path) -> No
     (folder / f"{WEIGHTS}.safetensors.index.json").unlink()
     assert set(read_component(folder, WEIGHTS)) == {"a0", "b0", "a1", "b1"}
     (folder / f"{WEIGHTS}-00001-of-00002.safetensors").unlink()
-    with pytest.raises(WeightsError, match="lacks files beside"):
+    with pytest.raises(WeightsError, match="lacks some of the files that belong to"):
         read_component(folder, WEIGHTS)
 
 

@@ -65,7 +65,7 @@ def test_a_unet_without_cross_attention(unet: dict[str, Tensor]) -> None:
     blind = {name: tensor for name, tensor in unet.items() if "attn2" not in name}
     with pytest.raises(WeightsError) as refused:
         unet_config(blind)
-    assert "no prompt can steer it" in refused.value.problem
+    assert "prompts would have no effect" in refused.value.problem
 
 
 def test_a_unet_with_a_tensor_that_diffusers_does_not_know(unet: dict[str, Tensor]) -> None:
@@ -79,7 +79,7 @@ def test_hub_names_are_no_files(tmp_path: Path) -> None:
     file.touch()
     with pytest.raises(OSError, match="it is a file, not a folder"):
         model_type(str(file), ("blip",), download=False)
-    with pytest.raises(OSError, match="there is no such folder"):
+    with pytest.raises(OSError, match="the folder does not exist"):
         model_type(str(tmp_path / "nowhere" / "deep" / "below"), ("blip",), download=False)
 
 
@@ -99,7 +99,7 @@ def test_a_ckpt_that_holds_no_tensors(content: Any, tmp_path: Path) -> None:
 def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(WeightsError) as refused:
         load_tokenizer(tmp_path)
-    assert f"{tmp_path} holds no CLIP tokenizer" in refused.value.problem
+    assert f"{tmp_path} contains no CLIP tokenizer" in refused.value.problem
 
 
 def test_a_damaged_tokenizer(tmp_path: Path) -> None:

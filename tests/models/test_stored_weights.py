@@ -262,7 +262,7 @@ def test_four_bits_take_their_place(host: HostTensors, form: str) -> None:
 UNREADABLE: dict[str, tuple[dict[str, Tensor], str]] = {
     "nvfp4": ({"comfy_quant": described("nvfp4")}, "quantised as nvfp4"),
     "no format": ({"comfy_quant": torch.tensor([1, 2], dtype=torch.uint8)}, "an unknown format"),
-    "scales of blocks": ({"weight_scale": torch.ones(4, 4)}, r"scales of the shape \(4, 4\)"),
+    "scales of blocks": ({"weight_scale": torch.ones(4, 4)}, r"scales of shape \(4, 4\)"),
 }
 
 

@@ -174,9 +174,9 @@ def without(tensors: Any, name: str) -> dict[str, Tensor]:
 UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
     "a VAE of Stable Diffusion": (
         lambda host: replace(host, vae=below(sd15_state_dict(), "first_stage_model.")),
-        "VAE is not Z-Image's",
+        "not the Z-Image VAE",
     ),
-    "a VAE of FLUX.2": (lambda host: replace(host, vae=flux2_weights().vae), "VAE is not Z-Image's"),
+    "a VAE of FLUX.2": (lambda host: replace(host, vae=flux2_weights().vae), "not the Z-Image VAE"),
     "no VAE": (lambda host: replace(host, vae={}), "VAE has no encoder"),
     "a tensor too many": (
         lambda host: replace(host, denoiser={**host.denoiser, "layers.0.attention.gate.weight": torch.ones(1)}),
@@ -194,13 +194,13 @@ UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
         lambda host: replace(
             host, text_encoders={"qwen3": {**zimage_weights().text, "visual.patch_embed.proj.bias": torch.ones(4)}}
         ),
-        "is Qwen 3 VL, and the model reads Qwen 3",
+        "is Qwen 3 VL, but the model needs Qwen 3",
     ),
     "a text encoder of another size": (
         lambda host: replace(
             host, text_encoders={"qwen3": flux2_weights(Flux2Shape(text_width=64, text_layers=36)).text}
         ),
-        "another size",
+        "does not match the transformer",
     ),
     "Lumina 2": (
         lambda host: replace(
@@ -259,7 +259,7 @@ def test_turbo_is_not_trained(folder: Path, tmp_path: Path, title: str) -> None:
 def test_a_snapshot_of_the_hubs_cache_has_the_name_of_its_model(folder: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "models--Tongyi-MAI--Z-Image-Turbo" / "snapshots" / "0123abc"
     shutil.copytree(folder, snapshot)
-    with pytest.raises(UnsupportedModelError, match="Z-Image-Turbo is called like"):
+    with pytest.raises(UnsupportedModelError, match="By its name, Z-Image-Turbo is"):
         require_trainable(open_base(snapshot), TrainSettings(), paths_in(tmp_path), StartingPoint())
 
 
@@ -326,7 +326,7 @@ def test_a_file_of_the_transformer_alone_asks_for_the_others(parts: dict[str, Pa
 
 
 def test_the_file_of_a_folders_transformer_asks_for_the_folder(folder: Path) -> None:
-    with pytest.raises(WeightsError, match="diffusers' layout"):
+    with pytest.raises(WeightsError, match="diffusers format"):
         open_base(folder / "transformer" / "diffusion_pytorch_model.safetensors")
 
 

@@ -28,7 +28,7 @@ def run(tmp_path: Path) -> RunLayout:
 def test_a_checkpoint_is_taken_under_a_free_name(run: RunLayout, tmp_path: Path) -> None:
     loras = tmp_path / "loras"
     loras.mkdir()
-    with pytest.raises(AdapterError, match="no adapter of step 4") as none:
+    with pytest.raises(AdapterError, match="no adapter for step 4") as none:
         take_checkpoint(run, 4, loras)
     assert none.value.remedy == "Choose one of: none."
     for step in (2, 4):

@@ -198,13 +198,19 @@ class TestWithPictures:
     @pytest.mark.parametrize(
         ("values", "expected"),
         [
-            ({"token": "ohwx"}, "token 'ohwx' has no effect: no caption or prompt holds {token} or the word itself."),
-            ({"class_noun": "cat"}, "class_noun 'cat' has no effect: no caption or prompt holds {class} or the word"),
+            (
+                {"token": "ohwx"},
+                "token 'ohwx' has no effect: no caption or prompt contains {token} or the word itself.",
+            ),
+            (
+                {"class_noun": "cat"},
+                "class_noun 'cat' has no effect: no caption or prompt contains {class} or the word",
+            ),
             ({"prior_weight": 0.5}, "prior_weight has no effect without class pictures or prior = model."),
             ({"mask_background": 0.5}, "mask_background has no effect: no picture has a mask."),
             (
                 {"shuffle_tags": True},
-                "shuffle_tags has no effect: no caption has two parts between commas after the first",
+                "shuffle_tags has no effect: no caption has two or more comma-separated parts after the first",
             ),
         ],
         ids=str,
@@ -231,7 +237,7 @@ class TestWithPictures:
 
     def test_an_adapter_to_start_from_has_its_own_kind_and_ranks(self, folder: Path) -> None:
         [note] = self.reported(folder, start=True, rank=4, adapter="dora", learning_rate=1e-5)
-        assert note == "adapter and rank: no effect, since start_from has a kind, layers and ranks of its own."
+        assert note == "adapter and rank: no effect, since start_from determines the type, layers and ranks."
 
 
 @pytest.fixture(scope="module")
@@ -283,5 +289,5 @@ def test_the_command_line_says_it_once_and_finds_the_same_run(
         flag = "--" + name.replace("_", "-")
         [line] = [line for line in run.errors.splitlines() if "no effect" in line]
         assert line.startswith(f"warning: {flag} ")
-        assert "finished already" in run.errors
+        assert "already finished" in run.errors
     assert len(list((tmp_path / "out" / "runs").iterdir())) == 1

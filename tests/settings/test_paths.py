@@ -57,7 +57,7 @@ def test_a_variable_that_only_a_shell_replaces_is_refused(
     with pytest.raises(SettingsError) as caught:
         TrainCommand.checked(values)
     meant = re.sub(r"\$DOGS|\$\{DOGS\}|%DOGS%", "/home/jane/dogs", text)
-    assert f"only a shell expands; write {meant}" in caught.value.problem
+    assert f"environment variables are not expanded; write {meant}" in caught.value.problem
     assert name in caught.value.problem
 
 

@@ -537,10 +537,10 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         for targets in ("attention", "attention-mlp", "b-lora-content", "b-lora-style")
         for values in ({"conv_rank": 4}, {"conv_alpha": 4.0})
     ),
-    ({"text_encoder_until": 0.5}, ("text_encoder_until", "give text_encoder_lr", "text_encoder_until = 1")),
+    ({"text_encoder_until": 0.5}, ("text_encoder_until", "set text_encoder_lr", "text_encoder_until = 1")),
     ({"lr_warmup_steps": 5}, ("lr_schedule", "constant_with_warmup", "lr_warmup_steps = 0")),
     ({"lr_warmup_steps": 800, "lr_schedule": "linear"}, ("lr_warmup_steps (800)", "steps (800)", "train longer")),
-    ({"prior_count": 1}, ("prior_count", "give class_prompt")),
+    ({"prior_count": 1}, ("prior_count", "set class_prompt")),
     ({"min_timestep": 500, "max_timestep": 500}, ("min_timestep (500)", "max_timestep (500)")),
     ({"aspect_buckets": True, "resolution": 64}, ("bucket_step (64)", "resolution 64", "lower bucket_step")),
     ({"instance_prompt": "a {token} {class}"}, ("instance_prompt", "{class}", "class_noun is empty")),

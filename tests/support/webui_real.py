@@ -106,7 +106,7 @@ class RealWebUI(WebUI):
             [message] = self.call("start", **settings)
             if text_of(message).startswith("Training started."):
                 break
-            assert "still at work" in text_of(message), text_of(message)
+            assert "still running" in text_of(message), text_of(message)
             assert time.monotonic() < deadline
             time.sleep(0.2)
         return self.loras / self.wait_for_job("done")["card"]

@@ -379,7 +379,7 @@ def test_merged_weights_keep_their_dtype(base: BaseWeights) -> None:
         (Adapter({"lora_unet_nowhere": layer(64, 32)}), "lora_unet_nowhere"),
         (Adapter({UNET_MODULE: layer(64, 32), XL_MODULE: layer(64, 32)}), XL_MODULE),
         (Adapter({UNET_MODULE: layer(64, 32), "lora_te2_" + TEXT_MODULE[8:]: layer(64, 128)}), "lora_te2_"),
-        (Adapter({UNET_MODULE: layer(64, 32), PUBLISHED_TEXT_MODULE: layer(64, 128)}), "whole part"),
+        (Adapter({UNET_MODULE: layer(64, 32), PUBLISHED_TEXT_MODULE: layer(64, 128)}), "no counterpart"),
         (Adapter({UNET_MODULE: layer(65, 32)}), UNET_MODULE),
         (Adapter({UNET_MODULE: layer(32, 64)}), UNET_MODULE),  # as many numbers, but turned
         (Adapter({UNET_MODULE: layer(128, 16)}), UNET_MODULE),

@@ -316,7 +316,7 @@ def test_swapped_blocks_take_three_places(xl: World) -> None:
     assert swapped.activations == plain.activations
     note = plan_note(Plan([PlanOption(MemorySaving(1, swap=7), ROOMY)], 16 * GB), settings_of())
     assert (
-        "gradient checkpointing is turned on, and 7 blocks of the base model stay in the computer's memory" in note.text
+        "gradient checkpointing was turned on, and 7 blocks of the base model are swapped to system memory" in note.text
     )
 
 
@@ -350,14 +350,14 @@ ROOMY, TIGHT = MemoryNeed(5 * GB, GB, 9 * GB), MemoryNeed(5 * GB, GB, GB // 2)
             [(MemorySaving(False), ROOMY), (MemorySaving(True), TIGHT)],
             8,
             {},
-            "about 7.1 GB of the 8.0 GB that are free: gradient checkpointing is turned on.",
+            "about 7.1 GB of the 8.0 GB that are free: gradient checkpointing was turned on.",
             False,
         ),
         (
             [(MemorySaving(True), ROOMY), (MemorySaving(True, 2), TIGHT)],
             8,
             {"batch_size": 2, "gradient_checkpointing": True},
-            ": a batch of 2 is computed in 2 parts.",
+            ": batches of 2 are computed in 2 micro-batches.",
             False,
         ),
         (
@@ -445,7 +445,7 @@ def test_a_plan_that_fails_stops_no_run(world: World, small_card: list[int], mon
         )
         == settings
     )
-    assert "could not be planned" in listener.warnings[0]
+    assert "could not be estimated" in listener.warnings[0]
 
 
 MISTAKES = (TypeError, AttributeError, KeyError, ValueError, AssertionError, ZeroDivisionError)
@@ -489,7 +489,7 @@ def test_the_command_shows_every_way_and_what_is_picked(
     tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = planned(capsys, tiny_checkpoint, "--memory", "8", "--rank", "4", "--batch-size", "2")
-    for line in ("as set", "gradient checkpointing", "batches of 2 computed in 2 parts", "adamw-8bit", "nf4"):
+    for line in ("as set", "gradient checkpointing", "batches of 2 in 2 micro-batches", "adamw-8bit", "nf4"):
         assert line in text
     assert text.splitlines()[-1] == "Picked for 7.5 GB: as set."
     tight = planned(capsys, tiny_checkpoint, "--memory", "0.7", "--gradient-checkpointing")

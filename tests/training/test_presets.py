@@ -135,7 +135,7 @@ def test_the_command_line_fills_in_what_neither_flag_nor_file_gives(
     rate = {"krea2": "0.0003", "anima": "5e-05"}.get(family.name, "0.0001")
     assert note.startswith(f"Preset {subject} for {family.title}: learning_rate {rate}, ")
     assert "rank 16" not in note
-    assert note.endswith("; as you set them: steps, rank, flip.")
+    assert note.endswith("; kept as you set them: steps, rank, flip.")
 
 
 def test_without_a_preset_nothing_changes() -> None:
@@ -148,7 +148,7 @@ def test_filling_twice_gives_nothing_more() -> None:
     once = apply_preset(TrainSettings(preset="style"), SD2, Recorder())
     listener = Recorder()
     assert apply_preset(once, SD2, listener) == once
-    assert listener.notes[0].startswith("Preset style for Stable Diffusion 2.x: nothing; as you set them: steps,")
+    assert listener.notes[0].startswith("Preset style for Stable Diffusion 2.x: nothing; kept as you set them: steps,")
 
 
 def test_class_pictures_are_given_where_a_prompt_for_them_is() -> None:

@@ -351,7 +351,7 @@ def test_a_full_disk_is_named_by_the_metrics(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match=r"metrics\.jsonl can't be written") as caught:
             recorded.report(STEPS[1])
         recorded.close()
-    assert "the run resumes" in caught.value.remedy
+    assert "the run will resume" in caught.value.remedy
 
 
 @pytest.mark.slow
@@ -464,7 +464,7 @@ def test_other_previews_begin_early_stop_anew(falling: Path, world: World, tmp_p
     changes: dict[str, Any] = {**SHOWN, **FALLING, "early_stop": 3, "preview_seed": 5}
     result = world.train(tmp_path / "copy", listener := Recorder(), **changes)
     assert (result.step, result.started_from) == (10, 6)
-    assert sum("early stop compares the coming ones" in note for note in listener.notes) == 1
+    assert sum("early stop only compares new ones" in note for note in listener.notes) == 1
     digests = RunFolder(result.run).measurements().scored_as
     assert len({digests[step] for step in (0, 2, 4, 6)}) == len({digests[step] for step in (8, 10)}) == 1
     assert digests[8] != digests[6]
@@ -633,7 +633,7 @@ def test_the_first_picture_s_caption_may_lack_the_rare_word_without_scores(world
     """A preview needs no rare word, a score does."""
     plain = replace(world, subject=[replace(one, caption="a photo of a dog") for one in world.subject])
     changes = SHOWN | {"steps": 1, "preview_prompts": "", "preview_count": 1}
-    with pytest.raises(SettingsError, match="does not hold the rare word"):
+    with pytest.raises(SettingsError, match="does not contain the rare word"):
         plain.train(tmp_path, **changes)
     result = plain.train(tmp_path, **changes | {"score_clip": ""})
     assert list(previews_in(result.run)) == [f"previews/step-0000000{step}/subject-00-00.png" for step in (0, 1)]

@@ -411,7 +411,7 @@ def test_the_adapter_can_be_taken_off(base: BaseWeights) -> None:
 
 def test_a_checkpoint_without_its_factors_is_another_runs(base: BaseWeights) -> None:
     _, adapter = injected(base, **ORTHOGONAL)
-    with pytest.raises(AdapterError, match="other modules"):
+    with pytest.raises(AdapterError, match="different modules"):
         adapter.restore(Saved(adapter=adapter.adapter()))
 
 

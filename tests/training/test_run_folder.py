@@ -124,7 +124,7 @@ def test_a_run_is_one_process_s_at_a_time(opened: Any) -> None:
         with pytest.raises(BusyError) as caught:
             opened(name=name)
         assert str(run.path) in caught.value.problem
-        assert "is being trained by this very process" in caught.value.problem
+        assert "is being trained by this process" in caught.value.problem
         assert "resume = never" in caught.value.remedy
     beside = opened(new=True)
     assert beside.path.name == "dog-111111111111-2"
@@ -178,7 +178,7 @@ def test_a_run_that_is_trained_can_not_be_deleted(opened: Any, tmp_path: Path) -
     index = RunIndex(tmp_path)
     with pytest.raises(BusyError) as caught:
         index.delete(run.path.name)
-    assert f"The run {run.path.name} is being trained by this very process" in caught.value.problem
+    assert f"The run {run.path.name} is being trained by this process" in caught.value.problem
     assert caught.value.remedy == "Stop it first."
     assert run.steps() == [1]
     run.lock.release()

@@ -443,7 +443,7 @@ class RunStates(RuleBasedStateMachine):
         error = raised(StorageError, lambda: self.train(changes))
         if error is not None:
             assert str(folder) in error.problem
-            assert "Delete that folder: the run goes on from the checkpoint before it." in error.remedy
+            assert "Delete that folder; the run will resume from the previous checkpoint." in error.remedy
             assert without_leftovers(tree(run)) | {"metrics.jsonl": ""} == before | {"metrics.jsonl": ""}
         self.look_for_exported()
         shutil.rmtree(folder)

@@ -285,7 +285,7 @@ def test_wandb_without_an_account_is_told_before_any_work(monkeypatch: pytest.Mo
     for name in ("HOME", "USERPROFILE", "NETRC", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(name, str(tmp_path / "nobody"))
     wandb.teardown()
-    with pytest.raises(SettingsError, match="knows no API key") as caught:
+    with pytest.raises(SettingsError, match="has no API key") as caught:
         require_tracker("wandb")
     assert "WANDB_MODE=offline" in caught.value.remedy
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -342,7 +342,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
     with TrackedListener(listener, "Ours", lambda: tracker) as told:
         told.report(step(1))
     [warning] = listener.warnings
-    assert "Ours is still busy" in warning
+    assert "Ours has not finished uploading" in warning
     answered.set()
 
 

@@ -127,7 +127,7 @@ def test_the_host_waits_and_gets_the_result(
         queue.submit(job)
         time.sleep(0.05)
         assert (state(job), sd_models.calls, devices.calls, shared.state.jobs) == ("waiting", [], [], [])
-        with pytest.raises(BusyError, match="'dög' is still at work"):
+        with pytest.raises(BusyError, match="'dög' is still running"):
             queue.submit(queue.jobs().make(TRAIN, "first", {}))
         with pytest.raises(BusyError):
             queue.require_ready()
@@ -136,7 +136,7 @@ def test_the_host_waits_and_gets_the_result(
     assert queue.is_at_work(job)
     assert not call_queue.queue_lock.acquire(blocking=False), "the host draws nothing meanwhile"
     assert (sd_models.calls, len(devices.calls), shared.state.job) == (["unload"], 1, "dreambooth")
-    with pytest.raises(BusyError, match="'dög' is still at work"):
+    with pytest.raises(BusyError, match="'dög' is still running"):
         queue.submit(queue.jobs().make(TRAIN, "second", {}))
     with pytest.raises(BusyError):
         queue.require_ready()
@@ -243,7 +243,7 @@ def test_resumed_while_its_process_ends(
     until(lambda: state(job) == "stopped")
     with monkeypatch.context() as patch:
         patch.setattr(queue, "_LONGEST_ENDING", 0.02)
-        with pytest.raises(BusyError, match="'dög' is still at work"):
+        with pytest.raises(BusyError, match="'dög' is still running"):
             queue.submit(job)
     threading.Timer(0.05, lingers.unlink).start()
     monkeypatch.setattr(queue, "_LONGEST_ENDING", HANGS)
@@ -275,7 +275,7 @@ def test_a_merge_whose_file_is_gone(output: str, queue: ModuleType, bare_webui: 
         job.note(pid=2**30, born_at=1.0)
     queue.attach()
     assert [job.record["failed"] for job in jobs] == [
-        [f"'{kind}' is made, but its file is gone.", f"Make it again: {kind} changes no LoRA."]
+        [f"'{kind}' is done, but its file no longer exists.", f"Run it again: {kind} does not change any LoRA."]
         for kind in ("resize", "merge")
     ]
 

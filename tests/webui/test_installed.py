@@ -96,9 +96,9 @@ def test_a_host_without_venv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "executable", str(python))
     failure = install.make_environment(REQUIREMENTS, tmp_path / "venv")
     assert failure == (
-        f"An environment for the pack can't be made in {tmp_path / 'venv'} with {python}: {python}: No module named "
-        "venv. Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart. "
-        "The web UI itself works as before; only training does not."
+        f"The extension's Python environment can't be created in {tmp_path / 'venv'} with {python}: {python}: No "
+        "module named venv. Install Python's 'venv' (on Debian and Ubuntu: apt install python3-venv) and restart. The "
+        "web UI itself still works; only training does not."
     )
     assert not (tmp_path / "venv").exists()
 
@@ -108,8 +108,8 @@ def test_packages_that_can_not_be_installed(tmp_path: Path, monkeypatch: pytest.
     folder = host(tmp_path, monkeypatch, "echo Looking; echo 'ERROR: No matching distribution' >&2; echo More; exit 1")
     failure = install.make_environment(REQUIREMENTS, folder)
     assert failure == (
-        "Packages for training can't be installed: ERROR: No matching distribution. Restart to try again. "
-        "The web UI itself works as before; only training does not."
+        "The packages for training can't be installed: ERROR: No matching distribution. Restart to try again. "
+        "The web UI itself still works; only training does not."
     )
     assert not install.is_ready(REQUIREMENTS, folder)
 
@@ -118,7 +118,7 @@ def test_a_folder_that_can_not_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     failure = install.make_environment(REQUIREMENTS, tmp_path / "file" / "venv")
     assert str(tmp_path / "file" / "venv") in failure
-    assert "permission to write there" in failure
+    assert "write permission there" in failure
     assert "'venv'" not in failure, "Python is not at fault"
     assert "\n" not in failure
 
@@ -129,9 +129,9 @@ def test_a_disk_that_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(sys, "executable", str(python))
     failure = install.make_environment(REQUIREMENTS, tmp_path / "venv")
     assert failure == (
-        f"An environment for the pack can't be made in {tmp_path / 'venv'} with {python}: Error: [Errno 28] No space "
-        "left on device. Give the web UI's user permission to write there, or free space on that disk, and restart. "
-        "The web UI itself works as before; only training does not."
+        f"The extension's Python environment can't be created in {tmp_path / 'venv'} with {python}: Error: [Errno 28] "
+        "No space left on device. Give the web UI's user write permission there, or free some space on that disk, and "
+        "restart. The web UI itself still works; only training does not."
     )
 
 
@@ -163,8 +163,8 @@ def test_a_host_whose_packages_will_not_do(
     monkeypatch.setattr(install, "missing_requirements", lambda text: ["pydantic is 1.10"])
     for is_ready, failure, said in (
         (True, "", ["trains with its own packages"]),
-        (False, "", ["Making an environment", "trains with its own packages"]),
-        (False, "No room.", ["Making an environment", "No room."]),
+        (False, "", ["Creating a Python environment", "trains with its own packages"]),
+        (False, "No room.", ["Creating a Python environment", "No room."]),
     ):
         monkeypatch.setattr(install, "is_ready", lambda text, is_ready=is_ready: is_ready)
         monkeypatch.setattr(install, "make_environment", lambda text, failure=failure: failure)

@@ -127,7 +127,7 @@ def test_a_job_is_made_in_a_folder_of_its_own(jobs: Jobs) -> None:
     "name", ["", " ", ".", "..", "a/b", "a\\b", "a:b", "a*", "a?", 'a"', "<a", "a>", "a|", "a\n", "a."]
 )
 def test_a_name_that_is_no_file_name(name: str, jobs: Jobs) -> None:
-    with pytest.raises(SettingsError, match=r"can't be a file name|There is no name"):
+    with pytest.raises(SettingsError, match=r"is not a valid file name|The name is empty"):
         jobs.make(TRAIN, name, {})
     assert not jobs.root.exists()
 
@@ -146,7 +146,7 @@ def test_a_process_with_the_number_of_another(jobs: Jobs) -> None:
     job.note(pid=this.pid, born_at=this.create_time() + 0.5)
     assert job.is_alive()
     assert jobs.running() is not None
-    with pytest.raises(BusyError, match="'dog' is still at work"):
+    with pytest.raises(BusyError, match="'dog' is still running"):
         jobs.require_idle()
     job.note(born_at=this.create_time() - 60)
     assert not job.is_alive()
@@ -237,7 +237,7 @@ def test_a_process_that_died_without_a_word(jobs: Jobs, tmp_path: Path) -> None:
     for one in (ended(job), Job(job.folder)):
         facts = one.progress().facts
         assert facts["state"] == "failed"
-        assert facts["problem"].endswith("the last line of its log: two")
+        assert facts["problem"].endswith("The last line of its log: two")
         assert facts["step"] == 3, "how far it was"
         assert str(job.folder / "log.txt") in facts["remedy"]
     job.enqueue()
@@ -245,7 +245,7 @@ def test_a_process_that_died_without_a_word(jobs: Jobs, tmp_path: Path) -> None:
     assert "problem" not in job.progress().facts
     jobs.start(job, engine(tmp_path, "kill -9 $$"))
     (job.folder / "log.txt").unlink()
-    assert "it wrote nothing" in ended(job).progress().facts["problem"]
+    assert "(empty)" in ended(job).progress().facts["problem"]
 
 
 def test_a_program_that_is_not_there(jobs: Jobs, tmp_path: Path) -> None:

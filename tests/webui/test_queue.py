@@ -56,7 +56,7 @@ def test_a_training_that_went_on_comes_home_again(queue: ModuleType, ended: Job)
 def test_a_result_that_is_gone_is_told_and_the_host_starts(queue: ModuleType, made: Path, ended: Job) -> None:
     made.unlink()
     queue.attach()
-    assert "its file is gone" in ended.record["failed"][0]
+    assert "its file no longer exists" in ended.record["failed"][0]
     with pytest.raises(StorageError):
         cards.deliver(ended)
 

@@ -165,7 +165,7 @@ def test_a_checkpoint_that_is_damaged_is_told(site: WebUISite) -> None:
         for path in site.loras.iterdir():
             path.unlink()
     assert reply.status == 404
-    assert "is no whole LoRA file" in reply.json["problem"]
+    assert "is not a complete LoRA file" in reply.json["problem"]
 
 
 def test_deleting_removes_that_run_alone(site: WebUISite) -> None:
@@ -257,7 +257,7 @@ def test_a_run_in_training_says_so(site: WebUISite, job: Path) -> None:
     assert [run["state"] for run in site.get("/runs") if run["id"] == site.run] == ["running"]
     reply = site.ask(f"/dreambooth{target}/resume", "POST", b"{}", **OWN)
     assert reply.status == 409, "one job runs at a time"
-    assert "still at work" in reply.json["problem"]
+    assert "still running" in reply.json["problem"]
     assert site.ask("/dreambooth/job/stop", "POST", b"{}", **OWN).status == 200
     assert (job / "stop").exists()
     (job / "stop").unlink()

@@ -220,18 +220,18 @@ def test_what_is_missing_is_said(webui: WebUI, pictures: Path, tmp_path: Path) -
     twice = webui.upload(pictures / "0.png", tmp_path / "0.png")
     for values, problem in (
         ({"folder": ""}, "There are no pictures."),
-        ({"images": upload}, "Pictures were uploaded and a folder was given, too."),
+        ({"images": upload}, "Pictures were uploaded, but a folder was also entered."),
         ({"images": twice, "folder": ""}, "Two files are called 0.png."),
-        ({"folder": str(tmp_path / "empty")}, "holds no pictures"),
+        ({"folder": str(tmp_path / "empty")}, "contains no pictures"),
         ({"folder": str(tmp_path / "nowhere")}, "nowhere"),
         ({"base": None}, "No base model is chosen."),
-        ({"name": ""}, "There is no name."),
-        ({"name": "a/b"}, "'a/b' can't be a file name."),
-        ({"name": ".."}, "'..' can't be a file name."),
-        ({"name": "dog?"}, "'dog?' can't be a file name."),
-        ({"alpha": "x"}, "Alpha: 'x' is no number. Write one such as 0.5."),
-        ({"preview_prompts": "d\udcff"}, r"Preview prompts: 'd\udcff' is no UTF-8"),
-        ({"name": "d\udcff"}, r"Name: 'd\udcff' is no UTF-8"),
+        ({"name": ""}, "The name is empty."),
+        ({"name": "a/b"}, "'a/b' is not a valid file name."),
+        ({"name": ".."}, "'..' is not a valid file name."),
+        ({"name": "dog?"}, "'dog?' is not a valid file name."),
+        ({"alpha": "x"}, "Alpha: 'x' is not a number. Enter one such as 0.5."),
+        ({"preview_prompts": "d\udcff"}, r"Preview prompts: 'd\udcff' is not valid UTF-8"),
+        ({"name": "d\udcff"}, r"Name: 'd\udcff' is not valid UTF-8"),
         ({"folder": str(tmp_path / "d\udcff")}, r"\xff does not exist"),
     ):
         message = train(webui, **good | values)
@@ -244,7 +244,7 @@ def test_a_name_leads_nowhere(webui: WebUI, pictures: Path) -> None:
     before = {path.name for path in webui.folder.iterdir()}
     for name in ("../../up", "a/b", "..", "/tmp/x"):
         message = train(webui, images=webui.upload(pictures / "0.png"), name=name, class_noun="dog")
-        assert message.startswith(f"'{name}' can't be a file name."), message
+        assert message.startswith(f"'{name}' is not a valid file name."), message
     assert {path.name for path in webui.folder.iterdir()} == before
     assert not (webui.data / "pictures").exists()
 
@@ -281,7 +281,7 @@ def test_one_training_at_a_time(webui: WebUI, pictures: Path) -> None:
     record = {"kind": "train", "name": "first", "made_at": 1.0, "pid": os.getpid(), "born_at": born_at}
     (folder / "job.json").write_text(json.dumps(record))
     message = train(webui, folder=str(pictures), name="second", class_noun="dog")
-    assert message == "'first' is still at work. Wait until it is done, or press Stop; one job runs at a time."
+    assert message == "'first' is still running. Wait until it is done, or press Stop; only one job can run at a time."
     assert [path.name for path in folder.parent.iterdir()] == ["first"]
 
 
@@ -302,7 +302,7 @@ def test_a_training_waits_until_the_host_has_drawn(webui: WebUI, pictures: Path)
     with drawing(webui):
         assert train(webui, folder=str(pictures), name="waits", class_noun="dog").startswith("Training started.")
         assert webui.job()["state"] == "waiting"
-        assert "is still at work" in train(webui, folder=str(pictures), name="second", class_noun="dog")
+        assert "is still running" in train(webui, folder=str(pictures), name="second", class_noun="dog")
         webui.post("/job/stop")
         assert webui.job()["state"] == "ending"
     webui.wait_for_idle()
@@ -451,9 +451,9 @@ def test_the_settings_of_a_run_that_was_begun_elsewhere(webui: WebUI, pictures: 
     settings |= {"instance_prompt": "my dog", "base": "/gone/base.safetensors", "images": str(pictures), "steps": 900}
     values = refilled(webui, made_run(webui, "cli", **settings))
     assert text_of(values["message"]) == (
-        "These are the settings of 'cli'. Targets: 'of old' is no longer a choice. The base model "
-        "/gone/base.safetensors is not one of this web UI's: choose another. Instance prompt was 'my dog'. Here it is "
-        "'a photo of {token}', from Word and Class."
+        "These are the settings of 'cli'. Targets: 'of old' is no longer available. The base model /gone/base.safetensors "
+        "is not in this web UI's list: choose another. Instance prompt was 'my dog'. Here it is 'a photo of {token}', built "
+        "from Word and Class."
     )
     assert "base" not in values
     wanted = {"name": "cli", "preset": "none", "rank": 4, "alpha": "2.0", "flip": True, "steps": 900}
@@ -467,7 +467,7 @@ def test_settings_that_can_not_be_taken_over(webui: WebUI) -> None:
     for run, problem in (
         ("gone", "There is no run 'gone'."),
         ("../../x", "There is no run '../../x'."),
-        (several, "'several' has several subjects, which this tab can't train."),
+        (several, "'several' has several subjects, which this tab does not support."),
     ):
         values = refilled(webui, run)
         assert values.keys() == {"message"}

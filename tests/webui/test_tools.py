@@ -71,18 +71,18 @@ def test_what_is_missing_is_said(webui: WebUI, loras: Path) -> None:
         ("merge", both | {"merge_loras": []}, "Fewer than two LoRAs are chosen."),
         ("merge", both | {"merge_loras": ["äpple"]}, "Fewer than two LoRAs are chosen."),
         ("merge", both | {"merge_strengths": "1"}, "There are 1 strengths for 2 LoRAs."),
-        ("merge", both | {"merge_strengths": "1, x"}, "The strength 'x' is no number."),
+        ("merge", both | {"merge_strengths": "1, x"}, "The strength 'x' is not a number."),
         ("merge", both | {"merge_name": " "}, "The result has no name."),
-        ("merge", both | {"merge_name": "../both"}, "'../both' can't be a file name."),
+        ("merge", both | {"merge_name": "../both"}, "'../both' is not a valid file name."),
         ("learned_merge", {"learned_merge_subject": "boat", "learned_merge_name": "both"}, "No LoRA is chosen."),
         (
             "learned_merge",
             {"learned_merge_subject": "boat", "learned_merge_style": "äpple"},
             "The result has no name.",
         ),
-        ("extract", {"extract_name": "../x"}, "'../x' can't be a file name."),
+        ("extract", {"extract_name": "../x"}, "'../x' is not a valid file name."),
         ("fuse", {"fuse_name": "all"}, "No LoRA is chosen."),
-        ("fuse", {"fuse_loras": ["boat"], "fuse_name": "a/b"}, "'a/b' can't be a file name."),
+        ("fuse", {"fuse_loras": ["boat"], "fuse_name": "a/b"}, "'a/b' is not a valid file name."),
         ("resize", {"resize_name": "small"}, "No LoRA is chosen."),
         ("resize", {"resize_lora": "boat", "resize_name": ""}, "The result has no name."),
         ("inspect", {}, "No LoRA is chosen."),
@@ -129,7 +129,7 @@ def test_a_lora_is_made_smaller_and_inspected(webui: WebUI, loras: Path) -> None
     message = said(webui, "resize", resize_lora="äpple", resize_name="other", resize_rank=-1)
     assert "rank" in message.lower()
     assert not (loras / "other.safetensors").exists()
-    assert "still at work" not in said(webui, "resize", resize_lora="äpple", resize_name="other", resize_rank=1)
+    assert "still running" not in said(webui, "resize", resize_lora="äpple", resize_name="other", resize_rank=1)
 
 
 QUERY = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"

@@ -85,7 +85,7 @@ def test_train_stop_resume_card(webui: WebUI, picture_folder: Callable[..., Path
     refused = webui.ask(run, "DELETE", b"{}", **OWN)
     assert (refused.status, "train" in refused.json["problem"]) == (409, True)
     [message] = webui.call("start", folder=str(tmp_path / "dog"), **SETTINGS, name="second", steps=2)
-    assert text_of(message).startswith("'whole dög' is still at work.")
+    assert text_of(message).startswith("'whole dög' is still running.")
 
     webui.post("/job/stop")
     stopped = webui.wait_for_job("stopped")
@@ -177,9 +177,9 @@ def test_a_base_that_can_not_be_trained(
         path.unlink()
         webui.wait_for_idle()
         webui.call("refresh")
-    assert failed["problem"] == f"The base model is {title}, which can't be trained here yet."
+    assert failed["problem"] == f"The base model is {title}, which is not supported."
     titles = "Stable Diffusion 1.x, Stable Diffusion 2.x, Stable Diffusion XL, FLUX.2 klein, Z-Image, Krea 2, Anima"
-    assert failed["remedy"] == f"Use a base model of: {titles}."
+    assert failed["remedy"] == f"Use one of these base models: {titles}."
     assert not [*webui.loras.iterdir()]
 
 
