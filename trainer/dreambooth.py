@@ -84,14 +84,14 @@ _COMPILING = Investment(seconds=120.0, saves=0.2)
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run gives.
+    """The result of a run.
 
     Attributes:
-        adapter: The trained adapter as it stands in the file; of full fine-tuning the extracted one.
+        adapter: The trained adapter as saved in the file; in full fine-tuning, the extracted one.
         path: The adapter file.
         run: The run's folder, with its checkpoints.
         step: Step whose weights the files hold: the last, unless the run stopped early.
-        started_from: Step from which this call went on; equal to `step` if the run was finished.
+        started_from: Step from which this call resumed; equal to `step` if the run was finished.
         checkpoint: The checkpoint file of full fine-tuning; None otherwise.
         embeddings: Word whose vectors were learned → its embedding file.
     """
@@ -117,7 +117,7 @@ def train(
     starting_point: StartingPoint | None = None,
     words: Sequence[PromptWords] = (),
 ) -> TrainResult:
-    """Train an adapter on a subject, or go on with a run that was interrupted, or return one that is finished.
+    """Train an adapter on a subject, resume an interrupted run, or return the result of a finished one.
 
     Args:
         base: The opened base model. Its tensors are borrowed and never written to.
@@ -127,7 +127,7 @@ def train(
         paths: Where the run writes.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
         listener: Gets every event; may stop the run after any step.
-        starting_point: What is built upon beside the base.
+        starting_point: What the run builds on in addition to the base.
         words: Rare word and class noun of each subject, for `token_vectors`; empty: the settings' `token`.
 
     Raises:
@@ -166,7 +166,7 @@ class Session:
     """Everything that a run builds and that takes memory; dropped as a whole when the run ends.
 
     Attributes:
-        model: The denoiser, and the text encoders that are trained. The autoencoder has left.
+        model: The denoiser, and the text encoders that are trained; no autoencoder.
         objective: Noise schedule, target and loss.
         cache: Encoded pictures and captions.
         trainable: The parameters that are trained.
@@ -175,11 +175,11 @@ class Session:
         averaging: The evaluation weights, where they are an average of those that are updated.
         accelerator: accelerate's, for precision, gradient accumulation and clipping.
         text: Conditioning on the captions and on the previews' prompts.
-        teacher: Gives the samples for which the base model's prediction is learned.
+        teacher: Gives the samples whose targets are the base model's predictions.
         dtype: Type of the frozen weights and of the denoiser's input.
         fused_backward: Updates the weights in the backward pass, if the settings say so.
         compiled: The denoiser's blocks, if they are compiled.
-        ended: Parts of what is trained that stay as they are from now on.
+        ended: Parts whose training has ended.
     """
 
     model: DiffusionModel
@@ -199,7 +199,7 @@ class Session:
 
     @property
     def state(self) -> TrainingState:
-        """What a checkpoint holds of it."""
+        """What a checkpoint saves of it."""
         return TrainingState(self.trainable, self.optimizer, self.averaging, self.accelerator.scaler)
 
 
@@ -212,7 +212,7 @@ class DreamBooth:
     cancel within one step.
 
     Attributes:
-        requested: The settings as the user gave them: they make the fingerprint and stand in the files.
+        requested: The settings as the user gave them, for the fingerprint and the files.
         settings: The settings in effect, which may take less memory for the same result.
         step: Optimiser steps completed.
         session: What `prepare` built.
@@ -414,7 +414,7 @@ class DreamBooth:
         return explained_memory_errors(remedy)
 
     def prepare(self) -> None:
-        """Build the model around the borrowed weights, encode once, inject what is trained: the session."""
+        """Build the session: the model around the borrowed weights, the encoded data, and what is trained."""
         self.settings = self.budget.effective_settings(
             self.settings,
             self.base,
@@ -491,7 +491,7 @@ class DreamBooth:
         return cache
 
     def check_prediction_type(self) -> None:
-        """Let the base model itself show, before the first step, whether it predicts what it will be trained for."""
+        """Test, before the first step, that the base model predicts what it will be trained for."""
         session = self.session
         require_prediction_type(
             session.model,
@@ -633,7 +633,7 @@ class DreamBooth:
             yield
 
     def losses(self, micro_step: int) -> list[Callable[[], Tensor]]:
-        """Functions for the parts that a micro-batch's loss is the sum of, 0-D each: of each batch, and the penalty.
+        """Functions for the terms of a micro-batch's loss, 0-D each: one per batch, and the weight penalty.
 
         Computed one after the other, each before its own backward pass, they take the memory of one.
         """
@@ -651,7 +651,7 @@ class DreamBooth:
         return self.settings.weight_penalty * session.trainable.squared_change(trained)
 
     def batches(self, micro_step: int) -> Iterator[Batch]:
-        """The samples of a micro-batch of this step, a batch for each shape of their latents."""
+        """The samples of a micro-batch of this step, one batch per shape of latents."""
         session = self.session
         return draw_batches(
             session.cache,
@@ -691,7 +691,7 @@ class DreamBooth:
         return (losses * batch.weights).sum()
 
     def preservation_loss(self, batch: TaughtBatch, micro_step: int) -> Tensor:
-        """The part of a micro-batch's loss that keeps the model where the base is its teacher, 0-D."""
+        """The part of a micro-batch's loss with the base model as teacher, 0-D."""
         session = self.session
         with self._reproducible_dropout(micro_step):
             conditioning = session.text.rows(batch.captions) | {"size": batch.sizes}
@@ -716,9 +716,9 @@ class DreamBooth:
         return seeded(self.device, self.settings.seed, *key)
 
     def freeze_text(self) -> None:
-        """Train text encoders and rare words no further that are at their end.
+        """Freeze text encoders and rare words whose training has ended.
 
-        A text encoder in which nothing is trained any more encodes the captions one last time, and leaves.
+        A text encoder in which nothing is trained any more encodes the captions one last time and is removed.
         """
         session = self.session
         settings = self.settings
@@ -744,10 +744,10 @@ class DreamBooth:
             self.listener.report(Note(f"The rare word's vectors are frozen after step {self.step}."))
 
     def evaluate(self) -> int | None:
-        """Generate and score previews and compute the loss on held-out pictures, as far as they are due at this step.
+        """Generate and score previews and compute the loss on held-out pictures, if they are due at this step.
 
         Returns:
-            The best step, if by the scores the run should stop here; else None.
+            The best step, if the scores say that the run should stop here; else None.
         """
         session = self.session
         previews_due = self.previews.due(self.step, self.measurements)
@@ -815,7 +815,7 @@ class DreamBooth:
         """Write a checkpoint of the current step.
 
         Raises:
-            DivergedError: The trained weights are not finite.
+            DivergedError: The trained weights have NaN or infinite values.
             StorageError: It can't be written.
         """
         session = self.session
@@ -869,7 +869,7 @@ class DreamBooth:
             self.listener.report(Note(note))
 
     def write_files(self, step: int, started_from: int) -> TrainResult:
-        """Write the files that the run gives, from the checkpoint of a step."""
+        """Write the run's result files, from the checkpoint of a step."""
         with self.processes.main_process_first():  # the others find what it wrote
             saved = self.run_folder.trained(step)
             if saved.weights is not None:
@@ -918,7 +918,7 @@ class DreamBooth:
         return training_metadata(self.requested, facts, step)
 
     def clean_up(self) -> None:
-        """Drop everything that was built and give the device's memory back."""
+        """Drop everything that was built and free the device's memory."""
         if self._session is not None:
             if self._session.compiled is not None:
                 self._session.compiled.close()

@@ -451,9 +451,9 @@ def test_the_settings_of_a_run_that_was_begun_elsewhere(webui: WebUI, pictures: 
     settings |= {"instance_prompt": "my dog", "base": "/gone/base.safetensors", "images": str(pictures), "steps": 900}
     values = refilled(webui, made_run(webui, "cli", **settings))
     assert text_of(values["message"]) == (
-        "These are the settings of 'cli'. Targets: 'of old' is no longer available. The base model /gone/base.safetensors "
-        "is not in this web UI's list: choose another. Instance prompt was 'my dog'. Here it is 'a photo of {token}', built "
-        "from Word and Class."
+        "These are the settings of 'cli'. Targets: 'of old' is no longer available. The base model "
+        "/gone/base.safetensors is not in this web UI's list: choose another. Instance prompt was 'my dog'. Here it is "
+        "'a photo of {token}', built from Word and Class."
     )
     assert "base" not in values
     wanted = {"name": "cli", "preset": "none", "rank": 4, "alpha": "2.0", "flip": True, "steps": 900}

@@ -1,4 +1,4 @@
-"""Devices: choosing one and a precision, moving networks and numbers, measuring memory, explaining when it is out."""
+"""Devices: choosing one and a precision, moving networks and tensors, measuring memory, out-of-memory errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pick_device(name: str) -> torch.device:
     """The device of that name; "auto" takes CUDA, else MPS, else the CPU.
 
     Raises:
-        SettingsError: This computer has no such device, or several processes would share it.
+        SettingsError: The device is not available, or several processes would share it.
     """
     several_processes = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     if several_processes and (name == "mps" or ":" in name):
@@ -73,9 +73,8 @@ def pick_precision(precision: str, device: torch.device) -> str:
 def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """Move a network to a device and dtype.
 
-    If all its tensors are on the device and of the dtype already, they stay borrowed. Otherwise the one private copy
-    that this makes is laid out channels-last, the fastest layout for convolutions of pictures; those of videos have
-    none such.
+    If all its tensors already have the device and dtype, they stay borrowed. Otherwise this makes one private copy
+    in the channels-last memory format, the fastest for 2D convolutions; networks with 3D ones keep their format.
     """
     target = torch.empty(0, device=device).device  # with its index, if the device has one
     parameters = list(network.parameters())
@@ -91,9 +90,9 @@ def to_device(network: nn.Module, device: torch.device, dtype: torch.dtype) -> n
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on a device; the program goes on at once, and a GPU waits for the copy when it needs it.
+    """Copy a CPU tensor to a device without blocking; a GPU waits for the copy when it needs it.
 
-    Only page-locked memory can be copied so. Both are PyTorch's business: it keeps that memory, and the order.
+    That needs page-locked memory. PyTorch manages that memory and keeps the order of operations.
     """
     if device.type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
@@ -101,7 +100,7 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class NumberOnItsWay:
-    """A number of a device that will be read later, without waiting for what the device was asked to do since then."""
+    """A number on a device that is read later, without waiting for the operations queued since."""
 
     def __init__(self, number: Tensor) -> None:
         """Ask for it.
@@ -157,7 +156,7 @@ def used_memory(device: torch.device) -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, in the words of any device."""
+    """Whether an error, from any device, means out of memory."""
     message = str(error).lower()
     return isinstance(error, MemoryError) or any(phrase in message for phrase in _OUT_OF_MEMORY)
 

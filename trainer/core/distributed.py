@@ -33,7 +33,7 @@ class ProcessGroup:
 
     @classmethod
     def current(cls, *, cpu: bool) -> ProcessGroup:
-        """The processes that a launcher started with this one (RANK and WORLD_SIZE say so), connected.
+        """Connect to the processes that a launcher started with this one (by RANK and WORLD_SIZE).
 
         Clusters set these two for a program that nobody launched several times, but not LOCAL_RANK.
 
@@ -67,7 +67,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def main_process_first(self) -> Iterator[None]:
-        """Run the block in the main process first, then in the others, which find what it made; then all go on."""
+        """Run the block in the main process first, then in the others, which find its results; then all continue."""
         if not self.is_main_process:
             self.wait_for_everyone()
         yield

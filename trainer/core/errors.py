@@ -1,6 +1,6 @@
 """Errors, in two parts: what is wrong, and what to do about it.
 
-A remedy often names a setting. Where that is changed differs from face to face: a flag on the command line, a widget of
+A remedy often names a setting. How a user changes it depends on the interface: a flag on the command line, a widget of
 a node, a field of a web page. So the engine writes `suggest("resume", "never")` into the text, and the face that shows
 the error words it by `TrainerError.remedy_in`.
 """

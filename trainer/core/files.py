@@ -101,11 +101,11 @@ def _temporary_beside(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, write: Callable[[Path], object], needed_bytes: int = 0, *, replace: bool = True) -> Path:
-    """Let a function write a file under a temporary name, and give it its own name once it is whole.
+    """Let a function write a file under a temporary name, and rename it once it is complete.
 
     Args:
         path: The file.
-        write: Writes the file that it gets the path of. It may write others beside it, as safetensors does.
+        write: Writes the file at the path that it is given. It may write others next to it, as safetensors does.
         needed_bytes: Named in the error if the disk is full; 0: unknown.
         replace: Whether a file of that name is replaced; if not, the first free name of `name-2`, `name-3` … is taken,
             whatever other programs write meanwhile.
@@ -154,12 +154,12 @@ def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> Path:
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> Path:
-    """Let a function fill a folder under a temporary name, and give it its own name once it is whole.
+    """Let a function fill a folder under a temporary name, and rename it once it is complete.
 
     Args:
         path: The folder. Nothing is replaced: if there is one, or a file, the first free name of `name-2`, `name-3` …
             is taken, whatever other programs write meanwhile.
-        write: Fills the empty folder that it gets the path of.
+        write: Fills the empty folder at the path that it is given.
 
     Returns:
         The path of the folder.
@@ -196,7 +196,7 @@ def _put_in_place(temporary: Path, path: Path, replace: bool) -> Path:
 
 
 def numbered(path: Path) -> Iterator[Path]:
-    """`path`, then `name-2`, `name-3` … beside it."""
+    """`path`, then `name-2`, `name-3` … in the same folder."""
     yield path
     for number in itertools.count(2):
         yield path.with_name(f"{path.stem}-{number}{path.suffix}")

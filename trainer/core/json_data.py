@@ -1,4 +1,4 @@
-"""JSON from outside: read in any of its encodings, and checked for its shape before anything is done with it."""
+"""JSON from outside: decoded from any of its encodings, and validated before use."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def parse_json(content: str | bytes, shape: TypeAdapter[ShapeT]) -> ShapeT:
         shape: What the value must be.
 
     Raises:
-        ValueError: It is no JSON, or has another shape; names the key and what stands there.
+        ValueError: It is not valid JSON, or has another shape; names the key and its value.
     """
     if isinstance(content, str):
         content = content.removeprefix("\ufeff")
@@ -39,7 +39,7 @@ def checked_shape(value: Any, shape: TypeAdapter[ShapeT]) -> ShapeT:
     """A value of JSON, if it has the shape that is expected.
 
     Raises:
-        ValueError: It has another shape; names the key and what stands there.
+        ValueError: It has another shape; names the key and its value.
     """
     try:
         return shape.validate_python(value)

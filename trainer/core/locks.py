@@ -1,7 +1,7 @@
-"""Locks between processes: who works in a folder alone, and who waits or is told so.
+"""Locks between processes: one works in a folder, and the others wait or get an error.
 
-A lock is the operating system's, so that it is gone with its process, however that ends. Its file says who has it, for
-whoever comes second, and goes when the lock is given back (filelock would leave it among what the user sees).
+The locks are the operating system's, so a lock is released when its process ends, however that happens. Its file names
+the owner, for other processes, and is deleted when the lock is released (filelock would leave it in the user's folder).
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class FolderLock:
     def acquire(self) -> bool:
         """Take the lock, unless another process has it, or another object of this one.
 
-        A file system that knows no locks locks nothing; the log says so.
+        On a file system without locks nothing is locked; a warning is logged.
 
         Returns:
             Whether this object has it now.
@@ -167,7 +167,7 @@ class FolderLock:
         return None if is_gone else owner
 
     def refusal(self, what: str, remedy: str) -> BusyError:
-        """The error for whoever can't have the lock.
+        """The error for a process that can't have the lock.
 
         Args:
             what: What can't be done, such as "The run … is in use".
@@ -178,7 +178,7 @@ class FolderLock:
 
     @contextlib.contextmanager
     def waited_for(self, listener: Listener, what: str) -> Iterator[None]:
-        """Have the lock inside the block; if another process has it, say so once and wait.
+        """Hold the lock inside the block; if another process has it, report that once and wait.
 
         Args:
             listener: Gets the message, and may stop the waiting.

@@ -32,7 +32,7 @@ class PromptWords:
     """What the templates in prompts stand for.
 
     Attributes:
-        token: {token}, the rare word. None: it stands for nothing, where there is no such setting.
+        token: {token}, the rare word. None: it has no value, where there is no such setting.
         class_noun: {class}, the class of the subject; None likewise.
     """
 
@@ -41,7 +41,7 @@ class PromptWords:
 
 
 def common_words(subjects: Sequence[PromptWords]) -> PromptWords:
-    """What the templates stand for in a prompt about several subjects: nothing, where these differ."""
+    """What the templates stand for in a prompt about several subjects: no value where these differ."""
     tokens = {words.token for words in subjects}
     nouns = {words.class_noun for words in subjects}
     return PromptWords(
@@ -67,14 +67,14 @@ def parse_prompts(text: str, words: PromptWords) -> list[str]:
     """The prompts of a text, with the rare word for {token} and the class noun for {class}.
 
     Args:
-        text: Prompts, which are separated by "|" or stand on lines of their own.
+        text: Prompts, separated by "|" or by line breaks.
         words: What the templates stand for.
 
     Returns:
         The prompts that are not blank, without blanks around them.
 
     Raises:
-        PromptError: A template is unknown, or stands for nothing. Braces around anything but words are text.
+        PromptError: A template is unknown, or has no value. Braces around anything but words are text.
     """
     for match in _BRACES.finditer(text):
         _require_known(*match.groups(), words=words)
@@ -115,7 +115,7 @@ def _require_known(opening: str, name: str, closing: str, *, words: PromptWords)
 
 
 def split_prompts(text: str) -> list[str]:
-    """The prompts of a text, which are separated by "|" or stand on lines of their own."""
+    """The prompts of a text, separated by "|" or by line breaks."""
     return [prompt.strip() for prompt in re.split(r"[|\n]", text) if prompt.strip()]
 
 
@@ -124,7 +124,7 @@ def without_token(prompt: str, token: str) -> str:
 
     Args:
         prompt: Of the subject.
-        token: Its rare word; may be several words. A prompt that doesn't hold it is returned as it is.
+        token: Its rare word; may be several words. A prompt that does not contain it is returned unchanged.
     """
     rare_words = token.split()
     words = prompt.split()
@@ -156,7 +156,7 @@ def without_token(prompt: str, token: str) -> str:
 
 
 def shuffled_tags(caption: str, keep: int, source: torch.Generator) -> str:
-    """A caption whose parts between commas are shuffled.
+    """A caption with its comma-separated parts shuffled.
 
     Args:
         caption: Any number of parts.

@@ -1,6 +1,6 @@
 """All randomness of a run: a pure function of (run seed, step, sample slot).
 
-No random state is carried from step to step, so a resumed run draws what the uninterrupted run would have drawn,
+No random state is carried from step to step, so a resumed run gets the same random numbers as an uninterrupted one,
 and a run on several processes uses the same samples.
 """
 
@@ -26,13 +26,13 @@ def derived_seed(*parts: int | str) -> int:
 
 
 def generator(*parts: int | str) -> torch.Generator:
-    """A CPU generator seeded by `derived_seed(*parts)`, so that draws don't depend on the device."""
+    """A CPU generator seeded by `derived_seed(*parts)`, so that its numbers do not depend on the device."""
     return torch.Generator().manual_seed(derived_seed(*parts))
 
 
 @contextlib.contextmanager
 def seeded(device: torch.device, *parts: int | str) -> Iterator[None]:
-    """Random numbers that layers draw inside, as dropout does, depend on `parts` alone; global state is restored."""
+    """Random numbers used inside the block, e.g. by dropout, depend on `parts` alone; global state is restored."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derived_seed(*parts))
         yield
@@ -90,7 +90,7 @@ def draw_sample(
 
     Args:
         seed: The run's seed.
-        kind: Which set of pictures, "instance" or "class"; sets draw independently.
+        kind: Which set of pictures, "instance" or "class"; the sets are independent.
         step: Optimiser step, from 0.
         slot: Index of the sample within the step, in [0, slots); counts over micro-batches and processes.
         slots: Samples of this kind per step.

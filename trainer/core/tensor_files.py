@@ -1,6 +1,6 @@
 """Safetensors files: the one place where they are read, whatever their headers claim, and written, finite and whole.
 
-A file is 8 bytes that give the header's length, the header (JSON: name → type, shape, place in the data), the data.
+A file is 8 bytes with the header's length, the header (JSON: name → type, shape, offsets in the data), and the data.
 Source: https://github.com/huggingface/safetensors#format
 """
 
@@ -48,12 +48,12 @@ _Natural = Annotated[int, Field(ge=0)]
 
 
 class TensorEntry(BaseModel):
-    """What a header says of one tensor.
+    """The header's entry of one tensor.
 
     Attributes:
         dtype: Its type, such as "BF16".
         shape: Its shape.
-        data_offsets: Where in the data it begins and ends, in bytes.
+        data_offsets: Where it begins and ends in the data, in bytes.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -67,7 +67,7 @@ class Header(NamedTuple):
     """The header of a safetensors file.
 
     Attributes:
-        entries: Name → what it says of the tensor.
+        entries: Name → the tensor's entry.
         metadata: The file's metadata.
     """
 
@@ -83,7 +83,7 @@ def read_header(path: Path) -> Header:
     """The header of a safetensors file; its tensors are not read.
 
     Raises:
-        ValueError: It is no whole safetensors file, or has a tensor of a type that can't be read. A part of a sentence.
+        ValueError: It is not a complete safetensors file, or has a tensor of an unsupported type. Part of a sentence.
         OSError: It can't be read.
     """
     size = path.stat().st_size
@@ -207,11 +207,11 @@ def save_tensors(
     Args:
         path: The file.
         tensors: On the CPU, contiguous, no two over the same memory.
-        metadata: Of the file. What is no Unicode, as in file names of old systems, becomes question marks.
-        copied: Names of tensors that stand in another file in the same way, whose numbers are not looked at.
+        metadata: Of the file. Invalid Unicode, as in file names of old systems, becomes question marks.
+        copied: Names of tensors that are copied unchanged from another file, whose values are not checked.
 
     Raises:
-        NotFiniteError: A tensor has a number that is not finite; nothing is written.
+        NotFiniteError: A tensor has a NaN or infinite value; nothing is written.
         StorageError: It can't be written. `core.files.write_file` names the file.
     """
     from safetensors import SafetensorError

@@ -1,4 +1,4 @@
-"""Text: files as people's programs write them, UTF-8 or UTF-16; and lists of names in a sentence."""
+"""Text: files in UTF-8 or UTF-16, as programs write them; and lists of names in a sentence."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _END_OF_FILE = "\x1a"  # with which DOS programs end a text
 def decode_text(content: bytes) -> str:
     """The text of a file in UTF-8, UTF-16 or UTF-32, with or without a byte-order mark.
 
-    Without a mark, UTF-16 is known by the NUL bytes that letters and blanks have in it. No other encoding can be told
-    from the rest with certainty, so none is guessed.
+    Without a mark, UTF-16 is recognised by the NUL bytes of letters and spaces. No other encoding can be recognised
+    with certainty, so none is guessed.
 
     Raises:
-        ValueError: It is none of these; its text says so, as in "a.txt …".
+        ValueError: It is none of these; the text completes a sentence: "a.txt …".
     """
     mark, encoding = next(
         ((mark, encoding) for mark, encoding in _BYTE_ORDER_MARKS if content.startswith(mark)),

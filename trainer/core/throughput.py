@@ -16,7 +16,7 @@ _STEPS_TO_JUDGE = 10  # that were measured
 
 @dataclass(frozen=True)
 class Investment:
-    """Something that takes time once and saves some in every step.
+    """Something that takes time once and saves time in every step.
 
     Attributes:
         seconds: What it takes.
@@ -50,7 +50,7 @@ class Throughput:
         self._last_time = None
 
     def pays_for(self, investment: Investment) -> bool:
-        """Whether, by the steps so far, something would pay for itself twice in those that are left."""
+        """Whether, at the speed so far, something would save twice its cost in the remaining steps."""
         saved = investment.saves * self._seconds_per_step * (self._steps - self._last_step)
         return self._measured >= _STEPS_TO_JUDGE and saved > 2 * investment.seconds
 

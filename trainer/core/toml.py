@@ -31,7 +31,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     The file is UTF-8, or UTF-16 or UTF-32 with a byte order mark, as PowerShell's `>` writes it.
 
     Raises:
-        SettingsError: The file is missing, is no TOML, or gives a key twice.
+        SettingsError: The file is missing, is not valid TOML, or sets a key twice.
     """
     try:
         content = path.read_bytes()

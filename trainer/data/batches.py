@@ -25,13 +25,13 @@ class Batch:
     Attributes:
         latents: (batch, channels, height, width), float32.
         noise: As `latents`: the noise that the loss compares with.
-        added_noise: As `latents`: the noise that is added; another than `noise` if that is perturbed.
+        added_noise: As `latents`: the noise that is added; differs from `noise` if that is perturbed.
         timesteps: (batch,); int64 of a discrete schedule, float32 of a continuous one.
         captions: Row of each sample's caption, (batch,), int64, on the CPU.
         sizes: Size and crop of each sample's picture, (batch, 6), float32.
-        weights: Weight of each sample's loss in the loss of the micro-batch, (batch,), float32.
+        weights: Weight of each sample's loss in the micro-batch's loss, (batch,), float32.
         masks: Weight of each latent pixel, (batch, 1, height, width), float32; None: all the same.
-        subject: How many of the samples, the first ones, are the subject's.
+        subject: The number of samples that are the subject's; these come first.
     """
 
     latents: Tensor
@@ -63,7 +63,7 @@ def draw_batches(
     device: torch.device,
     share: tuple[int, int] = SINGLE_PROCESS,
 ) -> Iterator[Batch]:
-    """The samples of one micro-batch: `batch_size` of the subject and as many of the class, a batch for each shape.
+    """The samples of one micro-batch: `batch_size` of the subject and as many of the class, one batch per shape.
 
     Args:
         cache: Encoded pictures.
@@ -100,7 +100,7 @@ def draw_slots(
     """The draws of this process's sample slots in one micro-batch; see `draw_batches`.
 
     Args:
-        kind: Which set of pictures, "instance", "class" or "preserved"; sets draw independently.
+        kind: Which set of pictures, "instance", "class" or "preserved"; the sets are independent.
         dataset: The pictures.
         settings: See `draw_batches`.
         step: Optimiser step, or another number that counts up.

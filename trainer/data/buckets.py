@@ -17,7 +17,7 @@ def training_shapes(settings: DataSettings, resolution: int) -> list[tuple[int, 
 
 
 def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
-    """Widths and heights with as many pixels as a square, or fewer; the square first, then from narrow to wide.
+    """Widths and heights with at most as many pixels as a square; the square first, then from narrow to wide.
 
     Args:
         resolution: Side of the square in pixels.
@@ -35,7 +35,7 @@ def bucket_shapes(resolution: int, step: int) -> list[tuple[int, int]]:
 
 
 def nearest_shape(size: tuple[int, int], shapes: list[tuple[int, int]]) -> tuple[int, int]:
-    """The shape in which the least of a picture is cut away; of several the one with the most pixels.
+    """The shape that crops the least of a picture; of several, the one with the most pixels.
 
     Args:
         size: Width and height of the picture.

@@ -1,4 +1,4 @@
-"""Captions by BLIP (Li et al. 2022, "BLIP: Bootstrapping Language-Image Pre-training"), written beside the pictures."""
+"""Captions by BLIP (Li et al. 2022, "BLIP: Bootstrapping Language-Image Pre-training"), written as text files."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ class Captioner:
 
         Args:
             images: RGB, of any size.
-            text: How captions begin; they contain it.
-            beams: Captions that beam search follows side by side; 1 is greedy.
-            max_tokens: Of the longest caption, beside `text`.
+            text: The beginning of each caption; part of the result.
+            beams: Number of beams of beam search; 1 is greedy.
+            max_tokens: Of the longest caption, not counting `text`.
 
         Raises:
             OutOfMemoryError: A batch does not fit.
-            SettingsError: `text` is longer than the model reads.
+            SettingsError: `text` is too long for the model.
         """
         with explained_memory_errors(_WHAT_TO_LOWER):
             return [
@@ -93,7 +93,7 @@ def open_captioner(source: str, device: torch.device, *, download: bool = False)
         download: Whether a hub name may be fetched; otherwise only what the hub's cache holds is used.
 
     Raises:
-        WeightsError: It is not there, or no BLIP that writes captions.
+        WeightsError: It does not exist, or is not a BLIP captioning model.
     """
     import transformers
 
@@ -120,8 +120,8 @@ def open_captioner(source: str, device: torch.device, *, download: bool = False)
 def apply_template(caption: str, settings: CaptionSettings) -> str:
     """BLIP's caption with the subject's words: "a dog on a sofa" → "a sks dog on a sofa".
 
-    The rare word stands where the template has {token}; else before the class noun in the caption; else it and the
-    class noun stand in front. A caption that has it already keeps it.
+    The rare word replaces {token} in the template; else it goes before the class noun in the caption; else it and the
+    class noun go in front. A caption that already has it is left alone.
     """
     caption = " ".join(re.sub("[|{}]", " ", caption).split())  # these mean something else in a prompt
     token = " ".join(settings.token.split())
@@ -165,7 +165,7 @@ def caption_pictures(
     Raises:
         CancelledError: The listener asked to stop.
         OutOfMemoryError: A batch does not fit.
-        SettingsError: The text is longer than the model reads.
+        SettingsError: The text is too long for the model.
     """
     for start in range(0, len(pictures), BATCH):
         listener.report(Phase("captions", start, len(pictures)))
@@ -188,19 +188,19 @@ def _open_pictures(pictures: Sequence[Picture], listener: Listener) -> Iterator[
 
 
 def caption_folder(settings: CaptionCommand, listener: Listener) -> dict[str, str]:
-    """Write a text file beside every picture of a folder.
+    """Write a text file next to every picture of a folder.
 
     Args:
         settings: Folder, model and words.
-        listener: Gets the progress and warnings of what is left out; may stop the work, what is written remains.
+        listener: Gets the progress and warnings of skipped pictures; may stop the work; written captions are kept.
 
     Returns:
         File name of each captioned picture → its caption.
 
     Raises:
-        PicturesError: The folder is missing, a zip file, or holds no pictures.
+        PicturesError: The folder is missing, a zip file, or contains no pictures.
         StorageError: It can't be written.
-        WeightsError: The model can't be opened, or is no BLIP.
+        WeightsError: The model can't be opened, or is not a BLIP.
         CancelledError: The listener asked to stop.
     """
     targets = _pictures_to_caption(settings.images, settings.overwrite, listener)

@@ -1,7 +1,7 @@
-"""Captions beside pictures: text files of the same name, metadata.jsonl, metadata.csv; and the names of pictures.
+"""Captions of pictures: text files of the same name, metadata.jsonl, metadata.csv; and the pictures' names.
 
-`read_captions` says which pictures have a caption of their own. Whoever trains on captions asks it, and so does whoever
-writes captions, who must not replace any.
+`read_captions` finds the pictures with a caption of their own. Training on captions uses it, and so does writing
+them, which must not replace any.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 @dataclass(frozen=True)
 class OwnCaption:
-    """What a file says of a picture.
+    """The caption of a picture in a file.
 
     Attributes:
         text: Prompts as `parse_prompts` takes them; not blank.
@@ -44,12 +44,12 @@ class OwnCaption:
 
 @dataclass
 class Captions:
-    """What files say of pictures.
+    """The captions of pictures in files.
 
     Attributes:
         own: Picture → its caption; pictures without one are missing.
         text_files: Picture → its .txt file, which may be empty.
-        empty: Picture → a caption file of it in which nothing stands, if it has no caption.
+        empty: Picture → an empty caption file of it, if it has no caption.
         unreadable: Picture → why its caption can't be read.
     """
 
@@ -60,10 +60,9 @@ class Captions:
 
 
 class NameIndex(Generic[Value]):
-    """Values by name, where names compare as people read them.
+    """Values by name, with names compared as people read them.
 
-    macOS stores umlauts in two parts, and capitals don't matter on most systems. A name that is the same to the letter
-    comes first.
+    macOS stores umlauts as two code points, and case does not matter on most systems. An exact match comes first.
     """
 
     def __init__(self, entries: Iterable[tuple[str, Value]] = ()) -> None:
@@ -100,7 +99,7 @@ def words_of_name(name: str) -> tuple[str, str]:
 def read_captions(
     pictures: Sequence[str], beside: Sequence[TreeFile], metadata: Sequence[TreeFile], listener: Listener
 ) -> Captions:
-    """The captions that pictures have of their own: the first that is not blank, of .txt, .caption and metadata.
+    """The pictures' own captions: for each, the first that is not blank of .txt, .caption and metadata.
 
     Args:
         pictures: Their names.

@@ -12,7 +12,7 @@ _MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}  # colour spa
 
 
 class ColourProfileError(ValueError):
-    """A colour profile can't be used; its text says why, as the end of a sentence: "its colour profile …"."""
+    """A colour profile can't be used; the text completes a sentence: "its colour profile …"."""
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
@@ -26,7 +26,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         RGB; the picture itself, in mode RGB, if its profile is sRGB.
 
     Raises:
-        ColourProfileError: The profile is damaged, or is none for such a picture, or Pillow lacks littleCMS.
+        ColourProfileError: The profile is damaged or for other pictures, or Pillow lacks littleCMS.
     """
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile) if profile else ImageCms.createProfile("LAB"))

@@ -1,4 +1,4 @@
-"""Picture files as pixels: upright, in sRGB, whatever the format, the numbers and the metadata."""
+"""Picture files as pixels: upright, in sRGB, whatever the format, the bit depth and the metadata."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def decode(content: bytes, notes: list[str] | None = None) -> Image.Image:
 
     Args:
         content: The file's bytes; any format and mode that Pillow reads (palette, grey, 16 bit, CMYK …). With a colour
-            profile its colours become sRGB; without one they are taken as they are.
-        notes: Gets what was ignored in the file, as the ends of sentences that begin with its name and a colon.
+            profile, colours are converted to sRGB; without one, they are used unchanged.
+        notes: Gets what was ignored in the file; each note completes a sentence that begins "<name>: ".
 
     Raises:
-        ValueError: It can't be decoded, or is larger than `MAX_PIXELS` or smaller than `MIN_SIDE`; its text says why.
+        ValueError: It can't be decoded, or is above `MAX_PIXELS` or below `MIN_SIDE`; the text gives the reason.
     """
     notes = [] if notes is None else notes
     return _decoded(content, lambda image: _as_rgb(_in_srgb(image, notes)), notes)
@@ -55,7 +55,7 @@ def decode_mask(content: bytes) -> Image.Image:
 
 
 def decode_alpha(content: bytes) -> Image.Image:
-    """How opaque a picture is, upright, grey; white all over if it has no transparency. Raises as `decode`."""
+    """A picture's opacity, upright, grey; entirely white if it has no transparency. Raises as `decode`."""
     return _decoded(content, _opacity, [])
 
 

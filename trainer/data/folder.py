@@ -1,7 +1,7 @@
-"""The pictures of a folder or zip file, and what lies beside them: captions, masks, repeats.
+"""The pictures of a folder or zip file, with their captions, masks and repeats.
 
-`opened_tree` shows both alike, and what is which is decided by names alone. So a folder and a zip file of it mean the
-same.
+`opened_tree` presents both in the same way, and only names decide what a file is. So a folder and a zip file of it give
+the same result.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class AnnotationOptions:
     Attributes:
         captions: "files": from text files of the same name, metadata.jsonl or metadata.csv; "file-names": the pictures'
             names; "prompt": the prompt for all.
-        masks: "files": from files beside the pictures; "alpha": from these or the pictures' transparency; "off".
-        repeats: How often a picture is taken in an epoch.
-        token: What {token} in captions stands for; None: nothing, there is no such setting.
-        class_noun: What {class} stands for, likewise.
+        masks: "files": from files next to the pictures; "alpha": from these or the pictures' transparency; "off".
+        repeats: How often a picture is used in an epoch.
+        token: The value of {token} in captions; None: there is no such setting.
+        class_noun: The value of {class}, likewise.
         keep_templates: Whether {token} and {class} stay as they are, for captions that are only shown.
         class_prompt: What the pictures show, without the rare word; empty: the captions without {token}.
     """
@@ -60,14 +60,14 @@ class AnnotationOptions:
     class_prompt: str = ""
 
     def prompts(self, text: str, subject: str) -> list[str]:
-        """The captions that a text means, each in one line.
+        """The captions in a text, each on one line.
 
         Args:
             text: See `parse_prompts`.
             subject: What the text is, for the error: "The prompt".
 
         Raises:
-            PicturesError: A template in it is unknown, or stands for nothing.
+            PicturesError: A template in it is unknown, or has no value.
         """
         try:
             prompts = (
@@ -95,10 +95,10 @@ class PictureFile:
     Attributes:
         name: Its name, relative to the folder or zip file, with slashes.
         digest: Hexadecimal SHA-256 of its content.
-        read: Reads its content. Raises PicturesError if it is gone or has changed since.
+        read: Reads its content. Raises PicturesError if it is missing or has changed since.
         captions: Its own captions, or those of its folder; empty if it has none.
         mask: Its mask's content; None without.
-        repeats: How often it is taken in an epoch.
+        repeats: How often it is used in an epoch.
     """
 
     name: str
@@ -128,12 +128,12 @@ class PictureSelection:
     metadata: list[TreeFile]
 
     def captions(self, listener: Listener) -> Captions:
-        """What files say of the pictures; see `read_captions`."""
+        """The captions of the pictures in files; see `read_captions`."""
         return read_captions([file.name for file in self.pictures], self.beside, self.metadata, listener)
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file's name ends like a picture's, also of a format that can't be read."""
+    """Whether a file has a picture's file extension, even of a format that can't be read."""
     ending = PurePosixPath(name).suffix.lower()
     return ending in _FOREIGN_ENDINGS or ending in Image.registered_extensions()
 
@@ -146,11 +146,11 @@ def find_picture_files(
     Args:
         path: The folder or zip file; see `select_pictures`.
         options: Where captions and masks come from.
-        prompt: What stands for an empty caption, for messages.
+        prompt: What replaces an empty caption, for messages.
         listener: Gets warnings about files that were skipped or look wrong.
 
     Raises:
-        PicturesError: The path does not exist or can't be read, holds no pictures, or a caption can't be used.
+        PicturesError: The path does not exist or can't be read, contains no pictures, or a caption can't be used.
     """
     with opened_tree(path) as tree:
         selection = select_pictures(tree, listener)
@@ -172,8 +172,8 @@ def picture_names(folder: Path) -> list[str]:
 def select_pictures(tree: FileTree, listener: Listener) -> PictureSelection:
     """Find a subject's pictures among the files of a folder or zip file.
 
-    The folder that all pictures lie in or below is searched. If it has three pictures of its own, or more, these are
-    the subject's; else those in folders named as kohya's trainer wants it (repeats, underscore, caption); else all.
+    The deepest folder that contains all pictures is searched. If three or more are directly in it, these are
+    the subject's; else those in folders named as for kohya's trainer (repeats, underscore, caption); else all.
 
     Args:
         tree: The files.

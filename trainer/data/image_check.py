@@ -1,7 +1,7 @@
 """Checks a subject's pictures before training: near-duplicates, small, blurred, dark, empty and much cropped ones.
 
-Each picture is opened once more, scaled down, and measured; then only numbers are left of it. Nothing is an error: a
-picture may be meant as it is.
+Each picture is opened once more, scaled down, and measured; only the measurements are kept. Nothing is an error: a
+picture may be as intended.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class PictureMeasurements:
         hash: `perceptual_hash`.
         steepness: `steepness`.
         blur: `blur`.
-        brightness: Grey value, 0 to 255, that 95 % of the pixels are not above.
+        brightness: 95th percentile of the grey values, 0 to 255.
         detail: `detail`.
     """
 
@@ -66,11 +66,11 @@ def check_pictures(pictures: Sequence[Picture], settings: TrainSettings, listene
     Args:
         pictures: They are opened. Of several with the same content one is measured: `load_pictures` has named those.
         settings: Resolution and buckets.
-        listener: Gets the advice, and is asked after every few pictures whether to stop.
+        listener: Gets the advice, and is polled every few pictures for whether to stop.
 
     Raises:
         CancelledError: The listener asked to stop.
-        PicturesError: A picture is gone, or has changed since it was read.
+        PicturesError: A picture is missing, or has changed since it was read.
     """
     different = list({picture.digest: picture for picture in reversed(pictures)}.values())[::-1]
     measured: list[PictureMeasurements] = []
@@ -86,7 +86,7 @@ def check_pictures(pictures: Sequence[Picture], settings: TrainSettings, listene
 
 
 def measure_picture(picture: Picture) -> PictureMeasurements:
-    """Measure a picture. Raises PicturesError if it can't be opened any more."""
+    """Measure a picture. Raises PicturesError if it can no longer be opened."""
     image = picture.open()
     scale = min(1.0, MEASURED_SIDE / max(image.size))
     width, height = (max(2, round(side * scale)) for side in image.size)
@@ -160,20 +160,20 @@ def blur(grey: Array) -> float:
 
 
 def detail(pixels: Array) -> float:
-    """Share of the pixels whose colour differs from the picture's median colour.
+    """Share of the pixels that differ from the picture's median colour.
 
     Args:
         pixels: (height, width, 3), 0 to 255.
 
     Returns:
-        0 to 1: the pixels of which a channel is more than 12 away from the channel's median.
+        0 to 1: the share of pixels with a channel more than 12 away from that channel's median.
     """
     median = np.median(pixels, axis=(0, 1))
     return float((np.abs(pixels - median).max(axis=2) > 12).mean())
 
 
 def near_duplicates(hashes: Sequence[int]) -> list[list[int]]:
-    """Groups of two or more hashes, by index, each of which is near to another of its group."""
+    """Groups of two or more hashes, by index, each close to another of its group."""
     groups: list[list[int]] = []
     for index, value in enumerate(hashes):
         near = [
@@ -189,7 +189,7 @@ def near_duplicates(hashes: Sequence[int]) -> list[list[int]]:
 def image_advice(
     measured: Sequence[PictureMeasurements], resolution: int, shapes: Sequence[tuple[int, int]] = ()
 ) -> list[Note]:
-    """What to do about these pictures: a warning for each kind of trouble, which names the picture if it is about one.
+    """What to do about these pictures: a warning for each kind of problem, which names the picture if it is about one.
 
     Args:
         measured: Measurements of every picture.

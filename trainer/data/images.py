@@ -34,8 +34,8 @@ class Picture:
         name: File name, for messages.
         caption: What it shows.
         digest: Hexadecimal digest of its content.
-        open: Decodes it: an upright RGB image of any size. Raises PicturesError if its file is gone or has changed.
-        more_captions: Other captions; each sample takes one of all.
+        open: Decodes it: an upright RGB image of any size. Raises PicturesError if its file is missing or has changed.
+        more_captions: Other captions; each sample uses one of all of them.
         repeats: How often it is taken in an epoch.
         mask: Decodes its mask, a grey image of any size: white where the subject is. None: no mask.
         mask_digest: Hexadecimal digest of the mask's content.
@@ -65,7 +65,7 @@ class Picture:
 
 
 def crop(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Scale (Lanczos) until `image` covers width × height pixels, then cut the centre out."""
+    """Scale (Lanczos) until `image` covers width × height pixels, then crop the centre."""
     return ImageOps.fit(image, (width, height), method=Image.Resampling.LANCZOS)
 
 
@@ -93,7 +93,7 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def mask_weights(mask: Image.Image, width: int, height: int) -> Tensor | None:
-    """How much of each latent pixel lies within a mask: (1, height, width) in [0, 1]; None if nothing does.
+    """The share of each latent pixel that lies within a mask: (1, height, width) in [0, 1]; None if all are 0.
 
     Args:
         mask: Grey, cropped as its picture is.
@@ -117,7 +117,7 @@ def load_pictures(
 
     Args:
         source: A folder, a zip file, or tensors of shape (height, width, 3 or 4) in [0, 1].
-        prompt: Caption of pictures without one; of several (`parse_prompts`), each sample takes one at random.
+        prompt: Caption of pictures without one; of several (`parse_prompts`), each sample uses one at random.
         listener: Gets warnings about pictures that were skipped or look wrong.
         options: Where captions and masks come from; None: the defaults.
         captions: Of tensors, one each, if there are any.
@@ -168,7 +168,7 @@ def load_pictures(
 
 
 def load_references(source: Path, listener: Listener) -> list[Picture]:
-    """Pictures that others are compared with; what stands beside them is of no use. Raises as `load_pictures`."""
+    """Pictures that others are compared with; captions and masks are not needed. Raises as `load_pictures`."""
     return load_pictures(source, "", listener, AnnotationOptions(captions="prompt", masks="off"))
 
 

@@ -1,7 +1,7 @@
 """What a run computes once: the posteriors of the pictures' latents, and the encodings of their captions.
 
 Pictures are cached as mean and standard deviation of the autoencoder's posterior, not as one sample of it, so that
-every training step still draws its own sample.
+every training step still takes its own sample.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class LatentDataset:
         std: Posterior standard deviation, likewise.
         captions: Rows of each picture's captions in `LatentCache.text`, (captions,), int64.
         size: Original height and width, top and left of the crop, target height and width: (pictures, 6), float32.
-        order: Indices of an epoch's pictures; one that is repeated is there as often.
-        masks: How much of each latent pixel belongs to the subject, (1, height, width) in [0, 1]; None: no mask.
+        order: Indices of an epoch's pictures, with repeats.
+        masks: The share of each latent pixel that belongs to the subject, (1, height, width) in [0, 1]; None: no mask.
     """
 
     mean: Sequence[Tensor]
@@ -71,7 +71,7 @@ class LatentDataset:
         Args:
             index: Of the picture.
             draw: Whether it is mirrored.
-            background: Weight outside of the mask, in [0, 1].
+            background: Weight outside the mask, in [0, 1].
 
         Returns:
             None if all pixels have the same weight.
@@ -84,7 +84,7 @@ class LatentDataset:
         return background + (1 - background) * mask[None]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything, under the names that it has in a file."""
+        """All tensors, by their names in the file."""
         tensors = {"size": self.size, "order": torch.tensor(self.order)}
         for name in ("mean", "std", "captions", "masks"):
             for index, tensor in enumerate(getattr(self, name)):
@@ -209,7 +209,7 @@ def build_cache(
         The cache, on the CPU.
 
     Raises:
-        WeightsError: The autoencoder gives values that are not finite.
+        WeightsError: The autoencoder gives NaN or infinite values.
         CancelledError: The listener asked to stop.
     """
     captions = {

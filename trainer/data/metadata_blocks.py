@@ -1,4 +1,4 @@
-"""Picture files without their metadata, for those in which that is damaged while the pixels are good."""
+"""Picture files without their metadata, for files with damaged metadata but intact pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 
 
 def without_metadata(content: bytes) -> Iterator[bytes]:
-    """A picture file with less and less metadata: without texts, then also without colour profile and EXIF.
+    """A picture file with progressively less metadata: without text, then also without colour profile and EXIF.
 
     Args:
         content: The file's bytes.

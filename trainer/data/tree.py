@@ -1,6 +1,7 @@
 """The files of a folder or a zip file, with all their folders: one view of both.
 
-Hidden files and those that operating systems leave behind are not there. What can't be told apart or read is named.
+Hidden files and those that operating systems leave behind are skipped. Files that are ambiguous or can't be read are
+reported.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _UNSHOWABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class UnreadableFileError(Exception):
-    """A file can't be read; its text says why, as the end of a sentence: "it can't be read (Permission denied)"."""
+    """A file can't be read; the text is a reason, as in "it can't be read (Permission denied)"."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class TreeFile:
     """A file in a folder or zip file.
 
     Attributes:
-        name: Its name, relative to the folder or zip file, with slashes; with numbers for what is no text.
-        raw_name: The same as the system gives it; another where it holds bytes that are no text.
+        name: Its name, relative to the folder or zip file, with slashes; bytes that are not text are escaped.
+        raw_name: The same as the system gives it; differs where it has bytes that are not text.
         path: Where it is; None in a zip file.
         read: Reads its content; raises UnreadableFileError.
     """
@@ -53,8 +54,8 @@ class FileTree:
 
     Attributes:
         title: Name of the folder, or of the zip file without its ending.
-        raw_title: The same as the system gives it.
-        location: The folder or zip file with its path, as a sentence begins: "The folder /photos/rex".
+        raw_title: The same, as the system gives it.
+        location: The folder or zip file with its path, to begin a sentence: "The folder /photos/rex".
         files: Name → file, ordered by name.
         is_archive: Whether it is a zip file, which is closed after it has been looked at.
         left_out: Sentences about files that are not among `files`.
@@ -113,7 +114,7 @@ def opened_tree(typed: Path) -> Iterator[FileTree]:
 
 
 def shown_name(name: str) -> str:
-    """A name as it can be shown and written: with numbers for what is no text in it, on systems that allow that."""
+    """A name that can be displayed and written: bytes that are not text are escaped."""
     return _UNSHOWABLE.sub(lambda match: _escaped(ord(match[0])), name)
 
 

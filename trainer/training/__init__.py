@@ -1,6 +1,6 @@
-"""What the recipe in `dreambooth` is made of.
+"""The parts of the recipe in `dreambooth`.
 
-Gives it what is trained (`trainable`, `adapter`), `optimizers`, averaged weights (`averaging`), `text_conditioning`,
+Contains what is trained (`trainable`, `adapter`), `optimizers`, averaged weights (`averaging`), `text_conditioning`,
 checks before the run (`preflight`), `previews` and `validation` during it, the files after it (`export`); a run on disk
 (`runs`), a plan of the memory it takes (`memory`), and recommended settings (`presets`).
 """

@@ -39,11 +39,11 @@ from .runs.checkpoint import Saved
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """What a run builds upon beside the base model.
+    """What a run builds on in addition to the base model.
 
     Attributes:
-        start: An adapter to go on training.
-        stacked: Adapters that were applied to the base, with their strengths; for a file that holds them, too.
+        start: An adapter to continue training.
+        stacked: Adapters that were applied to the base, with their strengths; for a file that includes them.
     """
 
     start: Adapter | None = None
@@ -57,7 +57,7 @@ class TrainedLayer:
     Attributes:
         target: The module.
         parameters: By suffix: what follows the module's name in a key of the file.
-        initial: What they were at the start, of a LoRA that starts orthogonal; its delta is the difference.
+        initial: Their initial values, for a LoRA with orthogonal initialisation; its delta is the difference.
     """
 
     target: Target
@@ -77,7 +77,7 @@ class TrainedLayer:
         return self.target.alpha / self.target.rank
 
     def saved_tensors(self) -> dict[str, Tensor]:
-        """What stands in the file, by suffix; not detached."""
+        """The tensors saved in the file, by suffix; not detached."""
         if self.initial:
             return plain_factors(self.parameters, self.initial)
         return {suffix: parameter.reshape(self.saved_shape(suffix)) for suffix, parameter in self.parameters.items()}
@@ -185,7 +185,7 @@ class TrainableAdapter:
             parameter.requires_grad_(True)
 
     def groups(self) -> dict[str, list[nn.Parameter]]:
-        """Component → its trained parameters, in an order that depends on the modules' names alone."""
+        """Component → its trained parameters, in an order that depends only on the modules' names."""
         groups: dict[str, list[nn.Parameter]] = {}
         for layer in self.layers.values():
             groups.setdefault(layer.target.component, []).extend(layer.parameters.values())
@@ -196,7 +196,7 @@ class TrainableAdapter:
         return [parameter for group in self.groups().values() for parameter in group]
 
     def starting_at_zero(self) -> list[nn.Parameter]:
-        """The parameters that start at zero, so that the model predicts at first as without an adapter."""
+        """The parameters that start at zero, so that the adapter initially has no effect."""
         return [
             parameter
             for layer in self.layers.values()
@@ -289,7 +289,7 @@ class TrainableAdapter:
 
     @torch.no_grad()
     def after_update(self, trained: Collection[str]) -> None:
-        """Shrink every layer's delta to a norm of at most `max_norm`, if that is set: all factors alike, as kohya does.
+        """Scale every layer's delta to a norm of at most `max_norm`, if set: all factors equally, as kohya does.
 
         A rotation's generator is limited instead, see `PeftMethod.squared_norm`.
 

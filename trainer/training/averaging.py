@@ -1,4 +1,4 @@
-"""Averaged weights: what is previewed, saved and exported, where it is not what the optimiser updates."""
+"""Averaged weights: those that are previewed, saved and exported, where they differ from the optimiser's."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class WeightAveraging:
         average ← d_k · average + (1 - d_k) · raw,  d_k = min(ema_decay, k / (k + 9)),  d_1 = 0
     (diffusers' `EMAModel` computes the same, but its module imports torchvision, which may be broken). With
     schedule-free AdamW (Defazio et al. 2024, arXiv:2405.15682) the raw weights are y, at which gradients are taken, and
-    the evaluation weights x, computed from y and the optimiser's z. Otherwise both are the same, and nothing here does
-    or costs anything.
+    the evaluation weights x, computed from y and the optimiser's z. Otherwise both are the same, and this class does
+    nothing.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class WeightAveraging:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Bring the raw weights into the average; to be called after each step of the optimiser."""
+        """Update the average with the raw weights; call it after each optimiser step."""
         if not self._averages:
             return
         self._step += 1
@@ -90,7 +90,7 @@ class WeightAveraging:
 
     @torch.no_grad()
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Give these parameters their evaluation weights for good: they are not trained further.
+        """Set these parameters to their evaluation weights permanently: they are not trained further.
 
         They may leave the device. Parameters that are frozen already stay as they are.
         """
@@ -117,7 +117,7 @@ class WeightAveraging:
 
     @torch.no_grad()
     def restore(self, raw: Mapping[str, Tensor], step: int) -> None:
-        """Go on from a checkpoint. The parameters hold the evaluation weights of the same checkpoint.
+        """Continue from a checkpoint. The parameters hold the evaluation weights of the same checkpoint.
 
         Args:
             raw: What `raw_weights` gave.

@@ -1,4 +1,4 @@
-"""The files that a run gives: an adapter, and in full fine-tuning a checkpoint."""
+"""The files that a run produces: an adapter and, in full fine-tuning, a checkpoint."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Exported:
     """The files of a finished run.
 
     Attributes:
-        adapter: The adapter as it stands in its file.
+        adapter: The adapter as saved in its file.
         path: The adapter file.
         checkpoint: The checkpoint file of full fine-tuning; None otherwise.
         embeddings: Word whose vectors were learned → its embedding file.
@@ -56,10 +56,10 @@ def export(
     metadata: Mapping[str, str],
     paths: RunPaths,
 ) -> Exported:
-    """Write what was trained; nothing is ever written over, and files of this very run are used again.
+    """Write what was trained; nothing is ever overwritten, and files of the same run are reused.
 
     Args:
-        base: The base model that was trained upon.
+        base: The base model of the run.
         saved: What was trained.
         stacked: The adapters that were applied to the base, for `combine`.
         settings: Name, precision, rank.
@@ -129,7 +129,7 @@ def require_combinable(adapter: Adapter) -> None:
     """Check that an adapter can be added up with others.
 
     Raises:
-        SettingsError: It is no plain LoRA.
+        SettingsError: It is not a plain LoRA.
     """
     if adapter.vectors:
         raise SettingsError(
@@ -150,11 +150,11 @@ def _with_names(adapter: Adapter, names: Mapping[str, str]) -> Adapter:
 
 
 def combined(adapters: Sequence[tuple[Adapter, float]]) -> Adapter:
-    """The sum of LoRAs, each times its strength, as one LoRA: exact, since ranks add up.
+    """The sum of LoRAs, each times its strength, as one LoRA: exact, since the ranks add up.
 
     Raises:
-        SettingsError: One is no plain LoRA.
-        AdapterError: Two bundle different embeddings of one name.
+        SettingsError: One is not a plain LoRA.
+        AdapterError: Two contain different embeddings with the same name.
     """
     parts: dict[str, list[tuple[LoraLayer, float]]] = {}
     for adapter, strength in adapters:

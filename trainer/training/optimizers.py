@@ -51,7 +51,7 @@ def make_optimizer(
         faster: The parameters that LoRA+ puts into the second groups.
 
     Raises:
-        SettingsError: The optimiser's package is missing, or refuses its options.
+        SettingsError: The optimiser's package is missing, or rejects its options.
     """
     rates = {UNET: settings.learning_rate, **settings.text_encoder_rates, WORDS: settings.token_lr}
     fast_ids = {id(parameter) for parameter in faster} if settings.lora_plus_ratio else set()
@@ -131,7 +131,7 @@ def _import_class(settings: TrainSettings) -> Any:
 
 
 def usual_rate(settings: TrainSettings) -> str:
-    """What to add to the advice to choose another optimiser: prodigy's learning rate is a factor of about 1."""
+    """What to add to the advice to choose another optimiser, since prodigy's learning rate is a factor of about 1."""
     return f", with {suggest('learning_rate', 1e-4)}" if settings.optimizer == "prodigy" else ""
 
 
@@ -140,14 +140,14 @@ def _version_numbers(version: str) -> list[int]:
 
 
 def require_optimizer(settings: TrainSettings, device: torch.device | None = None) -> None:
-    """Try the optimiser on one small parameter, so that what is missing or wrong is reported before any long work.
+    """Try the optimiser on one small parameter, to report problems before any long work.
 
     Args:
         settings: Optimiser and options.
-        device: Where training runs; None: not known yet, so an optimiser with kernels of its own takes no step.
+        device: Where training runs; None: not known yet, so an optimiser with custom kernels takes no step.
 
     Raises:
-        SettingsError: Its package is missing or does not work on the device, or an option does not exist or is refused.
+        SettingsError: Its package is missing or does not work on the device, or an option is unknown or rejected.
     """
     if settings.optimizer == "adamw" and not settings.optimizer_options:
         return
@@ -172,9 +172,9 @@ def require_optimizer(settings: TrainSettings, device: torch.device | None = Non
 
 
 def restore_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Go on from a saved state; a paged optimiser gets its state in paged memory again.
+    """Continue from a saved state; a paged optimiser gets its state in paged memory again.
 
-    A state that a GPU's fused kernel made goes on without it on another device, where PyTorch may have none.
+    The state of a GPU's fused kernel also works on a device where PyTorch has no such kernel.
 
     Args:
         optimizer: The optimiser, or accelerate's wrapper of it.

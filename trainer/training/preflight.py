@@ -1,4 +1,4 @@
-"""What is checked before anything is made, or before the first step, so that a mistake is reported early."""
+"""Checks before anything is generated, or before the first step, so that mistakes are reported early."""
 
 from __future__ import annotations
 
@@ -88,13 +88,13 @@ def require_trainable(
     words: Sequence[PromptWords] = (),
     captions: Sequence[str] = (),
 ) -> None:
-    """Check what can be checked at once, so that a mistake is reported before class pictures are made, not after.
+    """Check what can be checked immediately, to report mistakes before class pictures are generated.
 
     Args:
         base: The base model.
         settings: Of the run.
         paths: Where it writes.
-        starting_point: What it builds upon.
+        starting_point: What it builds on.
         device: Where it trains; None: not known yet.
         words: Rare word and class noun of each subject.
         captions: Of the subjects' pictures.
@@ -192,7 +192,7 @@ def require_preservable(
         class_pictures: Those of the class.
 
     Raises:
-        SettingsError: There are no class pictures, or nothing tells what a picture shows to the base model.
+        SettingsError: There are no class pictures, or a caption can't be turned into one for the class.
     """
     if settings.prior == "class-pictures" and not class_pictures:
         raise SettingsError(
@@ -260,14 +260,14 @@ def report_settings_without_effect(
     starts_from_adapter: bool,
     listener: Listener,
 ) -> None:
-    """Warn of each setting that was given and changes nothing, in this run with these pictures.
+    """Warn of each setting that was given but has no effect in this run with these pictures.
 
     Args:
         settings: Of the run, with the values of its preset.
         pictures: The subject's.
         class_prompts: Prompts of the class pictures.
         has_class_pictures: Whether the run has class pictures.
-        starts_from_adapter: Whether it goes on from an adapter.
+        starts_from_adapter: Whether it starts from an adapter.
         listener: Gets the warnings.
     """
     notes = settings.effect_notes()
@@ -338,13 +338,13 @@ def require_prediction_type(
     dtype: torch.dtype,
     listener: Listener,
 ) -> None:
-    """Let the base model itself show what it predicts.
+    """Test what the base model actually predicts.
 
-    A model trained as what it is not learns noise, without an error. So its output for noisy pictures of the subject
-    is compared with the noise, late in the schedule, and with the velocity, early. At 0.9 of the timesteps the output
+    A model trained with the wrong prediction type learns noise, without an error. So its output for noisy pictures of
+    the subject is compared with the noise, late in the schedule, and with the velocity, early. At 0.9 of the timesteps the output
     of an epsilon model has a cosine of 0.99 with the noise, that of a velocity model below 0.4; at 0.3 to 0.5 the
-    output of a velocity model has one of 0.65 or more with the velocity, that of random weights below 0.2. In between
-    the run begins.
+    output of a velocity model has one of 0.65 or more with the velocity, that of random weights below 0.2. In between,
+    the run starts.
 
     Args:
         model: The base, on the device where it trains.

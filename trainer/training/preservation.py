@@ -1,8 +1,8 @@
-"""What keeps the class as it is: what the setting `prior` stands for, and where the base model's predictions are kept.
+"""Class preservation: what the setting `prior` means in a run, and the base model's predictions as targets.
 
-The base model is its own teacher where its own sampling leads: on the way from noise to pictures of the class. That way
-needs the base's predictions, which are the targets anyway, so that it costs nothing more; and what is kept there is
-what the base draws, not what it says of the subject's pictures.
+The base model is the teacher along its own sampling trajectories, from noise to pictures of the class. A trajectory
+needs the base's predictions, which are the targets anyway, so it costs nothing extra; and it preserves what the base
+generates, not what it predicts for the subject's pictures.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ is learned as well (docs/learning.md)."""
 
 
 def chosen_prior(settings: TrainSettings, pictures: Sequence[Picture], *, has_class_pictures: bool) -> str:
-    """What the setting `prior` stands for in a run; "auto" is the first of these that the pictures allow.
+    """The value of the setting `prior` in a run; "auto" is the first option that the pictures allow.
 
-    Class pictures that were given are wanted. Without any, the base model is the teacher if it is known what each
-    picture shows without the rare word; but not where all weights are trained, beside which it would take memory.
+    Class pictures are used if they were given. Without any, the base model is the teacher if each picture's caption is
+    known without the rare word; but not where all weights are trained, since it would take additional memory.
 
     Args:
         settings: Of the run.
         pictures: The subject's.
-        has_class_pictures: Whether there are some of the class.
+        has_class_pictures: Whether there are class pictures.
     """
     if settings.prior != "auto":
         return settings.prior
@@ -51,7 +51,7 @@ def chosen_prior(settings: TrainSettings, pictures: Sequence[Picture], *, has_cl
 
 
 def unpreserved_note(settings: TrainSettings) -> str:
-    """Why nothing keeps the class in a run where `prior` was left open, and what would."""
+    """Why nothing preserves the class in a run where `prior` is "auto", and what would."""
     ways = [suggest("class_images"), suggest("prior_count", 100)]
     if settings.adapter == "full":
         reason = "there are no class pictures"
@@ -87,7 +87,7 @@ class TaughtBatch:
         captions: Rows of the prompts.
         sizes: Size and crop.
         target: As `noisy`: what the base predicts.
-        weight: Of each sample's loss in the loss of the micro-batch.
+        weight: Of each sample's loss in the micro-batch's loss.
     """
 
     noisy: Tensor
@@ -142,12 +142,12 @@ class _Trajectories:
 
 
 class BaseTeacher:
-    """The samples for which the base model's prediction is learned.
+    """The samples whose targets are the base model's predictions.
 
-    Each of the places of a micro-batch follows a way from noise of its own to a picture, with a prompt of the class;
-    after its last step another one begins. A way is a function of seed and step: a run that is resumed amid one goes it
-    again from its beginning, and predicts what the uninterrupted run would have. The ways of a
-    step's micro-batches are begun at different steps.
+    Each slot of a micro-batch follows a sampling trajectory from its own noise to a picture, with a prompt of the
+    class; after its last step, another one begins. A trajectory is a function of seed and step: a run that is resumed
+    in the middle of one repeats it from its beginning, and predicts what the uninterrupted run would have. The trajectories
+    of a step's micro-batches start at different steps.
     """
 
     def __init__(
@@ -179,9 +179,9 @@ class BaseTeacher:
         self._begun: dict[int, tuple[int, list[_Trajectories]]] = {}  # micro-batch → number of its ways, these by shape
 
     def batches(self, step: int, micro_batch: int) -> list[TaughtBatch]:
-        """The samples of a micro-batch, a batch for each shape; none in most steps.
+        """The samples of a micro-batch, one batch per shape; none in most steps.
 
-        They have batches of their own, so that a step takes no more memory than without them.
+        They have separate batches, so a step takes no more memory than without them.
 
         Args:
             step: Optimiser step, from 0.

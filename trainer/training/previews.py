@@ -1,4 +1,4 @@
-"""Previews of a run: pictures generated with the weights that are being trained, scored, and when to stop by them."""
+"""Previews of a run: pictures generated with the weights that are being trained, their scores, and early stopping."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class Previews:
         self._first_row = 0  # of the previews' prompts among the run's captions; it is the empty prompt
 
     def encode(self, model: DiffusionModel, in_steps: Collection[str], listener: Listener) -> None:
-        """Encode the prompts by the text encoders but those in every step, while they are there; open what scores.
+        """Encode the prompts with the text encoders that don't run in every step; open the scoring models.
 
         Raises:
-            WeightsError: A model that scores can't be opened.
-            SettingsError: A prompt does not hold the rare word, so that its class can't be named.
+            WeightsError: A scoring model can't be opened.
+            SettingsError: A prompt does not contain the rare word, so it can't be turned into one for the class.
         """
         settings = self._settings
         if not settings.preview_every:
@@ -90,7 +90,7 @@ class Previews:
         self._encoded = encode_captions(model, texts, self._device, in_steps)
 
     def joined(self, text: Conditioning) -> Conditioning:
-        """The run's captions, and after them the prompts of the previews; a row each."""
+        """The run's captions, followed by the previews' prompts; one row each."""
         self._first_row = len(next(iter(text.values())))
         if not self._encoded:
             return text
@@ -98,7 +98,7 @@ class Previews:
 
     @property
     def conditions(self) -> str:
-        """Digest of what the scores depend on beside the weights and the subject: only equal ones can be compared."""
+        """Digest of what the scores depend on besides the weights and the subject: only equal ones can be compared."""
         settings = self._settings
         generated = {"resolution", "preview_count", "preview_steps", "preview_guidance", "preview_seed", "token"}
         models = [source_title(name) if name else "" for name in (settings.score_clip, settings.score_dino)]
@@ -126,7 +126,7 @@ class Previews:
             listener: Gets the progress and the previews; may stop the work.
 
         Returns:
-            Metric → value; empty without models that score.
+            Metric → value; empty without scoring models.
 
         Raises:
             CancelledError: The listener asked to stop.
@@ -236,7 +236,7 @@ class Previews:
         return pictures
 
     def finished_at(self, measurements: Measurements) -> int | None:
-        """Step whose weights the run gives, if no step and no preview is left to be made; else None."""
+        """Step whose weights are the result, if no steps and no previews are left; else None."""
         steps = self._settings.steps
         stopped_at = self.stopped_at(measurements)
         if stopped_at is None and steps in self._run.steps() and not self.due(steps, measurements):
@@ -252,12 +252,12 @@ class Previews:
         return best if best is not None and self._run.has(best) else None
 
     def differ_from(self, measurements: Measurements) -> bool:
-        """Whether early stop can't compare the coming scores with those so far."""
+        """Whether early stop can't compare new scores with those so far."""
         former = set(measurements.scored_as.values())
         return bool(self._settings.early_stop and former) and self.conditions not in former
 
     def best(self, measurements: Measurements) -> int:
-        """Step of the preview that shows the subject best so far; 0 if the run can't stop early."""
+        """Step of the preview with the best subject fidelity so far; 0 if the run can't stop early."""
         return best_step(self._scores(measurements)) if self._settings.early_stop else 0
 
     def _scores(self, measurements: Measurements) -> dict[int, dict[str, float]]:

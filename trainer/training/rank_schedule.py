@@ -15,16 +15,16 @@ _ROUNDING = 1e-9  # by which a whole number may come out too small
 
 
 def active_ranks(timesteps: int, rank: int, min_rank: int, power: float) -> Tensor:
-    """How many of a layer's components act at each timestep: ⌊((T - t) / T)^power · (rank - min_rank)⌋ + min_rank.
+    """The number of a layer's active components at each timestep: ⌊((T - t) / T)^power · (rank - min_rank)⌋ + min_rank.
 
     Args:
         timesteps: T.
         rank: Of the layer.
-        min_rank: How many act at the noisiest timestep, in [1, rank].
+        min_rank: Number of active components at the noisiest timestep, in [1, rank].
         power: Exponent, above 0.
 
     Returns:
-        Of each timestep, (timesteps,), int64.
+        The rank at each timestep, (timesteps,), int64.
     """
     remaining = (timesteps - torch.arange(timesteps, dtype=torch.float64, device="cpu")) / timesteps
     more = (remaining.pow(power) * (rank - min_rank) + _ROUNDING).floor()
@@ -32,9 +32,9 @@ def active_ranks(timesteps: int, rank: int, min_rank: int, power: float) -> Tens
 
 
 class RankSchedule:
-    """Masks of the components of a denoiser's adapter, each sample's by its own timestep, while it is trained.
+    """Masks the components of a denoiser's adapter during training, by each sample's own timestep.
 
-    In evaluation mode every component acts, as in the file.
+    In evaluation mode every component is active, as in the file.
     """
 
     def __init__(self, denoiser: nn.Module, timesteps: int, min_rank: int, power: float) -> None:

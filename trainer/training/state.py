@@ -50,7 +50,7 @@ class TrainingState:
         )
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go on from a checkpoint of the same run: every further step is the one that would have followed it.
+        """Continue from a checkpoint of the same run: all later steps are the same as without the interruption.
 
         Raises:
             AdapterError: It is another run's.

@@ -1,4 +1,4 @@
-"""The text conditioning of a run: captions encoded once by frozen text encoders, in every step by the others.
+"""The text conditioning of a run: captions encoded once by the frozen text encoders, and in every step by the others.
 
 Those are trained themselves, or read the vectors of a word that is trained.
 """
@@ -71,7 +71,7 @@ class TextConditioning:
         return conditioning
 
     def base_rows(self, rows: Tensor) -> Conditioning:
-        """The conditioning on the captions of these rows by the text encoders as they were before the training."""
+        """The conditioning on the captions of these rows by the text encoders as they were before training."""
         return self._chosen(self._rows | self._base_rows, rows)
 
     def _chosen(self, encoded: Conditioning, rows: Tensor) -> Conditioning:
@@ -79,7 +79,7 @@ class TextConditioning:
         return {name: tensor[rows if name in _FOR_THE_PROGRAM else sent_rows] for name, tensor in encoded.items()}
 
     def freeze(self, encoders: Collection[str] | None = None) -> None:
-        """Encode all captions one last time by these text encoders, all by default; they leave device and model."""
+        """Encode all captions one last time with these text encoders, all by default, and remove them."""
         leaving = [encoder for encoder in self._trained if encoders is None or encoder in encoders]
         for encoder in leaving:
             network = self._model.text_encoders[encoder]

@@ -1,4 +1,4 @@
-"""What a run trains: an adapter, or the weights themselves. The recipe knows this contract alone."""
+"""What a run trains: an adapter, or the weights themselves. The recipe uses only this protocol."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Trainable(Protocol):
         """All trained parameters."""
 
     def starting_at_zero(self) -> list[nn.Parameter]:
-        """The parameters of an adapter that start at zero, to which LoRA+ gives a higher learning rate."""
+        """The parameters of an adapter that start at zero, for which LoRA+ uses a higher learning rate."""
 
     def saved(self, metadata: Mapping[str, str]) -> Saved:
         """A copy of the current state, for a checkpoint."""
@@ -46,7 +46,7 @@ class Trainable(Protocol):
         """Whether every trained number is finite."""
 
     def after_update(self, trained: Collection[str]) -> None:
-        """Keep what must hold after every step, in the components that are still trained."""
+        """Enforce constraints after every step, in the components that are still trained."""
 
     def squared_change(self, trained: Collection[str]) -> Tensor:
         """‖W - W₀‖² of the base's weights in the components that are still trained, 0-D, with gradients."""
@@ -63,15 +63,15 @@ def make_trainable(
     start: Adapter | None,
     words: TrainedWords | None = None,
 ) -> Trainable:
-    """Bring the networks to the device and make what the settings name trainable.
+    """Move the networks to the device and make what the settings select trainable.
 
     Args:
         model: A built model; of its text encoders only those that run in every step.
         settings: What is trained.
         device: Where training runs.
         dtype: Type of the weights that are not trained.
-        start: An adapter to go on from.
-        words: Words that are trained along, which the model has learned.
+        start: An adapter to start from.
+        words: Words trained together with it, which the model has learned.
 
     Raises:
         SettingsError: The settings do not fit the model.
@@ -180,7 +180,7 @@ class FullFinetune:
         return all(bool(torch.isfinite(p.detach()).all()) for p in self.parameters())
 
     def after_update(self, trained: Collection[str]) -> None:
-        """Nothing has to hold."""
+        """No constraints."""
 
     def squared_change(self, trained: Collection[str]) -> Tensor:
         """See `Trainable.squared_change`."""

@@ -24,13 +24,13 @@ def validation_loss(
     held_out: LatentDataset,
     dtype: torch.dtype,
 ) -> float:
-    """Mean squared error of the prediction on held-out pictures, whatever the loss is that the run trains by.
+    """Mean squared error of the prediction on held-out pictures, whatever the training loss is.
 
     Args:
         model: Its denoiser is on the device of the objective.
         objective: Of the run; its noise schedule and prediction type count.
         text: Conditioning on the captions.
-        held_out: The encoded pictures, one at least.
+        held_out: The encoded pictures; at least one.
         dtype: Type of the denoiser's input.
     """
     plain = objective.plain()

@@ -1,4 +1,4 @@
-"""Pivotal tuning: the vectors of the subject's rare word are learned beside the adapter, in one run.
+"""Pivotal tuning: the vectors of the subject's rare word are learned together with the adapter, in one run.
 
 That is textual inversion (Gal et al. 2022, arXiv:2208.01618) together with LoRA: in the first part of the run both are
 trained, and from the pivot on the adapter alone. Source: cloneofsimo's lora (lora_pti);
@@ -74,7 +74,7 @@ class TrainedWords:
             parameter.data = parameter.data.to(device)
 
     def embeddings(self) -> dict[str, torch.Tensor]:
-        """Copies of the vectors as an adapter's file bundles them."""
+        """Copies of the vectors, as bundled in an adapter file."""
         return {key: tensor.clone() for key, tensor in bundled_embeddings(self.words, self._family).items()}
 
     @torch.no_grad()
@@ -96,14 +96,14 @@ class TrainedWords:
                 vectors.copy_(loaded)
 
     def require_captioned(self, model: DiffusionModel, captions: Sequence[str]) -> None:
-        """Check that every word stands in a caption, where a text encoder reads it.
+        """Check that every word is in a caption, where a text encoder sees it.
 
         Args:
             model: The model that has learned the words.
             captions: Of the subject's pictures.
 
         Raises:
-            SettingsError: One does not.
+            SettingsError: One is not.
         """
         first = token_ids_key(self._family.text_encoders[0].name)
         before = model.words
@@ -161,7 +161,7 @@ class WithWords:
         return own and self._adapter.is_finite()
 
     def after_update(self, trained: Collection[str]) -> None:
-        """Keep what must hold of the adapter."""
+        """Enforce the adapter's constraints."""
         self._adapter.after_update(trained)
 
     def squared_change(self, trained: Collection[str]) -> torch.Tensor:

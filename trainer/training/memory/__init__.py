@@ -1,1 +1,1 @@
-"""How much memory a run takes: a plan before the first step, and less of it when memory runs out."""
+"""Memory of a run: an estimate before the first step, and a retry with less when memory runs out."""

@@ -1,6 +1,6 @@
-"""Fitting a run into the memory of its device: a plan before the first step, and a second try when memory runs out.
+"""Fitting a run into the memory of its device: a plan before the first step, and a retry when memory runs out.
 
-What is chosen here stands beside the run's settings. It changes nothing of what is learned but rounding, so it is in
+These choices are kept apart from the run's settings. They change the result only by rounding, so they are in
 neither the fingerprint nor the adapter file.
 """
 
@@ -35,22 +35,22 @@ ResultT = TypeVar("ResultT", covariant=True)
 
 
 class Recipe(Protocol[ResultT]):
-    """A run that can be tried."""
+    """A run that can be attempted."""
 
     def run(self) -> ResultT:
         """Do everything."""
 
     def clean_up(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
 
 
 class MemoryBudget:
-    """How a run is computed so that it fits. Outlives the run when that begins again after its memory ran out.
+    """How a run is computed so that it fits. Outlives the run if that restarts after running out of memory.
 
     Attributes:
         device: Where the run trains.
         processes: The processes of the run.
-        folder: The run's folder, once it is opened; a second try goes on in it.
+        folder: The run's folder, once it is opened; a retry continues in it.
     """
 
     def __init__(self, settings: TrainSettings, device: torch.device, processes: ProcessGroup | None = None) -> None:
@@ -76,9 +76,9 @@ class MemoryBudget:
         """The settings to compute with; planned on a CUDA device, unless the setting `fit` is off.
 
         Args:
-            settings: The run's, as this object got them but for what takes no memory.
+            settings: The run's; may differ from those this object was created with in what takes no memory.
             base: The base model.
-            start: An adapter to go on from.
+            start: An adapter to start from.
             priors: Whether there are class pictures.
             precision: "fp32", "bf16" or "fp16".
             listener: Gets a note of what is chosen.
@@ -105,7 +105,7 @@ class MemoryBudget:
         listener.report(plan_note(plan, settings))
 
     def report_peak(self, listener: Listener) -> None:
-        """Report what a planned run really took, beside the plan."""
+        """Report the memory that a planned run actually used, and the estimate."""
         if self._need is None or self._is_second_try:
             return
         used = used_memory(self.device) / GB
@@ -113,14 +113,14 @@ class MemoryBudget:
         listener.report(Note(f"Peak GPU memory allocated was {used:.1f} GB; the estimate was {planned:.1f} GB."))
 
     def attempt(self, make_recipe: Callable[[], Recipe[ResultT]], listener: Listener) -> ResultT:
-        """Run; if memory runs out, free everything and go on once from the newest checkpoint with less.
+        """Run; if memory runs out, free everything and retry once from the newest checkpoint with less memory.
 
         Args:
             make_recipe: Makes the run around this object.
-            listener: Gets a note of the second try.
+            listener: Gets a note of the retry.
 
         Raises:
-            OutOfMemoryError: Memory ran out a second time, or there is nothing left to save.
+            OutOfMemoryError: Memory ran out again, or nothing more can be saved.
         """
         while True:
             recipe = make_recipe()
@@ -152,7 +152,7 @@ class MemoryBudget:
 
 
 def plan_note(plan: Plan, settings: TrainSettings) -> Note:
-    """What the user should know of a plan."""
+    """The message for the user about a plan."""
     saving = plan.chosen.saving
     need = plan.chosen.need.total / GB
     free = plan.memory / GB

@@ -1,4 +1,4 @@
-"""The peak memory of a computation, measured without that memory: by counting the live tensors on the meta device.
+"""The peak memory of a computation, measured without using it: by counting the live tensors on the meta device.
 
 A network on the meta device runs forward and backward with shapes alone. `LiveBytes` counts the storages that are
 alive; `CudaEmulation` makes the computation the one that a CUDA device does, with autocast and a fused kernel for
@@ -126,7 +126,7 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class CudaEmulation(TorchFunctionMode):
-    """Lets operations inside the `with` block keep the tensors that they would keep on a CUDA device."""
+    """Makes operations inside the `with` block save the tensors that they would save on a CUDA device."""
 
     def __init__(self, autocast: torch.dtype | None) -> None:
         """Emulate a device.
@@ -153,7 +153,7 @@ class CudaEmulation(TorchFunctionMode):
         return func(*args, **keywords)
 
     def backward(self, loss: Tensor) -> None:
-        """`loss.backward()` as on CUDA, also in what gradient checkpointing computes again.
+        """`loss.backward()` as on CUDA, also in what gradient checkpointing recomputes.
 
         Torch leaves every mode on the way into `Tensor.backward`, so its engine is called directly.
         """

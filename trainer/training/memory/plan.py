@@ -1,7 +1,7 @@
-"""How much memory of a CUDA device a training will take, before it starts; and what to do if that is too much.
+"""How much CUDA memory a training run will take, before it starts; and what to do if that is too much.
 
 Weights and optimiser states are counted. What a step keeps between its forward and its backward pass is measured: the
-run's own networks, with its own adapter, go through a step on the meta device, which has shapes and no memory.
+run's own networks, with its own adapter, run a step on the meta device, which has shapes but no memory.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _MIN_SIZE_PAGED = 100_000  # smaller tensors have states that are not paged
 
 @dataclass(frozen=True)
 class MemorySaving:
-    """What saves memory without changing what is learned, but for rounding.
+    """Ways to save memory that change the result only by rounding.
 
     Attributes:
-        checkpointing: Every how many blocks one computes its activations again in the backward pass; 0: none does.
-        split: Into how many parts every batch is cut; a step has that many times more passes. A sample is drawn for
-            its index in the whole step, so the samples stay the same.
-        swap: How many blocks stay in the computer's memory; those of the settings at least.
+        checkpointing: One in this many blocks recomputes its activations in the backward pass; 0: none does.
+        split: The number of parts that every batch is split into; a step has that many times more passes. A sample
+            depends on its index in the whole step, so the samples stay the same.
+        swap: The number of blocks that stay in system memory; at least that of the settings.
     """
 
     checkpointing: int
@@ -67,7 +67,7 @@ class MemorySaving:
     swap: int = 0
 
     def applied(self, settings: TrainSettings) -> TrainSettings:
-        """The settings to compute with; those that were given stay in the run's fingerprint and file."""
+        """The settings to compute with; the fingerprint and the file keep those that were given."""
         changes = {
             "gradient_checkpointing": self.checkpointing > 0,
             "gradient_checkpointing_interval": self.checkpointing or settings.gradient_checkpointing_interval,
@@ -90,7 +90,7 @@ class MemorySaving:
 
 
 def checkpointing_title(interval: int) -> str:
-    """Gradient checkpointing of every so many blocks, for people."""
+    """Gradient checkpointing of one in `interval` blocks, in words."""
     return (
         "gradient checkpointing"
         if interval == 1
@@ -99,14 +99,14 @@ def checkpointing_title(interval: int) -> str:
 
 
 def memory_savings(settings: TrainSettings, blocks: int = 0) -> list[MemorySaving]:
-    """What can be tried, fastest first.
+    """The options, fastest first.
 
-    First as set, then gradient checkpointing of some blocks, of all; then smaller and smaller parts of a batch; then
-    more and more blocks that are swapped. With dropout a batch is not cut, since what is dropped depends on the pass.
+    First as set, then gradient checkpointing of some blocks, then of all; then smaller and smaller parts of a batch;
+    then more and more swapped blocks. With dropout, batches are not split, since what is dropped depends on the pass.
 
     Args:
         settings: Of the run.
-        blocks: How many there are that can be swapped.
+        blocks: The number of blocks that can be swapped.
     """
     as_set = settings.checkpointing_interval
     intervals = [interval for interval in (*_ORDINALS, 1) if not as_set or interval < as_set]
@@ -126,10 +126,10 @@ class MemoryNeed:
     Attributes:
         base: The frozen weights of the UNet and of the text encoders that run in every step.
         trained: The trained weights, their gradients and averages, and the optimiser's state.
-        activations: The most that a step holds beside these.
+        activations: The most that a step holds in addition to these.
         encoding: The most that is held while captions, and then pictures, are encoded, before the first step.
-        previews: The autoencoder and what it holds while it decodes a preview, beside base and trained; 0 without
-            previews.
+        previews: The autoencoder and what it holds while it decodes a preview, in addition to base and trained; 0
+            without previews.
     """
 
     base: int
@@ -150,7 +150,7 @@ class MemoryNeed:
 
 
 class Planner:
-    """Measures what a run needs, with networks that take no memory; takes seconds for each quantisation of the base."""
+    """Measures what a run needs, with networks that use no memory; takes seconds for each quantisation of the base."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Planner:
 
     @functools.cached_property
     def blocks(self) -> int:
-        """How many blocks can be swapped."""
+        """The number of blocks that can be swapped."""
         if self._settings.adapter == "full":
             return 0
         return len(blocks_of(self._prepare(self._settings.base_quantization).model.denoiser))
@@ -194,9 +194,9 @@ class Planner:
         """Measure one option.
 
         Args:
-            saving: What is saved.
-            quantization: Another value of base_quantization than the settings'.
-            optimizer: Another optimiser than the settings'.
+            saving: The option.
+            quantization: A base_quantization other than the settings'.
+            optimizer: An optimiser other than the settings'.
         """
         quantization = quantization or self._settings.base_quantization
         optimizer = optimizer or self._settings.optimizer
@@ -411,7 +411,7 @@ def _weight_bytes(parts: Iterable[nn.Module]) -> int:
 
 
 def state_bytes(optimizer: str, shape: Sequence[int]) -> int:
-    """Bytes of an optimiser's state on the device for a trained float32 tensor, beside weight and gradient.
+    """Bytes of an optimiser's state on the device for a trained float32 tensor, without weight and gradient.
 
     Args:
         optimizer: Its name in the settings.
@@ -435,7 +435,7 @@ def state_bytes(optimizer: str, shape: Sequence[int]) -> int:
 
 
 def resident_bytes(base: BaseWeights, settings: TrainSettings, precision: str, device: torch.device) -> int:
-    """Bytes of the base that are on the device already as they are needed, so that they need no more room."""
+    """Bytes of the base that are already on the device as needed, so they take no more memory."""
     if settings.base_quantization != "none" or settings.adapter == "full":
         return 0
     same_devices = (device, torch.device(device.type, device.index or 0))
@@ -448,7 +448,7 @@ def resident_bytes(base: BaseWeights, settings: TrainSettings, precision: str, d
 
 @dataclass(frozen=True)
 class PlanOption:
-    """What can be saved, and what a run then needs."""
+    """An option, and what a run then needs."""
 
     saving: MemorySaving
     need: MemoryNeed
@@ -510,7 +510,7 @@ def make_plan(planner: Planner, settings: TrainSettings, memory: int) -> Plan:
 
 
 def remedies(settings: TrainSettings) -> str:
-    """What else would save memory, as an instruction; it changes what is learned, so that the user has to choose it."""
+    """What else would save memory, as an instruction; it changes the result, so the user has to choose it."""
     changes = [f"lower {suggest('resolution')}"]
     if settings.base_quantization == "none" and settings.adapter != "full":
         changes.append(f"set {suggest('base_quantization', 'nf4')}")

@@ -1,8 +1,8 @@
-"""Presets: good values by what is learned and the model's family, as data with their sources.
+"""Presets: good values for a kind of subject and a model family, as data with their sources.
 
 `<subject>-<family>.toml` in this folder holds `title`, `why`, `sources`, a table `settings` (of `TrainSettings`), and a
-table `priors` (of `PriorSettings`). The face that was asked to train fills in what its user left alone; the recipe
-itself takes settings as they are.
+table `priors` (of `PriorSettings`). The user interface fills in what its user did not set; the recipe
+itself uses settings as they are.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Preset:
     """The content of a preset's file.
 
     Attributes:
-        title: Subject and family, for people.
+        title: Subject and family, in words.
         why: Two sentences.
         sources: Where the values come from.
         settings: Values of `TrainSettings`.
-        priors: Values of `PriorSettings`; for faces that make class pictures.
+        priors: Values of `PriorSettings`, for interfaces that generate class pictures.
     """
 
     title: str
@@ -45,7 +45,7 @@ class Preset:
 
 
 def preset_subjects() -> tuple[str, ...]:
-    """The subjects that there are presets for, such as "animal"."""
+    """The subjects with presets, such as "animal"."""
     choices = get_args(TrainSettings.model_fields["preset"].annotation)
     return tuple(choice for choice in choices if choice != NONE)
 
@@ -84,13 +84,13 @@ def _validated(settings_class: type[Settings], values: Mapping[str, Any]) -> dic
 
 
 def preset_values(subject: str, family: Family, given: Collection[str], *, priors: bool = False) -> dict[str, Any]:
-    """The values that a preset gives, by setting: all of its own but those that are given.
+    """The values of a preset, by setting, without the settings in `given`.
 
     Args:
         subject: One of `preset_subjects()`.
         family: Of the base model.
         given: Settings that the user has set.
-        priors: Whether class pictures are wanted, so that their number is among the values, too.
+        priors: Whether class pictures are used, so that their number is included.
 
     Raises:
         SettingsError: There is no such preset.
@@ -105,14 +105,14 @@ def preset_values(subject: str, family: Family, given: Collection[str], *, prior
 def apply_preset(
     settings: SettingsT, family: Family, listener: Listener, given: Collection[str] | None = None
 ) -> SettingsT:
-    """The settings with the values of their preset, if they name one; a note reports which.
+    """The settings with the values of their preset, if they have one; a note lists these values.
 
-    The number of class pictures is given if the settings hold a `class_prompt`.
+    The number of class pictures is set if the settings have a `class_prompt`.
 
     Args:
         settings: Any with those of training.
         family: Of the base model.
-        listener: Gets a note of the values that were taken.
+        listener: Gets a note of the values that were used.
         given: Settings that the user has set; None: those that `settings` were made with.
 
     Raises:

@@ -1,1 +1,1 @@
-"""A run on disk: its folder and checkpoints, its metrics, and all runs for whoever lists them."""
+"""A run on disk: its folder, checkpoints and metrics; and a list of all runs."""

@@ -1,8 +1,8 @@
-"""A checkpoint: everything from which a run goes on exactly, in a folder of its own. No pickle.
+"""A checkpoint: everything that exact resuming needs, in its own folder. No pickle.
 
 adapter.safetensors    a complete adapter file in float32, which every program loads; or, in full fine-tuning,
 weights.safetensors    the trained weights in float32, "<component>.<parameter>"
-factors.safetensors    of a LoRA that starts orthogonal, "<module>.<suffix>": what its adapter file does not tell
+factors.safetensors    of a LoRA with orthogonal initialisation, "<module>.<suffix>": what its adapter file lacks
 live.safetensors       the weights that are updated, "<parameter>", if those above are an average of them
 optimizer.safetensors  the optimiser's tensors, "<parameter>.<name>" and "group <number>.<name>"
 state.json             step, scores so far, and what of the optimiser is not a tensor
@@ -41,7 +41,7 @@ class Saved:
         adapter: The adapter, if one was trained.
         weights: "<component>.<parameter>" → tensor, if the weights were trained.
         metadata: Metadata of a file of the weights; an adapter has its own.
-        factors: Tensors of an adapter's training that its file does not tell; only a checkpoint has them.
+        factors: Tensors of an adapter's training that its file lacks; only a checkpoint has them.
     """
 
     adapter: Adapter | None = None
@@ -52,14 +52,13 @@ class Saved:
 
 @dataclass
 class Measurements:
-    """What a run has measured so far, on which its further course depends.
+    """What a run has measured so far, which decides how it continues.
 
     Attributes:
-        scores: Step → metric → value, for every step whose previews were generated; previews without a model that
-            scores them have no metrics.
+        scores: Step → metric → value, for every step with previews; without a scoring model they have no metrics.
         validated: Steps whose loss on the held-out pictures was reported.
-        scored_as: Step → digest of how its previews were generated and scored (`Previews.conditions`); up to version
-            0.4 there was none.
+        scored_as: Step → digest of how its previews were generated and scored (`Previews.conditions`); there is
+            none up to version 0.4.
     """
 
     scores: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -68,7 +67,7 @@ class Measurements:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Measurements:
-        """What `as_json` gave."""
+        """The inverse of `as_json`."""
         scores = {int(step): dict(metrics) for step, metrics in values["scores"].items()}
         scored_as = {int(step): str(digest) for step, digest in values.get("scored_as", {}).items()}
         return cls(scores, list(values["validated"]), scored_as)
@@ -80,7 +79,7 @@ class Measurements:
         return {"scores": scores, "validated": self.validated, "scored_as": scored_as}
 
     def comparable_scores(self, steps: int) -> dict[int, dict[str, float]]:
-        """The scores up to a step that were measured as the newest of them was; those of version 0.4 fit to any."""
+        """The scores up to a step that were measured like the newest of them; those of version 0.4 match any."""
         scores = {step: metrics for step, metrics in self.scores.items() if metrics and step <= steps}
         newest = self.scored_as.get(max(scores, default=0))
         return {step: metrics for step, metrics in scores.items() if self.scored_as.get(step, newest) == newest}
@@ -162,7 +161,7 @@ def read_checkpoint(folder: Path, step: int) -> Checkpoint:
 
 
 def read_trained(path: Path) -> Saved:
-    """What was trained, from a checkpoint's folder or from an adapter file that was kept of one.
+    """What was trained, from a checkpoint's folder or from an adapter file that was kept from one.
 
     Raises:
         StorageError: It is damaged.
@@ -176,7 +175,7 @@ def read_trained(path: Path) -> Saved:
 
 
 def read_measurements(folder: Path) -> Measurements | None:
-    """What was measured up to a checkpoint; None of a checkpoint of version 0.4 or older.
+    """What was measured up to a checkpoint; None for a checkpoint of version 0.4 or older.
 
     Raises:
         StorageError: It is damaged.
@@ -186,7 +185,7 @@ def read_measurements(folder: Path) -> Measurements | None:
 
 
 def write_measurements(folder: Path, measurements: Measurements) -> None:
-    """Bring what was measured since a checkpoint was written into its state.
+    """Add what was measured since a checkpoint was written to its state.
 
     Raises:
         StorageError: The file can't be written, or the checkpoint is damaged.
@@ -204,7 +203,7 @@ def _measurements_of(state: Mapping[str, Any]) -> Measurements | None:
 
 @contextlib.contextmanager
 def explained_damage(path: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while `path` is read into a `StorageError` that says what to delete."""
+    """Turn any error while `path` is read into a `StorageError` that names what to delete."""
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AdapterError) as error:

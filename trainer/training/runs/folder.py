@@ -87,22 +87,22 @@ class RunFolder(RunLayout):
         new: bool = False,
         earlier: Collection[str] = (),
     ) -> RunFolder:
-        """Find the run with this fingerprint below `root`, or make a folder for it; for this process alone.
+        """Find the run with this fingerprint in `root`, or create a folder for it; locks it for this process.
 
-        Of several, which `new` makes, it is the one that was begun last, and of copies the one that went further. Its
+        Of several, which `new` creates, it is the one that was started last, and of copies the one with more steps. Its
         folder may have been renamed. The run stays locked until `lock` is released, or this process ends.
 
         Args:
             root: Folder of all runs.
             name: The run's name, part of a new folder's name.
             fingerprint: Digest of everything on which the result depends.
-            settings: Written into a new folder for people to read.
-            new: Make a new folder even if there is one.
-            earlier: The fingerprints that earlier versions gave the same run.
+            settings: Written into a new folder, for people to read.
+            new: Create a new folder even if there is one.
+            earlier: The same run's fingerprints in earlier versions.
 
         Raises:
             BusyError: Another process is training the run.
-            StorageError: The folder can't be made.
+            StorageError: The folder can't be created.
         """
         with explained_os_errors(root):
             root.mkdir(parents=True, exist_ok=True)
@@ -146,7 +146,7 @@ class RunFolder(RunLayout):
         return run
 
     def bears(self, fingerprints: Collection[str]) -> bool:
-        """Whether the folder has the name that it was given, and is no copy under another."""
+        """Whether the folder still has its original name, and is not a copy under another."""
         return any(fingerprint[:_DIGITS] in self.path.name for fingerprint in fingerprints)
 
     def reserve(self) -> None:
@@ -181,10 +181,10 @@ class RunFolder(RunLayout):
         """Write a checkpoint, then delete the oldest of those up to its step.
 
         Args:
-            checkpoint: What to write. If that of its step is there, which is the same, it gets the measurements.
-            keep: How many checkpoints stay.
-            best: Step of one that stays in any case.
-            keep_adapters: Whether the adapters of the others stay.
+            checkpoint: What to write. If that step has one, which is the same, only its measurements are updated.
+            keep: Number of checkpoints to keep.
+            best: Step of one to keep in any case.
+            keep_adapters: Whether to keep the adapters of the others.
 
         Raises:
             StorageError: It can't be written; what was there before is untouched.
@@ -220,7 +220,7 @@ class RunFolder(RunLayout):
     def measurements(self, step: int | None = None) -> Measurements:
         """What was measured up to the checkpoint of a step, by default the newest; nothing at step 0.
 
-        Up to version 0.4 it stood in the metrics file alone, which is read where a checkpoint does not have it.
+        Up to version 0.4 only the metrics file had it, which is read where a checkpoint does not have it.
         """
         if step is None:
             step = max(self.steps(), default=0)
@@ -236,7 +236,7 @@ class RunFolder(RunLayout):
         )
 
     def save_measurements(self, step: int, measurements: Measurements) -> None:
-        """Bring what was measured since into the checkpoint of a step, if there is one.
+        """Add later measurements to the checkpoint of a step, if there is one.
 
         Raises:
             StorageError: It can't be written.
@@ -245,7 +245,7 @@ class RunFolder(RunLayout):
             write_measurements(self.checkpoint_path(step), measurements)
 
     def trained(self, step: int) -> Saved:
-        """Read what was trained from a checkpoint, without the optimiser, or from the adapter that was kept of it.
+        """Read what was trained from a checkpoint, without the optimiser, or from the adapter that was kept from it.
 
         Raises:
             StorageError: It is damaged.
@@ -276,8 +276,8 @@ def run_fingerprint(
         priors: Class pictures.
         settings: Of the run.
         precision: In which it computes.
-        start: An adapter that it goes on from.
-        processes: How many share its samples.
+        start: An adapter that it starts from.
+        processes: Number of processes that share its samples.
         words: Rare word and class noun of each subject; they count if vectors are learned for them.
         as_given: Whether settings without effect count, as they did up to version 0.4.
     """

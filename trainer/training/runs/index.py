@@ -1,6 +1,6 @@
-"""All runs below one folder, for whoever lists them: a run's summary, its curve, its files, and deleting it.
+"""All runs in one folder: a run's summary, its curve, its files, and deleting it.
 
-Names of runs and files come from outside, such as a browser: none of them leads out of the folder of its run.
+Names of runs and files come from outside, such as a browser: none can point outside its run's folder.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RunIndex:
         """The run of that folder name.
 
         Raises:
-            SettingsError: There is none, or the name leads elsewhere.
+            SettingsError: There is none, or the name points elsewhere.
         """
         path = self.root / name
         try:
@@ -97,8 +97,8 @@ class RunIndex:
         """What a list shows of a run, as plain values; fast, whatever the run's length.
 
         "id", "name", "base", "started_at" and "changed_at" (Unix times), "steps" (requested), "step" (completed),
-        "state" ("done", "stopped" or "failed"; whoever trains knows better which are running), "loss" and "preview"
-        (path of the newest picture in the run), each None if there is none; and, of a run that ended, "problem" and
+        "state" ("done", "stopped" or "failed"; the caller knows which are running), "loss" and "preview"
+        (path of the newest picture in the run), each None if there is none; and, for a run that ended, "problem" and
         "remedy" if it failed, and "best" if it has one.
         """
         run = self.run(name)
@@ -127,7 +127,7 @@ class RunIndex:
         return summary
 
     def details(self, name: str) -> dict[str, Any]:
-        """All of a run but its curve: summary, settings, files with sizes, previews, the subject's pictures.
+        """A run except its curve: summary, settings, files with sizes, previews, the subject's pictures.
 
         Raises:
             SettingsError: There is no such run.

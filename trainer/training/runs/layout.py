@@ -1,4 +1,4 @@
-"""Where a run's folder has what, and what can be read of it without its weights; `folder` writes it.
+"""The layout of a run's folder, and what can be read from it without its weights; `folder` writes it.
 
 `<name>-<first digits of the fingerprint>` holds `run.json` (the fingerprint and the settings), `cache.safetensors`,
 `metrics.jsonl`, `previews/`, and checkpoints `step-00000100/` (see `checkpoint`).
@@ -30,7 +30,7 @@ _STEP = "step-"
 
 
 def step_name(step: int) -> str:
-    """The name of what belongs to a step; matches `STEP_PATTERN`."""
+    """The name of a step's file or folder; matches `STEP_PATTERN`."""
     return f"{_STEP}{step:08d}"
 
 
@@ -52,7 +52,7 @@ def preview_name(kind: str, prompt: int, index: int) -> str:
 
 
 class RunLayout:
-    """The folder of one run, as whoever shows it knows it.
+    """The folder of one run, for reading.
 
     Attributes:
         path: The folder.
@@ -66,9 +66,9 @@ class RunLayout:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What was written when the run began: "fingerprint", "name", "started_at" and "settings".
+        """What was written when the run started: "fingerprint", "name", "started_at" and "settings".
 
-        What is not of its type, in a file that was damaged or changed by hand, is left out.
+        Values of the wrong type, in a file that was damaged or edited by hand, are left out.
         """
         types: dict[str, Any] = {"fingerprint": str, "name": str, "started_at": (int, float), "settings": dict}
         record = read_record(self.path)
@@ -81,7 +81,7 @@ class RunLayout:
 
     @property
     def started_at(self) -> float:
-        """Unix time at which the run began; 0 if the record holds none."""
+        """Unix time at which the run started; 0 if the record has none."""
         try:
             return float(self.record.get("started_at", 0.0))
         except OverflowError:  # an integer that no time is, in a damaged record
@@ -126,16 +126,16 @@ class RunLayout:
         return self.path / step_name(step)
 
     def steps(self) -> list[int]:
-        """Steps of the whole checkpoints, ascending."""
+        """Steps of the complete checkpoints, ascending."""
         steps = [step_of(path) for path in self.path.glob(f"{_STEP}*") if not path.suffix]
         return sorted(step for step in steps if step is not None)
 
     def newest(self, limit: int) -> int:
-        """Step of the newest whole checkpoint up to a step; 0 if there is none."""
+        """Step of the newest complete checkpoint up to a step; 0 if there is none."""
         return max((step for step in self.steps() if step <= limit), default=0)
 
     def adapters(self) -> dict[int, Path]:
-        """Step → adapter file, ascending: those of the checkpoints, and those that were kept of older ones."""
+        """Step → adapter file, ascending: those of the checkpoints, and those kept from older ones."""
         kept = {}
         for path in self.kept_adapters_path.glob("*.safetensors"):
             step = step_of(path)
@@ -147,7 +147,7 @@ class RunLayout:
 
     @property
     def kept_adapters_path(self) -> Path:
-        """Folder of the adapters of checkpoints that are gone."""
+        """Folder of the adapters of deleted checkpoints."""
         return self.path / ADAPTERS_FOLDER
 
     def has(self, step: int) -> bool:
@@ -156,7 +156,7 @@ class RunLayout:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What stands in a folder's `run.json`; nothing if there is none, or it can't be read."""
+    """The content of a folder's `run.json`; empty if there is none, or it can't be read."""
     path = folder / RECORD_FILE
     try:
         with explained_os_errors(path):

@@ -22,9 +22,9 @@ _NUMBERS = ("loss", "learning_rate", "rate", "memory", VALIDATION_LOSS)
 class RecordedListener:
     """Writes steps and previews to a file, each at once, and passes everything on to another listener.
 
-    A line holds "step" and "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures", or
-    "validation_loss". As a context manager it ends with a line that holds "state", and "problem" and "remedy" of a
-    failed run, in which settings are not worded yet.
+    A line has "step" and "loss", "learning_rate", "rate" and "memory", or "scores" and "pictures", or
+    "validation_loss". As a context manager it ends with a line that has "state", and "problem" and "remedy" of a
+    failed run, with settings not worded yet.
     """
 
     def __init__(self, listener: Listener, path: Path, after: int, reached: int = 0) -> None:
@@ -94,13 +94,13 @@ class RecordedListener:
 
 
 def read_metrics(path: Path, after: int = -1) -> list[dict[str, Any]]:
-    """The lines of a metrics file by steps; none if there is none. A line that was not written whole is left out.
+    """The lines of a metrics file by steps; none if there is none. Incomplete lines are skipped.
 
-    Of several lines of a step that hold the same, the last counts: what a run that was shortened measured again.
+    Of several lines of a step with the same keys, the last counts: a shortened run measures again.
 
     Args:
         path: The file.
-        after: Only what comes after this step; no more of the file's end is read than has to be.
+        after: Only what comes after this step; only the necessary part of the file's end is read.
     """
     lines = _lines(path) if after < 0 else _lines_since(path, after)
     newest = {(line["step"], *sorted(_KINDS & set(line))): line for line in lines if line["step"] > after}
@@ -108,11 +108,11 @@ def read_metrics(path: Path, after: int = -1) -> list[dict[str, Any]]:
 
 
 def record_done(path: Path, step: int) -> None:
-    """Write that a run has ended well, if its metrics file says otherwise: its adapter could not be written before.
+    """Write that a run is done, if its metrics file says otherwise, because its adapter could not be written before.
 
     Args:
         path: The file.
-        step: Whose weights the run gives.
+        step: Step whose weights are the result.
     """
     if [line.get("state") for line in last_lines(path)[-1:]] == [DONE]:
         return
@@ -122,10 +122,10 @@ def record_done(path: Path, step: int) -> None:
 
 
 def ending(error: BaseException | None) -> dict[str, str]:
-    """How work ended that this error came out of: "state", and "problem" and "remedy", not worded yet, if it failed.
+    """How work ended with this error: "state" and, if it failed, "problem" and "remedy", not worded yet.
 
     Args:
-        error: None if none did.
+        error: None if there was none.
     """
     if error is None:
         return {"state": DONE}
@@ -197,7 +197,7 @@ def _is_well_formed(line: Mapping[str, Any]) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that a float can hold; `true` and `false` are none."""
+    """Whether a JSON value is a number that fits a float; `true` and `false` are not numbers."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     try:
@@ -213,7 +213,7 @@ def preview_scores(path: Path) -> dict[int, dict[str, float]]:
 
 
 def measured(line: Mapping[str, Any]) -> dict[str, float]:
-    """What a line of a metrics file holds of a step beside its loss: scores of previews, loss on held-out pictures."""
+    """What a metrics line has besides the training loss: preview scores, loss on held-out pictures."""
     metrics = dict(line.get("scores") or {})
     if VALIDATION_LOSS in line:
         metrics[VALIDATION_LOSS] = line[VALIDATION_LOSS]
@@ -221,5 +221,5 @@ def measured(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def validated_steps(path: Path) -> list[int]:
-    """Steps at which a metrics file holds the loss on the held-out pictures."""
+    """Steps with a loss on the held-out pictures in a metrics file."""
     return [line["step"] for line in read_metrics(path) if VALIDATION_LOSS in line]

@@ -34,7 +34,7 @@ _OFFLINE_MODES = ("offline", "disabled", "dryrun")  # values of WANDB_MODE that 
 
 
 def require_tracker(log_with: str) -> None:
-    """Check that a tracker is installed and, if it sends to a server, that it knows an account.
+    """Check that a tracker is installed and, if it sends to a server, that it has an account.
 
     Args:
         log_with: "none", "tensorboard" or "wandb".
@@ -83,7 +83,7 @@ def logging_listener(
     Args:
         listener: Gets every event, too.
         run: The run; everything is written into its folder.
-        settings: What of them may be shared is the tracker's configuration.
+        settings: Those that may be shared become the tracker's configuration.
         base_title: Name of the base model, likewise.
         after: Steps that are done.
 
@@ -107,7 +107,7 @@ def logging_listener(
 class TrackedListener:
     """Logs steps, scores and previews to a tracker, and passes everything on to another listener.
 
-    A tracker that fails while the run is training is dropped with a warning: no log is worth a run.
+    A tracker that fails during training is dropped with a warning, so that the run continues.
     """
 
     def __init__(self, listener: Listener, title: str, start: Callable[[], Any], logged: int = 0) -> None:
