@@ -1,4 +1,4 @@
-"""Which files an adapter is in: a single one of any program, or a folder of PEFT or diffusers."""
+"""The files of an adapter: a single one from any program, or a folder from PEFT or diffusers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class AdapterFile:
 
     Attributes:
         path: The file.
-        config: PEFT's configuration that lies beside it; None without one.
-        component: The folder of the network that all of its modules belong to; "" if its names tell.
+        config: PEFT's configuration in the same folder; None without one.
+        component: The folder of the network that all of its modules belong to; "" if its tensor names show it.
     """
 
     path: Path
@@ -35,10 +35,10 @@ class AdapterFile:
     component: str = ""
 
     def names(self) -> list[str] | None:
-        """The names of its tensors, as `read` gives them, without reading these; None where that is not possible.
+        """The names of its tensors, as in `read`, without reading the tensors; None where that is not possible.
 
         Raises:
-            ValueError: It is no whole safetensors file.
+            ValueError: It is not a complete safetensors file.
             OSError: It can't be read.
         """
         if is_pickled(self.path):
@@ -49,8 +49,8 @@ class AdapterFile:
         """Its tensors and its metadata.
 
         Raises:
-            AdapterError: It is pickled, and damaged or more than plain tensors.
-            ValueError: It is no whole safetensors file.
+            AdapterError: It is a pickle that is damaged or contains more than plain tensors.
+            ValueError: It is not a complete safetensors file.
             OSError: It can't be read.
         """
         tensors: Mapping[str, Tensor]
@@ -74,7 +74,7 @@ def find_files(path: Path) -> list[AdapterFile]:
         path: A file; or a folder as PEFT or diffusers writes it, or with such a folder of PEFT for each network.
 
     Raises:
-        AdapterError: The folder holds no adapter; the remedy names one below it that does.
+        AdapterError: The folder contains no adapter; the remedy names a subfolder that does.
         OSError: It does not exist, or can't be read.
     """
     if not os.path.exists(path):

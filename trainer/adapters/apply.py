@@ -24,11 +24,11 @@ logger = logging.getLogger("dreambooth_lora")
 
 
 def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None:
-    """Add an adapter to a model's weights; the touched weights become private copies, all others stay as they are.
+    """Add an adapter to a model's weights; changed weights become private copies, all others stay borrowed.
 
-    What the model lacks because it is smaller than the published models of its family is left out with a warning;
-    anything else that can't be added is refused. The model learns the words that are bundled, but for those
-    that it can't read, of which there is a warning.
+    Modules that the model lacks because it is smaller than the published models of its family are skipped with a
+    warning; anything else that can't be added is refused. The model learns the bundled words, except, with a
+    warning, those that don't fit it.
 
     Args:
         model: A built model; its UNet and text encoders are changed.
@@ -36,9 +36,9 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
         strength: Factor; 1 is as trained. 0 changes nothing.
 
     Raises:
-        AdapterError: A module of it is not in models of this family or of another shape, or nothing of it fits; or it
-            bundles another embedding of a word that the model has learned.
-        NotFiniteError: The strength makes weights that are not finite.
+        AdapterError: One of its modules is not in models of this family or has another shape, or none of them fits; or
+            it contains a different embedding of a word that the model has learned.
+        NotFiniteError: The strength makes weights NaN or infinite.
     """
     additions = _additions(model, adapter)  # all are checked before the first is added
     learn_bundled(model, adapter.embeddings)
@@ -180,7 +180,7 @@ def _require_no_part_missing(model: DiffusionModel, adapter: Adapter, missing: l
 
 
 def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) -> BaseWeights:
-    """A base model with adapters added to its weights; only the touched tensors are copies.
+    """A base model with adapters added to its weights; only changed tensors are copied.
 
     Args:
         base: The opened base model.
@@ -212,10 +212,10 @@ def apply_to_base(base: BaseWeights, adapters: Sequence[tuple[Adapter, float]]) 
 
 
 def with_bundled_words(base: BaseWeights, adapters: Iterable[Adapter]) -> BaseWeights:
-    """A base model, to which adapters were added elsewhere, with the words that they bundle.
+    """A base model, to which adapters were added elsewhere, with their bundled words.
 
     Raises:
-        AdapterError: Two of them bundle different embeddings of one word.
+        AdapterError: Two of them contain different embeddings of one word.
     """
     embeddings = [adapter.embeddings for adapter in adapters if adapter.embeddings]
     if not embeddings:

@@ -1,8 +1,8 @@
 """Layers in the precision of a file, without losing what they add to a weight.
 
-Half precision holds numbers from 6e-8 to 65504, and those below 6e-5 with few digits. A layer's factors may lie outside
-of that, as those of a learning rate of 1e-6 do, while their product does not. Then powers of two are moved between the
-factors, which changes the product by nothing, or into alpha. What can't be helped that way stays in float32.
+Half precision represents numbers from 6e-8 to 65504, with few digits below 6e-5. A layer's factors may be outside
+that range, as with a learning rate of 1e-6, while their product is not. Then powers of two are moved between the
+factors, which does not change the product, or into alpha. What still does not fit stays in float32.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ _COMFORTABLE = 6  # powers of two, up or down, that typical numbers of a factor 
 
 
 def cast_layer(name: str, layer: LayerT, dtype: torch.dtype, *, fixed_alpha: bool = False) -> LayerT:
-    """A layer whose tensors are of another type and add the same to the weight, as far as that type's digits go.
+    """The layer with its tensors in another type and the same delta, up to that type's precision.
 
     Args:
         name: The module's, for messages.
-        layer: Of any kind. An alpha of 0, or so small that float32 has no digits for it, becomes a factor of zeros,
+        layer: Of any kind. An alpha of 0, or too small for float32, becomes a factor of zeros,
             since kohya's scripts and LyCORIS read an alpha of 0 as "the rank".
-        dtype: The type. DoRA's scales are always float32: they are as large as the weights that they scale.
-        fixed_alpha: Whether alpha must stay, since it has no place in the file.
+        dtype: The type. DoRA's scales are always float32: they are of the weights' magnitude.
+        fixed_alpha: Whether alpha must not change, since the file can't store it.
 
     Returns:
-        The layer, on its device. A tensor stays float32 where the type would lose more than a rounding error of it.
+        The layer, on its device. A tensor stays float32 where the type would lose more than a rounding error.
 
     Raises:
-        NotFiniteError: A number is not finite, or too large for the type; names the module.
+        NotFiniteError: A value is NaN, infinite, or too large for the type; names the module.
     """
     if type(layer) in _WHOLE:
         fields = _present(layer, _WHOLE[type(layer)])
@@ -79,7 +79,7 @@ def cast_tensor(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor in another type; in float32 where that would lose more than a rounding error.
 
     Raises:
-        NotFiniteError: A number is not finite, or too large for the type.
+        NotFiniteError: A value is NaN, infinite, or too large for the type.
     """
     converted = cast_finite(name, tensor, dtype)
     return converted if _is_kept(tensor, dtype) else cast_finite(name, tensor, torch.float32)

@@ -38,7 +38,7 @@ _RESIZE_REMEDY = (
 
 
 def to_kohya_format(adapter: Adapter) -> Adapter:
-    """The adapter under kohya's names for its family, every convolution's factors in the shape of its kernel."""
+    """The adapter with kohya's names for its family, every convolution's factors in the shape of its kernel."""
     [named] = with_kohya_names([adapter])
     layers = {}
     for name, layer in named.layers.items():
@@ -59,8 +59,8 @@ def diffusers_state_dict(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tens
         dtype: Of the tensors.
 
     Raises:
-        AdapterError: It has a layer of another kind, which diffusers can't read.
-        NotFiniteError: A number is not finite, or too large for the dtype.
+        AdapterError: It has a layer of a type that diffusers can't read.
+        NotFiniteError: A value is NaN, infinite, or too large for the dtype.
     """
     if adapter.vectors:
         raise AdapterError(
@@ -110,7 +110,7 @@ def _lora_tensors(name: str, layer: LoraLayer, path: str, dtype: torch.dtype) ->
 
     Raises:
         AdapterError: diffusers' format does not have such a DoRA.
-        NotFiniteError: A number is not finite, or too large for the dtype.
+        NotFiniteError: A value is NaN, infinite, or too large for the dtype.
     """
     scaled_up = layer.up.double().flatten(1) * (layer.alpha / layer.rank)
     up, down = balanced(scaled_up, layer.down.double().flatten(1))
@@ -149,7 +149,7 @@ def _peft_magnitude(scale: Tensor, name: str) -> Tensor:
 
 
 def write_diffusers(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: bool = True) -> Path:
-    """Write an adapter file in diffusers' format, whole or not at all; see `kohya.write_adapter`.
+    """Write an adapter file in diffusers' format, atomically; see `kohya.write_adapter`.
 
     Returns:
         The path of the file.

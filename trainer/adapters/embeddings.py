@@ -1,9 +1,9 @@
-"""Embeddings of learned words (textual inversion): in an adapter's file, and in a file of their own.
+"""Embeddings of learned words (textual inversion): bundled in an adapter file, or in a separate file.
 
 | where | one text encoder | SDXL |
 |---|---|---|
 | bundled with an adapter | bundle_emb.<word>.string_to_param.* | bundle_emb.<word>.clip_l, bundle_emb.<word>.clip_g |
-| a file of its own | emb_params | clip_l, clip_g |
+| a separate file | emb_params | clip_l, clip_g |
 
 Source: extensions-builtin/Lora/networks.py and modules/textual_inversion of AUTOMATIC1111's stable-diffusion-webui;
 comfy/sd1_clip.py of ComfyUI, which reads both.
@@ -31,7 +31,7 @@ _FILE_ALONE = "emb_params"
 
 
 def bundled_embeddings(words: Iterable[LearnedWord], family: Family) -> dict[str, Tensor]:
-    """The tensors of words under the names that they have in an adapter's file, "bundle_emb.<word>.<part>"."""
+    """The tensors of words by their names in an adapter file, "bundle_emb.<word>.<part>"."""
     return {
         embedding_key(word.word, part): tensor
         for word in words
@@ -40,7 +40,7 @@ def bundled_embeddings(words: Iterable[LearnedWord], family: Family) -> dict[str
 
 
 def words_of(embeddings: Mapping[str, Tensor], family: Family) -> list[LearnedWord]:
-    """The words that an adapter for a model of that family bundles.
+    """The bundled words of an adapter for a model of that family.
 
     Args:
         embeddings: As `Adapter.embeddings` has them.
@@ -58,10 +58,10 @@ def words_of(embeddings: Mapping[str, Tensor], family: Family) -> list[LearnedWo
 
 
 def read_embedding(path: Path, family: Family) -> LearnedWord:
-    """The word of an embedding file, which bears the file's name.
+    """The word of an embedding file, which has the file's name.
 
     Raises:
-        AdapterError: Missing, damaged, or no embedding for a model of that family.
+        AdapterError: Missing, damaged, or not an embedding for a model of that family.
     """
     try:
         tensors = read_tensors(path)
@@ -85,7 +85,7 @@ def write_embedding(path: Path, word: LearnedWord, family: Family, metadata: Map
     """Write a word's file, float32, under this name or the next free one; returns its path.
 
     Raises:
-        NotFiniteError: A number is not finite.
+        NotFiniteError: A value is NaN or infinite.
         StorageError: The file can't be written.
     """
     tensors = _parts(word, family, _FILE_ALONE)
@@ -94,7 +94,7 @@ def write_embedding(path: Path, word: LearnedWord, family: Family, metadata: Map
 
 
 def learn(model: DiffusionModel, word: LearnedWord) -> None:
-    """Let a model learn a word beside those that it has learned.
+    """Add a word to those that a model has learned.
 
     Raises:
         AdapterError: It is of another width, or the model has learned it with other vectors.
@@ -109,7 +109,7 @@ def learn(model: DiffusionModel, word: LearnedWord) -> None:
 
 
 def learn_bundled(model: DiffusionModel, embeddings: Mapping[str, Tensor]) -> None:
-    """Let a model learn the words that an adapter bundles; of those that it can't read there is a warning.
+    """Add an adapter's bundled words to those that a model has learned, with a warning for those that don't fit.
 
     Raises:
         AdapterError: The model has learned one of them with other vectors.
@@ -152,13 +152,13 @@ def _are_equal(one: LearnedWord, other: LearnedWord) -> bool:
 def file_stem(adapter_stem: str, word: str) -> str:
     """The name of a word's file, without extension: that of the adapter's file and the word.
 
-    Automatic1111 puts an embedding wherever its file's name stands in a prompt, so it must be no word of a language.
+    Automatic1111 uses an embedding wherever its file's name occurs in a prompt, so it must not be an ordinary word.
     """
     return f"{adapter_stem}-{prompt_name(word)}"
 
 
 def prompt_name(word: str) -> str:
-    """A word as the name of a file that a prompt can call: letters, digits, underscores and dashes."""
+    """A word as a file name that a prompt can refer to: letters, digits, underscores and dashes."""
     return re.sub(r"[^\w-]+", "-", word).strip("-") or "word"
 
 

@@ -1,8 +1,8 @@
-"""Keys of tensors in the files of families whose adapters no program reads under kohya's names alone.
+"""Tensor keys in the files of families for which kohya's names are not enough.
 
-ComfyUI does not know musubi-tuner's names of Z-Image's modules, nor diffusers the fused ones that ComfyUI would take
-under kohya's prefix. All read "diffusion_model.layers.0.attention.to_q.lora_A.weight", as ai-toolkit writes it, with an
-alpha beside it.
+ComfyUI does not know musubi-tuner's names of Z-Image's modules, and diffusers does not know the fused ones that ComfyUI
+would accept with kohya's prefix. All read "diffusion_model.layers.0.attention.to_q.lora_A.weight", as ai-toolkit writes
+it, with an alpha.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _PARTS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight"
 
 
 def in_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of an adapter under the keys that they have in its file.
+    """The tensors of an adapter by their keys in its file.
 
     Args:
-        tensors: Under kohya's names, "<module>.<part>".
+        tensors: By kohya's names, "<module>.<part>".
     """
     return {_key_in_file(key): tensor for key, tensor in tensors.items()}
 
@@ -40,6 +40,6 @@ def _key_in_file(key: str) -> str:
 
 
 def kohya_key(stem: str) -> str:
-    """Kohya's name of a module from what it is called in such a file; any other name as it is."""
+    """Kohya's name of a module from its name in such a file; any other name unchanged."""
     path = stem.removeprefix(_PREFIX)
     return module_name(UNET, path) if stem.startswith(_PREFIX) and is_network_path(path) else stem

@@ -1,7 +1,7 @@
-"""Adapters that can't be read, by name: those of other families of models, and those of other kinds.
+"""Adapters that can't be read, recognised by their names: for other model families, and of other types.
 
-A family is recognised by its modules, since metadata are often missing or wrong; where several families have modules of
-the same names, a width tells which. Names in the original code, in diffusers and with underscores are recognised alike.
+A family is recognised by its modules, since metadata is often missing or wrong; where several families share module
+names, a width decides. Names in the original code, in diffusers and with underscores are all recognised.
 Sources: comfy/lora.py and comfy/utils.py of ComfyUI, loaders/lora_conversion_utils.py of diffusers.
 """
 
@@ -127,10 +127,10 @@ _FAMILIES_IN_WORDS = (
 
 
 def foreign_family(keys: Collection[str], shapes: Shapes) -> tuple[str, str] | None:
-    """The family that can't be read and has modules of such names, and the key that shows it; None if none has.
+    """The unsupported family with modules of these names, and the key that shows it; None if there is none.
 
     Args:
-        keys: Of tensors, as they stand in the file; none is of a module that the families which can be read have.
+        keys: Of tensors, as in the file; none is of a module of the supported families.
         shapes: Key → shape, as far as known.
     """
     in_order = sorted(keys)
@@ -142,7 +142,7 @@ def foreign_family(keys: Collection[str], shapes: Shapes) -> tuple[str, str] | N
 
 
 def foreign_kind(keys: Collection[str]) -> tuple[str, str] | None:
-    """The kind of adapter that can't be read and has tensors of such names, and one of them; None if none has."""
+    """The unsupported adapter type with tensors of these names, and one of them; None if there is none."""
     in_order = sorted(keys)
     for pattern, title in _KINDS:
         key = next((key for key in in_order if re.search(pattern, key)), None)
@@ -152,5 +152,5 @@ def foreign_kind(keys: Collection[str]) -> tuple[str, str] | None:
 
 
 def foreign_family_in_words(words: str) -> str | None:
-    """The family that can't be read and that an adapter's metadata name; None if they name none."""
+    """The unsupported family named by an adapter's metadata; None if there is none."""
     return next((title for title, pattern in _FAMILIES_IN_WORDS if re.search(pattern, words.lower())), None)

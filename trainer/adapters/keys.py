@@ -1,8 +1,8 @@
-"""The reading door: what each tensor of an adapter file is, by its key, whatever program wrote it.
+"""Parsing of adapter keys: what each tensor of an adapter file is, whatever program wrote it.
 
 A key is the name of a module (prefixes, then its path, with dots or underscores) and the tensor's part in the layer.
-Both come from closed lists of words: what is on neither is refused, by family or kind where it shows one, else by its
-key. A path of known words that no model has is read; `warn_of_strange_modules` names it.
+Both come from closed lists of words: anything else is refused, naming the family or type if it is recognised, else the
+key. A path of known words that no model has is read; `warn_of_strange_modules` reports it.
 
 | written by | a module is named |
 |---|---|
@@ -17,7 +17,7 @@ key. A path of known words that no model has is read; `warn_of_strange_modules` 
 | OneTrainer, for transformers | lora_transformer_transformer_blocks_0_… |
 
 Each with the levels that torch.compile (`_orig_mod`) and data-parallel training (`module`) put in between. An
-embedding that was trained along (OneTrainer's and Automatic1111's `bundle_emb.`) is no module; it is kept as it is.
+embedding that was trained together with it (OneTrainer's and Automatic1111's `bundle_emb.`) is kept unchanged.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ class TensorKey:
         module: Kohya's name of the module.
         part: What follows it in a kohya file, such as "lora_down.weight"; or `PEFT_MAGNITUDE`, or `PEFT_BIAS`.
         path: The module's dotted path in a file of diffusers or PEFT, else its name.
-        stem: What the file itself calls the module.
+        stem: The module's name in the file.
         adapter_name: The adapter's name in the key; "" without one.
-        is_known_module: Whether models have such a module; else only the words of its path are known.
+        is_known_module: Whether some model has this module; else only the words of its path are known.
     """
 
     module: str
@@ -110,33 +110,33 @@ class TensorKey:
 
 
 def is_embedding(key: str) -> bool:
-    """Whether a tensor is a part of an embedding that the file bundles, "bundle_emb.<name>.<part>"."""
+    """Whether a tensor is part of a bundled embedding, "bundle_emb.<name>.<part>"."""
     return key.startswith(_EMBEDDING)
 
 
 def embedding_key(name: str, part: str) -> str:
-    """The key of a part of a bundled embedding; with no part, what all of its keys begin with."""
+    """The key of a part of a bundled embedding; with no part, the common prefix of its keys."""
     return f"{_EMBEDDING}{name}.{part}"
 
 
 def embedding_names(keys: Iterable[str]) -> list[str]:
-    """The names of the embeddings that tensors of these keys are parts of, each once."""
+    """The names of the embeddings with these keys, each once."""
     return sorted({key.removeprefix(_EMBEDDING).partition(".")[0] for key in keys if is_embedding(key)})
 
 
 def parse_keys(keys: Collection[str], shapes: Mapping[str, Sequence[int]] | None = None) -> dict[str, TensorKey]:
-    """Parse the keys of an adapter's tensors, but for those of bundled embeddings.
+    """Parse the keys of an adapter's tensors, except those of bundled embeddings.
 
     Args:
-        keys: As they stand in the file.
+        keys: As in the file.
         shapes: Key → shape, as far as known; it helps to name a family that can't be read.
 
     Returns:
-        Key → what it is, in alphabetical order: the order in a file, which safetensors does not keep, decides nothing.
+        Key → the parsed key, in alphabetical order, since safetensors does not keep the order in a file.
 
     Raises:
-        AdapterError: A key is of another family, of a kind that can't be read, or not known; there is no LoRA, or
-            there are several.
+        AdapterError: A key is of another family, of an unsupported type, or unknown; there is no LoRA, or there are
+            several.
     """
     prefixes = _Prefixes.of_all_families(_renaming(keys, shapes or {}))
     parsed: dict[str, TensorKey] = {}
@@ -368,7 +368,7 @@ def _as_known(component: str, path: str) -> str:
 
 
 def warn_of_strange_modules(keys: Iterable[TensorKey]) -> None:
-    """Name a module whose words are known, but which no model has."""
+    """Warn of a module whose words are known, but which no model has."""
     strange = [key.module for key in keys if not key.is_known_module]
     if strange:
         logger.warning(
@@ -379,20 +379,20 @@ def warn_of_strange_modules(keys: Iterable[TensorKey]) -> None:
 def without_repeats(
     keys: Mapping[str, TensorKey], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, TensorKey], list[str]]:
-    """The keys, each module under one name only.
+    """The keys, with only one name per module.
 
-    A module may stand in a file twice, under the names of two programs. It is taken once if its numbers are the same;
-    if they are not, nothing tells which of them are meant.
+    A file may contain a module twice, with the names of two programs. It is read once if the values are the same; if
+    they are not, it is unclear which are right.
 
     Args:
         keys: From `parse_keys`.
         tensors: All tensors of the file by their keys.
 
     Returns:
-        The keys, and of each module that stands there twice the two names, joined by "and".
+        The keys, and for each module that is there twice the two names, joined by "and".
 
     Raises:
-        AdapterError: A module has two names with different numbers; names both.
+        AdapterError: A module has two names with different values; names both.
     """
     modules: dict[object, dict[str, dict[str, str]]] = {}  # the module, and what of it → stem → part → key
     per_block = layers_per_block(key.module for key in keys.values())

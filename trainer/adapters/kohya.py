@@ -1,8 +1,8 @@
-"""Adapter files: read in the naming of any program, written in kohya's, with the hashes that others look up.
+"""Adapter files: read with any program's names, written with kohya's, and with the hashes that other programs look up.
 
 A module `down_blocks.0.attentions.0.proj_in` of the UNet is named `lora_unet_down_blocks_0_attentions_0_proj_in`;
 its tensors are `<name>.lora_down.weight` (rank, in[, k, k]), `<name>.lora_up.weight` (out, rank[, 1, 1]) and
-`<name>.alpha` (0-D). `layers` holds the other kinds and what each adds to the module's weight.
+`<name>.alpha` (0-D). `layers` has the other types and the delta of each.
 
 Source: networks/lora.py of kohya-ss/sd-scripts; files of LyCORIS, diffusers, PEFT and ComfyUI are read, too.
 """
@@ -78,8 +78,8 @@ class Adapter:
     Attributes:
         layers: kohya module name → layer.
         metadata: The file's metadata; strings.
-        vectors: What is added to biases and to the weights of norms, (out,) each: "<module>.diff_b", "<module>.diff".
-        embeddings: Of words that were trained along, as the file has them: "bundle_emb.<name>.<part>" → tensor.
+        vectors: Added to biases and to the weights of norms, (out,) each: "<module>.diff_b", "<module>.diff".
+        embeddings: Of words that were trained together with it, as in the file: "bundle_emb.<name>.<part>" → tensor.
     """
 
     layers: Mapping[str, Layer]
@@ -89,18 +89,18 @@ class Adapter:
 
     @property
     def kind(self) -> str:
-        """The kind of its layers; if there are several, all of them, the most common first."""
+        """The type of its layers; if there are several, all of them, the most common first."""
         return ", ".join(kind for kind, _ in Counter(layer.kind for layer in self.layers.values()).most_common())
 
     def state_dict(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """The tensors under kohya's names, contiguous, on the CPU.
+        """The tensors by kohya's names, contiguous, on the CPU.
 
         Args:
-            dtype: Of the matrices, None for each one's own. Alphas are float32; with a dtype given, so are DoRA's
-                scales and what the dtype would lose, see `casting`.
+            dtype: Of the matrices; None: unchanged. Alphas are float32; with a dtype, so are DoRA's scales and tensors
+                that would lose precision, see `casting`.
 
         Raises:
-            NotFiniteError: A number is not finite, or too large for the dtype.
+            NotFiniteError: A value is NaN, infinite, or too large for the dtype.
         """
         tensors: dict[str, Tensor] = {}
         for name in sorted(self.layers):
@@ -120,16 +120,16 @@ class Adapter:
 def parse_adapter(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None, configs: PeftConfigs | None = None
 ) -> Adapter:
-    """Read an adapter from tensors in the naming of any program that `keys` knows.
+    """Read an adapter from tensors named by any program that `keys` knows.
 
     Args:
-        tensors: Key → tensor, as a file or a LORA_MODEL wire has them.
+        tensors: Key → tensor, from a file or a LORA_MODEL wire.
         metadata: The file's metadata.
         configs: PEFT's configurations of its networks; None: those in the metadata, if there are any.
 
     Raises:
-        AdapterError: Another family's, a kind that can't be read yet, a tensor of an unknown name or one module under
-            two names with different numbers; or a layer is incomplete or damaged.
+        AdapterError: It is for another family, of an unsupported type, has an unknown tensor or one module under two
+            names with different values; or a layer is incomplete or damaged.
     """
     keys, repeated = without_repeats(_readable_keys(tensors), tensors)
     if repeated:
@@ -218,7 +218,7 @@ def _as_dora_scale(magnitude: Tensor) -> Tensor:
 
 
 def read_adapter(path: Path) -> Adapter:
-    """Read an adapter file, or a folder of PEFT or diffusers that holds one; see `adapter_files.find_files`.
+    """Read an adapter file, or a folder of PEFT or diffusers with one; see `adapter_files.find_files`.
 
     Raises:
         AdapterError: Missing, damaged, or not a LoRA.
@@ -275,11 +275,11 @@ def _readable_keys(keys: Collection[str] | Mapping[str, Tensor]) -> dict[str, Te
 def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: bool = True) -> Path:
     """Write a kohya file atomically, with the hashes that other programs look up.
 
-    Z-Image's modules have other names there, see `file_keys`.
+    Z-Image's modules have different names there, see `file_keys`.
 
     Args:
         path: The file.
-        adapter: Its metadata is written along; `sshs_*` and `modelspec.hash_sha256` are computed here.
+        adapter: Its metadata is written too; `sshs_*` and `modelspec.hash_sha256` are computed here.
         dtype: Of the tensors in the file.
         replace: Whether a file of that name is replaced, or another name taken; see `core.files.write_file`.
 
@@ -287,7 +287,7 @@ def write_adapter(path: Path, adapter: Adapter, dtype: torch.dtype, *, replace: 
         The path of the file.
 
     Raises:
-        NotFiniteError: A number is not finite, or too large for the dtype; nothing is written.
+        NotFiniteError: A value is NaN, infinite, or too large for the dtype; nothing is written.
         StorageError: The file can't be written.
     """
     tensors = in_file(adapter.state_dict(dtype))

@@ -24,7 +24,7 @@ FORM_KEY = "dreambooth.form"  # how a run's result is written: precision, alone 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What the metadata contain beside the settings.
+    """What the metadata contains in addition to the settings.
 
     Attributes:
         family: The base model's family.
@@ -32,12 +32,12 @@ class RunFacts:
         base_fingerprint: Digest of its weights.
         run_fingerprint: Digest of everything on which the adapter depends.
         captions: Caption of every subject picture.
-        repeats: Of every subject picture, how often it is taken in an epoch.
+        repeats: How often each subject picture is used in an epoch.
         class_pictures: Class prompt → number of its pictures.
         precision: Precision of the base model while training.
         started_at: Unix time.
         prediction: What the model predicts.
-        clip_skip: Layer of the text encoders that is read; 0: the family's.
+        clip_skip: The text encoder layer that is used; 0: the family's default.
         start: The adapter that the run continued to train; its kind, rank and alpha replace the settings'.
         processes: Number of processes that share every step.
     """
@@ -268,7 +268,7 @@ _KEYS_OF_BASE = ("ss_base_model_version", "ss_v2", "modelspec.architecture", "mo
 
 
 def without_run_keys(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Metadata without the keys by which a run recognises its own result, for a file that was changed."""
+    """Metadata without the keys that identify a run's own result, for a file that was changed."""
     return {key: value for key, value in metadata.items() if key not in (FINGERPRINT_KEY, FORM_KEY)}
 
 
@@ -276,7 +276,7 @@ def derived_metadata(sources: Sequence[Adapter], titles: Sequence[str], layers: 
     """Metadata of an adapter that was computed from others.
 
     Args:
-        sources: The others. The result has what the first of them states of the base model; of a single one it has
+        sources: The others. The result has the base-model entries of the first; of a single one, it has
             everything.
         titles: Their names.
         layers: The result's layers.
@@ -314,7 +314,7 @@ def _now() -> str:
 
 
 def metadata_summary(metadata: Mapping[str, str]) -> dict[str, str]:
-    """The few entries of an adapter's metadata that a person asks for first: label → value, without empty ones."""
+    """The most useful entries of an adapter's metadata: label → value, without empty ones."""
     keys_by_label = {
         "title": ("modelspec.title", "ss_output_name"),
         "base model": ("ss_sd_model_name",),

@@ -1,4 +1,4 @@
-"""Paths of modules, whatever program named them, and the names in kohya's files that are made of them and lead back.
+"""Paths of modules, whatever program named them, and the names in kohya's files that are derived from them.
 
 A name is a prefix that shows the network, and a dotted path with underscores for its dots: `underscored` and `dotted`
 are the only places where one becomes the other.
@@ -67,7 +67,7 @@ def block_order(block: str) -> tuple[int, str]:
 
 
 def has_known_words(component: str, path: str) -> bool:
-    """Whether a path has no words but those of the families that can be trained: the closed list.
+    """Whether a path has only words of the supported families: the closed list.
 
     Args:
         component: "unet", or a text encoder's name.
@@ -79,7 +79,7 @@ def has_known_words(component: str, path: str) -> bool:
 
 
 def is_known_module(component: str, path: str) -> bool:
-    """Whether models of the families that can be trained have such a module; arguments as of `has_known_words`."""
+    """Whether models of the supported families have such a module; arguments as of `has_known_words`."""
     if component != UNET:
         return is_text_module(path)
     return is_unet_module(path) or is_transformer_module(path)
@@ -115,11 +115,11 @@ def module_path(name: str, layers_per_block: int = 2) -> ModulePath:
 
 
 def own_name(name: str, others: Iterable[str]) -> str:
-    """A module's kohya name, by which it is not mistaken for another family's that is called alike.
+    """A module's kohya name, which is not confused with a similar name of another family.
 
     Args:
-        name: As a file has it, such as "lora_unet_final_layer_linear".
-        others: Names of all modules of the file: those in blocks show the family.
+        name: As in a file, such as "lora_unet_final_layer_linear".
+        others: Names of all modules in the file: those in blocks show the family.
     """
     component, rest = split_prefix(name)
     path = zimage_names.fixed_path(dotted(rest)) if component == UNET else None
@@ -134,12 +134,12 @@ def layers_per_block(names: Iterable[str]) -> int:
 
 
 def underscored(path: str) -> str:
-    """A dotted path as names in kohya's files hold it."""
+    """A dotted path in the form of kohya's names."""
     return path.replace(".", "_")
 
 
 @lru_cache(maxsize=8192)
 def dotted(underscored_path: str) -> str:
-    """The inverse of `underscored` for modules of the closed list: words with underscores of their own are known."""
+    """The inverse of `underscored` for modules of the closed list: words that contain underscores are known."""
     protected = _WORD.sub(lambda match: match[1].replace("_", "\0"), underscored_path)
     return protected.replace("_", ".").replace("\0", "_")

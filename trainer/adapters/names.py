@@ -1,7 +1,7 @@
-"""Names of modules: what a name in an adapter file means, and which names the modules of a model have.
+"""Names of modules: what a name in an adapter file means, and the names of a model's modules.
 
 Programs name the same module differently: by its path in diffusers or in the original code, under several prefixes.
-`module_paths.module_path` leads from a name to the module's path, `kohya_name` from the path to the name in kohya's
+`module_paths.module_path` maps a name to the module's path, `kohya_name` maps the path to the name in kohya's
 files. `adapter_names` and `modules_by_name` do the same for the modules of a model that is built.
 """
 
@@ -36,7 +36,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def kohya_name(path: ModulePath, family: Family) -> str:
-    """The name that kohya's files give a module of a published model of a family."""
+    """The name, in kohya's files, of a module of a family's published model."""
     dotted = path.path
     if path.component == UNET and family.original_names:
         dotted = family.layout.published_name(dotted, family.transformer_depths) or dotted
@@ -44,16 +44,16 @@ def kohya_name(path: ModulePath, family: Family) -> str:
 
 
 def name_in_family(name: str, family: Family) -> str:
-    """The name that files of a family give a module, from that of any program.
+    """The name of a module in a family's files, from that of any program.
 
-    A name of Stable Diffusion's original code stays, however many residual layers a level of its UNet has.
+    A name of Stable Diffusion's original code stays, whatever the number of residual layers per level of its UNet.
     """
     stays = family.original_names and name.startswith(_ORIGINAL_UNET_PREFIXES)
     return name if stays or name in family.adapter_marks.shared_names else kohya_name(module_path(name), family)
 
 
 def shown_family(adapter: Adapter) -> Family | None:
-    """The family that an adapter's modules show, by their names and widths; None if several have such modules."""
+    """The family of an adapter by its modules' names and widths; None if several have such modules."""
     for name, layer in adapter.layers.items():
         is_of_unet = re.search(r"attn2_to_[kv]$", name) and not is_transformer_module(module_path(name).path)
         if is_of_unet and len(layer.shape) > 1:
@@ -66,13 +66,13 @@ def shown_family(adapter: Adapter) -> Family | None:
 
 
 def recognized_family(adapter: Adapter) -> Family | None:
-    """The family that an adapter was made for: what its modules show, else what its metadata state, else None."""
+    """The family that an adapter was made for: by its modules, else by its metadata, else None."""
     stated = [family for family in families.FAMILIES if is_stated(family, adapter.metadata)]
     return shown_family(adapter) or next(iter(stated), None)
 
 
 def family_by_names(names: Iterable[str]) -> Family | None:
-    """The family whose models alone have modules of such names; None if there is none."""
+    """The only family with modules of these names; None if there is none."""
     all_names = list(names)
     for family in families.FAMILIES:
         pattern = family.adapter_marks.module_names
@@ -82,13 +82,13 @@ def family_by_names(names: Iterable[str]) -> Family | None:
 
 
 def family_of(adapter: Adapter) -> str | None:
-    """Short title of the family that an adapter was made for, such as "SD 1"; None if nothing shows it."""
+    """Short title of the family that an adapter was made for, such as "SD 1"; None if unknown."""
     family = recognized_family(adapter)
     return family.short_title if family else None
 
 
 def is_stated(family: Family, metadata: Mapping[str, str]) -> bool:
-    """Whether an adapter's metadata name a family, in Stability's words or in kohya's."""
+    """Whether an adapter's metadata names a family, in Stability's or kohya's keys."""
     marks = family.adapter_marks
     return marks.architecture in metadata.get("modelspec.architecture", "") or marks.base_version in metadata.get(
         "ss_base_model_version", ""
@@ -96,9 +96,9 @@ def is_stated(family: Family, metadata: Mapping[str, str]) -> bool:
 
 
 def contradicting_words(family: Family, metadata: Mapping[str, str]) -> str | None:
-    """What an adapter's metadata call its model, if that is another family than this one; None if it is not.
+    """The model family in an adapter's metadata, if it differs from this one; else None.
 
-    It is advice: what the modules show counts more, since programs and people write many words for one family.
+    It is a hint: the modules count more, since programs and people write a family's name in many ways.
     """
     if is_stated(family, metadata):
         return None
@@ -112,7 +112,7 @@ def contradicting_words(family: Family, metadata: Mapping[str, str]) -> str | No
 def is_published(path: ModulePath, family: Family) -> bool:
     """Whether the published models of a family have such a module, which a smaller relative may lack.
 
-    Modules outside of blocks, which every relative has, are not asked for.
+    Modules outside blocks, which every relative has, do not count.
     """
     if path.component != UNET:
         return True
@@ -212,12 +212,12 @@ def adapter_names(model: DiffusionModel) -> dict[ModulePath, str]:
 
 
 def modules_by_name(model: DiffusionModel) -> dict[str, Adaptable]:
-    """Every name that a file may give a module → the module: diffusers' and the original code's paths, any prefix."""
+    """Every name that a module may have in a file → the module: diffusers' and the original code's, any prefix."""
     return _by_possible_names(model, adaptable_modules(model))
 
 
 def parametrized_modules_by_name(model: DiffusionModel) -> dict[str, nn.Module]:
-    """As `modules_by_name`, for all modules that have weights or biases of their own, such as norms."""
+    """As `modules_by_name`, for all modules with weights or biases, such as norms."""
     parametrized = {
         component: {
             canonical_path(component, path): module
@@ -230,14 +230,14 @@ def parametrized_modules_by_name(model: DiffusionModel) -> dict[str, nn.Module]:
 
 
 def canonical_names(model: DiffusionModel) -> dict[str, str]:
-    """Every name that a file may give a module → its name in this model's own files."""
+    """Every name that a module may have in a file → its name in this model's own files."""
     names = adapter_names(model)
     own_names = {id(module): names[path] for path, module in modules_by_path(model).items()}
     return {name: own_names[id(module)] for name, module in modules_by_name(model).items()}
 
 
 def named_weights(model: DiffusionModel, *, biases: bool = False) -> dict[str, Tensor]:
-    """The weights that adapters change, by the names that this model's own adapter files give their modules.
+    """The weights that adapters change, by their modules' names in this model's own adapter files.
 
     Args:
         model: A built model.
@@ -291,12 +291,12 @@ def is_3x3_convolution(name: str) -> bool:
 def weight_shape(name: str, layers: Sequence[Layer], weight: Tensor | None) -> tuple[int, ...]:
     """The shape of a module's weight, (out, in) or (out, in, k, k).
 
-    It is that of the weight; else that of the layer whose tensors show the kernel; else, if no layer's do, with a
-    kernel of 3×3 for a module whose name is that of such a convolution.
+    It is that of the weight; else that of a layer with a known kernel; else, if there is none, with a kernel of 3×3 for
+    a module whose name is that of such a convolution.
 
     Args:
         name: The module's kohya name.
-        layers: One or more for the module; without the weight, one at least that is no OFT.
+        layers: One or more for the module; without the weight, at least one that is not an OFT.
         weight: The weight, if it is known.
 
     Raises:

@@ -1,9 +1,9 @@
-"""LoRA that starts orthogonal (Ortho-LoRA of Soboleva et al. 2025, arXiv:2507.05964, section 4.2).
+"""LoRA with orthogonal initialisation (Ortho-LoRA of Soboleva et al. 2025, arXiv:2507.05964, section 4.2).
 
     Δ = up · S · down - up₀ · S₀ · down₀
 
 The columns of up₀ and the rows of down₀ are orthonormal, S is diagonal; up, S and down start as copies and are trained,
-so that Δ starts at zero and yet every component has a direction of its own.
+so that Δ starts at zero and yet every component has its own direction.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class OrthogonalProduct(nn.Module):
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """Inputs of the adapted module → what is added to its outputs; equal terms cancel to the bit at first."""
+        """Inputs of the adapted module → what is added to its outputs; exactly zero at first."""
         trained: Tensor = self.up(_scaled(self.down(x), self.singular_values, x))
         initial: Tensor = self.initial_up(_scaled(self.initial_down(x), self.initial_singular_values, x))
         return trained - initial
@@ -75,7 +75,7 @@ def _scaled(components: Tensor, singular_values: Tensor, x: Tensor) -> Tensor:
 def plain_factors(trained: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same Δ as the two factors of a LoRA of twice the rank, exactly.
 
-    Component i becomes two, (up_i S_i - up₀_i S₀_i) · down_i and up₀_i S₀_i · (down_i - down₀_i), which stand beside
+    Component i becomes two, (up_i S_i - up₀_i S₀_i) · down_i and up₀_i S₀_i · (down_i - down₀_i), next to
     each other: so half precision rounds differences, not the large terms that cancel, and the first components stay
     the first.
 
@@ -92,11 +92,11 @@ def plain_factors(trained: Mapping[str, Tensor], initial: Mapping[str, Tensor]) 
 
 
 def orthogonal_start(suffix: str, shape: torch.Size, module: nn.Module, source: torch.Generator) -> Tensor:
-    """What a parameter starts at, float32 on the CPU.
+    """The initial value of a parameter, float32 on the CPU.
 
     The authors decompose a matrix of normal numbers with a standard deviation of 1 / rank, as large as the module's
     weight, and take the last singular vectors and values. The vectors of such a matrix are random orthonormal ones,
-    whatever its values, so they are drawn without it; and its values hardly differ from one matrix to another, so
+    whatever its values, so they are sampled directly; and its values hardly differ from one matrix to another, so
     modules of one shape share them.
 
     Args:

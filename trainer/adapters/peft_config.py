@@ -1,6 +1,6 @@
-"""PEFT's configuration of an adapter: what of it decides what the adapter's tensors add, and what can't be read.
+"""PEFT's configuration of an adapter: the options that affect its delta, and those that can't be read.
 
-It stands in adapter_config.json beside the tensors, or, from diffusers, for each network in the file's metadata.
+It is in adapter_config.json next to the tensors or, from diffusers, for each network in the file's metadata.
 Source: peft/tuners/lora/config.py, loha/config.py and lokr/config.py of PEFT 0.13 to 0.21.
 """
 
@@ -106,7 +106,7 @@ _Positive = Annotated[float, Field(gt=0)]
 
 
 class PeftConfig(BaseModel):
-    """What of a configuration decides what the tensors add; the rest is in `model_extra`.
+    """The options of a configuration that affect the delta; the rest is in `model_extra`.
 
     Attributes:
         peft_type: PEFT's name of the method, such as "LORA".
@@ -116,7 +116,7 @@ class PeftConfig(BaseModel):
         alpha_pattern: The same → alpha.
         use_rslora: Whether the scale is alpha / √rank instead of alpha / rank.
         use_dora: Whether every module is a DoRA.
-        init_lora_weights: How training began.
+        init_lora_weights: The initialisation.
     """
 
     model_config = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False)
@@ -132,17 +132,17 @@ class PeftConfig(BaseModel):
     init_lora_weights: bool | str | None = None
 
     def alpha_of(self, path: str, rank: int) -> float:
-        """The alpha of a module, which takes part in the scale alpha / rank.
+        """The alpha of a module, for the scale alpha / rank.
 
         Args:
-            path: Its dotted path in the network, as PEFT has it.
+            path: Its dotted path in the network, as in PEFT.
             rank: Its rank.
         """
         alpha = _value_for_path(self.alpha_pattern, path, self._usual_alpha)
         return alpha * rank**0.5 if self.use_rslora else alpha
 
     def scale_of_whole_lokr(self, path: str) -> float:
-        """The scale of a LoKr with whole factors: PEFT scales it, too, by its configuration's alpha / rank."""
+        """The scale of a LoKr with whole factors: PEFT scales it as well, by its configuration's alpha / rank."""
         rank = _value_for_path(self.rank_pattern, path, _DEFAULT_ALPHA if self.r is None else self.r)
         return _value_for_path(self.alpha_pattern, path, self._usual_alpha) / rank
 
@@ -161,7 +161,7 @@ class PeftConfigs:
 
     Attributes:
         by_component: "unet", "text_encoder" … → its configuration.
-        other: That of a network which has none of its own; None: there is none.
+        other: That of networks without their own; None: there is none.
     """
 
     by_component: Mapping[str, PeftConfig] = field(default_factory=dict)
@@ -180,7 +180,7 @@ def parse_config(content: bytes, source: str) -> PeftConfig:
         source: Its name, for messages.
 
     Raises:
-        AdapterError: It is no such configuration, or of an adapter that can't be read; names the option.
+        AdapterError: It is not a valid configuration, or the adapter can't be read; names the option.
     """
     try:
         values = parse_json(content, OBJECT)
@@ -193,7 +193,7 @@ def configs_in_metadata(metadata: Mapping[str, str]) -> PeftConfigs:
     """The configurations that diffusers writes into the metadata of a file, "<component>.<option>" → value.
 
     Raises:
-        AdapterError: They are no such configurations, or of an adapter that can't be read; names the option.
+        AdapterError: They are not valid configurations, or the adapter can't be read; names the option.
     """
     if HEADER_KEY not in metadata:
         return PeftConfigs()
@@ -264,7 +264,7 @@ def _require_readable(config: PeftConfig, source: str) -> None:
 
 
 def refuse_unread_parts(unread_names: Collection[str]) -> None:
-    """Refuse what PEFT saved beside the layers, since the result would lack it.
+    """Refuse what PEFT saved in addition to the layers, since the result would lack it.
 
     Args:
         unread_names: Names of those tensors of a file that belong to no layer.

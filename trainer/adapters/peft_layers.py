@@ -1,6 +1,6 @@
-"""How PEFT's layers hold each kind of adapter that can be trained, and their parameters as a file names them.
+"""The types of adapters that can be trained: their PEFT layers, and their parameters by their names in a file.
 
-A kind is one entry of `PEFT_METHODS`; nothing else in the engine tells kinds apart while training.
+A type is one entry of `PEFT_METHODS`; nothing else in training depends on the type.
 """
 
 from __future__ import annotations
@@ -45,20 +45,19 @@ def _uniform(suffix: str, shape: torch.Size, module: nn.Module, source: torch.Ge
 
 @dataclass(frozen=True)
 class PeftMethod:
-    """One kind of adapter.
+    """One type of adapter.
 
     Attributes:
         title: Its name in `Layer.kind`.
         inject: Puts the layers into a network.
         parameters: A layer of PEFT's kind → its parameters by suffix, the part of a file's key after the module's
             name.
-        zero_initialized: Suffixes of the parameters that start at zero, so that the model predicts at first as without
-            an adapter.
+        zero_initialized: Suffixes of the parameters that start at zero, so that the adapter initially has no effect.
         squared_norm: Parameters by suffix → squared Frobenius norm of the unscaled delta, 0-D; of a rotation of the
             weight, whose delta depends on the weight, that of the generator Q.
         prepare: Changes a layer that was injected before its parameters are looked up.
-        initial: Such a layer → what its parameters were at the start, by suffix, where the delta is the difference.
-        draw: Makes the initial value of a parameter that does not start at zero: its suffix, its shape, the module
+        initial: Such a layer → the initial values of its parameters, by suffix, where the delta is the difference.
+        draw: Returns the initial value of a parameter that does not start at zero: its suffix, its shape, the module
             that gets the adapter, and the source of the random numbers → float32 on the CPU.
     """
 
@@ -256,7 +255,7 @@ def first_factors(module: Any) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def adapters_off(modules: Iterable[Any]) -> Iterator[None]:
-    """Let PEFT's layers compute what the modules that they wrap compute alone.
+    """Make PEFT's layers compute the same as the modules that they wrap.
 
     PEFT's own `enable_adapters` would also turn the gradients of the parameters off and on.
     """
@@ -273,15 +272,15 @@ def adapters_off(modules: Iterable[Any]) -> Iterator[None]:
 def initial_values(
     method: PeftMethod, suffix: str, shape: torch.Size, module: nn.Module, generator: torch.Generator
 ) -> Tensor:
-    """What a parameter is set to before training, float32 on the CPU.
+    """The initial value of a parameter, float32 on the CPU.
 
-    Zero, or what the method draws, or for DoRA's magnitudes the norms of the rows of the module's weight.
+    Zero, or the method's random values, or for DoRA's magnitudes the norms of the rows of the module's weight.
 
     Args:
         method: The kind of the adapter.
         suffix: Which of its parameters.
         shape: The parameter's.
-        module: The module that gets the adapter, as it was before.
+        module: The module that gets the adapter, before it does.
         generator: Of the random numbers, on the CPU.
     """
     if suffix == DORA_SCALE:

@@ -1,7 +1,7 @@
-"""OFT and BOFT as layers of PEFT's kind, which train the very tensors that LyCORIS's files have.
+"""OFT and BOFT as PEFT layers that train the same tensors as in LyCORIS's files.
 
-PEFT's own OFT and BOFT turn a weight's inputs, W R. LyCORIS, kohya and ComfyUI turn its outputs, R W. No rotation of
-the outputs is the same change, so what PEFT trains has no place in a file that they read.
+PEFT's own OFT and BOFT rotate a weight's inputs, W R. LyCORIS, kohya and ComfyUI rotate its outputs, R W. No rotation
+of the outputs is equivalent, so what PEFT trains can't be saved in a file that they read.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from .layers.oft import butterfly_factors, rotation_delta, rotations_less_identi
 
 
 class OftModule(nn.Module, BaseTunerLayer):  # type: ignore[misc]
-    """A linear layer or convolution whose outputs, less their bias, are rotated.
+    """A linear layer or convolution whose outputs, without the bias, are rotated.
 
-    That is the layer with rotated rows of its weight, in whatever form it holds the weight.
+    That is the layer with the rows of its weight rotated, in whatever form it stores the weight.
     """
 
     adapter_layer_names = ("oft_blocks",)
@@ -58,7 +58,7 @@ def inject_oft(network: nn.Module, adapter_name: str, targets: str, size: int, *
     """Put a layer around every module that a regular expression matches.
 
     Args:
-        network: What has the modules.
+        network: The network with the modules.
         adapter_name: PEFT's name of the adapter.
         targets: Matches the modules' whole paths.
         size: Of a block; divides the modules' outputs.

@@ -19,7 +19,7 @@ class Candidate:
     """Adapters to compare, or the base alone.
 
     Attributes:
-        title: For people.
+        title: Its display name.
         load: Reads the adapters.
         step: Of a run's checkpoint; None otherwise.
         path: The file, if it is one.
@@ -58,7 +58,7 @@ class Comparison:
         rows: Candidate by candidate.
         prompts: Prompts of the subject.
         class_prompts: Prompts of its class.
-        reference_metrics: The subject's own pictures among themselves: the top of the scale.
+        reference_metrics: The subject's own pictures compared with each other: an upper bound.
         models: Feature extractors: "CLIP", "DINO" → name of the model.
     """
 
@@ -75,7 +75,7 @@ class Comparison:
 
     @property
     def best(self) -> ComparisonRow | None:
-        """The checkpoint to keep (`evaluator.best_index`); None if there are not two of them.
+        """The checkpoint to keep (`evaluator.best_index`); None if there are fewer than two.
 
         With several schedulers or numbers of steps, a checkpoint's metrics are means over these.
         """
@@ -96,12 +96,12 @@ def base_candidate() -> Candidate:
 
 
 def adapter_candidate(path: Path, strength: float = 1.0, title: str = "", step: int | None = None) -> Candidate:
-    """An adapter file at a strength; read when it is its turn.
+    """An adapter file at a strength; read when it is needed.
 
     Args:
         path: The file.
         strength: Of the adapter; named in the title unless it is 1.
-        title: For people; empty: the file's name.
+        title: Its display name; empty: the file's name.
         step: Of a run's checkpoint; None otherwise.
     """
     full_title = title or path.stem
@@ -115,7 +115,7 @@ def checkpoint_candidates(adapters: Mapping[int, Path], run_name: str, strength:
 
     Args:
         adapters: Step → adapter file, ascending.
-        run_name: For people.
+        run_name: For titles.
         strength: Of each adapter.
 
     Raises:
@@ -145,13 +145,13 @@ def compare_candidates(
         evaluator: Prompts, references and feature extractors.
         candidates: What to compare.
         configs: How to generate.
-        prior: Whether to generate the class, too, and measure its drift.
+        prior: Whether to also generate the class and measure its drift.
 
     Raises:
         AdapterError: An adapter can't be read or does not fit the base.
         StorageError: The pictures can't be written.
         OutOfMemoryError: The device ran out of memory.
-        CancelledError: The listener asked to stop; the finished pictures are kept.
+        CancelledError: The listener asked to stop; finished pictures are kept.
     """
     rows = []
     try:

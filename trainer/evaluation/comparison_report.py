@@ -1,4 +1,4 @@
-"""A comparison for people and programs: tables, a contact sheet, and a plot of what is gained and lost."""
+"""A comparison as tables, a contact sheet, and a plot of the trade-offs."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def _cell(value: float | None) -> str:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """A line for every candidate, scheduler, number of steps and prompt, with the metrics of single pictures."""
+    """One line per candidate, scheduler, number of steps and prompt, with the per-picture metrics."""
     rows = [
         {**_facts(row), "prompt": prompt, **metrics}
         for row in comparison.rows
@@ -140,7 +140,7 @@ def _facts(row: ComparisonRow) -> dict[str, Any]:
 
 
 def as_contact_sheet(comparison: Comparison, cell: int = 128) -> Image.Image:
-    """The first picture of every prompt, of the subject and of its class; a row for each candidate and sampler.
+    """The first picture of every prompt, of the subject and of its class; one row per candidate and sampler.
 
     Args:
         comparison: To show.

@@ -1,7 +1,7 @@
-"""How good an adapter is: pictures of the subject and of its class, generated with it and measured.
+"""Evaluation of an adapter: generates pictures of the subject and of its class and measures them.
 
 Fidelity, prompt following and prior drift (Ruiz et al. 2023, section 4), on pictures from the same noise for every
-adapter, so that differences are the adapters' own.
+adapter, so that differences come from the adapters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class EvaluationResult:
 
     Attributes:
         metrics: Metric → value.
-        by_prompt: The metrics of single pictures again, as means for each prompt.
+        by_prompt: The per-picture metrics as means for each prompt.
         pictures: Of the subject, prompt by prompt.
         class_pictures: Of the class, likewise; empty if they were not generated.
     """
@@ -120,7 +120,7 @@ class Evaluator:
             adapters: Applied to the base; none: the base alone.
             config: How many pictures of each prompt, and how they are generated.
             title: What the progress is called.
-            prior: Whether the class is generated, with and without the adapters, to measure the drift.
+            prior: Whether to generate the class, with and without the adapters, to measure the drift.
         """
         before: list[Picture] = []
         after: list[Picture] = []
@@ -162,7 +162,7 @@ class Evaluator:
         return metrics
 
     def by_prompt(self, pictures: Sequence[Picture]) -> list[dict[str, float]]:
-        """Metrics of single pictures as means over those of each prompt, in the order of the prompts."""
+        """Per-picture metrics as means over each prompt, in the order of the prompts."""
         per_prompt = self._per_prompt(pictures)
         by_picture = self._metrics_by_picture(pictures)
         return [
@@ -171,7 +171,7 @@ class Evaluator:
         ]
 
     def reference_metrics(self) -> dict[str, float]:
-        """The subject's pictures among themselves, each left out of its own score: the top of the scale."""
+        """The subject's pictures compared with each other (leave-one-out): an upper bound."""
         if len(self.references) < 2:
             return {}
         features = self.extractors.image_features(self.references, self.listener)
@@ -209,9 +209,9 @@ def fidelity_and_drift(metrics: Mapping[str, float]) -> tuple[float, float]:
 
 
 def overall_score(metrics: Mapping[str, float]) -> float:
-    """Geometric mean of fidelity and prompt following, fidelity counting twice: it is what the training is for.
+    """Geometric mean of fidelity and prompt following, with double weight on fidelity, the purpose of training.
 
-    What gains one by losing the other gains nothing, and unlike a sum it does not depend on the metrics' scales.
+    Gaining one by losing the other does not improve it and, unlike a sum, it does not depend on the metrics' scales.
     Without CLIP-T it is the fidelity.
     """
     fidelity, _ = fidelity_and_drift(metrics)
@@ -223,10 +223,10 @@ def overall_score(metrics: Mapping[str, float]) -> float:
 
 
 def best_index(candidates: Sequence[Mapping[str, float]]) -> int:
-    """Which of several to keep: of those whose `overall_score` is as good as the best, the one that drifts least.
+    """The one to keep: of those with an `overall_score` as good as the best, the one with the least drift.
 
     Args:
-        candidates: Metrics of each, as `Evaluator.compute_metrics` gives them; at least one.
+        candidates: Metrics of each, from `Evaluator.compute_metrics`; at least one.
 
     Returns:
         Its index.
@@ -246,11 +246,11 @@ def best_step(history: Mapping[int, Mapping[str, float]]) -> int:
 
 
 def early_stop_step(history: Mapping[int, Mapping[str, float]], patience: int) -> int | None:
-    """Step to go back to, if since then fidelity has not risen while the prior drifted on; else None.
+    """Step to go back to, if fidelity has not risen since then while the prior kept drifting; else None.
 
     Args:
         history: Step → metrics.
-        patience: How many previews must have come since.
+        patience: Number of previews that must have followed it.
     """
     best = best_step(history)
     later = sorted(step for step in history if step > best)

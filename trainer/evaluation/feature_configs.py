@@ -1,4 +1,4 @@
-"""Kinds and configurations of CLIP, DINO and DINOv2 models, inferred from their weights alone."""
+"""Types and configurations of CLIP, DINO and DINOv2 models, inferred from their weights."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class FeatureWeights:
     Attributes:
         name: For messages and results.
         path: The file, or the folder.
-        tensors: Under transformers' names.
-        config: The configuration beside the weights, an object of transformers; None without one.
+        tensors: By transformers' names.
+        config: The configuration in the weights' folder, a transformers object; None without one.
     """
 
     name: str
@@ -48,24 +48,24 @@ class FeatureWeights:
 
     @property
     def folder(self) -> Path:
-        """Where its tokenizer and its preprocessor_config.json would be."""
+        """The folder for its tokenizer and preprocessor_config.json."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
     def has_vision_tower(self) -> bool:
-        """Whether it holds a CLIP's vision tower."""
+        """Whether it contains a CLIP vision tower."""
         return "vision_model.embeddings.class_embedding" in self.tensors
 
     @property
     def has_text_tower(self) -> bool:
-        """Whether it holds a CLIP's text tower."""
+        """Whether it contains a CLIP text tower."""
         return "text_model.embeddings.token_embedding.weight" in self.tensors
 
     def shape(self, name: str, dimensions: int) -> tuple[int, ...]:
         """The shape of a tensor that the configuration is inferred from.
 
         Raises:
-            WeightsError: It is missing, or has another number of dimensions.
+            WeightsError: It is missing, or has a different number of dimensions.
         """
         tensor = self.tensors.get(name)
         if tensor is None:
@@ -77,13 +77,13 @@ class FeatureWeights:
         return tuple(tensor.shape)
 
     def count_layers(self, prefix: str) -> int:
-        """How many layers there are under a prefix."""
+        """The number of layers with a prefix."""
         pattern = re.compile(rf"{re.escape(prefix)}(\d+)\.")
         numbers = [int(match[1]) for match in map(pattern.match, self.tensors) if match]
         return max(numbers, default=-1) + 1
 
     def declared(self, tower: str, published: Mapping[str, Any]) -> dict[str, Any]:
-        """Values that no shape shows: those of the configuration beside the weights, else the published models'.
+        """Values that shapes don't show: from the configuration, else the published models'.
 
         Args:
             tower: "vision" or "text", if the configuration has several towers.
@@ -94,11 +94,11 @@ class FeatureWeights:
 
 
 def inferred_config(weights: FeatureWeights) -> tuple[str, dict[str, Any]]:
-    """The kind of a model and its configuration.
+    """The type of a model and its configuration.
 
-    What shapes don't show is declared beside the weights, or that of the published models: 64 channels in a head of
-    attention (80 in CLIP's ViT-H, 88 in ViT-g, 104 in ViT-bigG); quick_gelu in CLIP's towers of OpenAI's widths, gelu
-    in all others.
+    Values that shapes don't show come from the configuration file, else from the published models: 64 channels per
+    attention head (80 in CLIP's ViT-H, 88 in ViT-g, 104 in ViT-bigG); quick_gelu in CLIP towers of OpenAI's widths,
+    gelu in all others.
 
     Args:
         weights: They may be on the meta device.
@@ -107,7 +107,7 @@ def inferred_config(weights: FeatureWeights) -> tuple[str, dict[str, Any]]:
         One of `MODEL_CLASSES`, and keyword arguments for transformers' configuration.
 
     Raises:
-        WeightsError: The kind is unknown, or a tensor is missing.
+        WeightsError: The type is unknown, or a tensor is missing.
     """
     if weights.has_vision_tower and weights.has_text_tower:
         return "clip", clip_config(weights, weights)
@@ -131,11 +131,11 @@ def clip_config(vision: FeatureWeights, text: FeatureWeights) -> dict[str, Any]:
     """Keyword arguments for a `CLIPConfig`, except those that the tokenizer determines.
 
     Args:
-        vision: Holds a vision tower.
-        text: Holds a text tower; may be the same.
+        vision: Contains a vision tower.
+        text: Contains a text tower; may be the same.
 
     Raises:
-        WeightsError: A tensor is missing, or they give features of different widths.
+        WeightsError: A tensor is missing, or their feature widths differ.
     """
     vision_config = _vision_config(vision)
     text_config = _text_config(text)

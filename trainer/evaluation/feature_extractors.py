@@ -1,4 +1,4 @@
-"""Feature extractors: CLIP, DINO and DINOv2. One contract: pictures or prompts in, normalised features out.
+"""Feature extractors: CLIP, DINO and DINOv2. One interface: pictures or prompts in, normalised features out.
 
 Preprocessing is each model's own, by transformers' processors that work on Pillow images, without torchvision.
 """
@@ -84,7 +84,7 @@ class FeatureModel:
 
     @torch.no_grad()
     def text_features(self, prompts: Sequence[str]) -> Tensor:
-        """Normalised features (prompts, width), float32, on the CPU; prompts are truncated to what the model reads.
+        """Normalised features (prompts, width), float32, on the CPU; longer prompts are truncated.
 
         Raises:
             WeightsError: The model has no text tower.
@@ -116,10 +116,11 @@ def open_feature_model(
             files of a CLIP's towers as "vision file + text file" (see `feature_files`).
         device: Where it computes.
         download: Whether a hub name may be fetched; otherwise only what the hub's cache holds is used.
-        tokenizer: Folder of the CLIP tokenizer, for a weight file that has none beside it.
+        tokenizer: Folder of the CLIP tokenizer, for a weight file without one in its folder.
 
     Raises:
-        WeightsError: It is not there, or of no known kind; says which files to get and where to put them.
+        WeightsError: It does not exist, or is of an unknown type; the remedy names the files to get and where to put
+            them.
     """
     if are_files(source):
         files = open_feature_files(source, tokenizer)
@@ -150,7 +151,7 @@ class FeatureExtractors:
     """A CLIP model, a DINO model, or both, which encode each picture and each prompt once.
 
     Attributes:
-        models: "CLIP", "DINO" → model, as far as there is one.
+        models: "CLIP", "DINO" → model, for those that exist.
     """
 
     def __init__(self, clip: FeatureModel | None = None, dino: FeatureModel | None = None) -> None:
@@ -205,7 +206,7 @@ class FeatureExtractors:
             title: What the progress is called.
 
         Raises:
-            PicturesError: A model gives numbers that are not finite.
+            PicturesError: A model gives NaN or infinite values.
             CancelledError: The listener asked to stop.
         """
         new = {

@@ -1,7 +1,7 @@
 """CLIP, DINO and DINOv2 from single weight files, as in ComfyUI's models/clip_vision and models/text_encoders.
 
-Such a file has no configuration: it is inferred from the tensors' shapes, and what they don't show is that of the
-published models. A model.safetensors with a config.json beside it has that configuration instead.
+Such a file has no configuration: it is inferred from the tensors' shapes, and from the published models where shapes
+don't show it. A model.safetensors with a config.json in its folder has that configuration instead.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class OpenedFeatureModel:
         name: For results: the files' names without ending.
         kind: One of `MODEL_CLASSES`.
         network: The transformers model, in float32, on the CPU.
-        preprocessing: What a preprocessor_config.json says.
+        preprocessing: The content of a preprocessor_config.json.
         tokenizer: Prompts → tokens; None without a text tower.
     """
 
@@ -52,7 +52,7 @@ class OpenedFeatureModel:
 
 
 def are_files(source: str | Path) -> bool:
-    """Whether a feature model is given by a file, or by two that are joined with " + "."""
+    """Whether a feature model is given as a file, or as two joined with " + "."""
     name = str(source)
     return not os.path.isdir(name) and (
         os.path.isfile(name) or name.endswith(".safetensors") or TOWER_SEPARATOR in name
@@ -70,16 +70,16 @@ def open_feature_files(source: str | Path, tokenizer: Path | None = None) -> Ope
     """Open a feature model from one file, or a CLIP from "vision file + text file".
 
     Configuration and preprocessing are the published ones: see `inferred_config` and `published_preprocessing`. LAION's
-    ViT-B and ViT-L have OpenAI's shapes and another activation: give their folder, or the model.safetensors in it.
+    ViT-B and ViT-L have OpenAI's shapes but a different activation: use their folder, or the model.safetensors in it.
 
     Args:
-        source: A file in transformers' or OpenCLIP's names; or two joined with " + ", in either order, of which each
-            may also be a folder of transformers.
-        tokenizer: Folder of the CLIP tokenizer for a text tower, if none lies beside its file.
+        source: A file with transformers' or OpenCLIP's tensor names; or two joined with " + ", in either order, each of
+            which may also be a folder of transformers.
+        tokenizer: Folder of the CLIP tokenizer for a text tower, if there is none in its file's folder.
 
     Raises:
-        WeightsError: It is not there, incomplete, of no known kind, the parts don't belong together, or there is no
-            tokenizer for it.
+        WeightsError: It does not exist, is incomplete or of an unknown type, the parts don't belong together, or it has
+            no tokenizer.
     """
     name = str(source)
     paths = [name] if os.path.isfile(name) else [path.strip() for path in name.split(TOWER_SEPARATOR)]
@@ -98,10 +98,10 @@ def open_feature_files(source: str | Path, tokenizer: Path | None = None) -> Ope
 
 
 def published_preprocessing(kind: str, image_size: int) -> dict[str, Any]:
-    """How the published models of a kind preprocess images, as a preprocessor_config.json says it.
+    """The preprocessing of a type's published models, as in a preprocessor_config.json.
 
-    CLIP as in openai/clip-vit-large-patch14: the shorter side to the image size, bicubic, and the centre of that.
-    DINOv2 as in facebook/dinov2-base: the shorter side to 256, bicubic, and the centre of 224. DINO as in
+    CLIP as in openai/clip-vit-large-patch14: the shorter side to the image size, bicubic, then a centre crop.
+    DINOv2 as in facebook/dinov2-base: the shorter side to 256, bicubic, then a centre crop of 224. DINO as in
     facebook/dino-vits16: both sides to 224, bilinear. DINO and DINOv2 are normalised by ImageNet's mean and deviation.
 
     Args:

@@ -27,7 +27,7 @@ AdapterIdentity = list[list[object]]
 
 @dataclass(frozen=True)
 class SampleConfig(GenerationConfig):
-    """How many pictures of each prompt are generated, from which noise, and how.
+    """The number of pictures per prompt, their noise, and how they are generated.
 
     Attributes:
         width: Pixels; a multiple of 8.
@@ -50,7 +50,7 @@ class SampleConfig(GenerationConfig):
 
     @property
     def key(self) -> dict[str, object]:
-        """What a picture depends on beside its model and prompt, as JSON values that name its folder."""
+        """What a picture depends on besides its model and prompt, as JSON values for its folder's name."""
         values = {name: value for name, value in asdict(self).items() if name not in ("count", "batch_size")}
         if not self.negative_prompt:
             del values["negative_prompt"]
@@ -123,7 +123,7 @@ class CachedGenerator:
             AdapterError: An adapter does not fit the base.
             StorageError: The folder can't be written.
             OutOfMemoryError: The device ran out of memory.
-            CancelledError: The listener asked to stop; the finished pictures are kept.
+            CancelledError: The listener asked to stop; finished pictures are kept.
         """
         identity: AdapterIdentity = [
             [file_hashes(adapter.state_dict(), {})[0], strength] for adapter, strength in adapters
@@ -155,7 +155,7 @@ class CachedGenerator:
         return [caches[prompt].load(_file_name(number), prompt) for prompt in prompts for number in range(config.count)]
 
     def close(self) -> None:
-        """Drop the model and give its memory back."""
+        """Drop the model and free its memory."""
         self._model = None
         release(self._device)
 

@@ -1,7 +1,7 @@
-"""Metrics of pictures: how well they follow a prompt, how much they show the subject, how far a prior has drifted.
+"""Metrics of pictures: prompt following, subject fidelity, and drift of the prior.
 
 All are computed from normalised features (`feature_extractors`), so that each picture is encoded once for all of them.
-Their names, which tables and files have, stand here alone.
+Only this module defines their names in tables and files.
 """
 
 from __future__ import annotations
@@ -56,10 +56,10 @@ def subject_score(pictures: Tensor, references: Tensor, same: Tensor | None = No
     Args:
         pictures: (pictures, width).
         references: Features of real pictures of the subject, (references, width), by the same model.
-        same: Whether a picture is the reference itself, which is left out: (pictures, references), bool; None: nowhere.
+        same: Whether a picture is the reference itself, which is excluded: (pictures, references), bool; None: none.
 
     Raises:
-        PicturesError: A picture has no other reference than itself.
+        PicturesError: A picture has no reference other than itself.
     """
     cosines = pictures @ references.T
     counted = torch.ones_like(cosines) if same is None else (~same).to(cosines)
@@ -72,7 +72,7 @@ def subject_score(pictures: Tensor, references: Tensor, same: Tensor | None = No
 
 
 def leave_one_out_score(references: Tensor) -> float:
-    """Mean subject score of real pictures, each compared with all others but itself: the top of the scale.
+    """Mean subject score of real pictures, each compared with all others: an upper bound.
 
     Raises:
         PicturesError: There is only one picture.

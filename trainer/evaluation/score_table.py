@@ -1,4 +1,4 @@
-"""Scores of given pictures as tables: one row a picture, the means, and the models that measured.
+"""Scores of given pictures as tables: one row per picture, the means, and the models used.
 
 `score_pictures` scores one set of pictures; `score_grid` scores the same prompts under several generation settings.
 """
@@ -39,13 +39,13 @@ _PROMPT = "prompt"
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """What was measured of one set of pictures.
+    """The scores of one set of pictures.
 
     Attributes:
         rows: One for each picture: "picture", "prompt" and the metrics.
-        means: Metric → mean over the pictures, and what is measured of all together.
+        means: Metric → mean over the pictures, and metrics of the set as a whole.
         models: Metric → name of the model that measured it.
-        notes: What the reader should know.
+        notes: Remarks for the reader.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -83,7 +83,7 @@ class ScoreTable:
 
 @dataclass(frozen=True)
 class ScoreGrid:
-    """What was measured of pictures of the same prompts under several settings.
+    """The scores of pictures of the same prompts under several settings.
 
     Attributes:
         prompts: One for each column; the pictures of a setting come prompt by prompt, the same number of each.
@@ -103,11 +103,11 @@ class ScoreGrid:
         }
 
     def as_csv(self) -> str:
-        """A line for every picture, with a header."""
+        """One line per picture, with a header."""
         return _as_csv([{"setting": title, **row} for title, table in self.tables.items() for row in table.rows])
 
     def as_text(self) -> str:
-        """The means, a line for every setting."""
+        """The means, one line per setting."""
         means = text_table({title: table.means for title, table in self.tables.items()})
         notes = dict.fromkeys(note for table in self.tables.values() for note in table.notes)
         return "\n".join([means, *_model_lines(self._first_table), *notes])
@@ -149,8 +149,8 @@ def score_pictures(
         listener: Gets the progress; may stop the work.
 
     Raises:
-        PicturesError: There are no pictures, the numbers don't fit, or nothing can be measured.
-        WeightsError: The CLIP model reads no text, and there are prompts.
+        PicturesError: There are no pictures, the counts don't match, or nothing can be measured.
+        WeightsError: There are prompts, but the CLIP model has no text encoder.
         CancelledError: The listener asked to stop.
     """
     if not pictures:
@@ -219,8 +219,8 @@ def score_grid(
         listener: Gets the progress; may stop the work.
 
     Raises:
-        PicturesError: There are no pictures or prompts, or a number of pictures that the prompts can't share.
-        WeightsError: The CLIP model reads no text.
+        PicturesError: There are no pictures or prompts, or the number of pictures is not a multiple of that of prompts.
+        WeightsError: The CLIP model has no text encoder.
         CancelledError: The listener asked to stop.
     """
     if not prompts:

@@ -42,7 +42,7 @@ class Delta:
 
     @property
     def size(self) -> int:
-        """How many numbers are held."""
+        """The number of stored values."""
         return self.up.numel() + (0 if self.down is None else self.down.numel())
 
     def dense(self) -> Tensor:
@@ -54,20 +54,20 @@ class Delta:
         return replace(self, up=self.up * factor)
 
     def require_finite(self, name: str) -> Delta:
-        """The delta, whose numbers are all finite.
+        """The delta, checked for NaN and infinite values.
 
         Args:
             name: The module's, for the message.
 
         Raises:
-            NotFiniteError: They aren't.
+            NotFiniteError: There are some.
         """
         if all(is_finite(part) for part in (self.up, self.down) if part is not None):
             return self
         raise NotFiniteError(f"The change to {name} has NaN or infinite values.", "Use lower strengths or other files.")
 
     def inner(self, other: Delta) -> float:
-        """Frobenius inner product, without multiplying factors out."""
+        """Frobenius inner product, without multiplying out the factors."""
         if other.down is None:
             if self.down is not None:
                 return other.inner(self)
@@ -79,13 +79,13 @@ class Delta:
 
 @dataclass(frozen=True)
 class Truncation:
-    """How far the rank of a delta is reduced; every limit holds.
+    """How far the rank of a delta is reduced; all limits apply.
 
     Attributes:
         rank: Highest rank; None for no limit.
-        energy: Share of the squared norm that is kept at least, above 0 to 1.
-        ratio: Highest ratio of the largest singular value to the smallest that is kept; None for no limit.
-        floor: Singular values up to this one are left out.
+        energy: Minimum share of the squared norm to keep, in (0, 1].
+        ratio: Highest ratio of the largest to the smallest kept singular value; None for no limit.
+        floor: Singular values up to this one are dropped.
     """
 
     rank: int | None = None
@@ -206,7 +206,7 @@ def _kept_rank(values: Tensor, truncation: Truncation, energy: float) -> int:
 
 
 def to_layer(delta: Delta) -> LoraLayer | FullLayer:
-    """The layer of a delta: a LoRA whose alpha equals its rank, or a full difference if it is dense."""
+    """The layer of a delta: a LoRA with alpha equal to its rank, or a full difference if it is dense."""
     outputs, inputs, *kernel = delta.shape
     if delta.down is None:
         return FullLayer(delta.up.reshape(delta.shape).contiguous())
@@ -220,7 +220,7 @@ def to_layer(delta: Delta) -> LoraLayer | FullLayer:
 
 
 def nearest_lora(delta: Tensor, rank: int) -> LoraLayer:
-    """The LoRA of at most that rank whose product is nearest to a delta of a weight.
+    """The LoRA of at most that rank that is nearest to a weight's delta.
 
     Args:
         delta: (out, in) or (out, in, k, k).

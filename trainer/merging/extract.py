@@ -1,4 +1,4 @@
-"""LoRA out of tuned weights: the nearest delta of a given rank, module by module."""
+"""LoRA from fine-tuned weights: the nearest delta of a given rank, module by module."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def extract_lora(
 
     Args:
         base: The base model.
-        tuned: "<component>.<parameter>" → tuned tensor.
+        tuned: "<component>.<parameter>" → fine-tuned tensor.
         targets: The modules to extract, with their ranks.
         metadata: Of the adapter.
     """
@@ -66,8 +66,8 @@ def extract_between(
         listener: Gets the progress; may stop the work.
 
     Raises:
-        AdapterError: The models have different layers, or don't differ.
-        NotFiniteError: One of them has numbers that are not finite.
+        AdapterError: The models have different layers, or do not differ.
+        NotFiniteError: One of them has NaN or infinite values.
         CancelledError: The listener asked to stop.
     """
     listener = listener or SilentListener()

@@ -31,12 +31,12 @@ logger = logging.getLogger("dreambooth_lora")
 
 
 def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) -> Path:
-    """Write a model with adapters added to its weights; every tensor that they don't change stays as it is.
+    """Write a model with adapters added to its weights; all other tensors are copied unchanged.
 
     Args:
-        source: A checkpoint file, or a folder in diffusers' layout.
+        source: A checkpoint file, or a folder in diffusers format.
         adapters: Each with its strength.
-        output: The new file, or the new folder. If it exists the first free name is taken.
+        output: The new file, or the new folder. If it exists, the first free name is used.
 
     Returns:
         What was written.
@@ -44,7 +44,7 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
     Raises:
         WeightsError: The model can't be read.
         AdapterError: An adapter does not fit the model, or all of them together change nothing.
-        NotFiniteError: The strengths make weights that are not finite.
+        NotFiniteError: The strengths make weights NaN or infinite.
         StorageError: The result can't be written.
     """
     embeddings = [name for adapter, _ in adapters for name in embedding_names(adapter.embeddings)]

@@ -1,6 +1,6 @@
-"""Several adapters become one: `merge` goes through them module by module, one module's deltas in memory at a time.
+"""Merge several adapters into one, module by module, with one module's deltas in memory at a time.
 
-`methods` holds the methods, `deltas` the arithmetic, `report` what is reported of the result.
+`methods` holds the methods, `deltas` the arithmetic, `report` the report of the result.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class WeightedAdapter:
 
     Attributes:
         adapter: The adapter.
-        title: Its name for people, unlike the others'.
+        title: Its display name, unique.
         strength: Of its modules in the UNet.
         text_strength: Of its modules in the text encoders.
-        blocks: Further factors of parts of the model; the last whose pattern is found in a module's path counts.
+        blocks: Further factors for parts of the model; the last whose pattern matches a module's path counts.
     """
 
     adapter: Adapter
@@ -77,19 +77,20 @@ def merge(
     """Merge adapters into one.
 
     Args:
-        adapters: The adapters with their strengths; a single one is scaled and, if the method says so, truncated.
+        adapters: The adapters with their strengths; a single one is scaled and, depending on the method, truncated.
         settings: Method and size.
         weights: The base model's weights by the modules' kohya names, for DoRA and OFT, and for convolutions whose
-            kernel no adapter shows.
+            kernel is not known from the adapters.
         device: Where to compute; None for the CPU.
         listener: Gets the progress; may stop the merge.
-        columns: Kohya name → for each adapter that has the module a coefficient of each input, (in,): these modules
+        columns: Kohya name → for each adapter with the module, a coefficient of each input, (in,): these modules
             are merged by `methods.column_scaled`, whatever the method of the others.
 
     Raises:
-        SettingsError: There is nothing to merge, or a pattern of block weights fits no module.
-        AdapterError: The adapters are of different families, have no module or no shape in common, or need weights.
-        NotFiniteError: Strengths or adapters give numbers that are not finite.
+        SettingsError: There is nothing to merge, or a block weight pattern matches no modules.
+        AdapterError: The adapters are for different families, have no modules in common, differ in shape, or need
+            weights.
+        NotFiniteError: Strengths or adapters give NaN or infinite values.
         CancelledError: The listener asked to stop.
     """
     listener = listener or SilentListener()
@@ -197,7 +198,7 @@ def truncation_for(settings: TruncationSettings, shape: Sequence[int]) -> Trunca
 
 
 def scale_layer(layer: Layer, factor: float) -> Layer | None:
-    """The layer times a factor, of the same kind; None if what it adds is not proportional to any of its numbers."""
+    """The layer times a factor, of the same type; None if its delta is not proportional to any of its tensors."""
     if factor == 1:
         return layer
     if factor == 0 and len(layer.shape) > 1:  # not by alpha 0, which kohya and LyCORIS read as "the rank"
@@ -218,11 +219,11 @@ def scale_layer(layer: Layer, factor: float) -> Layer | None:
 
 
 def with_common_names(adapters: Sequence[WeightedAdapter]) -> tuple[list[WeightedAdapter], list[str]]:
-    """The adapters with their modules under kohya's names of one family, and warnings for the user.
+    """The adapters with kohya's names of one family for their modules, and warnings for the user.
 
     Raises:
         SettingsError: There are none.
-        AdapterError: They are of different families, or have nothing in common.
+        AdapterError: They are for different families, or have nothing in common.
     """
     if not adapters:
         raise SettingsError(
@@ -358,10 +359,10 @@ def _merged_vectors(adapters: Sequence[WeightedAdapter]) -> dict[str, Tensor]:
 
 
 def merged_embeddings(adapters: Iterable[Adapter]) -> dict[str, Tensor]:
-    """The embeddings that adapters bundle, as they are: no strength changes a word.
+    """The adapters' bundled embeddings, unchanged: strengths do not affect them.
 
     Raises:
-        AdapterError: Two adapters bundle different ones of the same name.
+        AdapterError: Two adapters contain different ones with the same name.
     """
     embeddings: dict[str, Tensor] = {}
     for adapter in adapters:
@@ -403,7 +404,7 @@ def resize(
     device: torch.device | None = None,
     listener: Listener | None = None,
 ) -> MergeResult:
-    """Bring an adapter of any kind to another size, as a LoRA; arguments and errors are those of `merge`."""
+    """Convert an adapter of any type to a LoRA of another rank; arguments and errors are those of `merge`."""
     limits = {name: getattr(settings, name) for name in TruncationSettings.model_fields}
     return merge([adapter], MergeSettings(method="svd", **limits), weights, device, listener)
 

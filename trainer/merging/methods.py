@@ -1,6 +1,6 @@
 """Methods of merging: pure functions from the weighted deltas of one weight to one delta.
 
-TIES, DARE and pruning are made of PEFT's functions. They look at single numbers of a delta and return a dense one.
+TIES, DARE and pruning use PEFT's functions. They work on the elements of a delta and return a dense one.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class MergeOptions:
     """The options of the methods; each uses some of them.
 
     Attributes:
-        density: Share of the numbers that is kept, above 0 to 1.
-        protected: Share of a delta's energy whose inputs are protected from the others, above 0 to 1.
+        density: Share of the elements to keep, in (0, 1].
+        protected: Share of a delta's energy whose inputs are protected from the others, in (0, 1].
         seed: Of random numbers.
         name: Of the module, for random numbers.
     """
@@ -43,17 +43,17 @@ def weighted_sum(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
 
 
 def ties(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
-    """TIES (Yadav et al. 2023): keep the largest numbers of each, elect a sign for each entry, average those of it."""
+    """TIES (Yadav et al. 2023): keep each delta's largest elements, elect their signs, average those that agree."""
     return _elected(_pruned(deltas, options, "magnitude"))
 
 
 def magnitude_prune(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
-    """Keep the largest numbers of each delta, and add up."""
+    """Keep the largest elements of each delta, and add up."""
     return weighted_sum(_pruned(deltas, options, "magnitude"), options)
 
 
 def dare(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
-    """DARE (Yu et al. 2024): drop numbers at random, scale the rest up to make up for them, and add up."""
+    """DARE (Yu et al. 2024): drop elements at random, scale up the rest to compensate, and add up."""
     return weighted_sum(_pruned(deltas, options, "random"), options)
 
 
@@ -63,9 +63,9 @@ def dare_ties(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
 
 
 def orthogonal(deltas: WeightedDeltas, options: MergeOptions) -> Delta:
-    """Every delta but the first leaves the inputs of those before it alone: Δ' = Δ (I − V Vᵀ), and the sum of all.
+    """Project every delta but the first away from the inputs of those before it: Δ' = Δ (I − V Vᵀ), and the sum of all.
 
-    V spans the inputs (row space) of the deltas before, so that the first one acts on its own inputs as it did
+    V spans the inputs (row space) of the deltas before, so that the first one acts on its own inputs as it does
     alone. The projection of continual learning: Zeng et al. 2019 (OWM), Saha et al. 2021 (GPM).
     """
     projected: list[Delta] = []

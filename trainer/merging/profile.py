@@ -1,4 +1,4 @@
-"""Where in a model an adapter works, and how much of its rank it uses: numbers by block."""
+"""Where in a model an adapter acts, and how much of its rank it uses, by block."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def profile_adapter(
         adapter: The adapter.
         other: One to compare it with.
         weights: The base model's weights by the modules' kohya names, for DoRA and OFT; without them such layers are
-            left out.
+            skipped.
 
     Returns:
         Block → column → number: "energy", the block's share of the squared norm of all deltas; "rank used", the

@@ -1,4 +1,4 @@
-"""What a merge keeps of each adapter: numbers for every module, text, JSON, and a heat map by block."""
+"""What a merge keeps of each adapter: measurements for every module, text, JSON, and a heat map by block."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STRONG_OVERLAP = 0.3  # |cosine| of two adapters' deltas from which the user is
 
 @dataclass(frozen=True)
 class ModuleReport:
-    """What one module of the result keeps.
+    """What is kept in one module of the result.
 
     With Δᵢ the weighted delta of input i, S their sum and M the result:
 
@@ -43,7 +43,7 @@ class ModuleReport:
 
     @classmethod
     def untouched(cls, name: str, index: int, rank: int, energy: float = math.nan) -> ModuleReport:
-        """The report of a module that one adapter alone has, and that stays as it is."""
+        """The report of a module that only one adapter has, and that is not changed."""
         return cls(name=name, kept={index: 1.0}, overlap={}, lost=0.0, energy={index: energy}, rank=rank)
 
 
@@ -96,7 +96,7 @@ def _finite_or(default: float, value: Tensor) -> float:
 
 
 def overlap_warnings(modules: Sequence[ModuleReport], titles: Sequence[str]) -> list[str]:
-    """Warnings of pairs of adapters whose deltas point the same way, or opposite ways."""
+    """Warnings about pairs of adapters whose deltas point in the same direction, or in opposite ones."""
     warnings = []
     pairs = sorted({pair for module in modules for pair in module.overlap})
     for first, second in pairs:
@@ -135,7 +135,7 @@ class MergeReport:
         titles: Of the adapters.
         method: Of the merge.
         modules: One row for every module.
-        warnings: What the user should read.
+        warnings: Messages for the user.
     """
 
     titles: Sequence[str]
@@ -159,7 +159,7 @@ class MergeReport:
         return columns
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values; numbers that don't exist are None."""
+        """Everything, as plain values; undefined numbers are None."""
         rows = [
             {
                 "module": module.name,
@@ -184,7 +184,7 @@ class MergeReport:
         }
 
     def as_text(self) -> str:
-        """A table by block for people."""
+        """A table by block, as text."""
         ranks = sorted({module.rank for module in self.modules}) or [0]
         rank_range = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         lines = [f"{' + '.join(self.titles)}: {self.method}, {len(self.modules)} modules, rank {rank_range}"]

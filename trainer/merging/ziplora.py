@@ -2,10 +2,11 @@
 
 Each adapter gets a coefficient for every input of every layer, trained so that the merged model predicts as the subject
 adapter does on subject prompts and as the style adapter does on style prompts, while inputs that both use are
-penalised. A coefficient scales a column of ΔW, which a LoRA's `down` takes up: the result is an ordinary file.
+penalised. A coefficient scales a column of ΔW, which can be merged into a LoRA's `down`: the result is an ordinary
+file.
 
-Differences from the paper: no pictures are needed, since each adapter generates latents of what it was taught; every
-layer that an adapter has takes part, convolutions by their input channels; and the subject is matched at high noise,
+Differences from the paper: no pictures are needed, since each adapter generates latents of what it was trained on;
+every layer of an adapter takes part, convolutions by their input channels; and the subject is matched at high noise,
 where form is decided, the style at low noise (compare Ouyang et al. 2025, K-LoRA, who let the two take turns while
 sampling).
 """
@@ -134,7 +135,7 @@ def learned_merge(
         listener: Gets the progress; may stop the work.
 
     Raises:
-        AdapterError: The adapters don't fit the base or each other, or have no layer of the UNet in common.
+        AdapterError: The adapters don't fit the base or each other, or have no UNet layers in common.
         CancelledError: The listener asked to stop.
         DivergedError: The loss became NaN or infinite.
         OutOfMemoryError: Out of memory; the remedy names the settings to lower.

@@ -341,10 +341,10 @@ def require_prediction_type(
     """Test what the base model actually predicts.
 
     A model trained with the wrong prediction type learns noise, without an error. So its output for noisy pictures of
-    the subject is compared with the noise, late in the schedule, and with the velocity, early. At 0.9 of the timesteps the output
-    of an epsilon model has a cosine of 0.99 with the noise, that of a velocity model below 0.4; at 0.3 to 0.5 the
-    output of a velocity model has one of 0.65 or more with the velocity, that of random weights below 0.2. In between,
-    the run starts.
+    the subject is compared with the noise, late in the schedule, and with the velocity, early. At 0.9 of the timesteps
+    the output of an epsilon model has a cosine of 0.99 with the noise, that of a velocity model below 0.4; at 0.3 to
+    0.5 the output of a velocity model has one of 0.65 or more with the velocity, that of random weights below 0.2. In
+    between, the run starts.
 
     Args:
         model: The base, on the device where it trains.

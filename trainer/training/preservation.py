@@ -146,8 +146,8 @@ class BaseTeacher:
 
     Each slot of a micro-batch follows a sampling trajectory from its own noise to a picture, with a prompt of the
     class; after its last step, another one begins. A trajectory is a function of seed and step: a run that is resumed
-    in the middle of one repeats it from its beginning, and predicts what the uninterrupted run would have. The trajectories
-    of a step's micro-batches start at different steps.
+    in the middle of one repeats it from its beginning, and predicts what the uninterrupted run would have. The
+    trajectories of a step's micro-batches start at different steps.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The adapter of one module, one class per kind: its tensors, its shape, and what it adds to the module's weight.
+"""The adapter of one module, one class per type: its tensors, its shape, and its delta.
 
 | kind | what is added to a weight W |
 |---|---|
@@ -69,7 +69,7 @@ def make_layer(name: str, tensors: Mapping[str, Tensor], alpha: float | None) ->
         alpha: Numerator of the scale; None for the rank, of an OFT for no limit.
 
     Raises:
-        AdapterError: A tensor is missing, the shapes don't belong together, or a number is not finite.
+        AdapterError: A tensor is missing, the shapes don't match, or a value is NaN or infinite.
     """
     telling = set(tensors) - {DORA_SCALE}  # which several kinds have
     title = next((title for title, kind in _LAYER_TYPES.items() if telling & set(kind.suffixes)), "LoRA")
@@ -93,7 +93,7 @@ def make_layer(name: str, tensors: Mapping[str, Tensor], alpha: float | None) ->
 def fits(layer: Layer, weight: Sequence[int]) -> bool:
     """Whether a layer can change a weight of that shape, (out, in) or (out, in, k, k).
 
-    A kernel of 1×1 may be left out in either shape, and a layer that does not know its kernel is flat.
+    A kernel of 1×1 may be left out in either shape, and a layer with an unknown kernel is flat.
     """
     if isinstance(layer, OftLayer):
         return layer.shape[0] == weight[0]

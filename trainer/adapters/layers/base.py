@@ -1,4 +1,4 @@
-"""What the kinds of layers share: their protocol, arithmetic of factors, and DoRA's decomposition."""
+"""What all types of layers share: their protocol, arithmetic of factors, and DoRA's decomposition."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DORA_SCALE = "dora_scale"
 
 
 class Layer(Protocol):
-    """What every kind of layer offers. Frozen; its tensors keep the dtype and device that they were given with."""
+    """The protocol of all types of layers. Frozen; its tensors keep their dtype and device."""
 
     @property
     def alpha(self) -> float:
@@ -29,11 +29,11 @@ class Layer(Protocol):
 
     @property
     def kind(self) -> str:
-        """Name of the kind for people, such as "LoRA", "DoRA", "LoHa", "LoKr with DoRA", "OFT", "full difference"."""
+        """Name of the type, such as "LoRA", "DoRA", "LoHa", "LoKr with DoRA", "OFT", "full difference"."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the delta: (out, in), (out, in, k, k), or flat (out, in·k·k) where no tensor shows the kernel."""
+        """Shape of the delta: (out, in), (out, in, k, k), or flat (out, in·k·k) if no tensor shows the kernel."""
 
     @property
     def needs_weight(self) -> bool:
@@ -57,8 +57,8 @@ class Layer(Protocol):
             weight: The module's weight, (out, in) or (out, in, k, k), on any device; for layers that need it.
 
         Returns:
-            float32, on the device of the layer's tensors. Of the shape `shape`, which has as many numbers as the
-            weight but may be flat, or miss a kernel of 1×1: the caller reshapes it. Of the weight's shape for layers
+            float32, on the device of the layer's tensors. Of the shape `shape`, which has as many elements as the
+            weight but may be flat, or lack a kernel of 1×1: the caller reshapes it. Of the weight's shape for layers
             that need it.
 
         Raises:
@@ -68,7 +68,7 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class LayerTensors:
-    """The tensors of one module as a file has them, from which a layer is made.
+    """The tensors of one module as in a file, from which a layer is made.
 
     Attributes:
         name: The module's name, for messages.
@@ -96,7 +96,7 @@ class LayerTensors:
         return tensor
 
     def require_factors(self, outer: str, inner: str, core: str) -> None:
-        """Check that two factors are there, and that their ranks and that of a core, if there is one, agree.
+        """Check that both factors exist, and that their ranks and that of a core, if there is one, agree.
 
         Args:
             outer: Suffix of (out, rank[, 1, 1]); a LoHa's or LoKr's is (rank, out) with a core.
@@ -104,7 +104,7 @@ class LayerTensors:
             core: Suffix of (rank, rank, …).
 
         Raises:
-            AdapterError: A factor is missing, or the shapes don't fit.
+            AdapterError: A factor is missing, or the shapes don't match.
         """
         inner_factor = self.require(inner)
         outer_factor = self.require(outer)
@@ -157,11 +157,11 @@ def two_factors(outer: Tensor, inner: Tensor, core: Tensor | None, scale: float)
 
 
 def product(outer: Tensor, inner: Tensor, core: Tensor | None = None) -> Tensor:
-    """The product of two factors and perhaps a core, float32.
+    """The product of two factors and an optional core, float32.
 
     Args:
         outer: (out, rank[, 1, 1]); with a core (rank, out).
-        inner: (rank, in, …), of which all dimensions after the rank are kept; with a core (rank, in).
+        inner: (rank, in, …), whose dimensions after the rank are kept; with a core (rank, in).
         core: (rank, rank, …), the core of a Tucker decomposition.
     """
     outer, inner = outer.float(), inner.float()
@@ -182,13 +182,13 @@ def _is_per_output(scale: Tensor, shape: Sequence[int]) -> bool:
 
 
 def dora_scale_fits(scale: Tensor, shape: Sequence[int]) -> bool:
-    """Whether a dora_scale has a number per output or per input of a weight, whose shape may be flat."""
+    """Whether a dora_scale has one value per output or per input of a weight, whose shape may be flat."""
     per_input = scale.ndim > 1 and scale.shape[0] == 1 and scale.numel() > 0 and shape[1] % scale.numel() == 0
     return _is_per_output(scale, shape) or per_input
 
 
 def require_weight(weight: Tensor | None, kind: str) -> Tensor:
-    """The weight that a layer needs to know what it adds.
+    """The weight that a layer needs to compute its delta.
 
     Raises:
         AdapterError: There is none.
@@ -202,13 +202,13 @@ def require_weight(weight: Tensor | None, kind: str) -> Tensor:
 
 
 def dora_delta(delta: Tensor, scale: Tensor | None, weight: Tensor | None) -> Tensor:
-    """What DoRA adds to a weight: scale / (‖W + Δ‖ + ε) · (W + Δ) − W, or Δ itself without a scale.
+    """DoRA's delta of a weight: scale / (‖W + Δ‖ + ε) · (W + Δ) − W, or Δ itself without a scale.
 
     The norm is each output row's, as in PEFT and in LyCORIS with `wd_on_output`; each input column's with a scale of
     (1, in[, 1, 1]), as in LyCORIS without it. ε is float32's machine epsilon, as LyCORIS has it; PEFT adds none.
 
     Args:
-        delta: Δ, of as many numbers as the weight.
+        delta: Δ, with as many elements as the weight.
         scale: (out, …) or (1, in, …).
         weight: W, (out, in) or (out, in, k, k).
     """
@@ -232,7 +232,7 @@ def dora_delta(delta: Tensor, scale: Tensor | None, weight: Tensor | None) -> Te
 
 
 def balanced(up: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Factors of the same product and of similar norms, which half precision can hold; exact, by powers of two."""
+    """Factors with the same product and similar norms, which fit half precision; exact, by powers of two."""
     down_norms = torch.linalg.vector_norm(down, dim=1, dtype=torch.float64)  # whose squares float32 might not hold
     up_norms = torch.linalg.vector_norm(up, dim=0, dtype=torch.float64)
     exponents = ((down_norms / up_norms).log2() / 2).round().nan_to_num(0.0, 0.0, 0.0).clamp(-120, 120)

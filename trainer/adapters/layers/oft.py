@@ -1,4 +1,4 @@
-"""OFT (Qiu et al. 2023, arXiv 2306.07280) and BOFT (Liu et al. 2024, arXiv 2311.06243), as kohya and LyCORIS have them.
+"""OFT (Qiu et al. 2023, arXiv 2306.07280) and BOFT (Liu et al. 2024, arXiv 2311.06243), as in kohya and LyCORIS.
 
 A weight's rows are rotated in blocks: Δ = rescale · R W − W, R from skew-symmetric Q by the Cayley transform.
 """
@@ -22,7 +22,7 @@ class OftLayer:
     """Rotations of blocks of a weight's rows.
 
     Attributes:
-        blocks: (blocks, size, size); of BOFT (factors, blocks, size, size), butterfly factors one after the other.
+        blocks: (blocks, size, size); of BOFT (factors, blocks, size, size), the butterfly factors in order.
         alpha: Limit for the norm of Q, in units of the number of outputs; 0: no limit.
         rescale: (out, 1[, 1, 1]), a factor of each output; None without.
     """
@@ -59,7 +59,7 @@ class OftLayer:
         """See `Layer.factors`; a rotation is not low-rank."""
 
     def without_limit(self) -> OftLayer:
-        """The same rotation with blocks that keep to the limit by themselves, and no limit."""
+        """The same rotation with blocks already within the limit, and no limit."""
         blocks = self.blocks.float()
         norm = float(torch.linalg.vector_norm(blocks - blocks.transpose(-1, -2)))
         limit = self.alpha * self.shape[0]
@@ -85,7 +85,7 @@ class OftLayer:
 def rotations_less_identity(blocks: Tensor, limit: float = 0.0) -> Tensor:
     """The Cayley transforms of all blocks less the identity, R − 1 = 2 Q (1 − Q)⁻¹ with Q = blocks − blocksᵀ.
 
-    So a small rotation, as limits of 1e-3 and less allow, is not lost in rounding.
+    So a small rotation, as with limits of 1e-3 and less, is not lost to rounding.
 
     Args:
         blocks: (…, size, size), float32.
@@ -106,7 +106,7 @@ def rotations_less_identity(blocks: Tensor, limit: float = 0.0) -> Tensor:
 
 
 def rotation_delta(rotations: Tensor, rows: Tensor) -> Tensor:
-    """What rotations add to the rows of a weight, or to the outputs of the module that has it: R y − y.
+    """The change by rotations to the rows of a weight, or to the outputs of its module: R y − y.
 
     Args:
         rotations: From `rotations_less_identity`: (blocks, size, size), or of BOFT (factors, blocks, size, size).
@@ -123,22 +123,22 @@ def rotation_delta(rotations: Tensor, rows: Tensor) -> Tensor:
 
 
 def block_size(outputs: int, largest: int, *, butterfly: bool) -> int:
-    """The largest block into whose size a number of outputs can be divided, as LyCORIS's `lora_dim` has it.
+    """The largest block size that divides the number of outputs, as LyCORIS derives it from `lora_dim`.
 
     Args:
         outputs: Of the module.
         largest: The block has at most this size.
-        butterfly: Whether it is for BOFT, whose blocks are even and as many as a power of two.
+        butterfly: Whether it is for BOFT, which has even block sizes and a power of two of blocks.
 
     Returns:
-        From 2; 0 if there is no such block.
+        2 or more; 0 if there is no such block size.
     """
     sizes = (size for size in range(min(largest, outputs), 1, -1) if outputs % size == 0)
     return next((size for size in sizes if not butterfly or _is_butterfly(outputs, size)), 0)
 
 
 def butterfly_factors(outputs: int, size: int) -> int:
-    """How many factors a BOFT has in which every output meets every other, log₂(blocks) + 1, as in LyCORIS."""
+    """Number of factors of a BOFT in which all outputs interact: log₂(blocks) + 1, as in LyCORIS."""
     return (outputs // size).bit_length()
 
 
