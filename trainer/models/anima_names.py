@@ -1,8 +1,8 @@
 """Names of the modules of Anima's transformer: in the network, in the original code, and in diffusers.
 
-The network is diffusers' for Cosmos Predict 2, whose modules outside of blocks have names of their own here (see
-`families/anima_network`), so that no other family has modules of the same paths. What turns a prompt into what the
-transformer reads is a part of it, as in the original code: `llm_adapter`, whose names are the same everywhere.
+The network is diffusers' for Cosmos Predict 2, with different names for modules outside blocks (see
+`families/anima_network`), so that no other family has modules with the same paths. The conditioner, which computes the
+transformer's text input, is part of it, as in the original code: `llm_adapter`, whose names are the same everywhere.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def path_of_tensor(original: str) -> str | None:
 
 
 def path_from_diffusers(name: str) -> str:
-    """The network's name of a module or tensor from that in diffusers, whose names the network has inside of these."""
+    """The network's name of a module or tensor from that in diffusers; inside blocks they are the same."""
     first, dot, rest = name.partition(".")
     return f"{_INSIDE.get(first, first)}{dot}{rest}"
 
@@ -140,7 +140,7 @@ def name_in_diffusers(path: str) -> str:
 
 
 def is_diffusers_name(path: str) -> bool:
-    """Whether diffusers calls a module of Anima so, and none of another family; some of its names are others', too."""
+    """Whether this is diffusers' name for a module of Anima only; it shares some names with other families."""
     return _OWN_IN_DIFFUSERS.match(path) is not None
 
 

@@ -1,7 +1,7 @@
-"""Blocks whose frozen weights live in the computer's memory and visit the device when they compute.
+"""Block swapping: frozen weights of blocks are kept in system memory and copied to the device when needed.
 
-So a card trains a model that is larger than its memory. Weights travel one way only, since nothing changes them: into
-one of three places on the device, two blocks ahead of the one that computes, in the forward and in the backward pass.
+So a GPU can train a model that is larger than its memory. Weights are copied in one direction only, since they do not
+change: into one of three slots on the device, two blocks ahead of the one that computes, in both passes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class _Tensors:
 
 
 def swapped_blocks(network: nn.Module, count: int) -> list[nn.Module]:
-    """As many of a network's blocks, spread evenly, so that a block can travel while others compute."""
+    """That many of a network's blocks, evenly spaced, so that a block can be copied while others compute."""
     blocks = blocks_of(network) if count else []
     count = min(count, len(blocks))
     return [blocks[number * len(blocks) // count] for number in range(count)]
@@ -49,7 +49,7 @@ def swapped_blocks(network: nn.Module, count: int) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def set_aside(network: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside the block of code the network is without these blocks: it can be moved, and they stay where they are."""
+    """Remove these blocks from the network inside the context, so that it can be moved without them."""
     aside = {id(block) for block in blocks}
     places = [
         (parent, name, child)
@@ -67,7 +67,7 @@ def set_aside(network: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]
 
 
 def swapped_bytes(blocks: Sequence[nn.Module]) -> int:
-    """By how many bytes a device needs less memory if these blocks are exchanged."""
+    """The device memory, in bytes, that swapping these blocks saves."""
     sizes = [
         sum(_rounded(tensor.nbytes) for each in _frozen_tensors(block) for tensor in each.read()) for block in blocks
     ]
@@ -140,11 +140,11 @@ class _Place:
 
 
 class BlockSwap:
-    """Exchanges blocks between the computer's memory and a device; see `BlockSwap.fetch`.
+    """Swaps blocks between system memory and a device; see `BlockSwap.fetch`.
 
-    Blocks must make their activations again in the backward pass, or autograd would keep the weights. A block's weights
-    stay at least until the next one computes: autograd takes the operations of a backward pass in the reverse order of
-    the forward pass, so all of a block's are asked for when the block before it computes again.
+    Blocks must recompute their activations in the backward pass, or autograd would keep the weights. A block's weights
+    stay at least until the next one computes: autograd runs the operations of a backward pass in the reverse order of
+    the forward pass, so all of a block's are done when the block before it recomputes.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -171,7 +171,7 @@ class BlockSwap:
             block.forward = _Visiting(self, self._visitors[id(block)], block.forward)
 
     def fetch(self, visitor: _Visitor) -> None:
-        """Bring a block to the device before it computes, and have the next two follow."""
+        """Copy a block to the device before it computes, and start copying the next two."""
         computing = torch.cuda.current_stream(self._device)
         before, self._current = self._current, visitor
         if before is not None and before is not visitor and before.place is not None:

@@ -1,7 +1,7 @@
-"""The repeated blocks of a network, and how each computes: keeping its activations, or making them again.
+"""The repeated blocks of a network, and gradient checkpointing: whether each keeps or recomputes its activations.
 
-Almost all of a denoiser's work and memory is in blocks that are alike. What is chosen here for some of them changes
-nothing of what they compute.
+Almost all of a denoiser's computation and memory is in identical blocks. These choices do not change what they
+compute.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 def innermost(block: nn.Module) -> tuple[Callable[..., Any], Callable[[Callable[..., Any]], None]]:
     """A block's own forward pass, inside of all that was put around it, and what replaces it there.
 
-    What is put around a forward pass has it as its attribute `forward`.
+    A wrapper of a forward pass has it as its attribute `forward`.
     """
     owner: Any = block
     while hasattr(owner.forward, "forward"):
@@ -63,9 +63,9 @@ class _Recomputed:
 
 
 def enable_gradient_checkpointing(network: nn.Module, interval: int = 1) -> None:
-    """Let every `interval`-th block of a network compute its activations again instead of keeping them.
+    """Make every `interval`-th block of a network recompute its activations instead of keeping them.
 
-    The own switches of the libraries know all or nothing, and differ from version to version.
+    The libraries' own switches are all-or-nothing, and differ between versions.
 
     Args:
         network: Of diffusers or of transformers.
@@ -77,7 +77,7 @@ def enable_gradient_checkpointing(network: nn.Module, interval: int = 1) -> None
 
 
 def disable_gradient_checkpointing(network: nn.Module) -> None:
-    """Let every block of a network keep its activations for the backward pass."""
+    """Make every block of a network keep its activations for the backward pass."""
     for block in network.modules():
         own = vars(block).get("forward")
         if isinstance(own, _Recomputed):

@@ -58,21 +58,21 @@ def is_text_module(path: str) -> bool:
 
 
 def has_words_of_text_encoder(path: str) -> bool:
-    """Whether a dotted path with the text tower has no word but those of a CLIP's text encoder."""
+    """Whether a dotted path with the text tower has only words of a CLIP's text encoder."""
     return is_text_module(path) or _TEXT_WORDS.fullmatch(path) is not None
 
 
 def without_text_tower(name: str) -> str:
-    """A module's or tensor's name in a text encoder, as transformers 5 has it."""
+    """A module's or tensor's name in a text encoder, as in transformers 5."""
     return name.removeprefix(TEXT_TOWER)
 
 
 def names_as_in(network: Collection[str], tensors: Mapping[str, ValueT]) -> dict[str, ValueT]:
-    """A text encoder's tensors under the names of another one, whichever version of transformers wrote either.
+    """A text encoder's tensors with the names of another one, whichever version of transformers wrote either.
 
     Args:
         network: Names of the other one's tensors.
-        tensors: Name → tensor; a name that the other one has in neither form is written as the others are.
+        tensors: Name → tensor; a name that the other one has in neither form is converted like the others.
     """
     has_tower = any(name.startswith(TEXT_TOWER) for name in network)
     rename = with_text_tower if has_tower else without_text_tower
@@ -80,14 +80,14 @@ def names_as_in(network: Collection[str], tensors: Mapping[str, ValueT]) -> dict
 
 
 def in_transformers_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give the tensors of a CLIP, or of one of its towers, the names that transformers' whole CLIP has.
+    """Rename the tensors of a CLIP, or of one of its towers, to those of transformers' full CLIP.
 
     Args:
-        tensors: In the names of OpenCLIP and of OpenAI's own code, or in transformers' with or without the tower's
+        tensors: With the names of OpenCLIP and of OpenAI's own code, or transformers' with or without the tower's
             prefix. None is copied.
 
     Returns:
-        All tensors but `position_ids`; one whose name is not known keeps it.
+        All tensors except `position_ids`; unknown names are kept.
     """
     if "visual.class_embedding" in tensors or "token_embedding.weight" in tensors:
         return _from_open_clip(tensors)

@@ -1,4 +1,4 @@
-"""The blocks of a network compiled (`torch.compile`), all of one class at once; and as they were, if that fails."""
+"""The blocks of a network compiled (`torch.compile`), once per class; falls back to eager if that fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RECOMPILATIONS = 64  # of one class: for its sizes, for what is trained in it, 
 
 
 def compilable_blocks(network: nn.Module) -> list[nn.Module]:
-    """The transformer blocks of a network of diffusers: alike, so that they are compiled once for all.
+    """The transformer blocks of a diffusers network: identical, so they are compiled once for all.
 
     The residual blocks of a UNet differ in their sizes, and their convolutions gain little.
     """
@@ -26,7 +26,7 @@ def compilable_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether what compiling needs is there: Triton on CUDA, a C++ compiler on the CPU."""
+    """Whether compiling is possible: it needs Triton on CUDA, a C++ compiler on the CPU."""
     try:
         if device.type == "cuda":
             from torch.utils._triton import has_triton
@@ -42,10 +42,10 @@ def can_compile(device: torch.device) -> bool:
 
 
 class CompiledBlocks:
-    """A network's blocks, compiled when they first compute; never a reason for a run to fail.
+    """A network's blocks, compiled when they first compute; a failure never ends the run.
 
     Attributes:
-        trouble: Why they compute as they are; "" while they are compiled.
+        trouble: Why they are not compiled; "" while they are.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -67,7 +67,7 @@ class CompiledBlocks:
             replace(_Compiled(self, forward))
 
     def give_up(self, error: Exception) -> None:
-        """Let the blocks compute as they are from now on; raises the error again if it is of another kind."""
+        """Go back to eager computation; raises the error again if it is of another kind."""
         if self.trouble or is_out_of_memory(error):
             raise error
         first_paragraph = " ".join(str(error).partition("\n\n")[0].split())
@@ -76,13 +76,13 @@ class CompiledBlocks:
 
     @property
     def graphs(self) -> int:
-        """How many graphs PyTorch has compiled in this process."""
+        """The number of graphs that PyTorch has compiled in this process."""
         from torch._dynamo.utils import counters
 
         return int(counters["stats"]["unique_graphs"])
 
     def close(self) -> None:
-        """Let go of the blocks; what was compiled is forgotten by PyTorch with them."""
+        """Release the blocks, so that PyTorch drops what was compiled."""
         import torch._dynamo
 
         setattr(torch._dynamo.config, self._limit_name, self._limit)

@@ -1,7 +1,7 @@
 """The objective of rectified flow: straight lines from pictures to noise (Liu et al. 2022; Esser et al. 2024).
 
 A sample at noise level σ in (0, 1) is (1 - σ)·latents + σ·noise, and the denoiser predicts noise - latents. Timesteps
-are 1000·σ, float32, as diffusers' flow schedulers count them. Pictures of more tokens are noised more: by a shift
+are 1000·σ, float32, as diffusers' flow schedulers count them. Pictures with more tokens get more noise, by a shift
 s = e^μ, which takes σ to s·σ / (1 + (s - 1)·σ).
 """
 
@@ -29,7 +29,7 @@ _EULER_NAMES = ("ddim", "euler")  # DDIM without added noise is Euler's method o
 
 
 def shifted(sigma: float, mu: float) -> float:
-    """A noise level moved towards noise: e^μ·σ / (1 + (e^μ - 1)·σ) (Esser et al. 2024, equation 23; e^μ is its √(m/n)).
+    """A noise level shifted to more noise: e^μ·σ / (1 + (e^μ - 1)·σ) (Esser et al. 2024, equation 23; e^μ is √(m/n)).
 
     Args:
         sigma: σ, in [0, 1].
@@ -97,7 +97,7 @@ class FlowObjective:
         training_mu: Tokens of a sample → μ of the noise levels at which it is trained.
         sampling_mu: Tokens and number of steps → μ of a sampler's noise levels.
         patch: Side of the square of latent pixels that is one token.
-        elementwise_loss: Loss of an element of the prediction, by its error.
+        elementwise_loss: Loss of an element of the prediction from its error.
         huber_c: Its parameter c.
         device: Where timesteps and latents have to be.
     """
@@ -124,7 +124,7 @@ class FlowObjective:
         return replace(self, elementwise_loss=squared_error)
 
     def with_settings(self, settings: ObjectiveSettings) -> FlowObjective:
-        """The same with the loss that the settings name.
+        """The same with the loss from the settings.
 
         Raises:
             SettingsError: A setting is for models with a discrete noise schedule.
@@ -151,7 +151,7 @@ class FlowObjective:
     def timestep_at(self, fraction: float, settings: ObjectiveSettings, latents_shape: Sequence[int]) -> float:
         """The timestep at a quantile of the run's distribution: shifted by the tokens of the sample or by the settings.
 
-        The range of the settings counts thousandths of σ; the distribution is scaled into it.
+        The settings' range is in thousandths of σ; the distribution is scaled to it.
         """
         sigma = fraction ** (2.0**-settings.timestep_bias)
         if settings.timestep_sampling != "uniform":
@@ -196,7 +196,7 @@ class FlowObjective:
         """Euler's method, or DPM-Solver++(2M), at noise levels that are evenly spaced and then shifted.
 
         Raises:
-            SettingsError: Another sampler is named.
+            SettingsError: Another sampler is chosen.
         """
         if name not in (*_EULER_NAMES, "dpm++"):
             raise SettingsError(
@@ -209,7 +209,7 @@ class FlowObjective:
         return FlowEuler([shifted(1 - step / steps, mu) for step in range(steps)], device)
 
     def facts(self) -> dict[str, Any]:
-        """The name of flow matching, which has no schedule of its own."""
+        """The name of flow matching; there is no schedule."""
         return {"prediction": self.prediction_type}
 
 
@@ -217,7 +217,7 @@ class FlowEuler:
     """Euler's method from noise to latents; with the interface of diffusers' schedulers.
 
     Attributes:
-        init_noise_sigma: What the starting noise is multiplied with.
+        init_noise_sigma: Factor of the starting noise.
         timesteps: 1000·σ of each step, (steps,), float32.
     """
 
@@ -230,7 +230,7 @@ class FlowEuler:
         self._next_step = 0
 
     def scale_model_input(self, latents: Tensor, timestep: Tensor) -> Tensor:
-        """The denoiser reads latents as they are."""
+        """The latents, unchanged."""
         return latents
 
     def step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, *, return_dict: bool) -> tuple[Tensor]:

@@ -2,7 +2,7 @@
 
 The network is diffusers' with its query, key and value projections joined, and the last norm's scale and shift in the
 order of the original code: so each module of the original code is one of the network's, and its tensors are borrowed
-by renaming alone. diffusers' own files split these projections and have that norm the other way round: `joined_path`,
+just by renaming. diffusers' own files split these projections and have that norm the other way round: `joined_path`,
 `SWAPPED`.
 """
 
@@ -18,7 +18,7 @@ class Blocks:
     """One of the two kinds of blocks.
 
     Attributes:
-        path: What paths of modules in such a block begin with in the network and in diffusers.
+        path: The prefix of paths of modules in such a block, in the network and in diffusers.
         original: The same in the original code.
         most: The largest number of such blocks in a published model.
     """
@@ -122,7 +122,7 @@ def original_name(path: str) -> str | None:
         path: Its dotted path in the network.
 
     Returns:
-        None for a path that the original code has no module for.
+        None for a path without a module in the original code.
     """
     return _renamed(
         path, _FIXED, {DOUBLE.path: (DOUBLE.original, _IN_DOUBLE), SINGLE.path: (SINGLE.original, _IN_SINGLE)}
@@ -151,7 +151,7 @@ def _renamed(path: str, fixed: Mapping[str, str], blocks: Mapping[str, tuple[str
 
 
 def joined_path(path: str) -> tuple[str, int] | None:
-    """The joined projection that one of diffusers' is a third of, and which: 0 query, 1 key, 2 value; else None."""
+    """The joined projection of one of diffusers' three, and which it is: 0 query, 1 key, 2 value; else None."""
     place = _in_block(path)
     if place is None or place[0] != DOUBLE.path or place[2] not in _JOINED:
         return None

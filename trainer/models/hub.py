@@ -1,4 +1,4 @@
-"""Opening what transformers writes: from a folder, from the hub's local cache, or, if asked, from the hub."""
+"""Opening transformers models: from a folder, from the hub's local cache or, if allowed, from the hub."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def explained_opening(description: str, source: str, files: str, folder: str) ->
     Args:
         description: What is opened, such as "feature model".
         source: A folder or a hub name.
-        files: The files that the folder must hold, for the message.
+        files: The files that the folder must contain, for the message.
         folder: Where such folders are usually put, for the message.
 
     Raises:
@@ -40,10 +40,10 @@ def explained_opening(description: str, source: str, files: str, folder: str) ->
 
 
 def model_type(source: str, known: Collection[str], *, download: bool) -> str:
-    """The kind of a model by its config.json: transformers' `model_type`.
+    """The type of a model by its config.json: transformers' `model_type`.
 
     Raises:
-        WeightsError: It is none of `known`.
+        WeightsError: It is not one of `known`.
         OSError: It does not exist.
     """
     import transformers

@@ -1,7 +1,7 @@
 """Names of the modules of Krea 2's transformer: in the network, in the original code, and in diffusers.
 
-The network is diffusers', whose modules outside of blocks have the original code's names here (see
-`families/krea2_network`), so that no other family has modules of the same paths.
+The network is diffusers', with the original code's names for modules outside blocks (see
+`families/krea2_network`), so that no other family has modules with the same paths.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _in_block(path: str) -> tuple[str, str] | None:
 
 
 def original_name(path: str) -> str | None:
-    """The original code's name of a module: "blocks.0.attn.to_q" → "blocks.0.attn.wq"; None if it has no such one."""
+    """The original code's name of a module: "blocks.0.attn.to_q" → "blocks.0.attn.wq"; None without one."""
     place = _in_block(path)
     if place is None:
         return _FIXED.get(path)
@@ -117,7 +117,7 @@ def path_of_tensor(original: str) -> str | None:
 
 
 def path_from_diffusers(name: str) -> str:
-    """The network's name of a module or tensor from that in diffusers, whose names the network has inside of these."""
+    """The network's name of a module or tensor from that in diffusers; inside blocks they are the same."""
     first, dot, rest = name.partition(".")
     return f"{_INSIDE.get(first, first)}{dot}{rest}"
 
@@ -129,7 +129,7 @@ def name_in_diffusers(path: str) -> str:
 
 
 def is_diffusers_name(path: str) -> bool:
-    """Whether diffusers calls a module of Krea 2 so, and none of another family; some of its names are others', too."""
+    """Whether this is diffusers' name for a module of Krea 2 only; it shares some names with other families."""
     return _OWN_IN_DIFFUSERS.match(path) is not None
 
 

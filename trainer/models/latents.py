@@ -1,6 +1,6 @@
-"""What lies between an autoencoder's numbers and the latents that a denoiser reads: scaling, patches, statistics.
+"""Conversion between an autoencoder's output and a denoiser's latents: scaling, patches, statistics.
 
-`Family.latents` says which of these a family has.
+`Family.latents` is the one of a family.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class LatentFormat(Protocol):
-    """How a family's latents are made of an autoencoder's, and back.
+    """Conversion of an autoencoder's output to a family's latents, and back.
 
     The autoencoder is diffusers' network, on any device; pixels are in [-1, 1].
     """
@@ -22,7 +22,7 @@ class LatentFormat(Protocol):
         """Shape of the latents, (channels, height, width), of a picture of that many pixels."""
 
     def granularity(self, vae_config: Mapping[str, Any]) -> int:
-        """Number of pixels of which the sides of a picture must be multiples."""
+        """Number of pixels that the sides of a picture must be multiples of."""
 
     def encode(self, vae: Any, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior of pictures (batch, 3, height, width), as latents."""
@@ -32,12 +32,12 @@ class LatentFormat(Protocol):
 
 
 def pixels_per_number(vae_config: Mapping[str, Any]) -> int:
-    """Side of the square of pixels that is one number of an autoencoder's output."""
+    """Side of the square of pixels for one position of an autoencoder's output."""
     return int(2 ** (len(vae_config["block_out_channels"]) - 1))
 
 
 class ScaledLatents:
-    """Latents of one scale and one shift for all: Stable Diffusion's, whose shift is 0, and FLUX.1's.
+    """Latents with a single scale and shift: Stable Diffusion's, with a shift of 0, and FLUX.1's.
 
     The shift is subtracted before the latents are scaled, as in diffusers.
     """
@@ -103,7 +103,7 @@ class NormalizedLatents:
 
 
 class PatchedLatents:
-    """FLUX.2's: squares of 2×2 numbers become channels, which are normalised by the autoencoder's batch statistics.
+    """FLUX.2's: patches of 2×2 become channels, which are normalised by the autoencoder's batch statistics.
 
     Source: black-forest-labs/flux2, autoencoder.py; diffusers' `AutoencoderKLFlux2` and Flux2Pipeline.
     """

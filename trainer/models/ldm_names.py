@@ -62,7 +62,7 @@ def is_unet_module(path: str) -> bool:
 
 
 def has_words_of_unet(path: str) -> bool:
-    """Whether a dotted path begins as a module of such a UNet does and has no word but those of one vocabulary."""
+    """Whether a dotted path begins like a module of such a UNet and has only words of one vocabulary."""
     first, *others = path.split(".")
     return any(
         first in beginnings and all(word in words or re.fullmatch(_N, word) for word in others)

@@ -1,8 +1,8 @@
-"""A frozen network's Linear layers in four bits: NF4 with double quantisation (QLoRA, Dettmers et al. 2023).
+"""A frozen network's Linear layers in 4 bits: NF4 with double quantisation (QLoRA, Dettmers et al. 2023).
 
 bitsandbytes quantises and dequantises. The layer itself is our own: its `weight` is the dequantised one, so that every
 adapter layer reads shapes and norms as usual, and its backward pass dequantises again instead of keeping the weight.
-The quantised weights are not saved: the same weights give the same four bits, so that resuming stays exact.
+The quantised weights are not saved: quantisation is deterministic, so resuming stays exact.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def load_bitsandbytes() -> Any:
     """Import bitsandbytes without its side effects.
 
     On some processors its import asks the package `kernels` for a kernel, which downloads one, or warns that there is
-    none; nothing here uses it. It also compiles functions for devices that it has no kernels of its own for; that waits
-    until one is called, since the compiler's import takes longer than all of the others of bitsandbytes.
+    none; nothing here uses it. It also compiles functions for devices without its own kernels; that is deferred until
+    one is called, since importing the compiler takes longer than the rest of bitsandbytes.
 
     Raises:
         SettingsError: It is not installed, or can't be imported.
@@ -94,14 +94,14 @@ def load_bitsandbytes_if_installed() -> None:
 
 
 def require_quantizable(quantization: str, device: torch.device) -> None:
-    """Check that weights can be quantised on a device, by quantising some.
+    """Check that weights can be quantised on a device, by trying it.
 
     Args:
         quantization: The setting base_quantization.
         device: Where training runs.
 
     Raises:
-        SettingsError: They can't; the remedy is what to install or to choose.
+        SettingsError: They can't; the remedy names what to install or choose.
     """
     if quantization == "none":
         return
@@ -117,9 +117,9 @@ def require_quantizable(quantization: str, device: torch.device) -> None:
 
 
 class Nf4Linear(nn.Linear):
-    """A frozen Linear layer whose weight is stored in four bits.
+    """A frozen Linear layer with its weight stored in 4 bits.
 
-    The weight is split into blocks of 64 numbers; each is divided by its largest one and rounded to one of 16 quantiles
+    The weight is split into blocks of 64 values; each is divided by its largest and rounded to one of 16 quantiles
     of a normal distribution (section 3, "4-bit NormalFloat"); the scales are stored in 8 bits ("Double Quantization").
     That takes 4.127 bits per weight.
     """
@@ -158,15 +158,15 @@ class Nf4Linear(nn.Linear):
         return nn.Parameter(weight, requires_grad=False)
 
     def held(self) -> Sequence[Tensor]:
-        """What the weight is stored in, but for its scales."""
+        """The tensors that store the weight, without its scales."""
         return [self.packed]
 
     def hold(self, tensors: Sequence[Tensor]) -> None:
-        """Read the weight from other tensors than those of `held`, with the same content."""
+        """Read the weight from other tensors than `held`, with the same content."""
         [self.packed] = tensors
 
     def move_scales(self, device: torch.device) -> None:
-        """Move what belongs to the weight beside those."""
+        """Move the weight's scales."""
         if self._state is not None:
             self._state.to(device)
 
@@ -190,9 +190,9 @@ class Nf4Linear(nn.Linear):
 
 
 def quantize(network: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Replace every Linear layer of a network by one in four bits, one after the other.
+    """Replace every Linear layer of a network by a 4-bit one, one after the other.
 
-    So the device never holds more than one unquantised layer. Convolutions and norms stay.
+    So the device never holds more than one unquantised layer. Convolutions and norms are not changed.
 
     Args:
         network: Built around borrowed tensors, which stay untouched.

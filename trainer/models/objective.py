@@ -1,8 +1,8 @@
 """What the denoiser predicts, and the loss of that prediction.
 
-An `Objective` is how noise is added, at which timesteps, what is predicted there, and how a sampler goes back.
+An `Objective` defines how noise is added, at which timesteps, what is predicted, and how to sample.
 Prediction types differ in `target` and in the weights of timesteps, losses in `elementwise_loss`, so that no caller
-branches on them. `flow` has the objective of flow matching.
+branches on them. The objective of flow matching is in `flow`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def pseudo_huber(error: Tensor, snr: Tensor, c: float) -> Tensor:
 
 
 def pseudo_huber_snr(error: Tensor, snr: Tensor, c: float) -> Tensor:
-    """Pseudo-Huber whose c goes from 1 at no noise to `c` at pure noise (kohya's schedule "snr")."""
+    """Pseudo-Huber with c going from 1 at no noise to `c` at pure noise (kohya's schedule "snr")."""
     sigma = snr.rsqrt()
     scheduled_c = (1 - c) / (1 + sigma) ** 2 + c
     return _pseudo_huber(error, scheduled_c)
@@ -122,14 +122,14 @@ _WEIGHTS = {"min-snr": min_snr_weight, "debiased": debiased_weight}
 
 
 class Objective(Protocol):
-    """How noise is added to latents, what the denoiser predicts of it, and how a sampler goes back.
+    """How noise is added to latents, what the denoiser predicts, and how to sample.
 
     Latents, noise, predictions and targets are (batch, channels, height, width); timesteps (batch,), of the kind that
     `timestep_at` returns.
 
     Attributes:
         prediction_type: "epsilon", "v_prediction" or "flow".
-        timesteps: Number of steps in which timesteps are counted; they are in [0, timesteps).
+        timesteps: Number of diffusion timesteps; timesteps are in [0, timesteps).
         device: Where timesteps and latents have to be.
     """
 
@@ -141,7 +141,7 @@ class Objective(Protocol):
     def device(self) -> torch.device: ...  # noqa: D102
 
     def with_settings(self, settings: ObjectiveSettings) -> Self:
-        """The same prediction type with the schedule, loss and weights that the settings name."""
+        """The same prediction type with the schedule, loss and weights from the settings."""
 
     def plain(self) -> Self:
         """The same prediction type and schedule with the plain squared error and equal weights."""
@@ -206,7 +206,7 @@ class Objective(Protocol):
         """
 
     def facts(self) -> dict[str, Any]:
-        """What of it decides a model's output, for a fingerprint: JSON values by name."""
+        """The parts that affect a model's output, for a fingerprint: JSON values by name."""
 
 
 def masked_mean(elements: Tensor, mask: Tensor | None) -> Tensor:
@@ -224,7 +224,7 @@ class DiffusionObjective:
         prediction_type: diffusers' name, "epsilon" or "v_prediction".
         alphas_cumprod: Shape (timesteps,), float32.
         timestep_weights: Of each timestep's loss, shape (timesteps,), float32; None: all equal.
-        elementwise_loss: Loss of an element of the prediction, by its error.
+        elementwise_loss: Loss of an element of the prediction from its error.
         huber_c: Its parameter c.
     """
 
@@ -258,10 +258,10 @@ class DiffusionObjective:
         return self.with_prediction_type(self.prediction_type)
 
     def with_settings(self, settings: ObjectiveSettings) -> DiffusionObjective:
-        """The same prediction type with the schedule, loss and weights that the settings name.
+        """The same prediction type with the schedule, loss and weights from the settings.
 
         Raises:
-            SettingsError: A shift is set, which is for models of flow matching.
+            SettingsError: A shift is set, which is for flow-matching models.
         """
         if settings.timestep_shift:
             raise SettingsError(
@@ -337,8 +337,8 @@ class DiffusionObjective:
 def consistency_loss(losses: Tensor, base_losses: Tensor, beta: float) -> Tensor:
     """Direct consistency optimisation (Lee et al. 2024, arXiv 2402.12004): -log σ(-β(loss - base loss)), per sample.
 
-    It is divided by β/2 and moved by a constant, so that learning rate, clipping and the weights of other samples mean
-    what they mean otherwise: at loss = base loss it has the value and the gradient of the loss, and it becomes the loss
+    It is divided by β/2 and shifted by a constant, so that learning rate, clipping and the weights of other samples
+    keep their usual meaning: at loss = base loss it has the value and the gradient of the loss, and it becomes the loss
     as β goes to 0.
 
     Args:
@@ -370,7 +370,7 @@ def make_objective(
         zero_terminal_snr: Whether the schedule is rescaled to end in pure noise.
 
     Raises:
-        WeightsError: The configuration gives no schedule.
+        WeightsError: The configuration does not give a valid schedule.
     """
     if scheduler:
         from diffusers import DDPMScheduler
@@ -390,12 +390,12 @@ def make_objective(
 
 
 def shaped_noise(noise: Tensor, settings: ObjectiveSettings, source: torch.Generator) -> Tensor:
-    """Noise with the offset and the coarser levels that the settings name; as it is if they name none.
+    """Noise with the offset and the coarser levels from the settings; unchanged if they set none.
 
     Args:
         noise: Standard normal, (channels, height, width).
         settings: noise_offset, multires_noise_iterations, multires_noise_discount.
-        source: Of the random numbers that are drawn here.
+        source: Of the random numbers.
     """
     if settings.multires_noise_iterations:
         noise = pyramid_noise(noise, settings.multires_noise_iterations, settings.multires_noise_discount, source)
@@ -405,17 +405,17 @@ def shaped_noise(noise: Tensor, settings: ObjectiveSettings, source: torch.Gener
 
 
 def pyramid_noise(noise: Tensor, iterations: int, discount: float, source: torch.Generator) -> Tensor:
-    """Add coarser noise, level by level, each `discount` times as strong, and bring the whole to a deviation of 1.
+    """Add coarser noise, level by level, each `discount` times as strong, and normalise to a deviation of 1.
 
-    Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023, as kohya's trainer does it, so
+    Source: J. Whitaker, "Multi-Resolution Noise for Diffusion Model Training", 2023, as in kohya's trainer, so
     that its values mean the same here: level 0 has full size.
 
     Args:
         noise: Standard normal, (channels, height, width).
-        iterations: Number of levels at most; the last is one whose side would be a single element. One level is
+        iterations: Maximum number of levels; the last is one whose side would be a single element. One level is
             plain noise.
-        discount: Strength of each level over the one before.
-        source: Of the random numbers that are drawn here.
+        discount: Strength of each level relative to the one before.
+        source: Of the random numbers.
     """
     channels, height, width = noise.shape
     total = noise * 2**0.5  # as if level 0 had been added: the sum of two standard normals
@@ -443,7 +443,7 @@ def timestep_at(fraction: float, timesteps: int, settings: ObjectiveSettings) ->
 
     Args:
         fraction: Which quantile; uniformly distributed in [0, 1).
-        timesteps: Number of diffusion timesteps, of which `min_timestep` and `max_timestep` count thousandths.
+        timesteps: Number of diffusion timesteps; `min_timestep` and `max_timestep` are in thousandths of it.
         settings: Range and bias.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Opening base models: a host's tensors, a single file, or a folder of diffusers, all by `open_base`."""
+"""Opening base models: a host's tensors, a single file, or a diffusers folder, all with `open_base`."""
 
 from __future__ import annotations
 
@@ -161,11 +161,11 @@ class HostTensors:
         vae: Original names without prefix.
         text_encoders: Short name ("clip_l", "clip_h", "clip_g") → tensors, in Hugging Face's or OpenCLIP's layout.
         tokenizers: Short name → Hugging Face tokenizer; `TextEncoderSpec.target_tokenizer` → the other one.
-        title: Name for people.
+        title: Display name.
         prediction: What the model predicts according to the host; None: to be detected.
-        clip_skip: Layer of the text encoders that the host reads, counted from the end; 0: as usual.
+        clip_skip: The text encoder layer that the host uses, counted from the end; 0: the default.
         prompt_encoder: Encodes prompts in the host where its text encoders are not borrowed; None: they are.
-        packed: Name of a weight of the denoiser in a format of the host's own → the weight; it is in no other tensor.
+        packed: Name of a denoiser weight in a host-specific format → the weight; it is in no other tensor.
     """
 
     denoiser: Mapping[str, Tensor]
@@ -191,15 +191,15 @@ def open_base(
     """Open a base model without copying or building anything.
 
     Args:
-        source: A host's tensors, a `.safetensors` or `.ckpt` file, or a folder in diffusers' layout.
+        source: A host's tensors, a `.safetensors` or `.ckpt` file, or a folder in diffusers format.
         tokenizer: Folder of the tokenizer, for single files; None: searched near the file.
         vae: File or diffusers folder of an autoencoder that replaces the model's.
-        text_encoder: File or folder of the text encoder of a file that holds the denoiser alone.
-        prediction_type: What the model predicts; "auto": as the model states or its weights show.
-        clip_skip: Layer of the text encoders that is read, counted from the end; 0: as usual.
+        text_encoder: File or folder of the text encoder, for a file that contains only the denoiser.
+        prediction_type: What the model predicts; "auto": as declared by the model or detected in its weights.
+        clip_skip: The text encoder layer that is used, counted from the end; 0: the default.
 
     Raises:
-        UnsupportedModelError: A model of a family that can't be trained; the message names it.
+        UnsupportedModelError: A model of an unsupported family; the message names it.
         WeightsError: Not found, damaged, incomplete, or not a base model.
         SettingsError: The text encoders have no such layer.
     """
@@ -272,7 +272,7 @@ def open_tensors(tensors: Mapping[str, Tensor], path: Path) -> BaseWeights:
         path: The file, for messages.
 
     Raises:
-        UnsupportedModelError: A model of a family that is not supported.
+        UnsupportedModelError: A model of an unsupported family.
         WeightsError: It is incomplete, or not a base model.
     """
     import_libraries()
@@ -291,7 +291,7 @@ def _denoiser_alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
 
 
 def denoiser_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of a file is the denoiser, by the prefixes of original files; all of it where there are none."""
+    """The denoiser's tensors in a file, by the prefixes of original files; all of them where there are none."""
     return with_prefix(tensors, UNET_PREFIX) or with_prefix(tensors, _NET_PREFIX) or dict(tensors)
 
 
@@ -650,11 +650,11 @@ def _open_vae(path: Path, family: Family) -> Component:
 def fingerprint(facts: str, *parts: Mapping[str, Tensor]) -> str:
     """A digest of networks that any retraining or merging changes, computed in a fraction of a second.
 
-    Of every tensor it takes name, shape and 256 evenly spaced values, as float32: the same model gives the
+    From every tensor it uses name, shape and 256 evenly spaced values, as float32: the same model gives the
     same digest whether it comes from a file or from a host that loaded it at the same precision or a higher one.
 
     Args:
-        facts: Everything beside the tensors that identifies the model.
+        facts: Everything besides the tensors that identifies the model.
         parts: Name → tensor of each network.
     """
     digest = hashlib.sha256(facts.encode())

@@ -27,9 +27,9 @@ class GenerationConfig:
         negative_prompt: What the images should not show.
         scheduler: See `schedulers`.
         steps: Denoising steps.
-        guidance: Scale of classifier-free guidance; 1 follows the prompt alone, which halves the work.
-        guidance_start: Part of the noise schedule from which on there is guidance, in [0, 1]: 0 is pure noise.
-        guidance_end: Part of the noise schedule up to which there is guidance; 1 is the finished image.
+        guidance: Scale of classifier-free guidance; 1 is no guidance, which halves the work.
+        guidance_start: Point in the noise schedule from which there is guidance, in [0, 1]: 0 is pure noise.
+        guidance_end: Point in the noise schedule up to which there is guidance; 1 is the finished image.
     """
 
     width: int
@@ -45,7 +45,7 @@ class GenerationConfig:
         """Whether a denoising step is guided (the interval of Kynkäänniemi et al. 2024).
 
         Args:
-            timestep: Of the latents that the step begins with, in [0, timesteps]; only flow matching has the last.
+            timestep: Of the latents before the step, in [0, timesteps]; the maximum only with flow matching.
             timesteps: Of the noise schedule.
         """
         part = max(0.0, 1 - (timestep + 1) / timesteps)
@@ -63,7 +63,7 @@ def build_on_device(base: BaseWeights, device: torch.device, precision: str) -> 
 
 
 def starting_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
-    """Standard normal latents, (len(seeds), *shape), each from its own seed; as diffusers' pipelines draw them."""
+    """Standard normal latents, (len(seeds), *shape), each from its own seed; as in diffusers' pipelines."""
     rows = [torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed % 2**64)) for seed in seeds]
     return torch.cat(rows)
 
@@ -115,7 +115,7 @@ def denoise(
 
 @torch.no_grad()
 def decode_latents(model: DiffusionModel, latents: Tensor) -> list[Image.Image]:
-    """Decode latents to RGB images by a model's autoencoder, one at a time to save memory."""
+    """Decode latents to RGB images with a model's autoencoder, one at a time to save memory."""
     parameter = next(model.vae.parameters())
     images = []
     for row in latents.to(parameter.device, parameter.dtype):
@@ -161,7 +161,7 @@ def generate_latents(
     config: GenerationConfig,
     listener: Listener | None = None,
 ) -> Tensor:
-    """Generate the latents of one image for each seed, from prompts that are encoded already.
+    """Generate the latents of one image for each seed, from encoded prompts.
 
     Args:
         model: Its UNet predicts; no other network of it is used.
@@ -176,7 +176,7 @@ def generate_latents(
         Latents, (len(seeds), channels, height, width), float32, on the UNet's device.
 
     Raises:
-        SettingsError: The model has no pictures of that size.
+        SettingsError: The model can't generate pictures of that size.
         CancelledError: The listener asked to stop.
     """
     step = model.family.latents.granularity(vae.config)

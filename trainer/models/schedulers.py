@@ -1,4 +1,4 @@
-"""Samplers of diffusers, configured for a model's own noise schedule."""
+"""Diffusers' samplers, configured for a model's own noise schedule."""
 
 from __future__ import annotations
 

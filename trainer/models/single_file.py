@@ -31,7 +31,7 @@ _VAE_UP = re.compile(r"\.up_blocks\.(\d)\.(resnets\.(\d)|upsamplers\.0)\.")
 
 
 def original_state_dict(base: BaseWeights, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a model under the names of a single-file checkpoint.
+    """The tensors of a model by the names of a single-file checkpoint.
 
     Args:
         base: The base model.
@@ -58,11 +58,11 @@ def original_state_dict(base: BaseWeights, changed: Mapping[str, Tensor]) -> dic
 def write_single_file(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dtype: torch.dtype, *, replace: bool = True
 ) -> Path:
-    """Write a single-file checkpoint, whole or not at all.
+    """Write a single-file checkpoint atomically.
 
     Args:
         path: The file.
-        tensors: Under the original names.
+        tensors: By the original names.
         metadata: Of the file; strings.
         dtype: Type of the floating-point tensors in the file.
         replace: Whether a file of that name is replaced, or another name taken; see `core.files.write_file`.
@@ -71,7 +71,7 @@ def write_single_file(
         The path of the file.
 
     Raises:
-        NotFiniteError: A number is not finite, or too large for the type; nothing is written.
+        NotFiniteError: A value is NaN, infinite, or too large for the type; nothing is written.
         StorageError: It can't be written.
     """
     converted = {
@@ -89,20 +89,20 @@ def write_tensors(
     copied: Collection[str] = (),
     replace: bool = True,
 ) -> Path:
-    """Write a safetensors file, whole or not at all; every tensor keeps its type.
+    """Write a safetensors file atomically; every tensor keeps its type.
 
     Args:
         path: The file.
         tensors: On any device; they may share memory.
         metadata: Of the file; strings.
-        copied: Names of tensors that are as in another file, whose numbers are not looked at.
+        copied: Names of tensors that are copied unchanged from another file, whose values are not checked.
         replace: Whether a file of that name is replaced, or another name taken; see `core.files.write_file`.
 
     Returns:
         The path of the file.
 
     Raises:
-        NotFiniteError: A number is not finite; nothing is written.
+        NotFiniteError: A value is NaN or infinite; nothing is written.
         StorageError: It can't be written.
     """
     unshared: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Reading a base model's files: single checkpoints, safetensors, and the folders of diffusers."""
+"""Reading a base model's files: single checkpoints, safetensors, and diffusers folders."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def read_single_file(path: Path, *, mapped: bool = True) -> dict[str, Tensor]:
 
     Args:
         path: A safetensors file, or one of torch's.
-        mapped: Whether to memory-map them, which Windows lets nobody replace as long as they are in use.
+        mapped: Whether to memory-map the file, which Windows does not allow to be replaced while in use.
 
     Raises:
-        WeightsError: It is damaged, or holds more than plain weights.
+        WeightsError: It is damaged, or contains more than plain weights.
     """
     if not is_pickled(path):
         return read_safetensors(path)
@@ -56,7 +56,7 @@ def _unpickled(path: Path, *, mapped: bool) -> Any:
     """What torch loads from a file without running code from it.
 
     Raises:
-        WeightsError: It is damaged, or holds more than plain weights.
+        WeightsError: It is damaged, or contains more than plain weights.
     """
     try:
         mapped = mapped and zipfile.is_zipfile(path)  # torch's older format can't be memory-mapped
@@ -84,7 +84,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of a diffusers folder.
 
     Raises:
-        WeightsError: It can't be read, or holds something else.
+        WeightsError: It can't be read, or has other content.
     """
     try:
         return parse_json(path.read_bytes(), OBJECT)
@@ -101,10 +101,10 @@ def network_config(path: Path, shape: TypeAdapter[Any] = OBJECT) -> dict[str, An
 
     Args:
         path: Its file.
-        shape: What it must hold.
+        shape: What it must contain.
 
     Raises:
-        WeightsError: It can't be read, or holds something else.
+        WeightsError: It can't be read, or has other content.
     """
     config = read_json(path)
     try:
@@ -131,7 +131,7 @@ def read_component(folder: Path, stem: str) -> dict[str, Tensor]:
         stem: Name of the file without ending, "diffusion_pytorch_model" or "model".
 
     Raises:
-        WeightsError: It holds no weights, or they are damaged.
+        WeightsError: It contains no weights, or they are damaged.
     """
     for name in (f"{stem}.safetensors", f"{stem}.fp16.safetensors"):
         if (folder / name).is_file():
@@ -188,7 +188,7 @@ def _joined(files: Iterable[Path]) -> dict[str, Tensor]:
 
 
 def with_current_attention_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Give a VAE's attention the names of current diffusers (old folders: query, key, value, proj_attn)."""
+    """Rename a VAE's attention tensors to those of current diffusers (old folders: query, key, value, proj_attn)."""
     names = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
     renamed = {}
     for name, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""Weights that a host lends in eight bits or less: kept as they are, and dequantised whenever a layer computes.
+"""Borrowed weights in 8 bits or less: kept as they are, and dequantised whenever a layer computes.
 
-ComfyUI's files hold a Linear layer's weight as float8 numbers beside a scale, `weight_scale`, and how it is quantised,
+ComfyUI's files have a Linear layer's weight as float8 values with a scale, `weight_scale`, and its format,
 `comfy_quant`. Other formats are unpacked by the host that lends them, and refused by name in files.
 """
 
@@ -26,7 +26,7 @@ _INPUT_SCALE = ".input_scale"  # with which a host may quantise inputs; not need
 
 
 def without_scales(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a network without what describes how others are quantised, and the scales of these others.
+    """The tensors of a network without those that describe quantisation, and the scales of the quantised ones.
 
     Args:
         tensors: As a host lends them.
@@ -35,7 +35,7 @@ def without_scales(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
         The tensors; and the name of each weight that has a scale → the scale, ().
 
     Raises:
-        WeightsError: A weight is quantised in a way that can't be read.
+        WeightsError: A weight's quantisation is not supported.
     """
     plain: dict[str, Tensor] = {}
     scales: dict[str, Tensor] = {}
@@ -75,12 +75,12 @@ def _require_format(module: str, stated: Tensor) -> None:
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A matrix that a host stores in a format of its own, and unpacks itself.
+    """A matrix that a host stores in its own format, and unpacks itself.
 
     Attributes:
         shape: (out, in).
-        stored: What it is stored in, on one device: its numbers first, then scales.
-        unpack: Makes the matrix of these tensors, its shape and its type.
+        stored: The tensors that store it, on one device: its values first, then scales.
+        unpack: Returns the matrix from these tensors, its shape and its type.
     """
 
     shape: tuple[int, int]
@@ -95,10 +95,10 @@ class PackedWeight:
         return self.unpack(self.stored, self.shape, dtype)
 
     def part(self, number: int, count: int) -> PackedWeight:
-        """One of several parts with as many rows each; views of what this is stored in.
+        """One of several parts with equally many rows; views of the stored tensors.
 
         Raises:
-            WeightsError: Its rows can't be told apart in what it is stored in.
+            WeightsError: Its stored tensors can't be split by rows.
         """
         if count == 1:
             return self
@@ -118,12 +118,12 @@ class PackedWeight:
 
 
 def placeholders(packed: Mapping[str, PackedWeight]) -> dict[str, Tensor]:
-    """In place of each weight, one of its shape without memory."""
+    """For each weight, a placeholder of its shape without memory."""
     return {name: torch.empty(weight.shape, device="meta") for name, weight in packed.items()}
 
 
 class StoredLinear(nn.Linear):
-    """A frozen Linear layer whose weight is stored in few bits; see `Nf4Linear` for what it has in common.
+    """A frozen Linear layer with its weight stored in few bits; compare `Nf4Linear`.
 
     Its weight is borrowed: moving the network moves it, and casting the network changes the type in which it computes.
     """
@@ -155,11 +155,11 @@ class StoredLinear(nn.Linear):
         raise NotImplementedError
 
     def held(self) -> Sequence[Tensor]:
-        """What the weight is stored in; of a weight with a scale, without that."""
+        """The tensors that store the weight, without a scale."""
         raise NotImplementedError
 
     def hold(self, tensors: Sequence[Tensor]) -> None:
-        """Read the weight from other tensors than those of `held`, with the same content."""
+        """Read the weight from other tensors than `held`, with the same content."""
         raise NotImplementedError
 
     @property
@@ -202,7 +202,7 @@ class StoredLinear(nn.Linear):
 
 
 class Fp8Linear(StoredLinear):
-    """A layer whose weight is stored in float8.
+    """A layer with its weight stored in float8.
 
     Attributes:
         packed: The weight as it is stored, (out, in), float8.
@@ -248,9 +248,9 @@ class Fp8Linear(StoredLinear):
 
 
 class PackedLinear(StoredLinear):
-    """A layer whose weight a host unpacks.
+    """A layer with a weight that a host unpacks.
 
-    What it is stored in are buffers, so that it is counted, but for scales in float types, of which there are few.
+    The stored tensors are buffers, so that their memory is counted, except for scales in float types, which are small.
     """
 
     def __init__(self, packed: PackedWeight, bias: nn.Parameter | None, dtype: torch.dtype) -> None:
@@ -300,8 +300,8 @@ class PackedLinear(StoredLinear):
 class LinearWithoutSaving(torch.autograd.Function):
     """x · Wᵀ + b, which saves neither x nor W: the backward pass needs only W, and dequantises it again.
 
-    It saves an empty tensor. Reading that has gradient checkpointing compute the layer's block again before, which may
-    have to be brought to the device for it.
+    It saves an empty tensor. Reading that makes gradient checkpointing recompute the layer's block first, which may
+    have to be copied to the device for it.
     """
 
     @staticmethod
@@ -319,7 +319,7 @@ class LinearWithoutSaving(torch.autograd.Function):
 
 
 def as_ordinary_layers(network: nn.Module) -> None:
-    """Give every layer whose weight is stored in few bits an ordinary weight, to train it."""
+    """Convert every layer with a weight stored in few bits to an ordinary one, to train it."""
     for module in network.modules():
         if isinstance(module, StoredLinear):
             module.become_ordinary(module.weight)
@@ -331,16 +331,16 @@ def keep_as_stored(
     packed: Mapping[str, PackedWeight],
     file_names: Mapping[str, str],
 ) -> None:
-    """Replace each Linear layer whose weight is stored in few bits by one that keeps it so.
+    """Replace each Linear layer with a weight stored in few bits by one that keeps it that way.
 
     Args:
         network: Built around tensors that stay untouched.
-        scales: Name of a weight in float8 → what it is multiplied with.
-        packed: Name of a weight in a host's own format → the weight; the network has none there.
+        scales: Name of a weight in float8 → its scale.
+        packed: Name of a weight in a host-specific format → the weight; the network has none there.
         file_names: Name of a weight → its name in the file, where that differs; for messages.
 
     Raises:
-        WeightsError: Such a weight is none of a Linear layer.
+        WeightsError: Such a weight is not that of a Linear layer.
     """
     plain = [p.dtype for name, p in network.named_parameters() if p.dtype not in _FLOAT8 and name not in packed]
     dtype = next(iter(plain), torch.float32)

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from a folder, or CLIP's found for a checkpoint that holds none. None is ever downloaded."""
+"""Tokenizers: loaded from a folder, or CLIP's found for a checkpoint without one. None is ever downloaded."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def load_tokenizer(folder: Path, *, clip: bool = True) -> Any:
 
     Args:
         folder: With its files.
-        clip: Whether it is CLIP's; else the folder says which.
+        clip: Whether it is CLIP's; else the folder determines the class.
 
     Raises:
-        WeightsError: The folder holds none.
+        WeightsError: The folder contains none.
     """
     from transformers import AutoTokenizer, CLIPTokenizer, CLIPTokenizerFast
 
@@ -63,8 +63,8 @@ def find_language_tokenizer(text_encoder: Path, base: Path, given: Path | None) 
     """The tokenizer of a language model that encodes prompts.
 
     Args:
-        text_encoder: Its file or folder, in or beside which it is searched, as transformers and diffusers write it.
-        base: The base model's file, above which a ComfyUI is searched.
+        text_encoder: Its file or folder; the tokenizer is searched in or next to it, as in transformers and diffusers.
+        base: The base model's file; a ComfyUI is searched in the folders above it.
         given: The tokenizer's folder; None: to be searched.
 
     Raises:
@@ -86,13 +86,13 @@ def find_language_tokenizer(text_encoder: Path, base: Path, given: Path | None) 
 
 
 def find_target_tokenizer(folder_name: str, text_encoder: Path, base: Path, given: Path | None) -> Any:
-    """T5's tokenizer, whose tokens a model reads beside what a language model makes of a prompt.
+    """T5's tokenizer, for models that use its tokens in addition to a language model's hidden states.
 
     Args:
         folder_name: Of its folder in diffusers' layout and in ComfyUI.
-        text_encoder: The language model's file or folder, in or beside which it is searched.
-        base: The base model's file, above which a ComfyUI is searched.
-        given: The language model's tokenizer, beside which it is searched first; None: it was not given.
+        text_encoder: The language model's file or folder; the tokenizer is searched in or next to it.
+        base: The base model's file; a ComfyUI is searched in the folders above it.
+        given: The language model's tokenizer, next to which it is searched first; None: it was not given.
 
     Raises:
         WeightsError: None was found.
@@ -111,14 +111,14 @@ def find_target_tokenizer(folder_name: str, text_encoder: Path, base: Path, give
 
 
 def find_tokenizer(checkpoint: Path, given: Path | None) -> Any:
-    """The CLIP tokenizer for a single-file checkpoint, which holds none itself.
+    """The CLIP tokenizer for a single-file checkpoint, which does not include one.
 
     Args:
         checkpoint: The file, near which it is searched.
         given: Its folder; None: to be searched.
 
     Raises:
-        WeightsError: None was found; the remedy is where one can be taken from.
+        WeightsError: None was found; the remedy names where to get one.
     """
     if given is not None:
         return load_tokenizer(given)

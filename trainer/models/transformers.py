@@ -12,8 +12,8 @@ class Vocabulary(Protocol):
     """A module that knows the names of one transformer's modules.
 
     Attributes:
-        BLOCKS: What paths of modules in blocks begin with → a word for people.
-        UNDERSCORED_WORDS: The parts of paths that hold underscores themselves.
+        BLOCKS: Prefix of paths of modules in blocks → a display name.
+        UNDERSCORED_WORDS: The parts of paths that contain underscores.
     """
 
     @property
@@ -25,10 +25,10 @@ class Vocabulary(Protocol):
         """Whether a dotted path, in the network, diffusers or the original code, is that of one of its modules."""
 
     def network_path(self, original: str) -> str | None:
-        """A module's dotted path in the network from its name in the original code; None if there is no such one."""
+        """A module's dotted path in the network from its name in the original code; None if there is none."""
 
     def fits(self, path: str, outputs: int, inputs: int) -> bool:
-        """Whether a module of that path may have a weight of so many rows and columns."""
+        """Whether a module of that path may have a weight with that many rows and columns."""
 
 
 VOCABULARIES: tuple[Vocabulary, ...] = (flux2_names, zimage_names, krea2_names, anima_names)
@@ -37,7 +37,7 @@ UNDERSCORED_WORDS = frozenset(word for vocabulary in VOCABULARIES for word in vo
 
 
 def vocabulary_of(path: str) -> Vocabulary | None:
-    """The vocabulary that has a module of that path, in whatever program; None if none has."""
+    """The vocabulary with a module of that path, in any program's naming; None if there is none."""
     return next((vocabulary for vocabulary in VOCABULARIES if vocabulary.is_module(path)), None)
 
 
@@ -47,6 +47,6 @@ def is_transformer_module(path: str) -> bool:
 
 
 def network_path(original: str) -> str | None:
-    """A module's dotted path in the network from its name in the original code; None if there is no such one."""
+    """A module's dotted path in the network from its name in the original code; None if there is none."""
     paths = (vocabulary.network_path(original) for vocabulary in VOCABULARIES)
     return next((path for path in paths if path), None)

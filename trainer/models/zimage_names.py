@@ -1,7 +1,7 @@
-"""Names of the modules of Z-Image's transformer: in diffusers, whose network this pack takes, and in the original code.
+"""Names of the modules of Z-Image's transformer: in diffusers, whose network this pack uses, and in the original code.
 
-The original code's files, which are ComfyUI's, hold query, key and value projections in one tensor, of which the
-network's three are views.
+The original code's files, which are ComfyUI's, have query, key and value projections in one tensor; the network's three
+are views of it.
 """
 
 from __future__ import annotations
@@ -74,24 +74,24 @@ def network_path(original: str) -> str | None:
 def fixed_path(original: str) -> str | None:
     """The network's path of a module outside of blocks, from its name in the original code; None for any other.
 
-    Some of these names are other families' in diffusers; `network_path` leaves those out.
+    Some of these names belong to other families in diffusers; `network_path` leaves those out.
     """
     return _FIXED_PATHS.get(original)
 
 
 def is_in_block(path: str) -> bool:
-    """Whether a dotted path is that of a module in a block, which no other family calls so."""
+    """Whether a dotted path is that of a module in a block, by a name that no other family has."""
     return _in_block(path) is not None and is_module(path)
 
 
 def paths_of_tensor(name: str) -> tuple[str, ...]:
-    """The network's paths of the weight or bias that a name in the original code's files stands for.
+    """The network's paths of a weight or bias from its name in the original code's files.
 
     Args:
         name: Of a module, such as "layers.0.attention.qkv".
 
     Returns:
-        Three for joined projections, of which each is a third of the rows, else one; none if the name is not known.
+        Three for joined projections, each a third of the rows, else one; none if the name is unknown.
     """
     parts = split_paths(name)
     if parts:
@@ -101,7 +101,7 @@ def paths_of_tensor(name: str) -> tuple[str, ...]:
 
 
 def original_name(path: str) -> str | None:
-    """The original code's name of a module that it has for itself: the inverse of `network_path`; None for others."""
+    """The original code's name of a module that is separate there: the inverse of `network_path`; None for others."""
     place = _in_block(path)
     if place is None:
         return _FIXED.get(path)

@@ -1,6 +1,6 @@
-"""The list of families, and the recognition of models that are none of them.
+"""The list of families, and recognition of unsupported models.
 
-A new family is one file beside this one and its entry in `FAMILIES`.
+A new family is one file in this folder and its entry in `FAMILIES`.
 """
 
 from __future__ import annotations
@@ -94,18 +94,18 @@ def layouts() -> list[Layout]:
 
 
 def layout_of(denoiser: Mapping[str, Tensor]) -> Layout | None:
-    """The layout whose denoiser has such tensors, by original names without prefix; None if there is none."""
+    """The layout of a denoiser with these tensors, by original names without prefix; None if there is none."""
     return next((layout for layout in layouts() if layout.holds(denoiser)), None)
 
 
 def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
-    """Refuse networks of no family here, by the names of their tensors.
+    """Refuse networks of unsupported families, by the names of their tensors.
 
     Args:
         tensors: Names of a checkpoint or a network, with or without prefixes.
 
     Raises:
-        UnsupportedModelError: It is a known model of another kind.
+        UnsupportedModelError: It is a known model that is not supported.
         WeightsError: It is an adapter.
     """
     parts = (".lora_", ".hada_w", ".lokr_w", ".oft_blocks")
@@ -124,7 +124,7 @@ def refuse_foreign_keys(tensors: Mapping[str, Tensor]) -> None:
 
 
 def refuse_foreign_class(class_name: str) -> None:
-    """Refuse a diffusers class that is the denoiser of no family here.
+    """Refuse a diffusers class that is not the denoiser of a supported family.
 
     Raises:
         UnsupportedModelError: Always for another class; the message names the model.

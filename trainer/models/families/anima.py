@@ -1,4 +1,4 @@
-"""Anima: rectified flow, Cosmos Predict 2's transformer of 2 B, prompts read by Qwen 3 0.6B and by T5's tokens.
+"""Anima: rectified flow, Cosmos Predict 2's transformer of 2 B, prompts encoded by Qwen 3 0.6B and by T5's tokenizer.
 
 Sources: kohya-ss/sd-scripts, anima_train_network.py; diffusers' AnimaModularPipeline; ComfyUI's code.
 """
@@ -43,8 +43,8 @@ _MLP = r"blocks\.\d+\.ff\.net\.(0\.proj|2)"
 class AnimaModel(LanguageModelConditioned):
     """A built model; see `DiffusionModel`.
 
-    What the language model makes of a prompt is read by the conditioner, a part of the denoiser, beside the prompt's
-    tokens by T5's tokenizer. It is computed when prompts are encoded, on whatever device the denoiser is on.
+    The conditioner, a part of the denoiser, takes the language model's hidden states and the prompt's T5 tokens. It
+    runs when prompts are encoded, on whatever device the denoiser is on.
     """
 
     text_layers = (_LAYERS,)
@@ -67,7 +67,7 @@ class AnimaModel(LanguageModelConditioned):
 
     @property
     def context_width(self) -> int:
-        """Numbers that the conditioner reads for each token of a prompt."""
+        """Width of the conditioner's input for each token of a prompt."""
         return int(self.denoiser.llm_adapter.config.source_dim)
 
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
@@ -86,7 +86,7 @@ class AnimaModel(LanguageModelConditioned):
         return list(tokenizer(prompt, truncation=True, max_length=_MAX_TOKENS).input_ids) if tokenizer else []
 
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
-        """What the transformer reads of tokens: {"text": (prompts, 512, width)}, with zeros behind them."""
+        """The transformer's text input for tokens: {"text": (prompts, 512, width)}, padded with zeros."""
         both: list[list[Tensor]] = [[], []]
         for row in ids:
             end = int((row == _BETWEEN).nonzero()[0])
@@ -120,7 +120,7 @@ class AnimaModel(LanguageModelConditioned):
         return made
 
     def overlong(self, prompt: str) -> bool:
-        """Whether the prompt has more tokens than are read, by either tokenizer."""
+        """Whether the prompt has too many tokens for either tokenizer."""
         if self._target_tokenizer is None:
             return super().overlong(prompt)
         targets = self._target_tokenizer(prompt, truncation=False, verbose=False).input_ids
@@ -131,7 +131,7 @@ class AnimaModel(LanguageModelConditioned):
         return {"text": torch.zeros(1, _MAX_TOKENS, int(self.denoiser.config.text_embed_dim))}
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Run the transformer over the tokens of a picture, a video of one frame, no part of which is padding."""
+        """Run the transformer over the tokens of a picture, a video of one frame, without padding."""
         height, width = latents.shape[-2:]
         latents = F.pad(latents, (0, -width % PATCH, 0, -height % PATCH), mode="circular")  # as ComfyUI does
         output: Tensor = self.denoiser(
@@ -143,7 +143,7 @@ class AnimaModel(LanguageModelConditioned):
         return output[:, :, 0, :height, :width]
 
     def facts(self) -> dict[str, Any]:
-        """What of configurations decides what the networks compute."""
+        """The parts of the configurations that affect what the networks compute."""
         return {
             **super().facts(),
             "transformer": [list(self.denoiser.config[name]) for name in ("max_size", "patch_size", "rope_scale")],
@@ -218,7 +218,7 @@ class Anima:
         return "conditioner" in denoiser_config
 
     def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
-        """The places of pictures' tokens."""
+        """The positions of picture tokens."""
         return completed(denoiser_config)
 
     def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
@@ -226,7 +226,7 @@ class Anima:
         return Prediction("flow")
 
     def base_of_distilled(self, title: str) -> str | None:
-        """None is known but by its name."""
+        """Known only by name."""
         lowered = title.lower()
         return "Anima's base model" if "anima" in lowered and ("turbo" in lowered or "lightning" in lowered) else None
 

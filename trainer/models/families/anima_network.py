@@ -1,4 +1,4 @@
-"""Anima's networks: diffusers' Cosmos Predict 2 and what Anima puts before it, around tensors of the original code."""
+"""Anima's networks: diffusers' Cosmos Predict 2 and Anima's conditioner, around tensors of the original code."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _INCOMPLETE = "Use a complete file; if it was downloaded, download it again and 
 
 
 def make_transformer(conditioner: Mapping[str, Any], **config: Any) -> nn.Module:
-    """Diffusers' transformer, with other names outside of blocks, and with the conditioner as a part of it.
+    """Diffusers' transformer, with other names outside blocks, and with the conditioner as a part of it.
 
     Args:
         conditioner: Configuration of diffusers' `AnimaTextConditioner`.
@@ -81,7 +81,7 @@ def with_frequencies(network: Any) -> Any:
 
 
 class AnimaLayout:
-    """A transformer that attends to a prompt, what turns prompts into what it reads, Wan's autoencoder, and Qwen 3."""
+    """A transformer with cross-attention to the prompt, its conditioner, Wan's autoencoder, and Qwen 3."""
 
     folder = "transformer"
     network_class = "CosmosTransformer3DModel"
@@ -89,7 +89,7 @@ class AnimaLayout:
     block_paths = ("blocks",)
 
     def holds(self, denoiser: Mapping[str, Tensor]) -> bool:
-        """By what turns prompts into what it reads, which Cosmos Predict 2 has not."""
+        """By the conditioner, which Cosmos Predict 2 does not have."""
         return f"{CONDITIONER}.embed.weight" in denoiser
 
     def denoiser_config(self, denoiser: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -133,7 +133,7 @@ class AnimaLayout:
         return int(config["conditioner"]["source_dim"])
 
     def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """By renaming alone."""
+        """By renaming only."""
         names: dict[str, str] = {}
         for name in denoiser:
             if name.startswith(_COMPUTED):
@@ -145,13 +145,13 @@ class AnimaLayout:
         return Component({path: denoiser[name] for path, name in names.items()}, config, names)
 
     def denoiser_of_folder(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """Diffusers' names inside of blocks; the conditioner's begin with `CONDITIONER`."""
+        """Diffusers' names inside blocks; the conditioner's begin with `CONDITIONER`."""
         names = {path_from_diffusers(name): name for name in tensors}
         own = {**config, "in_channels": config["in_channels"] + MASK_CHANNELS, "concat_padding_mask": False}
         return Component({path: tensors[name] for path, name in names.items()}, own, names)
 
     def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By renaming alone."""
+        """By renaming only."""
         return {name_in_diffusers(path): tensor for path, tensor in tensors.items()}
 
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
@@ -175,12 +175,12 @@ class AnimaLayout:
         return original_name(path)
 
     def is_published(self, path: str, depths: Sequence[int]) -> bool:
-        """Every module in a block, of which there are as many in all published models."""
+        """Every module in a block, since all published models have the same number of blocks."""
         return path.startswith("blocks.") and original_name(path) is not None
 
 
 def completed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration from shapes with what they don't show."""
+    """A configuration from shapes, completed with what they don't show."""
     return {
         **config,
         # the channel of the mask is one of the inputs here, as diffusers would resize the mask by torchvision

@@ -1,4 +1,4 @@
-"""What a model family is: the contract between the recipe and the models it trains."""
+"""Model families: the interface between the recipe and the models it trains."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ Conditioning = dict[str, Tensor]
 
 
 def joined_rows(parts: Sequence[Conditioning]) -> Conditioning:
-    """The rows of several conditionings, one below the other, on the device of the first.
+    """The rows of several conditionings, concatenated, on the device of the first.
 
-    Those that are padded to the longest prompt of their own are padded to the longest of all: embeddings with zeros,
+    Conditionings padded to their own longest prompt are padded to the longest of all: embeddings with zeros,
     tokens with -1, as `encode_prompts` and `tokenize` do.
     """
     joined = {}
@@ -46,7 +46,7 @@ def joined_rows(parts: Sequence[Conditioning]) -> Conditioning:
 
 @dataclass(frozen=True)
 class Component:
-    """Tensors of one network under the names of diffusers or transformers, and the configuration that they fit.
+    """Tensors of one network by the names of diffusers or transformers, and their configuration.
 
     Attributes:
         tensors: Name → tensor; may be borrowed, memory-mapped or on any device. Never written to.
@@ -70,8 +70,8 @@ class TextEncoderSpec:
     Attributes:
         name: The component's name and folder in diffusers, "text_encoder" or "text_encoder_2".
         short_name: Its usual short name: "clip_l", "clip_h", "clip_g" or "qwen3".
-        file_prefixes: What its tensors' names begin with in a single file, the usual one first.
-        adapter_prefix: What its modules' names begin with in a kohya file.
+        file_prefixes: The prefixes of its tensors' names in a single file, the usual one first.
+        adapter_prefix: The prefix of its modules' names in a kohya file.
         hidden_act: Activation of its MLPs.
         pads_with_end: Whether prompts are padded with the end token; else with token 0.
         layer: Which hidden state is read, counted from the end: 1 is the last, 2 the one before it. Of a language
@@ -81,11 +81,11 @@ class TextEncoderSpec:
         unused_layers: Number of layers at the end that an original file holds and no model reads; they are left out.
         published_layers: Number of layers of the published encoder, with the unused ones; 0 where none is unused.
         is_language_model: Whether it is a large language model in place of a CLIP.
-        max_tokens: To how many tokens prompts are padded; 0 where the network's configuration tells.
-        reads_padding: Whether the denoiser reads the padding behind a prompt; else it is told where each prompt ends.
+        max_tokens: The number of tokens that prompts are padded to; 0: as in the network's configuration.
+        reads_padding: Whether the denoiser attends to a prompt's padding; else it gets each prompt's length.
         target_tokenizer: Folder in diffusers' layout of another tokenizer, whose tokens are read beside the hidden
             states; "": none is.
-        unread_tokens: How many tokens stand before a prompt, by the published tokenizer, that are encoded and not read.
+        unread_tokens: Number of tokens before a prompt, with the published tokenizer, that are encoded but not used.
     """
 
     name: str
@@ -123,11 +123,11 @@ def token_ids_key(text_encoder: str) -> str:
 
 @dataclass(frozen=True)
 class LearnedWord:
-    """A word that stands for vectors of its own instead of its tokens' embeddings: textual inversion (Gal et al. 2022).
+    """A word with its own vectors instead of its tokens' embeddings: textual inversion (Gal et al. 2022).
 
     Attributes:
-        word: As it stands in prompts; may be several tokens, or several words.
-        vectors: Text encoder's component → what it reads in the word's place, (vectors, width), on any device.
+        word: As in prompts; may be several tokens, or several words.
+        vectors: Text encoder's component → the word's input embeddings, (vectors, width), on any device.
     """
 
     word: str
@@ -141,10 +141,10 @@ class AdapterMarks:
     Attributes:
         context_width: Width of the text embeddings that the published denoisers attend to, which is the input width of
             `attn2.to_k`; 0 where no module shows it.
-        module_names: Regular expression that is found in names of modules which no other family has; "" without any.
+        module_names: Regular expression that matches names of modules that no other family has; "" if there are none.
         architecture: What `modelspec.architecture` contains, whatever the version.
         base_version: What `ss_base_model_version` contains, whatever the version.
-        shared_names: Names of modules in its files that another family's modules have, too.
+        shared_names: Names of modules in its files that other families also have.
     """
 
     context_width: int
@@ -180,10 +180,10 @@ class PromptEncoder(Protocol):
     def fingerprint(self) -> str: ...  # noqa: D102
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts: named tensors as `DiffusionModel.encode_prompts` has them, on the CPU."""
+        """Encode prompts: named tensors as from `DiffusionModel.encode_prompts`, on the CPU."""
 
     def overlong(self, prompt: str) -> bool:
-        """Whether the prompt is longer than what is read of it."""
+        """Whether the prompt would be truncated."""
 
 
 @dataclass(frozen=True)
@@ -195,15 +195,15 @@ class BaseWeights:
         denoiser: The UNet or transformer.
         vae: The autoencoder.
         text_encoders: Text encoders in the family's order.
-        tokenizers: Hugging Face tokenizers, one for each text encoder; then that of what is read beside them.
+        tokenizers: Hugging Face tokenizers, one for each text encoder; then the additional one, if there is one.
         scheduler: The noise schedule's configuration as diffusers writes it; empty where unknown.
         prediction: What the denoiser predicts.
-        clip_skip: Layer of the text encoders that is read, counted from the end; 0: the family's.
-        title: Name for people, e.g. the file's.
+        clip_skip: The text encoder layer that is used, counted from the end; 0: the family's default.
+        title: Display name, e.g. the file's.
         fingerprint: Hexadecimal digest of the weights.
-        words: Words that stand for vectors of their own, of adapters that were added to it.
-        prompt_encoder: What encodes prompts in place of text encoders of its own, of which there are none then.
-        is_distilled: Whether the model says that it generates in few steps, which training would undo; None: nothing.
+        words: Learned words of adapters that were added to it.
+        prompt_encoder: Encodes prompts in the host; then there are no text encoders here.
+        is_distilled: Whether the model declares few-step distillation, which training would undo; None: not stated.
     """
 
     family: Family
@@ -225,7 +225,7 @@ class DiffusionModel(Protocol):
     """A built model: networks that may share storage with a host's, and what is known about them.
 
     Conditioning has these names, "_2" being the second text encoder: "ids", "ids_2" (tokens, int64), "text", "text_2"
-    (hidden states), "lengths" (tokens of each prompt, int64, where the padding behind it is not read), "pooled_2"
+    (hidden states), "lengths" (tokens of each prompt, int64, where its padding is not used), "pooled_2"
     (projected embedding), and "size" (original height and width, top and left of the crop, target height and width, in
     pixels). Where a host encodes the prompts, there are no tokens, and no text encoders. Behind a language model's
     tokens stand -1; where another tokenizer's are read beside them, -2 and these come before.
@@ -236,7 +236,7 @@ class DiffusionModel(Protocol):
         vae: The autoencoder, a diffusers `AutoencoderKL`.
         text_encoders: Component name ("text_encoder") → text encoder.
         objective: Noise schedule and prediction type.
-        words: The words that stand for vectors of their own.
+        words: The learned words.
         text_dtype: The type in which its text encoders encode: float32, or that of a language model's weights.
     """
 
@@ -249,20 +249,20 @@ class DiffusionModel(Protocol):
     text_dtype: torch.dtype
 
     def learn(self, words: Sequence[LearnedWord]) -> None:
-        """Let these words, and no others, stand for their vectors from now on.
+        """Set the learned words: from now on these words, and no others, are encoded as their vectors.
 
-        Their tokens in a prompt become a token for each vector, numbered from -1 downwards. The vectors are read anew
-        whenever tokens are encoded, and get gradients.
+        Their tokens in a prompt become one token per vector, numbered from -1 downwards. The vectors are read whenever
+        tokens are encoded, and get gradients.
         """
 
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
         """Tokens of the prompts for every text encoder, truncated or padded: (prompts, tokens) each, on the CPU."""
 
     def max_tokens(self, encoder: str) -> int:
-        """The number of tokens that a text encoder, given by its component's name, reads of every prompt."""
+        """The maximum number of tokens of a text encoder, given by its component's name."""
 
     def token_embeddings(self, encoder: str, text: str) -> Tensor:
-        """What a text encoder, given by its component's name, reads for a text's own tokens: (tokens, width)."""
+        """Input embeddings of a text's own tokens in a text encoder, given by its component's name: (tokens, width)."""
 
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
         """Embeddings of tokens by one text encoder, given by its component's name; on the encoder's device."""
@@ -280,19 +280,19 @@ class DiffusionModel(Protocol):
         """Whether a text encoder would truncate the prompt."""
 
     def facts(self) -> dict[str, Any]:
-        """Everything but the tensors that decides what the networks compute, for a fingerprint: JSON values."""
+        """Everything except the tensors that affects what the networks compute, for a fingerprint: JSON values."""
 
 
 class Layout(Protocol):
-    """How the networks of a kind of models are laid out: in the original code's files, in a host, and in diffusers.
+    """How the networks of a type of model are laid out: in the original code's files, in a host, and in diffusers.
 
-    No method copies a tensor, but where its docstring says so.
+    Methods do not copy tensors, except where their docstrings say so.
 
     Attributes:
-        folder: The denoiser's folder in diffusers' layout, with which names in its adapter files begin, too.
+        folder: The denoiser's folder in diffusers' layout, also the prefix of names in its adapter files.
         network_class: The denoiser's class in diffusers.
-        block_names: What the original code's names of modules in blocks begin with.
-        block_paths: What the network's paths of modules in blocks begin with.
+        block_names: The prefixes of the original code's names of modules in blocks.
+        block_paths: The prefixes of the network's paths of modules in blocks.
     """
 
     @property
@@ -315,26 +315,26 @@ class Layout(Protocol):
         """
 
     def context_width(self, config: Mapping[str, Any]) -> int:
-        """Numbers that a denoiser of a configuration reads for each token of a prompt."""
+        """Width of a denoiser's text input for each token of a prompt, by its configuration."""
 
     def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """The denoiser under the network's names, from original names without prefix.
+        """The denoiser by the network's names, from original names without prefix.
 
         Raises:
-            WeightsError: A tensor is not known.
+            WeightsError: A tensor is unknown.
         """
 
     def denoiser_of_folder(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """The denoiser under the network's names, from diffusers' names; tensors that it joins are copies."""
+        """The denoiser by the network's names, from diffusers' names; tensors that it joins are copies."""
 
     def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors of the denoiser under diffusers' names, from the network's; those that it splits are copies."""
+        """Tensors of the denoiser by diffusers' names, from the network's; those that it splits are copies."""
 
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
         """The autoencoder, from original names without prefix or from diffusers'.
 
         Raises:
-            WeightsError: It is none of this kind.
+            WeightsError: It is not one of this type.
         """
 
     def text_encoder(
@@ -343,7 +343,7 @@ class Layout(Protocol):
         """A text encoder, with its configuration where that is known.
 
         Raises:
-            WeightsError: It is none of this kind, or a tensor is missing.
+            WeightsError: It is not one of this type, or a tensor is missing.
         """
 
     def original_names(self, paths: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -361,13 +361,13 @@ class Family(Protocol):
 
     Attributes:
         name: Short name, as its presets' files are called: "sd1".
-        title: Name for people.
-        short_title: Name for people in messages about adapters: "SD 1".
+        title: Display name.
+        short_title: Display name in messages about adapters: "SD 1".
         layout: How its networks are laid out.
         targets: Preset name → regular expression of the denoiser's modules that get an adapter.
         text_targets: Preset name → regular expression of the text encoders' modules, if they are trained.
-        scaling_factor: What the autoencoder's latents are multiplied with; 1 where another format decides.
-        latents: How the denoiser's latents are made of the autoencoder's.
+        scaling_factor: Factor of the autoencoder's latents; 1 where another format decides.
+        latents: How the denoiser's latents are computed from the autoencoder's.
         text_encoders: Its text encoders.
         adapter_marks: What shows that an adapter file was made for it.
         original_names: Whether adapter files name the denoiser's modules as the original code does.
@@ -376,8 +376,8 @@ class Family(Protocol):
             largest number of its blocks of each kind.
         kohya_v2: Value of `ss_v2`.
         trains_fully: Whether all weights can be trained and written as a checkpoint.
-        prompt_modules: Regular expression of the beginnings of paths of the denoiser's modules that do their work when
-            prompts are encoded, before the first step, so that they can't be trained; "": none does.
+        prompt_modules: Regular expression that matches the beginnings of paths of the denoiser's modules that run when
+            prompts are encoded, before the first step, so that they can't be trained; "": there are none.
     """
 
     @property
@@ -427,23 +427,23 @@ class Family(Protocol):
         """What a denoiser (original names without prefix) predicts, by its weights alone."""
 
     def base_of_distilled(self, title: str) -> str | None:
-        """If a distilled model, which training breaks, is called so: the name of its base; else None."""
+        """The base of a distilled model, which training would break, by the model's name; None if it is not one."""
 
     def build(self, weights: BaseWeights) -> DiffusionModel:
         """Build the networks around the tensors, without a copy.
 
         Raises:
-            WeightsError: Something is missing, unknown or of another shape.
+            WeightsError: A tensor is missing, unknown or of another shape.
         """
 
 
 def newer_class(name: str, *, model: str, pipeline: str, version: str) -> Any:
-    """A class of diffusers that versions which this pack otherwise works with don't have.
+    """A diffusers class that some supported versions of diffusers lack.
 
     Args:
         name: Of the class.
-        model: For people.
-        pipeline: Name of the model's pipeline, by which the version is told.
+        model: For the message.
+        pipeline: Name of the model's pipeline, to detect the version.
         version: Of diffusers that has it.
 
     Raises:
@@ -471,7 +471,7 @@ def required(tensors: Mapping[str, Tensor], name: str) -> Tensor:
 
 
 def count_blocks(tensors: Mapping[str, Tensor], blocks: str) -> int:
-    """How many blocks of a kind, "<blocks>.<number>.", the tensors are of."""
+    """The number of blocks of a type, "<blocks>.<number>.", in the tensors."""
     return len({name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")})
 
 
@@ -497,8 +497,8 @@ def build_around(network: nn.Module, component: Component) -> nn.Module:
 
     Args:
         network: Built under `torch.device("meta")`.
-        component: Every parameter and persistent buffer of the network, and nothing else. The network gets tensors of
-            its own over the same storage, so that moving or casting it later leaves the given tensors alone.
+        component: Every parameter and persistent buffer of the network, and nothing else. The network gets its own
+            tensors over the same storage, so that moving or casting it later leaves the given tensors alone.
 
     Raises:
         WeightsError: A tensor is missing, unknown, or of another shape than the network's.
@@ -532,7 +532,7 @@ def build_around(network: nn.Module, component: Component) -> nn.Module:
 
 
 def as_ordinary(tensor: Tensor) -> Tensor:
-    """A tensor over the same storage which autograd accepts, even if `tensor` was made in inference mode."""
+    """A tensor over the same storage that autograd accepts, even if `tensor` was made in inference mode."""
     if not tensor.is_inference():
         return tensor.detach()
     ordinary = torch.empty(0, dtype=tensor.dtype, device=tensor.device)

@@ -1,4 +1,4 @@
-"""CLIP text encoders: configuration from shapes, tokens, and the outputs that a denoiser reads."""
+"""CLIP text encoders: configuration from shapes, tokens, and the outputs that a denoiser uses."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ClipTextEncoder:
             )
 
     def learn(self, words: Mapping[str, Tensor]) -> None:
-        """Let these words stand for vectors, (vectors, width) each, and no others; see `DiffusionModel.learn`."""
+        """Set the learned words and their vectors, (vectors, width) each; see `DiffusionModel.learn`."""
         self._words = []
         self._vectors = list(words.values())
         row = 0
@@ -111,7 +111,7 @@ class ClipTextEncoder:
         return list(self._tokenizer(prompt, truncation=False, verbose=False).input_ids)
 
     def tokens(self, prompt: str) -> list[int]:
-        """All tokens of a prompt, with the start and end token; negative where a learned word stands."""
+        """All tokens of a prompt, with the start and end token; negative for a learned word."""
         tokens = self._own_tokens(prompt)
         if not self._words:
             return tokens
@@ -129,7 +129,7 @@ class ClipTextEncoder:
         return weight[self._own_tokens(text)[1:-1]].detach()
 
     def overlong(self, prompt: str) -> bool:
-        """Whether the prompt has more tokens than the encoder reads."""
+        """Whether the prompt has too many tokens for the encoder."""
         return len(self.tokens(prompt)) > self.max_tokens
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
@@ -145,7 +145,7 @@ class ClipTextEncoder:
         return torch.tensor(rows)
 
     def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:
-        """Hidden states (prompts, tokens, width), and the projected embedding (prompts, width) where it is read."""
+        """Hidden states (prompts, tokens, width), and the projected embedding (prompts, width) where it is used."""
         clip: Any = network
         ids = ids.to(next(network.parameters()).device)
         with self._vectors_for(network, ids):

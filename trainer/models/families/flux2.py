@@ -56,7 +56,7 @@ class Flux2Model(LanguageModelConditioned):
         self._timesteps: Tensor | None = None
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Run the transformer over the tokens of picture and prompt; every number of the latents' grid is a token."""
+        """Run the transformer over the tokens of picture and prompt; every position of the latents is a token."""
         _, _, height, width = latents.shape
         text = conditioning["text"].to(latents.dtype)
         self._timesteps = timesteps.to(latents.device, torch.float32)
@@ -76,7 +76,7 @@ class Flux2Model(LanguageModelConditioned):
         return self._timesteps
 
     def facts(self) -> dict[str, Any]:
-        """What of configurations decides what the networks compute."""
+        """The parts of the configurations that affect what the networks compute."""
         return {
             **super().facts(),
             "transformer": [self.denoiser.config[name] for name in ("rope_theta", "axes_dims_rope", "eps")],
@@ -139,7 +139,7 @@ class Flux2Klein:
         return "flux_2_klein"
 
     def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
-        """A transformer without guidance among its inputs, which FLUX.2 dev has."""
+        """A transformer without a guidance input, which FLUX.2 dev has."""
         return "num_single_layers" in denoiser_config and not denoiser_config.get("guidance_embeds", True)
 
     def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Flux2Klein:
         return Prediction("flow")
 
     def base_of_distilled(self, title: str) -> str | None:
-        """Distilled models have the shapes of the base models; their names tell."""
+        """By name: distilled models have the shapes of the base models."""
         match = re.search(r"klein[-_. ]?(\d+b)?", title.lower())
         is_distilled = match is not None and "base" not in title.lower()
         return f"FLUX.2 klein base {(match[1] or '4b').upper()}" if is_distilled and match else None

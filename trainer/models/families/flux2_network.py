@@ -35,7 +35,7 @@ _INCOMPLETE = "Use a complete file; if it was downloaded, download it again and 
 
 
 class FinalNorm(nn.Module):
-    """The norm before the last layer, whose projection gives shift and scale in the order of the original code.
+    """The norm before the last layer, with its projection's shift and scale in the original code's order.
 
     diffusers' own has scale and shift, so that the borrowed tensor would have to be copied.
     """
@@ -100,7 +100,7 @@ class Flux2Layout:
         return int(config["joint_attention_dim"])
 
     def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """By renaming alone."""
+        """By renaming only."""
         tensors = {}
         file_names = {}
         for name, tensor in denoiser.items():

@@ -78,7 +78,7 @@ class Krea2Model(LanguageModelConditioned):
         return F.pixel_shuffle(squares, PATCH)[:, :, :height, :width]
 
     def facts(self) -> dict[str, Any]:
-        """What of configurations decides what the networks compute."""
+        """The parts of the configurations that affect what the networks compute."""
         transformer = ("rope_theta", "axes_dims_rope", "norm_eps", "text_num_attention_heads")
         return {
             **super().facts(),
@@ -159,7 +159,7 @@ class Krea2:
         return "num_text_layers" in denoiser_config
 
     def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Heads of one size, whose numbers are shared by three axes."""
+        """Heads of one size, with channels divided among three axes."""
         return {**denoiser_config, "attention_head_dim": 128, "axes_dims_rope": (32, 48, 48), "rope_theta": 1000.0}
 
     def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
@@ -167,7 +167,7 @@ class Krea2:
         return Prediction("flow")
 
     def base_of_distilled(self, title: str) -> str | None:
-        """Turbo has the shapes of the base model; its name tells."""
+        """By name: Turbo has the shapes of the base model."""
         joined = re.sub(r"[-_. ]", "", title.lower())
         words = set(re.split(r"[^a-z0-9]+", title.lower()))
         is_base = "deturbo" in joined or not words.isdisjoint({"raw", "base"})

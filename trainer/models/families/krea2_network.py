@@ -31,7 +31,7 @@ _INCOMPLETE = "Use a complete file; if it was downloaded, download it again and 
 
 
 def make_transformer(**config: Any) -> nn.Module:
-    """Diffusers' transformer, whose modules outside of blocks have the original code's names.
+    """Diffusers' transformer, with the original code's names for modules outside blocks.
 
     Its norms add one to their scales in float32, whatever the type of these, as the original code does; diffusers'
     own do so because diffusers loads the scales in float32.
@@ -88,7 +88,7 @@ class Krea2Layout:
         return int(config["num_text_layers"] * config["text_hidden_dim"])
 
     def denoiser(self, denoiser: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """By renaming alone; the modulation of a block, which the original code has flat, is a view."""
+        """By renaming only; the modulation of a block, which the original code has flat, is a view."""
         tensors: dict[str, Tensor] = {}
         file_names: dict[str, str] = {}
         for name, tensor in denoiser.items():
@@ -106,7 +106,7 @@ class Krea2Layout:
         return Component({path: tensors[name] for path, name in names.items()}, config, names)
 
     def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """By renaming alone."""
+        """By renaming only."""
         return {name_in_diffusers(path): tensor for path, tensor in tensors.items()}
 
     def vae(self, tensors: Mapping[str, Tensor], scaling_factor: float) -> Component:
@@ -117,7 +117,7 @@ class Krea2Layout:
     def text_encoder(
         self, tensors: Mapping[str, Tensor], spec: TextEncoderSpec, config: Mapping[str, Any] | None = None
     ) -> Component:
-        """The language model of Qwen 3 VL, without what looks at pictures; see `qwen3_component`."""
+        """The language model of Qwen 3 VL, without its vision part; see `qwen3_component`."""
         return qwen3_component(tensors, spec, config, sees=True)
 
     def original_names(self, paths: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -130,5 +130,5 @@ class Krea2Layout:
         return original_name(path)
 
     def is_published(self, path: str, depths: Sequence[int]) -> bool:
-        """Every module in a block, of which there are as many in all published models."""
+        """Every module in a block, since all published models have the same number of blocks."""
         return path.startswith(("blocks.", "txtfusion.")) and original_name(path) is not None

@@ -1,4 +1,4 @@
-"""What models have in common whose prompts a language model encodes, of their own or in the host."""
+"""Shared code of models with a language model, their own or the host's, as text encoder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .qwen3 import Qwen3TextEncoder
 
 
 class LanguageModelConditioned:
-    """A built model without what its denoiser needs to predict; see `DiffusionModel`.
+    """A built model, except for its denoiser's prediction; see `DiffusionModel`.
 
     Attributes:
-        text_layers: After how many layers of the language model hidden states are read.
-        template: What a prompt stands in when it is encoded, with "{}" for the prompt.
-        unread_start: The beginning of the template whose embedding the denoiser does not read.
+        text_layers: The layers of the language model after which hidden states are used.
+        template: The template in which a prompt is encoded, with "{}" for the prompt.
+        unread_start: The beginning of the template, whose embedding the denoiser does not use.
         sizes: Which text encoder belongs to which model, as an instruction.
     """
 
@@ -84,20 +84,20 @@ class LanguageModelConditioned:
 
     @property
     def context_width(self) -> int:
-        """Numbers that the denoiser reads for each token of a prompt."""
+        """Width of the denoiser's text input for each token of a prompt."""
         return self.family.layout.context_width(self.denoiser.config)
 
     def learn(self, words: Sequence[LearnedWord]) -> None:
-        """There are none: its text encoder reads no vectors of one's own.
+        """Not supported: its text encoder can't learn words.
 
         Raises:
-            ValueError: There are some.
+            ValueError: There are words.
         """
         if words:
             raise ValueError("a language model can't learn words")
 
     def token_embeddings(self, encoder: str, text: str) -> Tensor:
-        """What the text encoder reads for a text's own tokens: (tokens, width)."""
+        """Input embeddings of a text's own tokens: (tokens, width)."""
         network: Any = self.text_encoders[encoder]
         embeddings: Tensor = network.embed_tokens(torch.tensor(self._encoders[encoder].tokens(text)))
         return embeddings
@@ -109,11 +109,11 @@ class LanguageModelConditioned:
         return any(encoder.overlong(prompt) for encoder in self._encoders.values())
 
     def tokenize(self, prompts: Sequence[str]) -> Conditioning:
-        """Tokens of the prompts, padded to the number that is read; none where a host encodes."""
+        """Tokens of the prompts, padded; none where a host encodes."""
         return {token_ids_key(name): encoder.tokenize(prompts) for name, encoder in self._encoders.items()}
 
     def max_tokens(self, encoder: str) -> int:
-        """The number of tokens that the text encoder reads of every prompt."""
+        """The maximum number of tokens of the text encoder."""
         return self._encoders[encoder].max_tokens
 
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
@@ -121,7 +121,7 @@ class LanguageModelConditioned:
         return self._encoders[encoder].encode(self.text_encoders[encoder], ids)
 
     def encode_prompts(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts by the text encoder, or by the host's."""
+        """Encode prompts with the text encoder, or the host's."""
         if self._host_encoder is not None:
             return self._host_encoder.encode(prompts)
         [name] = self._encoders
@@ -136,7 +136,7 @@ class LanguageModelConditioned:
         return zeros if spec.reads_padding else {**zeros, "lengths": torch.tensor([tokens])}
 
     def facts(self) -> dict[str, Any]:
-        """What of configurations decides what the networks compute, beside the denoiser's and the autoencoder's."""
+        """The parts of the configurations that affect what the networks compute, besides denoiser and autoencoder."""
         return {
             **self.objective.facts(),
             "text": self._host_encoder.fingerprint if self._host_encoder else self.text_layers,

@@ -84,7 +84,7 @@ class UnetLayout:
 
 
 def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, without it."""
+    """The tensors with names that begin with `prefix`, which is removed."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
@@ -191,7 +191,7 @@ def diffusers_vae_component(tensors: Mapping[str, Tensor], scaling_factor: float
 
     Args:
         tensors: Names such as "encoder.down_blocks.0.resnets.0.conv1.weight".
-        scaling_factor: What latents are multiplied with.
+        scaling_factor: Factor of the latents.
 
     Raises:
         WeightsError: A tensor that the configuration depends on is missing.
@@ -237,10 +237,10 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
 
     Args:
         tensors: Original names without prefix ("encoder.conv_in.weight" …).
-        scaling_factor: What latents are multiplied with, a fact of the family.
+        scaling_factor: Factor of the latents, given by the family.
 
     Raises:
-        WeightsError: It is no KL autoencoder of this layout.
+        WeightsError: It is not a KL autoencoder in this layout.
     """
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 

@@ -33,19 +33,19 @@ def qwen3_component(
     *,
     sees: bool = False,
 ) -> Component:
-    """Infer a transformers `Qwen3Config` from a text encoder's tensors, without the layers that nobody reads.
+    """Infer a transformers `Qwen3Config` from a text encoder's tensors, without the unused layers.
 
-    A Qwen 3 VL that reads nothing but text is a Qwen 3.
+    For text alone, a Qwen 3 VL is a Qwen 3.
 
     Args:
-        tensors: With or without the leading "model."; the head of the language model, and what looks at pictures, are
+        tensors: With or without the leading "model."; the head of the language model and the vision part are
             left out. None is copied.
         spec: Which encoder of the family it is; layers behind its `layer` are left out.
         config: Its configuration where it is known, as in a folder of diffusers.
         sees: Whether it is a Qwen 3 VL.
 
     Raises:
-        WeightsError: A tensor that the configuration depends on is missing, or it is the other kind of Qwen 3.
+        WeightsError: A tensor that the configuration depends on is missing, or it is the other type of Qwen 3.
     """
     _require_kind(tensors, config, sees=sees)
     named = {_without_prefix(name): tensor for name, tensor in tensors.items() if not name.startswith(_UNREAD)}
@@ -120,9 +120,9 @@ class Qwen3TextEncoder:
     """A built text encoder with its tokenizer.
 
     Attributes:
-        max_tokens: Number of tokens that are encoded at most: no more than the network has places for.
-        unread_tokens: How many of them, at the beginning, the denoiser does not read.
-        network: The network; its last norm is left out where hidden states before it are read.
+        max_tokens: Maximum number of tokens, within the network's positions.
+        unread_tokens: Number of them, at the beginning, that the denoiser does not use.
+        network: The network; its last norm is left out where the hidden states before it are used.
     """
 
     def __init__(
@@ -160,7 +160,7 @@ class Qwen3TextEncoder:
         self.network: nn.Module = network
 
     def tokens(self, prompt: str) -> list[int]:
-        """All tokens of a prompt in its template; of nothing, one that stands for padding, as in ComfyUI."""
+        """All tokens of a prompt in its template; for an empty one, a single padding token, as in ComfyUI."""
         return self._tokens_of(self._template.format(prompt)) or [int(self._tokenizer.pad_token_id)]
 
     def _tokens_of(self, text: str) -> list[int]:
@@ -171,16 +171,16 @@ class Qwen3TextEncoder:
         return len(self.tokens(prompt)) > self.max_tokens
 
     def tokenize(self, prompts: Sequence[str]) -> Tensor:
-        """Tokens of the prompts, (prompts, tokens), on the CPU; -1 behind each prompt's end.
+        """Tokens of the prompts, (prompts, tokens), on the CPU; -1 after each prompt's end.
 
-        They are as many as are read, or where no padding is read, as the longest of these prompts has.
+        Padded to the maximum or, where padding is not used, to the longest of these prompts.
         """
         rows = [self.tokens(prompt)[: self.max_tokens] for prompt in prompts]
         count = self.max_tokens if self._reads_padding else max(map(len, rows))
         return torch.tensor([row + [-1] * (count - len(row)) for row in rows])
 
     def encode(self, network: nn.Module, ids: Tensor) -> Conditioning:
-        """The prompts' embedding, (prompts, tokens, layers · width); where lengths are told, zeros behind them."""
+        """The prompts' embedding, (prompts, tokens, layers · width); padded with zeros where lengths are given."""
         language_model: Any = network
         ids = ids.to(next(network.parameters()).device)
         padding = self._tokenizer.pad_token_id

@@ -57,7 +57,7 @@ class StableDiffusion1:
         return "sd_v1"
 
     def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
-        """Four latent channels, convolutional projections and no conditioning beside the text."""
+        """Four latent channels, convolutional projections and no conditioning besides the text."""
         return reads_text_alone(denoiser_config) and not denoiser_config.get("use_linear_projection")
 
     def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,7 +63,7 @@ class StableDiffusion2:
         return "sd_v2_v" if prediction.type == "v_prediction" else "sd_v2"
 
     def claims(self, denoiser_config: Mapping[str, Any]) -> bool:
-        """Four latent channels, Linear projections and no conditioning beside the text."""
+        """Four latent channels, Linear projections and no conditioning besides the text."""
         return reads_text_alone(denoiser_config) and bool(denoiser_config.get("use_linear_projection"))
 
     def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:

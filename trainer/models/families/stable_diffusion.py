@@ -34,7 +34,7 @@ _UNET_FACTS = ("attention_head_dim", "norm_num_groups", "norm_eps", "act_fn", "f
 
 
 def reads_text_alone(unet_config: Mapping[str, Any]) -> bool:
-    """Whether a denoiser takes four latent channels and no conditioning beside the text."""
+    """Whether a denoiser takes four latent channels and no conditioning besides the text."""
     return (
         unet_config.get("in_channels", 4) == 4
         and unet_config.get("addition_embed_type") is None
@@ -46,7 +46,7 @@ class UnetFamily(Family, Protocol):
     """A family whose denoiser is a UNet."""
 
     def added_conditions(self, conditioning: Conditioning) -> dict[str, Tensor] | None:
-        """Inputs of the denoiser beside the text, as diffusers' `added_cond_kwargs`; None if it has none."""
+        """Inputs of the denoiser besides the text, as diffusers' `added_cond_kwargs`; None if it has none."""
 
 
 class StableDiffusionModel:
@@ -87,13 +87,13 @@ class StableDiffusionModel:
         self.learn(weights.words)
 
     def learn(self, words: Sequence[LearnedWord]) -> None:
-        """Let these words, and no others, stand for their vectors from now on."""
+        """Set the learned words: from now on these words, and no others, are encoded as their vectors."""
         self.words = tuple(words)
         for name, encoder in self._encoders.items():
             encoder.learn({word.word: word.vectors[name] for word in words if name in word.vectors})
 
     def token_embeddings(self, encoder: str, text: str) -> Tensor:
-        """What a text encoder, given by its component's name, reads for a text's own tokens: (tokens, width)."""
+        """Input embeddings of a text's own tokens in a text encoder, given by its component's name: (tokens, width)."""
         return self._encoders[encoder].token_embeddings(self.text_encoders[encoder], text)
 
     def overlong(self, prompt: str) -> bool:
@@ -105,7 +105,7 @@ class StableDiffusionModel:
         return {token_ids_key(name): encoder.tokenize(prompts) for name, encoder in self._encoders.items()}
 
     def max_tokens(self, encoder: str) -> int:
-        """The number of tokens that a text encoder, given by its component's name, reads of every prompt."""
+        """The maximum number of tokens of a text encoder, given by its component's name."""
         return self._encoders[encoder].max_tokens
 
     def encode_tokens(self, encoder: str, ids: Tensor) -> Conditioning:
@@ -121,7 +121,7 @@ class StableDiffusionModel:
         return encoded
 
     def zero_conditioning(self) -> Conditioning:
-        """Nothing: its text encoders tell."""
+        """Nothing: the shapes follow from encoding."""
         return {}
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
@@ -133,7 +133,7 @@ class StableDiffusionModel:
         return output
 
     def facts(self) -> dict[str, Any]:
-        """What of configurations and settings decides what the networks compute."""
+        """The parts of the configurations and settings that affect what the networks compute."""
         unet: Any = self.denoiser.config
         vae: Any = self.vae.config
         text = [getattr(encoder, "config") for encoder in self.text_encoders.values()]  # noqa: B009

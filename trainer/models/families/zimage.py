@@ -58,7 +58,7 @@ class ZImageModel(LanguageModelConditioned):
         )
 
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """Run the transformer over the tokens of picture and prompt, of which each has its own length."""
+        """Run the transformer over the tokens of picture and prompt, each with its own length."""
         height, width = latents.shape[-2:]
         latents = F.pad(latents, (0, -width % PATCH, 0, -height % PATCH), mode="circular")  # as ComfyUI does
         text = conditioning["text"].to(latents.dtype)
@@ -72,7 +72,7 @@ class ZImageModel(LanguageModelConditioned):
         return output[:, :, 0, :height, :width]
 
     def facts(self) -> dict[str, Any]:
-        """What of configurations decides what the networks compute."""
+        """The parts of the configurations that affect what the networks compute."""
         transformer = ("rope_theta", "axes_dims", "t_scale", "norm_eps", "qk_norm")
         return {
             **super().facts(),
@@ -136,7 +136,7 @@ class ZImage:
         return "cap_feat_dim" in denoiser_config and denoiser_config.get("siglip_feat_dim") is None
 
     def complete(self, denoiser_config: Mapping[str, Any]) -> dict[str, Any]:
-        """Where tokens stand, as in ComfyUI."""
+        """The positions of tokens, as in ComfyUI."""
         return {**denoiser_config, "axes_dims": [32, 48, 48], "axes_lens": [1536, 512, 512]}
 
     def detect(self, denoiser: Mapping[str, Tensor]) -> Prediction:
@@ -144,7 +144,7 @@ class ZImage:
         return Prediction("flow")
 
     def base_of_distilled(self, title: str) -> str | None:
-        """Turbo has the shapes of the base model; its name tells, but not of those from which that was taken again."""
+        """By name, except de-distilled ones: Turbo has the shapes of the base model."""
         words = re.sub(r"[-_. ]", "", title.lower())
         is_distilled = "zimage" in words and "turbo" in words and not any(word in words for word in ("deturbo", "base"))
         return "Z-Image" if is_distilled else None

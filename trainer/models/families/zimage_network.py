@@ -23,7 +23,7 @@ _INCOMPLETE = "Use a complete file; if it was downloaded, download it again and 
 
 
 def make_transformer(**config: Any) -> nn.Module:
-    """Diffusers' transformer, which reads noise levels here, as the others do, and predicts noise - picture.
+    """Diffusers' transformer, modified to take noise levels, like the others, and to predict noise - picture.
 
     diffusers' own counts time from noise to picture, and predicts picture - noise.
     """
@@ -86,7 +86,7 @@ class ZImageLayout:
         return Component(tensors, config, file_names)
 
     def denoiser_of_folder(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Component:
-        """Diffusers' names are the network's; what only Omni has is left out, since diffusers 0.36 does not know it."""
+        """Diffusers' names are the network's; Omni's parts are left out, since diffusers 0.36 does not have them."""
         return Component(tensors, {name: value for name, value in config.items() if name != "siglip_feat_dim"})
 
     def tensors_of_folder(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ class ZImageLayout:
         return qwen3_component(tensors, spec, config)
 
     def original_names(self, paths: Collection[str], config: Mapping[str, Any]) -> dict[str, str]:
-        """Of modules that the original code has for themselves, whatever the configuration."""
+        """Of modules that are separate in the original code, whatever the configuration."""
         names = {path: original_name(path) for path in paths}
         return {path: name for path, name in names.items() if name}
 
