@@ -195,7 +195,7 @@ def require_weight(weight: Tensor | None, kind: str) -> Tensor:
     """
     if weight is None:
         raise AdapterError(
-            f"A {kind} depends on the weight that it changes, but no weight was given.",
+            f"The change by {kind} depends on the weight, but no weight was given.",
             "Provide the base model along with the adapter.",
         )
     return weight

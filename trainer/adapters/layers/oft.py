@@ -71,7 +71,7 @@ class OftLayer:
         weight = require_weight(weight, self.kind)
         if weight.shape[0] != self.shape[0]:
             raise AdapterError(
-                f"An {self.kind} for {self.shape[0]} outputs does not fit a weight of shape {tuple(weight.shape)}.",
+                f"The {self.kind} for {self.shape[0]} outputs does not fit a weight of shape {tuple(weight.shape)}.",
                 "Use an adapter made for a model of this size.",
             )
         original = weight.to(self.blocks.device, torch.float32)

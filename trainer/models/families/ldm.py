@@ -60,7 +60,7 @@ class UnetLayout:
         if "encoder.conv_in.weight" in tensors and "quant_conv.weight" not in tensors:
             raise WeightsError(
                 "This is not a Stable Diffusion VAE: it lacks the tensor quant_conv.weight.",
-                "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD, a decoder alone or FLUX's).",
+                "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD, just a decoder or FLUX's).",
             )
         return autoencoder_component(tensors, scaling_factor)
 
@@ -247,7 +247,7 @@ def vae_component(tensors: Mapping[str, Tensor], scaling_factor: float) -> Compo
     if "encoder.conv_in.weight" not in tensors or "encoder.conv_out.weight" not in tensors:
         raise WeightsError(
             "The VAE has no Stable Diffusion encoder, so pictures can't be encoded into latents.",
-            "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD or a decoder alone).",
+            "Use the checkpoint's own VAE or a full Stable Diffusion VAE (not TAESD or just a decoder).",
         )
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     config = {
