@@ -422,7 +422,7 @@ UNREADABLE_OPTIONS: dict[str, dict[str, Any]] = {
     "corda": {"init_lora_weights": "corda"},
     "loftq": {"init_lora_weights": "loftq"},
     "lora_ga": {"init_lora_weights": "lora_ga"},
-    "not known": {"init_lora_weights": "newest"},
+    "newest": {"init_lora_weights": "newest"},
 }
 
 

@@ -436,7 +436,7 @@ def test_ranks_of_blocks(worlds: Worlds) -> None:
         ("SD 1", {"rank": 33}, "33", "32"),
         ("SD 1", {"include": "^conv_out$", "rank": 8}, "conv_out", "block_ranks"),
         ("SD 1", {"adapter": "loha", "rank": 33}, "33", "32"),
-        ("SD 1", {"adapter": "oft", "rank": 1}, "rank 1", "at least 2"),
+        ("SD 1", {"adapter": "oft", "rank": 1}, "Rank 1", "at least 2"),
         ("SD 1", {"adapter": "boft", "block_ranks": "mid_block=1"}, "mid_block", "block_ranks"),
         ("SD 1", {"text_encoder_2_lr": 1e-4}, "text_encoder_2_lr", "text_encoder_lr"),
         ("SD 1", {"exclude": "attn"}, "No layers", "shorten exclude"),

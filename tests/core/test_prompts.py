@@ -153,7 +153,7 @@ def test_a_missing_class_noun_is_named_with_a_remedy(name: str) -> None:
         TrainCommand.checked(values)
     assert name in caught.value.problem
     assert "class_noun is empty" in caught.value.problem
-    assert caught.value.remedy_in(lambda setting, value: f"[{setting}={value}]").startswith("Give [class_noun=dog]")
+    assert caught.value.remedy_in(lambda setting, value: f"[{setting}={value}]").startswith("Set [class_noun=dog]")
     TrainCommand.checked(values | {"class_noun": "dog"})  # the remedy works
 
 

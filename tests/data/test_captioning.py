@@ -91,7 +91,7 @@ def test_captions_end_in_time(captioner: Captioner) -> None:
         lengths = [len(one.split()) for one in captioner.describe(pictures, beams=1, max_tokens=longest)]
         assert max(lengths) == longest
     assert max(len(one.split()) for one in captioner.describe(pictures, beams=1, max_tokens=200)) <= 47
-    with pytest.raises(SettingsError, match="longer than tiny blip reads"):
+    with pytest.raises(SettingsError, match="too long for tiny blip"):
         captioner.describe(pictures[:1], "a dog " * 30, beams=1, max_tokens=5)
 
 
@@ -149,10 +149,10 @@ def _is_prefixed(parts: list[str]) -> bool:
     ("values", "message"),
     [
         ({"template": "a photo"}, r"must contain \{caption\}"),
-        ({"template": "{caption} {noun}"}, r"has \{noun\}"),
-        ({"template": "{caption} {}"}, r"has \{\}"),
-        ({"template": "{token} {caption}", "token": " "}, "token is not given"),
-        ({"template": "{class} {caption}", "class_noun": ""}, "class_noun is not given"),
+        ({"template": "{caption} {noun}"}, r"unknown placeholder \{noun\}"),
+        ({"template": "{caption} {}"}, r"unknown placeholder \{\}"),
+        ({"template": "{token} {caption}", "token": " "}, "token is not set"),
+        ({"template": "{class} {caption}", "class_noun": ""}, "class_noun is not set"),
         ({"beams": 0}, "beams"),
     ],
 )

@@ -268,13 +268,13 @@ def test_small_pictures_say_how_much_they_are_scaled_up() -> None:
     images = {"a.png": scene(0, 512, 600), "b.png": scene(1, 256, 380), "c.png": scene(2, 500, 480)}
     looks = [look(name, image) for name, image in images.items()]
     assert texts(looks, 512) == [
-        "b.png (256×380) is smaller than the training resolution 512 and will be scaled up 2.0 times, which blurs it: "
+        "b.png (256×380) is smaller than the training resolution 512 and will be upscaled 2.0 times, which blurs it: "
         "use a larger one, or lower the resolution."
     ]
     [text] = texts(looks, 1024)
     assert text.startswith("a.png (512×600), b.png (256×380) and c.png (500×480) are smaller")
     assert "up to 4.0 times" in text
-    assert "take larger ones" in text
+    assert "use larger ones" in text
     assert texts(looks, 256) == []
 
 
@@ -334,7 +334,7 @@ def test_a_picture_that_is_not_the_same_any_more_is_an_error(content: bytes | No
     with pytest.raises(PicturesError) as caught:
         check_pictures(pictures, TrainSettings(resolution=64), recorder)
     assert str(tmp_path / "2.png") in caught.value.problem
-    assert ("not there" if content is None else "has changed") in caught.value.problem
+    assert ("does not exist" if content is None else "has changed") in caught.value.problem
     assert "tart again" in caught.value.remedy
 
 

@@ -569,9 +569,9 @@ def test_strong_overlap_is_warned_of() -> None:
     near = merged(a, (b, 0.05)).adapter
     [warning] = merged(a, near).report.warnings
     assert "A and B" in warning
-    assert "twice" in warning
+    assert "reinforce" in warning
     [warning] = merged(a, (near, -1.0)).report.warnings
-    assert "undo" in warning
+    assert "cancel" in warning
     assert not merged(*(single("LoRA", (64, 64), n, 2) for n in range(3))).report.warnings
 
 
@@ -644,7 +644,7 @@ def test_a_flat_loha_of_a_large_convolution_stays_in_factors(monkeypatch: pytest
 # Refusals
 
 
-INSTRUCTIONS = {"Give", "Merge", "Use", "Choose", "Change", "Check", "Download", "Write"}
+INSTRUCTIONS = {"Specify", "Provide", "Merge", "Use", "Choose", "Change", "Check", "Download", "Write"}
 
 
 @contextmanager

@@ -411,7 +411,7 @@ def test_the_other_tokenizer_is_asked_for(files: AnimaFiles, tmp_path: Path) -> 
 
 
 def test_a_file_of_the_transformer_alone_asks_for_the_others(files: AnimaFiles) -> None:
-    with pytest.raises(WeightsError, match="transformer of Anima alone") as caught:
+    with pytest.raises(WeightsError, match="only the transformer of Anima") as caught:
         open_base(files.transformer)
     assert all(word in caught.value.remedy for word in ("vae", "text_encoder", "Load Diffusion Model"))
 

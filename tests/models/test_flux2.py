@@ -328,7 +328,7 @@ def test_a_transformer_with_a_prefix_and_in_eight_bits_is_read(parts: dict[str, 
 
 
 def test_a_file_of_the_transformer_alone_asks_for_the_others(parts: dict[str, Path]) -> None:
-    with pytest.raises(WeightsError, match=r"transformer of FLUX\.2 klein alone") as caught:
+    with pytest.raises(WeightsError, match=r"only the transformer of FLUX\.2 klein") as caught:
         open_base(parts["base"])
     assert all(word in caught.value.remedy for word in ("vae", "text_encoder", "Load Diffusion Model"))
     with pytest.raises(WeightsError) as caught:

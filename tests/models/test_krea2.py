@@ -387,7 +387,7 @@ def test_three_files_are_the_model_of_the_folder(parts: dict[str, Path], folder:
 
 
 def test_a_file_of_the_transformer_alone_asks_for_the_others(parts: dict[str, Path]) -> None:
-    with pytest.raises(WeightsError, match="transformer of Krea 2 alone") as caught:
+    with pytest.raises(WeightsError, match="only the transformer of Krea 2") as caught:
         open_base(parts["base"])
     assert all(word in caught.value.remedy for word in ("vae", "text_encoder", "Load Diffusion Model"))
 

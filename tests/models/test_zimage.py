@@ -177,7 +177,7 @@ UNUSABLE: dict[str, tuple[Callable[[HostTensors], HostTensors], str]] = {
         "not the Z-Image VAE",
     ),
     "a VAE of FLUX.2": (lambda host: replace(host, vae=flux2_weights().vae), "not the Z-Image VAE"),
-    "no VAE": (lambda host: replace(host, vae={}), "VAE has no encoder"),
+    "no VAE": (lambda host: replace(host, vae={}), "VAE has no Stable Diffusion encoder"),
     "a tensor too many": (
         lambda host: replace(host, denoiser={**host.denoiser, "layers.0.attention.gate.weight": torch.ones(1)}),
         r"layers\.0\.attention\.gate\.weight",
@@ -320,7 +320,7 @@ def test_three_files_are_the_model_of_the_folder(parts: dict[str, Path], folder:
 
 
 def test_a_file_of_the_transformer_alone_asks_for_the_others(parts: dict[str, Path]) -> None:
-    with pytest.raises(WeightsError, match="transformer of Z-Image alone") as caught:
+    with pytest.raises(WeightsError, match="only the transformer of Z-Image") as caught:
         open_base(parts["base"])
     assert all(word in caught.value.remedy for word in ("vae", "text_encoder", "Load Diffusion Model"))
 

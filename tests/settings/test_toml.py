@@ -50,9 +50,9 @@ WRONG: list[tuple[str, bytes, str, str]] = [
     ("no end of a list", b'steps = 1\nbase_lora = [\n"x"\n\n\n', "line 3 is not valid TOML", "`key = value`"),
     ("a number without end", b"seed = " + b"9" * 5000, "is not valid TOML: Exceeds the limit", "`key = value`"),
     ("lists without end", b"base_lora = " + b"[" * 20_000, "nested too deeply", "a single list"),
-    ("both spellings", b"steps = 1\nlearning-rate = 1\nlearning_rate = 2\n", "gives learning_rate twice", "Remove one"),
-    ("both spellings of equals", b"learning-rate = 1\nlearning_rate = 1\n", "gives learning_rate twice", "Remove one"),
-    ("both in a table", b"[[subject]]\nclass-noun = ''\nclass_noun = ''\n", "gives class_noun twice", "Remove one"),
+    ("both spellings", b"steps = 1\nlearning-rate = 1\nlearning_rate = 2\n", "sets learning_rate twice", "Remove one"),
+    ("both spellings of equals", b"learning-rate = 1\nlearning_rate = 1\n", "sets learning_rate twice", "Remove one"),
+    ("both in a table", b"[[subject]]\nclass-noun = ''\nclass_noun = ''\n", "sets class_noun twice", "Remove one"),
     ("a zero byte", b"steps = 1\nname = 'a\0b'\n", "line 2 is not valid TOML", "as UTF-8"),
 ]
 

@@ -529,9 +529,9 @@ CONTRADICTIONS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ),
     ({"lora_init": "orthogonal", "max_norm": 1.0}, ("max_norm = 0", "lora_init = default")),
     ({"lora_init": "orthogonal", "lora_plus_ratio": 16.0}, ("lora_plus_ratio = 0", "lora_init = default")),
-    ({"combine": True}, ("combine", "give base_lora", "combine = off")),
-    ({"targets": "none"}, ("targets", "give include")),
-    ({"targets": "none", "include": " "}, ("targets", "give include")),
+    ({"combine": True}, ("combine", "set base_lora", "combine = off")),
+    ({"targets": "none"}, ("targets", "set include")),
+    ({"targets": "none", "include": " "}, ("targets", "set include")),
     *(
         ({"targets": targets, **values}, ("conv_rank", "conv_alpha", f"'{targets}'", "targets = all"))
         for targets in ("attention", "attention-mlp", "b-lora-content", "b-lora-style")

@@ -43,7 +43,7 @@ def merge_into(model: DiffusionModel, adapter: Adapter, strength: float) -> None
     additions = _additions(model, adapter)  # all are checked before the first is added
     learn_bundled(model, adapter.embeddings)
     if strength == 0:
-        logger.warning("An adapter has a strength of 0, so it has no effect.")
+        logger.warning("An adapter has strength 0, so it has no effect.")
         return
     for addition in additions:
         parameter = getattr(addition.module, addition.parameter).detach()

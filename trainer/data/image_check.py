@@ -262,7 +262,7 @@ def _too_small(pictures: Sequence[PictureMeasurements], resolution: int) -> str:
     largest = max(resolution / min(picture.size) for picture in pictures)
     factor = f"{largest:.1f} times" if len(pictures) == 1 else f"up to {largest:.1f} times"
     return (
-        f"{names} {_is_or_are(pictures)} smaller than the training resolution {resolution} and will be scaled up "
+        f"{names} {_is_or_are(pictures)} smaller than the training resolution {resolution} and will be upscaled "
         f"{factor}, which blurs {_it_or_them(pictures)}: use {_better(pictures, 'larger')}, or lower the resolution."
     )
 

@@ -54,7 +54,7 @@ def fuse(source: Path, adapters: Sequence[tuple[Adapter, float]], output: Path) 
         )
         adapters = [(replace(adapter, embeddings={}), strength) for adapter, strength in adapters]
     if not any(strength for _, strength in adapters):
-        raise AdapterError("Every adapter has a strength of 0, so nothing would be added.", "Use a strength such as 1.")
+        raise AdapterError("Every adapter has strength 0, so nothing would be added.", "Use a strength such as 1.")
     if os.path.isdir(source):
         if output.resolve().is_relative_to(source.resolve()):
             raise AdapterError(f"{output} is inside the model's own folder.", "Choose an output folder elsewhere.")

@@ -277,7 +277,7 @@ def _warnings_of_no_effect(adapters: Sequence[WeightedAdapter]) -> list[str]:
     for weighted in adapters:
         modules = [*weighted.adapter.layers, *(key.rpartition(".")[0] for key in weighted.adapter.vectors)]
         if not any(weighted.module_strength(name) for name in modules):
-            warnings.append(f"{weighted.title} has a strength of 0, so it has no effect.")
+            warnings.append(f"{weighted.title} has strength 0, so it has no effect.")
     return warnings
 
 
