@@ -119,7 +119,7 @@ def test_the_engine_speaks_of_no_flag() -> None:
         (["train", "--base", "x", "--images", "y", "--steps", "0"], "error: --steps: Input should be"),
         (["train", "--base", "x"], "error: --images is required"),
         (["train", "--base", "x", "--images", "y", "--prior-count", "5"], 'set --class-prompt "a photo of a dog"'),
-        (["fuse", "--base", "x", "--output", "y"], "give --lora FILE:STRENGTH"),
+        (["fuse", "--base", "x", "--output", "y"], "set --lora FILE:STRENGTH"),
         (["merge", "--output", "x.safetensors"], "error: loras is required"),
         (["plan", "--base", "x", "--device", "cpu"], "\n→ Give a graphics card's memory in GB: --memory 8."),
     ],

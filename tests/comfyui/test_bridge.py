@@ -320,7 +320,7 @@ def test_an_adapter_is_given_to_comfyui(bridge: Any, comfy_stand_in: Comfy, capl
     with pytest.raises(AdapterError, match="none of its 1 modules for the"):
         bridge.apply_adapter(other, clip, adapter.state_dict(), 1.0, 1.0)
     large = Weights(UNET_OF_BASE, "unet.weight", torch.eye(8))
-    with pytest.raises(AdapterError, match=r"has the shape \(4, 4\) there and \(8, 8\) here"):
+    with pytest.raises(AdapterError, match=r"has shape \(4, 4\) in the adapter and \(8, 8\) in the model"):
         bridge.apply_adapter(large, clip, adapter.state_dict(), 1.0, 1.0)
     assert len(comfy_stand_in.asked) == 2
 

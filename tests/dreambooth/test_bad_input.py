@@ -707,14 +707,14 @@ WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
     ),
     "OFT with an alpha": ({"adapter": "oft", "alpha": 1e-3}, ("OFT", "alpha", "max_norm")),
     "BOFT with LoRA+": ({"adapter": "boft", "lora_plus_ratio": 16.0}, ("lora_plus_ratio", "boft", "learning_rate")),
-    "BOFT of blocks that are too small": ({"adapter": "boft", "rank": 1}, ("rank 1", "BOFT", "outputs (2)")),
+    "BOFT of blocks that are too small": ({"adapter": "boft", "rank": 1}, ("Rank 1", "BOFT", "outputs (2)")),
     "a factor without LoKr": ({"lokr_factor": 4}, ("lokr_factor", "'lora'", "choose adapter = lokr")),
     "DoRA combined": (
         {"adapter": "dora", "combine": True, "base_lora": ["x"]},
         ("combine", "'dora'", "set combine = off"),
     ),
-    "combined with nothing": ({"combine": True}, ("combine", "give base_lora", "set combine = off")),
-    "no layers": ({"targets": "none"}, ("targets", "'none'", "give include")),
+    "combined with nothing": ({"combine": True}, ("combine", "set base_lora", "set combine = off")),
+    "no layers": ({"targets": "none"}, ("targets", "'none'", "set include")),
     "rank of convolutions without any": ({"conv_rank": 4}, ("conv_rank", "'attention-mlp'", "targets = all")),
     "alpha of convolutions without any": (
         {"conv_alpha": 4.0, "targets": "attention"},
@@ -722,7 +722,7 @@ WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
     ),
     "the end of what never began": (
         {"text_encoder_until": 0.5},
-        ("text_encoder_until", "give text_encoder_lr", "set text_encoder_until = 1"),
+        ("text_encoder_until", "set text_encoder_lr", "set text_encoder_until = 1"),
     ),
     "a second text encoder": ({"text_encoder_2_lr": 1e-5}, ("text_encoder_2_lr", "Stable Diffusion 1.x")),
     "B-LoRA": ({"targets": "b-lora-content"}, ("b-lora-content", "Stable Diffusion 1.x")),
@@ -966,7 +966,7 @@ def test_a_corrupt_picture_among_good_ones_is_named_and_left_out(world: World, n
     assert [picture.name for picture in pictures] == ["0.png", "1.png", "2.png", "3.png"]
     [warning] = listener.warnings
     assert file in warning
-    assert "left out" in warning
+    assert "is skipped" in warning
     assert "BytesIO" not in warning, "words from inside the program"
 
 
@@ -1029,7 +1029,7 @@ def missing_adapter(world: World) -> Values:
     return {"lora": [str(world.path / "no-such-adapter.safetensors")]}
 
 
-@mistake(DRAWING, AdapterError, "dog.safetensors", remedy="whole")
+@mistake(DRAWING, AdapterError, "dog.safetensors", remedy="complete")
 def truncated_adapter(world: World) -> Values:
     values = lora(world, tiny_adapter())
     path = world.path / "dog.safetensors"
@@ -1037,7 +1037,7 @@ def truncated_adapter(world: World) -> Values:
     return values
 
 
-@mistake(DRAWING, AdapterError, "dog.safetensors", remedy="whole")
+@mistake(DRAWING, AdapterError, "dog.safetensors", remedy="complete")
 def empty_adapter(world: World) -> Values:
     (world.path / "dog.safetensors").touch()
     return {"lora": [str(world.path / "dog.safetensors")]}
@@ -1059,13 +1059,13 @@ def with_layer(adapter: Adapter, part: str, layer: LoraLayer) -> Adapter:
     return Adapter({**adapter.layers, name: layer}, adapter.metadata)
 
 
-@mistake(DRAWING, AdapterError, "attn2_to_k", "(32, 768)", remedy="shape")
+@mistake(DRAWING, AdapterError, "attn2_to_k", "(32, 768)", remedy="size")
 def adapter_of_a_wider_model(world: World) -> Values:
     wide = LoraLayer(torch.ones(2, 768), torch.ones(32, 2), 2.0)
     return lora(world, with_layer(tiny_adapter(), "attn2_to_k", wide))
 
 
-@mistake(DRAWING, AdapterError, "attn2_to_k", "(64, 32)", remedy="shape")
+@mistake(DRAWING, AdapterError, "attn2_to_k", "(64, 32)", remedy="size")
 def adapter_of_a_turned_shape(world: World) -> Values:
     turned = LoraLayer(torch.ones(2, 32), torch.ones(64, 2), 2.0)
     return lora(world, with_layer(tiny_adapter(), "attn2_to_k", turned))

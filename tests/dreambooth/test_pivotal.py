@@ -92,7 +92,7 @@ def test_after_the_pivot_the_adapter_is_trained_alone(
         not torch.equal(layer.tensors()["lora_up.weight"], layers[1][name].tensors()["lora_up.weight"])
         for name, layer in layers[0].items()
     )
-    assert [note for note in listener.notes if "stay as they are" in note] == [
+    assert [note for note in listener.notes if "are frozen" in note] == [
         "The rare word's vectors are frozen after step 2."
     ]
 
@@ -101,7 +101,7 @@ def test_after_the_pivot_the_adapter_is_trained_alone(
 def test_parts_end_one_after_the_other(xl: World, tmp_path: Path) -> None:
     changes = {**WORD, **BOTH_TEXTS, "text_encoder_2_lr": 0.0, "text_encoder_until": 0.25, "token_until": 0.5}
     result = xl.train(tmp_path, listener := Recorder(), **changes, checkpoint_every=1)
-    assert [note for note in listener.notes if "stay as they are" in note] == [
+    assert [note for note in listener.notes if "are frozen" in note] == [
         "The text encoders are frozen after step 1.",
         "The rare word's vectors are frozen after step 2.",
     ]

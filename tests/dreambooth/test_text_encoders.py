@@ -113,7 +113,7 @@ def test_the_usual_layer_is_no_choice(family: str, folders: dict[str, Path], fil
 def test_a_layer_that_does_not_exist_is_refused(
     family: str, clip_skip: int, there_are: str, files: dict[str, Path]
 ) -> None:
-    with pytest.raises(SettingsError, match=f"clip_skip {clip_skip} does not exist") as refusal:
+    with pytest.raises(SettingsError, match=f"clip_skip {clip_skip} is out of range") as refusal:
         open_base(files[family], TOKENIZER, clip_skip=clip_skip)
     assert there_are in refusal.value.remedy
 

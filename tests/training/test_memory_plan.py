@@ -410,7 +410,7 @@ def test_a_run_on_a_gpu_is_planned(world: World, planner: Planner, small_card: l
         assert chosen == lean.applied(settings)
         assert len(listener.notes) == 1
         assert (lean.checkpointing > 0) == ("turned on" in listener.notes[0])
-        assert (lean.split > 1) == ("in 61 parts" in listener.notes[0])
+        assert (lean.split > 1) == ("in 61 micro-batches" in listener.notes[0])
     small_card[0] = 1
     listener = Recorder()
     least = settings_of(gradient_checkpointing=True)

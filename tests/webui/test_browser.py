@@ -94,5 +94,5 @@ def test_a_process_that_dies_is_shown(webui: WebUI, picture_folder: Callable[...
         wait_for(page, "panel.state === 'training'")
         psutil.Process(json.loads((webui.data / "jobs" / name / "job.json").read_text())["pid"]).kill()
         failed = wait_for(page, "panel.state === 'failed' && panel.buttons.includes('Resume')")
-        assert any("ended without a word" in text for text in failed["trouble"]), failed
+        assert any("ended unexpectedly" in text for text in failed["trouble"]), failed
         shot(page, name)

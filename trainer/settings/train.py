@@ -654,7 +654,7 @@ class TrainCommand(TrainSettings, BaseLoraSettings, BaseModelSettings, SubjectSe
     def _something_to_combine(self) -> Self:
         if self.combine and not self.base_lora:
             raise ValueError(
-                f"{suggest('combine')} is on but there is nothing to combine with: set {suggest('base_lora')} or "
+                f"{suggest('combine')} is on but there is nothing to combine with: set {suggest('base_lora')} or set "
                 f"{suggest('combine', False)}"
             )
         return self
