@@ -643,7 +643,7 @@ def adapter_of_another_family_for_the_base(world: World) -> Values:
     return {"base_lora": [str(written(world, adapter))]}
 
 
-@mistake(TRAINING, SettingsError, "rank 33", "32")
+@mistake(TRAINING, SettingsError, "Rank 33", "32")
 def rank_of_the_lora_that_is_taken_out_of_all_weights(world: World) -> Values:
     return {"adapter": "full", "rank": 33}
 
@@ -683,9 +683,9 @@ WRONG_SETTINGS: dict[str, tuple[Values, tuple[str, ...]]] = {
     "warm-up of a constant rate": ({"steps": 5, "lr_warmup_steps": 2}, ("lr_schedule", "constant_with_warmup")),
     "class pictures without a prompt": ({"class_prompt": " "}, ("prior_count", "class_prompt", "a photo of a dog")),
     "class is the subject": ({"class_prompt": PROMPT}, ("class_prompt", "instance_prompt")),
-    "rank above a layer": ({"rank": 33}, ("rank 33", "32")),
-    "rank of a part above a layer": ({"block_ranks": "mid_block=65"}, ("rank 65", "mid_block", "64")),
-    "rank of convolutions above a layer": ({"conv_rank": 33, "targets": "all"}, ("rank 33", "conv", "32")),
+    "rank above a layer": ({"rank": 33}, ("Rank 33", "32")),
+    "rank of a part above a layer": ({"block_ranks": "mid_block=65"}, ("Rank 65", "mid_block", "64")),
+    "rank of convolutions above a layer": ({"conv_rank": 33, "targets": "all"}, ("Rank 33", "conv", "32")),
     "an unknown kind": ({"adapter": "ia3"}, ("adapter", "ia3", "boft")),
     "full fine-tuning with dropout": ({"adapter": "full", "dropout": 0.1}, ("dropout", "'full'", "unset dropout")),
     "full fine-tuning of some layers": (
