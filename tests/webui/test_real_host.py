@@ -179,7 +179,7 @@ def test_a_subject_is_merged_with_a_style(real: RealWebUI, subject: Path, style:
 
 def begin(page: Any, button: str) -> None:
     """Press a button until the host has let go of the job before."""
-    is_refused = "document.getElementById('dreambooth_train').textContent.includes('still at work')"
+    is_refused = "document.getElementById('dreambooth_train').textContent.includes('still running')"
     has_answer = f"() => {is_refused} || ({PANEL})().buttons.includes('Stop')"
     while True:
         page.locator(button).first.click()
