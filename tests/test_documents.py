@@ -1,7 +1,8 @@
-"""README.md is short, and what the documents link to, show and list is there."""
+"""README.md is short, and what the documents link to, show, list and quote from committed results is there."""
 
 from __future__ import annotations
 
+import json
 import re
 import unicodedata
 from collections.abc import Iterator
@@ -14,11 +15,24 @@ from pack.trainer.__main__ import parse
 
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
+RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [
     *(ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "demo/README.md")),
     *sorted(DOCS.glob("**/*.md")),
 ]
 MOST_LINES_OF_README = 150
+CARD_FAMILIES = ("sdxl", "flux2", "zimage", "krea2", "anima")
+CARD_ROWS = {  # title in docs/training.md: name in the results
+    "plain": "plain",
+    "every fourth block recomputed": "every fourth block recomputed",
+    "every second block": "every second block recomputed",
+    "every block": "every block recomputed",
+    "and half of the blocks swapped": "half of the blocks swapped",
+    "and all blocks swapped": "all blocks swapped",
+    "every block, NF4": "NF4, every block recomputed",
+    "every block, base in fp8": "every block recomputed, fp8 base",
+    "all blocks swapped, base in fp8": "all blocks swapped, fp8 base",
+}
 _FENCE = re.compile(r"(?ms)^```[^\n]*\n.*?^```$")
 _CODE = re.compile(r"`[^`\n]*`")
 _LINK = re.compile(r"!?\[(?:[^\[\]]|!\[[^\]]*\]\([^)]*\))*\]\(([^)\s]+)\)")
@@ -110,3 +124,29 @@ def test_every_command_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     commands = set(re.findall(r"(?m)^    ([a-z][a-z-]*)(?: |$)", capsys.readouterr().out))
     assert {"train", "generate", "inspect"} < commands
     assert commands - first_cells(DOCS / "command-line.md", "# Command line") == set()
+
+
+def rows_below(document: Path, head: str) -> list[list[str]]:
+    """The cells of the table with this first line."""
+    table = document.read_text(encoding="utf-8").partition(f"{head}\n")[2].partition("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+
+
+def test_kinds_of_klein_are_those_of_the_results() -> None:
+    results = json.loads((RESULTS / "kinds-flux2.json").read_text(encoding="utf-8"))
+    base, truth = results["ends"]["base"], results["ends"]["truth"]
+    head = f"| kind | rank | fidelity (base {base:.3f}, truth {truth:.3f}) | dog drift | other drift |"
+    assert rows_below(DOCS / "training.md", head) == [
+        [row["kind"], str(row["rank"]), *(f"{row[name][0]:.3f}" for name in ("fidelity", "dog_drift", "other_drift"))]
+        for row in results["table"]
+    ]
+
+
+def test_plans_for_cards_are_those_of_the_results() -> None:
+    families = json.loads((RESULTS / "cards-plan.json").read_text(encoding="utf-8"))["families"]
+    columns = [families[name] for name in ("sd15 512", *(f"{one} 1024" for one in CARD_FAMILIES))]
+    rows = rows_below(DOCS / "training.md", "| | SD 1.5 | SDXL | klein 4B | Z-Image | Krea 2 | Anima |")
+    assert rows == [
+        [title, *(f"{column[way]['planned']:.2f}" if way in column else "–" for column in columns)]
+        for title, way in CARD_ROWS.items()
+    ]
