@@ -11,17 +11,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-from checkpoints import sd15_checkpoint
+from checkpoints import SHAPES, sd15_checkpoint
 from helpers import HANGS, ROOT
+from pack.webui.tokenizers import made_tokenizer
 from raw_http import ask
 from webui_host import OWN, WebUI, text_of
 
-_ARGUMENTS = "--skip-prepare-environment --skip-torch-cuda-test --always-cpu"
+_ARGUMENTS = "--skip-prepare-environment --skip-torch-cuda-test"
+_ON_THE_CPU = {True: "--always-cpu", False: "--use-cpu all --no-half"}  # of Forge and its kin, of Automatic1111
 _ENVIRONMENT = {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 _ENVIRONMENT |= {"GRADIO_ANALYTICS_ENABLED": "False", "NO_PROXY": "*"}
 DRAWN = {"seed": 1, "steps": 4, "cfg": 3.0}  # with Euler
 SIDE = 128  # pixels
 _NEEDED = ("Lora", "sd_forge_lora")  # of the extensions that come with the host
+_BACKENDS = ("backend", "ldm_patched")  # of Forge and its kin, who read a model's sizes from its tensors
+_MERGES = "bpe_simple_vocab_16e6.txt.gz"
 
 
 def find_webui() -> Path | None:
@@ -39,11 +43,19 @@ def find_python(webui: Path) -> Path:
     return next(path for path in (webui / "venv/bin/python", webui / "venv/Scripts/python.exe") if path.is_file())
 
 
+def is_forge(webui: Path) -> bool:
+    """Whether it is Forge or one of its kin, not Automatic1111 itself."""
+    return any((webui / name).is_dir() for name in _BACKENDS)
+
+
 def make_real_folder(folder: Path, webui: Path) -> Path:
     """Its data: the pack, a slim checkpoint, and no more of what comes with it than LoRAs need."""
     for name in ("extensions", "models/Lora"):
         (folder / name).mkdir(parents=True)
-    sd15_checkpoint(folder / "models" / "Stable-diffusion" / "slim-sd15.safetensors")
+    checkpoint = folder / "models" / "Stable-diffusion" / "slim-sd15.safetensors"
+    sd15_checkpoint(checkpoint)
+    if not is_forge(webui):
+        _write_config(checkpoint.with_suffix(".yaml"), webui, folder / "clip")
     (folder / "extensions" / "dreambooth-lora").symlink_to(ROOT, target_is_directory=True)
     others = [path.name for path in (webui / "extensions-builtin").iterdir() if path.name not in _NEEDED]
     options = {"disabled_extensions": others, "skip_early_cond": -1}  # at 0, Forge Classic's first step has no CFG
@@ -51,8 +63,42 @@ def make_real_folder(folder: Path, webui: Path) -> Path:
     return folder
 
 
+def _write_config(path: Path, webui: Path, clip: Path) -> None:
+    """What Automatic1111 has to be told of the slim checkpoint: its UNet's sizes, and where there is a CLIP.
+
+    It would download CLIP's tokenizer and sizes; `clip` gets both, of the merges that the host's OpenCLIP brings.
+    """
+    import yaml
+
+    shape = SHAPES["slim"]
+    model = yaml.safe_load((webui / "configs" / "v1-inference.yaml").read_text(encoding="utf-8"))
+    params = model["model"]["params"]
+    params["unet_config"]["params"] |= {
+        "channel_mult": list(shape.channel_mult),
+        "num_res_blocks": shape.num_res_blocks,
+        "attention_resolutions": [2**level for level in shape.attention_levels],
+    }
+    params["cond_stage_config"]["params"] = {"version": str(clip)}
+    path.write_text(yaml.safe_dump(model), encoding="utf-8")
+    find = "import importlib.util; print(*importlib.util.find_spec('open_clip').submodule_search_locations)"
+    found = subprocess.run([find_python(webui), "-c", find], capture_output=True, text=True, check=True).stdout.strip()
+    made_tokenizer(Path(found) / _MERGES, clip)
+    config = {"model_max_length": shape.max_tokens}  # no more: its transformers knows tokens by other fields
+    (clip / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    sizes = {
+        "hidden_size": shape.context_dim,
+        "projection_dim": shape.context_dim,
+        "intermediate_size": shape.clip_mlp,
+        "num_hidden_layers": shape.clip_layers,
+        "num_attention_heads": 12,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_tokens,
+    }
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip_text_model"} | sizes), encoding="utf-8")
+
+
 class RealWebUI(WebUI):
-    """A real web UI on the CPU; WEBUI_ARGS are its arguments instead of those that Forge needs for that."""
+    """A real web UI on the CPU; WEBUI_ARGS are its arguments instead of those that it needs for that."""
 
     def start(self) -> None:
         """Run `install.py`, as it does at every start, and start it; returns once its page and the pack answer."""
@@ -67,7 +113,8 @@ class RealWebUI(WebUI):
         environment = {**os.environ, **_ENVIRONMENT}
         for name in ("PYTHONPATH", "COVERAGE_PROCESS_START"):
             environment.pop(name, None)
-        command = [str(python), "launch.py", *shlex.split(os.environ.get("WEBUI_ARGS", _ARGUMENTS)), "--api"]
+        arguments = os.environ.get("WEBUI_ARGS", f"{_ARGUMENTS} {_ON_THE_CPU[is_forge(webui)]}")
+        command = [str(python), "launch.py", *shlex.split(arguments), "--api"]
         command += ["--port", str(port), "--data-dir", str(self.folder)]
         for folder in (self.folder, webui):  # what the page loads from there
             command += ["--gradio-allowed-path", str(folder)]

@@ -177,6 +177,34 @@ def test_a_subject_is_merged_with_a_style(real: RealWebUI, subject: Path, style:
     assert difference(merged, both) < 0.5, "it does what both do together"
 
 
+_EDITOR = """
+() => {
+  const editor = document.getElementById("txt2img_lora_edit_user_metadata");
+  const fields = [...editor.querySelectorAll("textarea, input[type=number]")].map((one) => one.value);
+  const base = editor.querySelector("input[type=radio]:checked")?.value;
+  return editor.querySelector("img.preview")?.naturalWidth > 0 && { fields, base };
+}
+"""
+
+
+def read_card(page: Any, card: Any, kind: str) -> tuple[dict[str, Any], str]:
+    """What the host's own dialogs for a LoRA show: its card, to be edited, and the metadata of its file."""
+    card.hover()
+    card.locator(".edit-button").click()
+    page.locator("#txt2img_lora_edit_user_metadata").get_by_label("Activation text").wait_for()
+    shown = page.wait_for_function(_EDITOR).json_value()
+    shot(page, f"{kind}-card-edit")
+    page.locator(".global-popup-close").click()
+    card.hover()
+    card.locator(".metadata-button").click()
+    metadata = page.locator(".global-popup-inner", has_text="trigger_phrase")
+    metadata.wait_for()
+    text = metadata.inner_text()
+    shot(page, f"{kind}-card-metadata")
+    page.locator(".global-popup-close").click()
+    return shown, text
+
+
 def begin(page: Any, button: str) -> None:
     """Press a button until the host has let go of the job before."""
     is_refused = "document.getElementById('dreambooth_train').textContent.includes('still running')"
@@ -228,6 +256,10 @@ def test_from_pictures_to_a_prompt_in_a_browser(real: RealWebUI, picture_folder:
         card.wait_for()
         card.locator("img.preview").evaluate("image => image.decode()")
         shot(page, f"{real.kind}-card")
+        shown, metadata = read_card(page, card, real.kind)
+        assert shown["base"] == "SD1"
+        assert {"sks dog", "0.9"} <= set(shown["fields"]), "its words and weight, to be edited"
+        assert "a photo of sks dog" in metadata
         prompt.fill("")
         card.click()
         page.wait_for_function("() => document.querySelector('#txt2img_prompt textarea').value")
