@@ -15,6 +15,7 @@ from .tokenizers import made_tokenizer, open_clip_merges
 
 TITLE = "DreamBooth LoRA"
 _FOLDER = "dreambooth"
+_OTHER_NAMES = (None,)  # of no LoRAs, so that a layer takes its own weights back before it gets others
 _TOKENIZERS = (
     "backend/huggingface/runwayml/stable-diffusion-v1-5/tokenizer",  # Forge
     "ldm_patched/modules/sd1_tokenizer",  # Classic
@@ -173,6 +174,10 @@ def forget_loras() -> None:
     model = getattr(sd_models.model_data, "sd_model", None)
     if model is not None and hasattr(model, "current_lora_hash"):
         model.current_lora_hash = None
+    layers = getattr(model, "modules", None)  # of Automatic1111, where each knows by name what is in its weights
+    for layer in layers() if callable(layers) else ():
+        if getattr(layer, "network_current_names", ()):
+            layer.network_current_names = _OTHER_NAMES
     parts = getattr(model, "forge_objects", None)  # of Forge, where those that are in the weights are known by path
     for part in (getattr(parts, "unet", None), getattr(getattr(parts, "clip", None), "patcher", None)):
         loader = getattr(part, "lora_loader", None)

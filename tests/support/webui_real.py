@@ -1,4 +1,4 @@
-"""A real Forge, or one of its kin, with the pack in it: its own program and environment, a folder of our own."""
+"""A real Automatic1111, Forge or one of their kin with the pack in it: its own program, a folder of our own."""
 
 from __future__ import annotations
 

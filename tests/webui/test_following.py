@@ -170,6 +170,19 @@ def test_a_loaded_model_finds_new_embeddings(queue: ModuleType, monkeypatch: pyt
     assert looked == ["again"]
 
 
+def test_layers_take_new_weights_of_a_known_name(queue: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Automatic1111 changes a layer's weights only where the names and strengths differ from those that are in it."""
+    names = (("dög", 1.0, 1.0, None),)
+    changed, plain = (SimpleNamespace(network_current_names=of) for of in (names, ()))
+    other = SimpleNamespace()
+    layers = [changed, plain, other]
+    monkeypatch.setattr(inside("sd_models").model_data.sd_model, "modules", lambda: iter(layers), raising=False)
+    queue.host.forget_loras()
+    assert changed.network_current_names not in ((), names), "neither as if it held its own weights, nor the new ones"
+    assert plain.network_current_names == (), "such a layer has no weights of its own to take back"
+    assert not vars(other)
+
+
 @pytest.mark.parametrize("model", [None, "a model"])
 @pytest.mark.parametrize("gives_back", [True, False], ids=["Automatic1111", "Forge"])
 def test_the_host_s_model_leaves_the_card_and_comes_back(

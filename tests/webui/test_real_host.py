@@ -1,4 +1,4 @@
-"""The tab in a real Forge, or one of its kin: what is trained there is drawn with there, and in ComfyUI."""
+"""The tab in a real Automatic1111 or Forge, or their kin: what is trained there is drawn with there, and in ComfyUI."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LONG = 1_000_000  # steps that no test waits for
 QUICK = {"steps": 10, "resolution": 64, "rank": 4, "learning_rate": 1e-2, "preview_every": 0}
 pytestmark = [
     pytest.mark.webui,
-    pytest.mark.skipif(find_webui() is None, reason="no web UI: set WEBUI_PATH to the folder of a Forge"),
+    pytest.mark.skipif(find_webui() is None, reason="no web UI: set WEBUI_PATH to the folder of one"),
 ]
 
 
