@@ -478,6 +478,11 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
         "tests/dreambooth/test_distributed.py::test_two_learn_what_one_would", "torch.distributed.run"
     ),
     ("python -m trainer",): RunBy(f"{COMMAND_LINE}::test_help_lists_the_commands", "--help"),
+    ("python -m trainer new",): RunBy(
+        "tests/cli/test_new.py::test_train_takes_the_file_once_base_and_images_are_set", "new"
+    ),
+    ("python -m trainer info",): RunBy("tests/cli/test_info.py::test_versions_devices_and_disk_are_reported", "info"),
+    ("python -m trainer completion",): RunBy("tests/cli/test_completion.py::test_bash", "completion"),
     ("python -m trainer train",): RunBy(f"{COMMAND_LINE}::test_train_generate_inspect", "train"),
     ("python -m trainer generate",): RunBy(f"{COMMAND_LINE}::test_train_generate_inspect", "generate"),
     ("python -m trainer priors",): RunBy(f"{COMMAND_LINE}::test_priors", "priors"),
@@ -586,11 +591,11 @@ def test_the_engine_takes_what_documents_say(text: str, tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     name, *words = shlex.split(re.sub(r"\[[^]]*\]|…", "", text.partition("-m trainer ")[2]))
     is_pattern = "…" in text or not words
-    for config in [word for word in words if word.endswith(".toml")]:
+    for config in [word for word in words if word.endswith(".toml") and name in REQUIRED]:
         table = (f"{key} = {json.dumps(value)}\n" for key, value in REQUIRED[name].items())
         Path(config).write_text("".join(table), encoding="utf-8")
     arguments = parse([name, *(word for word in words if not (is_pattern and word.isupper()))])
-    if name != "demo":
+    if name in KINDS:
         if is_pattern:  # which leaves the rest to the reader
             arguments = argparse.Namespace(**{**REQUIRED[name], **vars(arguments)})
         assert settings_from(arguments, KINDS[name]).without_effect() == {}

@@ -21,11 +21,13 @@ import torch
 from anima_checkpoints import anima_files
 from checkpoints import sd15_checkpoint
 from flux2_checkpoints import flux2_weights, write_tokenizer
-from helpers import TINY, Recorder, remembered
+from helpers import ROOT, TINY, Recorder, remembered
 from pack.trainer.adapters.diffusers_format import write_diffusers
 from pack.trainer.adapters.kohya import Adapter, LoraLayer, write_adapter
 from pack.trainer.adapters.layers import make_layer
 from pack.trainer.adapters.targets import require_family_fits
+from pack.trainer.cli.flags import checked_settings
+from pack.trainer.cli.new import write_settings_file
 from pack.trainer.cli.plan import run_plan
 from pack.trainer.cli.train import _given_class_pictures, _require_picture_path
 from pack.trainer.core.devices import DTYPES, pick_device, pick_precision
@@ -128,6 +130,22 @@ settings(
     TrainCommand,
     {"fused_backward_pass": True, "max_grad_norm": 0.0, "compile": "auto"},
 )
+
+
+def chosen(bench: Bench, values: Values) -> None:
+    """The settings of a command as it reads them, which knows what a mistyped choice was meant to be."""
+    checked_settings(TrainCommand, values)
+
+
+add("a mistyped choice", TrainCommand, chosen, {**REQUIRED["train"], "preset": "animl"})
+
+
+def begun(bench: Bench, values: Values) -> None:
+    """A settings file to begin with."""
+    write_settings_file(bench.folder / "new.toml", values, ["base", "images", "preset"])
+
+
+add("no pictures to begin with", TrainCommand, begun, {"images": "nowhere"}, {"images": str(ROOT / "docs")})
 settings("no words for a template", TrainCommand, {"instance_prompt": "a {class}"}, {"instance_prompt": "a dog"})
 for _name, _value in {
     "include": "mid",

@@ -26,7 +26,7 @@ if "pack" not in sys.modules:  # as tests/conftest.py loads it
 
 from pack.trainer.__main__ import COMMANDS as CLI_COMMANDS  # noqa: E402
 from pack.trainer.__main__ import _parser  # noqa: E402
-from pack.trainer.cli.flags import flag, is_table  # noqa: E402
+from pack.trainer.cli.flags import flag, group_index, is_table  # noqa: E402
 from pack.trainer.core.errors import worded  # noqa: E402
 from pack.trainer.settings.base import MAX_SEED, Needs, Settings, field_extra  # noqa: E402
 from pack.trainer.settings.data import SubjectTable  # noqa: E402
@@ -35,7 +35,7 @@ from pydantic.fields import FieldInfo  # noqa: E402
 
 PAGE = ROOT / "docs" / "settings.md"
 COMMANDS: dict[str, type[Settings]] = {command.name: command.settings for command in CLI_COMMANDS}
-OTHERS = ("inspect", "demo")  # commands without settings
+OTHERS = ("new", "inspect", "info", "demo", "completion")  # commands without settings
 NODES: Mapping[str, Sequence[str]] = {  # nodes that do the same as a command
     "train": (
         "DreamBoothTrainLora",
@@ -62,17 +62,6 @@ _SUBJECT_INPUTS = {  # input of the node → setting
     "caption": "instance_prompt",
     "folder": "images",
 }
-_GROUP_ORDER = (
-    "Base model",
-    "Subject",
-    "Class pictures",
-    "Training",
-    "Adapter",
-    "Text encoders",
-    "Pivotal tuning",
-    "Previews",
-    "Saving",
-)
 _TYPE_NAMES = {int: "whole number", float: "number", bool: "on or off", str: "text", Path: "path"}
 _HEAD = """# Settings
 
@@ -145,7 +134,7 @@ def _section(
     learns = issubclass(kind, TrainSettings | PriorSettings)
     nodes = _node_inputs(NODES.get(command, ()))
     head = ["Setting", "Value", "Default", "What it is", *["Result"] * learns, *["Nodes"] * bool(nodes)]
-    for group, names in sorted(groups.items(), key=lambda entry: _group_index(entry[0])):
+    for group, names in sorted(groups.items(), key=lambda entry: group_index(entry[0])):
         lines.append(f"### {group}\n" if command == "train" else f"**{group}**\n")
         lines += [_row(head), "|---" * len(head) + "|"]
         lines += [_row(_cells(kind, name, name in positionals, learns, nodes)) for name in names]
@@ -163,11 +152,6 @@ def _tables() -> list[str]:
     rows = [_row(_cells(SubjectTable, name, False, False, {})) for name in SubjectTable.model_fields]
     keys = [row.replace(f"<br>`{flag(name)}`", "") for row, name in zip(rows, SubjectTable.model_fields)]
     return ["### Tables `[[subject]]`\n", _row(head), "|---" * len(head) + "|", *keys, ""]
-
-
-def _group_index(group: str) -> int:
-    """Where a group stands on the page; those that are not in `_GROUP_ORDER` come last, in order of definition."""
-    return _GROUP_ORDER.index(group) if group in _GROUP_ORDER else len(_GROUP_ORDER)
 
 
 def _definition(kind: type[Settings], name: str, field: FieldInfo) -> tuple[Any, ...]:

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
-from .cli.console import PatientConsole, as_json
-from .cli.flags import add_flags, flag_wording, settings_from, similar_flag, with_dashes
-from .cli.terminal import Terminal
-from .cli.watching import Watched
-from .core.errors import CancelledError, TrainerError, Wording, plain, suggest, worded
-from .core.events import Note
-from .core.garbage import own_process
-from .settings.base import Settings
-from .settings.caption import CaptionCommand
-from .settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand
-from .settings.merge import (
-    ConvertCommand,
-    ExtractCommand,
-    FuseCommand,
-    LearnedMergeCommand,
-    MergeCommand,
-    ResizeCommand,
-)
-from .settings.train import GenerateCommand, PlanCommand, PriorsCommand, TrainCommand, TrainSettings
+try:
+    from .cli.completion import SHELLS, completion_script
+    from .cli.console import PatientConsole, as_json, show_error
+    from .cli.flags import add_flag, add_flags, choices_of, flag_wording, given_flags, settings_from, with_dashes
+    from .cli.info import LIBRARIES, install_remedy
+    from .cli.parser import PROGRAM, CommandParser
+    from .cli.terminal import Terminal
+    from .cli.watching import Watched
+    from .core.errors import CancelledError, TrainerError, Wording, plain, suggest, worded
+    from .core.events import Note
+    from .core.garbage import own_process
+    from .settings.base import Settings
+    from .settings.caption import CaptionCommand
+    from .settings.evaluate import CompareCommand, DreamBenchCommand, ScoreCommand
+    from .settings.merge import (
+        ConvertCommand,
+        ExtractCommand,
+        FuseCommand,
+        LearnedMergeCommand,
+        MergeCommand,
+        ResizeCommand,
+    )
+    from .settings.train import GenerateCommand, PlanCommand, PriorsCommand, TrainCommand, TrainSettings
+except ImportError as import_error:  # pydantic is missing, or a host has version 1 of it
+    if __name__ != "__main__":
+        raise
+    from .cli.info import main_without_settings
+
+    sys.exit(main_without_settings(sys.argv[1:], import_error))
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,8 @@ class Command:
         help: One line for --help.
         positional: The setting that is given without a flag; "": the settings file is.
         continues: Whether the same command goes on where it was stopped.
+        first_flags: The settings that --help shows unless it is asked for all; empty: there are few, and it shows all.
+        example: How people begin with it; for a command with `first_flags`.
     """
 
     name: str
@@ -50,6 +63,8 @@ class Command:
     help: str
     positional: str = ""
     continues: bool = False
+    first_flags: tuple[str, ...] = ()
+    example: str = ""
 
     def advice(self, settings: Settings) -> str:
         """How to go on after the command was stopped; empty if it begins anew."""
@@ -154,17 +169,85 @@ def _dreambench(settings: DreamBenchCommand, terminal: Terminal) -> None:
 
 
 _DEMO_FAMILIES = ("sd1", "flux2")
+FIRST_RUN = (
+    "base",
+    "images",
+    "instance_prompt",
+    "class_noun",
+    "preset",
+    "name",
+    "steps",
+    "learning_rate",
+    "rank",
+    "resolution",
+    "preview_every",
+    "output_dir",
+    "fit",
+    "resume",
+)
+"""The settings that people give in their first training."""
 
 COMMANDS = (
-    Command("train", TrainCommand, _train, "Train a LoRA on pictures of a subject.", continues=True),
+    Command(
+        "train",
+        TrainCommand,
+        _train,
+        "Train a LoRA on pictures of a subject.",
+        continues=True,
+        first_flags=FIRST_RUN,
+        example='train --base sdxl.safetensors --images photos --instance-prompt "a photo of sks dog" '
+        "--class-noun dog --preset animal --name my-dog",
+    ),
     Command(
         "plan",
         PlanCommand,
         _plan,
         "Report how much GPU memory a training needs and what would fit; trains nothing, needs no GPU.",
+        first_flags=(
+            "base",
+            "memory",
+            "resolution",
+            "rank",
+            "adapter",
+            "batch_size",
+            "optimizer",
+            "precision",
+            "base_quantization",
+            "text_encoder",
+            "vae",
+            "device",
+        ),
+        example="plan --base sdxl.safetensors --resolution 1024 --memory 12",
     ),
-    Command("priors", PriorsCommand, _priors, "Generate class pictures with the base model.", continues=True),
-    Command("generate", GenerateCommand, _generate, "Generate pictures with a base model and adapters."),
+    Command(
+        "priors",
+        PriorsCommand,
+        _priors,
+        "Generate class pictures with the base model.",
+        continues=True,
+        first_flags=("base", "class_prompt", "prior_count", "resolution", "prior_seed", "output_dir"),
+        example='priors --base sdxl.safetensors --class-prompt "a photo of a dog" --prior-count 200 --resolution 1024',
+    ),
+    Command(
+        "generate",
+        GenerateCommand,
+        _generate,
+        "Generate pictures with a base model and adapters.",
+        first_flags=(
+            "base",
+            "lora",
+            "prompt",
+            "negative_prompt",
+            "size",
+            "count",
+            "steps",
+            "guidance",
+            "seed",
+            "output",
+        ),
+        example='generate --base sdxl.safetensors --lora output/my-dog.safetensors --prompt "a photo of sks dog '
+        'on a beach" --size 1024',
+    ),
     Command("caption", CaptionCommand, _caption, "Caption pictures with BLIP.", "images", continues=True),
     Command(
         "merge",
@@ -172,6 +255,8 @@ COMMANDS = (
         _writes_one_file("run_merge"),
         "Merge adapters into one; with one adapter, scale it.",
         "loras",
+        first_flags=("output", "method", "rank", "density", "base", "report"),
+        example="merge subject.safetensors style.safetensors:0.8 --output both.safetensors",
     ),
     Command(
         "learned-merge",
@@ -179,6 +264,9 @@ COMMANDS = (
         _writes_one_file("run_learned_merge"),
         "Merge a subject and a style with learned coefficients (ZipLoRA).",
         "loras",
+        first_flags=("base", "subject_prompt", "style_prompt", "output", "steps", "resolution", "report"),
+        example="learned-merge subject.safetensors style.safetensors --base sdxl.safetensors --subject-prompt "
+        '"a photo of sks dog" --style-prompt "a picture in abc style" --resolution 1024 --output both.safetensors',
     ),
     Command(
         "resize",
@@ -206,6 +294,22 @@ COMMANDS = (
         "Generate and score pictures with checkpoints and adapters side by side, and report which one to keep.",
         "runs",
         continues=True,
+        first_flags=(
+            "base",
+            "subject",
+            "prompts",
+            "token",
+            "clip",
+            "dino",
+            "download",
+            "checkpoints",
+            "size",
+            "count",
+            "output_dir",
+        ),
+        example="compare output/runs/my-dog-0123456789ab --base sdxl.safetensors --subject photos --prompts "
+        '"a photo of sks dog on a beach | a painting of sks dog" --clip openai/clip-vit-base-patch32 --download '
+        "--size 1024",
     ),
     Command(
         "dreambench",
@@ -213,6 +317,21 @@ COMMANDS = (
         _dreambench,
         "Train on every subject of the DreamBooth data set, generate pictures and score them.",
         continues=True,
+        first_flags=(
+            "base",
+            "data",
+            "subjects",
+            "preset",
+            "steps",
+            "prior_count",
+            "clip",
+            "dino",
+            "download",
+            "count",
+            "output_dir",
+        ),
+        example="dreambench --base sdxl.safetensors --data dreambooth/dataset --preset object "
+        "--clip openai/clip-vit-base-patch32 --dino facebook/dino-vits16 --download",
     ),
 )
 
@@ -222,6 +341,29 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     facts = inspect(arguments.file, blocks=arguments.blocks)
     print(as_json(facts) if arguments.json else facts_as_text(facts))
+
+
+def _new(arguments: argparse.Namespace) -> None:
+    from .cli.new import write_settings_file
+
+    path = write_settings_file(arguments.file, given_flags(arguments, TrainCommand), FIRST_RUN)
+    sys.stderr.write(f"Edit it, then run: {PROGRAM} train {shlex.quote(str(path))}\n")
+    print(path)
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    from .cli.info import as_text, collect
+
+    facts = collect()
+    print(as_json(facts) if arguments.json else as_text(facts))
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    choices = {
+        command.name: {name: choices_of(command.settings, name) for name in command.settings.model_fields}
+        for command in COMMANDS
+    }
+    print(completion_script(arguments.shell, _parser(), choices))
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -251,30 +393,64 @@ def _runs(command: Command, wording: Wording) -> Callable[[argparse.Namespace], 
     return run
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m trainer", description="Teach a diffusion model a new subject.")
+def _parser() -> CommandParser:
+    parser = CommandParser(prog=PROGRAM, description="Teach a diffusion model a new subject.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, run: Callable[[argparse.Namespace], None], wording: Wording) -> Any:
-        subparser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], None], wording: Wording, usage: str = "") -> Any:
+        whole_usage = f"{PROGRAM} {name} {usage}" if usage else None
+        subparser = commands.add_parser(name, help=text, description=text, usage=whole_usage)
         subparser.set_defaults(run=run, wording=wording, parser=subparser)
         return subparser
 
     for command in COMMANDS:
         wording = flag_wording(command.settings, command.positional)
-        subparser = add(command.name, command.help, _runs(command, wording), wording)
+        subparser = add(command.name, command.help, _runs(command, wording), wording, usage_of(command))
         add_flags(subparser, command.settings, command.positional)
         _add_watching(subparser)
+        if command.first_flags:
+            subparser.use_short_help(command.first_flags, f"{PROGRAM} {command.example}")
+    new = add(
+        "new",
+        "Write a commented settings file to begin with; what no flag gives is left to fill in.",
+        _new,
+        flag_wording(TrainCommand),
+        "NAME.toml [--setting VALUE ...]",
+    )
+    new.add_argument("file", type=Path, metavar="NAME.toml", help="the file to write; an existing one is kept")
+    for name in FIRST_RUN:
+        action = add_flag(new, TrainCommand, name)
+        action.help = str(action.help).replace("[required]", "[default: left to fill in]")
     inspect = add("inspect", "Describe an adapter or model file.", _inspect, plain)
     inspect.add_argument("file", type=Path, metavar="FILE")
     inspect.add_argument("--blocks", action="store_true", help="also where an adapter works, block by block")
     inspect.add_argument("--json", action="store_true", help="machine-readable output")
+    info = add("info", "Report versions, devices and free disk space, to paste into an issue.", _info, plain)
+    info.add_argument("--json", action="store_true", help="machine-readable output")
     demo = add("demo", "Train on the small embedded world and make a contact sheet.", _demo, plain)
     demo.add_argument(
-        "--output-dir", type=Path, default=Path("demo/output"), metavar="PATH", help="[default: demo/output]"
+        "--output-dir",
+        type=Path,
+        default=Path("demo/output"),
+        metavar="PATH",
+        help="folder to write to [default: demo/output]",
     )
-    demo.add_argument("--family", choices=_DEMO_FAMILIES, default="sd1", help="of the small base model [default: sd1]")
+    demo.add_argument(
+        "--family", choices=_DEMO_FAMILIES, default="sd1", help="model family of the small base model [default: sd1]"
+    )
+    completion = add(
+        "completion", "Print a script with which a shell completes commands and flags.", _completion, plain
+    )
+    completion.add_argument("shell", choices=SHELLS, metavar="SHELL", help=f"one of {', '.join(SHELLS)}")
     return parser
+
+
+def usage_of(command: Command) -> str:
+    """What follows a command's name, in a line."""
+    if not command.positional:
+        return "[RUN.toml] [--setting VALUE ...]"
+    is_list = get_origin(command.settings.model_fields[command.positional].annotation) is tuple
+    return f"{'FILE[:STRENGTH] ...' if is_list else 'FILE'} [--setting VALUE ...]"
 
 
 def _add_watching(subparser: argparse.ArgumentParser) -> None:
@@ -293,7 +469,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = _parser()
     arguments, unknown = parser.parse_known_args([with_dashes(word) for word in words])
     if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}{similar_flag(unknown[0], arguments.parser)}")
+        arguments.parser.refuse(unknown, parser.commands())
     return arguments
 
 
@@ -302,7 +478,7 @@ def main(words: list[str] | None = None) -> int:
     with PatientConsole() as console:
         status = _run(sys.argv[1:] if words is None else words)
         if status == 0 and (reason := console.lost_output()):
-            print(f"error: The output can't be written: {reason}\n→ Free space, or show it.", file=sys.stderr)
+            show_error(f"The output can't be written: {reason}.", "Free some disk space, or don't redirect the output.")
             status = 1
     return status
 
@@ -314,9 +490,13 @@ def _run(words: Sequence[str]) -> int:
     try:
         arguments.run(arguments)
     except TrainerError as error:
-        problem = error.problem_in(arguments.wording)
-        remedy = error.remedy_in(arguments.wording)
-        print(f"error: {problem}\n→ {remedy}", file=sys.stderr)
+        show_error(error.problem_in(arguments.wording), error.remedy_in(arguments.wording))
+        return 1
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in LIBRARIES:
+            raise
+        show_error(f"The library {library} is not installed.", install_remedy())
         return 1
     except (StoppedError, CancelledError, KeyboardInterrupt) as stop:
         text = str(stop) if isinstance(stop, StoppedError) else "Stopped."

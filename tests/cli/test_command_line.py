@@ -352,7 +352,8 @@ def test_exit_status_of_mistakes(
     assert "Traceback" not in run.errors
     if status == 1:
         assert run.errors.startswith("error: ")
-        assert "\n→ " in run.errors
+        assert "\nfix: " in run.errors
+        assert len(run.errors.splitlines()) == 2
     assert not list(tmp_path.iterdir())
 
 
@@ -371,7 +372,7 @@ def test_help_lists_the_commands(run: Shell) -> None:
 def test_help_names_every_flag_with_unit_and_default(run: Shell, command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "1000")  # no line breaks inside an entry
     monkeypatch.setenv("NO_COLOR", "1")
-    assert run(command, "--help") == 0
+    assert run(command, "--help", "all") == 0
     entries = re.findall(r"^  (?:-\w, )?(--[a-z0-9-]+)(.*(?:\n {8}.*)*)", run.output, re.MULTILINE)
     lines = {name: " ".join(text.split()) for name, text in entries}
     kind = COMMANDS[command]

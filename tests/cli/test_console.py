@@ -84,7 +84,7 @@ def test_an_error_is_shown_as_well(streams: Callable[[Any, Any], None]) -> None:
     streams(output, errors)
     assert main(["inspect", f"{NAME}.safetensors"]) == 1
     assert "\\u72ac H\\xfcndin" in errors.shown
-    assert "\n\\u2192 " in errors.shown
+    assert "\nfix: " in errors.shown
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])

@@ -420,7 +420,7 @@ def test_mistakes_are_named_before_anything_is_made(
     assert not captured.out
     assert "Traceback" not in captured.err
     assert captured.err.startswith("error: ") or "\nerror: " in captured.err
-    assert captured.err.count("error: ") == captured.err.count("\n→ ") == 1
+    assert captured.err.count("error: ") == captured.err.count("\nfix: ") == 1
     for text in told:
         assert text.format(**names) in captured.err
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]

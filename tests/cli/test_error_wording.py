@@ -114,14 +114,14 @@ def test_the_engine_speaks_of_no_flag() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["train", "--base", "x", "--images", "y", "--device", "cuda:99"], "\n→ Use --device auto, or "),
+        (["train", "--base", "x", "--images", "y", "--device", "cuda:99"], "\nfix: Use --device auto, or "),
         (["train", "--base", "x", "--images", "y", "--combine"], "--combine is on"),
         (["train", "--base", "x", "--images", "y", "--steps", "0"], "error: --steps: Input should be"),
         (["train", "--base", "x"], "error: --images is required"),
         (["train", "--base", "x", "--images", "y", "--prior-count", "5"], 'set --class-prompt "a photo of a dog"'),
         (["fuse", "--base", "x", "--output", "y"], "set --lora FILE:STRENGTH"),
         (["merge", "--output", "x.safetensors"], "error: loras is required"),
-        (["plan", "--base", "x", "--device", "cpu"], "\n→ Give a graphics card's memory in GB: --memory 8."),
+        (["plan", "--base", "x", "--device", "cpu"], "\nfix: Give a graphics card's memory in GB: --memory 8."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

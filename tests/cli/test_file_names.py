@@ -38,7 +38,7 @@ def test_a_name_that_cant_be_written_is_told_before_any_work(
     assert run(command, lora if case == "long" else missing, "--output", output, *words) == 1
     told = {"long": "too long", "long folder": "too long", "folder in the way": "is a folder", "file as folder": "file"}
     assert told[case] in run.errors
-    assert "→" in run.errors
+    assert "\nfix: " in run.errors
     assert "Traceback" not in run.errors
 
 

@@ -591,7 +591,7 @@ def test_bad_input_is_named(
     assert run(*(placed(word) for word in words)) == 1, run.errors
     assert run.output == ""
     assert re.search("^error: ", run.errors, re.MULTILINE), run.errors
-    assert "→" in run.errors
+    assert "\nfix: " in run.errors
     for word in told:
         assert word in run.errors, run.errors
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {

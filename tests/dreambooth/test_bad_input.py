@@ -874,7 +874,7 @@ def test_settings_file_is_refused(
     output = capsys.readouterr()
     assert not output.out
     assert all(word in output.err for word in told)
-    assert "\n→ " in output.err
+    assert "\nfix: " in output.err
 
 
 @pytest.mark.parametrize(

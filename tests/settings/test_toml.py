@@ -97,12 +97,17 @@ def test_underscores_in_values_stay() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["train", "--stepss", "3"], "--stepss; did you mean --steps?"),
-        (["train", "--no-flipp"], "did you mean --no-flip?"),
-        (["merge", "a", "--methd=ties"], "did you mean --method?"),
-        (["inspect", "x", "--jsn"], "did you mean --json?"),
-        (["train", "--zzzzzz"], "unrecognized arguments: --zzzzzz\n"),
-        (["train", "run.toml", "second.toml"], "unrecognized arguments: second.toml\n"),
+        (["train", "--stepss", "3"], "has no flag --stepss.\nfix: Did you mean --steps?\n"),
+        (["train", "--no-flipp"], "has no flag --no-flipp.\nfix: Did you mean --no-flip?\n"),
+        (["merge", "a", "--methd=ties"], "has no flag --methd.\nfix: Did you mean --method?\n"),
+        (["inspect", "x", "--jsn"], "has no flag --jsn.\nfix: Did you mean --json?\n"),
+        (["train", "--zzzzzz"], "has no flag --zzzzzz.\nfix: python -m trainer train --help all lists the flags.\n"),
+        (["generate", "--rank", "4"], "has no flag --rank.\nfix: It is a flag of: train, plan, merge,"),
+        (["train", "-steps", "4"], "has no flag -steps.\nfix: Did you mean --steps?\n"),
+        (
+            ["train", "run.toml", "second.toml"],
+            "takes no further argument 'second.toml'.\nfix: If it belongs to the text before it, ",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, TextIO, cast
 
 _ERRORS = "dreambooth_console"
+_COLOURS = {"error": "1;31", "warning": "1;33", "fix": "1;32"}  # SGR codes: bold red, yellow, green
 
 
 def _escaped(error: UnicodeError) -> tuple[str | bytes, int]:
@@ -81,6 +82,60 @@ def as_json(value: Any) -> str:
     except UnicodeError:
         return json.dumps(value, indent=1)
     return text
+
+
+def printable(text: str) -> str:
+    """Text without characters that would move the cursor or colour a terminal, as a stranger's file may hold.
+
+    A byte of a file name that is not UTF-8 stays what it is.
+    """
+    return "".join(
+        char if char.isprintable() or "\udc80" <= char <= "\udcff" else char.encode("unicode_escape").decode()
+        for char in text
+    )
+
+
+def has_colours(stream: TextIO) -> bool:
+    """Whether a stream shows colours: a terminal that is not "dumb", unless NO_COLOR or FORCE_COLOR decide."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    if os.environ.get("FORCE_COLOR"):
+        return True
+    if os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        return stream.isatty() and _understands_codes()
+    except (OSError, ValueError):  # a ValueError if it is closed
+        return False
+
+
+def _understands_codes() -> bool:
+    """Whether the terminal takes escape codes; a console of Windows has to be asked to."""
+    if sys.platform != "win32":
+        return True
+    import ctypes
+
+    standard_error, processes_codes = -12, 0x4
+    kernel = ctypes.windll.kernel32
+    handle = kernel.GetStdHandle(standard_error)
+    mode = ctypes.c_ulong()
+    if not kernel.GetConsoleMode(handle, ctypes.byref(mode)):
+        return False
+    return bool(mode.value & processes_codes or kernel.SetConsoleMode(handle, mode.value | processes_codes))
+
+
+def labelled(label: str, text: str) -> str:
+    """A line for standard error such as "error: …", with its label in colour if it is a terminal that has some."""
+    shown = f"{label}:"
+    if has_colours(sys.stderr):
+        shown = f"\x1b[{_COLOURS[label]}m{shown}\x1b[0m"
+    return f"{shown} {text}"
+
+
+def show_error(problem: str, remedy: str) -> None:
+    """Show an error on standard error: what is wrong on one line, what to do on the next."""
+    for label, text in (("error", problem), ("fix", remedy)):
+        sys.stderr.write(labelled(label, printable(" ".join(text.splitlines()))) + "\n")
 
 
 class PatientConsole:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,20 +12,33 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from ..core.errors import SettingsError, Wording, plain
+from ..core.errors import SettingsError, Wording, plain, suggest
 from ..core.toml import read_toml
 from ..settings.base import Settings, field_extra
+from .parser import nearest
 
 _CONFIG_HELP = "settings file with the same names; flags win over it"
 _WRITTEN = ("output", "output_dir", "report")  # paths of what need not exist yet
 _STRENGTHS = re.compile(r"(:-?[\d.]+){1,2}$")
+GROUP_ORDER = (
+    "Base model",
+    "Subject",
+    "Class pictures",
+    "Training",
+    "Adapter",
+    "Text encoders",
+    "Pivotal tuning",
+    "Previews",
+    "Saving",
+)
+"""The groups of settings that come first, in this order; the others follow in the order of their definition."""
 _LIST_METAVARS = {"block_weights": "PATTERN=FACTOR"}
 _TYPE_METAVARS = {int: "N", float: "X", Path: "PATH"}
 SettingsT = TypeVar("SettingsT", bound=Settings)
 
 
 def add_flags(parser: argparse.ArgumentParser, settings: type[Settings], positional: str = "") -> None:
-    """Add a flag for every field of `settings`, grouped.
+    """Add a flag for every field of `settings`, grouped, and the settings file.
 
     Args:
         parser: The parser of a command.
@@ -46,20 +58,44 @@ def add_flags(parser: argparse.ArgumentParser, settings: type[Settings], positio
         parser.add_argument("--config", type=Path, metavar="RUN.toml", help=_CONFIG_HELP)
     else:
         parser.add_argument("config", nargs="?", type=Path, metavar="RUN.toml", help=_CONFIG_HELP)
-    groups: dict[str, Any] = {}
-    for name, field in _flags(settings, positional).items():
-        title = field_extra(settings, name)["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(settings, name, field), "dest": name}
-        if field.annotation is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif get_origin(field.annotation) is tuple:
-            options["action"] = "append"
-            options["metavar"] = _LIST_METAVARS.get(name, "FILE[:STRENGTH]")
-        else:
-            options["metavar"] = _metavar(field)
-        groups[title].add_argument(flag(name), **options)
+    groups: dict[str, list[str]] = {}
+    for name in _flags(settings, positional):
+        groups.setdefault(field_extra(settings, name)["group"], []).append(name)
+    for title in sorted(groups, key=group_index):
+        group = parser.add_argument_group(title)
+        for name in groups[title]:
+            add_flag(group, settings, name)
+
+
+def group_index(title: str) -> int:
+    """Where a group of settings stands; those that are not in `GROUP_ORDER` come last."""
+    return GROUP_ORDER.index(title) if title in GROUP_ORDER else len(GROUP_ORDER)
+
+
+def add_flag(group: argparse._ActionsContainer, settings: type[Settings], name: str) -> argparse.Action:
+    """Add the flag of one field, and return it.
+
+    Args:
+        group: A parser, or a group of its flags.
+        settings: The settings that have the field.
+        name: The field.
+    """
+    field = settings.model_fields[name]
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": _help(settings, name, field), "dest": name}
+    if field.annotation is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif get_origin(field.annotation) is tuple:
+        options["action"] = "append"
+        options["metavar"] = _LIST_METAVARS.get(name, "FILE[:STRENGTH]")
+    else:
+        options["metavar"] = _metavar(field)
+    return group.add_argument(flag(name), **options)
+
+
+def given_flags(arguments: argparse.Namespace, settings: type[Settings]) -> dict[str, Any]:
+    """The values of the flags that were given, by setting."""
+    fields = settings.model_fields
+    return {name: _converted(fields[name], value) for name, value in vars(arguments).items() if name in fields}
 
 
 def settings_from(arguments: argparse.Namespace, settings: type[SettingsT]) -> SettingsT:
@@ -69,12 +105,33 @@ def settings_from(arguments: argparse.Namespace, settings: type[SettingsT]) -> S
         SettingsError: Something is unknown, missing or out of range.
     """
     values: dict[str, Any] = read_toml(arguments.config) if arguments.config else {}
-    fields = settings.model_fields
-    flags = {name: _converted(fields[name], value) for name, value in vars(arguments).items() if name in fields}
+    flags = given_flags(arguments, settings)
     if arguments.config:
         of_file = {name: value for name, value in values.items() if name not in flags}
         _require_paths_from_here(arguments.config, settings, of_file)
-    return settings.checked(values | flags)
+    return checked_settings(settings, values | flags)
+
+
+def checked_settings(settings: type[SettingsT], values: Mapping[str, Any]) -> SettingsT:
+    """Settings from values of a file and of flags.
+
+    Raises:
+        SettingsError: Something is unknown, missing or out of range; of a mistyped choice it names the nearest.
+    """
+    for name, value in values.items():
+        choices = [str(choice) for choice in choices_of(settings, name)]
+        if isinstance(value, str) and choices and value not in choices and (meant := nearest(value, choices)):
+            raise SettingsError(
+                f"{suggest(name)} can't be '{value}'; the choices are {', '.join(choices)}.",
+                f"Did you mean {suggest(name, meant)}?",
+            )
+    return settings.checked(values)
+
+
+def choices_of(settings: type[Settings], name: str) -> tuple[Any, ...]:
+    """The values that a setting can have if it is a choice; else none."""
+    field = settings.model_fields.get(name)
+    return get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
 
 
 def _converted(field: FieldInfo, value: Any) -> Any:
@@ -128,13 +185,6 @@ def with_dashes(word: str) -> str:
     """A word of a command line; if it is a flag, with dashes for underscores: `--max_norm=1` is `--max-norm=1`."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if name.startswith("--") else word
-
-
-def similar_flag(word: str, parser: argparse.ArgumentParser) -> str:
-    """What an error adds about a flag that a command does not have: `; did you mean --steps?`, or nothing."""
-    options = [option for action in parser._actions for option in action.option_strings]
-    similar = difflib.get_close_matches(word.partition("=")[0], options, n=1)
-    return f"; did you mean {similar[0]}?" if similar and word.startswith("-") else ""
 
 
 def flag(setting: str, value: str | None = None) -> str:

@@ -20,9 +20,11 @@ from ..core.errors import AdapterError, UnsupportedModelError, WeightsError
 from ..core.figures import text_table
 from ..merging.profile import profile_adapter
 from ..models.families import identify, layout_of, refuse_foreign_keys
+from ..models.families.base import Family
 from ..models.families.ldm import UnetLayout
 from ..models.open import denoiser_tensors, open_base
 from ..models.state_dicts import read_single_file
+from .console import printable
 
 _MODULE_TYPE = re.compile(
     r"(attn[12]_to_(?:q|k|v|out_0)|ff_net_(?:0_proj|2)|proj_in|proj_out|conv\d?|conv_shortcut|time_emb_proj"
@@ -97,11 +99,22 @@ def _describe_base(path: Path) -> dict[str, Any]:
     if path.is_dir():
         base = open_base(path)
         return {"file": str(path), "kind": "base model", "family": base.family.title, "fingerprint": base.fingerprint}
+    return {"file": str(path), "kind": "base model", "family": family_of(path).title}
+
+
+def family_of(path: Path) -> Family:
+    """The family of a base model: of a file by its tensors alone, without a tokenizer.
+
+    Raises:
+        WeightsError: It can't be read, or is of no supported family.
+    """
+    if path.is_dir():
+        return open_base(path).family
     tensors = read_single_file(path)
     refuse_foreign_keys(tensors)
     denoiser = denoiser_tensors(tensors)
     layout = layout_of(denoiser) or UnetLayout()
-    return {"file": str(path), "kind": "base model", "family": identify(layout.denoiser_config(denoiser)).title}
+    return identify(layout.denoiser_config(denoiser))
 
 
 def facts_as_text(facts: dict[str, Any]) -> str:
@@ -125,9 +138,4 @@ def facts_as_text(facts: dict[str, Any]) -> str:
     if facts.get("metadata"):
         lines.append("  metadata:")
         lines += [f"    {name} = {str(value)[:200]}" for name, value in facts["metadata"].items()]
-    return "\n".join(_shown(line) for line in lines)
-
-
-def _shown(line: str) -> str:
-    """A line without characters that would move the cursor or colour a terminal, as a stranger's metadata may hold."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+    return "\n".join(printable(line) for line in lines)

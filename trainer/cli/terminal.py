@@ -11,6 +11,7 @@ from typing import Any
 
 from ..core.errors import Wording, plain, worded
 from ..core.events import Event, Note, Phase, Step, Validation
+from .console import labelled
 from .watching import Watched, is_shown_elsewhere
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # of Ctrl-C, kill, a terminal that is closed, Ctrl-Break
@@ -98,7 +99,7 @@ class Terminal:
         self._watched.report(event)
         if isinstance(event, Note):
             text = worded(event.text, self.wording)
-            self._write(f"warning: {text}" if event.warning else text)
+            self._write(labelled("warning", text) if event.warning else text)
         elif isinstance(event, Phase):
             self._show_progress(event.name, event.done, event.total)
         elif isinstance(event, Step):
