@@ -202,7 +202,7 @@ COMMANDS = (
         "plan",
         PlanCommand,
         _plan,
-        "Report how much GPU memory a training needs and what would fit; trains nothing, needs no GPU.",
+        "Report how much GPU memory a training run needs and what would fit; trains nothing and needs no GPU.",
         first_flags=(
             "base",
             "memory",
@@ -315,7 +315,7 @@ COMMANDS = (
         "dreambench",
         DreamBenchCommand,
         _dreambench,
-        "Train on every subject of the DreamBooth data set, generate pictures and score them.",
+        "Train on every subject of the DreamBooth dataset, generate pictures and score them.",
         continues=True,
         first_flags=(
             "base",
@@ -394,7 +394,11 @@ def _runs(command: Command, wording: Wording) -> Callable[[argparse.Namespace], 
 
 
 def _parser() -> CommandParser:
-    parser = CommandParser(prog=PROGRAM, description="Teach a diffusion model a new subject.")
+    parser = CommandParser(
+        prog=PROGRAM,
+        description="Teach a diffusion model a new subject.",
+        epilog=f"To begin: {PROGRAM} new my-dog.toml --preset animal. Help on a command: {PROGRAM} COMMAND --help.",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def add(name: str, text: str, run: Callable[[argparse.Namespace], None], wording: Wording, usage: str = "") -> Any:
@@ -423,11 +427,11 @@ def _parser() -> CommandParser:
         action.help = str(action.help).replace("[required]", "[default: left to fill in]")
     inspect = add("inspect", "Describe an adapter or model file.", _inspect, plain)
     inspect.add_argument("file", type=Path, metavar="FILE")
-    inspect.add_argument("--blocks", action="store_true", help="also where an adapter works, block by block")
+    inspect.add_argument("--blocks", action="store_true", help="also report how much an adapter changes each block")
     inspect.add_argument("--json", action="store_true", help="machine-readable output")
     info = add("info", "Report versions, devices and free disk space, to paste into an issue.", _info, plain)
     info.add_argument("--json", action="store_true", help="machine-readable output")
-    demo = add("demo", "Train on the small embedded world and make a contact sheet.", _demo, plain)
+    demo = add("demo", "Train on the small bundled dataset and make a contact sheet.", _demo, plain)
     demo.add_argument(
         "--output-dir",
         type=Path,
@@ -456,8 +460,8 @@ def usage_of(command: Command) -> str:
 def _add_watching(subparser: argparse.ArgumentParser) -> None:
     """The flags for another program that runs a command."""
     group = subparser.add_argument_group("For programs")
-    group.add_argument("--events", type=Path, metavar="FILE", help="write what happens to FILE, a JSON object a line")
-    group.add_argument("--stop-file", type=Path, metavar="FILE", help="stop at the next safe moment once FILE exists")
+    group.add_argument("--events", type=Path, metavar="FILE", help="write events to FILE, one JSON object per line")
+    group.add_argument("--stop-file", type=Path, metavar="FILE", help="stop at the next safe point once FILE exists")
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

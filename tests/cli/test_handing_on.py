@@ -204,15 +204,15 @@ def test_the_first_row_that_fits_is_picked() -> None:
         (rows[1].need.total - 1, "least"),
         (rows[0].need.total, "as set"),
     ):
-        assert _verdict(rows, planned(), memory) == f"Picked for {memory / GB:.1f} GB: {said}."
-    assert _verdict(rows, planned(), GB).startswith("None of these fits into 1.0 GB. Lower ")
+        assert _verdict(rows, planned(), memory) == f"Chosen for {memory / GB:.1f} GB: {said}."
+    assert _verdict(rows, planned(), GB).startswith("None of these fits in 1.0 GB. Lower ")
 
 
 def test_columns_are_those_of_the_head() -> None:
     head, row = _table([_Row("as set", NEED)], [])
-    assert head.split() == ["base", "trained", "activations", "encoding", "previews", "in", "all"]
+    assert head.split() == ["base", "trained", "activations", "encoding", "previews", "total"]
     assert row.split() == ["as", "set", "2.00", "1.00", "3.00", "-", "-", f"{NEED.total / GB:.2f}"]
-    assert _table([_Row("as set", NEED)], [_Row("as set, nf4", NEED)])[2].startswith("and with settings that change")
+    assert _table([_Row("as set", NEED)], [_Row("as set, nf4", NEED)])[2].startswith("with settings that change")
 
 
 # The terminal

@@ -56,7 +56,7 @@ def test_all_flags_are_those_of_the_groups(run: Shell, command: Command) -> None
     short = set(flags_shown(run.output))
     more = re.search(r"^(\d+) more flags", run.output, re.MULTILINE)
     assert more
-    assert int(more[1]) + len(short) == len(everything) + (command.positional != "")  # --config beside a positional
+    assert int(more[1]) + len(short) == len(everything)
     in_groups: set[str] = set() if not command.positional else {"--config"}
     for group in PARSERS[command.name].flag_groups():
         assert run(command.name, "--help", group) == 0
@@ -64,7 +64,7 @@ def test_all_flags_are_those_of_the_groups(run: Shell, command: Command) -> None
         assert shown
         assert not shown & in_groups
         in_groups |= shown
-    assert in_groups == everything | ({"--config"} if command.positional else set())
+    assert in_groups == everything
 
 
 @pytest.mark.parametrize("command", SHORT, ids=lambda command: command.name)

@@ -491,9 +491,9 @@ def test_the_command_shows_every_way_and_what_is_picked(
     text = planned(capsys, tiny_checkpoint, "--memory", "8", "--rank", "4", "--batch-size", "2")
     for line in ("as set", "gradient checkpointing", "batches of 2 in 2 micro-batches", "adamw-8bit", "nf4"):
         assert line in text
-    assert text.splitlines()[-1] == "Picked for 7.5 GB: as set."
+    assert text.splitlines()[-1] == "Chosen for 7.5 GB: as set."
     tight = planned(capsys, tiny_checkpoint, "--memory", "0.7", "--gradient-checkpointing")
-    assert tight.splitlines()[-1].startswith("None of these fits into 0.2 GB. Lower --resolution")
+    assert tight.splitlines()[-1].startswith("None of these fits in 0.2 GB. Lower --resolution")
 
 
 def test_the_command_needs_a_number_without_a_gpu(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -37,7 +37,7 @@ def run_demo(output_dir: Path, listener: Listener, family: str = "sd1") -> list[
     base_folder, settings_file = BASES[family]
     if not (_DEMO / settings_file).is_file() or not (_DEMO / base_folder).is_dir():
         raise StorageError(
-            f"{_DEMO} holds no demo data.", "Clone the whole repository; the Manager's package leaves the demo out."
+            f"{_DEMO} contains no demo data.", "Clone the whole repository; the Manager's package leaves the demo out."
         )
     values = read_toml(_DEMO / settings_file)
     settings = TrainCommand.checked(

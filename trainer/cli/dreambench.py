@@ -97,7 +97,7 @@ def read_subjects(data: Path, live: Sequence[str], only: Sequence[str] = ()) -> 
         )
         raise SettingsError(
             f"{path} names {lack}.",
-            "Take the file of the DreamBooth data set, with its classes, object prompts and live subject prompts.",
+            "Use the file of the DreamBooth dataset, with its classes, object prompts and live subject prompts.",
         )
     return subjects
 

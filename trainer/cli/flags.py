@@ -17,7 +17,7 @@ from ..core.toml import read_toml
 from ..settings.base import Settings, field_extra
 from .parser import nearest
 
-_CONFIG_HELP = "settings file with the same names; flags win over it"
+_CONFIG_HELP = "settings file with the same names; flags override it"
 _WRITTEN = ("output", "output_dir", "report")  # paths of what need not exist yet
 _STRENGTHS = re.compile(r"(:-?[\d.]+){1,2}$")
 GROUP_ORDER = (
@@ -161,7 +161,7 @@ def _require_paths_from_here(config: Path, settings: type[Settings], values: Map
         if text and not os.path.exists(text) and os.path.exists(meant):
             raise SettingsError(
                 f"{name} in {config}: '{text}' is not in {Path.cwd()}, where the command runs; paths in a settings "
-                "file count from there, as flags do.",
+                "file are relative to that folder, as those in flags are.",
                 f"Write the whole path, '{meant}', or run the command in {config.absolute().parent}.",
             )
 

@@ -125,9 +125,10 @@ def _described(error: BaseException) -> str:
     kind = type(error).__name__
     text = " ".join(str(error).split())
     text = _BARE_PATHS.sub("PATH", _QUOTED_PATH.sub("PATH", text))
-    private = [Path.home().name]
-    with contextlib.suppress(Exception):
-        private.append(getpass.getuser())
+    private = []
+    for find in (getpass.getuser, lambda: Path.home().name):
+        with contextlib.suppress(Exception):  # a service may have neither
+            private.append(find())
     if any(word and re.search(rf"\b{re.escape(word)}\b", text, re.IGNORECASE) for word in private):
         return kind
     return f"{kind}: {text[:200]}" if text else kind

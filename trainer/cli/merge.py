@@ -106,7 +106,7 @@ def run_convert(settings: ConvertCommand, listener: Listener) -> tuple[Path, str
     adapter = to_kohya_format(read_adapter(settings.lora))
     write = write_diffusers if settings.format == "diffusers" else write_adapter
     path = write(settings.output, adapter, DTYPES[settings.save_precision], replace=False)
-    return path, f"{len(adapter.layers)} modules, {adapter.kind}, named as by {settings.format}"
+    return path, f"{len(adapter.layers)} modules, {adapter.kind}, in the {settings.format} naming"
 
 
 def run_fuse(settings: FuseCommand, listener: Listener) -> tuple[Path, str]:

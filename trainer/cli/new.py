@@ -103,7 +103,7 @@ class _Presets:
             for name in names
         ]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        yield "# It sets these, by the family of the base model; what you set in this file wins:"
+        yield "# It sets these, by the family of the base model; what you set in this file overrides them:"
         for row in rows:
             cells = [
                 cell.ljust(width) if index == 0 else cell.rjust(width)
@@ -114,7 +114,7 @@ class _Presets:
 
 def _lines(path: Path, values: Mapping[str, Any], names: Sequence[str], presets: _Presets) -> Iterator[str]:
     yield f"# Settings of a training. To start it: {PROGRAM} train {path.name}"
-    yield "# Each is also a flag (--steps 400), which wins over this file. All the others, with their ranges:"
+    yield "# Each is also a flag (--steps 400), which overrides this file. All the others, with their ranges:"
     yield f"# docs/settings.md, or {PROGRAM} train --help all"
     yield "# Paths are in single quotes, in which a backslash is written once."
     of_preset = presets.settings()

@@ -25,11 +25,11 @@ from ..training.memory.plan import (
 from .train import open_base_model
 
 _EIGHT_BIT = "adamw-8bit"
-_COLUMNS = ("base", "trained", "activations", "encoding", "previews", "in all")
-_EXPLANATION = """base: the frozen weights. trained: what is learned, its gradients, the optimiser's state.
-activations: what a step keeps beside them. encoding: the most while pictures and captions are
-encoded. previews: what is there beside the weights while a preview is generated.
-in all: the most at any time, with a margin of 5 % and 0.25 GB. CUDA itself takes about 0.5 GB more."""
+_COLUMNS = ("base", "trained", "activations", "encoding", "previews", "total")
+_EXPLANATION = """base: the frozen weights. trained: what is learned, its gradients and the optimiser's state.
+activations: what a step needs in addition. encoding: the peak while pictures and captions are
+encoded. previews: what generating a preview needs in addition to the weights.
+total: the peak of the whole run, with a margin of 5 % and 0.25 GB. CUDA itself takes about 0.5 GB more."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def run_plan(settings: PlanCommand) -> str:
     device = pick_device(settings.device)
     if settings.memory is None and device.type != "cuda":
         raise SettingsError(
-            "This computer has no CUDA GPU whose memory could be planned.",
+            "This computer has no CUDA GPU to plan for.",
             f"Give a graphics card's memory in GB: {suggest('memory', 8)}.",
         )
     precision = _planned_precision(settings, device)
@@ -96,8 +96,8 @@ def _planned_memory(settings: PlanCommand, base: BaseWeights, precision: str, de
 def _headline(settings: PlanCommand, base: BaseWeights, precision: str) -> str:
     return (
         f"{base.family.title}, {precision}, {settings.resolution}², {settings.adapter} of rank {settings.rank}, "
-        f"{settings.batch_size} × {settings.gradient_accumulation} pictures a step"
-        f"{' and as many of the class' if _trains_class_pictures(settings) else ''}; in GB"
+        f"{settings.batch_size} × {settings.gradient_accumulation} pictures per step"
+        f"{' and as many class pictures' if _trains_class_pictures(settings) else ''}; in GB"
     )
 
 
@@ -129,7 +129,7 @@ def _table(rows: Sequence[_Row], lossy: Sequence[_Row]) -> list[str]:
     lines = [" " * width + "".join(f"{column:>12}" for column in _COLUMNS)]
     lines += [_line(row, width) for row in rows]
     if lossy:
-        lines.append("and with settings that change what is learned a little:")
+        lines.append("with settings that change the result slightly:")
         lines += [_line(row, width) for row in lossy]
     return lines
 
@@ -143,5 +143,5 @@ def _line(row: _Row, width: int) -> str:
 def _verdict(rows: Sequence[_Row], settings: TrainSettings, memory: int) -> str:
     for row in rows:
         if row.need.total <= memory:
-            return f"Picked for {memory / GB:.1f} GB: {row.title}."
-    return f"None of these fits into {memory / GB:.1f} GB. {remedies(settings)}."
+            return f"Chosen for {memory / GB:.1f} GB: {row.title}."
+    return f"None of these fits in {memory / GB:.1f} GB. {remedies(settings)}."

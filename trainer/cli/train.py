@@ -212,7 +212,7 @@ def _require_picture_path(path: Path) -> None:
         )
     writable = {extension for extension, name in Image.registered_extensions().items() if name in Image.SAVE}
     if path.suffix.lower() not in writable:
-        raise SettingsError(f"{path} does not end like a picture file.", "Give a name ending in .png or .jpg.")
+        raise SettingsError(f"{path} is not the name of a picture file.", "Give a name ending in .png or .jpg.")
     require_writable_file(path, 1_000_000)
 
 
