@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
-import select
 import shlex
 import shutil
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from helpers import HANGS
-from pack.trainer.__main__ import COMMANDS
+from pack.trainer.__main__ import COMMANDS, main
 from pack.trainer.cli.completion import SHELLS
 from pack.trainer.settings.train import TrainCommand
-from shell import Shell
 
 PRESETS = {"none", "object", "animal", "person", "style"}
 _BASH_CALL = """
 source {script}
-{before}
 COMP_WORDS=({words})
 COMP_CWORD=$(( ${{#COMP_WORDS[@]}} - 1 ))
 _trainer_python "${{COMP_WORDS[0]}}" "${{COMP_WORDS[COMP_CWORD]}}" "${{COMP_WORDS[COMP_CWORD-1]}}"
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 
+_ZSH_CALL = r"""
+zmodload zsh/zpty
+zpty inner zsh -f -i
+zpty -w inner "TERM=dumb; autoload -Uz compinit; compinit -u -D; source ${(q)1}; print rea''dy"
+zpty -r -m inner shown '*ready*'
+zpty -w -n inner $2
+zpty -r -m inner shown "*$3*"
+print -r -- $shown
+"""
+
+
+@pytest.fixture(scope="module")
+def scripts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the script for each shell."""
+    folder = tmp_path_factory.mktemp("completion")
+    for shell in SHELLS:
+        with contextlib.redirect_stdout(io.StringIO()) as output:
+            assert main(["completion", shell]) == 0
+        (folder / shell).write_text(output.getvalue(), encoding="utf-8")
+    return folder
+
 
 @pytest.fixture
-def script(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[[str], Path]:
-    """Writes the script for a shell, which is skipped where it is not installed."""
+def script(scripts: Path) -> Callable[[str], Path]:
+    """The script for a shell; what needs a shell that is not installed is skipped."""
 
-    def write(shell: str) -> Path:
+    def of(shell: str) -> Path:
         if shutil.which(shell) is None:
             pytest.skip(f"no {shell}: install it")
-        run = Shell(capsys)
-        assert run("completion", shell) == 0
-        path = tmp_path / f"completion.{shell}"
-        path.write_text(run.output, encoding="utf-8")
-        return path
+        return scripts / shell
 
-    return write
+    return of
 
 
 def shell_output(*words: str) -> str:
@@ -52,9 +67,9 @@ def shell_output(*words: str) -> str:
     return done.stdout
 
 
-def in_bash(script: Path, *words: str, before: str = "") -> set[str]:
+def in_bash(script: Path, *words: str) -> set[str]:
     typed = " ".join(shlex.quote(word) for word in words)
-    code = _BASH_CALL.format(script=shlex.quote(str(script)), words=typed, before=before)
+    code = _BASH_CALL.format(script=shlex.quote(str(script)), words=typed)
     return set(shell_output("bash", "--norc", "--noprofile", "-c", code).split())
 
 
@@ -64,35 +79,8 @@ def in_fish(script: Path, line: str) -> set[str]:
 
 
 def in_zsh(script: Path, line: str, awaited: str) -> str:
-    """What an interactive zsh shows after a tab, up to what is awaited; completion has no other door there."""
-    import pty
-
-    process, terminal = pty.fork()
-    if process == 0:
-        os.environ.update({"TERM": "dumb", "ZDOTDIR": str(script.parent)})
-        os.chdir(script.parent)
-        os.execvp("zsh", ["zsh", "-f", "-i"])
-    shown = ""
-
-    def read_until(text: str) -> None:
-        nonlocal shown
-        ends = time.monotonic() + HANGS
-        while text not in shown and time.monotonic() < ends:
-            if select.select([terminal], [], [], 1)[0]:
-                shown += os.read(terminal, 65536).decode(errors="replace")
-        assert text in shown, shown
-
-    try:
-        setup = f"autoload -Uz compinit; compinit -u -D; source {shlex.quote(str(script))}; print rea''dy"
-        os.write(terminal, f"{setup}\n".encode())
-        read_until("ready")
-        shown = ""
-        os.write(terminal, f"{line}\t".encode())
-        read_until(awaited)
-    finally:
-        os.close(terminal)
-        os.waitpid(process, 0)
-    return shown
+    """What an interactive zsh shows after a tab, up to what is awaited; only such a one completes."""
+    return shell_output("zsh", "-f", "-c", _ZSH_CALL, "zsh", str(script), f"{line}\t", awaited)
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -101,15 +89,14 @@ def test_a_shell_can_read_its_script(shell: str, script: Callable[[str], Path]) 
 
 
 @pytest.mark.parametrize("shell", SHELLS)
-def test_a_script_holds_every_flag_of_every_command(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Shell(capsys)
-    assert run("completion", shell) == 0
+def test_a_script_holds_every_flag_of_every_command(shell: str, scripts: Path) -> None:
+    text = (scripts / shell).read_text(encoding="utf-8")
     for command in COMMANDS:
-        assert command.name in run.output
+        assert command.name in text
     option = "-l {}" if shell == "fish" else "--{}"
     for name in TrainCommand.model_fields:
         if name != "subject":
-            assert option.format(name.replace("_", "-")) in run.output
+            assert option.format(name.replace("_", "-")) in text
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the bash of Windows has paths of its own")
@@ -138,9 +125,9 @@ def test_bash(words: list[str], offered: set[str], script: Callable[[str], Path]
 
 @pytest.mark.skipif(os.name == "nt", reason="the bash of Windows has paths of its own")
 def test_bash_asks_what_completed_python_before(script: Callable[[str], Path], tmp_path: Path) -> None:
-    path = script("bash")
+    path = tmp_path / "bash"
     other = "_other() { COMPREPLY=(other); }; complete -F _other python"
-    path.write_text(f"{other}\n{path.read_text(encoding='utf-8')}", encoding="utf-8")
+    path.write_text(f"{other}\n{script('bash').read_text(encoding='utf-8')}", encoding="utf-8")
     assert in_bash(path, "python", "-m", "http.ser") == {"other"}
     assert in_bash(path, "python", "-m", "trainer", "tr") == {"train"}
     assert in_bash(path, "python3", "-m", "http.ser") == set()

@@ -9,8 +9,10 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import HANGS, ROOT
 from pack.trainer.cli import info
 from pack.trainer.cli.info import LIBRARIES, _described, as_text, collect, folder_kind
@@ -71,6 +73,7 @@ def test_a_broken_library_is_reported_as_such(tmp_path: Path, words: list[str]) 
     assert json.loads(done.stdout) if "--json" in words else "devices: unknown without PyTorch" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "pydantic", [OLD_PYDANTIC, "raise ModuleNotFoundError(name='pydantic')"], ids=["old", "missing"]
 )
@@ -87,10 +90,25 @@ def test_it_works_without_what_the_settings_need(tmp_path: Path, pydantic: str) 
     assert "\nfix: Install what the pack needs: " in done.stderr
 
 
+@pytest.mark.slow
 def test_a_library_that_is_not_installed_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     done = run(tmp_path, "inspect", "x", torch="raise ModuleNotFoundError('No module named torch', name='torch')")
     assert done.returncode == 1
     assert done.stderr.startswith("error: The library torch is not installed.\nfix: Install what the pack needs: ")
+
+
+def test_a_gpu_is_reported_with_its_memory_and_precisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="NVIDIA GeForce RTX 2060", major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (5 * 2**30, 6 * 2**30))
+    [_, gpu] = info._devices()
+    assert info._line(gpu) == (
+        "cuda:0, NVIDIA GeForce RTX 2060, precisions fp32/bf16/fp16, auto fp16, 6.0 GB memory, 5.0 GB free memory, "
+        "compute capability 7.5"
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,6 +161,7 @@ def test_nothing_that_fails_ends_the_report(monkeypatch: pytest.MonkeyPatch) -> 
 
     for name in ("_pack", "_python", "_system", "_pytorch", "_disk", "_device"):
         monkeypatch.setattr(info, name, fail)
+    monkeypatch.setattr(info, "_library", lambda *_: "1.0")
     facts = collect()
     assert facts["disk"] == {"problem": "RuntimeError: no such thing"}
     assert "pack: problem RuntimeError: no such thing" in as_text(facts)
