@@ -2,9 +2,10 @@
 // The pack's part of the web UI's page: it puts the panels of web/lib into the tab that webui/tab.py builds.
 
 import { connect, currentJob, resumeRun, stopJob } from "../web/lib/api.js";
-import { addStyle, make } from "../web/lib/dom.js";
+import { addStyle, described, make } from "../web/lib/dom.js";
 import { ENDED } from "../web/lib/progress.js";
 import { RunsPanel } from "../web/lib/runs_panel.js";
+import { languageFor, speak, t } from "../web/lib/texts.js";
 import { TrainingPanel } from "../web/lib/training_panel.js";
 
 /** @import { JobFacts } from "../web/types/answers.js" */
@@ -18,6 +19,16 @@ connect({
   apiURL: (route) => root + route,
 });
 
+/** Speak the browser's language, if locales/ has it. */
+async function loadTexts() {
+  const language = languageFor(navigator.language);
+  if (language === "en") return;
+  const response = await fetch(new URL(`../locales/${language}/main.json`, import.meta.url));
+  if (response.ok) speak(language, (await response.json()).dreambooth);
+}
+
+await loadTexts().catch(() => {}); // then in English
+
 /** The panel of the job: its progress, Stop or Resume, and what may be done with the result. */
 class JobPanel {
   /** @type {JobFacts | null} */
@@ -27,16 +38,14 @@ class JobPanel {
   #isLost = false; // whether the web UI does not answer
 
   constructor() {
-    this.panel = new TrainingPanel(() => this.facts?.name);
-    this.stopButton = button("Stop", "Stop after this step; what was learned is kept", stopJob);
-    this.resumeButton = button("Resume", "Go on where it was stopped", async () => {
+    this.panel = new TrainingPanel(() => this.facts?.name, t("webui.hint"));
+    this.stopButton = button(t("webui.stop"), t("webui.stopTitle"), stopJob);
+    this.resumeButton = button(t("webui.resume"), t("webui.resumeTitle"), async () => {
       if (this.facts?.run) await resumeRun(this.facts.run);
     });
-    this.sendButton = button("Send to txt2img", "Put the subject and its LoRA into the prompt", async () =>
-      this.send(),
-    );
-    this.warnings = make("div", { className: "dreambooth-warnings", hidden: true });
-    this.trouble = make("div", { className: "dreambooth-error", hidden: true });
+    this.sendButton = button(t("webui.send"), t("webui.sendTitle"), async () => this.send());
+    this.warnings = described(make("div", { className: "dreambooth-warnings", hidden: true }), { role: "status" });
+    this.trouble = described(make("div", { className: "dreambooth-error", hidden: true }), { role: "alert" });
     this.element = make(
       "div",
       { className: "dreambooth" },
@@ -46,7 +55,6 @@ class JobPanel {
       this.panel.element,
     );
     this.element.style.height = "auto";
-    this.panel.element.style.height = "420px";
     this.panel.attach();
     this.panel.whenShown = () => this.show();
     this.show();
@@ -57,7 +65,7 @@ class JobPanel {
     for (;;) {
       await this.look().catch((error) => {
         this.#isLost = true;
-        this.say(`The web UI does not answer: ${error.message}`);
+        this.say(t("webui.noAnswer", { error: error.message }));
       });
       await new Promise((resolve) => setTimeout(resolve, MILLISECONDS_BETWEEN_LOOKS));
     }
@@ -88,13 +96,15 @@ class JobPanel {
     this.stopButton.hidden = hasEnded || state === "idle";
     this.resumeButton.hidden = !(this.facts?.run && (state === "stopped" || state === "failed"));
     this.sendButton.hidden = !this.facts?.card;
-    this.warnings.replaceChildren(...(this.facts?.warnings ?? []).map((text) => make("div", { textContent: text })));
-    this.warnings.hidden = !this.warnings.childElementCount;
+    this.panel.element.style.height = this.panel.hasRun ? "420px" : "auto";
+    const warnings = (this.facts?.warnings ?? []).join("\n");
+    if (this.warnings.textContent !== warnings) this.warnings.textContent = warnings;
+    this.warnings.hidden = !warnings;
   }
 
   /** @param {string} trouble */
   say(trouble) {
-    this.trouble.textContent = trouble;
+    if (this.trouble.textContent !== trouble) this.trouble.textContent = trouble;
     this.trouble.hidden = !trouble;
   }
 
@@ -124,7 +134,7 @@ let runs = null;
 function useSettings(run) {
   const field = document.querySelector("#dreambooth_settings_of textarea, #dreambooth_settings_of input");
   if (!(field instanceof HTMLTextAreaElement || field instanceof HTMLInputElement))
-    throw new Error("The fields of Train are not in this page: reload it.");
+    throw new Error(t("webui.noFields"));
   field.value = run;
   field.dispatchEvent(new Event("input", { bubbles: true }));
   for (const tab of document.querySelectorAll("#tab_dreambooth .tab-nav button"))
@@ -138,12 +148,12 @@ function useSettings(run) {
  */
 function sendToPrompt(words, file) {
   const field = document.querySelector("#txt2img_prompt textarea");
-  if (!(field instanceof HTMLTextAreaElement)) throw new Error("There is no txt2img prompt in this page.");
+  if (!(field instanceof HTMLTextAreaElement)) throw new Error(t("webui.noPrompt"));
   field.value = `${words} <lora:${file.replace(/\.safetensors$/, "")}:${WEIGHT}>`;
   field.dispatchEvent(new Event("input", { bubbles: true }));
   const go = /** @type {any} */ (globalThis).switch_to_txt2img;
   if (go) go();
-  else notify("The prompt of txt2img is filled; this web UI does not go there by itself.");
+  else notify(t("webui.sent"));
 }
 
 /**
@@ -179,7 +189,7 @@ function mountRuns() {
   const container = document.getElementById("dreambooth-runs-panel");
   if (!container || container.childElementCount) return;
   runs ??= new RunsPanel({
-    begins: "Train, in the tab beside this one,",
+    none: t("webui.noRuns"),
     loadGraph: null,
     useSettings: async (run) => useSettings(run.id),
     resume: (run) => resumeRun(run.id),
@@ -200,18 +210,20 @@ function mount() {
   if (made.length) refreshCards();
 }
 
-/** The panels' colours are ComfyUI's; here they are those of the web UI's theme. */
+/** The panels' colours are ComfyUI's; here they are those of the web UI's theme, which colours every element anew. */
 const COLOURS = `
 #dreambooth-training-panel, #dreambooth-runs-panel { --fg-color: var(--body-text-color); --input-text: var(--body-text-color);
   --comfy-menu-bg: var(--background-fill-secondary); --comfy-input-bg: var(--input-background-fill);
   --border-color: var(--border-color-primary); }
 #dreambooth-training-panel *, #dreambooth-runs-panel * { color: inherit; }
-#dreambooth-training-panel .dreambooth-state, #dreambooth-runs-panel .dreambooth-state { color: #fff; }
+:is(#dreambooth-training-panel, #dreambooth-runs-panel) :is(.dreambooth-state, button[aria-pressed=true]) { color: #fff; }
+:is(#dreambooth-training-panel, #dreambooth-runs-panel) .dreambooth-warnings { color: var(--dreambooth-warning); }
+:is(#dreambooth-training-panel, #dreambooth-runs-panel) a { color: var(--dreambooth-link); }
 #dreambooth-runs-panel input[type=checkbox] { appearance: auto; background-image: none; accent-color: var(--color-accent); }
 #dreambooth-runs-panel button { margin-block: 2px; }
 #dreambooth-runs-panel :is(table, tr, th, td) { border: 0; padding: 1px 12px 1px 0; text-align: left; }
 #dreambooth-training-panel .dreambooth-error, #dreambooth-runs-panel .dreambooth-error, #dreambooth_message .dreambooth-error,
-#dreambooth_report .dreambooth-error, #dreambooth_tools .dreambooth-error { color: #d04040; }
+#dreambooth_report .dreambooth-error, #dreambooth_tools .dreambooth-error { color: var(--dreambooth-error); }
 #dreambooth_tools pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 .dreambooth-report figure { display: inline-block; margin: 0 4px 4px 0; width: 96px; vertical-align: top; }
 .dreambooth-report figcaption { font-size: 11px; overflow-wrap: anywhere; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -40,6 +41,17 @@ def test_every_module_of_the_pages_is_checked_for_types() -> None:
     modules = sorted((ROOT / "web").rglob("*.js"))
     assert len(modules) > 8
     assert [path.name for path in modules if not path.read_text(encoding="utf-8").startswith("// @ts-check\n")] == []
+
+
+def test_every_phase_of_a_training_has_a_text() -> None:
+    """Which panels show instead of the engine's own name."""
+    texts = json.loads((ROOT / "locales" / "en" / "main.json").read_text(encoding="utf-8"))["dreambooth"]["phase"]
+    files = [*(ROOT / "trainer" / "training").rglob("*.py"), *(ROOT / "trainer" / "data").glob("*.py")]
+    code = "".join(path.read_text(encoding="utf-8") for path in files if path.name != "captioning.py")
+    scoring = (ROOT / "trainer" / "evaluation" / "feature_extractors.py").read_text(encoding="utf-8")
+    reported = {*re.findall(r'Phase\("([^"]+)"', code), *re.findall(r'title: str = "([^"]+)"', scoring)}
+    assert len(reported) > 3
+    assert set(texts) == reported
 
 
 def test_the_lock_file_names_no_registry() -> None:

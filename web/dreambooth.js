@@ -7,14 +7,17 @@ import { connect, liveNodes } from "./lib/api.js";
 import { addStyle, make } from "./lib/dom.js";
 import { RunsPanel } from "./lib/runs_panel.js";
 import { SubjectPanel } from "./lib/subject_panel.js";
+import { languageFor, speak, t } from "./lib/texts.js";
 import { TrainingPanel } from "./lib/training_panel.js";
 
 /** @import { Graph, GraphNode, Widget } from "../../scripts/app.js" */
+/** @import { NodeFacts } from "./types/answers.js" */
 
 /** @typedef {TrainingPanel | SubjectPanel} Panel */
 
 connect(api);
 const TRAINING = ["DreamBoothTrainLora", "DreamBoothFineTune"];
+const ROOM = { training: 300, failed: 120, empty: 64, subject: 150 }; // least height of a panel, in pixels
 /** Node → panel; a node that is gone takes its panel with it. @type {WeakMap<GraphNode, Panel>} */
 const panels = new WeakMap();
 
@@ -52,23 +55,31 @@ function* nodesWithPanels(graph = app.rootGraph ?? app.graph, visited = new Set(
   }
 }
 
+/** Speak the language that ComfyUI is set to, if locales/ has it: ComfyUI serves those of all packs together. */
+async function loadTexts() {
+  const language = languageFor(app.extensionManager.setting?.get("Comfy.Locale") ?? navigator.language);
+  if (language === "en") return;
+  const response = await api.fetchApi("/i18n");
+  if (response.ok) speak(language, (await response.json())[language]?.dreambooth);
+}
+
 /**
  * ComfyUI keeps a widget's options when its node is gone, so nothing in them may refer to the node or its panel.
- * @param {number} height
+ * @param {{ height: number }} room
  */
-const widgetOptions = (height) => ({ serialize: false, hideOnZoom: false, getMinHeight: () => height });
+const widgetOptions = (room) => ({ serialize: false, hideOnZoom: false, getMinHeight: () => room.height });
 
 /**
  * Give a node a panel while it is in a graph: nodes are also made only to be copied, and ComfyUI may keep those that
  * were removed. So nothing but `panels` leads from a node to its panel.
  * @param {GraphNode} node
  * @param {string} name
- * @param {number} height
+ * @param {{ height: number }} room Which the panel wants at least.
  * @param {() => Panel} makePanel
  */
-function addPanel(node, name, height, makePanel) {
+function addPanel(node, name, room, makePanel) {
   const container = make("div", { className: "dreambooth-panel" });
-  const widget = node.addDOMWidget(name, "dreambooth", container, widgetOptions(height));
+  const widget = node.addDOMWidget(name, "dreambooth", container, widgetOptions(room));
   widget.serialize = false;
   const { onAdded, onRemoved } = node;
   node.onAdded = function (...args) {
@@ -105,9 +116,83 @@ function onChange(widget, react) {
 
 /** @param {GraphNode} node */
 function addTrainingPanel(node) {
-  addPanel(node, "dreambooth_training", 300, () => new TrainingPanel(() => widgetOf(node, "name")?.value));
+  const room = { height: ROOM.empty };
+  addPanel(node, "dreambooth_training", room, () => {
+    const panel = new TrainingPanel(() => widgetOf(node, "name")?.value);
+    panel.whenShown = () => makeRoom(node, panel, room);
+    return panel;
+  });
   const name = widgetOf(node, "name");
   if (name) onChange(name, () => trainingPanel(node)?.feed.rename()); // another name is another run
+}
+
+/**
+ * A node without a run has a small panel. It grows when there is one, and shrinks to what it needs when there is none.
+ * @param {GraphNode} node
+ * @param {TrainingPanel} panel
+ * @param {{ height: number }} room
+ */
+function makeRoom(node, panel, room) {
+  const height = panel.hasRun ? ROOM.training : panel.error.hidden ? ROOM.empty : ROOM.failed;
+  if (room.height === height) return;
+  room.height = height;
+  fitHeight(node, panel.hasRun);
+}
+
+/**
+ * @param {GraphNode} node
+ * @param {boolean} isTallerKept Whether a node that is taller than it needs to be stays so.
+ */
+function fitHeight(node, isTallerKept) {
+  const [, needed] = node.computeSize();
+  const height = isTallerKept ? Math.max(node.size[1], needed) : needed;
+  if (height !== node.size[1]) node.setSize([node.size[0], height]);
+}
+
+/**
+ * Fold away a node's advanced inputs in ComfyUI's classic nodes, which show them all: 2000 pixels of Training Settings.
+ * A button at the end shows them. What is connected, or was changed, stays. (Vue nodes fold them themselves; there the
+ * button is hidden.)
+ * @param {GraphNode} node
+ */
+function addFold(node) {
+  const advanced = node.widgets?.filter((widget) => widget.options?.advanced) ?? [];
+  if (advanced.length < 2 || app.extensionManager.setting?.get("Comfy.Node.AlwaysShowAdvancedWidgets")) return;
+  const defaults = new Map(advanced.map((widget) => [widget.name, widget.value]));
+  const toggle = () => {
+    node.showAdvanced = !node.showAdvanced;
+    fold(node, button, defaults);
+  };
+  const button = node.addWidget("button", "dreambooth_advanced", "", toggle, { serialize: false, hidden: true });
+  button.serialize = false;
+  button.hidden = false;
+  const { onConfigure } = node;
+  node.onConfigure = function (...args) {
+    const result = onConfigure?.apply(this, args);
+    fold(node, button, defaults);
+    return result;
+  };
+  fold(node, button, defaults);
+}
+
+/**
+ * A node that had room for all of its inputs loses that of those that are folded away.
+ * @param {GraphNode} node
+ * @param {Widget} button
+ * @param {Map<string, unknown>} defaults Of the advanced inputs.
+ */
+function fold(node, button, defaults) {
+  const advanced = node.widgets?.filter((widget) => defaults.has(widget.name)) ?? [];
+  for (const widget of advanced) widget.hidden = false;
+  const [, whole] = node.computeSize();
+  for (const widget of advanced) {
+    const isConnected = node.getSlotFromWidget?.(widget)?.link != null;
+    widget.hidden = !node.showAdvanced && !isConnected && widget.value === defaults.get(widget.name);
+  }
+  const [, needed] = node.computeSize();
+  button.label = t(node.showAdvanced ? "node.hideAdvanced" : "node.showAdvanced");
+  const [width, height] = node.size;
+  node.setSize([width, height >= whole ? height - (whole - needed) : Math.max(height, needed)]);
 }
 
 /** @param {GraphNode} node */
@@ -121,7 +206,12 @@ function addSubjectPanel(node) {
     folder.callback?.(name);
     node.graph?.change?.();
   };
-  addPanel(node, "dreambooth_subject", 150, () => new SubjectPanel({ chosen: () => folder.value, choose, upload }));
+  addPanel(
+    node,
+    "dreambooth_subject",
+    { height: ROOM.subject },
+    () => new SubjectPanel({ chosen: () => folder.value, choose, upload }),
+  );
   onChange(folder, () => subjectPanel(node)?.refresh());
   node.onDragOver = () => true;
   node.onDragDrop = (event) => {
@@ -163,9 +253,20 @@ async function recover() {
   if (!live) return; // "reconnected" will come
   const byNode = new Map(Object.values(live).map((facts) => [nodeOf(facts.node), facts]));
   for (const [node, panel] of nodesWithPanels()) {
-    if (panel instanceof TrainingPanel) panel.feed.recover(byNode.get(node));
+    if (panel instanceof TrainingPanel) recoverTraining(node, panel, byNode.get(node));
     else panel.refresh();
   }
+}
+
+/**
+ * A node that was saved with a run, and has none now, gives back its room.
+ * @param {GraphNode} node
+ * @param {TrainingPanel} panel
+ * @param {NodeFacts | undefined} facts
+ */
+async function recoverTraining(node, panel, facts) {
+  await panel.feed.recover(facts);
+  if (panels.get(node) === panel && panel.feed.state === "idle" && !panel.hasRun) fitHeight(node, false);
 }
 
 /**
@@ -207,7 +308,7 @@ function addSidebar() {
   let panel = null;
   /** @type {import("./lib/runs_panel.js").RunsHost} */
   const host = {
-    begins: "Train LoRA (DreamBooth)",
+    none: t("runs.none"),
     loadGraph: (graph, name) => app.loadGraphData(graph, true, true, name),
     useSettings: null,
     resume: () => app.queuePrompt(0, 1),
@@ -227,8 +328,8 @@ function addSidebar() {
   app.extensionManager.registerSidebarTab({
     id: "dreambooth-runs",
     icon: "pi pi-chart-line",
-    title: "Trainings",
-    tooltip: "DreamBooth runs",
+    title: t("runs.title"),
+    tooltip: t("runs.tooltip"),
     type: "custom",
     render: (element) => {
       close();
@@ -243,6 +344,9 @@ function addSidebar() {
 
 app.registerExtension({
   name: "DreamBoothLora",
+  async init() {
+    await loadTexts().catch(() => {}); // then in English
+  },
   setup() {
     addStyle();
     listen();
@@ -251,6 +355,7 @@ app.registerExtension({
   },
   nodeCreated(node) {
     addStyle();
+    if (node.comfyClass?.startsWith("DreamBooth")) addFold(node);
     if (TRAINING.includes(node.comfyClass ?? "")) addTrainingPanel(node);
     else if (node.comfyClass === "DreamBoothSubject") addSubjectPanel(node);
   },

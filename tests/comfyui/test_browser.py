@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accessibility import faults
 from browser import find_browser, load, opened_page
 from comfy_graphs import graph, seed_of_test
 from comfy_host import PATIENCE_S, ComfyServer
@@ -183,7 +184,7 @@ def test_runs_are_listed_compared_opened_and_deleted(server: ComfyServer) -> Non
             "(count) => document.querySelectorAll('.dreambooth-runs .dreambooth-legend span').length === count",
             arg=count,
         )
-        row(page, "listed").click()
+        row(page, "listed").locator(".dreambooth-open").click()
         page.wait_for_selector(".dreambooth-details .actions")
         shot(page, "runs")
         page.get_by_role("button", name="Load graph").click()
@@ -289,6 +290,102 @@ def test_the_pictures_that_are_marked_are_those_that_warnings_are_about(server: 
         assert [title.split(", ")[0] for title in marked] == ["1.png", "2.png.png"]
 
 
+FULL_HD = {"width": 1920, "height": 1080}
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+@pytest.mark.parametrize("renderer", ["classic", "vue"])
+def test_panels_can_be_used_by_everybody(renderer: str, palette: str, server: ComfyServer) -> None:
+    """By axe-core's rules, in every state that a panel has, and by keyboard alone."""
+    name, failed = f"used-{renderer}-{palette}", f"unusable-{renderer}-{palette}"
+    server.wait(server.queue(graph(name=name, preview_every=1)))
+    runs = server.base_dir / "output" / "dreambooth" / "runs"
+    other = made_run(runs, failed)
+    end = {"state": "failed", "problem": "The loss is not a number.", "remedy": "Lower learning_rate."}
+    with (runs / other / "metrics.jsonl").open("a") as file:
+        file.write(f"{json.dumps(end)}\n")
+    folder = server.base_dir / "input" / name
+    folder.mkdir()
+    shutil.copy(DEMO / "subject" / "0.png", folder)
+    (folder / "broken.png").write_bytes(b"no picture")
+    with opened_page(server.url, vue=renderer == "vue", palette=palette, **FULL_HD) as page:
+        for run, state in ((f"no {name}", "idle"), (name, "done"), (failed, "failed")):
+            open_template(page, "train_then_generate", {"name": run, "folder": folder.name})
+            wait_for(page, state)
+            page.wait_for_function("document.querySelector('.dreambooth-warnings').textContent.includes('broken.png')")
+            show_node(page, "DreamBoothTrainLora")
+            shot(page, f"panel-{renderer}-{palette}-{state}")
+            assert faults(page, ".dreambooth") == []
+        show_node(page, "DreamBoothSubject")
+        shot(page, f"subject-{renderer}-{palette}")
+        assert faults(page, ".dreambooth-subject") == []
+        page.get_by_role("button", name="DreamBooth runs").first.click()
+        page.wait_for_selector(".dreambooth-run")
+        for run in (name, failed):
+            row(page, run).locator("input").focus()
+            page.keyboard.press("Space")
+            page.keyboard.press("Tab")
+            page.keyboard.press("Enter")
+            page.locator(".dreambooth-details .actions").wait_for()
+            opened = "document.activeElement.matches('.dreambooth-open[aria-expanded=true]')"
+            page.wait_for_function(opened)
+            page.wait_for_timeout(300)
+            shot(page, f"runs-{renderer}-{palette}-{run.split('-')[0]}")
+            assert faults(page, ".dreambooth-runs") == []
+        page.wait_for_function("document.querySelectorAll('.dreambooth-runs .dreambooth-legend span').length > 3")
+        chart = page.locator(".dreambooth-details canvas")
+        chart.focus()
+        page.keyboard.press("Home")
+        legend = page.locator(".dreambooth-details .dreambooth-legend")
+        legend.get_by_text("step 1 ·").wait_for()
+        assert chart.get_attribute("aria-label") == "Loss curve from step 1 to 3: smoothed loss from 1.00 to 0.609"
+    shutil.rmtree(runs / other)
+
+
+@pytest.mark.parametrize("locale", ["ja", "zh"])
+def test_panels_speak_comfyuis_language(locale: str, server: ComfyServer) -> None:
+    texts = json.loads((ROOT / "locales" / locale / "main.json").read_text(encoding="utf-8"))["dreambooth"]
+    with opened_page(server.url, locale=locale) as page:
+        open_template(page, "train_then_generate", {"name": f"none-{locale}"})
+        wait_for(page, "idle")
+        shown = page.locator(".dreambooth-training").text_content()
+        assert texts["training"]["hint"] in shown
+        page.get_by_role("button", name=texts["runs"]["tooltip"]).first.click()
+        page.get_by_text(texts["runs"]["compareHint"]).wait_for()
+        shot(page, f"language-{locale}")
+
+
+@pytest.mark.parametrize("palette", ["dark", "light"])
+def test_a_new_node_has_no_widget_below_the_screen(palette: str, server: ComfyServer) -> None:
+    """In ComfyUI's classic nodes, which fold nothing away themselves, on a screen of 1080 lines."""
+    made = """
+    (kind) => {
+      const { LiteGraph, app } = window;
+      app.graph.clear();
+      const node = LiteGraph.createNode(kind);
+      node.pos = [0, 0];
+      app.graph.add(node);
+      app.canvas.ds.scale = 1;
+      app.canvas.ds.offset = [200, 120];
+      app.canvas.setDirty(true, true);
+      return node;
+    }
+    """
+    height = f"(kind) => {{ const node = ({made})(kind); return node.size[1] + LiteGraph.NODE_TITLE_HEIGHT; }}"
+    with opened_page(server.url, palette=palette, **FULL_HD) as page:
+        kinds = [kind for kind in server.object_info() if kind.startswith("DreamBooth")]
+        heights = {kind: page.evaluate(height, kind) for kind in kinds}
+        assert {kind: height for kind, height in heights.items() if height > 1080 - 120} == {}
+        for kind in ("DreamBoothTrainLora", "DreamBoothTrainingSettings"):
+            page.evaluate(f"(kind) => {{ ({made})(kind); }}", kind)
+            page.wait_for_timeout(300)
+            shot(page, f"new-{kind}-{palette}")
+        page.evaluate("window.app.graph.nodes[0].widgets.find((one) => one.name === 'dreambooth_advanced').callback()")
+        shown = "window.app.graph.nodes[0].widgets.every((one) => !one.hidden)"
+        assert page.evaluate(shown)
+        assert page.evaluate("window.app.graph.nodes[0].size[1]") > 1080
+
+
 # How many objects of each class are alive, after garbage is collected.
 COUNTED = {
     "TrainingPanel": "training_panel.js",
@@ -373,7 +470,7 @@ def test_runs_that_are_closed_leave_nothing(server: ComfyServer) -> None:
         tab.click()
 
         def click(name: str, opened: str | None) -> None:
-            row(page, name).click()
+            row(page, name).locator(".dreambooth-open").click()
             page.wait_for_function(
                 """(opened) => {
                   const details = [...document.querySelectorAll(".dreambooth-details")];

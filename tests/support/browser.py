@@ -38,11 +38,14 @@ def find_browser() -> str | None:
 
 
 @contextlib.contextmanager
-def opened_page(url: str, *, vue: bool = False, width: int = 1600, height: int = 1000) -> Iterator[Any]:
+def opened_page(
+    url: str, *, vue: bool = False, palette: str = "dark", locale: str = "en", width: int = 1600, height: int = 1000
+) -> Iterator[Any]:
     """ComfyUI's page, loaded and quiet; `vue` chooses the Vue node renderer."""
     from playwright.sync_api import sync_playwright
 
-    _keep_settings(url, _SETTINGS | {"Comfy.VueNodes.Enabled": vue})
+    chosen = {"Comfy.VueNodes.Enabled": vue, "Comfy.ColorPalette": palette, "Comfy.Locale": locale}
+    _keep_settings(url, _SETTINGS | chosen)
     with sync_playwright() as playwright:
         program = playwright.chromium.launch(executable_path=find_browser(), args=[*QUIET, "--disable-sync"])
         page = program.new_page(viewport={"width": width, "height": height})

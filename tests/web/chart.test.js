@@ -2,11 +2,12 @@
 
 import assert from "node:assert/strict";
 import { afterEach, beforeEach, test } from "node:test";
-import { canvasSize, drawFrame, INK, openPage, resizes, textsOf } from "./comfyui.js";
+import { canvasSize, colors, drawFrame, INK, openPage, resizes, settled, textsOf } from "./comfyui.js";
 
 const { Chart } = await import("../../web/lib/chart.js");
 const { Curve } = await import("../../web/lib/curve.js");
-const [BLUE, ORANGE, GREEN] = ["#4a90d9", "#e0883a", "#5bb56b"];
+const { DARK, OPACITY } = await import("../../web/lib/palette.js");
+const [BLUE, ORANGE, GREEN] = DARK.series;
 
 let chart;
 
@@ -53,8 +54,8 @@ test("axes have four losses from the bottom to the top, and three steps", () => 
     ["20", "right", 240, 109],
   ]);
   const looks = drawn("text").map(({ baseline, alpha, font }) => [baseline, alpha, font]);
-  assert.deepEqual(looks.slice(0, 4), Array(4).fill(["middle", 0.75, "10px system-ui, sans-serif"]));
-  assert.deepEqual(looks.slice(4), Array(3).fill(["top", 0.75, "10px system-ui, sans-serif"]));
+  assert.deepEqual(looks.slice(0, 4), Array(4).fill(["middle", OPACITY.axis, "10px system-ui, sans-serif"]));
+  assert.deepEqual(looks.slice(4), Array(3).fill(["top", OPACITY.axis, "10px system-ui, sans-serif"]));
   const grid = linesOf(INK).map(({ points, alpha }) => [alpha, ...points]);
   assert.deepEqual(
     grid,
@@ -69,7 +70,7 @@ test("a run's losses are drawn faint and smoothed, each at its step", () => {
     raw.points,
     [6, 6, 101.2, 101.2].map((y, index) => [index < 2 ? 90 : 140, y]),
   );
-  assert.deepEqual([raw.alpha, raw.width], [0.35, 1]);
+  assert.deepEqual([raw.alpha, raw.width], [OPACITY.raw, 1]);
   assert.deepEqual(smoothed.points, [
     [90, 6],
     [140, 54.3],
@@ -80,7 +81,7 @@ test("a run's losses are drawn faint and smoothed, each at its step", () => {
 test("the learning rate is a dashed line, its highest just below the top", () => {
   shown([falling()], { total: 20 });
   const [{ color, alpha, points }] = drawn("dashes");
-  assert.deepEqual([color, alpha], [INK, 0.45]);
+  assert.deepEqual([color, alpha], [INK, OPACITY.rate]);
   assert.deepEqual(points, [
     [90, 11],
     [140, 58.5],
@@ -189,15 +190,18 @@ test("the legend of compared runs names them, each with its smoothed loss", () =
   assert.deepEqual(colors, [BLUE, GREEN]);
 });
 
-test("six runs, and six scores, have colours of their own", () => {
+test("seven runs, and six scores, have colours of their own", () => {
   const colors = () => [...chart.legend.querySelectorAll("i")].map((one) => one.style.background);
-  shown(Array.from({ length: 7 }, (_, number) => falling(String(number))));
+  shown(Array.from({ length: 8 }, (_, number) => falling(String(number))));
   const ofRuns = colors();
   chart.dispose();
   const scores = { a: 0, b: 0, c: 0, d: 0, e: 0, f: 0, g: 0 };
   shown([curveOf({ steps: [1], losses: [1], rates: [0], scores: [{ step: 1, scores }] })]);
-  for (const [first, ...others] of [ofRuns, colors().slice(2)]) {
-    assert.deepEqual([new Set([first, ...others]).size, others.at(-1)], [6, first]);
+  for (const [count, [first, ...others]] of [
+    [7, ofRuns],
+    [6, colors().slice(2)],
+  ]) {
+    assert.deepEqual([new Set([first, ...others]).size, others.at(-1)], [count, first]);
     for (const color of [first, ...others]) assert.match(color, /^#[0-9a-f]{6}$/);
   }
 });
@@ -208,7 +212,7 @@ test("below the pointer are a line and the values of the nearest step", () => {
   drawFrame();
   assert.deepEqual(legend().slice(0, 2), ["step 5 · loss 2.00 · smoothed 2.00", "lr 0.00010"]);
   const line = linesOf(INK).at(-1);
-  assert.deepEqual([line.alpha, ...line.points], [0.5, [90, 6], [90, 106]]);
+  assert.deepEqual([line.alpha, ...line.points], [OPACITY.rate, [90, 6], [90, 106]]);
   chart.canvas.onpointerleave();
   drawFrame();
   assert.equal(legend()[0], "step 10 · loss 1.00 · smoothed 1.49");
@@ -328,4 +332,61 @@ test("a chart that is attached again draws again", () => {
   chart.attach();
   drawFrame();
   assert.equal(linesOf(BLUE).length, 2);
+});
+
+test("the pointer follows the arrow keys from the newest step, within the plot", () => {
+  shown([falling()], { total: 20 });
+  const shownStep = () => Number(/^step (\d+)/.exec(legend()[0])[1]);
+  const press = (key) => {
+    const event = new window.KeyboardEvent("keydown", { key, cancelable: true });
+    chart.canvas.dispatchEvent(event);
+    drawFrame();
+    return event.defaultPrevented;
+  };
+  for (let step = 0; step < 13; step += 1) assert.equal(press("ArrowLeft"), true);
+  assert.deepEqual([shownStep(), linesOf(INK).length], [5, 5]);
+  press("End");
+  assert.equal(shownStep(), 10);
+  press("ArrowRight");
+  assert.equal(linesOf(INK).length, 5);
+  press("Home");
+  assert.equal(shownStep(), 5);
+  press("Escape");
+  assert.deepEqual([shownStep(), linesOf(INK).length], [10, 4]);
+  assert.equal(press("a"), false);
+  press("Home");
+  chart.canvas.dispatchEvent(new window.Event("blur"));
+  drawFrame();
+  assert.equal(linesOf(INK).length, 4);
+});
+
+test("the curve is summed up for those who don't see it", () => {
+  shown([curveOf({})]);
+  const label = () => chart.canvas.getAttribute("aria-label");
+  assert.deepEqual([chart.canvas.getAttribute("role"), chart.canvas.tabIndex], ["img", 0]);
+  assert.equal(label(), "Loss curve, no values yet");
+  chart.dispose();
+  shown([falling()]);
+  assert.equal(label(), "Loss curve from step 5 to 10: smoothed loss from 2.00 to 1.49");
+  chart.dispose();
+  shown([falling("a"), curveOf({}, "empty"), falling("b")]);
+  assert.equal(label(), "Smoothed loss curves: a 1.49 at step 10; b 1.49 at step 10");
+});
+
+test("a chart is drawn anew in the colours of another theme", async () => {
+  shown([falling()]);
+  const before = new Map(colors);
+  colors.set("--dreambooth-series-0", "#123456");
+  document.body.classList.add("other");
+  await settled();
+  drawFrame();
+  assert.equal(linesOf("#123456").length, 2);
+  for (const [name, color] of before) colors.set(name, color);
+  document.body.classList.remove("other");
+});
+
+test("the validation loss has a name, other scores keep theirs", () => {
+  const scores = [{ step: 10, scores: { validation_loss: 0.5, DINO: 0.25 } }];
+  shown([curveOf({ steps: [10], losses: [1], rates: [0], scores })]);
+  assert.deepEqual(legend().slice(2), ["validation loss 0.500", "DINO 0.250"]);
 });

@@ -3,6 +3,7 @@
 
 import { registerHooks } from "node:module";
 import { Window } from "happy-dom";
+import { DARK, declarations } from "../../web/lib/palette.js";
 
 const here = import.meta.url;
 registerHooks({
@@ -11,6 +12,12 @@ registerHooks({
 });
 
 export const INK = "#dddddd"; // the colour of texts
+/** CSS variable → colour: the palette on a dark host. */
+export const colors = new Map(
+  declarations(DARK)
+    .match(/[^;]+/g)
+    .map((declaration) => declaration.split(":").map((part) => part.trim())),
+);
 const window = new Window({ url: "http://localhost/comfy/" });
 /** Callbacks that wait for the next frame, by number. */
 const frames = new Map();
@@ -76,7 +83,8 @@ const rounded = (path) => path.map((point) => point.map((number) => Math.round(1
 Object.assign(globalThis, {
   window,
   document: window.document,
-  getComputedStyle: () => ({ color: INK }),
+  getComputedStyle: () => ({ color: INK, getPropertyValue: (name) => colors.get(name) ?? "" }),
+  MutationObserver: window.MutationObserver,
   ResizeObserver: class {
     constructor(react) {
       this.react = react;
@@ -164,7 +172,10 @@ export const app = {
   extension: undefined,
   tab: undefined,
   confirms: true,
+  /** What ComfyUI is set to. */
+  settings: {},
   extensionManager: {
+    setting: { get: (id) => app.settings[id] },
     dialog: {
       confirm: async (question) => {
         app.calls.push(["confirm", question]);

@@ -6,6 +6,7 @@ import { answers, api, app, openPage, questions, settled, textsOf } from "./comf
 
 await import("../../web/dreambooth.js");
 const { Chart } = await import("../../web/lib/chart.js");
+const { speak } = await import("../../web/lib/texts.js");
 
 const NO_RUNS = { "GET /dreambooth/nodes": {}, "GET /dreambooth/runs": [] };
 const FOLDERS = { no_folder: "(none)", folders: [{ name: "dog", archive: false, count: 1 }] };
@@ -45,17 +46,25 @@ function made(comfyClass, values = {}, more = {}) {
   lastId += 1;
   const node = { id: lastId, comfyClass, size: [200, 100], widgets: [], ...more };
   node.widgets = Object.entries(values).map(([name, value]) => ({
-    ...{ name, value, options: { values: [value] }, callback: (chosen) => told.push(`${name}: ${chosen}`) },
+    ...{ name, value, callback: (chosen) => told.push(`${name}: ${chosen}`) },
+    options: { values: [value], advanced: /^w[1-9]/.test(name) },
   }));
+  node.addWidget = (type, name, value, press, options) => {
+    const widget = { type, name, value, press, options, hidden: options.hidden };
+    node.widgets.push(widget);
+    return widget;
+  };
   node.addDOMWidget = (name, type, element, options) => {
     const widget = { name, type, element, options };
     node.widgets.push(widget);
     return widget;
   };
-  node.computeSize = () => [
-    220,
-    80 + node.widgets.reduce((sum, { options }) => sum + (options.getMinHeight?.() ?? 0), 0),
-  ];
+  const isRow = ({ name, hidden }) => /^w[0-9]|advanced/.test(name) && !hidden;
+  node.computeSize = () => {
+    const rows = node.widgets.filter(isRow).length;
+    const panels = node.widgets.reduce((sum, { options }) => sum + (options.getMinHeight?.() ?? 0), 0);
+    return [220, (rows ? 20 * rows : 80) + panels];
+  };
   node.setSize = (size) => {
     node.size = size;
   };
@@ -109,16 +118,99 @@ test("the page asks what is known as soon as it is there", () => {
   assert.deepEqual(askedAtSetup, ["GET /dreambooth/nodes"]);
 });
 
+test("the page speaks the language that ComfyUI is set to, or English", async () => {
+  const texts = { node: { showAdvanced: "Erweitertes" } };
+  for (const [locale, answer, label] of [
+    ["de", { de: { nodeDefs: {}, dreambooth: texts } }, "Erweitertes"],
+    ["de", {}, "Show advanced inputs"],
+    ["de", new TypeError("Failed to fetch"), "Show advanced inputs"],
+    ["fr", undefined, "Show advanced inputs"],
+  ]) {
+    app.settings["Comfy.Locale"] = locale;
+    answers["GET /i18n"] = answer;
+    await app.extension.init();
+    assert.equal(folded().widgets.at(-1).label, label, locale);
+    speak("en");
+  }
+  app.settings = {};
+});
+
 test("a panel is not saved, and the node has room for it", () => {
   const node = trained();
   const widget = node.widgets.at(-1);
   assert.deepEqual([widget.name, widget.type], ["dreambooth_training", "dreambooth"]);
   assert.equal(subject().widgets.at(-1).name, "dreambooth_subject");
   assert.equal(widget.element.className, "dreambooth-panel");
-  assert.deepEqual([widget.serialize, widget.options.serialize, widget.options.getMinHeight()], [false, false, 300]);
-  assert.deepEqual(node.size, [340, 380]);
+  assert.deepEqual([widget.serialize, widget.options.serialize, widget.options.getMinHeight()], [false, false, 64]);
+  assert.deepEqual(node.size, [340, 144]);
   assert.deepEqual(subject().size, [340, 230]);
   assert.deepEqual(made("DreamBoothTrainLora", {}, { size: [500, 600] }).size, [500, 600]);
+});
+
+test("a node has room for a curve once there is a run, and for a line before", () => {
+  const node = trained();
+  const sizes = [node.size[1]];
+  api.send("dreambooth", facts(node.id));
+  sizes.push(node.size[1]);
+  node.size = [340, 900];
+  api.send("dreambooth", facts(node.id, { at: 2, step: 2 }));
+  sizes.push(node.size[1]);
+  node.widgets[0].value = "cat"; // which has no run
+  node.widgets[0].callback("cat");
+  sizes.push(node.size[1]);
+  api.send("execution_error", { node_id: String(node.id), exception_message: "model is missing" });
+  sizes.push(node.size[1]);
+  assert.deepEqual(sizes, [144, 380, 900, 144, 200]);
+});
+
+test("a node that was saved with a run, and has none now, is no taller than it needs to be", async () => {
+  const node = trained();
+  node.size = [340, 700];
+  app.extension.afterConfigureGraph();
+  await settled();
+  assert.deepEqual(node.size, [340, 144]);
+  answers["GET /dreambooth/nodes"] = { [node.id]: facts(node.id) };
+  node.size = [340, 700];
+  app.extension.afterConfigureGraph();
+  await settled();
+  assert.deepEqual(node.size, [340, 700]);
+});
+
+/** A node of ten widgets, of which nine are advanced; each takes 20 pixels. */
+function folded(more = {}) {
+  const values = Object.fromEntries(Array.from({ length: 10 }, (_, index) => [`w${index}`, index]));
+  return made("DreamBoothTrainingSettings", values, more);
+}
+
+const shownOf = (node) => node.widgets.filter(({ hidden }) => !hidden).map(({ name }) => name);
+
+test("advanced inputs are folded away until a button shows them", () => {
+  const node = folded({ size: [200, 0] });
+  const button = node.widgets.at(-1);
+  assert.deepEqual([shownOf(node), node.size[1]], [["w0", "dreambooth_advanced"], 40]);
+  assert.deepEqual([button.label, button.serialize, button.options.hidden], ["Show advanced inputs", false, true]);
+  button.press();
+  assert.deepEqual([shownOf(node).length, node.size[1], button.label], [11, 220, "Hide advanced inputs"]);
+  assert.equal(node.showAdvanced, true);
+  button.press();
+  assert.deepEqual([shownOf(node).length, node.size[1]], [2, 40]);
+});
+
+test("an advanced input that is connected, or has another value, stays when a graph is loaded", () => {
+  const node = folded({ getSlotFromWidget: ({ name }) => ({ link: name === "w3" ? 7 : null }) });
+  node.widgets[5].value = -1;
+  node.size = [340, 230]; // saved when all of them were shown
+  node.onConfigure();
+  assert.deepEqual([shownOf(node), node.size[1]], [["w0", "w3", "w5", "dreambooth_advanced"], 90]);
+  node.onConfigure();
+  assert.equal(node.size[1], 90);
+});
+
+test("nothing is folded where there is nothing to gain, or ComfyUI is set to show all", () => {
+  assert.deepEqual(shownOf(made("DreamBoothTrainingSettings", { w0: 0, w1: 1 })), ["w0", "w1"]);
+  app.settings["Comfy.Node.AlwaysShowAdvancedWidgets"] = true;
+  assert.equal(shownOf(folded()).length, 10);
+  app.settings = {};
 });
 
 test("a node has its panel while it is in a graph", () => {
@@ -302,7 +394,7 @@ test("an upload that ComfyUI refuses says which file", async () => {
   answers["POST /upload/image"] = new Response("", { status: 413, statusText: "Too Large" });
   node.onDragDrop({ dataTransfer: { files: [new File(["."], "a.png", { type: "image/png" })] } });
   await settled();
-  assert.deepEqual(textsOf(elementOf(node), ".dreambooth-head > span"), ["a.png: Too Large"]);
+  assert.deepEqual(textsOf(elementOf(node), ".dreambooth-error"), ["a.png: Too Large"]);
   assert.deepEqual([node.widgets[0].value, app.calls], ["dog", []]);
 });
 
@@ -328,7 +420,7 @@ async function openedSidebar(run) {
   document.body.append(element);
   app.tab.render(element);
   await settled();
-  element.querySelector(".dreambooth-run").click();
+  element.querySelector(".dreambooth-open").click();
   await settled();
   return element;
 }
@@ -358,7 +450,7 @@ test("who deletes a run is asked by ComfyUI, or by the browser where ComfyUI can
   await press(element, "Delete…");
   const [[kind, { title, type, message }]] = app.calls;
   assert.deepEqual([kind, title, type], ["confirm", "DreamBooth LoRA", "delete"]);
-  assert.match(message, /'dog-1'/);
+  assert.match(message, /“dog-1”/);
   const { dialog } = app.extensionManager;
   app.extensionManager.dialog = undefined;
   const asked = [];
@@ -381,7 +473,7 @@ test("what the sidebar has to say is a message of ComfyUI", async () => {
   const message = {
     severity: "info",
     summary: "DreamBooth LoRA",
-    detail: "The graph of this run is gone.",
+    detail: "The graph of this run no longer exists.",
     life: 5000,
   };
   assert.deepEqual(app.calls, [["toast", message]]);

@@ -38,7 +38,7 @@ const tell = (call, ...given) => {
 };
 const host = {
   loadGraph: async (graph, name) => tell("loadGraph", graph, name),
-  begins: "Train LoRA (DreamBooth)",
+  none: "Nothing yet.",
   useSettings: null,
   resume: async () => tell("queue"),
   confirm: async (message) => {
@@ -66,6 +66,7 @@ async function opened(...runs) {
 
 const rows = () => [...panel.list.querySelectorAll(".dreambooth-run")];
 const rowOf = (id) => rows().find((row) => row.title === id);
+const openerOf = (id) => rowOf(id).querySelector(".dreambooth-open");
 const texts = (selector) => textsOf(panel.element, selector);
 const cells = (title) => {
   const folded = [...panel.list.querySelectorAll("details")].find((one) => textsOf(one, "summary")[0] === title);
@@ -126,14 +127,14 @@ test("runs are listed as the server sends them, each with its state, how far it 
 
 test("a list without a run says how one begins", async () => {
   await opened();
-  assert.deepEqual(texts("p"), ["No run yet. Train LoRA (DreamBooth) begins one."]);
+  assert.deepEqual(texts("p"), ["Nothing yet."]);
   await opened(summary("dog-1"));
   assert.deepEqual(texts("p"), []);
 });
 
 test("a server that can't list them is quoted, until it can", async () => {
   await opened(details("dog-1"));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   assert.equal(Chart.attached, 2);
   answers[`GET ${RUNS}`] = () => refusal("The folder can't be read.", "Allow it.");
   await press("⟳ Refresh");
@@ -152,7 +153,7 @@ test("a run is opened below its row and closed by a click, and one at a time", a
     ["cat-1", ["cat-1"]],
     ["cat-1", []],
   ]) {
-    await click(rowOf(clicked));
+    await click(openerOf(clicked));
     assert.deepEqual(open(), shown);
     assert.equal(Chart.attached, 1 + shown.length);
   }
@@ -160,7 +161,7 @@ test("a run is opened below its row and closed by a click, and one at a time", a
 
 test("an open run shows its curve up to its last step, its folder and its size", async () => {
   await opened(details("dog-1", { curve: points(2, 1) }));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   drawFrame();
   const box = panel.list.querySelector(".dreambooth-details");
   assert.equal(textsOf(box, ".dreambooth-legend span")[0], "step 2 · loss 1.00 · smoothed 1.49");
@@ -172,20 +173,20 @@ test("an open run shows its curve up to its last step, its folder and its size",
 
 test("a run that failed says first what to do", async () => {
   await opened(details("dog-1", { state: "failed", problem: "The loss is NaN.", remedy: "Lower learning_rate." }));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   assert.deepEqual(texts(".dreambooth-error"), ["Lower learning_rate.\nThe loss is NaN."]);
   assert.equal(panel.list.querySelector(".dreambooth-details").firstChild.className, "dreambooth-error");
 });
 
 test("a run that failed for a reason without a remedy says the reason alone", async () => {
   await opened(details("dog-1", { state: "failed", problem: "KeyError: 'x'", remedy: "" }));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   assert.deepEqual(texts(".dreambooth-error"), ["KeyError: 'x'"]);
 });
 
 test("a run that is being trained again shows no error of before", async () => {
   await opened(details("dog-1", { state: "running", problem: "The loss is NaN.", remedy: "Lower learning_rate." }));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   assert.deepEqual(texts(".dreambooth-error"), []);
 });
 
@@ -207,7 +208,7 @@ test("each state offers what can be done with the run", async () => {
     ["running-2", []],
     ["stopped-2", ["Delete…"]],
   ]) {
-    await click(rowOf(id));
+    await click(openerOf(id));
     assert.deepEqual(texts(".actions button"), buttons, id);
   }
 });
@@ -218,7 +219,7 @@ test("checkpoints have a link with the file's name, their size, and can be used"
     { step: 8, file: "8", url: "/dreambooth/8.safetensors", name: "dog-8.safetensors", bytes: 12_000_000 },
   ];
   await opened(details("dog-1", { adapters }));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   assert.deepEqual(cells("Checkpoints"), [
     ["step 4", "1.3 MB", "Use"],
     ["step 8", "12.0 MB", "Use"],
@@ -242,7 +243,7 @@ test("checkpoints have a link with the file's name, their size, and can be used"
 test("settings that have a value are listed", async () => {
   const settings = { steps: 10, prompt: "a dog", class_prompt: "", seed: 0, dora: false, unet: null, rates: [1, 2] };
   await opened(details("dog-1", { settings }));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   assert.deepEqual(cells("Settings"), [
     ["steps", "10"],
     ["prompt", "a dog"],
@@ -255,7 +256,7 @@ test("settings that have a value are listed", async () => {
 test("the first sample of each step is shown", async () => {
   const previews = { 0: ["/a.png", "/b.png"], 4: [], 8: ["/c.png"] };
   await opened(details("dog-1", { previews }), details("cat-1"));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   const grid = panel.list.querySelector(".dreambooth-grid");
   const images = [...grid.querySelectorAll("img")].map((image) => [image.title, image.getAttribute("src")]);
   assert.deepEqual(
@@ -263,19 +264,19 @@ test("the first sample of each step is shown", async () => {
     [
       false,
       [
-        ["step 0", "/comfy/a.png"],
-        ["step 8", "/comfy/c.png"],
+        ["Sample of the base model", "/comfy/a.png"],
+        ["Sample at step 8", "/comfy/c.png"],
       ],
     ],
   );
-  await click(rowOf("cat-1"));
+  await click(openerOf("cat-1"));
   assert.equal(panel.list.querySelector(".dreambooth-grid").hidden, true);
 });
 
 test("details that can't be read say why", async () => {
   await opened(details("dog-1"));
   answers[`GET ${RUNS}/dog-1`] = refusal("There is no run 'dog-1'.", "Refresh the list.");
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   assert.deepEqual(texts(".dreambooth-details .dreambooth-error"), ["There is no run 'dog-1'. Refresh the list."]);
 });
 
@@ -283,9 +284,9 @@ test("details that come after the run was closed are dropped", async () => {
   await opened(details("dog-1"));
   let send;
   answers[`GET ${RUNS}/dog-1`] = () => new Promise((resolve) => (send = resolve));
-  await click(rowOf("dog-1"));
-  assert.deepEqual(texts(".dreambooth-details"), ["loading…"]);
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
+  assert.deepEqual(texts(".dreambooth-details"), ["Loading…"]);
+  await click(openerOf("dog-1"));
   send(details("dog-1"));
   await settled();
   assert.deepEqual([texts(".dreambooth-details"), Chart.attached], [[], 1]);
@@ -345,7 +346,7 @@ test("a run's graph is loaded, and queued to resume", async () => {
   const workflow = "/dreambooth/runs/dog-1/files/workflow.json";
   await opened(details("dog-1", { state: "stopped", workflow }));
   answers[`GET /comfy${workflow}`] = { nodes: [1] };
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   await press("Load graph");
   const load = ["loadGraph", { nodes: [1] }, "dog"];
   assert.deepEqual(told, [load]);
@@ -357,7 +358,7 @@ test("the settings of a run are used where a host has fields for them", async ()
   host.useSettings = async (run) => tell("useSettings", run.id);
   try {
     await opened(details("dog-1", { state: "done" }));
-    await click(rowOf("dog-1"));
+    await click(openerOf("dog-1"));
     assert.deepEqual(texts(".actions button"), ["Use these settings", "Delete…"]);
     await press("Use these settings");
     assert.deepEqual(told, [["useSettings", "dog-1"]]);
@@ -374,7 +375,7 @@ test("what ComfyUI can't do is told, and nothing follows", async () => {
   await opened(details("dog-1", { state: "stopped", workflow: "/workflow.json", adapters }));
   answers["GET /comfy/workflow.json"] = () => Response.json({});
   answers[`POST ${RUNS}/dog-1/use`] = { file: "dog" };
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   for (const [call, button, before] of [
     ["loadGraph", "Resume", 0],
     ["queue", "Resume", 1],
@@ -390,10 +391,10 @@ test("what ComfyUI can't do is told, and nothing follows", async () => {
 test("what can be ticked and pressed says what it does", async () => {
   const adapters = [{ step: 4, file: "4", url: "/4", name: "4", bytes: 1 }];
   await opened(details("dog-1", { state: "stopped", workflow: "/workflow.json", adapters }));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   const [tickBox] = panel.list.querySelectorAll("input");
-  assert.deepEqual([tickBox.type, tickBox.title], ["checkbox", "Compare"]);
-  assert.deepEqual(texts(".dreambooth-head small"), ["Tick runs to compare their losses."]);
+  assert.deepEqual([tickBox.type, tickBox.title], ["checkbox", "Compare dog"]);
+  assert.deepEqual(texts(".dreambooth-head small"), ["Select runs to compare their losses."]);
   const titles = [...panel.list.querySelectorAll("button[title]")].map(({ textContent, title }) => [
     textContent,
     title,
@@ -402,9 +403,9 @@ test("what can be ticked and pressed says what it does", async () => {
     titles.filter(([text]) => text !== "log"),
     [
       ["Load graph", "Open the graph of this run"],
-      ["Resume", "Go on where this run was stopped"],
-      ["Delete…", "Remove the run with its checkpoints"],
-      ["Use", "Copy this checkpoint into the LoRA folder"],
+      ["Resume", "Continue this run where it stopped"],
+      ["Delete…", "Delete the run and its checkpoints"],
+      ["Use", "Copy the checkpoint of step 4 to the LoRA folder"],
     ],
   );
 });
@@ -413,19 +414,19 @@ test("a graph that is gone is told, and nothing is queued", async () => {
   const workflow = "/dreambooth/runs/dog-1/files/workflow.json";
   await opened(details("dog-1", { state: "stopped", workflow }));
   answers[`GET /comfy${workflow}`] = () => new Response("", { status: 404 });
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   await press("Resume");
-  assert.deepEqual(told, [["notify", "The graph of this run is gone."]]);
+  assert.deepEqual(told, [["notify", "The graph of this run no longer exists."]]);
 });
 
 test("a run is deleted only if that is confirmed, and leaves the list", async () => {
   await opened(details("dog-1"), details("cat-1"));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   confirms = false;
   await press("Delete…");
   assert.match(
     told[0][1],
-    /^Delete the run 'dog-1' with all its checkpoints.* adapter file in the LoRA folder stays\.$/,
+    /^Delete the run “dog-1” with all its checkpoints.* adapter file in the LoRA folder stays\.$/,
   );
   assert.equal(questions().filter((question) => question.startsWith("DELETE")).length, 0);
   assert.equal(rows().length, 2);
@@ -444,7 +445,7 @@ test("a run is deleted only if that is confirmed, and leaves the list", async ()
 
 test("a run that can't be deleted stays open, and it is told why", async () => {
   await opened(details("dog-1"));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   answers[`DELETE ${RUNS}/dog-1`] = refusal("The run is being trained.", "Stop it first.");
   await press("Delete…");
   assert.deepEqual(told.at(-1), ["notify", "The run is being trained. Stop it first."]);
@@ -453,11 +454,40 @@ test("a run that can't be deleted stays open, and it is told why", async () => {
 
 test("a closed sidebar shows no answer, and lets go of its charts", async () => {
   await opened(details("dog-1"));
-  await click(rowOf("dog-1"));
+  await click(openerOf("dog-1"));
   assert.equal(Chart.attached, 2);
   answers[`GET ${RUNS}`] = [details("cat-1")];
   panel.refresh();
   panel.dispose();
   await settled();
   assert.deepEqual([Chart.attached, rows().map((row) => row.title)], [0, ["dog-1"]]);
+});
+
+test("a run is a button that says whether it is open, and keeps the focus", async () => {
+  await opened(details("dog-1", { preview: "/dog.png" }), details("cat-1"));
+  const opener = () => openerOf("dog-1");
+  assert.deepEqual([opener().tagName, opener().getAttribute("aria-expanded")], ["BUTTON", "false"]);
+  assert.equal(opener().querySelector("img").alt, "Newest sample of dog");
+  opener().focus();
+  await click(opener());
+  assert.deepEqual([opener().getAttribute("aria-expanded"), document.activeElement === opener()], ["true", true]);
+  assert.equal(panel.list.querySelector("[role=region]").getAttribute("aria-label"), "Details of dog");
+  rowOf("cat-1").querySelector("input").focus();
+  await panel.refresh();
+  assert.equal(document.activeElement, rowOf("cat-1").querySelector("input"));
+  answers[`GET ${RUNS}`] = [summary("dog-1")];
+  await panel.refresh();
+  assert.equal(document.activeElement, panel.refreshButton);
+  document.activeElement.blur();
+  await panel.refresh();
+  assert.equal(document.activeElement, document.body);
+});
+
+test("errors are alerts", async () => {
+  await opened(details("dog-1", { state: "failed", problem: "The loss is NaN.", remedy: "" }));
+  await click(openerOf("dog-1"));
+  assert.deepEqual(texts("[role=alert]"), ["The loss is NaN."]);
+  answers[`GET ${RUNS}`] = refusal("The folder can't be read.", "");
+  await panel.refresh();
+  assert.deepEqual(texts("[role=alert]"), ["The folder can't be read."]);
 });

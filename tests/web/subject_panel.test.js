@@ -63,6 +63,7 @@ const texts = (selector) => textsOf(panel.element, selector);
 const images = () => [...panel.grid.querySelectorAll("img")];
 const warnings = () => texts(".dreambooth-warnings");
 const said = () => panel.text.textContent;
+const error = () => texts(".dreambooth-error");
 
 async function drop(...files) {
   const event = Object.assign(new window.Event("drop", { bubbles: true, cancelable: true }), {
@@ -276,10 +277,10 @@ test("while pictures are uploaded their number is shown, and an upload that fail
   const slow = { ...host, upload: () => new Promise((_, reject) => (refuse = reject)) };
   panel.host = slow;
   await drop(PICTURE, CAPTION);
-  assert.equal(said(), "uploading 2…");
+  assert.equal(said(), "Uploading 2 files…");
   refuse(new Error("a.png: Request Entity Too Large"));
   await settled();
-  assert.deepEqual([said(), done], ["a.png: Request Entity Too Large", []]);
+  assert.deepEqual([said(), error(), done], ["", ["a.png: Request Entity Too Large"], []]);
 });
 
 test("nothing is uploaded while the server does not answer", async () => {
@@ -287,7 +288,7 @@ test("nothing is uploaded while the server does not answer", async () => {
   answers["GET /dreambooth/folders"] = new TypeError("Failed to fetch");
   await opened();
   await drop(PICTURE);
-  assert.deepEqual([said(), done], ["ComfyUI does not answer.", []]);
+  assert.deepEqual([said(), error(), done], ["", ["ComfyUI is not responding."], []]);
   answers["GET /dreambooth/folders"] = folders;
   await drop(PICTURE);
   assert.deepEqual(done[0], ["upload", "dog", "a.png"]);
@@ -307,4 +308,18 @@ test("the panel is outlined while pictures are held over it", async () => {
     assert.equal(isOutlined(), outlined);
     assert.equal(event.defaultPrevented, kind === "dragover");
   }
+});
+
+test("the folder, the button and the pictures have names for those who don't see them", async () => {
+  await opened();
+  assert.deepEqual(
+    [panel.select, panel.refreshButton].map((one) => one.getAttribute("aria-label")),
+    [panel.select.title, "Refresh"],
+  );
+  assert.deepEqual(
+    images().map((image) => image.alt),
+    ["1.png, 640 × 480", "1.png.png, 640 × 480: a dog"],
+  );
+  const roles = [panel.text, panel.error, panel.warnings].map((one) => one.getAttribute("role"));
+  assert.deepEqual(roles, ["status", "alert", "status"]);
 });

@@ -62,6 +62,86 @@ test("a node that has not trained yet says so, and shows nothing else", () => {
   assert.deepEqual([bar(), hidden(), legend()], ["0%", ["error", "strip", "slider"], undefined]);
 });
 
+test("an untrained node has one line of help instead of an empty chart", async () => {
+  const shown = () => [panel.hint, panel.bar, panel.chart.element, panel.chart.legend].map((one) => !one.hidden);
+  assert.deepEqual(shown(), [true, false, false, false]);
+  assert.equal(panel.hint.textContent, "Press Run to train. The loss curve and samples appear here.");
+  panel.feed.queue();
+  assert.deepEqual(shown(), [false, false, false, false]);
+  trainer().open();
+  await settled();
+  assert.deepEqual(shown(), [false, true, true, true]);
+});
+
+test("changes of the state are announced once, phases and steps are not", async () => {
+  assert.deepEqual([panel.announced.getAttribute("role"), panel.error.getAttribute("role")], ["status", "alert"]);
+  const announced = [];
+  panel.announced = {
+    text: "",
+    get textContent() {
+      return this.text;
+    },
+    set textContent(text) {
+      this.text = text;
+      announced.push(text);
+    },
+  };
+  panel.feed.queue();
+  await settled();
+  const run = trainer();
+  await settled();
+  const learn = () => {
+    run.learn();
+    run.tell();
+  };
+  for (const happen of [
+    () => run.open(),
+    () => run.phase("encoding pictures", 1, 4),
+    learn,
+    learn,
+    () => run.phase("preview", 1, 4),
+    learn,
+    () => run.end({ state: "done" }),
+  ]) {
+    happen();
+    await settled();
+  }
+  assert.deepEqual(announced, ["waiting", "dog: training", "dog: done"]);
+});
+
+test("samples are described by their step and prompt, once that is known", async () => {
+  const url = "/dreambooth/runs/dog-1/files/previews/6/subject-01-00.png";
+  const settings = { preview_prompts: "a dog | a dog in the snow" };
+  const details = answers["GET /dreambooth/runs/dog-1"];
+  answers["GET /dreambooth/runs/dog-1"] = async () => ({
+    ...(await details()),
+    previews: { 0: [url], 6: [url] },
+    settings,
+  });
+  trainer().open();
+  panel.feed.receive({ ...server.live, at: server.now(), preview: { step: 6, pictures: [url] } });
+  const alts = () => imagesIn("samples").map((image) => image.alt);
+  assert.deepEqual(alts(), ["Sample at step 6"]);
+  await settled();
+  assert.deepEqual(alts(), ["Sample at step 6: a dog in the snow"]);
+  slide(0);
+  assert.deepEqual(alts(), ["Sample of the base model: a dog in the snow"]);
+  assert.deepEqual(
+    imagesIn("subject").map((image) => image.alt),
+    ["Pictures of the subject"],
+  );
+});
+
+test("the bar and the slider have names and values", async () => {
+  await train();
+  const attributes = (element, ...names) => names.map((name) => element.getAttribute(name));
+  const { bar, range } = panel;
+  assert.deepEqual(attributes(bar, "role", "aria-label", "aria-valuenow"), ["progressbar", "Progress", "100"]);
+  assert.deepEqual(attributes(range, "aria-label", "aria-valuetext"), ["Step of the samples", "step 12"]);
+  slide(0);
+  assert.deepEqual(attributes(range, "aria-valuetext"), ["base model"]);
+});
+
 test("a training run is shown as it goes", async () => {
   const run = trainer();
   assert.deepEqual(head(), ["starting", "starting", ""]);
@@ -80,7 +160,7 @@ test("a training run is shown as it goes", async () => {
   assert.equal(panel.chart.canvas.pen.drawn.filter(({ kind }) => kind === "text").at(-1).text, "12");
   run.end({ state: "stopped" });
   await settled();
-  assert.deepEqual(head(), ["stopped", "stopped, its work is kept", "step 6 of 12"]);
+  assert.deepEqual(head(), ["stopped", "stopped, progress saved", "step 6 of 12"]);
 });
 
 test("a run that is done has its best step, its pictures, and a slider over the steps that have samples", async () => {
@@ -90,7 +170,7 @@ test("a run that is done has its best step, its pictures, and a slider over the 
   assert.deepEqual(picturesIn("subject"), ["/comfydog-1/subject"]);
   assert.deepEqual(samples(), [sample(12)]);
   const [{ alt, loading }] = imagesIn("samples");
-  assert.deepEqual([alt, loading], ["12.png", "lazy"]);
+  assert.deepEqual([alt, loading], ["Sample at step 12", "lazy"]);
   assert.deepEqual([panel.range.min, panel.range.max, panel.range.value], ["0", "2", "2"]);
   assert.deepEqual(texts(".dreambooth-slider span"), ["step 12"]);
 });
@@ -124,7 +204,7 @@ test("the samples of a step that was chosen stay, while newer ones come", async 
   await settled();
   assert.deepEqual([panel.range.max, samples()], ["2", [sample(9)]]);
   slide(0);
-  assert.deepEqual([samples(), texts(".dreambooth-slider span")], [[sample(0)], ["base"]]);
+  assert.deepEqual([samples(), texts(".dreambooth-slider span")], [[sample(0)], ["base model"]]);
   slide(1);
   assert.deepEqual([samples(), texts(".dreambooth-slider span")], [[sample(6)], ["step 6"]]);
   while (run.step < 12) run.learn();
@@ -224,7 +304,7 @@ test("what is shown says what it is", () => {
   const [subject, range] = [".subject", ".dreambooth-slider input"].map((part) => panel.element.querySelector(part));
   assert.deepEqual(
     [subject.title, range.type, range.title],
-    ["The subject's pictures", "range", "Step of the sample pictures"],
+    ["Pictures of the subject", "range", "Step of the samples"],
   );
 });
 

@@ -43,7 +43,7 @@ test("the host's own page learns what was made, and goes to the prompt if it can
   send.click();
   await settled();
   assert.equal(document.querySelector("textarea").value, "sks dog <lora:rex:0.9>");
-  assert.match(trouble.textContent, /^The prompt of txt2img is filled/);
+  assert.match(trouble.textContent, /^The txt2img prompt is filled in/);
   let went = 0;
   globalThis.switch_to_txt2img = () => {
     went += 1;

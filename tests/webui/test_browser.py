@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from accessibility import faults
 from browser import find_browser
 from webui_host import WebUI
 from webui_page import fill, opened, press, shot, show, wait_for, wait_for_text
@@ -62,6 +63,21 @@ def test_from_pictures_to_a_prompt(webui: WebUI, picture_folder: Callable[..., P
         row.locator("b").click()
         page.locator("#dreambooth-runs-panel .dreambooth-details", has_text="safetensors").first.wait_for()
         shot(page, f"{name}-runs")
+
+        for theme in ("light", "dark"):
+            page.goto(f"{webui.url}/?__theme={theme}")
+            show(page, "Train")
+            wait_for(page, "panel.state === 'done' && panel.buttons.length && panel.legend.startsWith('step ')")
+            shot(page, f"{name}-{theme}")
+            page.locator("button#dreambooth_start:visible").first.click()  # without pictures
+            page.locator("#dreambooth_message .dreambooth-error").wait_for()
+            assert faults(page, "#dreambooth-training-panel, #dreambooth_message") == []
+            show(page, "Runs")
+            page.locator("#dreambooth-runs-panel .dreambooth-open", has_text=name).focus()
+            page.keyboard.press("Enter")
+            page.locator("#dreambooth-runs-panel .dreambooth-details", has_text="safetensors").first.wait_for()
+            shot(page, f"{name}-runs-{theme}")
+            assert faults(page, "#dreambooth-runs-panel") == []
 
         show(page, "Train")
         fill(page, class_noun="cat", resolution=512)

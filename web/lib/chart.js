@@ -3,13 +3,16 @@
 // Draws on a canvas of its own, only when something changed, a vertical line for each column of pixels: ten thousand
 // steps cost what a few hundred do.
 
-import { make } from "./dom.js";
+import { described, make } from "./dom.js";
+import { OPACITY } from "./palette.js";
 import { heightScale, lossRange, pixelColumns, ticks } from "./scales.js";
+import { t } from "./texts.js";
 
 /** @import { Curve } from "./curve.js" */
 
-const SCORE_COLORS = ["#e0883a", "#5bb56b", "#c266c9", "#c9b83f", "#4fb8c4", "#d46a6a"];
-const RUN_COLORS = ["#4a90d9", "#e0883a", "#5bb56b", "#c266c9", "#d46a6a", "#c9b83f"];
+const MARGIN = { left: 40, right: 8, top: 6, bottom: 16 }; // pixels around the plot
+const SERIES = 7; // colours of curves in the palette
+const KEY_STEPS = 100; // presses of an arrow key from one end of the plot to the other
 
 /**
  * Where things lie on the canvas, in pixels.
@@ -19,6 +22,7 @@ const RUN_COLORS = ["#4a90d9", "#e0883a", "#5bb56b", "#c266c9", "#d46a6a", "#c9b
  * @property {number} top
  * @property {number} bottom
  * @property {string} ink
+ * @property {string[]} series Colours of curves; the first one is the loss's.
  * @property {number} last The step at the right end.
  * @property {(step: number) => number} across Where a step lies.
  */
@@ -32,6 +36,8 @@ export class Chart {
   pointer = null;
   /** @type {ResizeObserver | null} */
   #observer = null;
+  /** @type {MutationObserver | null} */
+  #theme = null;
   #request = 0;
 
   /** @param {Curve[]} curves One, or several to compare. Nothing is drawn before `attach`. */
@@ -39,13 +45,14 @@ export class Chart {
     this.curves = curves;
     this.log = false;
     this.total = 0;
-    this.canvas = make("canvas");
+    this.canvas = described(make("canvas", { tabIndex: 0 }), { role: "img", "aria-label": t("chart.empty") });
     this.legend = make("div", { className: "dreambooth-legend" });
-    this.logButton = make("button", { textContent: "log", title: "Logarithmic loss axis", type: "button" });
+    this.logButton = make("button", { textContent: t("chart.log"), title: t("chart.logTitle"), type: "button" });
     this.logButton.onclick = () => this.setLog(!this.log);
     this.element = make("div", { className: "dreambooth-chart" }, this.canvas);
     this.canvas.onpointermove = (event) => this.point(event.offsetX / Math.max(1, this.canvas.clientWidth));
-    this.canvas.onpointerleave = () => this.point(null);
+    this.canvas.onpointerleave = this.canvas.onblur = () => this.point(null);
+    this.canvas.onkeydown = (event) => this.pointByKey(event);
     this.setLog(false);
   }
 
@@ -55,6 +62,8 @@ export class Chart {
     Chart.attached += 1;
     this.#observer = new ResizeObserver(() => this.schedule());
     this.#observer.observe(this.element);
+    this.#theme = new MutationObserver(() => this.schedule());
+    this.#theme.observe(document.body, { attributeFilter: ["class"] });
     this.schedule();
   }
 
@@ -64,6 +73,7 @@ export class Chart {
     Chart.attached -= 1;
     this.#observer.disconnect();
     this.#observer = null;
+    this.#theme?.disconnect();
     cancelAnimationFrame(this.#request);
     this.#request = 0;
   }
@@ -82,6 +92,51 @@ export class Chart {
   point(fraction) {
     this.pointer = fraction;
     this.schedule();
+  }
+
+  /**
+   * Move the pointer by arrow keys, Home and End; Escape takes it away.
+   * @param {KeyboardEvent} event
+   */
+  pointByKey(event) {
+    const width = Math.max(1, this.canvas.clientWidth);
+    const [left, right] = [MARGIN.left, width - MARGIN.right];
+    const stride = (right - left) / Math.max(1, Math.min(KEY_STEPS, this.#last()));
+    const at = this.pointer === null ? right : this.pointer * width;
+    /** @type {Record<string, number | null>} */
+    const places = { ArrowLeft: at - stride, ArrowRight: at + stride, Home: left, End: right, Escape: null };
+    const place = places[event.key];
+    if (place === undefined) return;
+    event.preventDefault();
+    event.stopPropagation();
+    this.point(place === null ? null : Math.min(Math.max(place, left), right) / width);
+  }
+
+  /** The step at the right end. */
+  #last() {
+    return Math.max(1, this.total, ...this.curves.map((curve) => curve.lastStep));
+  }
+
+  /** What the curves show, for those who don't see them. */
+  summary() {
+    const shown = this.curves.filter((curve) => curve.length);
+    const [curve] = shown;
+    if (!curve) return t("chart.empty");
+    const number = (/** @type {number} */ value) => value.toPrecision(3);
+    if (this.curves.length > 1) {
+      const runs = shown.map((one) => {
+        const loss = number(one.at("smooth", one.length - 1));
+        return t("chart.comparedRun", { name: one.title, loss, step: one.at("steps", one.length - 1) });
+      });
+      return t("chart.compared", { runs: runs.join("; ") });
+    }
+    const newest = curve.length - 1;
+    return t("chart.summary", {
+      first: curve.at("steps", 0),
+      last: curve.at("steps", newest),
+      start: number(curve.at("smooth", 0)),
+      end: number(curve.at("smooth", newest)),
+    });
   }
 
   /** Draw with the next frame. */
@@ -105,10 +160,15 @@ export class Chart {
     }
     pen.setTransform(ratio, 0, 0, ratio, 0, 0);
     pen.clearRect(0, 0, width, height);
-    const edges = { left: 40, right: width - 8, top: 6, bottom: height - 16 };
-    const last = Math.max(1, this.total, ...this.curves.map((curve) => curve.lastStep));
+    const { left, top } = MARGIN;
+    const edges = { left, right: width - MARGIN.right, top, bottom: height - MARGIN.bottom };
+    const last = this.#last();
     const across = (/** @type {number} */ step) => edges.left + ((edges.right - edges.left) * step) / last;
-    const frame = { ...edges, ink: getComputedStyle(this.element).color, last, across };
+    const style = getComputedStyle(this.element);
+    const series = Array.from({ length: SERIES }, (_, index) =>
+      style.getPropertyValue(`--dreambooth-series-${index}`).trim(),
+    );
+    const frame = { ...edges, ink: style.color, series, last, across };
     const [low, high] = lossRange(this.curves, this.log);
     const heightOf = heightScale(low, high, this.log);
     const up = (/** @type {number} */ value) => frame.bottom - (frame.bottom - frame.top) * heightOf(value);
@@ -116,11 +176,13 @@ export class Chart {
     const several = this.curves.length > 1;
     for (const [number, curve] of this.curves.entries()) {
       if (!several) drawRate(pen, frame, curve);
-      pen.strokeStyle = runColor(number);
+      pen.strokeStyle = runColor(frame, number);
       drawLoss(pen, frame, curve, up, several);
       if (!several) drawScores(pen, frame, curve);
     }
     this.drawPointer(pen, frame);
+    const summary = this.summary();
+    if (this.canvas.getAttribute("aria-label") !== summary) described(this.canvas, { "aria-label": summary });
   }
 
   /**
@@ -140,20 +202,20 @@ export class Chart {
       if (index < 0) continue;
       const smooth = curve.at("smooth", index).toPrecision(3);
       if (this.curves.length > 1) {
-        items.push(legendItem(runColor(number), `${curve.title} ${smooth}`));
+        items.push(legendItem(runColor(frame, number), `${curve.title} ${smooth}`));
         continue;
       }
       const at = curve.at("steps", index);
       const loss = curve.at("losses", index).toPrecision(3);
-      items.push(legendItem(runColor(number), `step ${at} · loss ${loss} · smoothed ${smooth}`));
-      items.push(legendItem(frame.ink, `lr ${curve.at("rates", index).toPrecision(2)}`));
+      items.push(legendItem(runColor(frame, number), t("chart.values", { step: at, loss, smooth })));
+      items.push(legendItem(frame.ink, t("chart.rate", { rate: curve.at("rates", index).toPrecision(2) })));
       for (const [place, name] of curve.scoreNames().entries()) {
         const value = curve.score(name, at);
-        if (value !== null) items.push(legendItem(scoreColor(place), `${name} ${value.toFixed(3)}`));
+        if (value !== null) items.push(legendItem(scoreColor(frame, place), `${metricName(name)} ${value.toFixed(3)}`));
       }
       if (this.pointer !== null) {
         pen.strokeStyle = frame.ink;
-        pen.globalAlpha = 0.5;
+        pen.globalAlpha = OPACITY.rate;
         line(pen, [frame.across(at), frame.top], [frame.across(at), frame.bottom]);
         pen.globalAlpha = 1;
       }
@@ -162,14 +224,26 @@ export class Chart {
   }
 }
 
-/** @param {number} number */
-function runColor(number) {
-  return /** @type {string} */ (RUN_COLORS[number % RUN_COLORS.length]);
+/**
+ * @param {Frame} frame
+ * @param {number} number
+ */
+function runColor({ series }, number) {
+  return series[number % series.length] ?? "";
 }
 
-/** @param {number} number */
-function scoreColor(number) {
-  return /** @type {string} */ (SCORE_COLORS[number % SCORE_COLORS.length]);
+/**
+ * Another one than the loss's.
+ * @param {Frame} frame
+ * @param {number} number
+ */
+function scoreColor({ series }, number) {
+  return series[1 + (number % (series.length - 1))] ?? "";
+}
+
+/** @param {string} name */
+function metricName(name) {
+  return name === "validation_loss" ? t("chart.validationLoss") : name;
 }
 
 /**
@@ -185,12 +259,12 @@ function drawAxes(pen, frame, values, up) {
   pen.textAlign = "right";
   pen.textBaseline = "middle";
   for (const value of values) {
-    pen.globalAlpha = 0.75;
+    pen.globalAlpha = OPACITY.axis;
     pen.fillText(value.toPrecision(2), frame.left - 4, up(value));
     pen.globalAlpha = 0.15;
     line(pen, [frame.left, up(value)], [frame.right, up(value)]);
   }
-  pen.globalAlpha = 0.75;
+  pen.globalAlpha = OPACITY.axis;
   pen.textBaseline = "top";
   for (const [fraction, align] of /** @type {const} */ ([
     [0, "left"],
@@ -213,7 +287,7 @@ function drawAxes(pen, frame, values, up) {
 function drawLoss(pen, frame, curve, up, several) {
   const columns = pixelColumns(curve, frame.across);
   if (!several) {
-    pen.globalAlpha = 0.35;
+    pen.globalAlpha = OPACITY.raw;
     pen.beginPath();
     for (const [x, { low, high }] of columns) {
       pen.lineTo(x, up(high)); // the first one of a path moves there
@@ -240,7 +314,7 @@ function drawRate(pen, frame, curve) {
   if (!highest) return;
   const stride = Math.max(1, Math.floor(curve.length / (frame.right - frame.left)));
   pen.strokeStyle = frame.ink;
-  pen.globalAlpha = 0.45;
+  pen.globalAlpha = OPACITY.rate;
   pen.setLineDash([3, 3]);
   pen.beginPath();
   for (let index = 0; index < curve.length; index += stride) {
@@ -260,7 +334,7 @@ function drawRate(pen, frame, curve) {
  */
 function drawScores(pen, frame, curve) {
   for (const [number, name] of curve.scoreNames().entries()) {
-    pen.strokeStyle = pen.fillStyle = scoreColor(number);
+    pen.strokeStyle = pen.fillStyle = scoreColor(frame, number);
     const points = [];
     for (const { step, scores } of curve.scores) {
       const value = scores[name];

@@ -1,7 +1,8 @@
 // @ts-check
-// What a training panel says of a run in words and as a bar.
+// A run's progress in words and as a fraction.
 
 import { duration } from "./dom.js";
+import { named, t } from "./texts.js";
 
 /**
  * What is shown of a run: facts that the server sent (types/answers.d.ts, NodeFacts), or that stand in the run's folder.
@@ -23,15 +24,6 @@ import { duration } from "./dom.js";
  */
 
 export const ENDED = ["done", "stopped", "failed"];
-/** @type {Record<string, string>} */
-const STATE_TEXTS = {
-  idle: "not trained yet",
-  waiting: "waiting",
-  starting: "starting",
-  done: "done",
-  stopped: "stopped, its work is kept",
-  failed: "failed",
-};
 
 /**
  * What may be done with a run: its graph can be loaded if it was kept, and it can be resumed if that graph, or what the
@@ -50,7 +42,18 @@ export function possibleActions({ state, workflow, settings, resumable = Boolean
 
 /** @param {string} state */
 export function stateText(state) {
-  return STATE_TEXTS[state] ?? state;
+  return state === "stopped" ? t("training.stopped") : named(state);
+}
+
+/**
+ * What is read out when a run's state changes: that it trains, or how it ended. Phases of a training are left out.
+ * @param {string} state
+ * @param {string} [name] Of the run.
+ */
+export function announcement(state, name = "") {
+  if (state === "idle") return "";
+  const text = stateText(["waiting", ...ENDED].includes(state) ? state : "training");
+  return name ? `${name}: ${text}` : text;
 }
 
 /**
@@ -72,16 +75,16 @@ export function fraction(facts) {
 
 /** @param {Facts} facts */
 export function progressText(facts) {
-  const parts = isPhase(facts) ? [`${facts.done} of ${facts.total}`] : [];
-  const { step, steps, rate, seconds_left: left, memory, best } = facts;
+  const { done = 0, total = 0, step = 0, steps, rate, seconds_left: left, memory, best } = facts;
+  const parts = isPhase(facts) ? [t("progress.phase", { done, total })] : [];
   if (steps) {
-    parts.push(`step ${step} of ${steps}`);
+    parts.push(t("progress.step", { step, steps }));
     if (facts.state === "training") {
-      if (rate) parts.push(`${rate.toPrecision(3)} steps/s`);
-      if (left != null) parts.push(`${duration(left)} left`);
-      if (memory) parts.push(`${(memory / 2 ** 30).toFixed(1)} GB`);
+      if (rate) parts.push(t("progress.rate", { rate: rate.toPrecision(3) }));
+      if (left != null) parts.push(t("progress.left", { time: duration(left) }));
+      if (memory) parts.push(t("progress.memory", { memory: (memory / 2 ** 30).toFixed(1) }));
     }
-    if (best) parts.push(`best: step ${best}`);
+    if (best) parts.push(t("progress.best", { step: best }));
   }
   return parts.join(" · ");
 }

@@ -35,6 +35,8 @@ export class RunFeed {
   previews = new Map();
   /** URLs of the subject's pictures. @type {string[]} */
   subject = [];
+  /** Of the sample pictures; empty while they are not known. @type {string[]} */
+  prompts = [];
 
   #runName;
   #server;
@@ -176,6 +178,7 @@ export class RunFeed {
     this.curve.clear();
     this.previews.clear();
     this.subject = [];
+    this.prompts = [];
     this.#view.showCurve();
     this.#view.showPictures();
     this.#view.showFacts();
@@ -258,6 +261,7 @@ export class RunFeed {
     }
     if (!details) return;
     this.subject = details.subject;
+    this.prompts = promptsOf(details.settings);
     if (isNewest) this.previews.clear();
     for (const [step, pictures] of Object.entries(details.previews)) this.previews.set(Number(step), pictures);
     this.#view.showPictures();
@@ -275,4 +279,13 @@ export class RunFeed {
     else this.facts = this.isBusy ? { ...this.facts, ...facts } : { ...facts, ...this.facts };
     this.#view.showFacts();
   }
+}
+
+/**
+ * The prompts of a run's sample pictures; none if it has none of its own.
+ * @param {Record<string, unknown>} [settings]
+ */
+export function promptsOf(settings) {
+  const text = settings?.preview_prompts;
+  return typeof text === "string" && text ? text.split("|").map((prompt) => prompt.trim()) : [];
 }

@@ -4,15 +4,18 @@
 import { addressOf, deleteRun, listRuns, runCurve, runDetails, useCheckpoint } from "./api.js";
 import { Chart } from "./chart.js";
 import { Curve } from "./curve.js";
-import { make, shortTime } from "./dom.js";
+import { described, icon, make, shortTime } from "./dom.js";
 import { failureText, possibleActions } from "./progress.js";
+import { promptsOf } from "./run_feed.js";
+import { named, t } from "./texts.js";
+import { sampleText } from "./training_panel.js";
 
 /** @import { Points, RunDetails, RunSummary } from "../types/answers.js" */
 
 /**
  * What only the host's page can do.
  * @typedef {object} RunsHost
- * @property {string} begins What the host calls that which begins a run.
+ * @property {string} none What is shown while there is no run: how to start one.
  * @property {((graph: unknown, name: string) => Promise<void>) | null} loadGraph null: runs have no graph there.
  * @property {((run: RunDetails) => Promise<void>) | null} useSettings Begin another training with the settings of a run;
  *   null: that is what loading its graph does.
@@ -42,7 +45,7 @@ export class RunsPanel {
     this.chart.element.style.height = "160px";
     this.comparison = make("div", { hidden: true }, this.chart.element, this.chart.legend);
     this.list = make("div");
-    this.refreshButton = make("button", { textContent: "⟳ Refresh", type: "button" });
+    this.refreshButton = make("button", { type: "button" }, icon("⟳ "), t("runs.refresh"));
     this.refreshButton.onclick = () => this.refresh();
     this.element = make(
       "div",
@@ -51,7 +54,7 @@ export class RunsPanel {
         "div",
         { className: "dreambooth-head" },
         this.refreshButton,
-        make("small", { textContent: "Tick runs to compare their losses." }),
+        make("small", { textContent: t("runs.compareHint") }),
       ),
       this.comparison,
       this.list,
@@ -72,12 +75,28 @@ export class RunsPanel {
       this.closeDetails();
       this.forgetAllBut(runs);
       rows = runs.flatMap((run) => this.row(run));
-      if (!runs.length) rows.push(make("p", { textContent: `No run yet. ${this.host.begins} begins one.` }));
+      if (!runs.length) rows.push(make("p", { textContent: this.host.none }));
     } catch (error) {
       this.closeDetails();
       rows = [errorText(error)];
     }
+    this.replaceRows(rows);
+  }
+
+  /**
+   * Whatever had the focus has it afterwards, too; where its run is gone, the first button has it.
+   * @param {HTMLElement[]} rows
+   */
+  replaceRows(rows) {
+    const { activeElement } = document;
+    const hadFocus = this.list.contains(activeElement);
+    const run = activeElement?.closest("[data-run]")?.getAttribute("data-run");
+    const kind = activeElement?.matches("input") ? "input" : ".dreambooth-open";
     this.list.replaceChildren(...rows);
+    if (!hadFocus) return;
+    const row = rows.find((one) => one.dataset.run === run && one.matches(".dreambooth-run"));
+    const focused = /** @type {HTMLElement | null | undefined} */ (row?.querySelector(kind));
+    (focused ?? this.refreshButton).focus();
   }
 
   /**
@@ -95,30 +114,34 @@ export class RunsPanel {
    * @returns {HTMLElement[]}
    */
   row(run) {
-    const tick = make("input", { type: "checkbox", checked: this.compared.has(run.id), title: "Compare" });
-    tick.onclick = (event) => event.stopPropagation();
+    const title = t("runs.compare", { name: run.name });
+    const tick = make("input", { type: "checkbox", checked: this.compared.has(run.id), title });
+    described(tick, { "aria-label": title });
     tick.onchange = () => this.compare(run, tick).catch((error) => this.host.notify(error.message));
     const picture = run.preview
-      ? make("img", { src: addressOf(run.preview), loading: "lazy", alt: "newest sample" })
+      ? make("img", { src: addressOf(run.preview), loading: "lazy", alt: t("runs.newest", { name: run.name }) })
       : make("span", { className: "none" });
-    const loss = run.loss == null ? "" : ` · loss ${run.loss.toPrecision(3)}`;
-    const state = make("span", { className: "dreambooth-state", textContent: run.state });
+    const facts = [t("progress.step", { step: run.step, steps: run.steps }), shortTime(run.changed_at)];
+    if (run.loss != null) facts.splice(1, 0, t("runs.loss", { loss: run.loss.toPrecision(3) }));
+    const state = make("span", { className: "dreambooth-state", textContent: named(run.state) });
     state.dataset.state = run.state;
-    const row = make(
-      "div",
-      { className: "dreambooth-run", title: run.id },
-      tick,
+    const open = make(
+      "button",
+      { className: "dreambooth-open", type: "button" },
       picture,
       make(
-        "div",
+        "span",
         {},
         make("b", { textContent: run.name }),
         make("br"),
-        make("small", { textContent: `step ${run.step} of ${run.steps}${loss} · ${shortTime(run.changed_at)}` }),
+        make("small", { textContent: facts.join(" · ") }),
       ),
       state,
     );
-    row.onclick = () => this.toggle(run);
+    const row = make("div", { className: "dreambooth-run", title: run.id }, tick, open);
+    row.dataset.run = run.id;
+    described(open, { "aria-expanded": String(this.opened === run.id) });
+    open.onclick = () => this.toggle(run);
     return this.opened === run.id ? [row, this.openDetails(run)] : [row];
   }
 
@@ -133,7 +156,11 @@ export class RunsPanel {
 
   /** @param {RunSummary} run */
   openDetails(run) {
-    const box = make("div", { className: "dreambooth-details" }, make("small", { textContent: "loading…" }));
+    const box = described(
+      make("div", { className: "dreambooth-details" }, make("small", { textContent: t("runs.loading") })),
+      { role: "region", "aria-label": t("runs.details", { name: run.name }) },
+    );
+    box.dataset.run = run.id;
     /** @type {OpenDetails} */
     const details = { box, chart: null };
     this.details = details;
@@ -164,14 +191,14 @@ export class RunsPanel {
     Object.assign(chart.element.style, { flex: "none", height: "130px" });
     const failure = failureText(run);
     details.box.replaceChildren(
-      ...(failure ? [make("div", { className: "dreambooth-error", textContent: failure })] : []),
+      ...(failure ? [errorBox("div", failure)] : []),
       make("div", { className: "actions" }, ...this.actions(run)),
       chart.element,
       chart.legend,
       make("div", { className: "dreambooth-grid", hidden: !Object.keys(run.previews).length }, ...samples(run)),
-      folded("Checkpoints", make("table", {}, ...run.adapters.map((adapter) => this.adapterRow(run, adapter)))),
-      folded("Settings", make("table", {}, ...settingRows(run))),
-      make("small", { textContent: `${run.folder} · ${(run.bytes / 1e6).toFixed(0)} MB` }),
+      folded(t("runs.checkpoints"), make("table", {}, ...run.adapters.map((adapter) => this.adapterRow(run, adapter)))),
+      folded(t("runs.settings"), make("table", {}, ...settingRows(run))),
+      make("small", { textContent: `${run.folder} · ${t("runs.size", { size: (run.bytes / 1e6).toFixed(0) })}` }),
     );
     chart.attach();
   }
@@ -181,17 +208,13 @@ export class RunsPanel {
     const possible = possibleActions(run);
     const buttons = [];
     if (possible.load && this.host.loadGraph)
-      buttons.push(this.button("Load graph", "Open the graph of this run", () => this.loadGraph(run)));
+      buttons.push(this.button(t("runs.loadGraph"), t("runs.loadGraphTitle"), () => this.loadGraph(run)));
     if (this.host.useSettings)
       buttons.push(
-        this.button("Use these settings", "Fill the fields of Train with them", async () =>
-          this.host.useSettings?.(run),
-        ),
+        this.button(t("runs.useSettings"), t("runs.useSettingsTitle"), async () => this.host.useSettings?.(run)),
       );
-    if (possible.resume)
-      buttons.push(this.button("Resume", "Go on where this run was stopped", () => this.resume(run)));
-    if (possible.delete)
-      buttons.push(this.button("Delete…", "Remove the run with its checkpoints", () => this.delete(run)));
+    if (possible.resume) buttons.push(this.button(t("runs.resume"), t("runs.resumeTitle"), () => this.resume(run)));
+    if (possible.delete) buttons.push(this.button(t("runs.delete"), t("runs.deleteTitle"), () => this.delete(run)));
     return buttons;
   }
 
@@ -203,12 +226,12 @@ export class RunsPanel {
     return make(
       "tr",
       {},
-      make("td", {}, make("a", { href: addressOf(url), download: name, textContent: `step ${step}` })),
-      make("td", { textContent: `${(bytes / 1e6).toFixed(1)} MB` }),
+      make("td", {}, make("a", { href: addressOf(url), download: name, textContent: t("training.step", { step }) })),
+      make("td", { textContent: t("runs.size", { size: (bytes / 1e6).toFixed(1) }) }),
       make(
         "td",
         {},
-        this.button("Use", "Copy this checkpoint into the LoRA folder", () => this.use(run, step)),
+        this.button(t("runs.use"), t("runs.useTitle", { step }), () => this.use(run, step)),
       ),
     );
   }
@@ -246,7 +269,7 @@ export class RunsPanel {
   /** @param {RunDetails} run */
   async loadGraph(run) {
     const response = run.workflow ? await fetch(addressOf(run.workflow)) : null;
-    if (!response?.ok) throw new Error("The graph of this run is gone.");
+    if (!response?.ok) throw new Error(t("runs.graphGone"));
     await this.host.loadGraph?.(await response.json(), run.name);
   }
 
@@ -263,13 +286,12 @@ export class RunsPanel {
   async use(run, step) {
     const { file } = await useCheckpoint(run.id, step);
     await this.host.refreshLists();
-    this.host.notify(`${file} is in the LoRA folder.`);
+    this.host.notify(t("runs.used", { file }));
   }
 
   /** @param {RunDetails} run */
   async delete(run) {
-    const question = `Delete the run '${run.id}' with all its checkpoints and sample pictures?`;
-    if (!(await this.host.confirm(`${question} The finished adapter file in the LoRA folder stays.`))) return;
+    if (!(await this.host.confirm(t("runs.confirmDelete", { run: run.id })))) return;
     await deleteRun(run.id);
     this.opened = null;
     await this.refresh();
@@ -281,9 +303,12 @@ export class RunsPanel {
  * @param {RunDetails} run
  */
 function samples(run) {
-  return Object.entries(run.previews).flatMap(([step, [first]]) =>
-    first ? [make("img", { src: addressOf(first), title: `step ${step}`, loading: "lazy" })] : [],
-  );
+  const prompts = promptsOf(run.settings);
+  return Object.entries(run.previews).flatMap(([step, [first]]) => {
+    if (!first) return [];
+    const title = sampleText(Number(step), first, prompts);
+    return [make("img", { src: addressOf(first), title, alt: title, loading: "lazy" })];
+  });
 }
 
 /** @param {RunDetails} run */
@@ -297,8 +322,15 @@ function settingRows(run) {
 
 /** @param {unknown} error */
 function errorText(error) {
-  const textContent = error instanceof Error ? error.message : String(error);
-  return make("p", { className: "dreambooth-error", textContent });
+  return errorBox("p", error instanceof Error ? error.message : String(error));
+}
+
+/**
+ * @param {"p" | "div"} tag
+ * @param {string} textContent
+ */
+function errorBox(tag, textContent) {
+  return described(make(tag, { className: "dreambooth-error", textContent }), { role: "alert" });
 }
 
 /**

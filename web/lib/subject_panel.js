@@ -2,7 +2,8 @@
 // On Subject: the folders with their counts, the pictures of the chosen one, warnings, and a place to drop pictures.
 
 import { addressOf, folderPictures, pictureFolders } from "./api.js";
-import { make } from "./dom.js";
+import { described, icon, make } from "./dom.js";
+import { t } from "./texts.js";
 
 /** @import { PictureFolder } from "../types/answers.js" */
 
@@ -26,20 +27,24 @@ export class SubjectPanel {
   /** @param {SubjectHost} host */
   constructor(host) {
     this.host = host;
-    this.select = make("select", { title: "Folder in ComfyUI's input folder" });
+    this.select = make("select", { title: t("subject.folder") });
+    described(this.select, { "aria-label": t("subject.folder") });
     this.select.onchange = async () => {
       await this.host.choose(this.select.value);
       await this.refresh();
     };
-    this.refreshButton = make("button", { textContent: "⟳", title: "Refresh", type: "button" });
+    this.refreshButton = make("button", { title: t("subject.refresh"), type: "button" }, icon("⟳"));
+    described(this.refreshButton, { "aria-label": t("subject.refresh") });
     this.refreshButton.onclick = () => this.refresh();
-    this.text = make("span");
+    this.text = described(make("span"), { role: "status" });
+    this.error = described(make("div", { className: "dreambooth-error", hidden: true }), { role: "alert" });
     this.grid = make("div", { className: "dreambooth-grid" });
-    this.warnings = make("div", { className: "dreambooth-warnings", hidden: true });
+    this.warnings = described(make("div", { className: "dreambooth-warnings", hidden: true }), { role: "status" });
     this.element = make(
       "div",
       { className: "dreambooth dreambooth-subject" },
       make("div", { className: "dreambooth-head" }, this.select, this.refreshButton, this.text),
+      this.error,
       this.warnings,
       this.grid,
     );
@@ -86,8 +91,9 @@ export class SubjectPanel {
     this.grid.replaceChildren();
     this.warnings.hidden = true;
     this.text.textContent = "";
+    this.showError("");
     if (!exists) {
-      this.grid.append(make("span", { textContent: "Drop 3 to 20 pictures here." }));
+      this.grid.append(make("span", { textContent: t("subject.drop") }));
       return;
     }
     const report = await folderPictures(folder).catch((error) => {
@@ -97,17 +103,15 @@ export class SubjectPanel {
     const messages = [report.problem, ...report.warnings.map((warning) => warning.text)].filter(Boolean);
     this.warnings.hidden = !messages.length;
     this.warnings.textContent = messages.join("\n");
-    this.text.textContent = `${report.pictures.length} picture${report.pictures.length === 1 ? "" : "s"}`;
+    this.text.textContent = t("subject.pictures", { count: report.pictures.length });
     const bad = new Set(report.warnings.map((warning) => warning.picture));
     this.grid.replaceChildren(
-      ...report.pictures.map((picture) =>
-        make("img", {
-          src: addressOf(picture.thumbnail),
-          loading: "lazy",
-          title: `${picture.name}, ${picture.width} × ${picture.height}${picture.caption ? `: ${picture.caption}` : ""}`,
-          className: bad.has(picture.name) ? "bad" : "",
-        }),
-      ),
+      ...report.pictures.map((picture) => {
+        const size = `${picture.name}, ${picture.width} × ${picture.height}`;
+        const title = picture.caption ? `${size}: ${picture.caption}` : size;
+        const className = bad.has(picture.name) ? "bad" : "";
+        return make("img", { src: addressOf(picture.thumbnail), loading: "lazy", title, alt: title, className });
+      }),
     );
   }
 
@@ -126,18 +130,26 @@ export class SubjectPanel {
    * @param {File[]} files
    */
   async add(files) {
+    this.showError("");
     try {
       if (this.#noFolder === null) await this.refresh();
-      if (this.#noFolder === null) throw new Error("ComfyUI does not answer.");
+      if (this.#noFolder === null) throw new Error(t("subject.noAnswer"));
       const chosen = this.host.chosen();
       const isArchive = this.#folders.some(({ name, archive }) => name === chosen && archive);
       const folder = !chosen || chosen === this.#noFolder || isArchive ? NEW_FOLDER : chosen;
-      this.text.textContent = `uploading ${files.length}…`;
+      this.text.textContent = t("subject.uploading", { count: files.length });
       for (const file of files) await this.host.upload(folder, file);
       await this.host.choose(folder);
       await this.refresh();
     } catch (error) {
-      this.text.textContent = error instanceof Error ? error.message : String(error);
+      this.text.textContent = "";
+      this.showError(error instanceof Error ? error.message : String(error));
     }
+  }
+
+  /** @param {string} message "" for none. */
+  showError(message) {
+    this.error.textContent = message;
+    this.error.hidden = !message;
   }
 }

@@ -3,7 +3,10 @@
 export interface Widget {
   name: string;
   value: string;
-  options: { values?: string[] | (() => string[]) };
+  label?: string;
+  /** In classic nodes. */
+  hidden?: boolean;
+  options: { values?: string[] | (() => string[]); advanced?: boolean };
   serialize?: boolean;
   callback?(this: unknown, ...args: unknown[]): unknown;
 }
@@ -20,10 +23,14 @@ export interface GraphNode {
   size: [number, number];
   widgets?: Widget[];
   graph?: Graph | null;
+  showAdvanced?: boolean;
   subgraph?: Graph;
   addDOMWidget(name: string, type: string, element: HTMLElement, options: object): Widget;
+  addWidget(type: string, name: string, value: unknown, callback: () => void, options: object): Widget;
+  getSlotFromWidget?(widget: Widget): { link?: number | null } | undefined;
   computeSize(): [number, number];
   setSize(size: [number, number]): void;
+  onConfigure?(this: GraphNode, ...args: unknown[]): unknown;
   onAdded?(this: GraphNode, ...args: unknown[]): unknown;
   onRemoved?(this: GraphNode, ...args: unknown[]): unknown;
   onDragOver?(event: DragEvent): boolean;
@@ -34,6 +41,7 @@ export const app: {
   graph: Graph;
   rootGraph?: Graph;
   extensionManager: {
+    setting?: { get(id: string): string | undefined };
     dialog?: { confirm(question: { title: string; message: string; type: string }): Promise<boolean | null> };
     toast: { add(message: { severity: string; summary: string; detail: string; life: number }): void };
     registerSidebarTab(tab: {
@@ -48,6 +56,7 @@ export const app: {
   };
   registerExtension(extension: {
     name: string;
+    init(): Promise<void>;
     setup(): void;
     nodeCreated(node: GraphNode): void;
     afterConfigureGraph(): void;
