@@ -5,7 +5,7 @@ import { connect, currentJob, resumeRun, stopJob } from "../web/lib/api.js";
 import { addStyle, described, make } from "../web/lib/dom.js";
 import { ENDED } from "../web/lib/progress.js";
 import { RunsPanel } from "../web/lib/runs_panel.js";
-import { languageFor, speak, t } from "../web/lib/texts.js";
+import { languageFor, setLanguage, t } from "../web/lib/texts.js";
 import { TrainingPanel } from "../web/lib/training_panel.js";
 
 /** @import { JobFacts } from "../web/types/answers.js" */
@@ -19,12 +19,12 @@ connect({
   apiURL: (route) => root + route,
 });
 
-/** Speak the browser's language, if locales/ has it. */
+/** Use the browser's language, if locales/ has it. */
 async function loadTexts() {
   const language = languageFor(navigator.language);
   if (language === "en") return;
   const response = await fetch(new URL(`../locales/${language}/main.json`, import.meta.url));
-  if (response.ok) speak(language, (await response.json()).dreambooth);
+  if (response.ok) setLanguage(language, (await response.json()).dreambooth);
 }
 
 await loadTexts().catch(() => {}); // then in English

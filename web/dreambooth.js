@@ -7,7 +7,7 @@ import { connect, liveNodes } from "./lib/api.js";
 import { addStyle, make } from "./lib/dom.js";
 import { RunsPanel } from "./lib/runs_panel.js";
 import { SubjectPanel } from "./lib/subject_panel.js";
-import { languageFor, speak, t } from "./lib/texts.js";
+import { languageFor, setLanguage, t } from "./lib/texts.js";
 import { TrainingPanel } from "./lib/training_panel.js";
 
 /** @import { Graph, GraphNode, Widget } from "../../scripts/app.js" */
@@ -55,12 +55,12 @@ function* nodesWithPanels(graph = app.rootGraph ?? app.graph, visited = new Set(
   }
 }
 
-/** Speak the language that ComfyUI is set to, if locales/ has it: ComfyUI serves those of all packs together. */
+/** Use the language that ComfyUI is set to, if locales/ has it: ComfyUI serves those of all packs together. */
 async function loadTexts() {
   const language = languageFor(app.extensionManager.setting?.get("Comfy.Locale") ?? navigator.language);
   if (language === "en") return;
   const response = await api.fetchApi("/i18n");
-  if (response.ok) speak(language, (await response.json())[language]?.dreambooth);
+  if (response.ok) setLanguage(language, (await response.json())[language]?.dreambooth);
 }
 
 /**

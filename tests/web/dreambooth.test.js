@@ -6,7 +6,7 @@ import { answers, api, app, openPage, questions, settled, textsOf } from "./comf
 
 await import("../../web/dreambooth.js");
 const { Chart } = await import("../../web/lib/chart.js");
-const { speak } = await import("../../web/lib/texts.js");
+const { setLanguage } = await import("../../web/lib/texts.js");
 
 const NO_RUNS = { "GET /dreambooth/nodes": {}, "GET /dreambooth/runs": [] };
 const FOLDERS = { no_folder: "(none)", folders: [{ name: "dog", archive: false, count: 1 }] };
@@ -130,7 +130,7 @@ test("the page speaks the language that ComfyUI is set to, or English", async ()
     answers["GET /i18n"] = answer;
     await app.extension.init();
     assert.equal(folded().widgets.at(-1).label, label, locale);
-    speak("en");
+    setLanguage("en");
   }
   app.settings = {};
 });

@@ -3,14 +3,14 @@
 import assert from "node:assert/strict";
 import { readdirSync, readFileSync } from "node:fs";
 import { afterEach, test } from "node:test";
-import { dateLocale, ENGLISH, languageFor, named, speak, TRANSLATED, t } from "../../web/lib/texts.js";
+import { dateLocale, ENGLISH, languageFor, named, setLanguage, TRANSLATED, t } from "../../web/lib/texts.js";
 
 const ROOT = new URL("../../", import.meta.url);
 const REMAKE = "run python tools/npm.py run texts";
 const read = (path) => readFileSync(new URL(path, ROOT), "utf8");
 const textsOf = (language) => JSON.parse(read(`locales/${language}/main.json`)).dreambooth;
 
-afterEach(() => speak("en", ENGLISH));
+afterEach(() => setLanguage("en", ENGLISH));
 
 /** Every text by its key, such as "subject.pictures.one". */
 function flat(texts, path = []) {
@@ -70,20 +70,20 @@ test("a text is said in the chosen language, with its values and plural form", (
     [1, 2, 0].map((count) => t("subject.pictures", { count })),
     ["1 picture", "2 pictures", "0 pictures"],
   );
-  speak("de", textsOf("de"));
+  setLanguage("de", textsOf("de"));
   assert.equal(t("progress.step", { step: 3, steps: 12 }), "Schritt 3 von 12");
   assert.deepEqual(
     [1, 2].map((count) => t("subject.pictures", { count })),
     ["1 Bild", "2 Bilder"],
   );
-  speak("ja", textsOf("ja"));
+  setLanguage("ja", textsOf("ja"));
   assert.equal(t("subject.pictures", { count: 1 }), "1 枚の画像");
 });
 
 test("what a language lacks is said in English", () => {
-  speak("de", { runs: {} });
+  setLanguage("de", { runs: {} });
   assert.deepEqual([t("runs.resume"), t("node.showAdvanced")], ["Resume", "Show advanced inputs"]);
-  speak("de", undefined);
+  setLanguage("de", undefined);
   assert.equal(t("runs.resume"), "Resume");
 });
 
@@ -108,9 +108,9 @@ test("states and phases that are not known keep their name", () => {
 
 test("dates are the reader's own where that is the language that is spoken", () => {
   const { language } = navigator;
-  speak(language.slice(0, 2), ENGLISH);
+  setLanguage(language.slice(0, 2), ENGLISH);
   assert.equal(dateLocale(), undefined);
-  speak("ja", ENGLISH);
+  setLanguage("ja", ENGLISH);
   assert.equal(dateLocale(), language.startsWith("ja") ? undefined : "ja");
 });
 

@@ -30,7 +30,8 @@ const CSS = `
 .dreambooth :focus-visible { outline: 2px solid var(--dreambooth-accent); outline-offset: -2px; }
 .dreambooth button, .dreambooth select, .dreambooth input[type=text] { font: inherit; color: var(--input-text, #ddd);
   background: var(--comfy-input-bg, #333); border: 1px solid var(--border-color, #555); border-radius: 4px; padding: 1px 7px; }
-.dreambooth button { cursor: pointer; min-height: 24px; }
+.dreambooth button { cursor: pointer; }
+.dreambooth button, .dreambooth select { min-height: 24px; }
 .dreambooth button[aria-pressed=true] { border-color: ${STATE.work}; background: ${STATE.work}; color: #fff; }
 .dreambooth-unseen { position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }

@@ -1,5 +1,5 @@
 // @ts-check
-// What the pages say, in the language of the host. English stands here; locales/<language>/main.json has the others,
+// The texts of the pages, in the language of the host. English is here; locales/<language>/main.json has the others,
 // and a copy of it.
 
 /** Group → name → text, or its plural forms. A word in braces stands for a value. */
@@ -138,11 +138,11 @@ export function languageFor(locale) {
 }
 
 /**
- * Speak another language from now on; panels that are made keep theirs.
+ * Set the language of panels that are made from now on.
  * @param {string} code
- * @param {Texts} [translations] What it lacks is said in English.
+ * @param {Texts} [translations] What is missing is shown in English.
  */
-export function speak(code, translations = {}) {
+export function setLanguage(code, translations = {}) {
   language = code;
   texts = translations;
 }
