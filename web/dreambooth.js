@@ -17,7 +17,7 @@ import { TrainingPanel } from "./lib/training_panel.js";
 
 connect(api);
 const TRAINING = ["DreamBoothTrainLora", "DreamBoothFineTune"];
-const ROOM = { training: 300, failed: 120, empty: 64, subject: 150 }; // least height of a panel, in pixels
+const ROOM = { training: 300, failed: 120, empty: 92, subject: 150 }; // least height of a panel, in pixels
 /** Node → panel; a node that is gone takes its panel with it. @type {WeakMap<GraphNode, Panel>} */
 const panels = new WeakMap();
 

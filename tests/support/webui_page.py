@@ -33,13 +33,13 @@ PANEL = """
 
 
 @contextlib.contextmanager
-def opened(webui: WebUI) -> Iterator[Any]:
+def opened(webui: WebUI, locale: str = "en-US") -> Iterator[Any]:
     """The web UI's page with the pack's tab before it; its scripts fail nowhere."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
         program = playwright.chromium.launch(executable_path=find_browser(), args=[*QUIET])
-        page = program.new_page(viewport={"width": 1400, "height": 1100})
+        page = program.new_page(viewport={"width": 1400, "height": 1100}, locale=locale)
         page.set_default_timeout(1000 * PATIENCE_S)
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))

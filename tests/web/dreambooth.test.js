@@ -141,8 +141,8 @@ test("a panel is not saved, and the node has room for it", () => {
   assert.deepEqual([widget.name, widget.type], ["dreambooth_training", "dreambooth"]);
   assert.equal(subject().widgets.at(-1).name, "dreambooth_subject");
   assert.equal(widget.element.className, "dreambooth-panel");
-  assert.deepEqual([widget.serialize, widget.options.serialize, widget.options.getMinHeight()], [false, false, 64]);
-  assert.deepEqual(node.size, [340, 144]);
+  assert.deepEqual([widget.serialize, widget.options.serialize, widget.options.getMinHeight()], [false, false, 92]);
+  assert.deepEqual(node.size, [340, 172]);
   assert.deepEqual(subject().size, [340, 230]);
   assert.deepEqual(made("DreamBoothTrainLora", {}, { size: [500, 600] }).size, [500, 600]);
 });
@@ -160,7 +160,7 @@ test("a node has room for a curve once there is a run, and for a line before", (
   sizes.push(node.size[1]);
   api.send("execution_error", { node_id: String(node.id), exception_message: "model is missing" });
   sizes.push(node.size[1]);
-  assert.deepEqual(sizes, [144, 380, 900, 144, 200]);
+  assert.deepEqual(sizes, [172, 380, 900, 172, 200]);
 });
 
 test("a node that was saved with a run, and has none now, is no taller than it needs to be", async () => {
@@ -168,7 +168,7 @@ test("a node that was saved with a run, and has none now, is no taller than it n
   node.size = [340, 700];
   app.extension.afterConfigureGraph();
   await settled();
-  assert.deepEqual(node.size, [340, 144]);
+  assert.deepEqual(node.size, [340, 172]);
   answers["GET /dreambooth/nodes"] = { [node.id]: facts(node.id) };
   node.size = [340, 700];
   app.extension.afterConfigureGraph();

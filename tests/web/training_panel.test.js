@@ -65,7 +65,7 @@ test("a node that has not trained yet says so, and shows nothing else", () => {
 test("an untrained node has one line of help instead of an empty chart", async () => {
   const shown = () => [panel.hint, panel.bar, panel.chart.element, panel.chart.legend].map((one) => !one.hidden);
   assert.deepEqual(shown(), [true, false, false, false]);
-  assert.equal(panel.hint.textContent, "Press Run to train. The loss curve and samples appear here.");
+  assert.equal(panel.hint.textContent, "Press Run to train. The curve and samples appear here.");
   panel.feed.queue();
   assert.deepEqual(shown(), [false, false, false, false]);
   trainer().open();

@@ -18,5 +18,5 @@ test("the web UI's page speaks the browser's language", async () => {
   await import("../../javascript/dreambooth_lora.mjs");
   await settled();
   assert.deepEqual(textsOf(document, ".dreambooth-state"), ["noch nicht trainiert"]);
-  assert.match(textsOf(document, ".dreambooth-training").join(), /„Train“ drücken/);
+  assert.match(textsOf(document, ".dreambooth-training").join(), /„Train“ startet das Training/);
 });

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from accessibility import faults
 from browser import find_browser
+from helpers import ROOT
 from webui_host import WebUI
 from webui_page import fill, opened, press, shot, show, wait_for, wait_for_text
 
@@ -92,6 +93,14 @@ def test_from_pictures_to_a_prompt(webui: WebUI, picture_folder: Callable[..., P
         prompt = page.locator("#txt2img_prompt textarea").input_value()
         assert prompt == f"sks dog <lora:{name}:0.9>"
     assert (webui.loras / f"{name}.safetensors").is_file()
+
+
+def test_panels_speak_the_browsers_language(webui: WebUI) -> None:
+    texts = json.loads((ROOT / "locales" / "de" / "main.json").read_text(encoding="utf-8"))["dreambooth"]
+    with opened(webui, locale="de-AT") as page:
+        show(page, "Runs")
+        wait_for_text(page, "#dreambooth-runs-panel", texts["runs"]["compareHint"])
+        shot(page, f"language-{webui.kind}")
 
 
 def test_a_message_is_shown_with_its_remedy(webui: WebUI) -> None:

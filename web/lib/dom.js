@@ -49,8 +49,10 @@ const CSS = `
 .dreambooth-legend { display: flex; flex-wrap: wrap; gap: 2px 10px; align-items: center; font-size: 11px; }
 .dreambooth-legend i { display: inline-block; width: 10px; height: 3px; margin-right: 4px; vertical-align: middle; }
 .dreambooth-strip { display: flex; gap: 4px; flex: none; align-items: flex-end; overflow: hidden; }
-.dreambooth-strip img { height: 72px; border-radius: 3px; image-rendering: auto; }
-.dreambooth-strip .subject { display: flex; gap: 2px; padding-right: 6px; border-right: 1px solid var(--border-color, #555); }
+.dreambooth-strip img { flex: none; height: 72px; border-radius: 3px; image-rendering: auto; }
+.dreambooth-strip > div { display: flex; gap: 2px; overflow: hidden; }
+.dreambooth-strip .samples { flex: none; max-width: 75%; }
+.dreambooth-strip .subject { padding-right: 6px; border-right: 1px solid var(--border-color, #555); }
 .dreambooth-strip .subject img { height: 48px; }
 .dreambooth-error { flex: none; color: var(--dreambooth-error); white-space: pre-wrap; max-height: 5.4em; overflow: auto; }
 .dreambooth-slider { display: flex; gap: 6px; align-items: center; flex: none; }

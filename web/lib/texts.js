@@ -32,7 +32,7 @@ export const ENGLISH = {
     best: "best: step {step}",
   },
   training: {
-    hint: "Press Run to train. The loss curve and samples appear here.",
+    hint: "Press Run to train. The curve and samples appear here.",
     subject: "Pictures of the subject",
     stopped: "stopped, progress saved",
     slider: "Step of the samples",
@@ -107,7 +107,7 @@ export const ENGLISH = {
     noFields: "This page has no Train tab. Reload it.",
     noAnswer: "The web UI is not responding: {error}",
     noRuns: "No runs yet. The Train tab starts one.",
-    hint: "Press Train to begin. The loss curve and samples appear here.",
+    hint: "Press Train to begin. The curve and samples appear here.",
   },
 };
 
