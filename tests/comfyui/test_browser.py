@@ -228,7 +228,13 @@ def test_pictures_are_shown_dropped_and_warned_of(server: ComfyServer) -> None:
         assert page.evaluate(CHOSEN) == folder.name
         drop_picture(page, "dropped ü.png")
         page.wait_for_function("document.querySelectorAll('.dreambooth-subject img').length === 2")
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="Add pictures…").focus()
+            page.keyboard.press("Enter")
+        chooser.value.set_files(DEMO / "subject" / "1.png")
+        page.wait_for_function("document.querySelectorAll('.dreambooth-subject img').length === 3")
     assert (folder / "dropped ü.png").is_file()
+    assert (folder / "1.png").is_file()
 
 
 def drop_picture(page: Any, name: str) -> None:

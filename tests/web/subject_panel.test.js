@@ -78,7 +78,7 @@ test("what is shown says what it is", async () => {
   await opened();
   assert.equal(panel.element.className, "dreambooth dreambooth-subject");
   const titles = [...panel.element.querySelectorAll(".dreambooth-head > [title]")].map((one) => one.title);
-  assert.deepEqual(titles, ["Folder in ComfyUI's input folder", "Refresh"]);
+  assert.deepEqual(titles, ["Folder in ComfyUI's input folder", "Refresh", "Add pictures…"]);
 });
 
 test("folders are offered with their counts, and the node's is chosen", async () => {
@@ -231,6 +231,32 @@ test("pictures and captions that are dropped go into the chosen folder, whose pi
     images().map((image) => image.title),
     ["a.png, 640 × 480"],
   );
+});
+
+test("pictures can be chosen instead of dropped", async () => {
+  await opened();
+  let chosen = 0;
+  panel.files.click = () => {
+    chosen += 1;
+  };
+  panel.addButton.click();
+  assert.deepEqual([chosen, panel.files.multiple, panel.files.accept], [1, true, "image/*,.txt"]);
+  for (const [files, uploads] of [
+    [[], []],
+    [
+      [PICTURE, CAPTION],
+      [
+        ["upload", "dog", "a.png"],
+        ["upload", "dog", "a.txt"],
+        ["choose", "dog"],
+      ],
+    ],
+  ]) {
+    Object.defineProperty(panel.files, "files", { value: files, configurable: true });
+    panel.files.onchange();
+    await settled();
+    assert.deepEqual(done, uploads);
+  }
 });
 
 test("where none is chosen, or a zip file, dropped pictures go into a new folder", async () => {

@@ -12,6 +12,14 @@ const textsOf = (language) => JSON.parse(read(`locales/${language}/main.json`)).
 
 afterEach(() => setLanguage("en", ENGLISH));
 
+/** The modules of both hosts' pages but the one that holds the texts. */
+const modules = () =>
+  [
+    "web/dreambooth.js",
+    "javascript/dreambooth_lora.mjs",
+    ...readdirSync(new URL("web/lib/", ROOT)).map((name) => `web/lib/${name}`),
+  ].filter((path) => !/texts\.js$/.test(path));
+
 /** Every text by its key, such as "subject.pictures.one". */
 function flat(texts, path = []) {
   if (typeof texts === "string") return [[path.join("."), texts]];
@@ -115,13 +123,17 @@ test("dates are the reader's own where that is the language that is spoken", () 
 });
 
 test("nothing that is shown stands outside of the texts", () => {
-  const modules = [
-    "web/dreambooth.js",
-    "javascript/dreambooth_lora.mjs",
-    ...readdirSync(new URL("web/lib/", ROOT)).map((name) => `web/lib/${name}`),
-  ].filter((path) => !/texts\.js$/.test(path));
-  assert.ok(modules.length > 10);
-  for (const path of modules) assert.deepEqual(shownLiterals(read(path)), [], path);
+  assert.ok(modules().length > 10);
+  for (const path of modules()) assert.deepEqual(shownLiterals(read(path)), [], path);
+});
+
+test("every text is used", () => {
+  const code = modules().map(read).join();
+  const keys = Object.entries(ENGLISH).flatMap(([group, texts]) =>
+    Object.keys(texts).map((name) => `${group}.${name}`),
+  );
+  const unused = keys.filter((key) => !/^(state|phase)\./.test(key) && !code.includes(`"${key}"`));
+  assert.deepEqual(unused, []);
 });
 
 test("a literal that is shown is found", () => {

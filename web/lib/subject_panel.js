@@ -36,6 +36,14 @@ export class SubjectPanel {
     this.refreshButton = make("button", { title: t("subject.refresh"), type: "button" }, icon("⟳"));
     described(this.refreshButton, { "aria-label": t("subject.refresh") });
     this.refreshButton.onclick = () => this.refresh();
+    this.files = make("input", { type: "file", multiple: true, accept: "image/*,.txt" });
+    this.files.onchange = async () => {
+      await this.add([...(this.files.files ?? [])]);
+      this.files.value = ""; // so that the same ones can be chosen again
+    };
+    this.addButton = make("button", { title: t("subject.add"), type: "button" }, icon("+"));
+    described(this.addButton, { "aria-label": t("subject.add") });
+    this.addButton.onclick = () => this.files.click();
     this.text = described(make("span"), { role: "status" });
     this.error = described(make("div", { className: "dreambooth-error", hidden: true }), { role: "alert" });
     this.grid = make("div", { className: "dreambooth-grid" });
@@ -43,7 +51,7 @@ export class SubjectPanel {
     this.element = make(
       "div",
       { className: "dreambooth dreambooth-subject" },
-      make("div", { className: "dreambooth-head" }, this.select, this.refreshButton, this.text),
+      make("div", { className: "dreambooth-head" }, this.select, this.refreshButton, this.addButton, this.text),
       this.error,
       this.warnings,
       this.grid,
@@ -119,7 +127,7 @@ export class SubjectPanel {
   async drop(event) {
     const files = [...(event.dataTransfer?.files ?? [])].filter((file) => /^(image\/|text\/plain)/.test(file.type));
     this.element.classList.remove("drop");
-    if (!files.length) return;
+    if (!files.length) return; // left to the page
     event.preventDefault();
     event.stopPropagation();
     await this.add(files);
@@ -130,6 +138,7 @@ export class SubjectPanel {
    * @param {File[]} files
    */
   async add(files) {
+    if (!files.length) return;
     this.showError("");
     try {
       if (this.#noFolder === null) await this.refresh();

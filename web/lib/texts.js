@@ -90,6 +90,7 @@ export const ENGLISH = {
   subject: {
     folder: "Folder in ComfyUI's input folder",
     refresh: "Refresh",
+    add: "Add pictures…",
     drop: "Drop 3 to 20 pictures here.",
     pictures: { one: "{count} picture", other: "{count} pictures" },
     uploading: { one: "Uploading {count} file…", other: "Uploading {count} files…" },
