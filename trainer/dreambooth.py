@@ -33,7 +33,7 @@ from .core.devices import (
     reset_peak_memory,
 )
 from .core.distributed import ProcessGroup, accelerate_state_kept, make_accelerator
-from .core.errors import CancelledError, DivergedError, suggest
+from .core.errors import CancelledError, DivergedError, StorageError, suggest
 from .core.events import Listener, Note, RunOpened, SilentListener, Validation
 from .core.prompts import PromptWords
 from .core.seeding import seeded
@@ -43,14 +43,16 @@ from .data.images import Picture, split_validation
 from .data.latent_cache import LatentCache, build_cache, drop_frozen_text_encoders
 from .models.blocks import enable_gradient_checkpointing
 from .models.compiled_blocks import CompiledBlocks, can_compile
-from .models.families.base import BaseWeights, DiffusionModel
+from .models.families.base import BaseWeights, Conditioning, DiffusionModel
 from .models.nf4 import require_quantizable
 from .models.objective import Objective, consistency_loss
 from .settings.train import TrainSettings
 from .training.adapter import StartingPoint
 from .training.averaging import WeightAveraging
+from .training.beginning import Beginning
 from .training.export import export
 from .training.fused_backward import FusedBackward
+from .training.gallery import preferred_strength, shown_metadata, write_gallery
 from .training.memory.fit import MemoryBudget
 from .training.optimizers import (
     WORDS,
@@ -180,6 +182,7 @@ class Session:
         fused_backward: Updates the weights in the backward pass, if the settings say so.
         compiled: The denoiser's blocks, if they are compiled.
         ended: Parts whose training has ended.
+        beginning: What is trained as it was before the first step, until the base's previews are generated.
     """
 
     model: DiffusionModel
@@ -196,6 +199,7 @@ class Session:
     fused_backward: FusedBackward | None = None
     compiled: CompiledBlocks | None = None
     ended: set[str] = field(default_factory=set)
+    beginning: Beginning | None = None
 
     @property
     def state(self) -> TrainingState:
@@ -261,6 +265,7 @@ class DreamBooth:
         self.device = device
         self.listener: Listener = listener or SilentListener()
         self.starting_point = starting_point or StartingPoint()
+        self._given_words = list(words)
         self.words = list(words) or [PromptWords(settings.token)]
         self.budget = budget or MemoryBudget(settings, device)
         self.processes = self.budget.processes
@@ -474,6 +479,14 @@ class DreamBooth:
             dtype=dtype,
             fused_backward=fused_backward,
         )
+        if self._shows_base_later():
+            self._session.beginning = Beginning(model, trainable.parameters(), text, self.previews.rows)
+
+    def _shows_base_later(self) -> bool:
+        """Whether this process will generate the base's previews once steps have run."""
+        step = self.previews.base_step
+        is_to_come = step and 0 not in self.measurements.scores and self.run_folder.newest(self.settings.steps) <= step
+        return bool(is_to_come) and self.processes.is_main_process
 
     def _encode(self, model: DiffusionModel) -> LatentCache:
         """Encode pictures and captions, or read what this run encoded before; drop the networks that are done."""
@@ -523,7 +536,7 @@ class DreamBooth:
             network.train()
 
         with self._saved_on_exit():
-            stop_at = self.evaluate()  # the base itself, or the step at which the run was interrupted
+            stop_at = self.evaluate()  # of the step at which the run was interrupted
             while self.step < settings.steps and stop_at is None:
                 if session.text.trained:
                     self.freeze_text()
@@ -542,6 +555,9 @@ class DreamBooth:
                     self.save_checkpoint()
                     self.processes.wait_for_everyone()  # until the main process has written it
                     stop_at = self.evaluate()
+                elif self.previews.base_due(self.step, self.measurements):
+                    self._report_pending()
+                    self._preview_base_if_due()
 
         if stop_at is None:
             return self.step
@@ -750,33 +766,56 @@ class DreamBooth:
             The best step, if the scores say that the run should stop here; else None.
         """
         session = self.session
+        self._preview_base_if_due()
         previews_due = self.previews.due(self.step, self.measurements)
         validation_due = session.cache.validation is not None and self.step not in self.measurements.validated
         if previews_due or validation_due:
-            stopped = False
-            if self.processes.is_main_process:
-                try:
+            with self._measuring():
+                if self.processes.is_main_process:
                     with session.averaging.evaluation_weights():
                         if previews_due:
-                            self._generate_previews()
+                            self._generate_previews(self.step, session.text.rows)
                         if validation_due:
                             self._validate()
-                except CancelledError:
-                    stopped = True
-                finally:  # what is generated and reported is not generated again
-                    self.run_folder.save_measurements(self.step, self.measurements)
-            outcome = (self.measurements, stopped)
-            self.measurements, stopped = self.processes.broadcast_from_main(lambda: outcome)
-            if stopped:  # by all processes together: one alone would leave the others waiting for it
-                raise CancelledError(self.step, self.settings.steps)
         return self.previews.stopped_at(self.measurements)
 
-    def _generate_previews(self) -> None:
+    @contextlib.contextmanager
+    def _measuring(self) -> Iterator[None]:
+        """What the main process measures inside the block is known to all processes after it, and so is a stop."""
+        stopped = False
+        try:
+            yield
+        except CancelledError:
+            stopped = True
+        finally:  # what is generated and reported is not generated again
+            if self.processes.is_main_process:
+                self.run_folder.save_measurements(self.step, self.measurements)
+        outcome = (self.measurements, stopped)
+        self.measurements, stopped = self.processes.broadcast_from_main(lambda: outcome)
+        if stopped:  # by all processes together: one alone would leave the others waiting for it
+            raise CancelledError(self.step, self.settings.steps)
+
+    def _preview_base_if_due(self) -> None:
+        """Generate the previews of step 0 after the step that they are due at, whatever was trained until then."""
+        if not self.previews.base_due(self.step, self.measurements):
+            return
         session = self.session
-        scores = self.previews.generate(self.step, session.model, session.text.rows, self.listener)
-        self.measurements.scores[self.step] = scores
+        with self._measuring():
+            if self.processes.is_main_process:
+                if session.beginning is None:  # nothing was trained yet
+                    with session.averaging.evaluation_weights():
+                        self._generate_previews(0, session.text.rows)
+                else:
+                    with session.beginning.restored():
+                        self._generate_previews(0, session.beginning.rows)
+        session.beginning = None
+        self._throughput.pause()
+
+    def _generate_previews(self, step: int, conditioning: Callable[[Tensor], Conditioning]) -> None:
+        scores = self.previews.generate(step, self.session.model, conditioning, self.listener)
+        self.measurements.scores[step] = scores
         if scores:
-            self.measurements.scored_as[self.step] = self.previews.conditions
+            self.measurements.scored_as[step] = self.previews.conditions
 
     def _validate(self) -> None:
         session = self.session
@@ -859,6 +898,8 @@ class DreamBooth:
             return
         except Exception:  # the error that ended the run is the one to raise, and the state matters more
             logger.exception("Step %d could not be reported", self.step)
+        if self.session.beginning is not None:
+            self.session.beginning.put_back()
         is_saved = self.step in self.run_folder.steps()
         if not self.step or is_saved or self._mid_update or not self.session.trainable.is_finite():
             return
@@ -870,19 +911,30 @@ class DreamBooth:
 
     def write_files(self, step: int, started_from: int) -> TrainResult:
         """Write the run's result files, from the checkpoint of a step."""
+        settings = self.settings
+        self._measure_strength(step)
         with self.processes.main_process_first():  # the others find what it wrote
             saved = self.run_folder.trained(step)
             if saved.weights is not None:
                 note = "Writing the checkpoint and extracting the LoRA; this takes a minute or two."
                 self.listener.report(Note(note))
+            metadata = shown_metadata(
+                self.run_folder,
+                step,
+                self._metadata(step),
+                hint=settings.gallery_files,
+                thumbnail=settings.thumbnail,
+            )
             files = export(
                 self.base,
                 saved,
                 stacked=self.starting_point.stacked,
-                settings=self.settings,
-                metadata=self._metadata(step),
+                settings=settings,
+                metadata=metadata,
                 paths=self.paths,
             )
+            if settings.gallery_files and self.processes.is_main_process:
+                self._write_gallery(files.path)
         if files.checkpoint is not None:
             self.listener.report(Note(f"Checkpoint: {files.checkpoint}"))
         self.listener.report(Note(f"Adapter: {files.path}"))
@@ -897,6 +949,35 @@ class DreamBooth:
             checkpoint=files.checkpoint,
             embeddings=files.embeddings,
         )
+
+    def _measure_strength(self, step: int) -> None:
+        """Measure at which strength the adapter of a step is best, if there is a model that scores, once for a run."""
+        settings = self.settings
+        is_scored = settings.gallery_files and bool(settings.score_clip or settings.score_dino)
+        has_no_room = settings.base_quantization != "none" or settings.swap_blocks > 0  # for the base as it is
+        if not is_scored or settings.combine or has_no_room:
+            return
+        if self.processes.broadcast_from_main(lambda: preferred_strength(self.run_folder, step) is not None):
+            return
+        stopped = False
+        if self.processes.is_main_process:
+            adapter = self.run_folder.trained(step).adapter
+            try:
+                if adapter is not None:
+                    measurement = self.previews.strength_measurement(self.precision, self.listener)
+                    measurement.record(self.run_folder, step, adapter)
+            except CancelledError:
+                stopped = True
+        if self.processes.broadcast_from_main(lambda: stopped):
+            raise CancelledError(step, settings.steps)
+
+    def _write_gallery(self, path: Path) -> None:
+        """Write what galleries show beside the adapter; if that fails, the adapter is there all the same."""
+        try:
+            write_gallery(path, self.run_folder)
+        except StorageError as error:
+            note = f"What galleries show could not be written beside the adapter: {error.problem}"
+            self.listener.report(Note(note, warning=True))
 
     def _metadata(self, step: int) -> dict[str, str]:
         """Metadata of the files of that step."""
@@ -914,6 +995,7 @@ class DreamBooth:
             clip_skip=self.base.clip_skip,
             start=self.starting_point.start,
             processes=self.processes.count,
+            words=self._given_words,
         )
         return training_metadata(self.requested, facts, step)
 

@@ -537,6 +537,9 @@ OTHER_VALUES: dict[str, Any] = {
     "swap_blocks": 4,
     "compile": "blocks",
     "fused_backward_pass": True,
+    "gallery_files": False,
+    "thumbnail": False,
+    "base_preview": "off",
 }
 WITHOUT_EFFECT = {
     "preset",  # its values have
@@ -547,6 +550,9 @@ WITHOUT_EFFECT = {
     "swap_blocks",
     "compile",
     "fused_backward_pass",
+    "gallery_files",
+    "thumbnail",
+    "base_preview",
     "fit",
     "checkpoint_every",
     "keep_checkpoints",

@@ -109,10 +109,12 @@ def test_a_trained_file_tells_no_path(home: Path, shell: Shell) -> None:
     for name, flags in further.items():
         assert shell("train", *everything(home), *flags, "--name", name) == 0, shell.errors
     files = {path.name: path for path in shared_files(home)}
-    assert set(files) == {"first.safetensors", *(f"{name}.safetensors" for name in further)}
+    endings = (".safetensors", ".json", ".metadata.json", ".preview.png")
+    assert set(files) == {f"{name}{ending}" for name in ("first", *further) for ending in endings}
     for path in files.values():
         assert_tells_nothing(path)
-        assert "tiny" in metadata(path)["ss_sd_model_name"]
+        if path.suffix == ".safetensors":
+            assert "tiny" in metadata(path)["ss_sd_model_name"]
 
 
 @pytest.mark.usefixtures("quick")
@@ -133,8 +135,10 @@ def test_tables_of_subjects_tell_no_path(home: Path, shell: Shell) -> None:
         encoding="utf-8",
     )
     assert shell("train", table, *common(home), "--output-dir", home / f"out-{SECRET}") == 0, shell.errors
-    [path] = shared_files(home)
-    assert_tells_nothing(path)
+    *cards, path = sorted(shared_files(home), key=lambda file: file.suffix == ".safetensors")
+    assert {card.name for card in cards} == {"two.json", "two.metadata.json"}
+    for file in (path, *cards):
+        assert_tells_nothing(file)
     assert "rraj cat" in metadata(path)["dreambooth.config"]
 
 

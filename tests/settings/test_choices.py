@@ -189,6 +189,7 @@ SHOWN_BY_RUNS = {  # choices that only a whole run shows → the test of their d
     "lora_init": "tests/training/test_rank_schedule.py",
     "fit": "tests/training/test_memory_plan.py",
     "compile": "tests/models/test_compiled_blocks.py",
+    "base_preview": "tests/training/test_previews.py",
     "prior": "tests/dreambooth/test_preservation.py",
     "resume": "tests/cli/test_command_line.py",
     "log_with": "tests/training/test_trackers.py",

@@ -29,6 +29,7 @@ OTHERS: dict[str, Any] = {  # a value other than the default, where the type doe
     "class_images": "x",
     "prior_prompts": "a cat",
     "prior_empty": 0.5,
+    "thumbnail": False,
 }
 
 

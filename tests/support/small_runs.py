@@ -118,12 +118,12 @@ class SmallRecipe(DreamBooth):
         down, up = self.session.trainable.parameters()
         return (up @ down - batch).square().mean()
 
-    def _generate_previews(self) -> None:
-        path = self.run_folder.preview_path(self.step) / preview_name("subject", 0, 0)
+    def _generate_previews(self, step: int, conditioning: Any) -> None:
+        path = self.run_folder.preview_path(step) / preview_name("subject", 0, 0)
         write_atomic(path, b"a picture")
-        scores = scores_of(self.step)
-        self.listener.report(Preview(self.step, [(path, "a prompt")], scores))
-        self.measurements.scores[self.step] = scores
+        scores = scores_of(step)
+        self.listener.report(Preview(step, [(path, "a prompt")], scores))
+        self.measurements.scores[step] = scores
 
     def _validate(self) -> None:
         self.listener.report(Validation(self.step, validation_loss_of(self.step)))

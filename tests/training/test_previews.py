@@ -138,7 +138,8 @@ def metrics_in(run: Path) -> list[dict[str, Any]]:
 
 def assert_same_metrics(ours: Path, theirs: Path) -> None:
     """Line by line; scores but for rounding, since a judge looks at other pictures at once after a stop."""
-    for one, other in zip(metrics_in(ours), metrics_in(theirs), strict=True):
+    mine, others = (sorted(metrics_in(run), key=lambda line: line["step"]) for run in (ours, theirs))
+    for one, other in zip(mine, others, strict=True):  # those of step 0 come later, unless the file was gone on with
         assert one | {"scores": {}} == other | {"scores": {}}
         assert one.get("scores") == (pytest.approx(other["scores"], abs=1e-4) if "scores" in other else None)
 
@@ -221,7 +222,7 @@ def test_scores_are_those_of_the_files(shown: MadeOnce[TrainResult], world: Worl
     run = shown[PLAIN].run
     *lines, _ = metrics_in(run)  # the last tells the end
     assert [(line["step"], "scores" in line) for line in lines] == [
-        (0, True), (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True)
+        (1, False), (2, False), (0, True), (2, True), (3, False), (4, False), (4, True), (5, False), (5, True)
     ]  # fmt: skip
     judged = Evaluator(
         FeatureExtractors.open(SCORER, "", torch.device("cpu")), world.subject, PROMPTS, "sks", Recorder()
@@ -260,7 +261,7 @@ def test_listeners_are_told_of_previews(world: World, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_stops_leave_no_trace(shown: MadeOnce[TrainResult], world: World, tmp_path: Path) -> None:
     """In the previews of the base, of a step and of the last one, while scoring, and between previews."""
-    changes = SHOWN | VARIANTS[TEXT] | {"checkpoint_every": 0}
+    changes = SHOWN | VARIANTS[TEXT] | {"checkpoint_every": 0, "base_preview": "before-first-step"}
     for stop, step in (
         (StopAt(0, drawing), 0),
         (StopAt(1, drawing), 2),
@@ -308,6 +309,88 @@ def test_metrics_hold_each_step_once_after_a_crash(shown: MadeOnce[TrainResult],
     assert result.started_from == 2
     assert_same_metrics(copy, run)
     assert_same_end(result, shown[PLAIN])
+
+
+# What is trained has a beginning of its own wherever another kind of it would show.
+BEGINNINGS: dict[str, dict[str, Any]] = {
+    "LoRA, averaged": {"ema_decay": 0.9},
+    "DoRA, dropout, text encoder for one step": {
+        "adapter": "dora",
+        "dropout": 0.25,
+        "text_encoder_lr": 1e-2,
+        "text_encoder_until": 0.2,
+    },
+    "orthogonal": {"lora_init": "orthogonal"},
+    "schedule-free": {"optimizer": "adamw-schedule-free", "lr_schedule": "constant"},
+}
+LATER: dict[str, Any] = {"preview_every": 4, "preview_prompts": PROMPTS[0], "preview_count": 1, "checkpoint_every": 0}
+
+
+def order_of(listener: Recorder) -> list[str]:
+    names = {Step: "step", Preview: "preview"}
+    return [f"{names[type(event)]} {event.step}" for event in listener.events if type(event) in names]
+
+
+@pytest.mark.parametrize("variant", mostly_slow(list(BEGINNINGS), "DoRA, dropout, text encoder for one step"))
+def test_the_base_is_shown_once_steps_have_run(variant: str, world: World, tmp_path: Path) -> None:
+    """As it would have been before them, to the bit; and nothing of what is trained depends on when."""
+    changes = SHOWN | LATER | BEGINNINGS[variant]
+    later = world.train(tmp_path / "later", late := Recorder(), **changes)
+    first = world.train(tmp_path / "first", early := Recorder(), **changes, base_preview="before-first-step")
+    steps = [f"step {step}" for step in (1, 2, 3, 4, 5)]
+    assert order_of(late) == [*steps[:3], "preview 0", steps[3], "preview 4", steps[4], "preview 5"]
+    assert order_of(early) == ["preview 0", *steps[:4], "preview 4", steps[4], "preview 5"]
+    assert previews_in(later.run) == previews_in(first.run)
+    assert_same_metrics(later.run, first.run)
+    assert_same_end(later, first)
+    assert scores_in(later.run)[0]["drift (CLIP)"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_stop_in_the_late_previews_of_the_base_keeps_what_was_trained(world: World, tmp_path: Path) -> None:
+    """And not the weights that are shown; the run goes on with these previews."""
+    changes = SHOWN | LATER | BEGINNINGS["LoRA, averaged"]
+    straight = world.train(tmp_path / "straight", **changes)
+    with pytest.raises(CancelledError):
+        world.train(tmp_path / "stopped", StopAt(3, lambda event: event == Phase("preview", 1, 2)), **changes)
+    [run] = runs_in(tmp_path / "stopped")
+    assert newest_step(run) == 3
+    assert RunFolder(run).measurements().scores == {}
+    result = world.train(tmp_path / "stopped", listener := Recorder(), **changes)
+    assert order_of(listener) == ["preview 0", "step 4", "preview 4", "step 5", "preview 5"]
+    assert_same_end(result, straight)
+    assert previews_in(result.run) == previews_in(straight.run)
+
+
+def test_a_run_that_was_stopped_before_the_base_was_shown_shows_it(world: World, tmp_path: Path) -> None:
+    changes = SHOWN | LATER | {"score_clip": ""}
+    with pytest.raises(CancelledError):
+        world.train(tmp_path / "stopped", StopAt(1, lambda event: isinstance(event, Step)), **changes)
+    [run] = runs_in(tmp_path / "stopped")
+    assert 1 <= newest_step(run) < 3
+    result = world.train(tmp_path / "stopped", listener := Recorder(), **changes)
+    assert "preview 0" in order_of(listener)
+    straight = world.train(tmp_path / "straight", **changes)
+    assert previews_in(result.run) == previews_in(straight.run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "order"),
+    [
+        ({"steps": 2}, ["step 1", "step 2", "preview 0", "preview 2"]),
+        ({"steps": 2, "base_preview": "off"}, ["step 1", "step 2", "preview 2"]),
+        ({"steps": 1, "adapter": "full", "learning_rate": 1e-3}, ["preview 0", "step 1", "preview 1"]),
+    ],
+    ids=str,
+)
+def test_when_the_base_is_shown(changes: dict[str, Any], order: list[str], world: World, tmp_path: Path) -> None:
+    world.train(tmp_path, listener := Recorder(), **SHOWN | LATER | {"score_clip": ""} | changes)
+    assert order_of(listener) == order
+
+
+def test_scores_need_the_base_whatever_is_shown(world: World, tmp_path: Path) -> None:
+    previews = previews_of(world, tmp_path, base_preview="off")
+    assert previews.base_step == 2
+    assert previews_of(world, tmp_path, preview_every=0, score_clip="", early_stop=0).base_step is None
 
 
 STEPS = [Step(step, 3, 0.5 * step, 1e-4, 2.0, 1.0, 9) for step in (1, 2, 3)]
@@ -370,7 +453,7 @@ def test_previews_can_be_asked_for_or_changed_in_the_middle_of_a_run(
         (None, {}),
     ):
         try:
-            result = world.train(tmp_path, stop, **SHOWN | changes)
+            result = world.train(tmp_path, stop, **SHOWN | changes | {"base_preview": "before-first-step"})
         except CancelledError:
             assert stop is not None
     assert_same_end(result, shown[PLAIN])
@@ -440,7 +523,7 @@ def test_a_run_stops_early_at_its_best_step(falling: Path, world: World, tmp_pat
     assert RunFolder(run).steps() == [2, 6]
     best = straight.run / "step-00000002" / "adapter.safetensors"
     assert differing(run / "step-00000002" / "adapter.safetensors", best) == []
-    [file] = (falling / "loras").iterdir()
+    [file] = (falling / "loras").glob("*.safetensors")
     assert differing(file, best) == []
     assert read_adapter(file).metadata["ss_steps"] == "2"
     assert straight.step == 10
@@ -451,8 +534,8 @@ def test_a_run_that_stopped_early_is_finished(falling: Path, world: World, tmp_p
     listener = Recorder()
     result = world.train(tmp_path / "copy", listener, **SHOWN | FALLING, early_stop=2)
     assert (result.step, result.started_from, listener.losses) == (2, 2, [])
-    assert [path.read_bytes() for path in (tmp_path / "copy" / "loras").iterdir()] == [
-        path.read_bytes() for path in (falling / "loras").iterdir()
+    assert [path.read_bytes() for path in (tmp_path / "copy" / "loras").glob("*.safetensors")] == [
+        path.read_bytes() for path in (falling / "loras").glob("*.safetensors")
     ]
     assert any("finished" in note for note in listener.notes)
 
@@ -522,7 +605,7 @@ def test_more_patience_goes_on(
 ) -> None:
     """And the former patience finds its best step again if that was kept, else all steps."""
     shutil.copytree(falling, tmp_path / "copy")
-    before = next((tmp_path / "copy" / "loras").iterdir()).read_bytes()
+    before = next((tmp_path / "copy" / "loras").glob("*.safetensors")).read_bytes()
     listener = Recorder()
     result = world.train(tmp_path / "copy", listener, **SHOWN | FALLING, early_stop=patience)
     assert (result.step, result.started_from) == (given, 6)
@@ -545,7 +628,7 @@ def test_patience_that_runs_out_with_the_steps(falling: Path, world: World, tmp_
         listener = Recorder()
         late = world.train(folder, listener, early_stop=2, **changes)
         assert (late.step, late.started_from, listener.losses) == (given, given, [])
-        expected = whole.path if given == 6 else next((falling / "loras").iterdir())
+        expected = whole.path if given == 6 else next((falling / "loras").glob("*.safetensors"))
         assert differing(late.path, expected) == []
 
 

@@ -311,7 +311,8 @@ class Tracker:
             raise Unreachable("no route to host")
         self.logged.append(step)
 
-    log_images = log
+    def log_images(self, values: dict[str, Any], step: int, **layout: str) -> None:
+        self.log(values, step)
 
     def finish(self) -> None:
         self.finished = True
@@ -344,6 +345,19 @@ def test_a_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
     [warning] = listener.warnings
     assert "Ours has not finished uploading" in warning
     answered.set()
+
+
+@pytest.mark.parametrize(("name", "logged"), [("wandb", [1, 2, 3, 3, 4]), ("tensorboard", [1, 2, 3, 0, 4])])
+def test_late_previews_of_the_base_are_logged_where_the_tracker_takes_them(name: str, logged: list[int]) -> None:
+    """Weights & Biases drops what is of a step before the newest."""
+    tracker = Tracker(99)
+    tracker.name = name
+    with TrackedListener(Recorder(), "Ours", lambda: tracker) as told:
+        for number in (1, 2, 3):
+            told.report(step(number))
+        told.report(Preview(0, [], {"DINO": 0.5}))
+        told.report(step(4))
+    assert tracker.logged[:4] + tracker.logged[-1:] == logged
 
 
 class Interrupted(Recorder):

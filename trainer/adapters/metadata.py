@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
+from ..core.prompts import PromptWords
 from ..models.families.base import Family, Prediction
 from ..settings.adapter import ROTATIONS
 from ..settings.sharing import CONFIG_KEY, shareable
@@ -40,6 +41,7 @@ class RunFacts:
         clip_skip: The text encoder layer that is used; 0: the family's default.
         start: The adapter that the run continued to train; its kind, rank and alpha replace the settings'.
         processes: Number of processes that share every step.
+        words: Rare word and class noun of each subject.
     """
 
     family: Family
@@ -55,6 +57,7 @@ class RunFacts:
     clip_skip: int
     start: Adapter | None = None
     processes: int = 1
+    words: Sequence[PromptWords] = ()
 
 
 def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> dict[str, str]:
@@ -114,7 +117,7 @@ def training_metadata(settings: TrainSettings, facts: RunFacts, step: int) -> di
         "modelspec.title": settings.name,
         "modelspec.resolution": f"{settings.resolution}x{settings.resolution}",
         "modelspec.date": _now(),
-        "modelspec.trigger_phrase": _trigger_phrase(facts.captions),
+        "modelspec.trigger_phrase": _trigger_phrase(facts.captions, facts.words),
         "modelspec.prediction_type": {"v_prediction": "v"}.get(facts.prediction.type, facts.prediction.type),
     }
     own = {
@@ -152,8 +155,15 @@ def _file_rank_factor(settings: TrainSettings, start: Adapter | None) -> int:
     return 2 if settings.lora_init == "orthogonal" and start is None else 1
 
 
-def _trigger_phrase(captions: Sequence[str]) -> str:
-    """The captions of several pictures, which are the prompts of one subject or more; else the first caption."""
+def _trigger_phrase(captions: Sequence[str], words: Sequence[PromptWords]) -> str:
+    """The words of the subjects, such as "sks dog", as far as captions hold them.
+
+    Without them, the captions that several pictures share, which are the prompts of the subjects; else the first one.
+    """
+    phrases = (f"{subject.token or ''} {subject.class_noun or ''}".strip() for subject in words)
+    called = dict.fromkeys(phrase for phrase in phrases if phrase and any(phrase in caption for caption in captions))
+    if called:
+        return ", ".join(called)
     counts = Counter(captions)
     common = [caption for caption, count in counts.items() if count > 1]
     return ", ".join(common or list(counts)[:1])

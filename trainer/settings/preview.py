@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import field_validator, model_validator
 from typing_extensions import Self
 
@@ -71,6 +73,16 @@ class PreviewSettings(Settings):
         group=_GROUP,
         ge=0,
         le=MAX_SEED,
+        advanced=True,
+        affects_result=False,
+        needs=Needs("preview_every"),
+    )
+    base_preview: Literal["after-first-steps", "before-first-step", "off"] = setting(
+        "after-first-steps",
+        "When the base model's own previews, those of step 0, are generated. after-first-steps: once three steps have "
+        "run, with the weights as they were before the first one (full fine-tuning: before it). off: not at all, "
+        "unless previews are scored, which is done against them.",
+        group=_GROUP,
         advanced=True,
         affects_result=False,
         needs=Needs("preview_every"),

@@ -314,6 +314,24 @@ class TrainSettings(
     save_precision: SavePrecision = setting(
         "fp16", "Precision of the saved adapter file.", group="Saving", advanced=True, affects_result=False
     )
+    gallery_files: bool = setting(
+        True,
+        "Write what galleries show beside the adapter file: a sample picture, and the trigger words and recommended "
+        "strength as Automatic1111, Forge and ComfyUI-Lora-Manager read them. With a model that scores the previews, "
+        "several strengths are measured once the training is done; otherwise it is 1. Files that someone else wrote or "
+        "edited stay as they are.",
+        group="Saving",
+        advanced=True,
+        affects_result=False,
+    )
+    thumbnail: bool = setting(
+        True,
+        "Put a small sample picture into the adapter file (modelspec.thumbnail), if there are previews.",
+        group="Saving",
+        advanced=True,
+        affects_result=False,
+        needs=Needs("preview_every"),
+    )
     log_with: Literal["none", "tensorboard", "wandb"] = setting(
         "none",
         "Also log losses, scores and previews to TensorBoard (logs/ in the run's folder) or Weights & Biases (sent "

@@ -19,6 +19,7 @@ from ..data.images import Picture
 from ..data.latent_cache import encode_captions
 from ..evaluation.evaluator import Evaluator, best_step, early_stop_step
 from ..evaluation.feature_extractors import FeatureExtractors
+from ..evaluation.generator import SampleConfig
 from ..models.families.base import BaseWeights, Conditioning, DiffusionModel, joined_rows
 from ..models.hub import source_title
 from ..models.sampling import GenerationConfig, decode_latents, generate, generate_latents
@@ -26,13 +27,15 @@ from ..settings.train import TrainSettings
 from .runs.checkpoint import Measurements
 from .runs.folder import RunFolder
 from .runs.layout import preview_name
+from .strength import StrengthMeasurement
 from .trainable import evaluating
 
+_FIRST_STEPS = 3  # that are seen to run before the base's previews take their time
 _MEMORY_REMEDY = f"{suggest('resolution')}, which starts a new run, or set {suggest('preview_every', 0)}"
 
 
 class Previews:
-    """What is generated every `preview_every` steps, before the first step and after the last one."""
+    """What is generated every `preview_every` steps and after the last one, and with the weights before the first."""
 
     def __init__(
         self,
@@ -82,12 +85,48 @@ class Previews:
         settings = self._settings
         if not settings.preview_every:
             return
-        if settings.score_clip or settings.score_dino:
-            extractors = FeatureExtractors.open(settings.score_clip, settings.score_dino, torch.device("cpu"))
-            self._evaluation = Evaluator(extractors, self._subject, self._prompts, settings.token, listener)
-            self._class_prompts = list(self._evaluation.class_prompts)
+        if self._is_scored:
+            self._class_prompts = list(self._evaluator(listener).class_prompts)
         texts = ["", *self._prompts, *self._class_prompts]
         self._encoded = encode_captions(model, texts, self._device, in_steps)
+
+    @property
+    def _is_scored(self) -> bool:
+        return bool(self._settings.score_clip or self._settings.score_dino)
+
+    def _evaluator(self, listener: Listener) -> Evaluator:
+        """What scores, opened once."""
+        settings = self._settings
+        if self._evaluation is None:
+            extractors = FeatureExtractors.open(settings.score_clip, settings.score_dino, torch.device("cpu"))
+            self._evaluation = Evaluator(extractors, self._subject, self._prompts, settings.token, listener)
+        return self._evaluation
+
+    def strength_measurement(self, precision: str, listener: Listener) -> StrengthMeasurement:
+        """How the finished adapter is measured at several strengths: by what scores the previews, and as many pictures.
+
+        Args:
+            precision: Of the base model.
+            listener: Gets the progress; may stop the work.
+        """
+        settings = self._settings
+        config = SampleConfig(
+            width=settings.resolution,
+            height=settings.resolution,
+            steps=settings.preview_steps,
+            guidance=settings.preview_guidance,
+            count=settings.preview_count,
+            seed=settings.preview_seed,
+            batch_size=1,
+        )
+        return StrengthMeasurement(
+            base=self._base,
+            evaluator=lambda: self._evaluator(listener),
+            config=config,
+            device=self._device,
+            precision=precision,
+            listener=listener,
+        )
 
     def joined(self, text: Conditioning) -> Conditioning:
         """The run's captions, followed by the previews' prompts; one row each."""
@@ -95,6 +134,11 @@ class Previews:
         if not self._encoded:
             return text
         return joined_rows([text, {name: self._encoded[name] for name in text}])
+
+    @property
+    def rows(self) -> list[int]:
+        """Of the previews' prompts, and of the empty one, among the rows of `joined`."""
+        return list(range(self._first_row, self._first_row + 1 + len(self._prompts) + len(self._class_prompts)))
 
     @property
     def conditions(self) -> str:
@@ -105,14 +149,29 @@ class Previews:
         values = settings.model_dump(include=generated) | {"prompts": self._prompts, "models": models}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
+    @property
+    def base_step(self) -> int | None:
+        """After which step the previews of step 0 are generated, if they are; the same in all processes."""
+        settings = self._settings
+        when = settings.base_preview
+        if not settings.preview_every or (when == "off" and not self._is_scored):
+            return None
+        if when == "before-first-step" or settings.adapter == "full":  # of all weights there is no second copy
+            return 0
+        return min(_FIRST_STEPS, settings.preview_every, settings.steps)
+
     def wanted(self, step: int) -> bool:
-        """Whether the settings ask for previews of this step; the same in all processes."""
+        """Whether the settings ask for previews of this step, which was trained; the same in all processes."""
         every = self._settings.preview_every
-        return bool(every) and (step % every == 0 or step == self._settings.steps)
+        return bool(every) and step > 0 and (step % every == 0 or step == self._settings.steps)
 
     def due(self, step: int, measurements: Measurements) -> bool:
         """Whether previews of this step are wanted and were not generated before."""
         return self.wanted(step) and step not in measurements.scores
+
+    def base_due(self, step: int, measurements: Measurements) -> bool:
+        """Whether after this step the previews of step 0 are to be generated, and were not before."""
+        return step == self.base_step and 0 not in measurements.scores
 
     def generate(
         self, step: int, model: DiffusionModel, conditioning: Callable[[Tensor], Conditioning], listener: Listener

@@ -77,6 +77,11 @@ class RunIndex:
             raise SettingsError(f"There is no run '{name[:80]}'.", "Refresh the list of runs.")
         return RunLayout(path)
 
+    def with_fingerprint(self, fingerprint: str) -> RunLayout | None:
+        """The newest run of that fingerprint, by which an adapter file names it, or None."""
+        runs = (RunLayout(self.root / name) for name in (self.names() if fingerprint else ()))
+        return next((run for run in runs if run.record.get("fingerprint") == fingerprint), None)
+
     def file(self, name: str, relative: str) -> Path:
         """A file of a run that may be shown or downloaded.
 

@@ -125,6 +125,7 @@ class TrackedListener:
         self._listener = listener
         self._title = title
         self._logged = logged
+        self._newest = logged
         self._tracker: Any = None  # after a failure, too
         try:
             self._tracker = start()
@@ -152,6 +153,8 @@ class TrackedListener:
     def report(self, event: Event) -> None:
         """Pass everything on; log steps and previews."""
         self._listener.report(event)
+        if isinstance(event, Step):
+            self._newest = max(self._newest, event.step)
         if isinstance(event, Step) and event.step > self._logged:
             values = {
                 "loss": event.loss,
@@ -161,7 +164,7 @@ class TrackedListener:
             }
             self._try(lambda tracker: tracker.log(values, step=event.step))
         elif isinstance(event, Preview):
-            self._try(lambda tracker: _log_preview(tracker, event))
+            self._try(lambda tracker: _log_preview(tracker, event, self._newest))
         elif isinstance(event, Validation):
             self._try(lambda tracker: tracker.log({VALIDATION_LOSS: event.loss}, step=event.step))
 
@@ -184,16 +187,18 @@ class TrackedListener:
             self._listener.report(Note(text, warning=True))
 
 
-def _log_preview(tracker: Any, event: Preview) -> None:
+def _log_preview(tracker: Any, event: Preview, newest: int) -> None:
+    """Log pictures and scores of a preview; W&B takes none before the newest step, such as the base's of step 0."""
+    step = event.step if tracker.name == "tensorboard" else max(event.step, newest)
     if event.scores:
-        tracker.log({f"scores/{name}": value for name, value in event.scores.items()}, step=event.step)
+        tracker.log({f"scores/{name}": value for name, value in event.scores.items()}, step=step)
     by_prompt: dict[str, list[Any]] = {}
     for path, prompt in event.pictures:
         with Image.open(path) as picture:
             by_prompt.setdefault(f"previews/{prompt}", []).append(np.asarray(picture.convert("RGB")))
     batches = {prompt: np.stack(pictures) for prompt, pictures in by_prompt.items()}
     layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-    tracker.log_images(batches, step=event.step, **layout)
+    tracker.log_images(batches, step=step, **layout)
 
 
 def _start_tracker(run: RunFolder, settings: TrainSettings, base_title: str, after: int) -> Any:
