@@ -11,7 +11,6 @@ import { TrainingPanel } from "../web/lib/training_panel.js";
 /** @import { JobFacts } from "../web/types/answers.js" */
 
 const MILLISECONDS_BETWEEN_LOOKS = 1000;
-const WEIGHT = 0.9; // of a LoRA in a prompt; as webui/cards.py writes it on its card
 const root = document.location.pathname.replace(/\/+$/, "");
 
 connect({
@@ -115,7 +114,7 @@ class JobPanel {
   }
 
   send() {
-    if (this.facts?.card) sendToPrompt(this.facts.words, this.facts.card);
+    if (this.facts?.card) sendToPrompt(this.facts.words, this.facts.card, this.facts.weight);
   }
 }
 
@@ -145,11 +144,12 @@ function useSettings(run) {
  * Put words and a LoRA into the prompt of txt2img, and go there.
  * @param {string} words
  * @param {string} file
+ * @param {number} weight
  */
-function sendToPrompt(words, file) {
+function sendToPrompt(words, file, weight) {
   const field = document.querySelector("#txt2img_prompt textarea");
   if (!(field instanceof HTMLTextAreaElement)) throw new Error(t("webui.noPrompt"));
-  field.value = `${words} <lora:${file.replace(/\.safetensors$/, "")}:${WEIGHT}>`;
+  field.value = `${words} <lora:${file.replace(/\.safetensors$/, "")}:${weight}>`;
   field.dispatchEvent(new Event("input", { bubbles: true }));
   const go = /** @type {any} */ (globalThis).switch_to_txt2img;
   if (go) go();

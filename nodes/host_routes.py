@@ -126,15 +126,24 @@ async def _file(request: web.Request) -> web.StreamResponse:
 
 
 async def _use(request: web.Request) -> web.Response:
-    """Copy the adapter of a step into ComfyUI's LoRA folder, under the first free name."""
-    from ..pages.runs import take_checkpoint
-
+    """Copy the adapter of a step into ComfyUI's LoRA folder, under the first free name, with what galleries show."""
     body = await request.json()
     step = body.get("step") if isinstance(body, dict) else None
     if type(step) is not int:  # True is one, too
         raise ValueError("'step' must be a whole number")
-    path = await _in_thread(take_checkpoint, _run_index().run(request.match_info["run"]), step, host.loras_folder())
+    path = await _in_thread(_take_checkpoint, request.match_info["run"], step)
     return _answer({"file": path.name})
+
+
+def _take_checkpoint(name: str, step: int) -> Path:
+    from ..pages.runs import take_checkpoint
+    from ..trainer.training.gallery import is_wanted, write_gallery
+
+    run = _run_index().run(name)
+    path = take_checkpoint(run, step, host.loras_folder())
+    if is_wanted(run):
+        write_gallery(path, run)
+    return path
 
 
 async def _delete(request: web.Request) -> web.Response:

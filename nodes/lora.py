@@ -139,9 +139,16 @@ class SaveLora(Node):
     def execute(cls, lora: Mapping[str, Any], name: str, precision: str) -> io.NodeOutput:
         """Write under the first free name."""
         from ..trainer.adapters.kohya import write_adapter
+        from ..trainer.adapters.metadata import FINGERPRINT_KEY
         from ..trainer.core.devices import DTYPES
+        from ..trainer.training.gallery import is_wanted, write_gallery
+        from ..trainer.training.runs.index import RunIndex
 
         name = TrainSettings.checked({"name": name}).name
         wanted = host.loras_folder() / f"{name}.safetensors"
-        path = write_adapter(wanted, as_adapter(lora), DTYPES[precision], replace=False)
+        adapter = as_adapter(lora)
+        path = write_adapter(wanted, adapter, DTYPES[precision], replace=False)
+        run = RunIndex(host.runs_folder()).with_fingerprint(adapter.metadata.get(FINGERPRINT_KEY, ""))
+        if run is not None and is_wanted(run):
+            write_gallery(path, run)
         return io.NodeOutput(str(path), ui={"text": [str(path)]})

@@ -46,9 +46,12 @@ _NEWEST = (
     "swap_blocks",
     "compile",
     "fused_backward_pass",
+    "gallery_files",
+    "thumbnail",
+    "base_preview",
 )
 _NEWER = (  # last: saved workflows hold the values of widgets by their place
-    *(name for name in PreviewSettings.model_fields if name != _PREVIEW),
+    *(name for name in PreviewSettings.model_fields if name not in (_PREVIEW, *_NEWEST)),
     "keep_adapters",
     *DataSettings.model_fields,
     *(name for name in ObjectiveSettings.model_fields if name not in _NEWEST),

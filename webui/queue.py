@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ..trainer.core.errors import BusyError, TrainerError
 from ..trainer.core.locks import FolderLock
+from ..trainer.training.gallery import AS_TRAINED
 from . import cards, environment, host
 from .jobs import ENDED, FUSE, TRAIN, Job, Jobs
 
@@ -188,12 +189,13 @@ def _put_into_host(job: Job) -> None:
         host.refresh_bases()
         job.note(card="")
         return
+    weight = AS_TRAINED
     if job.kind == TRAIN:
-        card = cards.deliver(job)
+        card, weight = cards.deliver(job)
     else:  # which wrote into the host's folder itself
         card = cards.made_by(job)
         cards.write_card(card, words=cards.joined_words(map(Path, job.record.get("sources", []))))
-    job.note(card=card.name)
+    job.note(card=card.name, weight=weight)
     host.forget_loras()
 
 

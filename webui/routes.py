@@ -20,6 +20,7 @@ from ..pages.guard import LARGEST_BODY, is_own_page
 from ..pages.runs import RunPages, take_checkpoint
 from ..pages.urls import PREFIX
 from ..trainer.core.errors import BusyError, SettingsError, TrainerError, worded
+from ..trainer.training.gallery import AS_TRAINED
 from ..trainer.training.runs.index import RunIndex
 from . import cards, host, queue
 from .jobs import ENDED
@@ -120,7 +121,7 @@ def _job(request: Request) -> dict[str, Any]:
             facts[key] = worded(facts[key], wording)
     warnings = [worded(text, wording) for text, is_warning in progress.notes if is_warning]
     known = {"measured": progress.measured, "warnings": warnings, "card": job.record.get("card") or ""}
-    known["words"] = job.record.get("words", "")
+    known |= {"words": job.record.get("words", ""), "weight": job.record.get("weight", AS_TRAINED)}
     run = facts.get("run")
     is_behind = after < facts.get(
         "step", 0

@@ -328,3 +328,34 @@ def test_an_adapter_is_saved_beside_another_of_its_name(host: Host) -> None:
     assert load_file(paths[0])[up].dtype == torch.float32
     half = host.run("lora", "SaveLora", **inputs | {"precision": "fp16"}).args[0]
     assert load_file(half)[up].dtype == torch.float16
+
+
+def files_of(path: str) -> set[str]:
+    """The extensions of what lies beside an adapter file, and its own."""
+    return {file.name.removeprefix(Path(path).stem) for file in Path(path).parent.glob(f"{Path(path).stem}.*")}
+
+
+IN_A_GALLERY = {".safetensors", ".preview.png", ".json", ".metadata.json"}
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_is_trained_and_saved_lies_in_a_gallery(host: Host) -> None:
+    """A file that Save LoRA writes of a run has what the run's own has; one of no run, or of one that is gone, none."""
+    values = {"name": "rex", "steps": 2, "rank": 2, "targets": "attention", "resolution": 64, "adapter": "lora"}
+    more = {"preview_every": 2, "preview_steps": 1, "preview_guidance": 1.0, "precision": "fp32", "prior": "none"}
+    trained = host.run("train", "TrainLora", subject=host.subject(), settings=more, **values, **BASE)
+    _, _, lora, path, run = trained.args
+    assert files_of(path) == IN_A_GALLERY
+    card = json.loads(Path(path).with_suffix(".json").read_text(encoding="utf-8"))
+    assert (card["activation text"], card["preferred weight"]) == ("sks dog", 1.0)
+    saved = host.run("lora", "SaveLora", lora=lora, name="copy", precision="fp16").args[0]
+    assert files_of(saved) == IN_A_GALLERY
+    assert json.loads(Path(saved).with_suffix(".json").read_text(encoding="utf-8")) == card
+    record = Path(run) / "run.json"
+    content = json.loads(record.read_text(encoding="utf-8"))
+    record.write_text(json.dumps(content | {"settings": content["settings"] | {"gallery_files": False}}))
+    unwanted = host.run("lora", "SaveLora", lora=lora, name="unwanted", precision="fp16").args[0]
+    record.unlink()
+    gone = host.run("lora", "SaveLora", lora=lora, name="gone", precision="fp16").args[0]
+    other = host.run("lora", "SaveLora", lora=wire_of(adapter_of(1.0)), name="other", precision="fp16").args[0]
+    assert [files_of(file) for file in (unwanted, gone, other)] == [{".safetensors"}] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ from comfy_host import ComfyServer, PromptFailed, PromptInterrupted, find_comfyu
 from comfy_page import Page
 from helpers import DEMO, ROOT
 from pack.trainer.adapters.kohya import read_header
+from PIL import Image
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.comfy
@@ -315,6 +317,21 @@ def test_save_never_overwrites(server: ComfyServer) -> None:
     assert (loras / "kept-2.safetensors").is_file()
 
 
+def test_the_model_library_shows_the_sample(server: ComfyServer) -> None:
+    """ComfyUI finds it beside the file, and sends it as WebP."""
+    settings = node("DreamBoothTrainingSettings", preview_steps=1, preview_count=1)
+    prompt = graph(name="shown", preview_every=2, settings=["settings", 0]) | {"settings": settings}
+    server.wait(server.queue(prompt))
+    listed = server.get("/experiment/models/loras")
+    [entry] = [entry for entry in json.loads(listed) if entry["name"] == "shown.safetensors"]
+    content = server.get(f"/experiment/models/preview/loras/{entry['pathIndex']}/shown.safetensors")
+    expected = io.BytesIO()
+    Image.open(server.base_dir / "models" / "loras" / "shown.preview.png").save(expected, "WEBP")
+    pixels = [np.asarray(Image.open(file).convert("RGB"), dtype=float) for file in (io.BytesIO(content), expected)]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 2, "versions of the encoder may differ a little"
+    assert Image.open(io.BytesIO(content)).format == "WEBP"
+
+
 def test_a_trained_file_tells_no_path(server: ComfyServer) -> None:
     """Neither where ComfyUI lies, nor the folders of pictures and of the model that scores."""
     secret = "anna-private"
@@ -325,7 +342,9 @@ def test_a_trained_file_tells_no_path(server: ComfyServer) -> None:
     prompt["subject"]["inputs"]["folder"] = f"rex {secret}"
     prompt["score"] = node("DreamBoothSaveLora", lora=["train", 2], name="saved again", precision="fp16")
     server.wait(server.queue(prompt))
-    files = [server.base_dir / "models" / "loras" / f"{name}.safetensors" for name in ("told nobody", "saved again")]
+    loras = server.base_dir / "models" / "loras"
+    files = [path for name in ("told nobody", "saved again") for path in loras.glob(f"{name}.*")]
+    assert len(files) == 8, "each with a sample and two cards"
     for path in files:
         content = path.read_bytes()
         for private in (secret, server.base_dir.name, "scorer"):

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -158,6 +159,12 @@ def test_every_url_in_an_answer_can_be_fetched(site: Site) -> None:
             assert site.ask(prefix + url).status == 200, url
 
 
+def remove_all_of(site: Site, file: str) -> None:
+    """A file with what lies beside it."""
+    for path in site.loras.glob(f"{Path(file).stem}.*"):
+        path.unlink()
+
+
 def test_a_checkpoint_is_copied_under_a_free_name(site: Site) -> None:
     before = {*site.loras.iterdir()}
     for step, file in ((1, "my dog ü-000001"), (3, "my dog ü-000003"), (1, "my dog ü-000001-2")):
@@ -165,8 +172,12 @@ def test_a_checkpoint_is_copied_under_a_free_name(site: Site) -> None:
         assert (reply.status, reply.json) == (200, {"file": f"{file}.safetensors"})
         entry = site.shelf.details(site.run)["adapters"][step - 1]
         assert (site.loras / f"{file}.safetensors").read_bytes() == (site.folder / entry["file"]).read_bytes()
+        cards = {".json", ".metadata.json"} | ({".preview.png"} if step > 1 else set())
+        assert {path.name for path in site.loras.glob(f"{file}.*")} == {
+            f"{file}{end}" for end in {*cards, ".safetensors"}
+        }, "no sample is older than step 2"
     made = {*site.loras.iterdir()} - before
-    assert len(made) == 3
+    assert len(made) == 3 + 4 + 3
     for path in made:
         path.unlink()
 
@@ -178,7 +189,7 @@ def test_a_copy_stays_in_the_folder_whatever_a_record_says(site: Site) -> None:
     record.write_text(json.dumps(json.loads(record.read_text()) | {"name": "../../secret/x"}))
     reply = site.ask("/dreambooth/runs/foreign/use", "POST", b'{"step": 3}', **OWN)
     assert (reply.status, reply.json) == (200, {"file": "foreign-000003.safetensors"})
-    (site.loras / "foreign-000003.safetensors").unlink()
+    remove_all_of(site, "foreign-000003.safetensors")
     shutil.rmtree(site.shelf.root / "foreign")
 
 
@@ -331,7 +342,7 @@ def test_a_foreign_page_is_not_granted_the_header(site: Site) -> None:
 def test_an_own_page_may_say_where_it_comes_from(site: Site) -> None:
     reply = site.use(b'{"step": 2}', Origin=site.url, **{"Sec-Fetch-Site": "same-origin"})
     assert reply.status == 200
-    (site.loras / reply.json["file"]).unlink()
+    remove_all_of(site, reply.json["file"])
 
 
 @pytest.mark.parametrize("site", [pytest.param("ComfyUI", marks=pytest.mark.comfy)], indirect=True)

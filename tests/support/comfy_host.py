@@ -228,6 +228,10 @@ class ComfyServer:
         """Returns the file behind an entry of a history's ``images`` list: {"filename", "subfolder", "type"}."""
         return self._request("/view?" + urllib.parse.urlencode(image))
 
+    def get(self, path: str) -> bytes:
+        """Returns what ComfyUI answers to a GET request."""
+        return self._request(path)
+
     def log(self) -> str:
         """Returns what the process has printed from `log_start` on, without colours."""
         return re.sub(r"\x1b\[[0-9;]*m", "", self._printed()[self.log_start :])

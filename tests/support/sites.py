@@ -138,10 +138,12 @@ def _finished_run(runs: Path) -> Path:
                 listener.report(Step(step, 3, 1 / step, 1e-4, 2.0, 1.0, 10**9))
             if step != 1:
                 listener.report(_preview(run, step))
-    for step in (1, 2):
-        _write(run.path / "adapters" / f"{step_name(step)}.safetensors", f"adapter {step}")
-    for name in ("adapter.safetensors", "optimizer.safetensors", "state.json"):
+    for name in ("optimizer.safetensors", "state.json"):
         _write(run.checkpoint_path(3) / name, f"{name} 3")
+    for step, path in ((1, run.kept_adapters_path), (2, run.kept_adapters_path), (3, run.checkpoint_path(3))):
+        path.mkdir(exist_ok=True)
+        file = path / ("adapter.safetensors" if step == 3 else f"{step_name(step)}.safetensors")
+        save_file({"weight": torch.ones(1)}, file, {"ss_steps": str(step)})
     _write(run.cache_path, "cache")
     _write(run.workflow_path, '{"nodes": []}')
     run.subject_path.mkdir()

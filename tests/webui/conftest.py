@@ -10,6 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 from pack.trainer.training.runs.layout import RunLayout, preview_name
+from PIL import Image
 from safetensors.torch import save_file
 
 
@@ -31,7 +32,7 @@ def made(bare_webui: Path) -> Path:
     run = RunLayout(bare_webui / "dreambooth" / "runs" / "dög-1")
     sample = run.preview_path(2) / preview_name("subject", 0, 0)
     sample.parent.mkdir(parents=True)
-    sample.write_bytes(b"a sample")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(sample)
     settings = {"instance_prompt": "a photo of {token} {class}", "token": "sks", "class_noun": "dog"}
     (run.path / "run.json").write_text(json.dumps({"fingerprint": "5e", "name": "dög", "settings": settings}))
     return path

@@ -91,7 +91,7 @@ def test_from_pictures_to_a_prompt(webui: WebUI, picture_folder: Callable[..., P
         press(page, "Send to txt2img")
         assert page.evaluate("globalThis.went_to_txt2img") is True
         prompt = page.locator("#txt2img_prompt textarea").input_value()
-        assert prompt == f"sks dog <lora:{name}:0.9>"
+        assert prompt == f"sks dog <lora:{name}:1>"
     assert (webui.loras / f"{name}.safetensors").is_file()
 
 

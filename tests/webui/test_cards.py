@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from pack.trainer.core.errors import StorageError
+from pack.trainer.training.gallery import OWN_KEY
 from pack.trainer.training.runs.layout import RunLayout, preview_name
 from pack.webui import cards
 from pack.webui.jobs import TRAIN, Jobs
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 SETTINGS = {"instance_prompt": "a photo of {token} {class}", "token": "sks", "class_noun": "dog"}
@@ -27,13 +29,15 @@ def run_of(folder: Path, settings: dict[str, Any]) -> RunLayout:
     for step in (5, 100):
         sample = run.preview_path(step) / preview_name("subject", 0, 0)
         sample.parent.mkdir(parents=True)
-        sample.write_bytes(f"sample of {step}".encode())
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(sample)
     (run.path / "run.json").write_text(json.dumps({"fingerprint": "5e", "name": "dog", "settings": settings}))
     return run
 
 
 def card_of(path: Path) -> Any:
-    return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    card = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    del card[OWN_KEY]
+    return card
 
 
 def test_a_card_is_called_after_its_file(tmp_path: Path) -> None:
@@ -45,11 +49,12 @@ def test_a_card_is_called_after_its_file(tmp_path: Path) -> None:
         "description": "dög",
         "sd version": "SDXL",
         "activation text": "sks dög",
-        "preferred weight": 0.9,
+        "preferred weight": 1.0,
         "negative text": "",
         "notes": "",
     }
-    assert [one.name for one in tmp_path.iterdir() if one != path] == ["dög.v1.json"], "without a run no picture"
+    others = {one.name for one in tmp_path.iterdir() if one != path}
+    assert others == {"dög.v1.json", "dög.v1.metadata.json"}, "without a run no picture"
 
 
 @pytest.mark.parametrize(
@@ -65,7 +70,8 @@ def test_the_words_are_those_of_the_subject(changes: dict[str, Any], words: str,
     path = lora(tmp_path / "dog.safetensors", trigger_phrase="of the file")
     cards.write_card(path, run_of(tmp_path, SETTINGS | changes))
     assert card_of(path)["activation text"] == words
-    assert path.with_suffix(".preview.png").read_bytes() == b"sample of 100", "the newest sample"
+    with Image.open(path.with_suffix(".preview.png")) as sample:
+        assert sample.getpixel((0, 0)) == (100, 0, 0), "the newest sample"
 
 
 @pytest.mark.parametrize(
@@ -99,10 +105,13 @@ def test_the_words_of_a_file_of_others(metadata: dict[str, str], words: str, tmp
     assert card_of(path)["activation text"] == words
 
 
-def test_the_words_are_where_the_engine_writes_them() -> None:
-    from pack.trainer.settings.sharing import CONFIG_KEY
-
-    assert cards._CONFIG_KEY == CONFIG_KEY
+def test_a_run_may_want_no_card(bare_webui: Path, tmp_path: Path) -> None:
+    """The words that a file bundles are put among the host's all the same, since it would not do without."""
+    path = tmp_path / "dog.safetensors"
+    save_file({"a": torch.ones(1), "bundle_emb.sks.string_to_param.*": torch.ones(2, 8)}, path)
+    cards.write_card(path, run_of(tmp_path, SETTINGS | {"gallery_files": False}))
+    assert [one.name for one in tmp_path.iterdir() if one.is_file()] == ["dog.safetensors"]
+    assert (bare_webui / "embeddings" / "dog-sks.safetensors").is_file()
 
 
 def test_what_is_made_of_several_has_the_words_of_each(bare_webui: Path, tmp_path: Path) -> None:
@@ -152,8 +161,8 @@ def test_a_file_that_is_there_is_not_replaced(bare_webui: Path, tmp_path: Path) 
     job = Jobs(tmp_path / "jobs").make(TRAIN, "dog", {})
     made = lora(tmp_path / "dog.safetensors", architecture="stable-diffusion-v1/lora")
     (job.folder / "output.txt").write_text(f"something else\n{made}\n", encoding="utf-8")
-    path = cards.deliver(job)
-    assert path == loras / "dog-2.safetensors"
+    path, weight = cards.deliver(job)
+    assert (path, weight) == (loras / "dog-2.safetensors", 1.0)
     assert path.read_bytes() == made.read_bytes()
     assert card_of(path)["sd version"] == "SD1"
     assert (loras / "dog.safetensors").read_text() == (loras / "dog.json").read_text() == "the user's"
@@ -170,7 +179,7 @@ def test_learned_words_lie_among_the_host_s_embeddings(bare_webui: Path, tmp_pat
     vectors = {"bundle_emb.sks.string_to_param.*": torch.ones(2, 8), "bundle_emb.my toy.clip_l": torch.zeros(1, 8)}
     save_file({"a": torch.ones(1), **vectors}, made, {"dreambooth.config": config})
     (job.folder / "output.txt").write_text(f"{made}\n", encoding="utf-8")
-    path = cards.deliver(job)
+    path, _ = cards.deliver(job)
     names = {"dog-sks", "dog-sks-2", "dog-my-toy"}
     assert {file.stem for file in embeddings.iterdir()} == names
     assert (embeddings / "dog-sks.safetensors").read_text() == "the user's"

@@ -21,6 +21,7 @@ import torch
 from helpers import HANGS
 from pack.trainer.core.errors import BusyError
 from pack.webui.jobs import TRAIN, Job
+from PIL import Image
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="the engine's place is taken by a script of a shell")
 
@@ -110,7 +111,7 @@ def test_no_engine_outlives_its_test(engine: Callable[[], None], tmp_path: Path)
     assert not processes_of(program)
 
 
-CARD = ["dög.json", "dög.preview.png", "dög.safetensors"]
+CARD = ["dög.json", "dög.metadata.json", "dög.preview.png", "dög.safetensors"]
 
 
 def test_the_host_waits_and_gets_the_result(
@@ -150,7 +151,8 @@ def test_the_host_waits_and_gets_the_result(
     assert state(job) == "done"
     assert names(bare_webui) == CARD
     assert (bare_webui / "models" / "Lora" / "dög.safetensors").read_bytes() == made.read_bytes()
-    assert (bare_webui / "models" / "Lora" / "dög.preview.png").read_bytes() == b"a sample"
+    with Image.open(bare_webui / "models" / "Lora" / "dög.preview.png") as sample:
+        assert sample.getpixel((0, 0)) == (1, 2, 3)
     assert job.record.items() >= {"card": "dög.safetensors", "run": "dög-1"}.items()
     assert "dög" in networks.available_networks
     assert networks.load_lora_state_dict.cache_info().currsize == 0, "its weights are read anew"

@@ -11,6 +11,7 @@ import pytest
 from pack.trainer.core.errors import SettingsError, StorageError
 from pack.webui import cards, environment
 from pack.webui.jobs import TRAIN, Job
+from PIL import Image
 
 
 @pytest.fixture
@@ -34,10 +35,11 @@ def test_what_ended_meanwhile_comes_home_once(queue: ModuleType, bare_webui: Pat
     loras = bare_webui / "models" / "Lora"
     for _ in range(2):
         queue.attach()
-        assert names(bare_webui) == ["dög.json", "dög.preview.png", "dög.safetensors"]
+        assert names(bare_webui) == ["dög.json", "dög.metadata.json", "dög.preview.png", "dög.safetensors"]
     assert ended.record["card"] == "dög.safetensors"
     assert (loras / "dög.safetensors").read_bytes() == made.read_bytes()
-    assert (loras / "dög.preview.png").read_bytes() == b"a sample"
+    with Image.open(loras / "dög.preview.png") as sample:
+        assert sample.getpixel((0, 0)) == (1, 2, 3)
     card = json.loads((loras / "dög.json").read_text(encoding="utf-8"))
     assert card["activation text"] == "sks dog", "the words of its run, not those of its file"
     assert [*networks.available_networks] == ["dög"]

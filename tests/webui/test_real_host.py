@@ -90,7 +90,7 @@ def test_what_is_trained_is_drawn(real: RealWebUI, picture_folder: Callable[...,
     assert (done["step"], done["card"]) == (steps, "dög.safetensors")
     assert (real.loras / "dög.preview.png").read_bytes()[:4] == b"\x89PNG"
     card = json.loads((real.loras / "dög.json").read_text(encoding="utf-8"))
-    assert (card["sd version"], card["activation text"], card["preferred weight"]) == ("SD1", "sks dog", 0.9)
+    assert (card["sd version"], card["activation text"], card["preferred weight"]) == ("SD1", "sks dog", 1.0)
     made = real.loras / "dög.safetensors"
     [path] = [one["path"] for one in real.get("/sdapi/v1/loras") if one["name"] == "dög"]
     assert Path(path).samefile(made)
@@ -250,7 +250,7 @@ def test_from_pictures_to_a_prompt_in_a_browser(real: RealWebUI, picture_folder:
         press(page, "Send to txt2img")
         prompt = page.locator("#txt2img_prompt textarea")
         prompt.wait_for()
-        assert prompt.input_value() == "sks dog <lora:seen:0.9>"
+        assert prompt.input_value() == "sks dog <lora:seen:1>"
         page.locator("#txt2img_extra_tabs > .tab-nav > button", has_text="Lora").click()
         card = page.locator("#txt2img_lora_cards .card", has_text="seen")
         card.wait_for()
@@ -263,4 +263,4 @@ def test_from_pictures_to_a_prompt_in_a_browser(real: RealWebUI, picture_folder:
         prompt.fill("")
         card.click()
         page.wait_for_function("() => document.querySelector('#txt2img_prompt textarea').value")
-        assert sorted(prompt.input_value().split()) == ["<lora:seen:0.9>", "dog", "sks"], "its words and weight"
+        assert sorted(prompt.input_value().split()) == ["<lora:seen:1>", "dog", "sks"], "its words and weight"

@@ -143,7 +143,7 @@ def test_a_checkpoint_is_used_with_a_card_under_a_free_name(webui: WebUI, site: 
         entry = site.shelf.details(site.run)["adapters"][step - 1]
         assert (site.loras / f"{name}.safetensors").read_bytes() == (site.folder / entry["file"]).read_bytes()
         card = json.loads((site.loras / f"{name}.json").read_text(encoding="utf-8"))
-        assert (card["sd version"], card["preferred weight"]) == ("SD1", 0.9)
+        assert (card["sd version"], card["preferred weight"]) == ("SD1", 1.0)
         assert (site.loras / f"{name}.preview.png").read_bytes()[:4] == b"\x89PNG"
         facts = webui.facts()
         assert name in facts["networks"], "the list was read anew"
@@ -230,6 +230,7 @@ def test_the_job_is_told_with_its_curve(site: WebUISite, job: Path) -> None:
         "warnings": ["Give Steps = 4.", "d\udcff.png is small."],
         "card": "",
         "words": "sks dog",
+        "weight": 1.0,
         "points": json.loads(json.dumps(site.shelf.curve(site.run, -1))),
     }
     assert site.get("/job?after=2")["points"]["steps"] == [3]

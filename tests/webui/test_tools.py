@@ -110,7 +110,7 @@ def test_two_loras_are_merged(webui: WebUI, loras: Path) -> None:
     made = read_adapter(loras / "both.safetensors")
     for name, layer in made.layers.items():  # 1 of it, and half of what is twice as large
         torch.testing.assert_close(change(layer), 2 * wanted[name])
-    assert json.loads((loras / "both.json").read_text(encoding="utf-8"))["preferred weight"] == 0.9
+    assert json.loads((loras / "both.json").read_text(encoding="utf-8"))["preferred weight"] == 1.0
     facts = webui.facts()
     assert {"both", "boat", "äpple"} <= {*facts["networks"]}
     assert facts["calls"] == calls, "the host's model stays where it is"

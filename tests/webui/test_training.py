@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -17,7 +18,9 @@ import pytest
 import torch
 from helpers import DEMO, HANGS, ROOT
 from pack.trainer.core.toml import read_toml
+from pack.trainer.training.gallery import OWN_KEY
 from pack.webui.toml_text import toml_text
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from webui_host import OWN, WebUI, make_folder, text_of
@@ -105,15 +108,17 @@ def test_train_stop_resume_card(webui: WebUI, picture_folder: Callable[..., Path
     made = webui.loras / done["card"]
     card = json.loads(made.with_suffix(".json").read_text(encoding="utf-8"))
     assert card.pop("description")
+    assert card.pop(OWN_KEY)
+    assert card.pop("notes").startswith(f"Trained for {steps} steps on ")
     assert card == {
         "sd version": "SD1",
         "activation text": "sks dog",
-        "preferred weight": 0.9,
+        "preferred weight": 1.0,
         "negative text": "",
-        "notes": "",
     }
-    preview = webui.get(run)["preview"]
-    assert made.with_suffix(".preview.png").read_bytes() == webui.ask(preview).content
+    preview = io.BytesIO(webui.ask(webui.get(run)["preview"]).content)
+    with Image.open(preview) as newest, Image.open(made.with_suffix(".preview.png")) as shown:
+        assert newest.tobytes() == shown.tobytes()
     with safe_open(str(made), "pt") as file:
         assert file.metadata()["modelspec.architecture"] == "stable-diffusion-v1/lora"
     webui.wait_for_idle()
@@ -150,7 +155,7 @@ def test_a_training_outlives_the_host(own_webui: WebUI, picture_folder: Callable
         own_webui.wait_for_idle()
         assert own_webui.job()["card"] == "dog.safetensors"
         names = sorted(path.name for path in own_webui.loras.iterdir())
-        assert names == ["dog.json", "dog.preview.png", "dog.safetensors"]
+        assert names == ["dog.json", "dog.metadata.json", "dog.preview.png", "dog.safetensors"]
         if not is_last:
             own_webui.kill()
     assert_same(own_webui.loras / "dog.safetensors", straight(job, tmp_path))

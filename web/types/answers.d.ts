@@ -59,6 +59,8 @@ export interface JobFacts extends NodeFacts {
   card: string;
   /** The words that call the subject. */
   words: string;
+  /** The recommended weight in a prompt. */
+  weight: number;
 }
 
 /** What a message tells beside the facts. */
