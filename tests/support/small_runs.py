@@ -95,7 +95,7 @@ class SmallRecipe(DreamBooth):
             "model": SimpleNamespace(denoiser=nn.Identity(), text_encoders={}),
             "objective": None,
             "cache": SimpleNamespace(validation=self.held_out),
-            "text": SimpleNamespace(trained=[]),
+            "text": SimpleNamespace(trained=[], rows=None),
             "teacher": SimpleNamespace(batches=lambda step, micro_batch: []),
         }
         self._session = Session(
