@@ -230,7 +230,7 @@ def without_alpha(path: Path) -> dict[str, Tensor]:
     ids=["EMA", "schedule-free", "full, EMA"],
 )
 def test_what_is_previewed_is_what_is_saved_and_exported(changes: dict[str, Any], world: World, tmp_path: Path) -> None:
-    previews = {"preview_every": 2, "preview_steps": 1, "checkpoint_every": 1}
+    previews = {"preview_every": 2, "preview_steps": 1, "checkpoint_every": 1, "base_preview": "before-first-step"}
     result, listener = watched(world, tmp_path, **changes, **previews)
     file = "weights.safetensors" if "adapter" in changes else "adapter.safetensors"
     assert set(listener.previewed) == {0, 2, 4}
