@@ -78,7 +78,7 @@ def write_card(path: Path, run: RunLayout | None = None, words: str = "") -> Non
     Args:
         path: The file; its metadata has the family.
         run: The run that it comes from, which may want no such files; None: there is no picture.
-        words: That call what it shows; "": they are looked for in the settings of the run, then in the metadata.
+        words: The trigger words; "": those in the settings of the run, or else in the metadata.
 
     Raises:
         StorageError: They can't be written, or the file is damaged.

@@ -57,7 +57,7 @@ def write_gallery(path: Path, run: RunLayout | None = None, words: str = "") -> 
     Args:
         path: The file; its metadata has step and family.
         run: The run that it comes from, which has samples and strength; None: there is no picture.
-        words: That call what it shows; "": they are looked for in the settings of the run, then in the metadata.
+        words: The trigger words; "": those in the settings of the run, or else in the metadata.
 
     Raises:
         StorageError: They can't be written, or the file is damaged.
@@ -84,7 +84,7 @@ def write_gallery(path: Path, run: RunLayout | None = None, words: str = "") -> 
     manager_card = {
         "file_name": path.stem,
         "model_name": metadata.get("modelspec.title") or path.stem,
-        "file_path": path.name,  # which the manager completes, and so no folder is told
+        "file_path": path.name,  # without its folder, which is private; the manager completes it
         "size": status.st_size,
         "modified": status.st_mtime,
         "sha256": _sha256(path),
@@ -107,17 +107,15 @@ def is_wanted(run: RunLayout) -> bool:
 def shown_metadata(
     run: RunLayout, step: int, metadata: Mapping[str, str], *, hint: bool, thumbnail: bool
 ) -> dict[str, str]:
-    """What an adapter file's own metadata say to galleries, after the ModelSpec standard.
+    """An adapter file's metadata with what galleries read there, after the ModelSpec standard.
 
     Args:
         run: Has samples and strength.
         step: Whose weights the file holds.
         metadata: Of the file; has its words.
-        hint: Whether to say how it is used.
-        thumbnail: Whether to put a small sample into it.
+        hint: Whether to add `modelspec.usage_hint`.
+        thumbnail: Whether to add `modelspec.thumbnail`, a small sample, if there is one.
 
-    Returns:
-        Its metadata with `modelspec.usage_hint` and `modelspec.thumbnail`, where there is something to show.
     """
     shown = dict(metadata)
     words = words_for(metadata, run)
@@ -147,7 +145,7 @@ def file_metadata(path: Path) -> dict[str, str]:
 
 
 def words_for(metadata: Mapping[str, str], run: RunLayout | None = None) -> str:
-    """The words that call what a file shows, such as "sks dog"; "" if it does not say.
+    """The trigger words of a file, such as "sks dog"; "" if they are unknown.
 
     Those of the run's settings, or else of the file's; or its trigger phrase, unless that is a whole caption.
 
@@ -187,7 +185,7 @@ def measured_strengths(run: RunLayout) -> dict[str, Any]:
 
 
 def _words_in(settings: Any) -> str:
-    """The words that call a run's subject; "" if its prompt does not say them by its settings.
+    """The trigger words of a run; "" if its prompt does not hold the words of its settings.
 
     Of several subjects, the words of each.
     """
@@ -202,7 +200,7 @@ def _words_in(settings: Any) -> str:
 
 
 def _step(metadata: Mapping[str, str]) -> int:
-    """The step whose weights a file holds; 0 if it does not say."""
+    """The step whose weights a file holds; 0 if that is unknown."""
     text = metadata.get("ss_steps", "")
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else 0
 
@@ -229,7 +227,7 @@ def _sample_of(run: RunLayout, step: int) -> Path | None:
 
     Args:
         run: Has the pictures.
-        step: Of the adapter; 0: it is not known.
+        step: Of the adapter; 0: unknown.
     """
     steps = {found: path for path in run.previews_path.glob("*") if (found := step_of(path))}
     for found in sorted(steps, reverse=True):
@@ -298,7 +296,7 @@ def _write_card(path: Path, card: Mapping[str, Any]) -> None:
 
 
 def _is_own_card(card: Any) -> bool:
-    """Whether a card was written here, and not edited since: who edits it keeps keys that are unknown to them."""
+    """Whether a card was written here and not edited since; programs that edit it may keep unknown keys."""
     if not isinstance(card, dict):
         return False
     return card.get(OWN_KEY) == _digest({key: value for key, value in card.items() if key != OWN_KEY})
