@@ -34,7 +34,7 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 def group_key(title: str) -> str:
     """A group of flags as it is typed after `--help`: "Class pictures" is `class-pictures`."""
-    return title.lower().replace(" ", "-")
+    return title.lower().replace(" ", "-").replace("_", "-")
 
 
 class CommandParser(argparse.ArgumentParser):
