@@ -221,6 +221,7 @@ const COLOURS = `
 :is(#dreambooth-training-panel, #dreambooth-runs-panel) a { color: var(--dreambooth-link); }
 #dreambooth-runs-panel input[type=checkbox] { appearance: auto; background-image: none; accent-color: var(--color-accent); }
 #dreambooth-runs-panel button { margin-block: 2px; }
+:is(#dreambooth-training-panel, #dreambooth-runs-panel) button:not(.dreambooth-open) { padding: 1px 7px; }
 #dreambooth-runs-panel :is(table, tr, th, td) { border: 0; padding: 1px 12px 1px 0; text-align: left; }
 #dreambooth-training-panel .dreambooth-error, #dreambooth-runs-panel .dreambooth-error, #dreambooth_message .dreambooth-error,
 #dreambooth_report .dreambooth-error, #dreambooth_tools .dreambooth-error { color: var(--dreambooth-error); }

@@ -54,6 +54,7 @@ const CSS = `
 .dreambooth-strip .samples { flex: none; max-width: 75%; }
 .dreambooth-strip .subject { padding-right: 6px; border-right: 1px solid var(--border-color, #555); }
 .dreambooth-strip .subject img { height: 48px; }
+.dreambooth-strip .subject:empty { display: none; }
 .dreambooth-error { flex: none; color: var(--dreambooth-error); white-space: pre-wrap; max-height: 5.4em; overflow: auto; }
 .dreambooth-slider { display: flex; gap: 6px; align-items: center; flex: none; }
 .dreambooth-slider input { flex: 1; min-width: 0; accent-color: var(--dreambooth-accent); }
@@ -68,7 +69,7 @@ const CSS = `
 .dreambooth-run { display: flex; gap: 8px; align-items: center; padding: 6px 4px; border-bottom: 1px solid var(--border-color, #444); }
 .dreambooth-run input { flex: none; width: 24px; height: 24px; margin: 0; }
 .dreambooth button.dreambooth-open { flex: 1; min-width: 0; display: grid; grid-template-columns: 44px 1fr auto; gap: 2px 8px;
-  align-items: center; padding: 0; border: 0; background: none; color: inherit; text-align: left; }
+  align-items: center; padding: 2px 6px 2px 2px; border: 0; background: none; color: inherit; text-align: left; }
 .dreambooth-run img, .dreambooth-run .none { width: 44px; height: 44px; object-fit: cover; border-radius: 3px; background: #8884; }
 .dreambooth-run b { overflow-wrap: anywhere; }
 .dreambooth small { opacity: ${OPACITY.text}; }
