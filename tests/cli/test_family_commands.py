@@ -180,7 +180,7 @@ def test_an_autoencoder_that_is_not_there_is_named(files: dict[str, Path], tmp_p
     with pytest.raises(WeightsError, match=r"nowhere\.safetensors does not exist"):
         open_base(files["sdxl"], TOKENIZER, vae=tmp_path / "nowhere.safetensors")
     save_file({"decoder.conv_in.weight": torch.zeros(4, 4, 3, 3)}, tmp_path / "half.safetensors")
-    with pytest.raises(WeightsError, match="no encoder"):
+    with pytest.raises(WeightsError, match="no Stable Diffusion encoder"):
         open_base(files["sdxl"], TOKENIZER, vae=tmp_path / "half.safetensors")
 
 

@@ -408,7 +408,7 @@ def with_(name: str, shape: tuple[int, ...]) -> Change:
     [
         ("clip", without("vision_model.post_layernorm.bias"), "lacks vision_model.post_layernorm.bias", "complete"),
         ("clip", with_("vision_model.more", (2,)), "unknown tensor: vision_model.more", "complete"),
-        ("clip", with_("vision_model.encoder.layers.1.mlp.fc2.bias", (3,)), "another shape: vision_model.enc", "compl"),
+        ("clip", with_("vision_model.encoder.layers.1.mlp.fc2.bias", (3,)), "wrong shape: vision_model.enc", "compl"),
         ("clip", without("text_projection.weight"), "has no text_projection.weight", "clip-vit-large-patch14"),
         ("clip", without("visual_projection.weight"), "lacks the tensor visual_projection.weight", "complete"),
         ("clip", with_("text_projection.weight", (16, 64)), "feature width 32, clip has 16", "the same CLIP"),

@@ -364,8 +364,8 @@ ROOMY, TIGHT = MemoryNeed(5 * GB, GB, 9 * GB), MemoryNeed(5 * GB, GB, GB // 2)
             [(MemorySaving(False), ROOMY), (MemorySaving(True), TIGHT)],
             6,
             {},
-            "7.1 GB, and 6.0 GB are free, even with gradient checkpointing. Lower resolution, set base_quantization "
-            "= nf4 or set optimizer = adamw-8bit.",
+            "7.1 GB, even with gradient checkpointing, but only 6.0 GB are free. Lower resolution, set "
+            "base_quantization = nf4 or set optimizer = adamw-8bit.",
             True,
         ),
     ],
@@ -506,7 +506,7 @@ def test_the_command_needs_a_number_without_a_gpu(tiny_checkpoint: Path, capsys:
 def test_a_mistake_in_the_settings_is_told(tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--base", str(tiny_checkpoint), "--tokenizer", str(TOKENIZER), "--memory", "8", "--rank", "999"]
     assert main(["plan", *words]) == 1
-    assert "rank 999" in capsys.readouterr().err
+    assert "Rank 999" in capsys.readouterr().err
 
 
 def test_planning_writes_nothing_to_the_base(world: World) -> None:
