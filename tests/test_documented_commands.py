@@ -308,6 +308,11 @@ def check_help_picture(ran: Ran) -> None:
         assert picture.width > 300
 
 
+def check_tutorial_pictures(ran: Ran) -> None:
+    """Those that tutorials show."""
+    assert ran.names() == {path.name for path in (ROOT / "docs" / "tutorials").glob("*.png")}
+
+
 def check_face(ran: Ran) -> None:
     facts = ran.json("face.json")
     assert {"chart", "most messages in a second", "slower"} <= set(facts)
@@ -469,6 +474,9 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ),
     ("python tools/make_help_pictures.py",): Smoke(
         "python tools/make_help_pictures.py DreamBoothScaleLora --out OUT", check_help_picture, marks=BROWSER
+    ),
+    ("python tools/make_tutorial_pictures.py",): Smoke(
+        "python tools/make_tutorial_pictures.py --smoke --out OUT", check_tutorial_pictures
     ),
     ("python tools/make_golden.py", "python tools/make_foreign_golden.py"): NotHere(PEER),
     ("python install.py",): Smoke("python install.py", printed(r"^\[DreamBooth LoRA\] ")),

@@ -15,7 +15,10 @@ from functools import cache
 from helpers import ROOT
 
 # Not the changelog: what it names was so when it was written.
-PAGES = ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "docs/*.md", "web/docs/*.md", "demo/*.md", "tests/**/*.md")
+PAGES = (
+    *("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"),
+    *("docs/*.md", "docs/tutorials/*.md", "web/docs/*.md", "demo/*.md", "tests/**/*.md"),
+)
 PROGRAMS = ("tools/*.py", "benchmarks/*.py", "demo/*.py")
 _START = re.compile(
     r"(\w+=\S+ )*(make|python3?|accelerate|torchrun|pip|node|npm|npx|coverage|ruff|mypy|pytest|\.ci/run) "
