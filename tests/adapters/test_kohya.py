@@ -311,7 +311,7 @@ def test_metadata_that_other_programs_read(key: str, metadata: dict[str, str]) -
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.title": "dog",
         "modelspec.resolution": "64x64",
-        "modelspec.trigger_phrase": "a photo of sks dog",
+        "modelspec.trigger_phrase": "sks",
         "modelspec.prediction_type": "epsilon",
     }.items(),
 )

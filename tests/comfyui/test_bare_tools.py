@@ -71,7 +71,7 @@ def test_pictures_are_scored_by_their_prompts(host: Host, opened: Any, scored: l
     assert opened[1][3] is False
     with pytest.raises(Exception, match="no prompts to score against"):
         host.run("score", "ClipScore", images=IMAGES, prompts=" \n", clip_model="c", download=False)
-    with pytest.raises(Exception, match=r"'a \| b' holds 2 prompts"):
+    with pytest.raises(Exception, match=r"'a \| b' contains 2 prompts"):
         host.run("score", "ClipScore", images=IMAGES, prompts="a | b", clip_model="c", download=False)
 
 

@@ -671,7 +671,7 @@ def test_help_names_every_setting(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as leaving:
-        main([command, "--help"])
+        main([command, "--help", "all"])
     assert leaving.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for name, field in settings.model_fields.items():

@@ -140,7 +140,7 @@ def file_metadata(path: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError as error:
         raise StorageError(
-            f"{path} is no whole LoRA file: {error}.", "Remove it, and use another checkpoint of its run."
+            f"{path} is not a complete LoRA file: {error}.", "Delete it, and use another checkpoint of its run."
         ) from error
 
 
