@@ -40,7 +40,7 @@ LIBRARIES = (
     "tomli",
     "matplotlib",
 )
-"""What `requirements.txt` names, as it is imported."""
+"""PyTorch, which the host brings, and what `requirements.txt` names, as they are imported."""
 _REPORTED = LIBRARIES[:8]
 _OPTIONAL = ("bitsandbytes", "triton")
 _DISTRIBUTIONS = {"PIL": "Pillow"}
