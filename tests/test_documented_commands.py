@@ -308,6 +308,12 @@ def check_help_picture(ran: Ran) -> None:
         assert picture.width > 300
 
 
+def check_registry_pictures(ran: Ran) -> None:
+    assert ran.names() == {"icon.png", "banner.png"}
+    with Image.open(ran.out / "icon.png") as icon:
+        assert icon.size == (400, 400)
+
+
 def check_tutorial_pictures(ran: Ran) -> None:
     """Those that tutorials show."""
     assert ran.names() == {path.name for path in (ROOT / "docs" / "tutorials").glob("*.png")}
@@ -477,6 +483,9 @@ COMMANDS: dict[tuple[str, ...], Smoke | RunBy | NotHere] = {
     ),
     ("python tools/make_tutorial_pictures.py",): Smoke(
         "python tools/make_tutorial_pictures.py --smoke --out OUT", check_tutorial_pictures
+    ),
+    ("python tools/make_registry_pictures.py",): Smoke(
+        "python tools/make_registry_pictures.py --out OUT", check_registry_pictures
     ),
     ("python tools/make_golden.py", "python tools/make_foreign_golden.py"): NotHere(PEER),
     ("python install.py",): Smoke("python install.py", printed(r"^\[DreamBooth LoRA\] ")),

@@ -311,7 +311,7 @@ def test_metadata_that_other_programs_read(key: str, metadata: dict[str, str]) -
         "modelspec.architecture": "stable-diffusion-v1/lora",
         "modelspec.title": "dog",
         "modelspec.resolution": "64x64",
-        "modelspec.trigger_phrase": "sks",
+        "modelspec.trigger_phrase": "a photo of sks dog",
         "modelspec.prediction_type": "epsilon",
     }.items(),
 )
@@ -365,7 +365,7 @@ def test_a_checkpoint_is_a_complete_adapter_file(result: TrainResult, metadata: 
         own = dict(file.metadata())
     different = {key for key in own.keys() | metadata.keys() if own.get(key) != metadata.get(key)}
     hashes = {"sshs_model_hash", "sshs_legacy_hash", "modelspec.hash_sha256"}  # of another precision
-    assert different <= hashes | {"ss_training_finished_at", "modelspec.date"}
+    assert different <= hashes | {"ss_training_finished_at", "modelspec.date", "modelspec.usage_hint"}
 
 
 # diffusers reads what is written

@@ -116,7 +116,7 @@ def test_the_engine_speaks_of_no_flag() -> None:
     [
         (["train", "--base", "x", "--images", "y", "--device", "cuda:99"], "\nfix: Use --device auto, or "),
         (["train", "--base", "x", "--images", "y", "--combine"], "--combine is on"),
-        (["train", "--base", "x", "--images", "y", "--steps", "0"], "error: --steps: Input should be"),
+        (["train", "--base", "x", "--images", "y", "--steps", "0"], "error: --steps must be at least 1 (given: 0)."),
         (["train", "--base", "x"], "error: --images is required"),
         (["train", "--base", "x", "--images", "y", "--prior-count", "5"], 'set --class-prompt "a photo of a dog"'),
         (["fuse", "--base", "x", "--output", "y"], "set --lora FILE:STRENGTH"),

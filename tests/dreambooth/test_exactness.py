@@ -253,6 +253,11 @@ def test_kill_leaves_no_trace(tiny_checkpoint: Path, world: World, tmp_path: Pat
         assert_same_end(resumed, straight)
 
 
+def shown_beside(name: str) -> set[str]:
+    """The files that galleries show for an adapter."""
+    return {f"{name}.preview.png", f"{name}.json", f"{name}.metadata.json"}
+
+
 def test_a_finished_run_is_not_trained_again(finished: Finished, world: World, tmp_path: Path) -> None:
     run = finished.copy(tmp_path)
     first = world.train(tmp_path, listener := Recorder())
@@ -260,7 +265,7 @@ def test_a_finished_run_is_not_trained_again(finished: Finished, world: World, t
     again = world.train(tmp_path, listener)
     assert (again.path, again.run, again.started_from) == (first.path, run, 4)
     assert again.path.read_bytes() == content
-    assert list(first.path.parent.iterdir()) == [first.path]
+    assert {path.name for path in first.path.parent.iterdir()} == {first.path.name, *shown_beside("dog")}
 
     first.path.unlink()
     exported = world.train(tmp_path, listener)
@@ -281,7 +286,9 @@ def test_a_finished_run_is_done_once_its_adapter_is_written(
     *lines, _ = metrics.read_text().splitlines()
     metrics.write_text("\n".join([*lines, json.dumps({"step": 4, **end}), ""] if end else [*lines, '{"step": 4, "sta']))
     run = world.train(tmp_path).run
-    assert metrics.read_text().splitlines() == [*lines, '{"step": 4, "state": "done"}']
+    base = lines.index(next(line for line in lines if line.startswith('{"step": 0,')))  # written after the first steps
+    in_order = [lines[base], *lines[:base], *lines[base + 1 :]]
+    assert metrics.read_text().splitlines() == [*in_order, '{"step": 4, "state": "done"}']
     summary = RunIndex(run.parent).summary(run.name)
     assert (summary["state"], summary["step"], "problem" in summary) == ("done", 4, False)
 
@@ -319,7 +326,8 @@ def test_what_the_result_does_not_depend_on_starts_no_new_run(
         assert result.path == tmp_path / file
         assert differing(result.path, finished.result.path) == []
     assert result.adapter.metadata["ss_output_name"] == changes.get("name", "dog")
-    assert len(list((tmp_path / "loras").iterdir())) == 1
+    name = result.path.stem
+    assert {path.name for path in result.path.parent.iterdir()} == {result.path.name, *shown_beside(name)}
 
 
 def test_another_output_folder_gets_the_file_without_training(finished: Finished, world: World, tmp_path: Path) -> None:

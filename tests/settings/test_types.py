@@ -48,7 +48,7 @@ def refusal(settings: type[Settings], name: str, value: Any) -> str:
     try:
         settings.checked({name: value})
     except SettingsError as error:
-        return next((text for text in error.problem.split("; ") if text.startswith(f"{name}: ")), "")
+        return next((text for text in error.problem.split("; ") if text.startswith((f"{name}: ", f"{name} must "))), "")
     return ""
 
 
@@ -62,32 +62,32 @@ def test_a_value_of_another_type_is_refused(command: str, name: str) -> None:
                 continue  # no tables
             said = refusal(KINDS[command], name, value)
             assert f"(given: {value!r})" in said, (kind, value)
-            assert " must be " in said or " is a single table: " in said or "Input should be" in said, said
+            assert " must be " in said or " is a single table: " in said, said
 
 
 @pytest.mark.parametrize(
     ("value", "told"),
     [
-        ({"learning_rate": True}, "learning_rate: must be a number (given: True)"),
-        ({"text_encoder_lr": True}, "text_encoder_lr: must be a number (given: True)"),
-        ({"steps": "800"}, "steps: must be a number without quotes: steps = 800 (given: '800')"),
-        ({"steps": "many"}, "steps: must be a number (given: 'many')"),
-        ({"flip": 1}, "flip: must be on or off (true or false, without quotes) (given: 1)"),
-        ({"flip": "true"}, "flip: must be on or off (true or false, without quotes) (given: 'true')"),
-        ({"name": 5}, "name: must be text in quotes (given: 5)"),
-        ({"base_lora": "x.safetensors"}, 'base_lora: must be a list: base_lora = ["x.safetensors"]'),
-        ({"base_lora": [{"file": "x"}]}, 'base_lora: must be a list of quoted strings: base_lora = ["…", "…"]'),
+        ({"learning_rate": True}, "learning_rate must be a number (given: True)"),
+        ({"text_encoder_lr": True}, "text_encoder_lr must be a number (given: True)"),
+        ({"steps": "800"}, "steps must be a number without quotes: steps = 800 (given: '800')"),
+        ({"steps": "many"}, "steps must be a number (given: 'many')"),
+        ({"flip": 1}, "flip must be on or off (true or false, without quotes) (given: 1)"),
+        ({"flip": "true"}, "flip must be on or off (true or false, without quotes) (given: 'true')"),
+        ({"name": 5}, "name must be text in quotes (given: 5)"),
+        ({"base_lora": "x.safetensors"}, 'base_lora must be a list: base_lora = ["x.safetensors"]'),
+        ({"base_lora": [{"file": "x"}]}, 'base_lora must be a list of quoted strings: base_lora = ["…", "…"]'),
         ({"subject": {"images": "x"}}, "subject: is a single table: write [[subject]] instead of [subject]"),
-        ({"subject": ["x"]}, "subject: must be tables, written as [[subject]]"),
+        ({"subject": ["x"]}, "subject must be tables, written as [[subject]]"),
         ({"subject": [{"imagse": "x"}]}, "subject.1.imagse is not a setting of this table. Did you mean 'images'"),
-        ({"steps": 8.5}, "steps: Input should be a valid integer, got a number with a fractional part"),
-        ({"learning_rate": math.nan}, "learning_rate: Input should be a finite number"),
-        ({"max_grad_norm": -math.inf}, "max_grad_norm: Input should be"),
-        ({"learning_rate": 10**400}, "learning_rate: Input should be a valid number"),
-        ({"seed": 10**5000}, "seed: Input should be less than or equal to"),
+        ({"steps": 8.5}, "steps must be a whole number (given: 8.5)"),
+        ({"learning_rate": math.nan}, "learning_rate must be a finite number"),
+        ({"max_grad_norm": -math.inf}, "max_grad_norm must be"),
+        ({"learning_rate": 10**400}, "learning_rate must be a number"),
+        ({"seed": 10**5000}, "seed must be at most"),
         ({"name": "caf\udce9"}, "name: contains bytes that are not valid text"),
         ({"base_lora": ["caf\udce9"]}, "base_lora: contains bytes that are not valid text; rename the file"),
-        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"seed": -1}, "seed must be at least 0"),
     ],
     ids=lambda value: str(next(iter(value))) if isinstance(value, dict) else "",
 )
@@ -117,7 +117,7 @@ def test_text_of_a_flag_becomes_a_number(word: str, value: int) -> None:
 
 @pytest.mark.parametrize("word", ["", "many", "8.5", "true", "nan", "inf", "1e999", "9" * 5000, "0x10", "1,5"])
 def test_text_of_a_flag_that_is_no_number_is_refused(word: str) -> None:
-    with pytest.raises(SettingsError, match=r"^steps: ") as caught:
+    with pytest.raises(SettingsError, match=r"^steps must ") as caught:
         typed("train", "--base=x", "--images=y", f"--steps={word}")
     assert len(caught.value.problem) < 500
 

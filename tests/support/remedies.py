@@ -23,7 +23,7 @@ Values = dict[str, Any]
 ABSENT: Any = object()
 """As the value of a setting: it is not given."""
 _MARK = re.compile("⟦([a-z0-9_]+)(?:=([^⟧]*))?⟧")
-_GENERAL = "Change these settings and start again."
+_GENERAL = ("Correct this and start again.", "Add what is missing and start again.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Case:
 def suggested(complaint: str) -> list[tuple[str, str | None]]:
     """The settings in the part of a complaint that says what to do, each with the value that would help, if any."""
     problem, arrow, remedy = complaint.partition("\n→ ")
-    advice = remedy if arrow and remedy != _GENERAL else re.split(": | without ", problem)[-1]
+    advice = remedy if arrow and remedy not in _GENERAL else re.split(": | without | must be ", problem)[-1]
     return [(match[1], match[2]) for match in _MARK.finditer(advice)]
 
 

@@ -20,6 +20,7 @@ const DONE = {
   name: "rex",
   card: "rex.safetensors",
   words: "sks dog",
+  weight: 0.9,
   warnings: [],
 };
 

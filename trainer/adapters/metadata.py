@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
@@ -156,17 +156,20 @@ def _file_rank_factor(settings: TrainSettings, start: Adapter | None) -> int:
 
 
 def _trigger_phrase(captions: Sequence[str], words: Sequence[PromptWords]) -> str:
-    """The words of the subjects, such as "sks dog", as far as captions hold them.
+    """The trigger words of the subjects, such as "sks dog", if captions contain them.
 
-    Without them, the captions that several pictures share, which are the prompts of the subjects; else the first one.
+    Of subjects without a class noun, the captions that several pictures share, which are their prompts; if there are
+    none, their rare words, or else the first caption.
     """
-    phrases = (f"{subject.token or ''} {subject.class_noun or ''}".strip() for subject in words)
-    called = dict.fromkeys(phrase for phrase in phrases if phrase and any(phrase in caption for caption in captions))
-    if called:
-        return ", ".join(called)
+
+    def in_captions(phrases: Iterable[str]) -> list[str]:
+        return [*dict.fromkeys(phrase for phrase in phrases if any(phrase in caption for caption in captions))]
+
+    named = in_captions(f"{subject.token} {subject.class_noun}" for subject in words if subject.class_noun)
     counts = Counter(captions)
     common = [caption for caption, count in counts.items() if count > 1]
-    return ", ".join(common or list(counts)[:1])
+    rare = in_captions(subject.token for subject in words if subject.token)
+    return ", ".join(named or common or rare or list(counts)[:1])
 
 
 def _configuration(settings: TrainSettings, facts: RunFacts) -> dict[str, object]:

@@ -90,7 +90,7 @@ def read_header(path: Path) -> Header:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 10 or length > min(size - 8, _LONGEST_HEADER):
-            raise ValueError("it is not a safetensors file, or its header is truncated")
+            raise ValueError("it is not a safetensors file, or it is incomplete")
         content = file.read(length)
     try:
         values = parse_json(content.decode(), OBJECT)

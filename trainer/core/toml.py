@@ -35,6 +35,8 @@ def read_toml(path: Path) -> dict[str, Any]:
     """
     try:
         content = path.read_bytes()
+    except FileNotFoundError as error:
+        raise SettingsError(f"The settings file {path} does not exist.", "Check the path for typos.") from error
     except OSError as error:
         raise SettingsError(
             f"{path} can't be read: {error.strerror}.", "Check the path of the settings file."

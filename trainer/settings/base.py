@@ -20,6 +20,13 @@ from ..core.prompts import PromptError, PromptWords, parse_prompts
 
 MAX_SEED = 2**64 - 1
 _LONGEST_SHOWN = 200  # characters of a wrong value in an error
+_PLAIN_WORDS = {  # of pydantic's messages
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be less than or equal to": "must be at most",
+    "Input should be a valid integer, got a number with a fractional part": "must be a whole number",
+    "Input should be a valid number": "must be a number",
+    "Input should be": "must be",
+}
 _VARIABLE = re.compile(r"\$(\w+)|\$\{(\w+)\}|%(\w+)%")
 
 
@@ -285,10 +292,21 @@ def _settings_error(settings: type[Settings], error: ValidationError) -> Setting
         elif details["type"] == "missing":
             problems.append(f"{label} is required but was not given")
         elif name:
-            problems.append(f"{label}: {message} (given: {_shown(details['input'])})")
+            message = _in_plain_words(message)
+            separator = " " if message.startswith("must ") else ": "
+            problems.append(f"{label}{separator}{message} (given: {_shown(details['input'])})")
         else:
             problems.append(message)
-    return SettingsError("; ".join(problems) + ".", "Change these settings and start again.")
+    absent = all(details["type"] == "missing" for details in error.errors())
+    remedy = "Add what is missing and start again." if absent else "Correct this and start again."
+    return SettingsError("; ".join(problems) + ".", remedy)
+
+
+def _in_plain_words(message: str) -> str:
+    """A message of pydantic's about a value, as it goes on after the setting's name; others as they are."""
+    for technical, plain in _PLAIN_WORDS.items():
+        message = message.replace(technical, plain)
+    return message
 
 
 def _shown(value: Any) -> str:
