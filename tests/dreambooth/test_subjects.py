@@ -172,7 +172,7 @@ ERRORS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"subject": [{"images": "x"}, {"images": "y", "class_promt": "z"}]}, ("subject.2.class_promt",)),
     ({"subject": [{"images": "x", "steps": 7}]}, ("subject.1.steps",)),
     ({"subject": [{"images": "x"}, {"instance_prompt": "z"}]}, ("subject.2.images is required",)),
-    ({"subject": [{"images": "x", "repeats": 0}]}, ("subject.1.repeats", "greater than or equal to 1")),
+    ({"subject": [{"images": "x", "repeats": 0}]}, ("subject.1.repeats", "must be at least 1")),
     ({"subject": [{"images": "x", "instance_prompt": " | "}]}, ("subject.1.instance_prompt", "is blank")),
     ({"subject": {"images": "x"}}, ("subject", "[[subject]]")),
     ({"subject": [{"images": "x"}], "prior_count": 4}, ("prior_count", "class_prompt", "[[subject]]")),
