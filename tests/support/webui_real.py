@@ -119,6 +119,7 @@ class RealWebUI(WebUI):
         for folder in (self.folder, webui):  # what the page loads from there
             command += ["--gradio-allowed-path", str(folder)]
         with open(self.folder / "log.txt", "ab") as log:
+            self._log_before = log.tell()
             installer = [str(python), str(ROOT / "install.py")]
             hosts = environment | {"PYTHONPATH": str(webui)}
             subprocess.run(installer, cwd=webui, env=hosts, stdout=log, stderr=log, timeout=HANGS, check=True)
@@ -130,6 +131,9 @@ class RealWebUI(WebUI):
             time.sleep(0.5)
 
     def _answers(self) -> bool:
+        """Asked only once it has started: a request before that keeps Automatic1111 from adding its API."""
+        if b"Startup time:" not in (self.folder / "log.txt").read_bytes()[self._log_before :]:
+            return False
         try:
             return ask(self.url, "/dreambooth/job").status == 200 and ask(self.url, "/config").status == 200
         except OSError:
