@@ -294,7 +294,7 @@ def check_translated_texts(ran: Ran) -> None:
 
 def check_workflow(ran: Ran) -> None:
     name = "train_then_generate"
-    assert ran.names() == {f"example_workflows/{name}.json", f"example_workflows/{name}.jpg"}
+    assert ran.names() == {f"example_workflows/{name}.json", f"example_workflows/{name}.jpg", "docs/graph.png"}
     ours, written = (
         json.loads((folder / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
         for folder in (ROOT, ran.out)

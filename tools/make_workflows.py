@@ -1,5 +1,7 @@
 """Writes example_workflows/ and subgraphs/ as `workflow_recipes.py` describes them, in the browser of a real ComfyUI.
 
+The first template's picture is also docs/graph.png.
+
     python tools/make_workflows.py [NAME ...] [--out FOLDER]
 
 The frontend itself creates the nodes, sets their widgets and connects them, so that the files are as a user would save
@@ -37,6 +39,7 @@ from workflow_recipes import (  # noqa: E402
 )
 
 ROOT = Path(__file__).resolve().parents[1]
+FIRST = "train_then_generate"
 _BUILD = """
 async ([nodes, note]) => {
   const graph = window.app.graph;
@@ -97,6 +100,23 @@ _FIT = """
 """
 
 
+_NODES = """
+() => {
+  const { ds, canvas } = window.app.canvas;
+  const area = canvas.getBoundingClientRect();
+  const nodes = window.app.graph.nodes.filter((node) => node.type !== "MarkdownNote");
+  const onPage = (value, axis) => (value + ds.offset[axis]) * ds.scale + (axis ? area.y : area.x);
+  const edge = (pick, axis, inside) => onPage(pick(...nodes.map(inside)), axis);
+  return [
+    edge(Math.min, 0, (node) => node.pos[0] - 15),
+    edge(Math.min, 1, (node) => node.pos[1] - 60),
+    edge(Math.max, 0, (node) => node.pos[0] + node.size[0] + 15),
+    edge(Math.max, 1, (node) => node.pos[1] + node.size[1] + 15),
+  ];
+}
+"""  # where the nodes are in the page, notes left out: left, top, right, bottom
+
+
 _WRAP = """
 ([title, description, inside, shown]) => {
   const graph = window.app.graph, nodes = [...graph.nodes];
@@ -154,6 +174,11 @@ def write(page: Any, name: str, recipe: Recipe, folder: Path) -> None:
     graph_area = picture.crop((70, 50, picture.width, picture.height - 10))  # without ComfyUI's bars
     height = 800 * graph_area.height // graph_area.width
     graph_area.resize((800, height)).save(folder / f"{name}.jpg", quality=85)
+    if name == FIRST:
+        (folder.parent / "docs").mkdir(exist_ok=True)
+        graph = picture.crop(page.evaluate(_NODES))
+        height = 1600 * graph.height // graph.width
+        graph.resize((1600, height)).quantize(256).save(folder.parent / "docs" / "graph.png", optimize=True)
     shot.unlink()
 
 

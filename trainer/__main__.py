@@ -416,12 +416,14 @@ def _parser() -> CommandParser:
             subparser.use_short_help(command.first_flags, f"{PROGRAM} {command.example}")
     new = add(
         "new",
-        "Write a commented settings file to begin with; what no flag gives is left to fill in.",
+        "Write a commented settings file to start from; then complete it and run train NAME.toml.",
         _new,
         flag_wording(TrainCommand),
         "NAME.toml [--setting VALUE ...]",
     )
-    new.add_argument("file", type=Path, metavar="NAME.toml", help="the file to write; an existing one is kept")
+    new.add_argument(
+        "file", type=Path, metavar="NAME.toml", help="the file to write; an existing file is not overwritten"
+    )
     for name in FIRST_RUN:
         action = add_flag(new, TrainCommand, name)
         action.help = str(action.help).replace("[required]", "[default: left to fill in]")

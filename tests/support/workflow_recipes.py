@@ -111,7 +111,7 @@ def priors(at: tuple[int, int], subject: str = "subject", **values: Any) -> Node
 
 
 def train(at: tuple[int, int], links: dict[str, Link], title: str = "", **values: Any) -> Node:
-    return Node("DreamBoothTrainLora", at, {"seed": 0} | values, parts() | links, title, (380, 860))
+    return Node("DreamBoothTrainLora", at, {"seed": 0} | values, parts() | links, title, (380, 570))
 
 
 def drawing(model: Link, clip: Link, text: str, at: tuple[int, int], prefix: str, side: int = 512) -> dict[str, Node]:
@@ -137,47 +137,49 @@ def drawing(model: Link, clip: Link, text: str, at: tuple[int, int], prefix: str
 
 START = """1. Drop 3 to 20 pictures of your subject on **Subject**, or put them into a folder in ComfyUI's `input`
 folder and choose it.
-2. Say what it is: `class_noun` (dog, backpack, man …). `token` is the rare word that will call it.
-3. Choose a checkpoint (Stable Diffusion 1.x, 2.x or SDXL; for SDXL set the resolution to 1024) and press
-**Run**.
+2. Enter what it is in `class_noun` (dog, backpack, man …). `token` is the rare word for it: *sks dog*
+in prompts.
+3. Choose a checkpoint (Stable Diffusion 1.x, 2.x or SDXL; for SDXL set the resolution of **Train LoRA**
+and the size of **Empty Latent Image** to 1024), adapt the prompt, and press **Run**.
 
-The node shows how it learns. **Cancel** at any moment, run again and it goes on where it stopped. The
-adapter lands in `models/loras`; a finished run is not trained twice. All runs are in the sidebar, under
+**Train LoRA** shows its progress. You can cancel at any time; run again and it resumes. The LoRA is
+saved in `models/loras`. A finished run is not trained again. All runs are in the sidebar, under
 *Trainings*."""
-PRIORS = """As **train_then_generate**, and the model draws 100 pictures of the class first and trains beside them,
-so that other dogs stay what they are. They are made once, kept on disk and used again; with them, train
-longer."""
+PRIORS = """Like **train_then_generate**, but the model first generates 100 pictures of the class and trains on them
+as well, so that other dogs stay as they are. They are generated once, kept on disk and reused. Training
+takes longer with them."""
 TWO = """One adapter for each subject, then both in one picture. Give them different rare words (*sks*, *rraj*)
-and train each with class pictures of its own kind. If they mix in one picture, lower both strengths to
-0.8, or draw them one after the other with inpainting."""
-ONE_RUN = """Both subjects in one training and one adapter: the second **Subject** goes into the first one's *subject*.
-**Class Priors** makes pictures of both classes. Give them different rare words; *repeats* balances them if one
-has fewer pictures. Train longer than for one subject."""
+and train each with class pictures of its own kind. If they blend in one picture, lower both strengths
+to 0.8, or generate them one after the other with inpainting."""
+ONE_RUN = """Both subjects in one training and one adapter: connect the second **Subject** to the *subject* input of
+the first. **Class Priors** generates pictures of both classes. Give them different rare words;
+*repeats* balances them if one has fewer pictures. Train longer than for one subject."""
 SMALL = """SDXL on a card of 8 to 12 GB: gradient checkpointing, batch 1, attention layers only, resolution 1024
-(768 still works). Precision `auto` takes bf16 where the card does it well. Before the first step the log says
-what the training needs; `base_quantization` nf4 and `optimizer` adamw-8bit (both want bitsandbytes) need less.
-If the memory runs out, nothing that is made is lost."""
-STAGES = """First a concept (clothes, a style, a pose), then a person or pet on top of it: the second training sees
-the first adapter, so that both fit each other. `combine` in **Training Settings** makes one file that
-holds both and stands alone."""
+(768 works, too). Precision `auto` uses bf16 if the card supports it. Before the first step the log
+reports the memory that the training needs; `base_quantization` nf4 and `optimizer` adamw-8bit (both
+need bitsandbytes) lower it. If memory runs out, no progress is lost."""
+STAGES = """First a concept (clothes, a style, a pose), then a person or pet on top of it: the second training uses
+the first adapter, so that the two fit together. `combine` in **Training Settings** writes one file that
+contains both."""
 MERGE = """Choose your subject and your style (files of the same model family) and the checkpoint. **Merge LoRAs**
-grows an input for every adapter; *strengths* has one number for each.
+adds an input for every adapter; *strengths* has one number for each.
 
-The heat map shows what is kept of each in every block. **orthogonal** keeps the first adapter as it is
-and takes the second out of its way; **sum** is the plain stack of both."""
-SCORE = """Trains with a checkpoint every 100 steps, draws with every one, and keeps the best:
+The heat map shows how much of each is kept in every block. **orthogonal** keeps the first adapter
+unchanged and removes from the second what would interfere; **sum** is the plain sum of both."""
+SCORE = """Trains with a checkpoint every 100 steps, generates pictures with each, and keeps the best:
 
 1. Choose the folder in **Subject** and the checkpoint, as for training.
-2. **Pick Best Checkpoint** measures likeness, prompt following and the drift of the class. The star in
-its plot is the step that it picks; its page (press **?**) tells how.
-3. **Score Table** puts pictures without and with the picked adapter side by side, with their scores.
+2. **Pick Best Checkpoint** measures subject fidelity, prompt following and the drift of the class. The
+star in its plot marks the step that it picks; its help page (press **?**) explains how.
+3. **Score Table** shows pictures without and with the picked adapter side by side, with their scores.
 
-The models that judge are folders in `models/feature_models`: *openai/clip-vit-base-patch32* and, finer,
-*facebook/dino-vits16*. Turn **download** on to fetch them once, or name a file in `models/clip_vision`."""
+The score models are folders in `models/feature_models`: *openai/clip-vit-base-patch32* and, more
+discriminating, *facebook/dino-vits16*. Turn **download** on to fetch them once, or name a file in
+`models/clip_vision`."""
 
 SCORE_AND_PICK = Recipe(
     {
-        "note": note(SCORE, (0, -340), "Know when it is good", (1110, 330)),
+        "note": note(SCORE, (0, -340), "Pick the best checkpoint", (1110, 330)),
         "base": loader((0, 40)),
         "subject": subject((0, 210)),
         "priors": priors((380, 40)),
@@ -226,23 +228,25 @@ SCORE_AND_PICK = Recipe(
     }
 )
 KLEIN_NOTE = """FLUX.2 klein **base** 4B is a free model (Apache 2.0) in three files: choose them in the loaders.
-Prompts are encoded by the CLIP of the graph; nothing is loaded twice. Train on the base, not on the distilled klein:
-the LoRA fits both. On a card of 12 GB turn on **fit** in Training Settings, or set **base_quantization** to nf4."""
+Prompts are encoded by the graph's CLIP; nothing is loaded twice. Train on the base, not on the
+distilled klein: the LoRA works with both. On a card of 12 GB keep **fit** in Training Settings on, or
+set **base_quantization** to nf4."""
 
-Z_IMAGE_NOTE = """Z-Image **base** is a free model (Apache 2.0) in three files: choose them in the loaders.
-Prompts are encoded by the CLIP of the graph; nothing is loaded twice. Train on the base, not on Z-Image Turbo:
-the LoRA fits both. On a card of 16 GB turn on **fit** in Training Settings, or set **base_quantization** to nf4."""
-
-
-ANIMA_NOTE = """Anima **base** is a model of drawings and of anime, of 2 B, in three files: choose them in the loaders.
-Prompts are encoded by the CLIP of the graph; nothing is loaded twice. It reads tags as well as sentences. On a card of
-8 GB turn on **fit** in Training Settings."""
+Z_IMAGE_NOTE = """Z-Image **base** is a free model (Apache 2.0) in three files: choose them in the loaders. Prompts are
+encoded by the graph's CLIP; nothing is loaded twice. Train on the base, not on Z-Image Turbo: the LoRA
+works with both. On a card of 16 GB keep **fit** in Training Settings on, or set **base_quantization**
+to nf4."""
 
 
-KREA_2_NOTE = """Krea 2 **RAW** is the model to train, Krea 2 **Turbo** the one to draw with, in eight steps: the LoRA
-is trained on the first and applied to the second. Choose both, and the two files that they share, in the loaders.
-Prompts are encoded by the CLIP of the graph; nothing is loaded twice. On a card of 24 GB turn on **fit** in Training
-Settings; on one of 12 GB also set **base_quantization** to nf4."""
+ANIMA_NOTE = """Anima **base** is a 2B model for drawings and anime, in three files: choose them in the loaders. Prompts
+are encoded by the graph's CLIP; nothing is loaded twice. It understands tags as well as sentences. On a
+card of 8 GB keep **fit** in Training Settings on."""
+
+
+KREA_2_NOTE = """Krea 2 **RAW** is the model to train, Krea 2 **Turbo** the one to generate with, in eight steps: the
+LoRA is trained on the first and applied to the second. Choose both, and the two files that they share,
+in the loaders. Prompts are encoded by the graph's CLIP; nothing is loaded twice. On a card of 24 GB
+keep **fit** in Training Settings on; on one of 12 GB also set **base_quantization** to nf4."""
 
 
 def krea_2_drawing(at: tuple[int, int], prefix: str) -> dict[str, Node]:
@@ -254,7 +258,7 @@ def krea_2_drawing(at: tuple[int, int], prefix: str) -> dict[str, Node]:
     sample, decode = nodes["sample"], nodes["decode"]
     values = {"steps": 8, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
     return nodes | {
-        "turbo": Node("UNETLoader", at, {"unet_name": KREA_2_TURBO}, title="Turbo, to draw with", size=(340, 90)),
+        "turbo": Node("UNETLoader", at, {"unet_name": KREA_2_TURBO}, title="Turbo, to generate with", size=(340, 90)),
         "apply": Node(
             "DreamBoothApplyLora",
             (left + 400, top),
@@ -359,7 +363,7 @@ MERGED = Recipe(
 RECIPES: dict[str, Recipe] = {
     "train_then_generate": Recipe(
         {
-            "note": note(START, (0, -310), "Your subject in eight photos"),
+            "note": note(START, (0, -310), "Train on your subject"),
             "base": loader((0, 40)),
             "subject": subject((0, 210)),
             "train": train((390, 40), SUBJECT, name="my-dog", steps=600),

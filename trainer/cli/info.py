@@ -314,7 +314,7 @@ def _disk() -> Facts:
     while not folder.exists():
         folder = folder.parent
     usage = shutil.disk_usage(folder)
-    return {"free_gb": _in_gb(usage.free), "total_gb": _in_gb(usage.total), "place": "where runs go from here"}
+    return {"free_gb": _in_gb(usage.free), "total_gb": _in_gb(usage.total), "place": "on the disk where runs are saved"}
 
 
 def install_remedy() -> str:

@@ -265,6 +265,7 @@ class TrainSettings(
         False,
         "Recompute activations in the backward pass instead of storing them: about half the memory, about a third "
         "slower. For small cards.",
+        group="Memory",
         advanced=True,
         affects_result=False,
     )
