@@ -366,7 +366,7 @@ RECIPES: dict[str, Recipe] = {
             "note": note(START, (0, -310), "Train on your subject"),
             "base": loader((0, 40)),
             "subject": subject((0, 210)),
-            "train": train((390, 40), SUBJECT, name="my-dog", steps=600),
+            "train": train((390, 40), SUBJECT, name="my-dog"),
             **drawing(("train", "model"), ("train", "clip"), "a photo of sks dog on the beach", (830, 40), "my-dog"),
         }
     ),
@@ -448,7 +448,6 @@ RECIPES: dict[str, Recipe] = {
                 "DreamBoothTrainingSettings",
                 (390, 40),
                 {"gradient_checkpointing": True, "batch_size": 1},
-                size=(330, 820),
             ),
             "train": train(
                 (780, 40),
@@ -458,6 +457,7 @@ RECIPES: dict[str, Recipe] = {
                 rank=8,
                 targets="attention",
                 resolution=1024,
+                preview_every=0,
             ),
             **drawing(
                 ("train", "model"), ("train", "clip"), "a photo of sks dog on the beach", (1220, 40), "my-dog-xl", 1024
