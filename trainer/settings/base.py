@@ -297,9 +297,22 @@ def _settings_error(settings: type[Settings], error: ValidationError) -> Setting
             problems.append(f"{label}{separator}{message} (given: {_shown(details['input'])})")
         else:
             problems.append(message)
-    absent = all(details["type"] == "missing" for details in error.errors())
-    remedy = "Add what is missing and start again." if absent else "Correct this and start again."
-    return SettingsError("; ".join(problems) + ".", remedy)
+    return SettingsError("; ".join(problems) + ".", _remedy(settings, error))
+
+
+def _remedy(settings: type[Settings], error: ValidationError) -> str:
+    """What to do about values; of a single one with a range or a choice, its default as an example."""
+    mistakes = error.errors()
+    if all(details["type"] == "missing" for details in mistakes):
+        return "Add what is missing and start again."
+    [details, *others] = mistakes
+    if others or len(details["loc"]) != 1 or details["type"] == "value_error":  # which says itself what to do
+        return "Correct this and start again."
+    name = str(details["loc"][0])
+    default = settings.model_fields[name].default
+    if not isinstance(default, str | int | float) or default == "":
+        return "Correct this and start again."
+    return f"Correct this and start again, for example with {suggest(name, default)}."
 
 
 def _in_plain_words(message: str) -> str:
