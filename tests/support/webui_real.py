@@ -8,10 +8,11 @@ import shlex
 import socket
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from checkpoints import SHAPES, sd15_checkpoint
+from checkpoints import SHAPES, SD1Shape, sd15_checkpoint
 from helpers import HANGS, ROOT
 from pack.webui.tokenizers import made_tokenizer
 from raw_http import ask
@@ -53,24 +54,27 @@ def make_real_folder(folder: Path, webui: Path) -> Path:
     for name in ("extensions", "models/Lora"):
         (folder / name).mkdir(parents=True)
     checkpoint = folder / "models" / "Stable-diffusion" / "slim-sd15.safetensors"
-    sd15_checkpoint(checkpoint)
-    if not is_forge(webui):
-        _write_config(checkpoint.with_suffix(".yaml"), webui, folder / "clip")
+    if is_forge(webui):
+        sd15_checkpoint(checkpoint)
+    else:  # it finds a LoRA's layers by names that they have only where each level has two blocks
+        shape = replace(SHAPES["slim"], num_res_blocks=2)
+        sd15_checkpoint(checkpoint, size=shape)
+        _write_config(checkpoint.with_suffix(".yaml"), shape, webui, folder / "clip")
     (folder / "extensions" / "dreambooth-lora").symlink_to(ROOT, target_is_directory=True)
     others = [path.name for path in (webui / "extensions-builtin").iterdir() if path.name not in _NEEDED]
     options = {"disabled_extensions": others, "skip_early_cond": -1}  # at 0, Forge Classic's first step has no CFG
+    options |= {"emphasis": "No norm"}  # not "Original", which divides by an encoded prompt's mean: here 0, or nearly
     (folder / "config.json").write_text(json.dumps(options))
     return folder
 
 
-def _write_config(path: Path, webui: Path, clip: Path) -> None:
-    """What Automatic1111 has to be told of the slim checkpoint: its UNet's sizes, and where there is a CLIP.
+def _write_config(path: Path, shape: SD1Shape, webui: Path, clip: Path) -> None:
+    """What Automatic1111 has to be told of a slim checkpoint: its UNet's sizes, and where there is a CLIP.
 
     It would download CLIP's tokenizer and sizes; `clip` gets both, of the merges that the host's OpenCLIP brings.
     """
     import yaml
 
-    shape = SHAPES["slim"]
     model = yaml.safe_load((webui / "configs" / "v1-inference.yaml").read_text(encoding="utf-8"))
     params = model["model"]["params"]
     params["unet_config"]["params"] |= {

@@ -15,7 +15,7 @@ import pytest
 import torch
 from browser import find_browser
 from comfy_graphs import drawing, node, picture
-from comfy_host import CHECKPOINT, ComfyServer
+from comfy_host import ComfyServer
 from helpers import DEMO
 from PIL import Image
 from safetensors.torch import load_file
@@ -62,6 +62,16 @@ def style(real: RealWebUI, tmp_path_factory: pytest.TempPathFactory) -> Path:
         small = Image.open(path).convert("RGB").resize((16, 16)).quantize(8).convert("RGB")
         small.resize((64, 64), Image.Resampling.NEAREST).save(folder / path.name)
     return real.train(name="pixels", token="pxl", folder=str(folder), **QUICK)
+
+
+@pytest.fixture
+def base(real: RealWebUI, server: ComfyServer) -> dict[str, Any]:
+    """The web UI's checkpoint in ComfyUI: the node that loads it."""
+    [checkpoint] = (real.folder / "models" / "Stable-diffusion").glob("*.safetensors")
+    there = server.base_dir / "models" / "checkpoints" / checkpoint.name
+    if not there.exists():
+        there.symlink_to(checkpoint)
+    return node("CheckpointLoaderSimple", ckpt_name=checkpoint.name)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
@@ -112,11 +122,12 @@ def test_what_is_trained_is_drawn(real: RealWebUI, picture_folder: Callable[...,
 
 
 @pytest.mark.comfy
-def test_its_effect_is_that_in_comfyui(real: RealWebUI, subject: Path, server: ComfyServer) -> None:
+def test_its_effect_is_that_in_comfyui(
+    real: RealWebUI, subject: Path, server: ComfyServer, base: dict[str, Any]
+) -> None:
     """With the same base, seed, steps and CFG, of Euler. Both draw noise on the CPU, where it is the same; apart from
     that, each has a sampler and kernels of its own, so a value may be rounded to its neighbour."""
     shutil.copy(subject, server.base_dir / "models" / "loras")
-    base = node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
     strengths = {"strength_model": 1.0, "strength_clip": 1.0}
     lora = node("LoraLoader", model=["base", 0], clip=["base", 1], lora_name=subject.name, **strengths)
     prompt = {"base": base, "lora": lora}
@@ -133,7 +144,7 @@ def test_its_effect_is_that_in_comfyui(real: RealWebUI, subject: Path, server: C
 
 
 @pytest.mark.comfy
-def test_a_learned_word_is_that_in_comfyui(real: RealWebUI, server: ComfyServer) -> None:
+def test_a_learned_word_is_that_in_comfyui(real: RealWebUI, server: ComfyServer, base: dict[str, Any]) -> None:
     """Pivotal tuning: the card calls the embedding, which lies among the host's; ComfyUI draws alike with the files."""
     real.draw("word-sks dog")  # so that the model is loaded before there is such an embedding
     learned = {"token_vectors": 2, "token_lr": 0.5, "text_encoder_lr": 1e-3}
@@ -147,7 +158,7 @@ def test_a_learned_word_is_that_in_comfyui(real: RealWebUI, server: ComfyServer)
     shutil.copy(embedding, server.base_dir / "models" / "embeddings")
     strengths = {"strength_model": 1.0, "strength_clip": 1.0}
     lora = node("LoraLoader", model=["base", 0], clip=["base", 1], lora_name=made.name, **strengths)
-    prompt = {"base": node("CheckpointLoaderSimple", ckpt_name=CHECKPOINT), "lora": lora}
+    prompt = {"base": base, "lora": lora}
     words = {"learned": "embedding:word-sks dog", "other": "sks dog"}
     for prefix, text in words.items():
         prompt |= drawing(prefix, ["lora", 0], ["lora", 1], side=SIDE, text=text, **DRAWN)
