@@ -23,7 +23,7 @@ Values = dict[str, Any]
 ABSENT: Any = object()
 """As the value of a setting: it is not given."""
 _MARK = re.compile("⟦([a-z0-9_]+)(?:=([^⟧]*))?⟧")
-_GENERAL = ("Correct this and start again.", "Add what is missing and start again.")
+_GENERAL = ("Change this and start again.", "Add what is missing and start again.")
 
 
 @dataclass(frozen=True)

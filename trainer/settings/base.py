@@ -307,12 +307,12 @@ def _remedy(settings: type[Settings], error: ValidationError) -> str:
         return "Add what is missing and start again."
     [details, *others] = mistakes
     if others or len(details["loc"]) != 1 or details["type"] == "value_error":  # which says itself what to do
-        return "Correct this and start again."
+        return "Change this and start again."
     name = str(details["loc"][0])
     default = settings.model_fields[name].default
     if not isinstance(default, str | int | float) or default == "":
-        return "Correct this and start again."
-    return f"Correct this and start again, for example with {suggest(name, default)}."
+        return "Change this and start again."
+    return f"Change this and start again, for example with {suggest(name, default)}."
 
 
 def _in_plain_words(message: str) -> str:
