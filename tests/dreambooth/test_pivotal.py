@@ -170,7 +170,7 @@ def test_the_files(learned: tuple[World, Any, Recorder, Path]) -> None:
     world, result, listener, folder = learned
     path = folder / "loras" / "embeddings" / "dog-sks.safetensors"
     assert result.embeddings == {"sks": path}
-    assert any(f"embedding:dog-sks): {path}" in note for note in listener.notes)
+    assert any(f"embedding:dog-sks in ComfyUI): {path}" in note for note in listener.notes)
     tensors = load_file(path)
     encoders = world.base.family.text_encoders
     assert tensors.keys() == ({"emb_params"} if len(encoders) == 1 else {"clip_l", "clip_g"})
@@ -246,7 +246,7 @@ def test_going_on_from_an_adapter_goes_on_with_its_vectors(
     further = world.train(tmp_path, starting_point=start, **{**WORD, "token_lr": 1e-9}, steps=1)
     for key, tensor in further.adapter.embeddings.items():
         torch.testing.assert_close(tensor, result.adapter.embeddings[key], rtol=0, atol=1e-6)
-    with pytest.raises(AdapterError, match="has 2 vectors, and token_vectors is 3"):
+    with pytest.raises(AdapterError, match="has 2 vectors, but token_vectors is 3"):
         world.train(tmp_path, starting_point=start, **{**WORD, "token_vectors": 3}, steps=1)
 
 
