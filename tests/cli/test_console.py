@@ -179,7 +179,7 @@ def test_words_that_the_terminal_gives_as_bytes_are_refused(tmp_path: Path) -> N
     words = ["train", "--base", "x", "--images", "y", "--name", NAME]
     done = subprocess.run([*PROGRAM, *words], capture_output=True, cwd=ROOT, env=TERMINALS["C locale"], check=False)
     assert done.returncode == 1
-    assert b"--name: holds bytes that are no text" in done.stderr
+    assert b"--name: contains bytes that are not valid text" in done.stderr
     assert b"LC_ALL=C.UTF-8" in done.stderr
 
 

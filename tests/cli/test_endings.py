@@ -25,6 +25,7 @@ from pack.trainer.training.runs.metrics import read_metrics
 from shell import Shell
 
 LONG = 1_000_000  # steps that no test waits for
+MADE = ("dog.json", "dog.metadata.json", "dog.safetensors")  # the adapter, and what galleries read of it
 pytestmark = pytest.mark.usefixtures("heard_signals")
 needs_signals = pytest.mark.skipif(os.name == "nt", reason="Windows sends no signals to one process")
 
@@ -230,7 +231,7 @@ def test_the_second_of_two_is_told_at_once(start: Callable[..., Training], run: 
     first.process.kill()
     first.process.wait()
     [killed] = [path for path in (first.folder / "runs").iterdir() if max(RunFolder(path).steps(), default=0) > 1]
-    assert sorted(path.name for path in first.folder.iterdir()) == ["dog.safetensors", "runs"]
+    assert sorted(path.name for path in first.folder.iterdir()) == [*MADE, "runs"]
     newest = max(RunFolder(killed).steps())
     record = json.loads((killed / "run.json").read_text())
     record["started_at"] = time.time()  # the newest run goes on, which is that of --resume never
@@ -285,7 +286,7 @@ def test_a_killed_export_leaves_nothing_for_good(words: list[str], run: Shell, t
     assert not list(left.rglob("*.safetensors")), "no program lists it as a model"
     assert run(*command) == 0
     assert "already finished" in run.errors
-    assert sorted(path.name for path in folder.iterdir()) == ["dog.safetensors", "runs"]
+    assert sorted(path.name for path in folder.iterdir()) == [*MADE, "runs"]
 
 
 # The terminal itself
