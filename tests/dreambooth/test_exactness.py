@@ -789,12 +789,15 @@ def test_adapters_of_one_name_never_overwrite_each_other(name: str, world: World
         result = world.train(tmp_path, name=name, steps=1, seed=seed)
         assert result.path not in contents
         contents[result.path] = result.path.read_bytes()
-    assert {path: path.read_bytes() for path in foreign.parent.iterdir()} == contents
+    cards = {card for path in contents if path != foreign for card in shown_beside(path.stem)}
+    files = {path.name for path in contents} | {card for card in cards if card.endswith(".json")}  # without previews
+    assert {path: path.read_bytes() for path in foreign.parent.iterdir() if path in contents} == contents
+    assert {path.name for path in foreign.parent.iterdir()} == files
     for seed in (0, 1, 2):
         result = world.train(tmp_path, listener := Recorder(), name=name, steps=1, seed=seed)
         assert listener.losses == []
         assert result.path == list(contents)[seed + 1]
-    assert len(list(foreign.parent.iterdir())) == 4
+    assert {path.name for path in foreign.parent.iterdir()} == files
 
 
 def test_a_file_of_that_name_stays(finished: Finished, world: World, tmp_path: Path) -> None:
