@@ -185,10 +185,8 @@ def test_the_plan_is_quoted_as_the_command_prints_it(tmp_path: Path, monkeypatch
     )
     printed = worded(run_plan(settings), plain).splitlines()
     page = TEXTS[FOLDER / "sdxl-on-8-gb.md"]
-    assert (
-        "plan --base ../../models/checkpoints/sd_xl_base_1.0.safetensors --resolution 1024 --rank 8 --targets attention --memory 8"
-        in page
-    )
+    base = "../../models/checkpoints/sd_xl_base_1.0.safetensors"
+    assert f"plan --base {base} --resolution 1024 --rank 8 --targets attention --memory 8" in page
     for start in ("Stable Diffusion XL, bf16", "as set", "gradient checkpointing", "Chosen for"):
         expected = [line for line in printed if line.startswith(start) and "adamw" not in line and "nf4" not in line]
         for ours, theirs in zip(quoted(page, start), expected, strict=True):
