@@ -111,7 +111,7 @@ def test_two_subjects_through_the_command_line(
     assert json.loads((made / "settings.json").read_text(encoding="utf-8"))["prompt"] == "a dog"
 
     metadata = read_adapter(output / "both.safetensors").metadata
-    assert metadata["modelspec.trigger_phrase"] == "a photo of sks dog, a rraj cat"
+    assert metadata["modelspec.trigger_phrase"] == "sks dog, rraj cat"
     assert json.loads(metadata["ss_reg_dataset_dirs"]) == {
         "a dog": {"n_repeats": 1, "img_count": 2},
         "a cat": {"n_repeats": 1, "img_count": 3},
