@@ -972,11 +972,11 @@ class DreamBooth:
             raise CancelledError(step, settings.steps)
 
     def _write_gallery(self, path: Path) -> None:
-        """Write what galleries show beside the adapter; if that fails, the adapter is there all the same."""
+        """Write the gallery files; if that fails, there is a warning, and the adapter is kept."""
         try:
             write_gallery(path, self.run_folder)
         except StorageError as error:
-            note = f"What galleries show could not be written beside the adapter: {error.problem}"
+            note = f"The gallery files could not be written next to the adapter: {error.problem}"
             self.listener.report(Note(note, warning=True))
 
     def _metadata(self, step: int) -> dict[str, str]:

@@ -426,7 +426,7 @@ def test_cards_that_can_t_be_written_cost_no_adapter(
     result = trained(world, tmp_path, listener := Recorder(), **SHOWN, thumbnail=False)
     assert result.path.is_file()
     assert [event.text for event in listener.events if isinstance(event, Note) and event.warning] == [
-        "What galleries show could not be written beside the adapter: The disk is full."
+        "The gallery files could not be written next to the adapter: The disk is full."
     ]
 
 

@@ -1,12 +1,12 @@
-"""What lies beside an adapter file for programs that show models: a sample, and cards with words and strength.
+"""Files next to an adapter for programs that show models: a preview, and cards with trigger words and strength.
 
-    rex.preview.png      a generated sample, shown by ComfyUI, Automatic1111, Forge and ComfyUI-Lora-Manager
+    rex.preview.png      a generated picture, shown by ComfyUI, Automatic1111, Forge and ComfyUI-Lora-Manager
     rex.json             the card of Automatic1111 and Forge (their `user_metadata`)
     rex.metadata.json    the card of ComfyUI-Lora-Manager (its `LoraMetadata`)
 
-Each holds a digest of its content. A file whose digest is missing or no longer fits was written or edited by someone
-else, and stays as it is. Hosts write these in their own process, whatever they have installed: nothing here needs more
-than Python, Pillow and safetensors.
+Each contains a digest of its content. A file whose digest is missing or doesn't match was written or edited by someone
+else, and is left alone. Hosts write these in their own process, whatever they have installed, so this module needs only
+Python, Pillow and safetensors.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ _MANAGER_VERSIONS = {
 
 
 def write_gallery(path: Path, run: RunLayout | None = None, words: str = "") -> None:
-    """Write sample and cards beside an adapter file, unless others' lie there.
+    """Write preview and cards next to an adapter file; files of other programs are left alone.
 
     Args:
-        path: The file; its metadata has step and family.
-        run: The run that it comes from, which has samples and strength; None: there is no picture.
+        path: The adapter file; its metadata contains step and family.
+        run: The run that it comes from, with previews and measured strengths; None: no picture is written.
         words: The trigger words; "": those in the settings of the run, or else in the metadata.
 
     Raises:
@@ -110,12 +110,11 @@ def shown_metadata(
     """An adapter file's metadata with what galleries read there, after the ModelSpec standard.
 
     Args:
-        run: Has samples and strength.
-        step: Whose weights the file holds.
-        metadata: Of the file; has its words.
+        run: The run, with previews and measured strengths.
+        step: Step of the weights in the file.
+        metadata: The file's, with its trigger words.
         hint: Whether to add `modelspec.usage_hint`.
-        thumbnail: Whether to add `modelspec.thumbnail`, a small sample, if there is one.
-
+        thumbnail: Whether to add `modelspec.thumbnail`, a preview of at most 256 pixels a side, if there is one.
     """
     shown = dict(metadata)
     words = words_for(metadata, run)
