@@ -46,6 +46,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealWebUI]:
     with RealWebUI("a real one", make_real_folder(tmp_path_factory.mktemp("real ü"), webui)) as running:
         running.kind = "gradio3" if running.configuration["version"].startswith("3.") else "gradio4"
         yield running
+        running.post("/job/stop")  # a training that a failed test left would outlive the host
 
 
 @pytest.fixture(scope="module")
